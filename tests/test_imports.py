@@ -22,6 +22,7 @@ ORDER = (
     # bottom: no arithmetic, no models
     "errors",
     "config",
+    "files",
     "hub",  # folders to and from the Hub; knows nothing of what is in them
     "data",
     # examples -> PEFs
@@ -30,6 +31,7 @@ ORDER = (
     "fisher.factors",
     "fisher.sketches",
     "fisher.gradients",
+    "fisher.selftest",
     "store",
     "fisher.compute",  # writes stores
     # PEFs -> decomposition -> components

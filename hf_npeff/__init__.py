@@ -1,0 +1,37 @@
+"""hf_npeff: which heuristics does a Hugging Face model use, on which inputs, and what if one is switched off?"""
+
+__version__ = "0.1.0"
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.components import Component, Decomposition
+from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.errors import (
+    CorruptStoreError,
+    FormatVersionError,
+    IncompatibleSketchError,
+    NPEFFError,
+    UnsupportedModelError,
+)
+from hf_npeff.fisher.distributions import OutputHead, Outputs
+from hf_npeff.store import PEFs
+
+__all__ = [
+    # settings
+    "FisherConfig",
+    "DecompositionConfig",
+    # stages
+    "NPEFFAnalyzer",
+    "OutputHead",
+    "Outputs",
+    "PEFs",
+    "NPEFF",
+    "Decomposition",
+    "Component",
+    # errors
+    "NPEFFError",
+    "IncompatibleSketchError",
+    "UnsupportedModelError",
+    "CorruptStoreError",
+    "FormatVersionError",
+]

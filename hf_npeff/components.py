@@ -1,0 +1,403 @@
+"""What a decomposition found: a Decomposition, and the Component that a person looks at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.decomposition.objective import alignments, energies, module_scales, nonnegative_coefficients, overlaps
+from hf_npeff.errors import CorruptStoreError, FormatVersionError
+from hf_npeff.files import FORMAT_VERSION, read_json, read_tensors, sha256_of, write_atomically, write_json
+from hf_npeff.store import PEFs, check_same_sketch, column_array, normalise, plain_column
+
+ACTIVE_SHARE = 0.05
+"""A component is active on an example when it carries at least this share of its coefficients' sum."""
+_TENSORS = ("coefficients", "pseudo_fishers", "stability")
+
+
+@dataclass(frozen=True)
+class TopExamples:
+    """The examples with a component's largest coefficients, descending.
+
+    Attributes:
+        indices: positions among the analysed examples.
+        coefficients: W of each.
+        ids: their ids.
+        texts: their text, where a text column was kept, else None.
+        columns: {name: values} of everything kept.
+    """
+
+    indices: list[int]
+    coefficients: list[float]
+    ids: list[str]
+    texts: list[str] | None
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i in range(len(self)):
+            row = {name: values[i] for name, values in self.columns.items()}
+            yield {"index": self.indices[i], "coefficient": self.coefficients[i], "id": self.ids[i], **row}
+
+
+class Component:
+    """One component: a pseudo-Fisher vector and the examples that it explains."""
+
+    def __init__(self, decomposition: Decomposition, index: int):
+        self._decomposition = decomposition
+        self.index = index
+
+    @property
+    def name(self) -> str | None:
+        """What a person called it, or None."""
+        return self._decomposition.names.get(self.index)
+
+    @property
+    def label(self) -> str:
+        """Its name, or its number."""
+        return self.name or f"component {self.index}"
+
+    @property
+    def coefficients(self) -> Tensor:
+        """(n,) W of every example."""
+        return self._decomposition.coefficients[:, self.index]
+
+    @property
+    def pseudo_fisher(self) -> Tensor:
+        """(d,) unit g."""
+        return self._decomposition.pseudo_fishers[self.index]
+
+    @property
+    def stability(self) -> float:
+        """Mean best |cosine| with the components of other restarts of near-equal loss; NaN with one restart."""
+        return float(self._decomposition.stability[self.index])
+
+    @property
+    def active_share(self) -> float:
+        """Share of the examples on which it is active."""
+        W = self._decomposition.coefficients
+        total = W.sum(1)
+        return float(((self.coefficients > ACTIVE_SHARE * total) & (total > 0)).float().mean())
+
+    def top_examples(self, k: int = 10) -> TopExamples:
+        """The k examples with the largest coefficients.
+
+        Raises:
+            ValueError: if k is less than 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, but it is {k}")
+        decomposition = self._decomposition
+        values, order = torch.sort(self.coefficients, descending=True, stable=True)
+        indices = order[:k].tolist()
+        columns = {name: [v[i] for i in indices] for name, v in decomposition.columns.items()}
+        column = decomposition.text_column
+        return TopExamples(
+            indices,
+            values[:k].tolist(),
+            [decomposition.example_ids[i] for i in indices],
+            None if column is None else columns[column],
+            columns,
+        )
+
+    def __repr__(self) -> str:
+        return f"Component({self.index}, {self.label!r}, active on {self.active_share:.0%}, stability {self.stability:.2f})"
+
+
+class Decomposition:
+    """PEFs as non-negative combinations of rank-1 components: F_i ≈ Σ_j W_ij g_j g_jᵀ.
+
+    Attributes:
+        coefficients: W (n, r), float32, for PEFs of unit norm.
+        pseudo_fishers: G (r, d), unit rows (of the balanced problem where `config.balance` is "module").
+        stability: (r,), mean best |cosine| with the other restarts of near-equal loss; NaN with a single restart.
+        loss_history: relative loss of the best restart, after its start and after every iteration.
+        config: how it was made.
+        example_ids: n strings.
+        columns: {name: list of n values} kept beside the PEFs.
+        names: {component: name} given by people.
+        info: model, commit, sketch and Fisher config of the PEFs.
+        scales: (d,) what balanced rows were multiplied with, or None.
+        converged: whether the solver stopped before its iteration limit.
+        evaluations: {component: measured perturbation}, filled by `NPEFFAnalyzer.evaluate_components`.
+    """
+
+    def __init__(
+        self,
+        coefficients: Tensor,
+        pseudo_fishers: Tensor,
+        *,
+        config: DecompositionConfig,
+        info: Mapping[str, Any],
+        example_ids: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        stability: Tensor | None = None,
+        loss_history: Sequence[float] = (),
+        scales: Tensor | None = None,
+        converged: bool = True,
+        names: Mapping[int, str] | None = None,
+        evaluations: Mapping[int, Mapping[str, Any]] | None = None,
+    ):
+        self.coefficients = coefficients
+        self.pseudo_fishers = pseudo_fishers
+        self.stability = torch.full((len(pseudo_fishers),), float("nan")) if stability is None else stability
+        self.loss_history = [float(x) for x in loss_history]
+        self.config = config
+        self.info = dict(info)
+        self.example_ids = list(example_ids)
+        self.columns = {name: list(values) for name, values in (columns or {}).items()}
+        self.scales = scales
+        self.converged = converged
+        self.names: dict[int, str] = dict(names or {})
+        self.evaluations: dict[int, dict[str, Any]] = {int(j): dict(e) for j, e in (evaluations or {}).items()}
+
+    @property
+    def explained(self) -> float:
+        """1 − relative loss: the share of Σ‖F_i‖² that the components explain."""
+        return 1 - self.loss_history[-1] if self.loss_history else float("nan")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the sketch of the PEFs."""
+        return str(self.info["fingerprint"])
+
+    @property
+    def fisher_config(self) -> FisherConfig:
+        """How the PEFs were made."""
+        return FisherConfig.from_dict(self.info["fisher"])
+
+    @property
+    def text_column(self) -> str | None:
+        """The column that shows an example to a person: "text" or another text column, or None."""
+        for name in ("text", "prompt", "sentence", "premise", "question", "content"):
+            if name in self.columns:
+                return name
+        return None
+
+    def __len__(self) -> int:
+        return len(self.pseudo_fishers)
+
+    def __getitem__(self, j: int) -> Component:
+        """Component j.
+
+        Raises:
+            IndexError: if it does not exist.
+        """
+        return Component(self, self.index_of(j))
+
+    def __iter__(self) -> Iterator[Component]:
+        return (Component(self, j) for j in range(len(self)))
+
+    def index_of(self, j: int) -> int:
+        """j as a number from 0 to r − 1; negative ones count from the end.
+
+        Raises:
+            IndexError: if there is no such component.
+            TypeError: if j is not a whole number.
+        """
+        if isinstance(j, bool) or not hasattr(j, "__index__"):
+            raise TypeError(f"components are numbered; expected an integer, but got {j!r}")
+        j = int(j)
+        if not -len(self) <= j < len(self):
+            raise IndexError(f"there are {len(self)} components, numbered from 0; {j} does not exist")
+        return j % len(self)
+
+    def rename(self, j: int, name: str | None) -> None:
+        """Give component j a name, or take it away with None.
+
+        Raises:
+            IndexError: if there is no such component.
+            ValueError: if the name is empty or is not text.
+        """
+        j = self.index_of(j)
+        if name is None:
+            self.names.pop(j, None)
+            return
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"a name must be text, but it is {name!r}")
+        self.names[j] = name.strip()
+
+    def transform(self, pefs: PEFs) -> Tensor:
+        """W (n′, r) of PEFs, G fixed: what these components explain of other examples.
+
+        Args:
+            pefs: made with the same sketch of the same model.
+
+        Raises:
+            IncompatibleSketchError: if they were made with another sketch.
+        """
+        check_same_sketch(self.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
+        H = overlaps(self.pseudo_fishers.double())
+        parts = []
+        for chunk in pefs.chunks(1024):
+            A = balanced(chunk.factors, self.scales)
+            N = energies(alignments(A, self.pseudo_fishers.to(A.dtype)))
+            parts.append(nonnegative_coefficients(N, H).to(self.coefficients.dtype))
+        return torch.cat(parts)
+
+    def __repr__(self) -> str:
+        return (
+            f"Decomposition({len(self)} components of {len(self.example_ids):,} examples, "
+            f"{self.explained:.1%} explained, {self.info.get('model') or 'rows made elsewhere'})"
+        )
+
+    # On disk
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, include_columns: bool | Sequence[str] = True) -> None:
+        """Write config.json, decomposition.safetensors and examples.parquet.
+
+        Args:
+            directory: made where it is missing.
+            include_columns: which columns go into examples.parquet beside the ids: texts may be private.
+
+        Raises:
+            ValueError: if a column does not exist.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = list(self.columns) if include_columns is True else list(include_columns or ())
+        if missing := sorted(set(names) - set(self.columns)):
+            raise ValueError(f"the columns {missing} do not exist; there are {sorted(self.columns)}")
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        if self.scales is not None:
+            tensors["scales"] = self.scales.contiguous()
+        content = tensors_to_bytes(tensors)
+        table = pa.table(
+            {"example_id": self.example_ids, **{name: column_array(self.columns[name]) for name in names}}
+        )
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer)
+        write_atomically(folder / "decomposition.safetensors", content)
+        write_atomically(folder / "examples.parquet", buffer.getvalue().to_pybytes())
+        config = {
+            "format_version": FORMAT_VERSION,
+            "library_name": "hf_npeff",
+            "n_components": len(self),
+            "n_examples": len(self.example_ids),
+            "decomposition": self.config.to_dict(),
+            "pefs": self.info,
+            "loss_history": self.loss_history,
+            "converged": self.converged,
+            "names": {str(j): name for j, name in sorted(self.names.items())},
+            "evaluations": {str(j): e for j, e in sorted(self.evaluations.items())},
+            "files": {
+                name: sha256_of(folder / name) for name in ("decomposition.safetensors", "examples.parquet")
+            },
+        }
+        write_json(folder / "config.json", config)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Decomposition:
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CorruptStoreError: if files are missing, altered, or do not fit together.
+            FormatVersionError: if they were written by another version of the format.
+        """
+        folder = Path(directory)
+        config = read_json(folder / "config.json")
+        try:
+            sums = {str(k): str(v) for k, v in config["files"].items()}
+            n, r = int(config["n_examples"]), int(config["n_components"])
+            settings = DecompositionConfig.from_dict(config["decomposition"])
+            info = dict(config["pefs"])
+            str(info["fingerprint"])
+            FisherConfig.from_dict(info["fisher"])
+            losses = [float(x) for x in config["loss_history"]]
+            names = {int(j): str(name) for j, name in config["names"].items()}
+            evaluations = {int(j): dict(e) for j, e in config["evaluations"].items()}
+            converged = bool(config["converged"])
+        except FormatVersionError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptStoreError(f"{folder / 'config.json'} is not a decomposition's: {error!r}") from error
+        for name in ("decomposition.safetensors", "examples.parquet"):
+            if not (folder / name).is_file():
+                raise CorruptStoreError(f"{folder / name} is missing")
+            if sha256_of(folder / name) != sums.get(name):
+                raise CorruptStoreError(f"{folder / name} is not what was written: its SHA-256 differs from config.json's")
+        tensors = read_tensors(folder / "decomposition.safetensors")
+        if set(_TENSORS) - set(tensors):
+            raise CorruptStoreError(f"{folder}: tensors are missing: {sorted(set(_TENSORS) - set(tensors))}")
+        G = tensors["pseudo_fishers"]
+        expected = {"coefficients": (n, r), "pseudo_fishers": (r, *G.shape[1:]), "stability": (r,)}
+        wrong = {name: tuple(tensors[name].shape) for name, s in expected.items() if tuple(tensors[name].shape) != s}
+        if wrong or G.dim() != 2 or any(not 0 <= j < r for j in (*names, *evaluations)):
+            raise CorruptStoreError(f"{folder}: expected the shapes {expected}, but found {wrong or tuple(G.shape)}")
+        try:
+            columns = pq.read_table(folder / "examples.parquet").to_pydict()
+            ids = [str(i) for i in columns.pop("example_id")]
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise CorruptStoreError(f"{folder / 'examples.parquet'} cannot be read: {error!r}") from error
+        if len(ids) != n:
+            raise CorruptStoreError(f"{folder}: examples.parquet holds {len(ids)} examples, config.json says {n}")
+        return cls(
+            tensors["coefficients"],
+            G,
+            config=settings,
+            info=info,
+            example_ids=ids,
+            columns={name: plain_column(values) for name, values in columns.items()},
+            stability=tensors["stability"],
+            loss_history=losses,
+            scales=tensors.get("scales"),
+            converged=converged,
+            names=names,
+            evaluations=evaluations,
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Decomposition:
+        """Read a decomposition from a folder; see `load`."""
+        return cls.load(path)
+
+
+def balanced(A: Tensor, scales: Tensor | None) -> Tensor:
+    """Rows (n, c, d) in float32 or wider, every number times its scale, at unit Frobenius norm again."""
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    return A if scales is None else normalise(A * scales.to(A.dtype))[0]
+
+
+def balance_scales(pefs: PEFs) -> Tensor:
+    """(d,) D that divides every module's block by the square root of its mean PEF norm over the examples.
+
+    The block's own PEF is A_bᵀA_b of the unscaled rows; zero blocks keep scale 0. D is scaled so that its largest entry
+    over the modules is 1, since only ratios matter.
+
+    Raises:
+        ValueError: if the modules share one row of numbers, so that they cannot be told apart.
+    """
+    blocks = pefs.sketch().blocks if pefs.info.get("sketch") is not None else None
+    if blocks is None:
+        raise ValueError(
+            "balance='module' needs a block of numbers for every module; compute the PEFs with sketch='kronecker' or "
+            "'identity' (a countsketch adds the modules up), or use balance='none'"
+        )
+    order = list(blocks.values())
+    total = torch.zeros(len(order), dtype=torch.float64)
+    n = 0
+    for chunk in pefs.chunks(256):
+        A = chunk.factors.to(torch.promote_types(chunk.factors.dtype, torch.float32))
+        total += module_scales(A, order, chunk.norms) * len(chunk)
+        n += len(chunk)
+    mean = total / n
+    scale = torch.where(mean > 0, mean.clamp_min(torch.finfo(torch.float64).tiny) ** -0.5, 0.0)
+    scale = scale / scale.max().clamp_min(torch.finfo(torch.float64).tiny)
+    D = torch.zeros(pefs.dim)
+    for value, block in zip(scale.tolist(), order, strict=True):
+        D[block] = value
+    return D
+
+

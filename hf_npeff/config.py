@@ -1,0 +1,161 @@
+"""Settings of an analysis: frozen dataclasses that round-trip through JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
+
+from hf_npeff.errors import FormatVersionError
+
+OutputFactor = Literal["auto", "exact", "spectral", "projection", "sampling"]
+Positions = Literal["auto", "last", "labels", "all"]
+SketchKind = Literal["auto", "kronecker", "countsketch", "two-stage", "identity"]
+StorageDtype = Literal["float64", "float32", "float16", "bfloat16"]
+Solver = Literal["block_power", "reference"]
+Balance = Literal["none", "module"]
+
+_Config = TypeVar("_Config", bound="_JsonConfig")
+
+
+class _JsonConfig:
+    """What both configs share: plain dictionaries out, checked dictionaries in."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON types."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+        """The config with these settings.
+
+        Raises:
+            FormatVersionError: if a setting is unknown or missing, so written by another version.
+        """
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if not isinstance(values, dict) or set(values) != known:
+            given = set(values) if isinstance(values, dict) else {type(values).__name__}
+            raise FormatVersionError(
+                f"a {cls.__name__} has the settings {sorted(known)}; these are unknown: {sorted(given - known)}, "
+                f"and these are missing: {sorted(known - given)}. Was it written by another version of hf_npeff?"
+            )
+        return cls(**values)
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, but it is {value!r}")
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, but it is {value!r}")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{name} must be a positive number, but it is {value!r}")
+
+
+@dataclass(frozen=True)
+class FisherConfig(_JsonConfig):
+    """How per-example Fishers are computed.
+
+    Attributes:
+        rank: c, the rows kept per example (`exact` with one output term keeps all of its own).
+        output_factor: which rows stand for the output distribution. "auto" is "exact" where that takes at most `rank`
+            rows, else "spectral", the near-optimal ones; "projection" and "sampling" are unbiased random ones.
+        positions: where a sequence model's prediction is taken: "last" (the next token after the prompt), "labels"
+            (wherever a label is given), "all"; "auto" is the task's own: "last" for causal and seq2seq LMs, the mask
+            tokens for masked LMs, every token for token classification.
+        target_modules: the linear maps under analysis, with PEFT's meaning: "all-linear" (all but a language model's
+            output embedding), a regular expression for the whole name, or a list of names or name endings.
+        exclude_modules: left out of those, a regular expression or a list.
+        parameters: further parameters (biases, norms, embeddings, fused experts): a regular expression for the whole
+            name, or a list of names. They are analysed through `torch.func`, at a higher cost.
+        sketch: how p numbers a row become d. "auto" takes the cheapest that meets `sketch_tolerance` on the first
+            examples; "identity" keeps all p.
+        sketch_dim: for "kronecker" the side of a module's block, otherwise d. None: chosen by "auto", else 16
+            (kronecker) or 16,384.
+        sketch_tolerance: relative error of the inner products of PEFs that "auto" must meet, and that warns above.
+        storage_limit: the most numbers a row that "auto" may store.
+        seed: of the sketch and of random output factors.
+        storage_dtype: of the rows on disk and in memory.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    rank: int = 4
+    output_factor: OutputFactor = "auto"
+    positions: Positions = "auto"
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    parameters: str | tuple[str, ...] | None = None
+    sketch: SketchKind = "auto"
+    sketch_dim: int | None = None
+    sketch_tolerance: float = 0.1
+    storage_limit: int = 65_536
+    seed: int = 0
+    storage_dtype: StorageDtype = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "parameters"):
+            value = getattr(self, name)
+            if isinstance(value, list | set | frozenset):
+                value = tuple(sorted(value) if not isinstance(value, list) else value)
+                object.__setattr__(self, name, value)
+            if value is not None and not isinstance(value, str) and not all(isinstance(v, str) for v in value):
+                raise ValueError(f"{name} must be a string or a list of strings, but it is {value!r}")
+        _check_integer("rank", self.rank, 1)
+        _check_integer("seed", self.seed, 0)
+        _check_integer("storage_limit", self.storage_limit, 1)
+        if self.sketch_dim is not None:
+            _check_integer("sketch_dim", self.sketch_dim, 1)
+        _check_positive("sketch_tolerance", self.sketch_tolerance)
+        _check_choice("output_factor", self.output_factor, OutputFactor)
+        _check_choice("positions", self.positions, Positions)
+        _check_choice("sketch", self.sketch, SketchKind)
+        _check_choice("storage_dtype", self.storage_dtype, StorageDtype)
+
+
+@dataclass(frozen=True)
+class DecompositionConfig(_JsonConfig):
+    """How PEFs are decomposed.
+
+    Attributes:
+        n_components: r.
+        solver: "block_power" (no learning rate, the loss never rises) or "reference" (the paper's gradient steps).
+        max_iterations: the most iterations of one start.
+        tolerance: a start ends when an iteration improves the loss by less than this share of it.
+        balance: "module" divides every module's block by its mean norm before the decomposition, "none" does not.
+        n_restarts: independent starts, of which the best is kept; the others tell how stable its components are.
+        learning_rate: η of the reference solver; block_power has none.
+        memory_budget: bytes of PEF rows held at once; more are read in chunks from the store. None: all in memory.
+        seed: of the starts.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    n_components: int = 16
+    solver: Solver = "block_power"
+    max_iterations: int = 300
+    tolerance: float = 1e-5
+    balance: Balance = "none"
+    n_restarts: int = 8
+    learning_rate: float = 3e-3
+    memory_budget: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_integer("n_components", self.n_components, 1)
+        _check_integer("max_iterations", self.max_iterations, 1)
+        _check_integer("n_restarts", self.n_restarts, 1)
+        _check_integer("seed", self.seed, 0)
+        if self.memory_budget is not None:
+            _check_integer("memory_budget", self.memory_budget, 1)
+        if not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
+            raise ValueError(f"tolerance must be a number of at least 0, but it is {self.tolerance!r}")
+        _check_positive("learning_rate", self.learning_rate)
+        _check_choice("solver", self.solver, Solver)
+        _check_choice("balance", self.balance, Balance)

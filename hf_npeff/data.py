@@ -1,0 +1,366 @@
+"""Datasets in any shape → examples with stable ids, in order, encoded and padded for a model.
+
+Accepted are `datasets.Dataset`, `datasets.IterableDataset`, lists of strings, lists of dictionaries, dictionaries of
+tensors or lists, and DataLoaders. Padding that came with tensors is taken off again, and batches are padded on the
+right: at the positions that count, a model that honours its attention mask predicts the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+_MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+_TEXT_COLUMNS = (
+    ("text",), ("prompt",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question", "context"),
+    ("question1", "question2"), ("sentence",), ("question",), ("content",),
+)  # fmt: skip
+_ID_COLUMNS = ("id", "example_id", "idx", "guid")
+_SEQUENCES = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
+    "decoder_input_ids", "decoder_attention_mask",
+)  # fmt: skip
+_TARGETS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded example.
+
+    Attributes:
+        id: from the data set's id column, else its position.
+        inputs: what the model receives, without padding and without a batch dimension.
+        columns: strings, numbers and booleans kept beside the rows.
+        content: hash of `inputs`.
+    """
+
+    id: str
+    inputs: dict[str, Any]
+    columns: dict[str, Any]
+    content: str
+
+    @property
+    def length(self) -> int:
+        """Tokens (of the longer of encoder and decoder), or 1 for inputs of one size."""
+        ids = self.inputs.get("input_ids")
+        if ids is None:
+            return 1
+        while len(ids) and isinstance(ids[0], list):  # multiple choice: one list a choice
+            ids = max(ids, key=len)
+        return max(len(ids), len(self.inputs.get("decoder_input_ids", ())))
+
+
+class Examples(Sequence[Example]):
+    """The examples of a data set, encoded when they are asked for.
+
+    Args:
+        dataset: see the module.
+        processing_class: tokenizer, image processor or processor of the model; needed unless the data is encoded.
+        max_examples: take only the first ones; required for an IterableDataset.
+        columns: names to keep beside the rows. None: every column of strings, numbers or booleans.
+
+    Raises:
+        ValueError: if the data set is empty, is iterable without `max_examples`, has no usable column, lacks one of
+            `columns`, or has text but there is no processing class.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        processing_class: Any = None,
+        *,
+        max_examples: int | None = None,
+        columns: Sequence[str] | None = None,
+    ):
+        if max_examples is not None and max_examples < 1:
+            raise ValueError(f"max_examples must be at least 1, but it is {max_examples}")
+        self._processing_class = processing_class
+        self._records = _records(dataset, max_examples)
+        self._n = len(self._records) if max_examples is None else min(len(self._records), max_examples)
+        if self._n == 0:
+            raise ValueError("the dataset is empty: there are no examples to analyse")
+        first = self._records[0]
+        self._encoder = _encoder_for(first, processing_class)
+        if columns is not None and (missing := [c for c in columns if c not in first]):
+            raise ValueError(f"columns {missing} are not in the dataset; it has {sorted(first)}")
+        self._columns = columns
+        self._ids = self._ids_of(first)
+
+    def _ids_of(self, first: Mapping[str, Any]) -> list[str]:
+        for name in _ID_COLUMNS:
+            if isinstance(first.get(name), str | int) and not isinstance(first.get(name), bool):
+                column = _column(self._records, name, self._n)
+                ids = [str(value) for value in column]
+                if len(set(ids)) == len(ids):
+                    return ids
+        return [str(i) for i in range(self._n)]
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(self._n))]
+        if not -self._n <= i < self._n:
+            raise IndexError(f"example {i} of {self._n}")
+        i %= self._n
+        record = self._records[i]
+        inputs = {k: v for k, v in self._encode(record, i).items() if v is not None}
+        names = self._columns if self._columns is not None else [k for k, v in record.items() if _is_plain(v)]
+        kept = {name: _plain(record[name]) for name in names}
+        return Example(self._ids[i], inputs, kept, _content_of(inputs))
+
+    def _encode(self, record: Mapping[str, Any], i: int) -> dict[str, Any]:
+        try:
+            return self._encoder(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"example {self._ids[i]!r} cannot be encoded: {error}") from error
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids in order, known without encoding anything."""
+        return list(self._ids)
+
+
+def _records(dataset: Any, max_examples: int | None) -> Any:
+    """Anything → a sequence of dictionaries."""
+    if isinstance(dataset, Examples):
+        raise ValueError("expected a dataset, got Examples; pass what they were made from")
+    if isinstance(dataset, str):
+        raise ValueError("expected a dataset, got one string; put texts in a list")
+    if isinstance(dataset, DataLoader):
+        return _unbatched(dataset, max_examples)
+    if isinstance(dataset, Mapping):
+        return _rows_of_columns(dataset)
+    if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
+        return dataset
+    if isinstance(dataset, Sequence):
+        return [{"text": r} if isinstance(r, str) else _as_record(r, i) for i, r in enumerate(dataset)]
+    if hasattr(dataset, "__iter__"):
+        if max_examples is None:
+            raise ValueError("an iterable dataset has no length: pass max_examples")
+        return [
+            {"text": r} if isinstance(r, str) else _as_record(r, i)
+            for i, r in enumerate(itertools.islice(iter(dataset), max_examples))
+        ]
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # a torch map-style dataset
+        return [_as_record(dataset[i], i) for i in range(len(dataset))]
+    raise ValueError(
+        f"expected a datasets.Dataset, a list of strings or dictionaries, a dictionary of tensors or a DataLoader, "
+        f"but got {type(dataset).__name__}"
+    )
+
+
+def _as_record(record: Any, i: int) -> Mapping[str, Any]:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"example {i} is a {type(record).__name__}; expected a string or a dictionary")
+    return record
+
+
+def _column(records: Any, name: str, n: int) -> list[Any]:
+    return [records[i].get(name) if isinstance(records, list) else value for i, value in zip(
+        range(n), records if isinstance(records, list) else records[name], strict=False)]  # fmt: skip
+
+
+def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A dictionary of tensors or lists, padded by an attention mask or not, → its rows without padding."""
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"a dictionary of columns needs columns of one length, but they have {lengths}")
+    rows = []
+    for i in range(next(iter(lengths.values()))):
+        rows.append(_without_padding({name: values[i] for name, values in columns.items()}))
+    return rows
+
+
+def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
+    for side in ("", "decoder_"):
+        mask = row.get(f"{side}attention_mask")
+        ids = row.get(f"{side}input_ids")
+        if mask is None or ids is None or torch.as_tensor(mask).dim() != 1:
+            continue
+        keep = torch.as_tensor(mask).bool()
+        for name in _SEQUENCES:
+            same_side = name.startswith("decoder_") == bool(side)
+            value = row.get(name)
+            if same_side and value is not None and torch.as_tensor(value).shape == keep.shape:
+                row[name] = torch.as_tensor(value)[keep]
+    return row
+
+
+def _unbatched(loader: DataLoader[Any], max_examples: int | None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for batch in loader:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"a DataLoader must give dictionaries of tensors, but it gave {type(batch).__name__}")
+        rows += _rows_of_columns(batch)
+        if max_examples is not None and len(rows) >= max_examples:
+            break
+    return rows
+
+
+def _encoder_for(first: Mapping[str, Any], processing_class: Any) -> Any:
+    if any(name in first for name in _MODEL_INPUTS):
+        return _tensor_inputs
+    if "image" in first:
+        return lambda record: _image_inputs(record, _required(processing_class, "image"))
+    if "messages" in first:
+        return lambda record: _chat_inputs(record, _required(processing_class, "messages"))
+    strings = [name for name, value in first.items() if isinstance(value, str)]
+    for names in _TEXT_COLUMNS:
+        if all(name in strings for name in names):
+            return lambda record: _text_inputs(record, names, _required(processing_class, names[0]))
+    if len(strings) == 1:
+        return lambda record: _text_inputs(record, tuple(strings), _required(processing_class, strings[0]))
+    raise ValueError(
+        f"no column to read the inputs from: the dataset has {sorted(first)}. Expected one of {list(_MODEL_INPUTS)}, "
+        "'messages', 'image', or text in a column named 'text' (or a usual pair such as premise and hypothesis)"
+    )
+
+
+def _required(processing_class: Any, column: str) -> Any:
+    if processing_class is None:
+        raise ValueError(f"the column {column!r} has to be encoded: pass processing_class (the model's tokenizer)")
+    return processing_class
+
+
+def _targets(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Token labels go with the inputs, where positions='labels' reads them; class labels are columns only."""
+    labels = record.get("labels")
+    return {"labels": list(labels)} if isinstance(labels, list | tuple) else {}
+
+
+def _text_inputs(record: Mapping[str, Any], names: tuple[str, ...], tokenizer: Any) -> dict[str, Any]:
+    texts = [record[name] for name in names]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the columns {names} must hold text, but they hold {[type(t).__name__ for t in texts]}")
+    return {**dict(tokenizer(*texts)), **_targets(record)}
+
+
+def _chat_inputs(record: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    encoded = tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True, tokenize=True, return_dict=True)
+    return {**dict(encoded), **_targets(record)}
+
+
+def _image_inputs(record: Mapping[str, Any], processor: Any) -> dict[str, Any]:
+    encoded = processor(images=record["image"], return_tensors="pt")
+    return {name: value[0] for name, value in encoded.items()}
+
+
+def _tensor_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = {}
+    for name, value in record.items():
+        if isinstance(value, Tensor):
+            value = value.tolist() if value.dim() and not value.is_floating_point() else value
+        if isinstance(value, Tensor) and value.dim() == 0:
+            continue  # a class label
+        if isinstance(value, list | tuple | Tensor) and not (isinstance(value, list) and value and isinstance(value[0], str)):
+            inputs[name] = value
+        elif hasattr(value, "dtype") and hasattr(value, "tolist") and getattr(value, "ndim", 0):
+            inputs[name] = value.tolist() if value.dtype.kind in "iub" else torch.as_tensor(value)
+    return inputs
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return isinstance(value, str | bool | int | float) or value is None
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "ndim", getattr(value, "dim", lambda: 1)) in (0,):
+        return value.item()
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value.item()
+    return value if _is_plain(value) else json.dumps(value, default=str)
+
+
+def _content_of(inputs: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        if name in ("attention_mask", "special_tokens_mask"):
+            continue  # all ones without padding
+        value = inputs[name]
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().to(torch.float32).numpy().tobytes())
+        else:
+            digest.update(json.dumps(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int, max_tokens: int | None = None, *, same_length: bool = False
+) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, so that running out of memory shows at once.
+
+    Args:
+        lengths: tokens of every example.
+        batch_size: the most examples of a batch.
+        max_tokens: the most padded tokens of a batch (one example may exceed it), or None.
+        same_length: only examples of one length share a batch, for models that cannot be padded.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda j: (-lengths[j], j)):
+        width = lengths[batch[0]] if batch else lengths[i]
+        full = len(batch) == batch_size or (max_tokens is not None and width * (len(batch) + 1) > max_tokens)
+        if batch and (full or (same_length and lengths[i] != width)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def collate(examples: Sequence[Example], pad_token_id: int | None, device: torch.device | str) -> dict[str, Tensor]:
+    """Examples → one batch, padded on the right.
+
+    Returns:
+        input_ids and other token columns (B, T) padded with the pad token (0 where there is none), 0 or −100 (labels);
+        attention_mask (B, T), made where the examples have none; tensors of one shape stacked.
+
+    Raises:
+        ValueError: if the examples have different inputs, or tensors of different shapes.
+    """
+    names = list(examples[0].inputs)
+    for example in examples:
+        if set(example.inputs) != set(names):
+            raise ValueError(
+                f"example {example.id!r} has the inputs {sorted(example.inputs)}, but {examples[0].id!r} has {sorted(names)}"
+            )
+    batch = {}
+    for name in names:
+        values = [example.inputs[name] for example in examples]
+        fill = {"input_ids": pad_token_id or 0, "decoder_input_ids": pad_token_id or 0, "labels": -100}.get(name, 0)
+        batch[name] = _stack(values, fill, name).to(device)
+    if "input_ids" in batch and "attention_mask" not in batch:
+        ones = [torch.ones_like(torch.as_tensor(e.inputs["input_ids"])).tolist() for e in examples] if not _is_nested(
+            examples[0].inputs["input_ids"]) else None  # fmt: skip
+        if ones is not None:
+            batch["attention_mask"] = _stack(ones, 0, "attention_mask").to(device)
+    return batch
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+
+
+def _stack(values: Sequence[Any], fill: int, name: str) -> Tensor:
+    if _is_nested(values[0]) and name in _SEQUENCES:  # multiple choice: (choices, tokens)
+        width = max(len(row) for value in values for row in value)
+        return torch.tensor([[list(row) + [fill] * (width - len(row)) for row in value] for value in values])
+    tensors = [torch.as_tensor(value) for value in values]
+    if tensors[0].dim() == 1 and name in _SEQUENCES:
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"the inputs {name!r} have different shapes: {sorted(shapes)[:4]}")
+    return torch.stack(tensors)

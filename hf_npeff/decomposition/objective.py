@@ -1,0 +1,80 @@
+"""The objective of NPEFF and its pieces, as pure functions of a few small matrices.
+
+    L(W, G) = Σ_i ‖F_i − Σ_j W_ij g_j g_jᵀ‖²_F
+            = Σ_i ‖A_iA_iᵀ‖²_F − 2 Σ_ij W_ij N_ij + ⟨WᵀW, H⟩,     N_ij = ‖A_i g_j‖²,  H = (GGᵀ)∘(GGᵀ)
+
+Nothing d×d is formed. The terms cancel, so sums over examples are taken in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def total_energy(A: Tensor) -> Tensor:
+    """Σ_i ‖A_iA_iᵀ‖²_F of factors A (n, c, d), float64."""
+    return (A @ A.mT).double().square().sum()
+
+
+def alignments(A: Tensor, G: Tensor) -> Tensor:
+    """B_icj = ⟨A_ic, g_j⟩: (n, c, r)."""
+    return A @ G.T
+
+
+def energies(B: Tensor) -> Tensor:
+    """N_ij = ‖A_i g_j‖² from alignments (n, c, r): (n, r)."""
+    return B.square().sum(1)
+
+
+def overlaps(G: Tensor) -> Tensor:
+    """H = (GGᵀ)∘(GGᵀ): ⟨g_j g_jᵀ, g_l g_lᵀ⟩ (r, r)."""
+    return (G @ G.T).square()
+
+
+def loss_of(total: Tensor, W: Tensor, N: Tensor, H: Tensor) -> Tensor:
+    """L from its pieces, float64."""
+    gain = (W * N).sum(0, dtype=torch.float64).sum()
+    return total - 2 * gain + ((W.T @ W).double() * H.double()).sum()
+
+
+def pull(A: Tensor, B: Tensor, W: Tensor) -> Tensor:
+    """C_j = Σ_i Σ_c W_ij ⟨A_ic, g_j⟩ A_ic: (r, d)."""
+    weighted = W[:, None] * B
+    return weighted.flatten(0, 1).T @ A.flatten(0, 1)
+
+
+def coordinate_descent(W: Tensor, N: Tensor, H: Tensor, sweeps: int, tolerance: float = 0.0) -> Tensor:
+    """Sweeps of HALS for min_{W ≥ 0} L: every column of W in turn to its minimum, given the others.
+
+    Stops early when a sweep moves no entry by more than `tolerance` times the largest.
+    """
+    W = W.clone()
+    r = W.shape[1]
+    diagonal = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)
+    for _ in range(sweeps):
+        largest = torch.zeros((), device=W.device, dtype=W.dtype)
+        for j in range(r):
+            before = W[:, j].clone()
+            W[:, j] = (before + (N[:, j] - W @ H[:, j]) / diagonal[j]).clamp_min(0)
+            if tolerance:
+                largest = torch.maximum(largest, (W[:, j] - before).abs().max())
+        if tolerance and largest <= tolerance * W.max().clamp_min(torch.finfo(W.dtype).tiny):
+            break
+    return W
+
+
+def nonnegative_coefficients(N: Tensor, H: Tensor) -> Tensor:
+    """W (n, r) ≥ 0 that minimises L for fixed G, to convergence, float64: what `transform` returns."""
+    N, H = N.double(), H.double()
+    return coordinate_descent(torch.zeros_like(N), N, H, sweeps=5000, tolerance=1e-10)
+
+
+def module_scales(A: Tensor, blocks: list[slice], norms: Tensor | None = None) -> Tensor:
+    """Mean Frobenius norm of every block's own PEF over the examples: (number of blocks,), float64."""
+    total = torch.zeros(len(blocks), dtype=torch.float64)
+    for b, block in enumerate(blocks):
+        part = A[..., block]
+        norm = (part @ part.mT).double().flatten(1).norm(dim=1)
+        total[b] = (norm if norms is None else norm * norms).mean()
+    return total

@@ -1,0 +1,302 @@
+"""Solvers of the factorisation, each from one start: block_power (no learning rate) and the paper's reference.
+
+A solver sees the rows only through `Rows`: three products, which may run over chunks of a memory map, over examples
+sharded between processes, or in Gram space. What it returns is (W, G) and the loss after every iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_npeff.decomposition.objective import (
+    alignments,
+    coordinate_descent,
+    energies,
+    loss_of,
+    overlaps,
+    pull,
+    total_energy,
+)
+
+
+class Rows(Protocol):
+    """The rows of n examples as a solver uses them; sums run over all processes, W is this process's own."""
+
+    n: int
+    dim: int
+
+    def total(self) -> Tensor:
+        """Σ_i ‖F_i‖²."""
+
+    def energies(self, G: Tensor) -> Tensor:
+        """N (n, r)."""
+
+    def pull(self, G: Tensor, W: Tensor) -> Tensor:
+        """C (r, d)."""
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The sum of a small tensor over processes."""
+
+    def top_directions(self, indices: list[int]) -> Tensor:
+        """The top eigenvector of F_i for every index, (len, d), unit."""
+
+
+class DenseRows:
+    """Rows held in one tensor A (n, c, d)."""
+
+    def __init__(self, A: Tensor):
+        self.A = A
+        self.n = len(A)
+        self.dim = A.shape[-1]
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def total(self) -> Tensor:
+        return total_energy(self.A)
+
+    def _alignments(self, G: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not G:
+            self._last = (G, alignments(self.A, G))
+        return self._last[1]
+
+    def energies(self, G: Tensor) -> Tensor:
+        return energies(self._alignments(G))
+
+    def pull(self, G: Tensor, W: Tensor) -> Tensor:
+        return pull(self.A, self._alignments(G), W)
+
+    def reduce(self, value: Tensor) -> Tensor:
+        return value
+
+    def top_directions(self, indices: list[int]) -> Tensor:
+        return top_directions(self.A[indices])
+
+
+def top_directions(A: Tensor) -> Tensor:
+    """The top eigenvectors of F_i = AᵀA for factors A (n, c, d): unit (n, d); zero rows give zeros."""
+    _, vectors = torch.linalg.eigh((A @ A.mT).double())
+    g = torch.einsum("nc,ncd->nd", vectors[..., -1].to(A.dtype), A)
+    return torch.nn.functional.normalize(g, dim=1)
+
+
+@dataclass
+class Fit:
+    """One start's end.
+
+    Attributes:
+        W: (n, r) coefficients.
+        G: (r, d) unit rows.
+        losses: relative loss after the start and after every iteration.
+        converged: whether it stopped before the iteration limit.
+    """
+
+    W: Tensor
+    G: Tensor
+    losses: list[float]
+    converged: bool
+
+
+Progress = Callable[[int, float], bool]
+"""Called with the iteration and the relative loss; True stops the start."""
+
+
+def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tensor:
+    """k-means++ over PEFs: top eigenvectors of examples, drawn in proportion to what no chosen direction explains."""
+    first = int(torch.randint(rows.n, (1,), generator=generator))
+    chosen = [first]
+    G = rows.top_directions([first])
+    covered = rows.energies(G)[:, 0]
+    while len(chosen) < r:
+        left = (1 - covered).clamp_min(0).double().cpu() + 1e-9
+        left[chosen] = 0
+        if not bool((left > 0).any()):
+            left = torch.ones_like(left)
+        i = int(torch.multinomial(left, 1, generator=generator))
+        chosen.append(i)
+        g = rows.top_directions([i])
+        G = torch.cat([G, g])
+        covered = torch.maximum(covered, rows.energies(g)[:, 0])
+    empty = G.norm(dim=1) < 0.5  # a zero PEF has no direction
+    if bool(empty.any()):
+        noise = torch.randn(G.shape, generator=generator).to(G.device, G.dtype)
+        G[empty] = torch.nn.functional.normalize(noise, dim=1)[empty]
+    return G
+
+
+def block_power(
+    rows: Rows,
+    G: Tensor,
+    *,
+    W: Tensor | None = None,
+    fixed: int = 0,
+    max_iterations: int,
+    tolerance: float,
+    patience: int = 3,
+    progress: Progress | None = None,
+) -> Fit:
+    """Alternate a sweep of coordinate descent on W with one shifted power step on every g_j; the loss never rises.
+
+    With the others fixed, the best g_j is the top eigenvector of R_j = Σ_i W_ij F_i − Σ_{l≠j} (WᵀW)_jl g_l g_lᵀ, and
+    g_j ← normalise(R_j g_j + s (WᵀW)_jj g_j) is one step of power iteration towards it. All steps are taken at once,
+    which can raise the loss; then the shift s is raised and the step repeated from the same products.
+
+    Args:
+        rows: the PEFs.
+        G: (r, d) unit rows to start from.
+        W: coefficients to start from; None starts from zero.
+        fixed: the first `fixed` rows of G stay as they are.
+        max_iterations: at most.
+        tolerance: stop when `patience` iterations in a row improve the loss by less than this share of it.
+        patience: see `tolerance`.
+        progress: may stop the start.
+    """
+    total = rows.total()
+    scale = total.clamp_min(torch.finfo(torch.float64).tiny)
+    N, H = rows.energies(G), overlaps(G)
+    W = coordinate_descent(torch.zeros_like(N) if W is None else W.to(N.dtype), N, H, 4)
+
+    def loss(W: Tensor, N: Tensor, H: Tensor) -> float:
+        value = rows.reduce(loss_of(torch.zeros((), dtype=torch.float64, device=N.device), W, N, H) )
+        return float((total + value) / scale)
+
+    current = loss(W, N, H)
+    losses = [current]
+    shift, quiet, revived = 0.5, 0, 0
+    for iteration in range(max_iterations):
+        C = rows.pull(G, W)
+        WtW = rows.reduce(W.T @ W)
+        power = WtW.diagonal()
+        R = C - ((WtW - torch.diag(power)) * (G @ G.T)) @ G
+        before = current
+        for _ in range(12):
+            stepped = torch.nn.functional.normalize(R + shift * power[:, None] * G, dim=1)
+            stepped = torch.where((power > 0)[:, None], stepped, G)
+            if fixed:
+                stepped[:fixed] = G[:fixed]
+            N_new, H_new = rows.energies(stepped), overlaps(stepped)
+            after = loss(W, N_new, H_new)
+            if after <= current:
+                G, N, H, current = stepped, N_new, H_new, after
+                shift *= 0.7
+                break
+            shift = max(3 * shift, 0.1)
+        W_new = coordinate_descent(W, N, H, 2)
+        after = loss(W_new, N, H)
+        if after <= current:
+            W, current = W_new, after
+        losses.append(current)
+        dead = power <= 1e-12 * power.max().clamp_min(1e-300)
+        dead[:fixed] = False
+        if bool(dead.any()) and revived < 3 and iteration >= 5:
+            G, N, H, W = _revive(rows, G, W, N, H, dead)
+            revived += 1
+            current = loss(W, N, H)
+            if current <= losses[-1]:
+                losses[-1] = current
+        if progress is not None and progress(iteration, current):
+            return Fit(W, G, losses, True)
+        quiet = quiet + 1 if before - current <= tolerance * before else 0
+        if quiet >= patience:
+            return Fit(W, G, losses, True)
+    return Fit(W, G, losses, False)
+
+
+def _revive(
+    rows: Rows, G: Tensor, W: Tensor, N: Tensor, H: Tensor, dead: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dead components restart from the worst-explained examples; their weight starts at 0, so the loss stays."""
+    explained = 2 * (W * N).sum(1) - ((W @ H) * W).sum(1)
+    worst = torch.argsort(explained)[: int(dead.sum())].tolist()
+    fresh = rows.top_directions(worst)
+    G = G.clone()
+    where = dead.nonzero()[:, 0][: len(fresh)]
+    G[where] = torch.where(fresh.norm(dim=1, keepdim=True) > 0.5, fresh, G[where])
+    N, H = rows.energies(G), overlaps(G)
+    return G, N, H, coordinate_descent(W, N, H, 1)
+
+
+def reference(
+    rows: DenseRows,
+    r: int,
+    generator: torch.Generator,
+    *,
+    learning_rate: float,
+    max_iterations: int,
+    tolerance: float,
+    warm_up: int = 10,
+    patience: int = 3,
+    progress: Progress | None = None,
+) -> Fit:
+    """The paper's algorithm, the yardstick: multiplicative updates of W and gradient steps on G.
+
+    W ← W ∘ N / (W H + ε);  G ← G − 4η [((WᵀW)∘(GGᵀ)) G − C]. W starts uniform in [0, 1), G normal with variance
+    2/(r·d); the first `warm_up` steps move G alone. The rows of G are scaled to unit norm at the end, W absorbing it.
+
+    Raises:
+        FloatingPointError: if the loss stops being finite: the learning rate is too high.
+    """
+    device, dtype = rows.A.device, rows.A.dtype
+    W = torch.rand(rows.n, r, generator=generator).to(device, dtype)
+    G = (torch.randn(r, rows.dim, generator=generator) * (2 / (r * rows.dim)) ** 0.5).to(device, dtype)
+    total = rows.total()
+    losses: list[float] = []
+    quiet = 0
+    converged = False
+    for iteration in range(max_iterations + warm_up):
+        if iteration >= warm_up:
+            N, H = rows.energies(G), overlaps(G)
+            W = W * N / (W @ H + 1e-12)
+        C = rows.pull(G, W)
+        G = G - 4 * learning_rate * (((W.T @ W) * (G @ G.T)) @ G - C)
+        loss = float(loss_of(total, W, rows.energies(G), overlaps(G)) / total)
+        if not loss < float("inf"):
+            raise FloatingPointError(
+                f"the reference solver diverged at iteration {iteration}; lower learning_rate={learning_rate} "
+                "(block_power has none)"
+            )
+        losses.append(loss)
+        if progress is not None and progress(iteration, loss):
+            converged = True
+            break
+        if iteration > warm_up:
+            quiet = quiet + 1 if abs(losses[-2] - loss) <= tolerance * losses[-2] else 0
+            if quiet >= patience:
+                converged = True
+                break
+    norm = G.norm(dim=1)
+    return Fit(W * norm.square(), G / norm.clamp_min(torch.finfo(dtype).tiny)[:, None], losses, converged)
+
+
+def gram_space(A: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Rows (n, c, d) with n·c < d in at most n·c coordinates: the same objective, and the way back for G.
+
+    With K = AAᵀ = UΛUᵀ the coordinates are X = UΛ^½, and a unit g with coordinates y is Λ^(−½)Uᵀ A.
+    """
+    n, c, _ = A.shape
+    flat = A.flatten(0, 1)
+    K = _gram(flat)
+    values, U = torch.linalg.eigh(K)
+    keep = values > values[-1].clamp_min(1e-300) * 1e-10
+    values, U = values[keep], U[:, keep]
+    X = (U * values.sqrt()).to(A.dtype).reshape(n, c, -1)
+    back = (U / values.sqrt()).to(A.dtype)
+
+    def to_rows(G: Tensor) -> Tensor:
+        return torch.nn.functional.normalize((G @ back.T) @ flat, dim=1)
+
+    return X, to_rows
+
+
+def _gram(flat: Tensor) -> Tensor:
+    """AAᵀ in float64, accumulated over columns so that no float64 copy of A is made."""
+    K = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for part in flat.split(4096, dim=1):
+        wide = part.double()
+        K += wide @ wide.T
+    return K
+
+

@@ -1,0 +1,220 @@
+"""Output factors: the c cotangents per example whose gradients stand for its Fisher.
+
+With S = B Bᵀ at the logits and J_head the head's Jacobian, the rows A = VᵀJ of the cotangents V give AᵀA ≈ JᵀSJ:
+
+    exact       V = √λ e for the eigenpairs of S (k×k): all of them, AᵀA = F
+    spectral    V = √λ u at the hidden state z for the top c eigenpairs of M = J_headᵀ S J_head (h×h); at the logits,
+                where the cotangent has to pass the head itself, V = S J_head u / √λ: its pull-back to z is √λ u
+    projection  V = B r/√c with r Rademacher, E[AᵀA] = F
+    sampling    V = ∇log p(y)/√c with y ~ p, E[AᵀA] = F
+
+M is never formed. Its eigenpairs come from a block Krylov space (Musco & Musco 2015, arXiv:1504.05477): each round
+costs two thin products with the unembedding, on a few columns only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_npeff.config import OutputFactor
+from hf_npeff.fisher.distributions import Distribution, HeadJacobian, Outputs
+
+EXACT_LIMIT = 1024
+"""`exact` diagonalises a k×k matrix an example: refused above this k."""
+_ROUNDS = 5
+_OVERSAMPLING = 2
+_CHUNK_NUMBERS = 2**26
+
+
+class Cotangents(NamedTuple):
+    """What enters at `Outputs.source`.
+
+    Attributes:
+        values: (B, t, c, s), the cotangents of every term.
+        joint: True where one backward pass may carry all terms at once (one term, or random signs per term);
+            False where the rows of every term have to be stacked and reduced.
+    """
+
+    values: Tensor
+    joint: bool
+
+
+def resolve(factor: OutputFactor, outputs: Outputs, rank: int) -> OutputFactor:
+    """The output factor that `factor` means for these outputs.
+
+    Raises:
+        ValueError: if `exact` is asked of a vocabulary, or `rank` exceeds the dimension of the space of cotangents.
+    """
+    distribution = outputs.distribution(outputs.logits[:1, 0])
+    k, s = outputs.logits.shape[-1], outputs.source.shape[-1]
+    exact_rows = distribution.rows_of_exact()
+    if factor == "auto":
+        factor = "exact" if exact_rows <= rank and k <= EXACT_LIMIT else "spectral"
+    if factor == "exact" and k > EXACT_LIMIT:
+        raise ValueError(
+            f"output_factor='exact' diagonalises a {k}×{k} matrix for every example; use output_factor='spectral', which "
+            f"keeps the best `rank` rows (exact is for at most {EXACT_LIMIT} classes)"
+        )
+    if factor == "spectral" and rank > s:
+        raise ValueError(f"rank={rank} exceeds the {s} dimensions of the model's last hidden state; lower it to {s}")
+    return factor
+
+
+def seeds_of(ids: Sequence[str], seed: int) -> list[int]:
+    """A seed for every example from its id, so that random factors do not depend on the batch."""
+    digests = (hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in ids)
+    return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
+
+
+def cotangents(outputs: Outputs, factor: OutputFactor, rank: int, seeds: Sequence[int]) -> Cotangents:
+    """The cotangents of a batch.
+
+    Args:
+        outputs: B examples of t terms.
+        factor: as `resolve` returned it.
+        rank: c.
+        seeds: of the random factors, one an example.
+
+    Returns:
+        Cotangents with c = `rank` columns ("exact": all of its own), zero where a term does not exist.
+    """
+    B, t, k = outputs.logits.shape
+    flat = outputs.logits.flatten(0, 1)
+    jacobian = outputs.jacobian
+    if factor in ("exact", "spectral"):
+        pieces = []
+        columns = rank + _OVERSAMPLING if factor == "spectral" else k
+        step = max(1, _CHUNK_NUMBERS // (k * columns))
+        for start in range(0, len(flat), step):
+            part = slice(start, start + step)
+            distribution = outputs.distribution(flat[part])
+            head = _slice_of(jacobian, part)
+            if factor == "exact":
+                values, vectors = distribution.eigen()
+                V = vectors * values.sqrt()[:, None]
+            else:
+                V = _spectral(distribution, head, rank, at_hidden=outputs.at_hidden)
+            pieces.append(_to_source(V, head, outputs.at_hidden and factor == "exact"))
+        V = torch.cat(pieces)
+        joint = t == 1
+    else:
+        V = _random(outputs, factor, rank, seeds, flat, jacobian)
+        joint = True
+    V = V.reshape(B, t, *V.shape[1:]).mT
+    return Cotangents(V * outputs.valid[:, :, None, None], joint)
+
+
+def _slice_of(jacobian: HeadJacobian | None, part: slice) -> HeadJacobian | None:
+    if jacobian is None or jacobian.slope is None:
+        return jacobian
+    return HeadJacobian(jacobian.weight, jacobian.slope[part])
+
+
+def _to_source(V: Tensor, jacobian: HeadJacobian | None, at_hidden: bool) -> Tensor:
+    """Cotangents at the logits (N, k, c) → where they enter (N, s, c)."""
+    if not at_hidden:
+        return V
+    assert jacobian is not None
+    return jacobian.pull(V)
+
+
+def _random(
+    outputs: Outputs, factor: OutputFactor, rank: int, seeds: Sequence[int], flat: Tensor, jacobian: HeadJacobian | None
+) -> Tensor:
+    B, t, k = outputs.logits.shape
+    pieces = []
+    for i in range(B):  # one generator an example: the same rows in any batch
+        generator = torch.Generator().manual_seed(seeds[i])
+        part = slice(i * t, (i + 1) * t)
+        distribution = outputs.distribution(flat[part])
+        if factor == "projection":
+            signs = torch.randint(0, 2, (t, k, rank), generator=generator, dtype=torch.int8).to(flat.device) * 2 - 1
+            V = distribution.sqrt_times(signs.to(flat.dtype))
+        else:
+            V = torch.stack([distribution.scores(rank, generator, j) for j in range(t)])
+        pieces.append(_to_source(V / rank**0.5, _slice_of(jacobian, part), outputs.at_hidden))
+    return torch.cat(pieces)
+
+
+def _spectral(distribution: Distribution, jacobian: HeadJacobian | None, c: int, *, at_hidden: bool) -> Tensor:
+    """√λ u at the hidden state, or S J u/√λ at the logits, for the top c eigenpairs of JᵀSJ: (N, s, c)."""
+    values, vectors = top_eigenpairs(distribution, jacobian, c)
+    if at_hidden:
+        return vectors * values.sqrt()[:, None]
+    V = distribution.hessian_times(vectors if jacobian is None else jacobian.push(vectors))
+    scale = values.sqrt()
+    # Below rounding a direction carries nothing, and its cotangent would be rounding blown up.
+    tiny = values <= values[:, :1] * torch.finfo(values.dtype).eps * 10
+    return V * torch.where(tiny, 0.0, 1 / scale.clamp_min(torch.finfo(scale.dtype).tiny))[:, None]
+
+
+def top_eigenpairs(
+    distribution: Distribution, jacobian: HeadJacobian | None, c: int, rounds: int = _ROUNDS
+) -> tuple[Tensor, Tensor]:
+    """The top c eigenvalues (N, c), descending, and eigenvectors (N, h, c) of M = JᵀSJ, by block Krylov iteration.
+
+    Args:
+        distribution: N output distributions.
+        jacobian: J_head, or None for the identity (then h = k).
+        c: how many; at most h.
+        rounds: blocks of the Krylov space.
+    """
+    logits = distribution.logits
+    N, k = logits.shape
+    h = k if jacobian is None else jacobian.weight.shape[1]
+
+    def times(Q: Tensor) -> Tensor:
+        if jacobian is None:
+            return distribution.hessian_times(Q)
+        return jacobian.pull(distribution.hessian_times(jacobian.push(Q)))
+
+    width = min(c + _OVERSAMPLING, h)
+    start = torch.randn(h, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (start / start.norm(dim=0)).to(logits.device, logits.dtype).expand(N, h, width)
+    basis = torch.linalg.qr(times(noise) + torch.finfo(logits.dtype).tiny * noise)[0]
+    images = times(basis)
+    while basis.shape[-1] < min(h, rounds * width):
+        block = images[..., -width:]
+        room = min(width, h - basis.shape[-1])
+        # A space that is exhausted leaves only rounding; fresh noise in its place keeps the basis orthonormal.
+        scale = block.norm(dim=-2, keepdim=True).amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+        block = (block / scale)[..., :room] + 1e-6 * noise[..., :room].roll(basis.shape[-1], dims=-2)
+        for _ in range(2):
+            block = block - basis @ (basis.mT @ block)
+            block = torch.linalg.qr(block)[0]
+        basis = torch.cat([basis, block], -1)
+        images = torch.cat([images, times(block)], -1)
+    T = (basis.mT @ images).double()
+    values, rotation = torch.linalg.eigh((T + T.mT) / 2)
+    values, rotation = values.flip(-1)[:, :c], rotation.flip(-1)[..., :c]
+    return values.clamp_min(0).to(logits.dtype), basis @ rotation.to(logits.dtype)
+
+
+def reduce_rows(rows: Tensor, cotangents_of_rows: Tensor, c: int) -> tuple[Tensor, Tensor]:
+    """The best c combinations of the stacked rows of all terms, by an SVD of the sketched rows.
+
+    Args:
+        rows: (B, t·c', d), the rows of term after term.
+        cotangents_of_rows: (B, t, c', s), what made them.
+        c: rows to keep.
+
+    Returns:
+        rows (B, c, d) = UᵀA for the top left singular vectors U (zero rows where there are fewer), and the cotangents
+        (B, t, c, s) that make them in one backward pass each.
+    """
+    B, m, _ = rows.shape
+    t, per_term = cotangents_of_rows.shape[1:3]
+    scale = rows.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    A = (rows / scale).double()
+    _, U = torch.linalg.eigh(A @ A.mT)
+    U = U.flip(-1)[..., :c]
+    if U.shape[-1] < c:
+        U = torch.cat([U, U.new_zeros(B, m, c - U.shape[-1])], -1)
+    reduced = (U.mT @ A).to(rows.dtype) * scale
+    mixing = U.reshape(B, t, per_term, c).to(cotangents_of_rows.dtype)
+    return reduced, mixing.mT @ cotangents_of_rows

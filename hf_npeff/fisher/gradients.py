@@ -1,0 +1,279 @@
+"""Hooks on linear maps: from cotangents at a model's output to sketched per-example gradient rows, and nothing else.
+
+The gradient of an example's output with respect to a linear map's weight is Σ_t δ_t x_tᵀ, with x_t the inputs and δ_t
+the gradients of the outputs. The forward pass gives x, one backward pass per cotangent gives δ, and a sketch takes
+their product apart (P_out δ)(P_in x)ᵀ. No parameter requires a gradient: weight gradients are never formed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.sketches import Sketch
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """One weight under analysis and the modules that apply it (several where a weight is tied).
+
+    Attributes:
+        parameter: the weight's name in `model.named_parameters()`.
+        modules: names of the modules.
+        shape: (out, in).
+        transposed: the weight is stored (in, out), as GPT-2's Conv1D does.
+    """
+
+    parameter: str
+    modules: tuple[str, ...]
+    shape: tuple[int, int]
+    transposed: bool = False
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor shaped like the weight → (…, out, in)."""
+        return weight.mT if self.transposed else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """(…, out, in) → shaped like the weight."""
+        return matrix.mT if self.transposed else matrix
+
+
+class CalledOnceForAll(UnsupportedModelError):
+    """A module ran once for the whole batch, so its gradients cannot be told apart; single examples can."""
+
+
+def _matches(name: str, targets: str | Sequence[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or name endings."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _adapter_parts(model: nn.Module) -> set[str]:
+    """Linear maps that belong to a PEFT adapter (its lora_A and lora_B): analysed only when they are named."""
+    parts = set()
+    for prefix, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
+            for suffix, child in module.named_modules():
+                if suffix and _is_linear(child) and not suffix.startswith("base_layer"):
+                    parts.add(f"{prefix}.{suffix}")
+    return parts
+
+
+def find_linear_maps(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+) -> list[LinearMap]:
+    """The linear maps (nn.Linear, Conv1D) under analysis, in the model's order; PEFT's meaning of `target_modules`.
+
+    "all-linear" leaves out a language model's output embedding and the parts of a loaded PEFT adapter.
+
+    Raises:
+        ValueError: if nothing matches, or a regular expression is not one.
+    """
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        skip = _adapter_parts(model) | {n for n, m in model.named_modules() if m is embedding}
+        chosen = [(n, m) for n, m in model.named_modules() if _is_linear(m) and n not in skip]
+    else:
+        try:
+            chosen = [(n, m) for n, m in model.named_modules() if _is_linear(m) and _matches(n, target_modules)]
+        except re.error as error:
+            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
+    if exclude_modules is not None:
+        chosen = [(n, m) for n, m in chosen if not _matches(n, exclude_modules)]
+    if not chosen:
+        known = [n for n, m in model.named_modules() if _is_linear(m)]
+        raise ValueError(
+            f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) matches none of the model's "
+            f"{len(known)} linear maps, for instance {known[:8]}"
+        )
+    first_name: dict[int, str] = {}
+    maps: dict[str, LinearMap] = {}
+    for name, module in chosen:
+        transposed = isinstance(module, Conv1D)
+        parameter = first_name.setdefault(id(module.weight), f"{name}.weight")
+        if transposed:
+            shape = (int(module.weight.shape[1]), int(module.weight.shape[0]))
+        else:
+            shape = (module.out_features, module.in_features)  # a quantised weight has another shape
+        before = maps[parameter].modules if parameter in maps else ()
+        maps[parameter] = LinearMap(parameter, (*before, name), shape, transposed)
+    return list(maps.values())
+
+
+class Receiver(Protocol):
+    """What is done with the inputs and output gradients of the linear maps."""
+
+    def take_input(self, name: str, x: Tensor) -> Any:
+        """Called in the forward pass with x (B, t, in); what it returns comes back in `take_gradient`."""
+
+    def take_gradient(self, name: str, saved: Any, delta: Tensor) -> None:
+        """Called in every backward pass with δ (B, t, out)."""
+
+
+class LinearHooks:
+    """Feeds a receiver from hooks on the linear maps of a model, inside `with`.
+
+    `begin(batch)` comes before each forward pass and says how many examples it holds. After the pass, `roots` are the
+    tensors at which backward passes may stop.
+    """
+
+    def __init__(self, model: nn.Module, maps: Sequence[LinearMap], receiver: Receiver):
+        self.roots: list[Tensor] = []
+        self._receiver = receiver
+        self._batch = 0
+        self._modules = {name: m for m in maps for name in m.modules}
+        self._model = model
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> LinearHooks:
+        modules = dict(self._model.named_modules())
+        for name, linear_map in self._modules.items():
+            self._handles.append(modules[name].register_forward_hook(self._hook(name, linear_map), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self.roots.clear()
+
+    def begin(self, batch: int) -> None:
+        """Announce a forward pass over `batch` examples."""
+        self._batch = batch
+        self.roots.clear()
+
+    def _per_example(self, x: Tensor, name: str) -> Tensor:
+        """(B, …, features) or flattened (B·t, features) → (B, t, features)."""
+        if x.shape[0] % self._batch or x.dim() < 2:
+            if x.shape[0] == 1:
+                raise CalledOnceForAll(f"{name} runs once for the whole batch; use batch_size=1 for this model")
+            raise UnsupportedModelError(
+                f"{name} received {tuple(x.shape)} for a batch of {self._batch} examples, so its rows cannot be given "
+                f"to examples (routed experts do this). Leave it out with exclude_modules, or use batch_size=1."
+            )
+        return x.reshape(self._batch, -1, x.shape[-1])
+
+    def _hook(self, name: str, linear_map: LinearMap) -> Callable[..., Tensor]:
+        parameter = linear_map.parameter
+
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            saved = self._receiver.take_input(parameter, self._per_example(x.detach(), name))
+            if not output.requires_grad:
+                # Nothing under analysis came before: the backward pass ends here.
+                root = output.detach().requires_grad_()
+                self.roots.append(root)
+                output = root.clone()
+
+            def backward_hook(delta: Tensor) -> None:
+                self._receiver.take_gradient(parameter, saved, self._per_example(delta, name))
+
+            output.register_hook(backward_hook)
+            return output
+
+        return forward_hook
+
+    def backward(self, source: Tensor, cotangent: Tensor, *, last: bool = False) -> None:
+        """Send one cotangent (shaped like `source`) back to the roots; `last` lets the graph go.
+
+        Raises:
+            UnsupportedModelError: if no map under analysis influences `source`.
+        """
+        if not self.roots or not source.requires_grad:
+            raise UnsupportedModelError(
+                "none of the target modules ran, or the output does not depend on them; check target_modules"
+            )
+        torch.autograd.grad(
+            source, self.roots, cotangent.to(source.dtype), retain_graph=not last, allow_unused=True
+        )
+
+
+class RowCollector:
+    """A receiver that sketches on the fly: one row (B, d) for every backward pass."""
+
+    def __init__(self, sketch: Sketch):
+        self.sketch = sketch
+        self._rows: Tensor | None = None
+
+    def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Begin the rows of one backward pass."""
+        self._rows = self.sketch.new_rows(batch, device=device, dtype=torch.promote_types(dtype, torch.float32))
+
+    def finish(self) -> Tensor:
+        """The rows (B, d) of the backward pass that has just run."""
+        assert self._rows is not None
+        return self.sketch.finish(self._rows)
+
+    def take_input(self, name: str, x: Tensor) -> Tensor:
+        """P_in x, once a forward pass."""
+        return self.sketch.project_input(name, x)
+
+    def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
+        """Add (P_out δ)ᵀ(P_in x), summed over positions."""
+        assert self._rows is not None
+        delta = self.sketch.project_output(name, delta)
+        self.sketch.add(self._rows, name, delta.mT @ saved.to(delta.dtype))
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode with no parameter requiring a gradient; as it was on exit, exceptions included.
+
+    Modes, requires_grad and the state of the random generators come back; forward hooks are the callers' own.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            model.eval()
+            for parameter, _ in required:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def autograd_rows(
+    model: nn.Module, maps: Sequence[LinearMap], run: Callable[[], tuple[Tensor, Tensor]]
+) -> Mapping[str, Tensor]:
+    """{parameter: gradient (out, in)} of ⟨source, cotangent⟩ by plain autograd, for the self-test of the hooks.
+
+    Args:
+        model: frozen; the weights of `maps` require gradients inside only.
+        maps: the linear maps to differentiate.
+        run: a forward pass that returns (source, cotangent).
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = [parameters[m.parameter] for m in maps]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        source, cotangent = run()
+        gradients = torch.autograd.grad(source, weights, cotangent.to(source.dtype), allow_unused=True)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return {
+        m.parameter: m.as_matrix(torch.zeros_like(w) if g is None else g)
+        for m, w, g in zip(maps, weights, gradients, strict=True)
+    }
