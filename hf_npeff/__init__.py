@@ -6,6 +6,7 @@ from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.components import Component, Decomposition
 from hf_npeff.config import DecompositionConfig, FisherConfig
 from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.directions import ParameterDirection
 from hf_npeff.errors import (
     CorruptStoreError,
     FormatVersionError,
@@ -14,6 +15,8 @@ from hf_npeff.errors import (
     UnsupportedModelError,
 )
 from hf_npeff.fisher.distributions import OutputHead, Outputs
+from hf_npeff.hub import list_decompositions
+from hf_npeff.perturbation import PerturbationReport
 from hf_npeff.store import PEFs
 
 __all__ = [
@@ -28,6 +31,10 @@ __all__ = [
     "NPEFF",
     "Decomposition",
     "Component",
+    "ParameterDirection",
+    "PerturbationReport",
+    # the Hub
+    "list_decompositions",
     # errors
     "NPEFFError",
     "IncompatibleSketchError",

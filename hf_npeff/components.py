@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +17,20 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from hf_npeff.cards import decomposition_card, write_card
 from hf_npeff.config import DecompositionConfig, FisherConfig
 from hf_npeff.decomposition.objective import alignments, energies, module_scales, nonnegative_coefficients, overlaps
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
-from hf_npeff.files import FORMAT_VERSION, read_json, read_tensors, sha256_of, write_atomically, write_json
+from hf_npeff.files import FORMAT_VERSION, json_bytes, read_json, read_tensors, sha256_of, write_atomically
+from hf_npeff.hub import commit_of, is_hub_id, push_folder, resolve_folder, text_columns
 from hf_npeff.store import PEFs, check_same_sketch, column_array, normalise, plain_column
+
+logger = logging.getLogger(__name__)
 
 ACTIVE_SHARE = 0.05
 """A component is active on an example when it carries at least this share of its coefficients' sum."""
 _TENSORS = ("coefficients", "pseudo_fishers", "stability")
+_FILES = ("config.json", "decomposition.safetensors", "examples.parquet", "README.md")
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,8 @@ class Component:
         )
 
     def __repr__(self) -> str:
-        return f"Component({self.index}, {self.label!r}, active on {self.active_share:.0%}, stability {self.stability:.2f})"
+        facts = f"active on {self.active_share:.0%}, stability {self.stability:.2f}"
+        return f"Component({self.index}, {self.label!r}, {facts})"
 
 
 class Decomposition:
@@ -132,6 +141,7 @@ class Decomposition:
         scales: (d,) what balanced rows were multiplied with, or None.
         converged: whether the solver stopped before its iteration limit.
         evaluations: {component: measured perturbation}, filled by `NPEFFAnalyzer.evaluate_components`.
+        commit: of the Hub repository that it was read from, or None.
     """
 
     def __init__(
@@ -162,6 +172,7 @@ class Decomposition:
         self.converged = converged
         self.names: dict[int, str] = dict(names or {})
         self.evaluations: dict[int, dict[str, Any]] = {int(j): dict(e) for j, e in (evaluations or {}).items()}
+        self.commit: str | None = None
 
     @property
     def explained(self) -> float:
@@ -201,7 +212,7 @@ class Decomposition:
         return (Component(self, j) for j in range(len(self)))
 
     def index_of(self, j: int) -> int:
-        """j as a number from 0 to r − 1; negative ones count from the end.
+        """Component j as a number from 0 to r − 1; negative ones count from the end.
 
         Raises:
             IndexError: if there is no such component.
@@ -232,20 +243,39 @@ class Decomposition:
     def transform(self, pefs: PEFs) -> Tensor:
         """W (n′, r) of PEFs, G fixed: what these components explain of other examples.
 
+        Warns where the PEFs are of another commit of the model.
+
         Args:
-            pefs: made with the same sketch of the same model.
+            pefs: made with the same sketch of the same model: `analyzer.compute_pefs(dataset, like=decomposition)`.
 
         Raises:
             IncompatibleSketchError: if they were made with another sketch.
         """
-        check_same_sketch(self.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
+        check_same_sketch(
+            self.fingerprint,
+            pefs.fingerprint,
+            "the decomposition",
+            "PEFs",
+            "analyzer.compute_pefs(dataset, like=decomposition) does, and so does an analyzer that is made with "
+            "fisher=decomposition.fisher_config.",
+        )
+        ours, theirs = self.info.get("revision"), pefs.info.get("revision")
+        if self.info.get("model") == pefs.info.get("model") and None not in (ours, theirs) and ours != theirs:
+            logger.warning(
+                "the decomposition was made from %s at commit %s, and these PEFs at commit %s: the weights may differ; "
+                "load the model with revision=%r",
+                self.info.get("model"),
+                ours,
+                theirs,
+                ours,
+            )
         H = overlaps(self.pseudo_fishers.double())
         parts = []
         for chunk in pefs.chunks(1024):
             A = balanced(chunk.factors, self.scales)
             N = energies(alignments(A, self.pseudo_fishers.to(A.dtype)))
             parts.append(nonnegative_coefficients(N, H).to(self.coefficients.dtype))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else self.coefficients.new_zeros(0, len(self))
 
     def __repr__(self) -> str:
         return (
@@ -255,32 +285,51 @@ class Decomposition:
 
     # On disk
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *, include_columns: bool | Sequence[str] = True) -> None:
-        """Write config.json, decomposition.safetensors and examples.parquet.
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        include_columns: bool | Sequence[str] = True,
+        datasets: Sequence[str] = (),
+        license: str | None = None,
+    ) -> None:
+        """Write config.json, decomposition.safetensors, examples.parquet and README.md, the model card.
+
+        A README.md that is not a card of hf_npeff stays as it is.
 
         Args:
             directory: made where it is missing.
             include_columns: which columns go into examples.parquet beside the ids: texts may be private.
+            datasets: ids of the data sets that the examples are from, for the card.
+            license: an identifier of the Hub such as "apache-2.0", for the card.
 
         Raises:
-            ValueError: if a column does not exist.
+            ValueError: if a column does not exist, or the license or a data set's id is malformed.
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._save(Path(directory), include_columns, None, datasets, license)
+
+    def _save(
+        self,
+        folder: Path,
+        include_columns: bool | Sequence[str],
+        repo_id: str | None,
+        datasets: Sequence[str],
+        license: str | None,
+    ) -> None:
+        """Make every file's content, then write them, config.json with the checksums last."""
         names = list(self.columns) if include_columns is True else list(include_columns or ())
         if missing := sorted(set(names) - set(self.columns)):
             raise ValueError(f"the columns {missing} do not exist; there are {sorted(self.columns)}")
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         if self.scales is not None:
             tensors["scales"] = self.scales.contiguous()
-        content = tensors_to_bytes(tensors)
-        table = pa.table(
-            {"example_id": self.example_ids, **{name: column_array(self.columns[name]) for name in names}}
-        )
+        table = pa.table({"example_id": self.example_ids, **{name: column_array(self.columns[name]) for name in names}})
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer)
-        write_atomically(folder / "decomposition.safetensors", content)
-        write_atomically(folder / "examples.parquet", buffer.getvalue().to_pybytes())
+        contents = {
+            "decomposition.safetensors": tensors_to_bytes(tensors),
+            "examples.parquet": buffer.getvalue().to_pybytes(),
+        }
         config = {
             "format_version": FORMAT_VERSION,
             "library_name": "hf_npeff",
@@ -292,11 +341,67 @@ class Decomposition:
             "converged": self.converged,
             "names": {str(j): name for j, name in sorted(self.names.items())},
             "evaluations": {str(j): e for j, e in sorted(self.evaluations.items())},
-            "files": {
-                name: sha256_of(folder / name) for name in ("decomposition.safetensors", "examples.parquet")
-            },
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         }
-        write_json(folder / "config.json", config)
+        contents["config.json"] = json_bytes(config)
+        card = decomposition_card(self, repo_id=repo_id, columns=names, datasets=datasets, license=license)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(folder, card)
+        for name, content in contents.items():
+            write_atomically(folder / name, content)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        include_texts: bool = False,
+        datasets: Sequence[str] = (),
+        license: str | None = None,
+    ) -> str:
+        """Publish the files of `save_pretrained` as a model repository.
+
+        Args:
+            repo_id: user/name; made where it is missing.
+            private: whether a new repository is private; True also refuses an existing public one.
+            token: None takes the one of `hf auth login`.
+            revision: the branch, made where it is missing.
+            create_pr: open a pull request instead of committing.
+            commit_message: the commit's title.
+            include_texts: publish the columns that `hub.text_columns` counts as texts too. Without them, ids, labels,
+                predictions and numbers go along, and the card says what was left out.
+            datasets: ids of the data sets that the examples are from, for the card.
+            license: an identifier of the Hub, for the card.
+
+        Returns:
+            The address of the commit or of the pull request.
+
+        Raises:
+            OSError: if the upload is refused or the Hub cannot be reached.
+            ValueError: if the id, license or a data set's id is malformed, or a private repository is public.
+        """
+        texts = () if include_texts else text_columns(self.columns)
+        kept = [name for name in self.columns if name not in texts]
+        model = self.info.get("model")
+        if model is not None and not is_hub_id(model):
+            logger.warning(
+                "%s is made from the local model %s: nobody else can load that; publish it first", repo_id, model
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(Path(folder), kept, repo_id, datasets, license)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload decomposition",
+            )
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Decomposition:
@@ -327,12 +432,16 @@ class Decomposition:
             if not (folder / name).is_file():
                 raise CorruptStoreError(f"{folder / name} is missing")
             if sha256_of(folder / name) != sums.get(name):
-                raise CorruptStoreError(f"{folder / name} is not what was written: its SHA-256 differs from config.json's")
+                raise CorruptStoreError(
+                    f"{folder / name} is not what was written: its SHA-256 differs from config.json's"
+                )
         tensors = read_tensors(folder / "decomposition.safetensors")
         if set(_TENSORS) - set(tensors):
             raise CorruptStoreError(f"{folder}: tensors are missing: {sorted(set(_TENSORS) - set(tensors))}")
         G = tensors["pseudo_fishers"]
         expected = {"coefficients": (n, r), "pseudo_fishers": (r, *G.shape[1:]), "stability": (r,)}
+        if "scales" in tensors:
+            expected["scales"] = G.shape[1:]
         wrong = {name: tuple(tensors[name].shape) for name, s in expected.items() if tuple(tensors[name].shape) != s}
         if wrong or G.dim() != 2 or any(not 0 <= j < r for j in (*names, *evaluations)):
             raise CorruptStoreError(f"{folder}: expected the shapes {expected}, but found {wrong or tuple(G.shape)}")
@@ -359,9 +468,44 @@ class Decomposition:
         )
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Decomposition:
-        """Read a decomposition from a folder; see `load`."""
-        return cls.load(path)
+    def from_pretrained(
+        cls,
+        id_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
+    ) -> Decomposition:
+        """Read what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            id_or_path: a folder, or a repository's id on the Hub.
+            revision: branch, tag or commit.
+            token: for private repositories; None takes the one of `hf auth login`.
+            cache_dir: the Hub client's cache, where it is not the usual one.
+            local_files_only: use the cache alone.
+            subfolder: the folder within, with forward slashes.
+
+        Raises:
+            OSError: if there is no such folder, repository or revision, or the Hub cannot be reached.
+            ValueError: if the id is malformed, or the subfolder leads out of the repository.
+            CorruptStoreError: if files are missing, altered, or do not fit together.
+            FormatVersionError: if they were not written by this version of the format.
+        """
+        folder = resolve_folder(
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+            allow_patterns=_FILES,
+        )
+        decomposition = cls.load(folder)
+        decomposition.commit = commit_of(folder)
+        return decomposition
 
 
 def balanced(A: Tensor, scales: Tensor | None) -> Tensor:
@@ -399,5 +543,3 @@ def balance_scales(pefs: PEFs) -> Tensor:
     for value, block in zip(scale.tolist(), order, strict=True):
         D[block] = value
     return D
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -52,8 +53,8 @@ def _check_integer(name: str, value: object, least: int) -> None:
 
 
 def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"{name} must be a positive number, but it is {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive, finite number, but it is {value!r}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class FisherConfig(_JsonConfig):
             if isinstance(value, list | set | frozenset):
                 value = tuple(sorted(value) if not isinstance(value, list) else value)
                 object.__setattr__(self, name, value)
-            if value is not None and not isinstance(value, str) and not all(isinstance(v, str) for v in value):
+            if not isinstance(value, str | tuple | None) or any(not isinstance(v, str) for v in value or ()):
                 raise ValueError(f"{name} must be a string or a list of strings, but it is {value!r}")
         _check_integer("rank", self.rank, 1)
         _check_integer("seed", self.seed, 0)
@@ -154,8 +155,8 @@ class DecompositionConfig(_JsonConfig):
         _check_integer("seed", self.seed, 0)
         if self.memory_budget is not None:
             _check_integer("memory_budget", self.memory_budget, 1)
-        if not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be a number of at least 0, but it is {self.tolerance!r}")
+        if not isinstance(self.tolerance, int | float) or not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be a finite number of at least 0, but it is {self.tolerance!r}")
         _check_positive("learning_rate", self.learning_rate)
         _check_choice("solver", self.solver, Solver)
         _check_choice("balance", self.balance, Balance)

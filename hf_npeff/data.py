@@ -115,7 +115,7 @@ class Examples(Sequence[Example]):
         record = self._records[i]
         inputs = {k: v for k, v in self._encode(record, i).items() if v is not None}
         names = self._columns if self._columns is not None else [k for k, v in record.items() if _is_plain(v)]
-        kept = {name: _plain(record[name]) for name in names}
+        kept = {name: _plain(record.get(name)) for name in names}
         return Example(self._ids[i], inputs, kept, _content_of(inputs))
 
     def _encode(self, record: Mapping[str, Any], i: int) -> dict[str, Any]:
@@ -246,7 +246,9 @@ def _text_inputs(record: Mapping[str, Any], names: tuple[str, ...], tokenizer: A
 
 
 def _chat_inputs(record: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    encoded = tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True, tokenize=True, return_dict=True)
+    encoded = tokenizer.apply_chat_template(
+        record["messages"], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
     return {**dict(encoded), **_targets(record)}
 
 
@@ -262,9 +264,11 @@ def _tensor_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
             value = value.tolist() if value.dim() and not value.is_floating_point() else value
         if isinstance(value, Tensor) and value.dim() == 0:
             continue  # a class label
-        if isinstance(value, list | tuple | Tensor) and not (isinstance(value, list) and value and isinstance(value[0], str)):
+        if isinstance(value, list | tuple | Tensor) and not (
+            isinstance(value, list) and value and isinstance(value[0], str)
+        ):
             inputs[name] = value
-        elif hasattr(value, "dtype") and hasattr(value, "tolist") and getattr(value, "ndim", 0):
+        elif hasattr(value, "dtype") and hasattr(value, "tolist") and bool(getattr(value, "ndim", False)):
             inputs[name] = value.tolist() if value.dtype.kind in "iub" else torch.as_tensor(value)
     return inputs
 
@@ -276,7 +280,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "item") and getattr(value, "ndim", getattr(value, "dim", lambda: 1)) in (0,):
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         return value.item()
     if isinstance(value, Tensor) and value.dim() == 0:
         return value.item()
@@ -334,19 +338,23 @@ def collate(examples: Sequence[Example], pad_token_id: int | None, device: torch
     for example in examples:
         if set(example.inputs) != set(names):
             raise ValueError(
-                f"example {example.id!r} has the inputs {sorted(example.inputs)}, but {examples[0].id!r} has {sorted(names)}"
+                f"example {example.id!r} has the inputs {sorted(example.inputs)}, but {examples[0].id!r} has "
+                f"{sorted(names)}"
             )
     batch = {}
     for name in names:
         values = [example.inputs[name] for example in examples]
         fill = {"input_ids": pad_token_id or 0, "decoder_input_ids": pad_token_id or 0, "labels": -100}.get(name, 0)
         batch[name] = _stack(values, fill, name).to(device)
-    if "input_ids" in batch and "attention_mask" not in batch:
-        ones = [torch.ones_like(torch.as_tensor(e.inputs["input_ids"])).tolist() for e in examples] if not _is_nested(
-            examples[0].inputs["input_ids"]) else None  # fmt: skip
-        if ones is not None:
-            batch["attention_mask"] = _stack(ones, 0, "attention_mask").to(device)
+    for side in ("", "decoder_"):
+        if f"{side}input_ids" in batch and f"{side}attention_mask" not in batch:
+            ones = [_ones_like(example.inputs[f"{side}input_ids"]) for example in examples]
+            batch[f"{side}attention_mask"] = _stack(ones, 0, f"{side}attention_mask").to(device)
     return batch
+
+
+def _ones_like(value: Any) -> Any:
+    return [_ones_like(v) for v in value] if _is_nested(value) else [1] * len(value)
 
 
 def _is_nested(value: Any) -> bool:

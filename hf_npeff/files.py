@@ -35,7 +35,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file atomically."""
-    write_atomically(path, (json.dumps(values, indent=2, allow_nan=False, default=_not_json) + "\n").encode())
+    write_atomically(path, json_bytes(values))
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file.
+
+    Raises:
+        TypeError: if a value has no JSON type.
+        ValueError: if a number is NaN or infinite.
+    """
+    return (json.dumps(values, indent=2, allow_nan=False, default=_not_json) + "\n").encode()
 
 
 def _not_json(value: Any) -> Any:
@@ -47,7 +57,7 @@ def read_json(path: Path, format_version: int | None = FORMAT_VERSION) -> dict[s
 
     Raises:
         CorruptStoreError: if the file is missing or not a JSON object.
-        FormatVersionError: if it was written by another version of the format.
+        FormatVersionError: if it was written by another version of the format, or by another library.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -57,9 +67,11 @@ def read_json(path: Path, format_version: int | None = FORMAT_VERSION) -> dict[s
         raise CorruptStoreError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise CorruptStoreError(f"{path} should hold a JSON object, but holds a {type(values).__name__}")
-    if format_version is not None and values.get("format_version") != format_version:
+    if format_version is not None and "format_version" not in values:
+        raise FormatVersionError(f"{path} was not written by hf_npeff: it has no format_version")
+    if format_version is not None and values["format_version"] != format_version:
         raise FormatVersionError(
-            f"{path} has format_version {values.get('format_version')!r}, and this hf_npeff reads {format_version}"
+            f"{path} has format_version {values['format_version']!r}, and this hf_npeff reads {format_version}"
         )
     return values
 

@@ -11,9 +11,12 @@ Every file is written to a temporary name, flushed and renamed, so a reader sees
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -24,16 +27,25 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from hf_npeff.cards import pefs_card, write_card
 from hf_npeff.config import FisherConfig
-from hf_npeff.errors import CorruptStoreError, IncompatibleSketchError
+from hf_npeff.errors import CorruptStoreError, FormatVersionError, IncompatibleSketchError
 from hf_npeff.files import FORMAT_VERSION, read_json, read_tensors, sha256_of, write_atomically, write_json
 from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.hub import commit_of, is_hub_id, push_folder, resolve_folder, text_columns
+
+logger = logging.getLogger(__name__)
 
 _ID, _CONTENT = "example_id", "content_hash"
 
 
 def padded_cat(tensors: Sequence[Tensor], fill: float = 0) -> Tensor:
-    """Concatenate along the first dimension, other dimensions padded at their end to the largest."""
+    """Concatenate along the first dimension, other dimensions padded at their end to the largest.
+
+    A tensor (n,) among tensors (n, t) has one term.
+    """
+    if 1 in (dims := {t.dim() for t in tensors}) and 2 in dims:
+        tensors = [t[:, None] if t.dim() == 1 else t for t in tensors]
     shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
     if all(list(t.shape[1:]) == shape for t in tensors):
         return torch.cat(list(tensors))
@@ -63,6 +75,7 @@ class PEFs:
         columns: {name: list of n values} kept beside the rows.
         info: model, commit, config, versions and sketch: what config.json holds.
         sketch_error: measured relative error of inner products of PEFs, or None where it was not measured.
+        commit: of the Hub repository that they were read from, or None.
     """
 
     def __init__(
@@ -76,6 +89,7 @@ class PEFs:
         self._joined: dict[str, Tensor] = dict(self._shards[0]) if len(self._shards) == 1 else {}
         self.columns = {name: list(values) for name, values in columns.items()}
         self.info: dict[str, Any] = dict(info)
+        self.commit: str | None = None
 
     @classmethod
     def from_factors(cls, factors: Tensor, *, fingerprint: str | None = None, **columns: Any) -> PEFs:
@@ -93,7 +107,9 @@ class PEFs:
         if factors.dim() == 2:
             factors = factors[:, None]
         if factors.dim() != 3 or 0 in factors.shape or not factors.is_floating_point():
-            raise ValueError(f"factors must be floating-point (n, c, d), but they are {factors.dtype} {tuple(factors.shape)}")
+            raise ValueError(
+                f"factors must be floating-point (n, c, d), but they are {factors.dtype} {tuple(factors.shape)}"
+            )
         if not bool(torch.isfinite(factors).all()):
             bad = (~torch.isfinite(factors).flatten(1).all(1)).nonzero()[:, 0].tolist()
             raise ValueError(f"factors must be finite, but those of the examples {bad[:10]} are not")
@@ -184,12 +200,12 @@ class PEFs:
 
     @property
     def dim(self) -> int:
-        """d."""
+        """The number d of numbers in a row."""
         return int(self._shards[0]["factors"].shape[-1])
 
     @property
     def rank(self) -> int:
-        """c."""
+        """The number c of rows an example has."""
         return int(self._shards[0]["factors"].shape[1])
 
     @property
@@ -256,7 +272,9 @@ class PEFs:
         if isinstance(which, slice):
             indices = list(range(*which.indices(n)))
         elif isinstance(which, int):
-            raise TypeError(f"pefs[{which}] is one example; pefs[{which}:{which + 1}] are PEFs, pefs.gram({which}) its matrix")
+            raise TypeError(
+                f"pefs[{which}] is one example; pefs[{which}:{which + 1}] are PEFs, pefs.gram({which}) its matrix"
+            )
         else:
             chosen = torch.as_tensor(which)
             if chosen.dtype == torch.bool:
@@ -264,13 +282,37 @@ class PEFs:
             indices = [int(i) for i in chosen]
             if bad := [i for i in indices if not -n <= i < n]:
                 raise IndexError(f"there are {n} examples; these do not exist: {bad[:10]}")
-        index = torch.tensor(indices, dtype=torch.int64) % max(n, 1)
-        names = self._shards[0]
-        if isinstance(which, slice) and which.step in (None, 1) and len(self._shards) == 1:
-            tensors = {name: self._tensor(name)[which] for name in names}
-        else:
-            tensors = {name: self._tensor(name)[index] for name in names}
-        return self._with(tensors, {k: [v[i] for i in index.tolist()] for k, v in self.columns.items()})
+        indices = [i % n for i in indices]
+        columns = {k: [v[i] for i in indices] for k, v in self.columns.items()}
+        if isinstance(which, slice) and which.step in (None, 1):
+            return PEFs({}, columns, self.info, self._between(*which.indices(n)[:2]))
+        return self._with(
+            {name: self._picked(name, torch.tensor(indices, dtype=torch.int64)) for name in self._shards[0]}, columns
+        )
+
+    def _between(self, start: int, stop: int) -> list[dict[str, Tensor]]:
+        """The shards of a range of examples, without copying."""
+        parts, at = [], 0
+        for shard in self._shards:
+            size = len(shard["norms"])
+            part = slice(max(start - at, 0), max(min(stop - at, size), 0))
+            if part.start < part.stop:
+                parts.append({name: value[part] for name, value in shard.items()})
+            at += size
+        return parts or [{name: value[:0] for name, value in self._shards[0].items()}]
+
+    def _picked(self, name: str, index: Tensor) -> Tensor:
+        """One tensor of the chosen examples; shards that hold none of them are not read."""
+        order = torch.argsort(index, stable=True)
+        parts, at = [self._shards[0][name][:0]], 0
+        for shard in self._shards:
+            size = len(shard["norms"])
+            here = index[order]
+            here = here[(here >= at) & (here < at + size)] - at
+            if len(here):
+                parts.append(shard[name][here])
+            at += size
+        return padded_cat(parts, _FILL.get(name, 0))[torch.argsort(order)]
 
     def filter(self, mask: Sequence[bool] | Tensor) -> PEFs:
         """The examples where `mask` (n,) is true, in order.
@@ -360,11 +402,121 @@ class PEFs:
         names = set(shards[0])
         if any(set(s) != names or s["factors"].shape[1:] != shards[0]["factors"].shape[1:] for s in shards):
             raise CorruptStoreError(f"{folder}: the shards hold different tensors")
-        joined = {name: [v for part in columns for v in part.get(name, [])] for name in columns[0]}
-        n = sum(len(s["norms"]) for s in shards)
-        if any(len(values) != n for values in joined.values()):
-            raise CorruptStoreError(f"{folder}: the shards hold different columns")
-        return cls({}, joined, info, shards)
+        return cls({}, joined_columns(columns), info, shards)
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, datasets: Sequence[str] = (), license: str | None = None
+    ) -> None:
+        """Write a finished store as `save` does, and README.md, its card.
+
+        Args:
+            directory: made where it is missing.
+            datasets: ids of the data sets that the examples are from, for the card.
+            license: an identifier of the Hub such as "apache-2.0", for the card.
+
+        Raises:
+            ValueError: if the folder already holds a store, or the license or a data set's id is malformed.
+        """
+        card = pefs_card(self, datasets=datasets, license=license)
+        self.save(directory)
+        write_card(Path(directory), card)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
+    ) -> PEFs:
+        """Open a store in a folder or on the Hub, every checksum compared.
+
+        Args:
+            id_or_path: a folder, or a repository's id on the Hub.
+            revision: branch, tag or commit.
+            token: for private repositories; None takes the one of `hf auth login`.
+            cache_dir: the Hub client's cache, where it is not the usual one.
+            local_files_only: use the cache alone.
+            subfolder: the folder within, with forward slashes.
+
+        Raises:
+            OSError: if there is no such folder, repository or revision, or the Hub cannot be reached.
+            ValueError: if the id is malformed, or the subfolder leads out of the repository.
+            CorruptStoreError: if the store is unfinished, or files are missing or altered.
+            FormatVersionError: if it was not written by this version of the format.
+        """
+        folder = resolve_folder(
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+            allow_patterns=("config.json", "manifest.json", "pefs-*", "README.md"),
+        )
+        pefs = cls.load(folder)
+        pefs.commit = commit_of(folder)
+        return pefs
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        include_texts: bool = False,
+        datasets: Sequence[str] = (),
+        license: str | None = None,
+    ) -> str:
+        """Publish the store as a model repository; it takes the place of PEFs that are there.
+
+        Args:
+            repo_id: user/name; made where it is missing.
+            private: whether a new repository is private; True also refuses an existing public one.
+            token: None takes the one of `hf auth login`.
+            revision: the branch, made where it is missing.
+            create_pr: open a pull request instead of committing.
+            commit_message: the commit's title.
+            include_texts: publish the columns that `hub.text_columns` counts as texts too. Rows are gradients, and tell
+                something about their examples either way.
+            datasets: ids of the data sets that the examples are from, for the card.
+            license: an identifier of the Hub, for the card.
+
+        Returns:
+            The address of the commit or of the pull request.
+
+        Raises:
+            OSError: if the upload is refused or the Hub cannot be reached.
+            ValueError: if the id, license or a data set's id is malformed, or a private repository is public.
+        """
+        texts = [] if include_texts else text_columns(self.columns)
+        kept = {name: values for name, values in self.columns.items() if name not in texts}
+        published = PEFs({}, kept, self.info, self._shards)
+        model = self.info.get("model")
+        if model is not None and not is_hub_id(model):
+            logger.warning(
+                "%s is made from the local model %s: nobody else can load that; publish it first", repo_id, model
+            )
+        card = pefs_card(published, repo_id=repo_id, left_out=texts, datasets=datasets, license=license)
+        with tempfile.TemporaryDirectory() as folder:
+            published.save(folder)
+            write_card(Path(folder), card)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload PEFs",
+                delete_patterns=["pefs-*"],
+            )
 
 
 def _as_list(values: Any) -> list[Any]:
@@ -382,7 +534,7 @@ def normalise(rows: Tensor) -> tuple[Tensor, Tensor]:
     return unit.to(rows.dtype), norms * scale**2
 
 
-def check_same_sketch(a: str, b: str, first: str, second: str) -> None:
+def check_same_sketch(a: str, b: str, first: str, second: str, remedy: str = "") -> None:
     """Refuse two fingerprints that differ.
 
     Raises:
@@ -391,7 +543,7 @@ def check_same_sketch(a: str, b: str, first: str, second: str) -> None:
     if a != b:
         raise IncompatibleSketchError(
             f"{first} with the sketch {a} and {second} with the sketch {b} cannot be used together: their numbers mean "
-            "different things. Compute them with the same model, target_modules, sketch and seed."
+            f"different things. Compute them with the same model, target_modules, sketch and seed. {remedy}".rstrip()
         )
 
 
@@ -408,13 +560,17 @@ def read_shard(
         raise CorruptStoreError(f"{folder}: the manifest names a shard {name!r}")
     tensors_path, columns_path = folder / f"{name}.safetensors", folder / f"{name}.parquet"
     for path, key in ((tensors_path, "sha256"), (columns_path, "columns_sha256")):
-        if not path.is_file() or path.is_symlink():
+        if not path.is_file():
             raise CorruptStoreError(f"{path} is missing")
         if verify and sha256_of(path) != entry.get(key):
             raise CorruptStoreError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
     tensors = read_tensors(tensors_path)
     n = entry.get("examples")
-    if {"factors", "norms"} - set(tensors) or any(len(t) != n for t in tensors.values()) or tensors["factors"].dim() != 3:
+    if (
+        {"factors", "norms"} - set(tensors)
+        or any(len(t) != n for t in tensors.values())
+        or tensors["factors"].dim() != 3
+    ):
         raise CorruptStoreError(f"{tensors_path} does not hold the {n} examples that the manifest names")
     try:
         columns = pq.read_table(columns_path, memory_map=False).to_pydict()
@@ -428,9 +584,17 @@ def read_shard(
 _JSON_MARK = "\x00json:"
 
 
+def joined_columns(parts: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:
+    """The columns of one shard after another; None where a shard lacks a column that another has."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: [v for part in parts for v in part.get(name, [None] * len(part[_ID]))] for name in names}
+
+
 def column_array(values: Sequence[Any]) -> pa.Array:
     """A column for Parquet; values of mixed types are kept as JSON."""
     try:
+        if any(isinstance(value, str) and value.startswith(_JSON_MARK) for value in values):
+            raise TypeError("a text looks like the mark")
         return pa.array(list(values))
     except (pa.ArrowException, OverflowError, TypeError):  # mixed types in one column
         return pa.array([_JSON_MARK + json.dumps(value) for value in values])
@@ -450,6 +614,8 @@ class StoreWriter:
 
     Raises:
         IncompatibleSketchError: if the folder holds a store made with other settings; the differing field is named.
+        CorruptStoreError: if the folder's config.json cannot be read.
+        FormatVersionError: if it was written by another version of the format.
     """
 
     def __init__(self, folder: Path, info: Mapping[str, Any], *, write_info: bool = True):
@@ -463,7 +629,7 @@ class StoreWriter:
             write_json(existing, self.info)
 
     def _check_same(self, before: Mapping[str, Any]) -> None:
-        for name in ("format_version", "fingerprint", "model", "revision", "fisher", "task", "dataset"):
+        for name in ("format_version", "model", "revision", "task", "fisher", "dataset", "fingerprint"):
             if before.get(name) != self.info.get(name):
                 old, new = before.get(name), self.info.get(name)
                 if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -480,14 +646,24 @@ class StoreWriter:
     def done(self) -> dict[int, int]:
         """{first example: examples} of the shards that are whole."""
         shards = {}
-        for path in self.folder.glob("pefs-*.json"):
+        for start, entry in self._entries().items():
             try:
-                entry = read_json(path, None)
                 read_shard(self.folder, entry, verify=True)
-                shards[int(entry["start"])] = int(entry["examples"])
+                shards[start] = int(entry["examples"])
             except (CorruptStoreError, KeyError, TypeError, ValueError):
                 continue  # not whole: written again
         return shards
+
+    def _entries(self) -> dict[int, dict[str, Any]]:
+        """{first example: entry}: what a finished store's manifest says, and over it what was written since."""
+        found = []
+        with contextlib.suppress(CorruptStoreError, FormatVersionError):
+            shards = read_json(self.folder / "manifest.json").get("shards")
+            found += shards if isinstance(shards, list) else []
+        for path in self.folder.glob("pefs-*.json"):
+            with contextlib.suppress(CorruptStoreError):
+                found.append(read_json(path, None))
+        return {e["start"]: e for e in found if isinstance(e, dict) and isinstance(e.get("start"), int)}
 
     def write_shard(self, start: int, tensors: Mapping[str, Tensor], columns: Mapping[str, Sequence[Any]]) -> None:
         """Write the shard whose first example is number `start`."""
@@ -514,15 +690,19 @@ class StoreWriter:
         Raises:
             CorruptStoreError: if the shards do not cover the examples.
         """
-        entries = sorted((read_json(p, None) for p in self.folder.glob("pefs-*.json")), key=lambda e: e["start"])
-        at = 0
-        for entry in entries:
-            if entry["start"] != at:
-                raise CorruptStoreError(f"{self.folder}: examples {at} to {entry['start']} are missing")
-            at += entry["examples"]
+        found = self._entries()
+        entries, at = [], 0
+        while at in found:
+            entries.append(found.pop(at))
+            at += entries[-1]["examples"]
         if at != n:
-            raise CorruptStoreError(f"{self.folder}: the shards hold {at} of {n} examples")
+            raise CorruptStoreError(f"{self.folder}: the shards hold {at} of {n} examples without a gap")
         manifest = {"format_version": FORMAT_VERSION, "finished": True, "examples": n, "shards": entries, **facts}
         write_json(self.folder / "manifest.json", manifest)
-        for entry in entries:
-            self._entry_path(entry["start"]).unlink(missing_ok=True)
+        for start in (*found, *(entry["start"] for entry in entries)):
+            self._entry_path(start).unlink(missing_ok=True)
+        for path in self.folder.glob(".*.tmp"):  # left by a run that was killed
+            path.unlink(missing_ok=True)
+        for start in found:  # left by a run with another shard_size
+            for suffix in ("safetensors", "parquet"):
+                (self.folder / f"pefs-{start:05d}.{suffix}").unlink(missing_ok=True)

@@ -24,6 +24,7 @@ ORDER = (
     "config",
     "files",
     "hub",  # folders to and from the Hub; knows nothing of what is in them
+    "cards",  # what README.md says of objects that it is handed
     "data",
     # examples -> PEFs
     "fisher",
@@ -42,7 +43,8 @@ ORDER = (
     "decomposition.estimator",  # fit returns a Decomposition
     # components -> directions and adapters
     "adapters",  # files of plain weight deltas
-    "directions",  # lifts components; a ParameterDirection knows how to become an adapter
+    "directions",  # a ParameterDirection knows how to become an adapter
+    "lifting",
     "perturbation",
     # what it is compared with, and studied on
     "baselines",
@@ -58,7 +60,6 @@ ORDER = (
     "report",
     "report.plots",
     "report.page",
-    "cards",
     # the ways in
     "analyzer",
     "callback",

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from hf_npeff.components import Decomposition, balance_scales, balanced
 from hf_npeff.config import Balance, DecompositionConfig, Solver
 from hf_npeff.decomposition.objective import loss_of, nonnegative_coefficients, overlaps
+from hf_npeff.decomposition.sharding import Processes, ShardedRows, share_of
 from hf_npeff.decomposition.solvers import (
     DenseRows,
     Fit,
@@ -52,21 +53,30 @@ class ChunkedRows:
             start += len(part)
 
     def total(self) -> Tensor:
+        """See `Rows`."""
         return torch.stack([DenseRows(A).total() for _, A in self._parts()]).sum()
 
     def energies(self, G: Tensor) -> Tensor:
+        """See `Rows`."""
         return torch.cat([DenseRows(A).energies(G) for _, A in self._parts()])
 
     def pull(self, G: Tensor, W: Tensor) -> Tensor:
+        """See `Rows`."""
         C = torch.zeros_like(G)
         for where, A in self._parts():
             C += DenseRows(A).pull(G, W[where])
         return C
 
     def reduce(self, value: Tensor) -> Tensor:
+        """See `Rows`."""
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """See `Rows`."""
         return value
 
     def top_directions(self, indices: list[int]) -> Tensor:
+        """See `Rows`."""
         return top_directions(balanced(self.pefs[indices].factors, self.scales))
 
 
@@ -130,6 +140,9 @@ class NPEFF:
     def fit(self, pefs: PEFs, validation: PEFs | None = None) -> Decomposition:
         """Decompose PEFs.
 
+        Started by `torchrun`, each process works on its share of the examples, and all return the same decomposition.
+        Every process passes all PEFs: loaded from disk, they stay there.
+
         Args:
             pefs: n of them.
             validation: held-out PEFs of the same sketch; a start stops when it stops explaining them better.
@@ -138,7 +151,9 @@ class NPEFF:
             The best restart.
 
         Raises:
-            ValueError: if there are fewer rows than components, or nothing but zero PEFs.
+            ValueError: if there are fewer rows than components, or nothing but zero PEFs; if modules cannot be balanced
+                because the sketch adds them up; if the reference solver is given validation PEFs or a memory budget.
+            FloatingPointError: if the reference solver diverges: its learning rate is too high.
             IncompatibleSketchError: if `validation` was made with another sketch.
         """
         config = self.config
@@ -147,16 +162,22 @@ class NPEFF:
         if r > n_rows:
             raise ValueError(f"n_components={r} exceeds the {n_rows} rows of {len(pefs)} PEFs; use at most {n_rows}")
         if not bool((pefs.norms > 0).any()):
-            raise ValueError("all PEFs are zero: the model is certain of every prediction, and there is nothing to explain")
+            raise ValueError(
+                "all PEFs are zero: the model is certain of every prediction, and there is nothing to explain"
+            )
         if validation is not None:
             check_same_sketch(pefs.fingerprint, validation.fingerprint, "PEFs", "validation PEFs")
+            if config.solver == "reference":
+                raise ValueError("the reference solver does not watch validation PEFs; use solver='block_power'")
         scales = balance_scales(pefs) if config.balance == "module" else None
-        rows, to_rows = self._rows(pefs, scales)
+        processes = Processes()
+        rows, to_rows = self._rows(pefs, scales, processes)
         held_out = None
         if validation is not None:
-            held_out = _HeldOut(balanced(validation.factors, scales), to_rows)
+            held_out = _HeldOut(balanced(validation.factors, scales), to_rows, processes)
         fits = []
-        with tqdm(total=config.n_restarts, desc="NPEFF", unit="start", disable=not self.progress) as bar:
+        shown = self.progress and processes.index == 0
+        with tqdm(total=config.n_restarts, desc="NPEFF", unit="start", disable=not shown) as bar:
             for restart in range(config.n_restarts):
                 fits.append(self._start(rows, restart, held_out, bar))
                 bar.update()
@@ -168,10 +189,13 @@ class NPEFF:
                 config.tolerance,
             )
         stability = _stability(best, [fit for fit in fits if fit is not best])
-        return self._finish(pefs, rows, best, to_rows, scales, stability)
+        best = dataclasses.replace(best, W=processes.first(rows.gather(best.W)), G=processes.first(best.G))
+        return self._finish(pefs, rows, best, to_rows, scales, processes.first(stability))
 
-    def _rows(self, pefs: PEFs, scales: Tensor | None) -> tuple[Rows, Callable[[Tensor], Tensor]]:
+    def _rows(self, pefs: PEFs, scales: Tensor | None, processes: Processes) -> tuple[Rows, Callable[[Tensor], Tensor]]:
         """The rows as the solver will see them, and the way from its G back to rows of d numbers."""
+        if processes.count > 1 and self.config.solver == "block_power":
+            return self._shared_rows(pefs, scales, processes)
         bytes_in_memory = pefs.nbytes * (4 // min(4, pefs._shards[0]["factors"].element_size()))
         budget = self.config.memory_budget
         if budget is not None and bytes_in_memory > budget:
@@ -184,6 +208,31 @@ class NPEFF:
             return DenseRows(X), to_rows
         return DenseRows(A), lambda G: G
 
+    def _shared_rows(
+        self, pefs: PEFs, scales: Tensor | None, processes: Processes
+    ) -> tuple[Rows, Callable[[Tensor], Tensor]]:
+        """As `_rows`, for this process's share of the examples."""
+        n, c, d = len(pefs), pefs.rank, pefs.dim
+        share = share_of(n, processes.index, processes.count)
+        budget = self.config.memory_budget
+        fits = budget is None or n * c * d * 4 <= budget
+        if fits and n * c < d and n * c <= _GRAM_LIMIT:  # small: the first process alone finds the coordinates
+            X, back = torch.zeros(0, 0, 0), None
+            if processes.index == 0:
+                X, back = gram_space(balanced(pefs.factors, scales))
+            X = processes.first(X)
+
+            def to_rows(G: Tensor) -> Tensor:
+                return processes.first(G if back is None else back(G))
+
+            return ShardedRows(DenseRows(X[share.start : share.stop]), n, processes, X.device), to_rows
+        mine = pefs[share.start : share.stop]
+        if budget is not None and len(share) * c * d * 4 > budget:
+            local: Rows = ChunkedRows(mine, scales, max(1, budget // (c * d * 4)))
+        else:
+            local = DenseRows(balanced(mine.factors, scales))
+        return ShardedRows(local, n, processes, pefs._shards[0]["factors"].device), lambda G: G
+
     def _start(self, rows: Rows, restart: int, held_out: _HeldOut | None, bar: Any) -> Fit:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + restart)
@@ -191,7 +240,7 @@ class NPEFF:
         def progress(iteration: int, loss: float) -> bool:
             bar.set_postfix_str(f"{1 - loss:.1%} explained", refresh=False)
             stop = [callback(restart, iteration, loss) for callback in self.callbacks]
-            return any(stop)
+            return bool(stop) and bool(rows.reduce(torch.tensor(float(any(stop)))) > 0)
 
         if config.solver == "reference":
             if not isinstance(rows, DenseRows):
@@ -220,10 +269,12 @@ class NPEFF:
         to_rows: Callable[[Tensor], Tensor],
         scales: Tensor | None,
         stability: Tensor,
+        *,
+        keep_order: bool = False,
     ) -> Decomposition:
         """The decomposition of a fit: components by the weight they carry, W at its minimum for the final G."""
         G = to_rows(fit.G)
-        order = torch.argsort(fit.W.sum(0), descending=True)
+        order = torch.arange(len(G)) if keep_order else torch.argsort(fit.W.sum(0), descending=True)
         decomposition = Decomposition(
             fit.W[:, order].contiguous(),
             G[order].contiguous(),
@@ -237,7 +288,7 @@ class NPEFF:
         )
         W = decomposition.transform(pefs)
         decomposition.coefficients = W
-        N = rows.energies(fit.G)[:, order]
+        N = rows.gather(rows.energies(fit.G))[:, order]
         total = rows.total()
         final = float(loss_of(total, W.to(N.dtype), N, overlaps(fit.G[order])) / total)
         decomposition.loss_history = [*fit.losses, final]
@@ -249,6 +300,7 @@ class NPEFF:
 
         Raises:
             ValueError: if `fit` has not run.
+            IncompatibleSketchError: if the PEFs were made with another sketch.
         """
         if self.decomposition_ is None:
             raise ValueError("nothing is fitted yet: call fit first, or use Decomposition.transform")
@@ -263,21 +315,25 @@ class NPEFF:
             joint: whether the old ones move as well in the end.
 
         Raises:
-            ValueError: if `fit` has not run, or there would be more components than rows.
+            ValueError: if `fit` has not run, there would be more components than rows, or all PEFs are zero.
+            IncompatibleSketchError: if the PEFs were made with another sketch.
         """
         old = self.decomposition_
         if old is None:
             raise ValueError("nothing is fitted yet: call fit first")
         if n_new < 1 or len(old) + n_new > len(pefs) * pefs.rank:
             raise ValueError(f"n_new must be between 1 and {len(pefs) * pefs.rank - len(old)}, but it is {n_new}")
+        if not bool((pefs.norms > 0).any()):
+            raise ValueError("all PEFs are zero: there is nothing to explain")
         check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
         rows: Rows = DenseRows(balanced(pefs.factors, old.scales))
         G = old.pseudo_fishers.clone()
         W = torch.cat([old.transform(pefs), torch.zeros(len(pefs), n_new)], 1)
         N, H = rows.energies(G), overlaps(G)
-        left = (2 * (W[:, : len(old)] * N).sum(1)) - ((W[:, : len(old)] @ H) * W[:, : len(old)]).sum(1)
-        worst = torch.argsort(left)[:n_new].tolist()
-        G = torch.cat([G, rows.top_directions(worst)])
+        explained = (2 * (W[:, : len(old)] * N).sum(1)) - ((W[:, : len(old)] @ H) * W[:, : len(old)]).sum(1)
+        some = (pefs.norms > 0).nonzero()[:, 0]  # a zero PEF has no direction to offer
+        worst = some[torch.argsort(explained[some], stable=True)]
+        G = torch.cat([G, rows.top_directions(worst.repeat(-(-n_new // len(worst)))[:n_new].tolist())])
         limits = {"max_iterations": self.config.max_iterations, "tolerance": self.config.tolerance}
         fit = block_power(rows, G, W=W, fixed=len(old), **limits)  # type: ignore[arg-type]
         if joint:
@@ -285,35 +341,51 @@ class NPEFF:
             fit = Fit(second.W, second.G, fit.losses + second.losses, second.converged)
         self.config = dataclasses.replace(self.config, n_components=len(old) + n_new)
         stability = torch.cat([old.stability, torch.full((n_new,), float("nan"))])
-        return self._finish(pefs, rows, fit, lambda G: G, old.scales, stability)
+        result = self._finish(pefs, rows, fit, lambda G: G, old.scales, stability, keep_order=True)
+        result.names = dict(old.names)
+        return result
 
 
 class _HeldOut:
     """Relative loss of held-out PEFs, their coefficients at their minimum."""
 
-    def __init__(self, A: Tensor, to_rows: Callable[[Tensor], Tensor]):
+    def __init__(self, A: Tensor, to_rows: Callable[[Tensor], Tensor], processes: Processes):
         self.rows = DenseRows(A)
         self.to_rows = to_rows
+        self.processes = processes
         self.total = self.rows.total()
 
     def loss(self, G: Tensor) -> float:
         G = self.to_rows(G)
         N, H = self.rows.energies(G), overlaps(G)
         W = nonnegative_coefficients(N, H)
-        return float(loss_of(self.total, W, N.double(), H.double()) / self.total)
+        return float(self.processes.first(loss_of(self.total, W, N.double(), H.double()) / self.total))
 
 
 def _until_held_out_rises(
-    rows: Rows, G: Tensor, held_out: _HeldOut, config: DecompositionConfig, progress: Progress, every: int = 5
+    rows: Rows, G: Tensor, held_out: _HeldOut, config: DecompositionConfig, progress: Progress, every: int = 10
 ) -> Fit:
     """Rounds of a few iterations, until the held-out loss no longer improves; the best round is kept."""
-    fit = block_power(rows, G, max_iterations=every, tolerance=config.tolerance, progress=progress)
+    fit = block_power(
+        rows, G, max_iterations=min(every, config.max_iterations), tolerance=config.tolerance, progress=progress
+    )
     best, best_loss = fit, held_out.loss(fit.G)
     losses = list(fit.losses)
     done = every
     worse = 0
     while not fit.converged and done < config.max_iterations:
-        fit = block_power(rows, fit.G, W=fit.W, max_iterations=every, tolerance=config.tolerance, progress=progress)
+
+        def onwards(iteration: int, loss: float, done: int = done) -> bool:
+            return progress(done + iteration, loss)
+
+        fit = block_power(
+            rows,
+            fit.G,
+            W=fit.W,
+            max_iterations=min(every, config.max_iterations - done),
+            tolerance=config.tolerance,
+            progress=onwards,
+        )
         losses += fit.losses[1:]
         done += every
         now = held_out.loss(fit.G)
@@ -322,8 +394,8 @@ def _until_held_out_rises(
         else:
             worse += 1
             if worse >= 2:
-                break
-    return best
+                return dataclasses.replace(best, converged=True)
+    return dataclasses.replace(best, converged=fit.converged)
 
 
 def _stability(best: Fit, others: Sequence[Fit]) -> Tensor:

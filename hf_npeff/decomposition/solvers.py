@@ -25,7 +25,7 @@ from hf_npeff.decomposition.objective import (
 
 
 class Rows(Protocol):
-    """The rows of n examples as a solver uses them; sums run over all processes, W is this process's own."""
+    """The rows of n examples as a solver uses them; sums run over all processes, W and N are this process's share."""
 
     n: int
     dim: int
@@ -42,6 +42,9 @@ class Rows(Protocol):
     def reduce(self, value: Tensor) -> Tensor:
         """The sum of a small tensor over processes."""
 
+    def gather(self, value: Tensor) -> Tensor:
+        """Values of this process's examples (·, …) → of all n examples, in order."""
+
     def top_directions(self, indices: list[int]) -> Tensor:
         """The top eigenvector of F_i for every index, (len, d), unit."""
 
@@ -56,6 +59,7 @@ class DenseRows:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def total(self) -> Tensor:
+        """See `Rows`."""
         return total_energy(self.A)
 
     def _alignments(self, G: Tensor) -> Tensor:
@@ -64,15 +68,23 @@ class DenseRows:
         return self._last[1]
 
     def energies(self, G: Tensor) -> Tensor:
+        """See `Rows`."""
         return energies(self._alignments(G))
 
     def pull(self, G: Tensor, W: Tensor) -> Tensor:
+        """See `Rows`."""
         return pull(self.A, self._alignments(G), W)
 
     def reduce(self, value: Tensor) -> Tensor:
+        """See `Rows`."""
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """See `Rows`."""
         return value
 
     def top_directions(self, indices: list[int]) -> Tensor:
+        """See `Rows`."""
         return top_directions(self.A[indices])
 
 
@@ -109,7 +121,7 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
     first = int(torch.randint(rows.n, (1,), generator=generator))
     chosen = [first]
     G = rows.top_directions([first])
-    covered = rows.energies(G)[:, 0]
+    covered = rows.gather(rows.energies(G)[:, 0])
     while len(chosen) < r:
         left = (1 - covered).clamp_min(0).double().cpu() + 1e-9
         left[chosen] = 0
@@ -119,7 +131,7 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
         chosen.append(i)
         g = rows.top_directions([i])
         G = torch.cat([G, g])
-        covered = torch.maximum(covered, rows.energies(g)[:, 0])
+        covered = torch.maximum(covered, rows.gather(rows.energies(g)[:, 0]))
     empty = G.norm(dim=1) < 0.5  # a zero PEF has no direction
     if bool(empty.any()):
         noise = torch.randn(G.shape, generator=generator).to(G.device, G.dtype)
@@ -160,7 +172,7 @@ def block_power(
     W = coordinate_descent(torch.zeros_like(N) if W is None else W.to(N.dtype), N, H, 4)
 
     def loss(W: Tensor, N: Tensor, H: Tensor) -> float:
-        value = rows.reduce(loss_of(torch.zeros((), dtype=torch.float64, device=N.device), W, N, H) )
+        value = rows.reduce(loss_of(torch.zeros((), dtype=torch.float64, device=N.device), W, N, H))
         return float((total + value) / scale)
 
     current = loss(W, N, H)
@@ -172,9 +184,11 @@ def block_power(
         power = WtW.diagonal()
         R = C - ((WtW - torch.diag(power)) * (G @ G.T)) @ G
         before = current
+        dead = power <= 1e-12 * power.max().clamp_min(1e-300)
         for _ in range(12):
-            stepped = torch.nn.functional.normalize(R + shift * power[:, None] * G, dim=1)
-            stepped = torch.where((power > 0)[:, None], stepped, G)
+            stepped = R + shift * power[:, None] * G
+            norm = stepped.norm(dim=1, keepdim=True)
+            stepped = torch.where(dead[:, None] | (norm == 0), G, stepped / norm)
             if fixed:
                 stepped[:fixed] = G[:fixed]
             N_new, H_new = rows.energies(stepped), overlaps(stepped)
@@ -188,18 +202,17 @@ def block_power(
         after = loss(W_new, N, H)
         if after <= current:
             W, current = W_new, after
-        losses.append(current)
-        dead = power <= 1e-12 * power.max().clamp_min(1e-300)
+        quiet = quiet + 1 if before - current <= tolerance * before else 0
         dead[:fixed] = False
-        if bool(dead.any()) and revived < 3 and iteration >= 5:
-            G, N, H, W = _revive(rows, G, W, N, H, dead)
+        if bool(dead.any()) and revived < 3 and (iteration >= 5 or quiet >= patience):
+            alive = _revive(rows, G, W, N, H, dead)
             revived += 1
-            current = loss(W, N, H)
-            if current <= losses[-1]:
-                losses[-1] = current
+            after = loss(alive[3], alive[1], alive[2])
+            if after <= current:
+                (G, N, H, W), current, quiet = alive, after, 0
+        losses.append(current)
         if progress is not None and progress(iteration, current):
             return Fit(W, G, losses, True)
-        quiet = quiet + 1 if before - current <= tolerance * before else 0
         if quiet >= patience:
             return Fit(W, G, losses, True)
     return Fit(W, G, losses, False)
@@ -210,11 +223,14 @@ def _revive(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dead components restart from the worst-explained examples; their weight starts at 0, so the loss stays."""
     explained = 2 * (W * N).sum(1) - ((W @ H) * W).sum(1)
-    worst = torch.argsort(explained)[: int(dead.sum())].tolist()
-    fresh = rows.top_directions(worst)
+    worst, wanted = torch.argsort(rows.gather(explained), stable=True).tolist(), int(dead.sum())
+    fresh = G[:0]
+    while worst and len(fresh) < wanted:  # a zero PEF is never explained, and has no direction to offer
+        found = rows.top_directions(worst[: wanted + 64])
+        fresh, worst = torch.cat([fresh, found[found.norm(dim=1) > 0.5]])[:wanted], worst[wanted + 64 :]
     G = G.clone()
     where = dead.nonzero()[:, 0][: len(fresh)]
-    G[where] = torch.where(fresh.norm(dim=1, keepdim=True) > 0.5, fresh, G[where])
+    G[where] = fresh
     N, H = rows.energies(G), overlaps(G)
     return G, N, H, coordinate_descent(W, N, H, 1)
 
@@ -298,5 +314,3 @@ def _gram(flat: Tensor) -> Tensor:
         wide = part.double()
         K += wide @ wide.T
     return K
-
-

@@ -24,14 +24,26 @@ from hf_npeff.errors import NPEFFError, UnsupportedModelError
 from hf_npeff.fisher.distributions import OutputHead, Outputs
 from hf_npeff.fisher.factors import cotangents, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks, LinearMap, RowCollector
-from hf_npeff.fisher.selftest import ROW_TOLERANCE, SelfTest, candidates, measure_sketches, row_error
+from hf_npeff.fisher.parameters import fused_parameters, sketched_rows
+from hf_npeff.fisher.selftest import (
+    ROW_TOLERANCE,
+    ROW_TOLERANCE_16_BIT,
+    Run,
+    SelfTest,
+    candidates,
+    check_rows,
+    measure_sketches,
+)
 from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.store import FORMAT_VERSION, PEFs, StoreWriter, normalise, padded_cat
+from hf_npeff.store import FORMAT_VERSION, PEFs, StoreWriter, joined_columns, normalise, padded_cat
 
 logger = logging.getLogger(__name__)
 _SELFTEST_EXAMPLES = 8
 _SELFTEST_TOKENS = 2048
-_DEFAULT_DIMS = {"kronecker": 16, "countsketch": 16_384, "two-stage": 16_384, "identity": None}
+_SELFTEST_ROWS = 4
+_AUTO_EXAMPLES = 64
+_AUTO_TOKENS = 16_384
+DEFAULT_DIMS = {"kronecker": 16, "countsketch": 16_384, "two-stage": 16_384, "identity": None}
 
 
 class FisherPass:
@@ -47,6 +59,7 @@ class FisherPass:
         sketch: a fixed one; None to choose and measure one in `prepare`.
         describe: predictions of a batch → one string an example, kept as the column `prediction`.
         one_at_a_time: never put two examples into a batch.
+        parameters: other parameters under analysis, as `find_parameters` returns them.
     """
 
     def __init__(
@@ -60,6 +73,7 @@ class FisherPass:
         sketch: Sketch | None = None,
         describe: Callable[[Tensor], list[str]] | None = None,
         one_at_a_time: bool = False,
+        parameters: Mapping[str, tuple[int, int]] | None = None,
     ):
         self.model = model
         self.head = head
@@ -71,6 +85,7 @@ class FisherPass:
         self.selftest: SelfTest | None = None
         self.describe = describe
         self.one_at_a_time = one_at_a_time
+        self.parameters = dict(parameters or {})
 
     def outputs(self, examples: Sequence[Example]) -> Outputs:
         """One forward pass.
@@ -83,84 +98,116 @@ class FisherPass:
         fine = (finite | ~outputs.valid[..., None]).flatten(1).all(1)
         if not bool(fine.all()):
             bad = [examples[i].id for i in (~fine).nonzero()[:, 0].tolist()]
-            raise ValueError(f"the model gives NaN or infinite logits for the examples {bad}; leave them out or fix the model")
+            raise ValueError(
+                f"the model gives NaN or infinite logits for the examples {bad}; leave them out or fix the model"
+            )
         return outputs
 
     def factor(self, outputs: Outputs) -> OutputFactor:
         """The output factor in use."""
         return resolve(self.config.output_factor, outputs, self.config.rank)
 
-    def _run(self, examples: Sequence[Example], n: int) -> tuple[Tensor, Tensor]:
-        """Source and cotangents (B, c, t, s) of one backward pass per row; several terms: the first one's rows."""
-        outputs = self.outputs(examples)
-        V, _ = cotangents(outputs, self.factor(outputs), self.config.rank, self._seeds(examples))
-        return outputs.source, V.transpose(1, 2)
-
     def _seeds(self, examples: Sequence[Example]) -> list[int]:
         return seeds_of([e.id for e in examples], self.config.seed)
+
+    def _run(self, examples: Sequence[Example]) -> Run:
+        """A repeatable pass over a batch, with one row for every column of the cotangents of all terms together."""
+        outputs = self.outputs(examples)
+        V = cotangents(outputs, self.factor(outputs), self.config.rank, self._seeds(examples)).values.transpose(1, 2)
+        singles = tuple(Run(functools.partial(self._source, [e]), V[i : i + 1]) for i, e in enumerate(examples))
+        return Run(functools.partial(self._source, examples), V, singles)
+
+    def _source(self, examples: Sequence[Example]) -> Tensor:
+        return self.outputs(examples).source
 
     def prepare(self, examples: Sequence[Example]) -> SelfTest:
         """Choose the sketch, where it is open, and run the self-test on the first examples.
 
+        Maps that hooks do not see are taken out of `maps`, with a warning.
+
         Raises:
             UnsupportedModelError: if the rows from the hooks are not the model's gradients.
         """
-        short = sorted(range(len(examples)), key=lambda i: examples[i].length)
         few: list[Example] = []
-        for i in sorted(short[: max(2, len(short))]):
-            if len(few) < _SELFTEST_EXAMPLES and sum(e.length for e in few) + examples[i].length <= _SELFTEST_TOKENS:
-                few.append(examples[i])
-        few = few or [examples[short[0]]]
-        error = self._check_rows(few[:2])
-        run = functools.partial(self._run, few[:1] if self.one_at_a_time else few, n=1 if self.one_at_a_time else len(few))
-        shapes = {m.parameter: m.shape for m in self.maps}
+        for example in examples:
+            if len(few) < _SELFTEST_EXAMPLES and sum(e.length for e in few) + example.length <= _SELFTEST_TOKENS:
+                few.append(example)
+        few = few or [min(examples, key=lambda e: e.length)]
+        error, unseen = self._check_rows(few[:2])
+        total = sum(p.numel() for p in self.model.parameters())
+        self._warn_of_what_is_left_out(unseen, total)
+        self.maps = [m for m in self.maps if m not in unseen]
+        shapes = {m.parameter: m.shape for m in self.maps} | self.parameters
+        if self.sketch is not None and self.sketch.shapes != shapes:
+            self.sketch = None
+        runs = [self._run([e]) for e in few] if self.one_at_a_time else [self._run(few)]
+        narrowest = min(_SELFTEST_ROWS, *(run.values.shape[1] for run in runs))
+        runs = [_narrowed(run, narrowest) for run in runs]
+        measure = functools.partial(measure_sketches, self.model, self.maps, self.parameters, runs)
         tried: dict[str, float] = {}
-        enough = len(few) > 1 and not self.one_at_a_time
         if self.sketch is None:
             if self.config.sketch == "auto":
                 tries = candidates(self.config, shapes)
-                if len(tries) == 1 or not enough:
-                    self.sketch = Sketch(shapes, *tries[-1 if not enough else 0], seed=self.config.seed)
+                if len(tries) == 1 or len(few) == 1:
+                    self.sketch = Sketch(shapes, *tries[-1], seed=self.config.seed)
                 else:
-                    self.sketch, tried = measure_sketches(
-                        self.model, self.maps, run, tries, self.config.seed, self.config.sketch_tolerance
-                    )
+                    self.sketch, tried = measure(tries, self.config.seed, self.config.sketch_tolerance)
             else:
-                dim = self.config.sketch_dim or _DEFAULT_DIMS[self.config.sketch]
+                dim = self.config.sketch_dim or DEFAULT_DIMS[self.config.sketch]
                 self.sketch = Sketch(shapes, self.config.sketch, dim, self.config.seed)
         measured: float | None = None
         if self.sketch.kind == "identity":
             measured = 0.0
-        elif enough:
+        elif len(few) > 1:
             key = f"{self.sketch.kind} {self.sketch.setting}"
             if key not in tried:
-                spec = [(self.sketch.kind, self.sketch.setting)]
-                tried |= measure_sketches(self.model, self.maps, run, spec, self.sketch.seed, None)[1]
+                tried |= measure([(self.sketch.kind, self.sketch.setting)], self.sketch.seed, None)[1]
             measured = tried[key]
         self.sketch.to(self.device)
-        total = sum(p.numel() for p in self.model.parameters())
         covered = sum(a * b for a, b in shapes.values()) / max(total, 1)
-        self.selftest = SelfTest(len(few), measured, error, min(covered, 1.0), tried)
-        if error is not None and error > ROW_TOLERANCE:
+        left_out = tuple(m.parameter for m in unseen)
+        self.selftest = SelfTest(len(few), measured, error, min(covered, 1.0), tried, left_out)
+        narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
+        if error is not None and error > (ROW_TOLERANCE_16_BIT if narrow else ROW_TOLERANCE):
+            much = "altogether" if error == float("inf") else f"by {error:.1%}"
             raise UnsupportedModelError(
-                f"the rows from hooks differ from autograd's gradients by {error:.1%}: some module is used in a way that "
-                "hooks do not see. Leave it out with exclude_modules, or load the model in float32."
+                f"the rows from hooks differ {much} from autograd's gradients: some module is used in a way that "
+                "hooks do not see. Leave it out with exclude_modules, name its weight in `parameters`, or load the "
+                "model in float32."
             )
         return self.selftest
 
-    def _check_rows(self, few: Sequence[Example]) -> float | None:
-        single = functools.partial(self._run, few[-1:], n=1)
-        try:
-            return row_error(
-                self.model, self.maps, functools.partial(self._run, few, n=len(few)), single, self.config.seed
+    def _check_rows(self, few: Sequence[Example]) -> tuple[float | None, list[LinearMap]]:
+        if not self.maps:
+            return None, []
+        if not self.one_at_a_time:
+            try:
+                return check_rows(self.model, self.maps, self._run(few), self.config.seed)
+            except CalledOnceForAll as error:
+                logger.warning("%s; going on with one example at a time", error)
+                self.one_at_a_time = True
+        return check_rows(self.model, self.maps, self._run(few[-1:]), self.config.seed)
+
+    def _warn_of_what_is_left_out(self, unseen: Sequence[LinearMap], total: int) -> None:
+        if unseen:
+            share = sum(m.shape[0] * m.shape[1] for m in unseen) / total
+            logger.warning(
+                "the model reads the weights of %s without calling these modules, so hooks do not see them: %.1f%% of "
+                "the parameters are left out. Name them in FisherConfig(parameters=...) to analyse them",
+                ", ".join(m.parameter for m in unseen),
+                100 * share,
             )
-        except CalledOnceForAll as error:
-            logger.warning("%s; going on with one example at a time", error)
-            self.one_at_a_time = True
-            return row_error(self.model, self.maps, single, single, self.config.seed)
+        analysed = {m.parameter: m.shape for m in self.maps} | self.parameters
+        if fused := fused_parameters(self.model, analysed):
+            logger.warning(
+                "%s are fused weights, not linear maps, and are left out: %.1f%% of the parameters. Name them in "
+                "FisherConfig(parameters=...) to analyse them",
+                ", ".join(fused),
+                100 * sum(fused.values()),
+            )
 
     def rows(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Everything that is stored of a batch: unit-norm factors, norms, cotangents, predictions, log_probs, entropies."""
+        """All that is stored of a batch: unit-norm factors, norms, cotangents, predictions, log_probs, entropies."""
         assert self.sketch is not None
         collector = RowCollector(self.sketch)
         with LinearHooks(self.model, self.maps, collector) as hooks:
@@ -168,24 +215,46 @@ class FisherPass:
             outputs = self.outputs(examples)
             factor = self.factor(outputs)
             V, joint = cotangents(outputs, factor, self.config.rank, self._seeds(examples))
-            B, t, c, s = V.shape
+            entering = _entering(V, joint)
             stacked = []
-            passes = [(None, i) for i in range(c)] if joint else [(j, i) for j in range(t) for i in range(c)]
-            for number, (term, i) in enumerate(passes):
-                collector.start(B, outputs.source.device, outputs.source.dtype)
-                entering = V[:, :, i] if term is None else torch.zeros_like(V[:, :, 0])
-                if term is not None:
-                    entering[:, term] = V[:, term, i]
-                hooks.backward(outputs.source, entering, last=number == len(passes) - 1)
+            for number, v in enumerate(entering):
+                collector.start(len(V), outputs.source.device, outputs.source.dtype)
+                if self.maps:
+                    hooks.backward(outputs.source, v, last=number == len(entering) - 1)
                 stacked.append(collector.finish())
             rows = torch.stack(stacked, 1)
+        if self.parameters:
+            for e, example in enumerate(examples):
+                single = Run(functools.partial(self._source, [example]), torch.stack([v[e] for v in entering])[None])
+                values = single()[1].transpose(0, 1)
+                rows[e] += sketched_rows(self.model, self.parameters, self.sketch, single.forward, values)
         if not joint:
             rows, V = reduce_rows(rows, V, self.config.rank)
         if not bool(torch.isfinite(rows).all()):
             bad = [examples[i].id for i in (~torch.isfinite(rows).flatten(1).all(1)).nonzero()[:, 0].tolist()]
-            raise ValueError(f"the gradients of the examples {bad} are not finite; load the model in float32, or leave them out")
+            raise ValueError(
+                f"the gradients of the examples {bad} are not finite; load the model in float32, or leave them out"
+            )
         unit, norms = normalise(rows)
         return {"factors": unit, "norms": norms, "cotangents": V.transpose(1, 2), **_predictions(outputs)}
+
+
+def _entering(V: Tensor, joint: bool) -> list[Tensor]:
+    """What enters at the source (B, t, s) in every backward pass: all terms together, or one term after another."""
+    if joint:
+        return list(V.unbind(2))
+    passes = []
+    for term in range(V.shape[1]):
+        for column in range(V.shape[2]):
+            v = torch.zeros_like(V[:, :, 0])
+            v[:, term] = V[:, term, column]
+            passes.append(v)
+    return passes
+
+
+def _narrowed(run: Run, columns: int) -> Run:
+    singles = tuple(_narrowed(single, columns) for single in run.singles)
+    return Run(run.forward, run.values[:, :columns], singles)
 
 
 def _predictions(outputs: Outputs) -> dict[str, Tensor]:
@@ -211,9 +280,14 @@ def share_of(n: int, process: int, processes: int) -> range:
     return range(n * process // processes, n * (process + 1) // processes)
 
 
-def _ranges(share: range, size: int) -> Iterator[range]:
-    for start in range(share.start, share.stop, size):
-        yield range(start, min(start + size, share.stop))
+def _missing(share: range, done: Mapping[int, int], size: int) -> Iterator[range]:
+    """What no finished shard holds of a share, whatever run wrote them, in parts of at most `size` examples."""
+    at = share.start
+    for start, length in [*sorted(done.items()), (share.stop, 0)]:
+        stop = min(start, share.stop)
+        for first in range(at, stop, size):
+            yield range(first, min(first + size, stop))
+        at = max(at, start + length)
 
 
 def dataset_hash(examples: Iterable[Example]) -> str:
@@ -275,19 +349,17 @@ def compute(
         barrier()
     kept = []
     sizer = _BatchSize(1 if work.one_at_a_time else batch_size)
-    with tqdm(total=len(shares[process]), desc="PEFs", unit="example", disable=not progress) as bar:
-        for part in _ranges(shares[process], shard_size):
-            if done.get(part.start) == len(part):
-                bar.update(len(part))
-                continue
+    parts = list(_missing(shares[process], done, shard_size))
+    already = len(shares[process]) - sum(map(len, parts))
+    with tqdm(total=len(shares[process]), initial=already, desc="PEFs", unit="example", disable=not progress) as bar:
+        for part in parts:
             tensors, columns = _shard(work, [examples[i] for i in part], sizer, bar)
             if writer is None:
                 kept.append((tensors, columns))
             else:
                 writer.write_shard(part.start, tensors, columns)
     if writer is None or output_dir is None:
-        columns = {name: [v for _, c in kept for v in c[name]] for name in kept[0][1]}
-        return PEFs({}, columns, info, [tensors for tensors, _ in kept])
+        return PEFs({}, joined_columns([columns for _, columns in kept]), info, [tensors for tensors, _ in kept])
     barrier()
     if process == 0:
         writer.finish(len(examples))
@@ -296,19 +368,19 @@ def compute(
 
 
 class _BatchSize:
-    """The number of examples of a batch: fixed, or halved whenever memory runs out."""
+    """The most examples of a batch: fixed, or bounded by padded tokens, which are halved when memory runs out."""
 
     def __init__(self, fixed: int | None):
-        self.automatic = fixed is None
-        self.value = 64 if fixed is None else fixed
+        self.value = _AUTO_EXAMPLES if fixed is None else fixed
+        self.max_tokens = _AUTO_TOKENS if fixed is None else None
 
-    def halve(self, error: BaseException) -> None:
-        if not self.automatic or self.value == 1:
-            raise NPEFFError(
-                f"out of memory with {self.value} examples in a batch; use a smaller batch_size, or batch_size='auto'"
-            ) from error
-        self.value = max(1, self.value // 2)
-        logger.warning("out of memory: going on with %d examples in a batch", self.value)
+    def halve(self, batch: int, length: int, error: BaseException) -> None:
+        """Fewer tokens than those of a batch that was too large, or the error for people."""
+        if self.max_tokens is None or batch == 1:
+            advice = "use a smaller batch_size, or batch_size='auto'" if batch > 1 else "use shorter examples"
+            raise NPEFFError(f"out of memory with {batch} examples of {length} tokens in a batch; {advice}") from error
+        self.max_tokens = batch * length // 2
+        logger.warning("out of memory: going on with at most %d tokens in a batch", self.max_tokens)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -325,13 +397,14 @@ def _shard(
     dtype = getattr(torch, work.config.storage_dtype)
     pending = list(range(len(examples)))
     while pending:
-        batch = [pending[i] for i in next(batches_by_length([lengths[i] for i in pending], sizer.value))]
+        left = [lengths[i] for i in pending]
+        batch = [pending[i] for i in next(batches_by_length(left, sizer.value, sizer.max_tokens))]
         try:
             rows = work.rows([examples[i] for i in batch])
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            sizer.halve(error)
+            sizer.halve(len(batch), max(lengths[i] for i in batch), error)
             continue
         rows["factors"] = rows["factors"].to(dtype)
         results.append({name: value.detach().cpu() for name, value in rows.items()})
@@ -358,5 +431,3 @@ def _shard(
     if work.describe is not None and "prediction" not in columns:
         columns["prediction"] = work.describe(tensors["predictions"])
     return tensors, columns
-
-

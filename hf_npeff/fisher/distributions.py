@@ -72,17 +72,21 @@ class Softmax(Distribution):
         self.p = logits.softmax(-1)
 
     def rows_of_exact(self) -> int:
+        """See `Distribution`."""
         return self.logits.shape[-1] - 1
 
     def hessian_times(self, V: Tensor) -> Tensor:
+        """See `Distribution`."""
         p = self.p[..., None]
         return p * (V - (p * V).sum(-2, keepdim=True))
 
     def sqrt_times(self, V: Tensor) -> Tensor:
+        """See `Distribution`."""
         p = self.p[..., None]
         return p.sqrt() * V - p * (p.sqrt() * V).sum(-2, keepdim=True)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
+        """See `Distribution`."""
         S = torch.diag_embed(self.p.double()) - self.p.double()[:, :, None] * self.p.double()[:, None, :]
         values, vectors = torch.linalg.eigh(S)
         keep = self.rows_of_exact()
@@ -90,15 +94,18 @@ class Softmax(Distribution):
         return values.clamp_min(0).to(self.p.dtype), vectors.to(self.p.dtype)
 
     def scores(self, c: int, generator: torch.Generator, index: int) -> Tensor:
+        """See `Distribution`."""
         p = self.p[index]
         y = torch.multinomial(p.cpu(), c, replacement=True, generator=generator).to(p.device)
         return F.one_hot(y, len(p)).to(p.dtype).T - p[:, None]
 
     def predictions(self) -> tuple[Tensor, Tensor]:
+        """See `Distribution`."""
         best = self.logits.argmax(-1)
         return best, self.logits.log_softmax(-1).gather(-1, best[:, None])[:, 0]
 
     def kl(self, other: Distribution) -> Tensor:
+        """See `Distribution`."""
         a, b = self.logits.double().log_softmax(-1), other.logits.double().log_softmax(-1)
         return torch.where(a.isneginf(), 0.0, a.exp() * (a - b)).sum(-1).clamp_min(0)
 
@@ -114,27 +121,34 @@ class Bernoulli(Distribution):
         self.variance = self.p * torch.sigmoid(-logits)
 
     def rows_of_exact(self) -> int:
+        """See `Distribution`."""
         return self.logits.shape[-1]
 
     def hessian_times(self, V: Tensor) -> Tensor:
+        """See `Distribution`."""
         return self.variance[..., None] * V
 
     def sqrt_times(self, V: Tensor) -> Tensor:
+        """See `Distribution`."""
         return self.variance.sqrt()[..., None] * V
 
     def eigen(self) -> tuple[Tensor, Tensor]:
+        """See `Distribution`."""
         values, order = self.variance.sort(dim=-1, descending=True)
         return values, F.one_hot(order, self.logits.shape[-1]).to(values.dtype).mT
 
     def scores(self, c: int, generator: torch.Generator, index: int) -> Tensor:
+        """See `Distribution`."""
         p = self.p[index]
         y = torch.bernoulli(p.cpu()[:, None].expand(-1, c), generator=generator).to(p.device)
         return y - p[:, None]
 
     def predictions(self) -> tuple[Tensor, Tensor]:
+        """See `Distribution`."""
         return (self.logits > 0).to(torch.int64), F.logsigmoid(self.logits.abs()).sum(-1)
 
     def kl(self, other: Distribution) -> Tensor:
+        """See `Distribution`."""
         a, b = self.logits.double(), other.logits.double()
         p = a.sigmoid()
         yes = p * (F.logsigmoid(a) - F.logsigmoid(b))
@@ -148,27 +162,34 @@ class Gaussian(Distribution):
     name = "gaussian"
 
     def rows_of_exact(self) -> int:
+        """See `Distribution`."""
         return self.logits.shape[-1]
 
     def hessian_times(self, V: Tensor) -> Tensor:
+        """See `Distribution`."""
         return V
 
     def sqrt_times(self, V: Tensor) -> Tensor:
+        """See `Distribution`."""
         return V
 
     def eigen(self) -> tuple[Tensor, Tensor]:
+        """See `Distribution`."""
         n, k = self.logits.shape
         return torch.ones_like(self.logits), torch.eye(k, device=self.logits.device).to(self.logits).expand(n, k, k)
 
     def scores(self, c: int, generator: torch.Generator, index: int) -> Tensor:
+        """See `Distribution`."""
         return torch.randn(self.logits.shape[-1], c, generator=generator).to(self.logits)
 
     def predictions(self) -> tuple[Tensor, Tensor]:
+        """See `Distribution`."""
         k = self.logits.shape[-1]
         density = -0.5 * k * torch.log(torch.tensor(2 * torch.pi))
         return self.logits, density.expand(len(self.logits)).to(self.logits)
 
     def kl(self, other: Distribution) -> Tensor:
+        """See `Distribution`."""
         return 0.5 * (self.logits.double() - other.logits.double()).square().sum(-1)
 
 
@@ -210,6 +231,8 @@ class Outputs:
         distribution: of every term.
         jacobian: J_head, or None where it is unknown and the identity stands in.
         at_hidden: whether `source` is the hidden state.
+        several: whether examples of the data set may have several terms; their rows are then reduced to `rank` in
+            every batch, also in one whose examples have a single term each.
     """
 
     source: Tensor
@@ -218,14 +241,15 @@ class Outputs:
     distribution: type[Distribution]
     jacobian: HeadJacobian | None = None
     at_hidden: bool = False
+    several: bool = False
 
 
 @runtime_checkable
 class OutputHead(Protocol):
     """The one protocol to implement for a head that hf_npeff does not know; pass the object as `task=`.
 
-    `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts. `cotangents`
-    enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds.
+    `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts.
+    `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds.
     """
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
@@ -282,11 +306,11 @@ def head_of(model: nn.Module, task: str | OutputHead | None, positions: str, und
         return task
     base = base_of(model)
     found = task or task_of_class(type(base).__name__)
-    if found not in _TASK_OF_CLASS.values():
+    if found is None or found not in _TASK_OF_CLASS.values():
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {HEADLESS}). Load the "
-            "model with such a head, or pass as `task` an object with the hf_npeff.OutputHead protocol: outputs(model, "
-            "batch) -> Outputs, which says where cotangents enter, the logits, and their distribution."
+            f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {HEADLESS}). "
+            "Load the model with such a head, or pass as `task` an object with the hf_npeff.OutputHead protocol: "
+            "outputs(model, batch) -> Outputs, which says where cotangents enter, the logits, and their distribution."
         )
     return TransformersHead(base, found, positions, under_analysis)
 
@@ -313,7 +337,8 @@ class TransformersHead:
             raise ValueError(f"positions='last' makes no sense for {task}; use 'auto', 'labels' or 'all'")
         self.embedding = self._embedding(model) if task in _VOCABULARY_TASKS else None
         inside = self.embedding is not None and any(
-            name.split(".")[-1:] == self._name(self.embedding).split(".")[-1:] and name.endswith(self._name(self.embedding))
+            name.split(".")[-1:] == self._name(self.embedding).split(".")[-1:]
+            and name.endswith(self._name(self.embedding))
             for name in under_analysis
         )
         self.at_hidden = self.embedding is not None and not inside
@@ -325,7 +350,7 @@ class TransformersHead:
 
     @staticmethod
     def _embedding(model: nn.Module) -> nn.Linear | None:
-        embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        embedding = getattr(model, "get_output_embeddings", lambda: None)()
         return embedding if isinstance(embedding, nn.Linear) else None
 
     def _classifier(self, model: nn.Module) -> nn.Linear | None:
@@ -358,13 +383,20 @@ class TransformersHead:
         if logits.dim() == 3:
             index, valid = self._select(arguments, batch)
             logits = _gather(logits, index)
+            several = self.several
         else:
             logits, valid = logits[:, None], torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
+            several = False
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         jacobian = None
         if self.metric is not None and self.metric.out_features == wide.shape[-1]:
-            jacobian = HeadJacobian(self.metric.weight.detach().to(wide.dtype))
-        return Outputs(logits, wide, valid, self.distribution, jacobian)
+            jacobian = HeadJacobian(_weight_of(self.metric, wide))
+        return Outputs(logits, wide, valid, self.distribution, jacobian, several=several)
+
+    @property
+    def several(self) -> bool:
+        """Whether an example may have several terms, as many as it has counted positions."""
+        return self.positions in ("labels", "all") or self.task in ("masked-lm", "token-classification")
 
     def _arguments(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         accepted = inspect.signature(base_of(model).forward).parameters
@@ -373,6 +405,8 @@ class TransformersHead:
             if "labels" in batch:
                 base: Any = base_of(model)
                 arguments["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+                counted = (batch["labels"] != -100).long()
+                arguments["decoder_attention_mask"] = counted.flip(1).cummax(1).values.flip(1)
             else:
                 start = self.config.decoder_start_token_id
                 arguments["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
@@ -426,8 +460,9 @@ class TransformersHead:
             return (seen["hidden"], *args[1:])
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            seen["linear"] = output
-            return output
+            # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
+            seen["linear"] = output.view_as(output) if output.requires_grad else output.detach().requires_grad_()
+            return seen["linear"]
 
         handles = [self.embedding.register_forward_pre_hook(before), self.embedding.register_forward_hook(after)]
         try:
@@ -436,14 +471,16 @@ class TransformersHead:
             for handle in handles:
                 handle.remove()
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        weight = self.embedding.weight.detach().to(wide.dtype)
+        weight = _weight_of(self.embedding, wide)
         slope = None
-        if logits is not seen["linear"]:
+        if logits is not seen["linear"] and torch.is_grad_enabled():
             (slope,) = torch.autograd.grad(logits.sum(), seen["linear"], retain_graph=True)
             slope = slope.detach().to(wide.dtype).flatten(0, 1)
             slope = None if bool((slope == 1).all()) else slope
         source = seen["hidden"] if self.at_hidden else logits
-        return Outputs(source, wide, valid, self.distribution, HeadJacobian(weight, slope), self.at_hidden)
+        return Outputs(
+            source, wide, valid, self.distribution, HeadJacobian(weight, slope), self.at_hidden, self.several
+        )
 
     def _answer_outputs(self, result: Any, batch: Mapping[str, Tensor]) -> Outputs:
         """Two softmaxes over the real positions: where the answer starts and where it ends."""
@@ -452,6 +489,14 @@ class TransformersHead:
         if "attention_mask" in batch:
             wide = wide.masked_fill(~batch["attention_mask"].bool()[:, None].to(wide.device), float("-inf"))
         return Outputs(logits, wide, torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device), Softmax)
+
+
+def _weight_of(module: nn.Linear, like: Tensor) -> Tensor:
+    """The weight of a head, wherever it is, with the dtype and device of its logits."""
+    weight = module.weight
+    if weight.device.type == "meta":  # offloaded by Accelerate
+        weight = module._hf_hook.weights_map["weight"]  # type: ignore[union-attr,index]
+    return weight.detach().to(like.device, like.dtype)
 
 
 def _logits_of(result: Any) -> Tensor:

@@ -51,17 +51,18 @@ def resolve(factor: OutputFactor, outputs: Outputs, rank: int) -> OutputFactor:
         ValueError: if `exact` is asked of a vocabulary, or `rank` exceeds the dimension of the space of cotangents.
     """
     distribution = outputs.distribution(outputs.logits[:1, 0])
-    k, s = outputs.logits.shape[-1], outputs.source.shape[-1]
+    k = outputs.logits.shape[-1]
+    h = k if outputs.jacobian is None else outputs.jacobian.weight.shape[1]
     exact_rows = distribution.rows_of_exact()
     if factor == "auto":
         factor = "exact" if exact_rows <= rank and k <= EXACT_LIMIT else "spectral"
     if factor == "exact" and k > EXACT_LIMIT:
         raise ValueError(
-            f"output_factor='exact' diagonalises a {k}×{k} matrix for every example; use output_factor='spectral', which "
-            f"keeps the best `rank` rows (exact is for at most {EXACT_LIMIT} classes)"
+            f"output_factor='exact' diagonalises a {k}×{k} matrix for every example; use output_factor='spectral', "
+            f"which keeps the best `rank` rows (exact is for at most {EXACT_LIMIT} classes)"
         )
-    if factor == "spectral" and rank > s:
-        raise ValueError(f"rank={rank} exceeds the {s} dimensions of the model's last hidden state; lower it to {s}")
+    if factor == "spectral" and rank > h:
+        raise ValueError(f"rank={rank} exceeds the {h} dimensions that the model's head reads; lower it to {h}")
     return factor
 
 
@@ -101,7 +102,7 @@ def cotangents(outputs: Outputs, factor: OutputFactor, rank: int, seeds: Sequenc
                 V = _spectral(distribution, head, rank, at_hidden=outputs.at_hidden)
             pieces.append(_to_source(V, head, outputs.at_hidden and factor == "exact"))
         V = torch.cat(pieces)
-        joint = t == 1
+        joint = t == 1 and not outputs.several
     else:
         V = _random(outputs, factor, rank, seeds, flat, jacobian)
         joint = True

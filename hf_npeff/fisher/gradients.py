@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.parameters import gradients
 from hf_npeff.fisher.sketches import Sketch
 
 
@@ -47,7 +48,7 @@ class LinearMap:
         return matrix.mT if self.transposed else matrix
 
 
-class CalledOnceForAll(UnsupportedModelError):
+class CalledOnceForAll(UnsupportedModelError):  # noqa: N818
     """A module ran once for the whole batch, so its gradients cannot be told apart; single examples can."""
 
 
@@ -80,13 +81,14 @@ def find_linear_maps(
 ) -> list[LinearMap]:
     """The linear maps (nn.Linear, Conv1D) under analysis, in the model's order; PEFT's meaning of `target_modules`.
 
-    "all-linear" leaves out a language model's output embedding and the parts of a loaded PEFT adapter.
+    Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
+    model's output embedding and the parts of a loaded PEFT adapter. An empty list chooses none.
 
     Raises:
         ValueError: if nothing matches, or a regular expression is not one.
     """
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        embedding = getattr(model, "get_output_embeddings", lambda: None)()
         skip = _adapter_parts(model) | {n for n, m in model.named_modules() if m is embedding}
         chosen = [(n, m) for n, m in model.named_modules() if _is_linear(m) and n not in skip]
     else:
@@ -95,13 +97,19 @@ def find_linear_maps(
         except re.error as error:
             raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
     if exclude_modules is not None:
-        chosen = [(n, m) for n, m in chosen if not _matches(n, exclude_modules)]
-    if not chosen:
+        try:
+            chosen = [(n, m) for n, m in chosen if not _matches(n, exclude_modules)]
+        except re.error as error:
+            raise ValueError(f"exclude_modules {exclude_modules!r} is not a regular expression: {error}") from error
+    if not chosen and len(target_modules):
         known = [n for n, m in model.named_modules() if _is_linear(m)]
         raise ValueError(
             f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) matches none of the model's "
             f"{len(known)} linear maps, for instance {known[:8]}"
         )
+    weights, names = {id(m.weight) for _, m in chosen}, {n for n, _ in chosen}
+    twins = [(n, m) for n, m in model.named_modules() if n not in names and _is_linear(m) and id(m.weight) in weights]
+    chosen += twins  # a tied weight's gradient is the sum over all its modules
     first_name: dict[int, str] = {}
     maps: dict[str, LinearMap] = {}
     for name, module in chosen:
@@ -130,11 +138,13 @@ class LinearHooks:
     """Feeds a receiver from hooks on the linear maps of a model, inside `with`.
 
     `begin(batch)` comes before each forward pass and says how many examples it holds. After the pass, `roots` are the
-    tensors at which backward passes may stop.
+    tensors at which backward passes may stop, and `ran` are the parameters whose modules were called.
     """
 
     def __init__(self, model: nn.Module, maps: Sequence[LinearMap], receiver: Receiver):
         self.roots: list[Tensor] = []
+        self.ran: set[str] = set()
+        self._inputs_require_gradients = False
         self._receiver = receiver
         self._batch = 0
         self._modules = {name: m for m in maps for name in m.modules}
@@ -157,7 +167,9 @@ class LinearHooks:
     def begin(self, batch: int) -> None:
         """Announce a forward pass over `batch` examples."""
         self._batch = batch
+        self._inputs_require_gradients = False
         self.roots.clear()
+        self.ran.clear()
 
     def _per_example(self, x: Tensor, name: str) -> Tensor:
         """(B, …, features) or flattened (B·t, features) → (B, t, features)."""
@@ -168,19 +180,25 @@ class LinearHooks:
                 f"{name} received {tuple(x.shape)} for a batch of {self._batch} examples, so its rows cannot be given "
                 f"to examples (routed experts do this). Leave it out with exclude_modules, or use batch_size=1."
             )
-        return x.reshape(self._batch, -1, x.shape[-1])
+        return x.reshape(self._batch, x.numel() // (self._batch * x.shape[-1]), x.shape[-1])
 
     def _hook(self, name: str, linear_map: LinearMap) -> Callable[..., Tensor]:
         parameter = linear_map.parameter
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
+            self.ran.add(parameter)
             saved = self._receiver.take_input(parameter, self._per_example(x.detach(), name))
             if not output.requires_grad:
                 # Nothing under analysis came before: the backward pass ends here.
                 root = output.detach().requires_grad_()
                 self.roots.append(root)
                 output = root.clone()
+            elif self._inputs_require_gradients or not self.roots:
+                # The embeddings already require gradients (gradient checkpointing, training in 8 bits): no single place
+                # ends all backward passes, so they go to every map.
+                self._inputs_require_gradients = True
+                self.roots.append(output)
 
             def backward_hook(delta: Tensor) -> None:
                 self._receiver.take_gradient(parameter, saved, self._per_example(delta, name))
@@ -200,9 +218,7 @@ class LinearHooks:
             raise UnsupportedModelError(
                 "none of the target modules ran, or the output does not depend on them; check target_modules"
             )
-        torch.autograd.grad(
-            source, self.roots, cotangent.to(source.dtype), retain_graph=not last, allow_unused=True
-        )
+        torch.autograd.grad(source, self.roots, cotangent.to(source.dtype), retain_graph=not last, allow_unused=True)
 
 
 class RowCollector:
@@ -254,26 +270,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def autograd_rows(
-    model: nn.Module, maps: Sequence[LinearMap], run: Callable[[], tuple[Tensor, Tensor]]
+    model: nn.Module, maps: Sequence[LinearMap], forward: Callable[[], Tensor], cotangent: Tensor
 ) -> Mapping[str, Tensor]:
     """{parameter: gradient (out, in)} of ⟨source, cotangent⟩ by plain autograd, for the self-test of the hooks.
 
     Args:
         model: frozen; the weights of `maps` require gradients inside only.
         maps: the linear maps to differentiate.
-        run: a forward pass that returns (source, cotangent).
+        forward: a forward pass that returns the source.
+        cotangent: shaped like the source.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights = [parameters[m.parameter] for m in maps]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        source, cotangent = run()
-        gradients = torch.autograd.grad(source, weights, cotangent.to(source.dtype), allow_unused=True)
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-    return {
-        m.parameter: m.as_matrix(torch.zeros_like(w) if g is None else g)
-        for m, w, g in zip(maps, weights, gradients, strict=True)
-    }
+    (found,) = gradients(model, [m.parameter for m in maps], forward, cotangent[None])
+    return {m.parameter: m.as_matrix(gradient) for m, gradient in zip(maps, found, strict=True)}

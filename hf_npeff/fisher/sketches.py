@@ -169,7 +169,7 @@ class Sketch:
         return torch.zeros(batch, self.dim * 2 if self._summed else self.dim, device=device, dtype=dtype)
 
     def add(self, rows: Tensor, name: str, values: Tensor) -> None:
-        """Add the placement of projected gradients `values` (batch, k_out, k_in) to `rows` from `new_rows`, in place."""
+        """Add the placement of projected gradients `values` (batch, k_out, k_in) to `rows`, in place."""
         part = self._parts[name]
         flat = values.reshape(len(values), -1).to(rows.dtype)
         if part.start is not None:
@@ -192,7 +192,9 @@ class Sketch:
             raise ValueError(f"expected the parameters {list(self.shapes)}, but got {list(deltas)}")
         wrong = {n: tuple(v.shape) for n, v in deltas.items() if tuple(v.shape[-2:]) != self.shapes[n]}
         if wrong:
-            raise ValueError(f"matrices of these shapes (out, in) were expected, {self.shapes}, but these came: {wrong}")
+            raise ValueError(
+                f"matrices of these shapes (out, in) were expected, {self.shapes}, but these came: {wrong}"
+            )
         return {name: deltas[name] for name in self.shapes}
 
     def apply(self, deltas: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,144 @@
+"""What an analysis will cost, from sizes alone, before anything starts: the model of docs/cost.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hf_npeff.fisher.gradients import LinearMap
+from hf_npeff.fisher.sketches import TWO_STAGE_SIDE, Kind
+
+_COLUMN_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """FLOPs and bytes of an analysis.
+
+    Attributes:
+        n: examples.
+        tokens: of an example, on average.
+        c: rows of an example.
+        d: numbers of a row.
+        p: parameters under analysis.
+        r: components.
+        sketch: its kind; "at most" where "auto" has not chosen yet.
+        forward: FLOPs of the forward passes.
+        backward: FLOPs of the c backward passes an example, through activations alone.
+        sketching: FLOPs that the rows add to them.
+        iteration: FLOPs of one iteration of the decomposition.
+        disk: bytes of the store.
+        fit_memory: bytes that a fit holds without memory_budget.
+    """
+
+    n: int
+    tokens: float
+    c: int
+    d: int
+    p: int
+    r: int
+    sketch: str
+    forward: float
+    backward: float
+    sketching: float
+    iteration: float
+    disk: int
+    fit_memory: int
+
+    @property
+    def flops(self) -> float:
+        """Of computing all PEFs."""
+        return self.forward + self.backward + self.sketching
+
+    def __str__(self) -> str:
+        rows = [
+            ("examples n", f"{self.n:,} of {self.tokens:.0f} tokens"),
+            ("rows an example c", f"{self.c}"),
+            ("numbers a row d", f"{self.d:,} ({self.sketch})"),
+            ("parameters under analysis p", f"{self.p:,}"),
+            ("forward passes", _flops(self.forward)),
+            ("backward passes", _flops(self.backward)),
+            ("sketches", _flops(self.sketching)),
+            ("PEFs, altogether", _flops(self.flops)),
+            ("store on disk", _bytes(self.disk)),
+            (f"one iteration with {self.r} components", _flops(self.iteration)),
+            ("memory of a fit, without memory_budget", _bytes(self.fit_memory)),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def numbers_of(kind: Kind, dim: int | None, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The d of a sketch, without making it: a large model's random signs alone take p bytes."""
+    if dim is not None and kind in ("countsketch", "two-stage"):
+        return dim
+    side = dim if kind == "kronecker" and dim is not None else None
+    return sum(min(a, side or a) * min(b, side or b) for a, b in shapes.values())
+
+
+def estimate(
+    maps: Sequence[LinearMap],
+    parameters: int,
+    shapes: Mapping[str, tuple[int, int]],
+    kind: Kind,
+    dim: int | None,
+    *,
+    chosen: bool,
+    n: int,
+    tokens: float,
+    c: int,
+    r: int,
+    source: int,
+    storage_bytes: int,
+) -> Estimate:
+    """Count multiplications and additions of the linear maps; attention and norms are left out.
+
+    Args:
+        maps: the linear maps under analysis.
+        parameters: all parameters that a forward pass multiplies with.
+        shapes: of all parameters under analysis.
+        kind: of the sketch, as it is, or the largest that "auto" may choose.
+        dim: the sketch's setting.
+        chosen: whether it is as it is.
+        n: examples.
+        tokens: of an example, on average.
+        c: rows of an example.
+        r: components.
+        source: numbers of a cotangent.
+        storage_bytes: of a number on disk.
+    """
+    forward = 2.0 * parameters * tokens * n
+    sketching = 0.0
+    for m in maps:
+        out, into = m.shape
+        side = dim if kind == "kronecker" and dim else TWO_STAGE_SIDE if kind == "two-stage" else max(out, into)
+        k_out, k_in = min(out, side), min(into, side)
+        once = 2 * tokens * into * k_in * (k_in < into)
+        each = 2 * tokens * out * k_out * (k_out < out) + 2 * tokens * k_out * k_in
+        sketching += n * (once + c * (each + 2 * k_out * k_in * (kind in ("countsketch", "two-stage"))))
+    d = numbers_of(kind, dim, shapes)
+    rows_in_gram_space = n * c if n * c < d and n * c <= 8000 else d
+    return Estimate(
+        n, tokens, c, d, sum(a * b for a, b in shapes.values()), r,
+        kind if chosen else f"{kind}, at most",
+        forward=forward,
+        backward=c * forward,
+        sketching=sketching,
+        iteration=2 * 2.0 * n * c * rows_in_gram_space * r,
+        disk=n * (c * d * storage_bytes + c * source * 4 + _COLUMN_BYTES),
+        fit_memory=n * c * d * 4 + n * c * r * 4,
+    )  # fmt: skip
+
+
+def _flops(value: float) -> str:
+    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.2f} {unit}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def _bytes(value: float) -> str:
+    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= factor:
+            return f"{value / factor:.2f} {unit}"
+    return f"{value:.0f} B"

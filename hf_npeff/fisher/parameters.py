@@ -1,0 +1,177 @@
+"""Parameters that are no linear map's weight (biases, norms, embeddings, fused experts), by plain autograd.
+
+Hooks see only what passes through a module's input and output. Anything else is differentiated one example at a time,
+so no layer has to be known, and the dense gradient goes through the same sketch, as a matrix (first dimension, rest).
+It costs one forward and c full backward passes an example, and the memory of one gradient of what is chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.fisher.sketches import Sketch
+
+_SHARE_TO_NAME = 0.01
+
+
+def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dict[str, tuple[int, int]]:
+    """The parameters that `FisherConfig.parameters` names, {name: shape as a matrix}, in the model's order.
+
+    Args:
+        model: any module.
+        wanted: a regular expression for the whole name, or a list of names or name endings. A tied parameter answers to
+            each of its names and is listed under its first.
+
+    Raises:
+        ValueError: if a name, or the regular expression, matches no parameter of floating point.
+    """
+    if wanted is None:
+        return {}
+    first: dict[int, str] = {}
+    every = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            every[name] = first.setdefault(id(parameter), name)
+    chosen = set()
+    if isinstance(wanted, str):
+        try:
+            chosen = {own for name, own in every.items() if re.fullmatch(wanted, name)}
+        except re.error as error:
+            raise ValueError(f"parameters={wanted!r} is not a regular expression: {error}") from error
+        if not chosen:
+            raise ValueError(f"parameters={wanted!r} matches none of the model's parameters{_close([wanted], every)}")
+    else:
+        unknown = []
+        for target in wanted:
+            found = {own for name, own in every.items() if name == target or name.endswith(f".{target}")}
+            chosen |= found
+            if not found:
+                unknown.append(target)
+        if unknown:
+            raise ValueError(f"the model has no parameters {unknown}{_close(unknown, every)}")
+    tensors = dict(model.named_parameters())
+    if away := sorted(name for name in chosen if not is_at_hand(tensors[name])):
+        raise ValueError(
+            f"the parameters {away[:5]} are offloaded, so they cannot be differentiated; load them on a device"
+        )
+    return {name: _as_matrix(tensors[name].shape) for name in tensors if name in chosen}
+
+
+def is_at_hand(weight: Tensor) -> bool:
+    """Whether autograd can differentiate a weight: it is neither offloaded nor quantised."""
+    return weight.is_floating_point() and weight.device.type != "meta"
+
+
+def _close(unknown: Sequence[str], known: Mapping[str, str]) -> str:
+    close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else f"; it has, for instance, {list(known)[:5]}"
+
+
+def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    rows = shape[0] if len(shape) else 1
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return rows, columns
+
+
+def modules_of(model: nn.Module, names: Mapping[str, tuple[int, int]]) -> set[str]:
+    """Names of the modules that hold these parameters, by any of their names."""
+    tensors = dict(model.named_parameters())
+    chosen = {id(tensors[name]) for name in names}
+    return {
+        prefix for prefix, module in model.named_modules()
+        if any(id(parameter) in chosen for parameter in module.parameters(recurse=False))
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def requiring_gradients(model: nn.Module, names: Sequence[str]) -> Iterator[list[nn.Parameter]]:
+    """The named parameters, requiring gradients inside `with` only; the model is frozen otherwise."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    tensors = [every[name] for name in names]
+    try:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        yield tensors
+    finally:
+        for tensor in tensors:
+            tensor.requires_grad_(False)
+
+
+def gradients(
+    model: nn.Module, names: Sequence[str], forward: Callable[[], Tensor], cotangents: Tensor
+) -> Iterator[list[Tensor]]:
+    """Gradients of ⟨source, v⟩ with respect to parameters, summed over the batch, for one cotangent v after another.
+
+    Args:
+        model: frozen.
+        names: of the parameters.
+        forward: a forward pass that returns the source.
+        cotangents: (m, *source.shape).
+
+    Yields:
+        m lists of tensors shaped like the parameters; zeros where the source does not depend on one.
+    """
+    with requiring_gradients(model, names) as tensors:
+        source = forward()
+        for i, v in enumerate(cotangents):
+            if source.requires_grad:
+                last = i == len(cotangents) - 1
+                found = torch.autograd.grad(
+                    source, tensors, v.to(source.dtype), retain_graph=not last, allow_unused=True
+                )
+            else:
+                found = (None,) * len(tensors)  # type: ignore[assignment]
+            yield [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+
+def sketched_rows(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, int]],
+    sketch: Sketch,
+    forward: Callable[[], Tensor],
+    cotangents: Tensor,
+) -> Tensor:
+    """The share of these parameters in the sketched rows of one example: (m, d).
+
+    Args:
+        model: frozen.
+        shapes: what `find_parameters` found.
+        sketch: of these parameters, and of others.
+        forward: a forward pass over the example that returns the source.
+        cotangents: (m, *source.shape).
+    """
+    dtype = torch.promote_types(cotangents.dtype, torch.float32)
+    rows = sketch.new_rows(len(cotangents), device=cotangents.device, dtype=dtype)
+    for i, found in enumerate(gradients(model, list(shapes), forward, cotangents)):
+        for (name, shape), gradient in zip(shapes.items(), found, strict=True):
+            value = sketch.project_input(name, gradient.to(rows.device, dtype).reshape(1, *shape))
+            sketch.add(rows[i : i + 1], name, sketch.project_output(name, value.mT).mT)
+    return sketch.finish(rows)
+
+
+def fused_parameters(model: nn.Module, analysed: Mapping[str, object]) -> dict[str, float]:
+    """Weights of three or more dimensions outside convolutions (fused experts) that nobody analyses.
+
+    What has length 1 in a dimension (position embeddings, class tokens) is not among them.
+
+    Returns:
+        {name, layer numbers written as *: share of all parameters}, empty where they are 1% or less together.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shares: dict[str, float] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for suffix, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.dim() >= 3 and 1 not in parameter.shape and suffix not in analysed:
+                name = re.sub(r"\.\d+\.", ".*.", suffix)
+                shares[name] = shares.get(name, 0.0) + parameter.numel() / total
+    return shares if sum(shares.values()) > _SHARE_TO_NAME else {}

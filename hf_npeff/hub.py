@@ -1,0 +1,331 @@
+"""Folders to and from the Hugging Face Hub, and what may leave with them.
+
+Downloads go to the client's cache and uploads from a finished folder in one commit, so that nothing half-written is
+left in a user's folder. Every failure of the client ends in an OSError (or a ValueError for an argument) that says what
+to do; tokens never appear in a message.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_npeff import __version__
+
+LIBRARY = "hf_npeff"
+DECOMPOSITION_TAG = "npeff-decomposition"
+"""On every published decomposition's card, so that `list_decompositions` finds it."""
+
+_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
+_TOKEN = re.compile(r"(hf_|api_org_|Bearer\s+)[^\s'\",)]{2,}")
+_NETWORK = ("httpx", "httpcore", "requests", "urllib3")  # whichever the installed client is built on
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether `name` can be a repository on the Hub: of the right form, and no folder here."""
+    return isinstance(name, str) and bool(_REPO_ID.fullmatch(name)) and ".." not in name and not os.path.isdir(name)
+
+
+def resolve_folder(
+    id_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    subfolder: str | None = None,
+    allow_patterns: Sequence[str] | None = None,
+) -> Path:
+    """A local folder as it is, or a repository of the Hub after a download into the client's cache.
+
+    Args:
+        id_or_path: a folder, which goes first, or a repository's id.
+        revision: branch, tag or commit.
+        token: for private repositories; None takes the one of `hf auth login`, False sends none.
+        cache_dir: the client's cache, where it is not the usual one.
+        local_files_only: use the cache alone.
+        subfolder: the folder within, with forward slashes.
+        allow_patterns: the names of files worth downloading, within the subfolder.
+
+    Raises:
+        OSError: if there is no such folder, repository or revision, if it may not be read, or if it cannot be reached
+            and is not in the cache.
+        ValueError: if the id is malformed, or the subfolder leads out of the repository.
+    """
+    inner = _checked_subfolder(subfolder)
+    name = os.fspath(id_or_path)
+    local = Path(name).expanduser()
+    if name and local.is_dir():
+        return _within(local, inner, name)
+    if not isinstance(id_or_path, str) or not _REPO_ID.fullmatch(name):
+        raise OSError(f"{name!r} is neither a folder nor the id of a repository on the Hub (user/name)")
+    prefix = "" if inner is None else f"{glob.escape(str(inner))}/"
+    patterns = None if allow_patterns is None else [prefix + pattern for pattern in allow_patterns]
+    with clear_errors(name, revision=revision, token=token, local_files_only=local_files_only):
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            local_files_only=local_files_only,
+            allow_patterns=patterns if patterns is not None else (f"{prefix}*" if prefix else None),
+            library_name=LIBRARY,
+            library_version=__version__,
+        )
+    return _within(Path(folder), inner, name)
+
+
+def _within(folder: Path, inner: PurePosixPath | None, name: str) -> Path:
+    found = folder if inner is None else folder / inner
+    if not found.is_dir():
+        raise OSError(f"{name} holds no files of hf_npeff" + ("" if inner is None else f" in a folder {str(inner)!r}"))
+    return found
+
+
+def _checked_subfolder(subfolder: str | None) -> PurePosixPath | None:
+    if subfolder is None:
+        return None
+    path, windows = PurePosixPath(subfolder), PureWindowsPath(subfolder)
+    if not path.parts or ".." in windows.parts or path.is_absolute() or windows.anchor or "\0" in subfolder:
+        raise ValueError(f"subfolder must be a path within the repository, without '..', but it is {subfolder!r}")
+    return PurePosixPath(*windows.parts)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the client's cache stands for; None for any other folder."""
+    for path in (folder, *folder.parents):
+        if path.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", path.name):
+            return path.name
+    return None
+
+
+def commit_of_model(
+    model_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> str | None:
+    """The commit that a model's revision stands for now, from where its config.json lies in the client's cache.
+
+    transformers' models do not know their commit. None for a folder, and where there is no such file.
+    """
+    if not is_hub_id(model_id):
+        return None
+    try:
+        path = hf_hub_download(
+            str(model_id),
+            "config.json",
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            local_files_only=local_files_only,
+            library_name=LIBRARY,
+            library_version=__version__,
+        )
+    except (OSError, ValueError):  # whoever loads the model says what is wrong
+        return None
+    return commit_of(Path(path).parent)
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    repo_type: str = "model",
+    delete_patterns: Sequence[str] | None = None,
+) -> str:
+    """Upload a folder's files in one commit; the repository is made where it is missing.
+
+    Args:
+        folder: what to upload.
+        repo_id: user/name.
+        private: whether a new repository is private; True also refuses an existing public one. None: the account's
+            default.
+        token: None takes the one of `hf auth login`.
+        revision: the branch, made where it is missing.
+        create_pr: open a pull request instead of committing.
+        commit_message: the commit's title.
+        repo_type: "model", "dataset" or "space".
+        delete_patterns: files of the repository that go away in the same commit unless they are uploaded again.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        OSError: if the upload is refused or the Hub cannot be reached. Nothing is committed then, and what was already
+            sent need not be sent again.
+        ValueError: if the id is malformed, or `private` is true and the repository is public.
+    """
+    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    with clear_errors(repo_id, revision=revision, token=token, writing=True):
+        api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+        public = private is True and api.repo_info(repo_id, repo_type=repo_type).private is not True
+        if not public:
+            if revision is not None and not create_pr and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=str(folder),
+                repo_type=repo_type,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload with {LIBRARY}",
+                delete_patterns=list(delete_patterns) if delete_patterns is not None else None,
+            )
+            return str(commit.pr_url or commit.commit_url)
+    raise ValueError(
+        f"private=True, but {repo_id} exists and is public; nothing was uploaded. Make it private on its settings "
+        "page, or push to another repository"
+    )
+
+
+def list_decompositions(base_model: str, *, token: str | bool | None = None) -> list[str]:
+    """Ids of the decompositions that are published for a model, found by the tags of their cards.
+
+    Args:
+        base_model: the model's id.
+        token: to see private ones too.
+
+    Raises:
+        OSError: if the Hub cannot be reached or refuses.
+        ValueError: if `base_model` is not a model's id.
+    """
+    if not isinstance(base_model, str) or not _REPO_ID.fullmatch(base_model):
+        raise ValueError(f"base_model must be a model's id on the Hub, but it is {base_model!r}")
+    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    with clear_errors("the list of models", token=token):
+        return [model.id for model in api.list_models(filter=[DECOMPOSITION_TAG, f"base_model:{base_model}"])]
+
+
+@contextmanager
+def clear_errors(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    writing: bool = False,
+) -> Iterator[None]:
+    """Turn the errors of the Hub's client into an OSError or ValueError that says what to do, without any token in it.
+
+    The original is left out of the traceback: clients put headers and addresses into their messages.
+    """
+    at = name if revision is None else f"{name} at revision {revision!r}"
+    try:
+        yield
+    except (
+        HFValidationError,
+        OfflineModeIsEnabled,
+        EntryNotFoundError,
+        LocalTokenNotFoundError,
+        HfHubHTTPError,
+    ) as error:
+        told: Exception = _told(error, name, at, local_files_only=local_files_only, writing=writing)
+    except Exception as error:
+        if type(error).__module__.startswith(_NETWORK) or isinstance(error, ConnectionError | TimeoutError):
+            told = OSError(f"{at}: the Hub cannot be reached ({_shortly(error, token)}); check the connection")
+        elif isinstance(error, OSError | ValueError | RuntimeError):
+            told = OSError(f"{at}: the transfer failed: {_shortly(error, token)}")
+        else:
+            raise
+    else:
+        return
+    raise told from None
+
+
+def _told(error: Exception, name: str, at: str, *, local_files_only: bool, writing: bool) -> Exception:
+    log_in = "pass token= or log in with `hf auth login`"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, HFValidationError):
+        return ValueError(f"{name!r} is not the id of a repository on the Hub (user/name)")
+    if isinstance(error, LocalTokenNotFoundError):
+        return OSError(f"{at}: no token was found; {log_in}")
+    if isinstance(error, GatedRepoError):
+        return OSError(f"{name} is gated: ask for access on its page on the Hub, and {log_in}")
+    if isinstance(error, RepositoryNotFoundError):
+        if writing and status == 401:
+            return OSError(f"{at} cannot be written to without a valid token; {log_in}")
+        return OSError(f"there is no folder and no repository {name}, or it is private: check the name, or {log_in}")
+    if isinstance(error, RevisionNotFoundError):
+        return OSError(
+            f"{name} exists, but not {at.removeprefix(name).strip() or 'its main branch'}; check the revision"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return OSError(f"{at} needs the Hub, and HF_HUB_OFFLINE=1 forbids that; unset it")
+    if isinstance(error, LocalEntryNotFoundError):
+        remedy = "use local_files_only=False once" if local_files_only else "connect once (without HF_HUB_OFFLINE)"
+        reached = "" if local_files_only else ", and the Hub cannot be reached"
+        return OSError(f"{at} is not in the cache{reached}; {remedy}")
+    if isinstance(error, EntryNotFoundError):
+        return OSError(f"{at} lacks a file that is needed")
+    if status == 401:
+        return OSError(f"{at}: the Hub accepts no request without a valid token here; {log_in}")
+    if status == 403:
+        return OSError(
+            f"{at}: this account may not do that; check the name, and that the token may write, or use create_pr"
+        )
+    return OSError(f"{at}: the Hub answered with the status {status}; try again later")
+
+
+def _shortly(error: Exception, token: str | bool | None) -> str:
+    """The first line of an error, without anything that looks like a token."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(token, str) and token.strip():
+        text = text.replace(token, "…").replace(token.strip(), "…")
+    return _TOKEN.sub("…", text)[:300]
+
+
+# What may leave
+
+_NEVER_TEXT = ("prediction", "content_hash", "id", "example_id", "idx", "guid")
+_ALWAYS_TEXT = (
+    "text", "prompt", "sentence", "sentence1", "sentence2", "premise", "hypothesis", "question", "question1",
+    "question2", "context", "content", "answer", "completion", "messages",
+)  # fmt: skip
+_LABEL_VALUES, _LABEL_LENGTH = 64, 64
+
+
+def text_columns(columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The columns that count as texts, which leave for the Hub only with `include_texts=True`.
+
+    Numbers, booleans and None are never texts. Neither are `prediction` and `content_hash`, which the library wrote,
+    ids (`id`, `example_id`, `idx`, `guid`), nor label-like columns: at most 64 different values, none longer than 64
+    characters, each used twice on average. All other columns are texts, and so is any column of anything but numbers
+    with one of the names under which data sets keep their inputs, such as `text` and `prompt`.
+    """
+    return [name for name, values in columns.items() if name not in _NEVER_TEXT and _holds_texts(name, values)]
+
+
+def _holds_texts(name: str, values: Sequence[Any]) -> bool:
+    others = [value for value in values if not isinstance(value, bool | int | float | None)]
+    if not others:
+        return False
+    if name in _ALWAYS_TEXT or not all(isinstance(value, str) and len(value) <= _LABEL_LENGTH for value in others):
+        return True
+    different = len(set(others))
+    return different > _LABEL_VALUES or 2 * different > len(others)

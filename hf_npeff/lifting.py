@@ -1,0 +1,458 @@
+"""Lifting: from a component in the sketch to a direction in the parameters.
+
+At a stationary point of the objective, with M = (WᵀW)∘(GGᵀ) and C_j = Σ_i Σ_c W_ij ⟨A_ic, g_j⟩ A_ic,
+
+    ∂L/∂G = 0  ⇔  M G = C  ⇔  G = M⁻¹ C:    g_j = Σ_ic coef_jic A_ic,   coef_jic = Σ_l (M⁻¹)_jl W_il ⟨A_ic, g_l⟩
+
+Every component is a known combination of PEF rows, and the same combination of the rows before the sketch is the
+component in parameter space. Row ic is the gradient for the cotangent v_ic, and gradients are linear in it: one backward
+pass with Σ_c coef_jic v_ic at every example gives it. Rows were scaled by 1/√‖F_i‖, and balanced ones by D and once
+more to unit norm; the coefficients undo that, so that they speak of unscaled rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hf_npeff.components import Decomposition, balanced
+from hf_npeff.data import Example, batches_by_length
+from hf_npeff.decomposition.objective import alignments
+from hf_npeff.fisher.compute import FisherPass
+from hf_npeff.fisher.gradients import LinearHooks
+from hf_npeff.fisher.parameters import gradients
+from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.store import PEFs, check_same_sketch
+
+logger = logging.getLogger(__name__)
+_FAITHFUL = 0.9
+_CONVERGED = 0.8
+Method = Literal["exact", "adjoint", "compressed_sensing"]
+Form = Literal["auto", "plain", "metric"]
+
+
+@dataclass(frozen=True)
+class LiftRequest:
+    """How components are to be lifted; the arguments of `NPEFFAnalyzer.lift`.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+
+    method: Method = "exact"
+    top_examples: int | None = None
+    form: Form = "auto"
+    semi_orthogonal: bool = False
+    solver: Literal["iht", "fista"] = "iht"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, choices in (("method", Method), ("form", Form), ("solver", Literal["iht", "fista"])):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, but it is {getattr(self, name)!r}")
+        if self.top_examples is not None and self.top_examples < 1:
+            raise ValueError(f"top_examples must be at least 1, but it is {self.top_examples}")
+        if self.top_examples is not None and self.method != "exact":
+            raise ValueError("top_examples goes with method='exact' only: the other methods read no example")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but it is {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """One component in parameter space: {parameter: matrix (out, in)}, not scaled, and how it was made."""
+
+    deltas: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def lift_components(
+    work: FisherPass,
+    decomposition: Decomposition,
+    wanted: Sequence[int],
+    pefs: PEFs,
+    examples: Sequence[Example],
+    request: LiftRequest,
+) -> list[Lifted]:
+    """Components in parameter space.
+
+    Args:
+        work: the pass over the model, with the sketch of `pefs`.
+        decomposition: of `pefs`.
+        wanted: components.
+        pefs: those that were decomposed.
+        examples: theirs, in their order.
+        request: method and form.
+
+    Raises:
+        ValueError: if the decomposition is far from a stationary point, or rows were made elsewhere.
+        IncompatibleSketchError: if the PEFs are of another sketch.
+    """
+    coefficients, cosines = combination(decomposition, pefs)
+    n_r = torch.zeros(len(wanted), len(decomposition), dtype=torch.float64)
+    for row, j in enumerate(wanted):
+        n_r[row] = semi_orthogonal(decomposition, j) if request.semi_orthogonal else 0
+        n_r[row, j] = 1
+    targets = torch.nn.functional.normalize(n_r @ decomposition.pseudo_fishers.double(), dim=1)
+    sketch = pefs.sketch()
+    scales = decomposition.scales
+    facts: list[dict[str, Any]] = [
+        {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
+    ]
+    if request.method == "exact":
+        if pefs.cotangents is None:
+            raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere); use method='adjoint'")
+        if bad := [j for j in wanted if cosines[j] < _CONVERGED]:
+            raise ValueError(
+                f"the components {bad} are not at a stationary point (cosine {float(cosines[bad[0]]):.2f} with the "
+                "combination of rows that would make them); decompose with more max_iterations or a smaller tolerance"
+            )
+        mixed = torch.einsum("mr,rnc->mnc", n_r, coefficients)
+        if request.top_examples is not None:
+            for row, j in enumerate(wanted):
+                norms = pefs.norms.double().sqrt()[:, None]
+                kept, _, share = keep_top(mixed[row] * norms, decomposition.coefficients[:, j], request.top_examples)
+                mixed[row] = kept / norms.clamp_min(1e-300)
+                facts[row] |= {"top_examples": request.top_examples, "weight_share": share}
+        found = lift_exact(work, examples, pefs.cotangents, mixed, request.batch_size)
+    elif request.method == "adjoint":
+        found = [sketch.adjoint(unbalanced(g, scales).float()) for g in targets]
+    else:
+        found = [_sparse(sketch, unbalanced(g, scales).float(), request.solver) for g in targets]
+    for deltas, g, fact in zip(found, targets, facts, strict=True):
+        sketched = sketch.apply({name: deltas[name][None] for name in sketch.shapes})[0].double()
+        sketched = sketched if scales is None else sketched * scales
+        cosine = float(torch.nn.functional.cosine_similarity(sketched, g, dim=0))
+        fact["estimated_cosine"] = cosine
+        if request.method == "exact" and cosine < _FAITHFUL:
+            logger.warning(
+                "component %d: the sketch of the lifted direction has cosine %.3f with the component",
+                fact["component"],
+                cosine,
+            )
+    if request.form == "metric":
+        found = [in_metric(deltas, sketch, scales) for deltas in found]
+    for fact in facts:
+        fact["form"] = "metric" if request.form == "metric" else "plain"
+    return [Lifted(deltas, fact) for deltas, fact in zip(found, facts, strict=True)]
+
+
+def _sparse(sketch: Sketch, g: Tensor, solver: str) -> dict[str, Tensor]:
+    operator, unflatten = flat_operator(sketch)
+    p = sum(a * b for a, b in sketch.shapes.values())
+    if solver == "fista":
+        return unflatten(fista(operator, g, p))
+    return unflatten(iterative_hard_thresholding(operator, g, p, max(1, min(p, sketch.dim // 8)), iterations=30))
+
+
+def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tensor]:
+    """Every component as a combination of PEF rows.
+
+    Args:
+        decomposition: with W and G at, or near, a stationary point.
+        pefs: those it was fitted on, in the same order.
+
+    Returns:
+        coefficients (r, n, c) of the *unscaled* rows, and the cosine (r,) of every combination, in the sketch, with
+        its component: 1 at a stationary point.
+
+    Raises:
+        IncompatibleSketchError: if the PEFs are of another sketch.
+        ValueError: if they are other examples.
+    """
+    check_same_sketch(decomposition.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
+    if pefs.example_ids != decomposition.example_ids:
+        raise ValueError("these PEFs are not those of the decomposition: their example ids differ")
+    W, G = decomposition.coefficients.double(), decomposition.pseudo_fishers.double()
+    M_inverse = torch.linalg.pinv((W.T @ W) * (G @ G.T), hermitian=True, rtol=1e-10)
+    coefficients, combined = [], torch.zeros_like(G)
+    start = 0
+    for chunk in pefs.chunks(256):
+        raw = chunk.factors.to(torch.promote_types(chunk.factors.dtype, torch.float32))
+        A = balanced(raw, decomposition.scales)
+        here = slice(start, start + len(chunk))
+        start += len(chunk)
+        B = alignments(A, decomposition.pseudo_fishers.to(A.dtype)).double()
+        mixed = torch.einsum("jl,il,icl->jic", M_inverse, W[here], B)
+        combined += mixed.flatten(1) @ A.double().flatten(0, 1)
+        again = _second_scale(raw, decomposition.scales)
+        norms = chunk.norms.double()
+        per_example = torch.where(norms > 0, norms, 1.0).rsqrt() * again
+        coefficients.append(mixed * per_example[None, :, None])
+    cosines = torch.nn.functional.cosine_similarity(combined, G, dim=1)
+    return torch.cat(coefficients, 1), cosines
+
+
+def _second_scale(A: Tensor, scales: Tensor | None) -> Tensor:
+    """What balancing multiplied every example with, beside D, to come back to unit norm: (n,)."""
+    if scales is None:
+        return torch.ones(len(A), dtype=torch.float64)
+    scaled = (A * scales.to(A.dtype)).double()
+    norm = (scaled @ scaled.mT).flatten(1).norm(dim=1)
+    return torch.where(norm > 0, norm, 1.0).rsqrt()
+
+
+def semi_orthogonal(decomposition: Decomposition, j: int, limit: float = 0.3) -> Tensor:
+    """(r,): the combination of components that is g_j less its projection on those nearly orthogonal to it.
+
+    Components within |cosine| ≥ `limit` of g_j share its meaning and are left in.
+    """
+    G = decomposition.pseudo_fishers.double()
+    others = [l for l in range(len(G)) if l != j and abs(float(G[l] @ G[j])) < limit]
+    weights = torch.zeros(len(G), dtype=torch.float64)
+    weights[j] = 1
+    if others:
+        weights[others] = -torch.linalg.lstsq(G[others].T, G[j][:, None]).solution[:, 0]
+    return weights
+
+
+def keep_top(coefficients: Tensor, scores: Tensor, k: int) -> tuple[Tensor, list[int], float]:
+    """A combination (n, c) restricted to the k examples of the largest scores, and the share of its weight they carry.
+
+    The weight of an example is Σ_c coef², in terms of unscaled rows times their norm, so of unit rows.
+    """
+    chosen = torch.argsort(scores, descending=True)[:k].tolist()
+    total = float(coefficients.square().sum())
+    kept = torch.zeros_like(coefficients)
+    kept[chosen] = coefficients[chosen]
+    return kept, chosen, float(kept.square().sum()) / total if total else 1.0
+
+
+def unbalanced(g: Tensor, scales: Tensor | None) -> Tensor:
+    """A component in the coordinates of the unscaled sketch: g = x∘D gives x; 0 where a block was left out."""
+    if scales is None:
+        return g
+    return torch.where(scales > 0, g / scales.to(g.dtype).clamp_min(1e-30), 0.0)
+
+
+def in_metric(deltas: dict[str, Tensor], sketch: Sketch, scales: Tensor | None) -> dict[str, Tensor]:
+    """The plain combination times D² block by block: the steepest direction in the metric of the balanced problem."""
+    if scales is None or sketch.blocks is None:
+        return deltas
+    return {name: value * float(scales[sketch.blocks[name].start]) ** 2 for name, value in deltas.items()}
+
+
+# Compressed sensing: the sparse direction whose sketch is g (the paper's way).
+
+_Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def flat_operator(
+    sketch: Sketch, dtype: torch.dtype = torch.float32
+) -> tuple[_Operator, Callable[[Tensor], dict[str, Tensor]]]:
+    """A sketch as functions of one flat vector of p numbers, and the way from it to {parameter: matrix}."""
+    sizes = [a * b for a, b in sketch.shapes.values()]
+
+    def unflatten(x: Tensor) -> dict[str, Tensor]:
+        parts = torch.split(x, sizes)
+        return {n: v.reshape(s) for (n, s), v in zip(sketch.shapes.items(), parts, strict=True)}
+
+    def apply(x: Tensor) -> Tensor:
+        return sketch.apply({n: v[None] for n, v in unflatten(x).items()})[0]
+
+    def adjoint(y: Tensor) -> Tensor:
+        return torch.cat([v.flatten() for v in sketch.adjoint(y.to(dtype)).values()])
+
+    return (apply, adjoint), unflatten
+
+
+def _operator_norm(operator: _Operator, p: int, rounds: int = 12) -> float:
+    """‖P‖² by power iteration."""
+    apply, adjoint = operator
+    x = torch.randn(p, generator=torch.Generator().manual_seed(0))
+    value = 1.0
+    for _ in range(rounds):
+        x = adjoint(apply(x / x.norm()))
+        value = float(x.norm())
+    return value
+
+
+def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero: int, iterations: int = 100) -> Tensor:
+    """The `nonzero`-sparse x with Px ≈ y: normalised iterative hard thresholding (Blumensath & Davies 2010).
+
+    The step is the exact line search on the current support, halved while it would overshoot.
+
+    Args:
+        operator: P and its adjoint.
+        y: (d,).
+        p: unknowns.
+        nonzero: entries that x keeps.
+        iterations: at most.
+
+    Raises:
+        ValueError: if `nonzero` is not between 1 and p.
+    """
+    if not 1 <= nonzero <= p:
+        raise ValueError(f"nonzero must be between 1 and {p}, but it is {nonzero}")
+    apply, adjoint = operator
+    x = torch.zeros(p, dtype=y.dtype)
+    support = torch.topk(adjoint(y).abs(), nonzero).indices
+    residual = y.clone()
+    for _ in range(iterations):
+        gradient = adjoint(residual).to(y.dtype)
+        on_support = torch.zeros_like(gradient)
+        on_support[support] = gradient[support]
+        image = apply(on_support)
+        step = float(on_support.square().sum() / image.square().sum().clamp_min(1e-30))
+        for _ in range(20):
+            moved = x + step * gradient
+            new_support = torch.topk(moved.abs(), nonzero).indices
+            new = torch.zeros_like(x)
+            new[new_support] = moved[new_support]
+            change = new - x
+            bound = float(change.square().sum() / apply(change).square().sum().clamp_min(1e-30))
+            if step <= 0.99 * bound or set(new_support.tolist()) == set(support.tolist()):
+                break
+            step /= 2
+        done = float((new - x).norm()) <= 1e-7 * float(x.norm().clamp_min(1e-30))
+        x, support = new, new_support
+        residual = y - apply(x)
+        if done:
+            break
+    return x
+
+
+def fista(operator: _Operator, y: Tensor, p: int, penalty: float | None = None, iterations: int = 200) -> Tensor:
+    """argmin ½‖Px − y‖² + λ‖x‖₁ by FISTA (Beck & Teboulle 2009).
+
+    Args:
+        operator: P and its adjoint.
+        y: (d,).
+        p: unknowns.
+        penalty: λ; None takes a hundredth of the smallest λ that gives 0.
+        iterations: steps.
+    """
+    apply, adjoint = operator
+    smoothness = _operator_norm(operator, p) * 1.02
+    start = adjoint(y).to(y.dtype)
+    λ = float(start.abs().max()) / 100 if penalty is None else penalty
+    x = z = torch.zeros(p, dtype=y.dtype)
+    t = 1.0
+    for _ in range(iterations):
+        moved = z - adjoint(apply(z) - y).to(y.dtype) / smoothness
+        new = torch.nn.functional.softshrink(moved, λ / smoothness)
+        t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        z = new + (t - 1) / t_new * (new - x)
+        x, t = new, t_new
+    return x
+
+
+def select(decomposition: Decomposition, components: int | Sequence[int]) -> list[int]:
+    """Component numbers, checked.
+
+    Raises:
+        IndexError: if one does not exist.
+        ValueError: if there are none.
+    """
+    wanted = [components] if hasattr(components, "__index__") else list(components)  # type: ignore[arg-type]
+    if not wanted:
+        raise ValueError("no components are named")
+    return [decomposition.index_of(j) for j in wanted]
+
+
+class GradientSum:
+    """A receiver that adds up weight gradients Σ δᵀx over a batch, for the combination that is being sent back."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], combinations: int):
+        self.sums = [{name: torch.zeros(shape) for name, shape in shapes.items()} for _ in range(combinations)]
+        self.current = 0
+
+    def take_input(self, name: str, x: Tensor) -> Tensor:
+        return x
+
+    def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
+        gradient = delta.flatten(0, 1).mT @ saved.to(delta.dtype).flatten(0, 1)
+        self.sums[self.current][name] += gradient.to("cpu", torch.float32)
+
+
+def lift_exact(
+    work: FisherPass, examples: Sequence[Example], cotangents: Tensor, coefficients: Tensor, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Σ_i Σ_c coef_jic row_ic before the sketch, for several combinations j at once.
+
+    Args:
+        work: the pass over the model that made the rows.
+        examples: n of them, in the order of `cotangents`.
+        cotangents: (n, c, t, s), as stored with the PEFs.
+        coefficients: (m, n, c), of unscaled rows.
+        batch_size: examples of a forward pass, which all combinations share.
+
+    Returns:
+        For every combination {parameter: matrix (out, in)}.
+    """
+    receiver = GradientSum({m.parameter: m.shape for m in work.maps}, len(coefficients))
+    used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
+    size = 1 if work.one_at_a_time else batch_size
+    # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
+    coefficients = coefficients / coefficients.abs().amax((1, 2), keepdim=True).clamp_min(
+        torch.finfo(torch.float64).tiny
+    )
+    with LinearHooks(work.model, work.maps, receiver) as hooks:
+        for batch in batches_by_length([examples[i].length for i in used], size):
+            indices = [used[i] for i in batch]
+            hooks.begin(len(indices))
+            source = work.outputs([examples[i] for i in indices]).source
+            stored = cotangents[indices].to(source.device).double()
+            for j in range(len(coefficients)):
+                receiver.current = j
+                mixed = torch.einsum("ic,icts->its", coefficients[j, indices].to(source.device), stored)
+                hooks.backward(source, mixed[:, : source.shape[1]], last=j == len(coefficients) - 1)
+    _add_parameters(work, examples, used, cotangents, coefficients, size, receiver.sums)
+    return receiver.sums
+
+
+def _add_parameters(
+    work: FisherPass,
+    examples: Sequence[Example],
+    used: Sequence[int],
+    cotangents: Tensor,
+    coefficients: Tensor,
+    batch_size: int,
+    sums: list[dict[str, Tensor]],
+) -> None:
+    """The same combinations for parameters that hooks do not see, by plain autograd."""
+    names = list(work.parameters)
+    if not names:
+        return
+    for total in sums:
+        total.update({name: torch.zeros(shape) for name, shape in work.parameters.items()})
+    for batch in batches_by_length([examples[i].length for i in used], batch_size):
+        indices = [used[i] for i in batch]
+        with torch.no_grad():
+            source = work.outputs([examples[i] for i in indices]).source
+        stored = cotangents[indices].to(source.device).double()
+        mixed = torch.einsum("jic,icts->jits", coefficients[:, indices].to(source.device), stored)
+
+        def forward(chosen: list[int] = indices) -> Tensor:
+            return work.outputs([examples[i] for i in chosen]).source
+
+        for j, found in enumerate(gradients(work.model, names, forward, mixed[:, :, : source.shape[1]])):
+            for name, gradient in zip(names, found, strict=True):
+                sums[j][name] += gradient.reshape(work.parameters[name]).to("cpu", torch.float32)
+
+
+def align(examples: Sequence[Example], ids: Sequence[str], contents: Sequence[str] | None) -> list[Example]:
+    """The examples in the order of `ids`, every one with the content it was analysed with.
+
+    Raises:
+        ValueError: if one is missing, or has another content.
+    """
+    by_id = {example.id: example for example in examples}
+    if missing := [i for i in ids if i not in by_id]:
+        raise ValueError(
+            f"{len(missing)} of {len(ids)} analysed examples are not in this dataset, for instance {missing[:3]}; give the "
+            "dataset that the PEFs came from"
+        )
+    if contents is not None:
+        changed = [i for i, content in zip(ids, contents, strict=True) if by_id[i].content != content]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} of {len(ids)} examples have another content than when they were analysed, for instance "
+                f"{changed[:3]}; give the dataset that the PEFs came from, with the same processing class"
+            )
+    return [by_id[i] for i in ids]

@@ -1,0 +1,1 @@
+"""Studies of what a decomposition finds, and the tasks they run on."""

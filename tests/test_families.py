@@ -1,0 +1,235 @@
+"""Every model family and task against brute force, through the front door: NPEFFAnalyzer.compute_pefs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
+from tests import reference, tiny
+
+SMALL = 20
+"""Vocabulary: brute force takes one backward pass per class and position."""
+LINE_UP = 64
+"""More rows than any example's Fisher has, so nothing is cut off."""
+
+NOTES = {
+    "deberta-v2": "one example at a time: a module runs once for the whole batch",
+    "albert": "one set of weights, called in every layer",
+    "gpt2": "Conv1D, fused query, key and value",
+    "gemma2": "soft-capped logits and attention",
+    "opt": "flattens examples inside its layers",
+    "mamba": "no attention; `dt_proj` is read without being called: left out with a warning, or named in `parameters`",
+    "mixtral": "fused experts are left out with a warning, or named in `parameters`",
+    "t5": "decoder positions",
+    "bart": "decoder positions",
+    "vit": "images",
+}
+
+
+def pair(family: str, task: str, **options: Any) -> tuple[Any, Any]:
+    """A model in float32, and the same weights in float64 for the oracle."""
+    if family != "vit":
+        options.setdefault("vocab_size", SMALL)
+    model = tiny.tiny_model(family, task, dtype=torch.float32, **options)
+    exact = tiny.tiny_model(family, task, dtype=torch.float64, **options)
+    exact.load_state_dict(model.state_dict())
+    return model, exact
+
+
+def analyzer_of(model: Any, **settings: Any) -> NPEFFAnalyzer:
+    """An analyzer that keeps every row, unsketched."""
+    defaults: dict[str, Any] = {
+        "rank": LINE_UP, "output_factor": "exact", "sketch": "identity", "storage_dtype": "float64",
+    }  # fmt: skip
+    tokenizer = None if model.config.model_type == "vit" else tiny.tiny_tokenizer()
+    return NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(**(defaults | settings)))
+
+
+def as_rows(analyzer: NPEFFAnalyzer, model: Any, A: Tensor) -> Tensor:
+    """The oracle's rows (m, p), parameters laid out as they are stored → as the analyzer lays them out."""
+    shapes = reference.sizes(model, [*(m.parameter for m in analyzer.maps), *analyzer.parameters])
+    transposed = {m.parameter for m in analyzer.maps if m.transposed}
+    parts = A.split([shape.numel() for shape in shapes.values()], dim=1)
+    matrices = [part.reshape(len(A), *shape) for part, shape in zip(parts, shapes.values(), strict=True)]
+    return torch.cat(
+        [(m.mT if n in transposed else m).flatten(1) for n, m in zip(shapes, matrices, strict=True)], 1
+    )  # fmt: skip
+
+
+def worst_error(
+    analyzer: NPEFFAnalyzer, exact: Any, examples: list[dict[str, Any]], terms: Any, batch_size: int = 8
+) -> float:
+    """The largest relative error of an example's Fisher, ‖F − AᵀA‖ / ‖F‖, against the oracle one example at a time."""
+    pefs = analyzer.compute_pefs(examples, batch_size=batch_size)
+    names = [*(m.parameter for m in analyzer.maps), *analyzer.parameters]
+    errors = []
+    for i, example in enumerate(examples):
+        batch = tiny.collate([example], exact)
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].to(exact.dtype)
+        B = as_rows(analyzer, exact, reference.example_factor(exact, batch, names, terms))
+        errors.append(reference.relative_error_of_factors(B, pefs.factors[i].double() * pefs.norms[i].sqrt()))
+    return max(errors)
+
+
+@pytest.mark.parametrize(("family", "task"), tiny.CASES)
+def test_fishers_of_every_family_and_task_equal_brute_force(family: str, task: str) -> None:
+    """Oracle: JᵀSJ from one autograd pass per class and term on each unpadded example alone, in float64.
+
+    The analyzer sees a padded batch of three, in float32, with the exact factor and no sketch.
+    """
+    model, exact = pair(family, task)
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    analyzer = analyzer_of(model, positions="labels" if task == "seq2seq-lm" else "auto")
+    assert worst_error(analyzer, exact, examples, reference.terms_of(task)) <= 1e-4
+
+
+VOCABULARY_CASES = [(f, t) for f, t in tiny.CASES if t in ("causal-lm", "masked-lm", "seq2seq-lm")]
+
+
+@pytest.mark.parametrize(("family", "task"), VOCABULARY_CASES)
+def test_spectral_rows_at_the_hidden_state_with_full_rank_equal_brute_force(family: str, task: str) -> None:
+    """Oracle: JᵀSJ as above; as many directions as the hidden state has are all there are, soft-capped or not."""
+    model, exact = pair(family, task)
+    examples = tiny.tiny_batch(model, 2, seed=2)
+    if task == "masked-lm":  # one term each: 16 rows keep everything
+        examples = [{"input_ids": [t if t != tiny.MASK else 9 for t in e["input_ids"]]} for e in examples]
+        for example in examples:
+            example["input_ids"][2] = tiny.MASK
+        terms = reference.terms_of(task)
+    elif task == "seq2seq-lm":
+        terms = reference.terms_of(task, [-1])
+    else:
+        terms = reference.terms_of(task)
+    size = getattr(model.config, "embedding_size", 16)  # ALBERT's head narrows it
+    analyzer = analyzer_of(model, rank=size, output_factor="spectral")
+    assert worst_error(analyzer, exact, examples, terms) <= 1e-4
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_both_kinds_of_attention_equal_brute_force(family: str, attention: str) -> None:
+    """Oracle: JᵀSJ in float64 with eager attention."""
+    task = tiny.FAMILIES[family][0]
+    model, exact = pair(family, task)
+    model.set_attn_implementation(attention)
+    exact.set_attn_implementation("eager")
+    assert model.config._attn_implementation == attention
+    examples = tiny.tiny_batch(model, 3, seed=3)
+    assert worst_error(analyzer_of(model), exact, examples, reference.terms_of(task)) <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_batch_gives_what_single_examples_give(family: str) -> None:
+    """Oracle: the same analyzer at batch_size=1, where nothing is padded."""
+    model = tiny.tiny_model(family, vocab_size=SMALL)
+    examples = tiny.tiny_batch(model, 5, seed=4)
+    analyzer = analyzer_of(model)
+    one, many = (analyzer.compute_pefs(examples, batch_size=size) for size in (1, 5))
+    torch.testing.assert_close(many.norms, one.norms, rtol=1e-10, atol=0)
+    for i in range(5):
+        torch.testing.assert_close(many.gram(i), one.gram(i), rtol=0, atol=1e-10)
+
+
+def test_a_module_that_runs_once_for_the_batch_is_named_and_examples_go_one_by_one(caplog: Any) -> None:
+    """Oracle: DeBERTa-v2 with shared keys projects its relative positions once for all examples (equality above)."""
+    model = tiny.tiny_model("deberta-v2", vocab_size=SMALL)
+    with caplog.at_level(logging.WARNING):
+        analyzer_of(model).compute_pefs(tiny.tiny_batch(model, 3, seed=1))
+    assert "query_proj runs once for the whole batch" in caplog.text
+    assert "one example at a time" in caplog.text
+
+
+def test_fused_experts_are_named_with_their_share_when_they_are_left_out(caplog: Any) -> None:
+    """Oracle: the parameter counts of Mixtral's two kinds of expert weights."""
+    model = tiny.tiny_model("mixtral", dtype=torch.float32, vocab_size=SMALL)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    share = 100 * experts / sum(p.numel() for p in model.parameters())
+    with caplog.at_level(logging.WARNING):
+        analyzer_of(model).compute_pefs(tiny.tiny_batch(model, 2, seed=1))
+    assert "model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj" in caplog.text
+    assert f"{share:.1f}% of the parameters" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        analyzer_of(model, parameters=r".*experts.*").compute_pefs(tiny.tiny_batch(model, 2, seed=1))
+    assert "fused" not in caplog.text
+
+
+def test_a_weight_that_is_read_without_calling_its_module_is_named_and_left_out(caplog: Any) -> None:
+    """Oracle: Mamba multiplies by `dt_proj.weight` itself; what is left equals brute force (above)."""
+    model = tiny.tiny_model("mamba", dtype=torch.float32, vocab_size=SMALL)
+    analyzer = analyzer_of(model)
+    with caplog.at_level(logging.WARNING):
+        pefs = analyzer.compute_pefs(tiny.tiny_batch(model, 2, seed=1))
+    left_out = [f"backbone.layers.{i}.mixer.dt_proj.weight" for i in (0, 1)]
+    assert pefs.info["selftest"]["left_out"] == left_out
+    assert all(name in caplog.text for name in left_out)
+    assert not set(left_out) & set(pefs.sketch().shapes)
+
+
+class RoutedExperts(torch.nn.Module):
+    """Experts as nn.Linear, each of which sees the tokens that are routed to it, of any example."""
+
+    def __init__(self, width: int, n_experts: int = 3):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(n_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        out = torch.zeros_like(flat)
+        which = (flat[:, 0] * 7).long() % len(self.experts)
+        for i, expert in enumerate(self.experts):
+            chosen = which == i
+            out[chosen] = expert(flat[chosen])
+        return x + out.view_as(x)
+
+
+def with_routed_experts() -> Any:
+    model = tiny.tiny_model("llama", dtype=torch.float32, vocab_size=SMALL)
+    for layer in model.model.layers:
+        layer.mlp = RoutedExperts(16)
+    return model.eval()
+
+
+def test_routed_linear_experts_are_refused_by_name_in_a_batch() -> None:
+    """Oracle: an expert's inputs mix tokens of all examples; nothing says which row is whose."""
+    model = with_routed_experts()
+    with pytest.raises(UnsupportedModelError, match=r"(experts\.\d .*routed experts|differ from autograd)"):
+        analyzer_of(model).compute_pefs(tiny.tiny_batch(model, 3, seed=1), batch_size=3)
+
+
+def test_routed_linear_experts_equal_brute_force_at_batch_size_one() -> None:
+    """Oracle: JᵀSJ of each example alone, in the same precision, experts included."""
+    model = with_routed_experts()
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    analyzer = analyzer_of(model)
+    assert any(".experts." in m.parameter for m in analyzer.maps)
+    assert worst_error(analyzer, model, examples, reference.terms_of("causal-lm"), batch_size=1) <= 1e-4
+
+
+def table() -> str:
+    """The README's table of what the test above runs."""
+    lines = ["| family | tasks | notes |", "|---|---|---|"]
+    lines += [f"| {family} | {', '.join(tasks)} | {NOTES.get(family, '')} |" for family, tasks in tiny.FAMILIES.items()]
+    return "\n".join(lines)
+
+
+def test_the_table_of_tested_models_in_the_readme_is_what_is_tested() -> None:
+    """Oracle: the parameters of the first test here. `python -m tests.test_families` writes the table."""
+    text = README.read_text()
+    assert text.count(MARK) == 2, f"README.md needs two lines {MARK}"
+    assert text.split(MARK)[1].strip() == table(), "run `python -m tests.test_families`"
+
+
+README = Path(__file__).parents[1] / "README.md"
+MARK = "<!-- tested-models -->"
+
+if __name__ == "__main__":
+    before, _, after = README.read_text().split(MARK)
+    README.write_text(f"{before}{MARK}\n{table()}\n{MARK}{after}")

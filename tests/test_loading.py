@@ -1,0 +1,170 @@
+"""However a model is loaded or wrapped: 16 bits, adapters, checkpointing, offloading, quantisation, DDP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from hf_npeff import FisherConfig, NPEFFAnalyzer
+from tests import reference, tiny
+from tests.test_families import SMALL, analyzer_of, pair, worst_error
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gemma2"])
+def test_a_model_in_bfloat16_comes_close_to_its_own_weights_in_float64(family: str) -> None:
+    """Oracle: JᵀSJ in float64 of the rounded weights; bfloat16 has 8 bits, and errors of some percent are its own."""
+    task = tiny.FAMILIES[family][0] if family != "bert" else "sequence-classification"
+    model, exact = pair(family, task, std=0.15)
+    model = model.to(torch.bfloat16)
+    exact.load_state_dict(model.state_dict())
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    analyzer = analyzer_of(model)
+    pefs = analyzer.compute_pefs(examples)
+    assert pefs.factors.dtype == torch.float64 and model.dtype == torch.bfloat16
+    assert worst_error(analyzer, exact, examples, reference.terms_of(task)) <= 0.1
+
+
+def with_adapter(family: str, task: str) -> tuple[Any, Any]:
+    models = []
+    for model in pair(family, task):
+        config = peft.LoraConfig(
+            r=2, target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=family == "gpt2"
+        )
+        torch.manual_seed(0)
+        models.append(peft.get_peft_model(model, config))
+    models[1].load_state_dict(models[0].state_dict())
+    return models[0].eval(), models[1].double().eval()
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "sequence-classification"), ("gpt2", "causal-lm")])
+def test_under_an_adapter_the_base_weights_are_analysed_unless_the_adapter_is_named(family: str, task: str) -> None:
+    """Oracle: JᵀSJ of the wrapped model with respect to the base's weights, then to lora_A and lora_B."""
+    model, exact = with_adapter(family, task)
+    examples = tiny.tiny_batch(model.get_base_model(), 3, seed=1)
+    exact.config.dtype = torch.float64
+    base = analyzer_of(model)
+    names = {m.parameter for m in base.maps}
+    assert not any("lora" in name for name in names) and any(name.endswith("base_layer.weight") for name in names)
+    assert names <= set(dict(model.named_parameters()))
+    adapter = analyzer_of(model, target_modules=r".*lora_[AB]\.default")
+    assert {m.parameter.split(".")[-3] for m in adapter.maps} == {"lora_A", "lora_B"}
+    for analyzer in (base, adapter):
+        assert worst_error(analyzer, wrapped(exact), examples, reference.terms_of(task)) <= 1e-4
+
+
+def wrapped(model: Any) -> Any:
+    """The oracle reads a model's class, config and dtype; a PEFT model has those of its base."""
+    model.__class__ = type(type(model.get_base_model()).__name__, (type(model),), {})
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    """Oracle: the same model without it; a model in training mode comes back in training mode."""
+    plain = tiny.tiny_model("llama", vocab_size=SMALL)
+    model = tiny.tiny_model("llama", vocab_size=SMALL)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    examples = tiny.tiny_batch(plain, 3, seed=1)
+    ours, theirs = (analyzer_of(m).compute_pefs(examples) for m in (model, plain))
+    torch.testing.assert_close(ours.factors, theirs.factors, rtol=0, atol=0)
+    assert model.training and model.is_gradient_checkpointing
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "device_map"])
+@pytest.mark.parametrize(("family", "task"), [("bert", "sequence-classification"), ("llama", "causal-lm")])
+def test_an_offloaded_model_gives_the_rows_of_one_in_memory(family: str, task: str, where: str, tmp_path: Path) -> None:
+    """Oracle: the same model in memory. Weights come and go in every layer's forward pass."""
+    plain = tiny.tiny_model(family, task, dtype=torch.float32, vocab_size=SMALL)
+    model: Any = tiny.tiny_model(family, task, dtype=torch.float32, vocab_size=SMALL)
+    device = torch.device("cpu")
+    if where == "cpu":
+        accelerate.cpu_offload(model, device)
+    elif where == "disk":
+        accelerate.disk_offload(model, tmp_path, device)
+    else:
+        layers = {name.rsplit(".", 2)[0] for name, _ in model.named_parameters()}
+        body = next(name for name in ("bert", "model") if hasattr(model, name))
+        spread = {name: "cpu" for name, _ in model.named_children()} | {body: "disk"}
+        assert layers
+        model = accelerate.dispatch_model(model, spread, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    examples = tiny.tiny_batch(plain, 3, seed=1)
+    assert any(p.device.type == "meta" for p in model.parameters())
+    for factor in ("exact", "spectral"):
+        rank = 2 if factor == "spectral" else 64
+        ours, theirs = (analyzer_of(m, output_factor=factor, rank=rank).compute_pefs(examples) for m in (model, plain))
+        torch.testing.assert_close(ours.norms, theirs.norms, rtol=1e-5, atol=0)
+        for i in range(3):
+            torch.testing.assert_close(ours.gram(i), theirs.gram(i), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="offloaded"):
+        analyzer_of(model, parameters=r".*embed.*")
+
+
+class QuantisedLinear(torch.nn.Linear):
+    """What 8-bit layers are to a hook: whole numbers for a weight, which autograd cannot differentiate."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=linear.weight.dtype
+        )
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        self.weight = torch.nn.Parameter(
+            (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+        )
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_weights_of_whole_numbers_give_the_rows_of_their_rounded_values() -> None:
+    """Oracle: the same model with the rounded weights in floating point."""
+    model = tiny.tiny_model("llama", dtype=torch.float32, vocab_size=SMALL)
+    rounded = tiny.tiny_model("llama", dtype=torch.float32, vocab_size=SMALL)
+    for m, quantise in ((model, True), (rounded, False)):
+        for layer in m.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, child in list(part.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        new = QuantisedLinear(child)
+                        if quantise:
+                            setattr(part, name, new)
+                        else:
+                            child.weight.data = new.weight.float() * new.scale
+    examples = tiny.tiny_batch(rounded, 3, seed=1)
+    ours, theirs = (analyzer_of(m).compute_pefs(examples) for m in (model, rounded))
+    assert ours.info["selftest"]["row_error"] is None
+    torch.testing.assert_close(ours.factors, theirs.factors, rtol=0, atol=1e-5)
+
+
+def test_a_model_loaded_in_8_bits_has_rows(tmp_path: Path) -> None:
+    """Oracle: rows are finite and not zero."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("8-bit layers are tested on a GPU")
+    tiny.tiny_model("llama", dtype=torch.float16).save_pretrained(tmp_path)
+    import transformers
+
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="auto")
+    pefs = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2)).compute_pefs(tiny.tiny_batch(model, 3, seed=1))
+    assert bool((pefs.norms > 0).all()) and bool(torch.isfinite(pefs.factors).all())
+
+
+def test_a_data_parallel_wrapper_is_taken_off() -> None:
+    """Oracle: the model inside it, names and fingerprint included."""
+    model = tiny.tiny_model("bert", dtype=torch.float32, vocab_size=SMALL)
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    plain = analyzer_of(model)
+    fisher, tokenizer = plain.fisher, plain.processing_class
+    wrapped_up = NPEFFAnalyzer(torch.nn.DataParallel(model), tokenizer, fisher=fisher)
+    ours, theirs = wrapped_up.compute_pefs(examples), plain.compute_pefs(examples)
+    assert ours.fingerprint == theirs.fingerprint
+    assert torch.equal(ours.factors, theirs.factors)

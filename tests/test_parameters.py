@@ -1,0 +1,108 @@
+"""Biases, norms, embeddings and fused experts, by autograd through the same sketch; and what it says of the hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_npeff import FisherConfig, NPEFFAnalyzer
+from hf_npeff.fisher.parameters import find_parameters, gradients
+from tests import reference, tiny
+from tests.test_families import SMALL, analyzer_of, pair, worst_error
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "parameters"),
+    [
+        ("bert", "sequence-classification", r".*(bias|LayerNorm\.weight)"),
+        ("bert", "masked-lm", r".*word_embeddings\.weight"),
+        ("gpt2", "causal-lm", r".*(wte|wpe|ln_f).*"),
+        ("qwen3", "causal-lm", r"model\.embed_tokens\.weight"),
+        ("gemma2", "causal-lm", r".*(norm|embed_tokens).*"),
+        ("mixtral", "causal-lm", r".*experts.*"),
+        ("mamba", "causal-lm", r".*(dt_proj|A_log|conv1d|\.D).*"),
+        ("t5", "seq2seq-lm", r".*(relative_attention_bias|layer_norm).*"),
+        ("vit", "image-classification", r".*(embeddings|layernorm).*"),
+    ],
+)
+def test_other_parameters_equal_brute_force(family: str, task: str, parameters: str) -> None:
+    """Oracle: JᵀSJ over all linear weights and the named parameters, tied ones differentiated in both places."""
+    model, exact = pair(family, task)
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    analyzer = analyzer_of(model, parameters=parameters, positions="labels" if task == "seq2seq-lm" else "auto")
+    assert analyzer.parameters
+    assert worst_error(analyzer, exact, examples, reference.terms_of(task)) <= 1e-4
+
+
+@pytest.mark.parametrize("sketch", ["identity", "kronecker", "countsketch", "two-stage"])
+@pytest.mark.parametrize("family", ["bert", "llama", "phi"])
+def test_hooks_and_autograd_give_the_same_rows_for_the_same_weights(family: str, sketch: str) -> None:
+    """Oracle: the weights of the linear maps, named as parameters, so that no hook is involved."""
+    model = tiny.tiny_model(family, dtype=torch.float32, vocab_size=SMALL)
+    examples = tiny.tiny_batch(model, 4, seed=2)
+    settings: dict[str, Any] = {"sketch": sketch, "sketch_dim": {"kronecker": 8, "identity": None}.get(sketch, 2048)}
+    hooks = NPEFFAnalyzer(model, tiny.tiny_tokenizer(), fisher=FisherConfig(**settings))
+    names = tuple(m.parameter for m in hooks.maps)
+    other = FisherConfig(target_modules=(), parameters=names, **settings)
+    autograd = NPEFFAnalyzer(model, tiny.tiny_tokenizer(), fisher=other)
+    assert not autograd.maps
+    a, b = hooks.compute_pefs(examples), autograd.compute_pefs(examples)
+    assert a.fingerprint == b.fingerprint
+    torch.testing.assert_close(a.norms, b.norms, rtol=1e-5, atol=0)
+    for i in range(4):
+        assert reference.relative_error_of_factors(a.factors[i], b.factors[i]) <= 1e-5
+
+
+def test_a_parameter_that_is_named_is_not_hooked_as_well() -> None:
+    """Oracle: brute force counts every weight once."""
+    model, exact = pair("bert", "sequence-classification")
+    analyzer = analyzer_of(model, parameters=("query.weight", "classifier.weight"))
+    assert len(analyzer.parameters) == 3
+    assert not set(analyzer.parameters) & {m.parameter for m in analyzer.maps}
+    examples = tiny.tiny_batch(model, 2, seed=3)
+    assert worst_error(analyzer, exact, examples, reference.terms_of("sequence-classification")) <= 1e-4
+
+
+def test_the_measured_sketch_error_counts_other_parameters() -> None:
+    """Oracle: inner products of the PEFs of an identity sketch, against those of the sketch, over pairs of examples."""
+    model = tiny.tiny_model("bert", dtype=torch.float32, vocab_size=SMALL, num_labels=2)
+    examples = tiny.tiny_batch(model, 6, seed=4)
+    of: dict[str, Any] = {"parameters": r".*(bias|embeddings\.weight)", "rank": 1}
+    exact = analyzer_of(model, **of).compute_pefs(examples)
+    rough = analyzer_of(model, **(of | {"sketch": "countsketch", "sketch_dim": 256})).compute_pefs(examples)
+    K, K_hat = ((p.factors[:, 0] @ p.factors[:, 0].T).square() for p in (exact, rough))
+    off = ~torch.eye(6, dtype=torch.bool)
+    assert rough.sketch_error == pytest.approx(float((K_hat - K)[off].norm() / K[off].norm()), rel=1e-3)
+
+
+def test_unknown_parameters_are_refused_with_close_matches() -> None:
+    """Oracle: the model's own names."""
+    model = tiny.tiny_model("bert")
+    with pytest.raises(ValueError, match=r"no parameters \['classifier.bais'\]; did you mean .*'classifier.bias'"):
+        NPEFFAnalyzer(model, fisher=FisherConfig(parameters=["classifier.bais"]))
+    with pytest.raises(ValueError, match="matches none"):
+        NPEFFAnalyzer(model, fisher=FisherConfig(parameters="nothing"))
+    with pytest.raises(ValueError, match="not a regular expression"):
+        NPEFFAnalyzer(model, fisher=FisherConfig(parameters="("))
+
+
+def test_names_endings_and_ties_find_the_same_parameter() -> None:
+    """Oracle: Qwen3's tied head shares its tensor with the embedding; it is listed once, under its first name."""
+    model = tiny.tiny_model("qwen3")
+    by_tie = find_parameters(model, ["lm_head.weight"])
+    assert by_tie == find_parameters(model, ["embed_tokens.weight"]) == find_parameters(model, r"model\.embed_tokens.*")
+    assert list(by_tie) == ["model.embed_tokens.weight"]
+
+
+def test_gradients_leaves_the_model_frozen_when_the_forward_pass_raises() -> None:
+    """Oracle: requires_grad of every parameter, before and after."""
+    model = tiny.tiny_model("bert").requires_grad_(False)
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        next(gradients(model, ["classifier.bias"], fails, torch.zeros(1, 1)))
+    assert not any(p.requires_grad for p in model.parameters())

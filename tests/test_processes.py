@@ -1,0 +1,206 @@
+"""Several processes, processes that are killed, and memory that runs out: the result is that of one quiet process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_npeff import NPEFF, NPEFFError, PEFs
+from hf_npeff.fisher.compute import FisherPass, _missing
+from tests import planted, workers
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, "-m", "tests.workers", name, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that two processes compute and fit."""
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun("both", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("n", workers.COUNTS)
+def test_two_processes_compute_what_one_computes(two: Path, n: int, tmp_path: Path) -> None:
+    """Oracle: one process; ids, contents and predictions in the same order, values to 1e-5; n = 1 leaves one idle."""
+    ours = PEFs.load(two / f"pefs-{n}")
+    one = workers.analyzer().compute_pefs(workers.examples(n), tmp_path / "one", batch_size=2, shard_size=3)
+    assert ours.example_ids == one.example_ids
+    assert ours.columns == one.columns
+    assert torch.equal(ours.predictions, one.predictions)
+    assert ours.fingerprint == one.fingerprint
+    torch.testing.assert_close(ours.norms, one.norms, rtol=1e-5, atol=0)
+    for i in range(n):
+        torch.testing.assert_close(ours.gram(i), one.gram(i), rtol=0, atol=1e-5)
+    if n > 1:
+        starts = [s["start"] for s in json.loads((two / f"pefs-{n}" / "manifest.json").read_text())["shards"]]
+        assert n // 2 in starts, "the second process begins in the middle"
+
+
+@pytest.mark.parametrize("name", workers.PROBLEMS)
+def test_two_processes_fit_what_one_fits(two: Path, name: str) -> None:
+    """Oracle: both processes bit for bit, and one process to 1e-5 of its loss."""
+    first, second = (torch.load(two / f"{name}-{rank}.pt") for rank in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    W, G, losses, _ = first
+    one = workers.fit(name)
+    assert W.shape == one.coefficients.shape and G.shape == one.pseudo_fishers.shape
+    assert abs(losses[-1] - one.loss_history[-1]) <= 1e-5
+    cosines = (G @ one.pseudo_fishers.T).abs().amax(1)
+    assert float(cosines.min()) > 0.99 or name == "fewer examples than processes"
+
+
+def test_a_worker_that_dies_stops_the_others_and_finished_shards_stay(tmp_path: Path) -> None:
+    """Oracle: the second of two processes exits in its second shard; another run, alone, needs only the rest."""
+    folder = tmp_path / "store"
+    done = torchrun("dies", folder)
+    assert done.returncode != 0
+    assert "exitcode  : 3" in done.stderr, done.stderr[-2000:]
+    kept = {path.stem: path.read_bytes() for path in folder.glob("pefs-*.safetensors")}
+    assert "pefs-00006" in kept and "pefs-00008" not in kept
+    pefs = workers.analyzer().compute_pefs(workers.examples(12), folder, batch_size=2, shard_size=2)
+    assert {name: (folder / f"{name}.safetensors").read_bytes() for name in kept} == kept
+    whole = workers.analyzer().compute_pefs(workers.examples(12), tmp_path / "whole", batch_size=2, shard_size=2)
+    assert pefs.example_ids == whole.example_ids
+    torch.testing.assert_close(pefs.factors, whole.factors, rtol=0, atol=1e-5)
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """Oracle: every file of a run that was left alone, after SIGKILL at 20 random moments and a second run each."""
+    subprocess.run([sys.executable, "-m", "tests.workers", "kills", str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    left = json.loads((tmp_path / "left.json").read_text())
+    assert len(set(left)) >= 4, f"the kills came at too few different moments: {left}"
+    whole = contents(tmp_path / "whole")
+    assert "manifest.json" in whole
+    for i in range(workers.KILLS):
+        assert contents(tmp_path / f"killed-{i}") == whole
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("done", "size", "missing"),
+    [
+        ({}, 4, [(0, 4), (4, 8), (8, 10)]),
+        ({0: 4}, 4, [(4, 8), (8, 10)]),
+        ({4: 4}, 4, [(0, 4), (8, 10)]),
+        ({2: 3, 7: 1}, 4, [(0, 2), (5, 7), (8, 10)]),
+        ({0: 10}, 4, []),
+        ({0: 12}, 4, []),
+        ({9: 5}, 4, [(0, 4), (4, 8), (8, 9)]),
+    ],
+)
+def test_a_resumed_run_fills_the_gaps_whatever_run_left_them(
+    done: dict[int, int], size: int, missing: list[tuple[int, int]]
+) -> None:
+    """Oracle: gaps of examples 0 to 9, read off by eye; another shard size or number of processes leaves such gaps."""
+    assert [(part.start, part.stop) for part in _missing(range(10), done, size)] == missing
+
+
+def test_a_share_that_begins_inside_a_finished_shard_begins_after_it() -> None:
+    """Oracle: examples 5 to 9, of which a shard of 4 to 6 is there."""
+    assert [*_missing(range(5, 10), {4: 3}, 4)] == [range(7, 10)]
+
+
+def out_of_memory_above(limit: int, seen: list[int], monkeypatch: Any, length: int = 1) -> None:
+    rows = FisherPass.rows
+
+    def limited(self: Any, examples: Any) -> Any:
+        seen.append(len(examples))
+        if len(examples) * max(e.length for e in examples) > limit:
+            raise torch.OutOfMemoryError("simulated")
+        return rows(self, examples)
+
+    monkeypatch.setattr(FisherPass, "rows", limited)
+
+
+def test_batch_size_auto_halves_until_memory_suffices_and_loses_no_example(monkeypatch: Any, caplog: Any) -> None:
+    """Oracle: the run with plenty of memory; batches of 24 tokens fit here."""
+    whole = workers.analyzer().compute_pefs(workers.examples(12), batch_size="auto")
+    seen: list[int] = []
+    out_of_memory_above(24, seen, monkeypatch)
+    pefs = workers.analyzer().compute_pefs(workers.examples(12), batch_size="auto")
+    assert seen[0] == 12 and seen[1] <= 6
+    assert "out of memory: going on with at most" in caplog.text
+    assert pefs.example_ids == whole.example_ids
+    torch.testing.assert_close(pefs.factors, whole.factors, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "advice"), [(4, "batch_size='auto'"), ("auto", "shorter examples")])
+def test_memory_that_never_suffices_is_an_error_with_advice(batch_size: Any, advice: str, monkeypatch: Any) -> None:
+    """Oracle: the message; a fixed batch size is never changed behind one's back."""
+    seen: list[int] = []
+    out_of_memory_above(0, seen, monkeypatch)
+    with pytest.raises(NPEFFError, match=advice):
+        workers.analyzer().compute_pefs(workers.examples(6), batch_size=batch_size)
+    assert seen[-1] == (1 if batch_size == "auto" else 4)
+
+
+def test_batch_size_auto_bounds_the_padded_tokens_of_a_batch(monkeypatch: Any) -> None:
+    """Oracle: the budget; no batch of several examples pads to more."""
+    monkeypatch.setattr("hf_npeff.fisher.compute._AUTO_TOKENS", 20)
+    tokens: list[tuple[int, int]] = []
+    rows = FisherPass.rows
+
+    def watched(self: Any, examples: Any) -> Any:
+        tokens.append((len(examples), len(examples) * max(e.length for e in examples)))
+        return rows(self, examples)
+
+    monkeypatch.setattr(FisherPass, "rows", watched)
+    workers.analyzer().compute_pefs(workers.examples(12), batch_size="auto")
+    assert sum(n for n, _ in tokens) == 12
+    assert all(n == 1 or size <= 20 for n, size in tokens)
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 64), (40, 200)])
+@pytest.mark.parametrize("balance", ["none", "module"])
+def test_a_fit_out_of_core_ends_where_a_fit_in_memory_ends(n: int, d: int, balance: Any, tmp_path: Path) -> None:
+    """Oracle: the relative loss of the fit that holds all rows (in Gram space for n = 40), to 1e-6."""
+    A, _, _ = planted.planted(n, 3, d, 6, overlap=0.1, noise=0.3, active=2, seed=0)
+    PEFs.concatenate([PEFs.from_factors(part) for part in A.split(n // 3)]).save(tmp_path / "pefs")
+    pefs = PEFs.load(tmp_path / "pefs")
+    if balance == "module":
+        pefs.info["sketch"] = {"kind": "identity", "dim": None, "seed": 0,
+                               "shapes": [["a", [d // 4, 1]], ["b", [d - d // 4, 1]]]}  # fmt: skip
+        pefs.info["fingerprint"] = pefs_fingerprint(pefs)
+    settings: dict[str, Any] = {"n_restarts": 1, "balance": balance, "tolerance": 1e-7}
+    whole = NPEFF(6, **settings).fit(pefs)
+    parts = NPEFF(6, memory_budget=20 * 3 * d * 4, **settings).fit(
+        PEFs.load(tmp_path / "pefs") if balance == "none" else pefs
+    )
+    assert abs(whole.loss_history[-1] - parts.loss_history[-1]) <= 1e-6
+    torch.testing.assert_close(whole.coefficients, parts.coefficients, rtol=0, atol=1e-3)
+
+
+def pefs_fingerprint(pefs: PEFs) -> str:
+    from hf_npeff.fisher.sketches import Sketch
+
+    return Sketch.from_dict(pefs.info["sketch"]).fingerprint
+
+
+def test_picking_examples_reads_only_their_shards(tmp_path: Path) -> None:
+    """Oracle: the same examples of PEFs held in memory; nothing is joined on the way."""
+    A = torch.randn(30, 2, 5, generator=torch.Generator().manual_seed(0))
+    whole = PEFs.from_factors(A)
+    shards = PEFs.concatenate([whole[:10], whole[10:13], whole[13:]])
+    for which in ([29, 0, 12, 12, -1], slice(5, 25), slice(None, None, 7), slice(4, 4)):
+        assert torch.equal(shards[which].factors, whole[which].factors)
+        assert shards[which].example_ids == whole[which].example_ids
+    assert not shards._joined

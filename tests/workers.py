@@ -1,0 +1,132 @@
+"""What the processes of tests/test_processes.py run: `torchrun … -m tests.workers NAME FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+
+from hf_npeff import NPEFF, PEFs
+from tests import planted, tiny
+from tests.test_families import analyzer_of
+
+torch.set_num_threads(1)
+
+
+def analyzer(**settings: Any) -> Any:
+    model = tiny.tiny_model("bert", vocab_size=20, dtype=torch.float32)
+    return analyzer_of(
+        model, **({"sketch": "kronecker", "sketch_dim": 8, "rank": 2, "storage_dtype": "float32"} | settings)
+    )
+
+
+def examples(n: int) -> list[dict[str, Any]]:
+    return tiny.tiny_batch(tiny.tiny_model("bert", vocab_size=20), n, seed=1)
+
+
+COUNTS = (1, 5, 11)
+"""Examples: an empty share, an uneven one, and several shards a process."""
+
+
+def compute_all(folder: Path) -> None:
+    for n in COUNTS:
+        analyzer().compute_pefs(examples(n), folder / f"pefs-{n}", batch_size=2, shard_size=3)
+
+
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "dense": {"n": 401, "d": 64},
+    "gram": {"n": 31, "d": 400},
+    "chunked": {"n": 401, "d": 64, "settings": {"memory_budget": 40_000}},
+    "held-out": {"n": 401, "d": 64, "validation": True},
+    "reference": {"n": 101, "d": 64, "settings": {"solver": "reference", "learning_rate": 1e-4, "max_iterations": 20}},
+    "fewer examples than processes": {"n": 1, "d": 64, "r": 2},
+}
+
+
+def fit(name: str) -> Any:
+    """One of the problems, with a callback that stops the second start early."""
+    problem = PROBLEMS[name]
+    n, d = problem["n"], problem["d"]
+    A, _, _ = planted.planted(n + 64, 3, d, 6, overlap=0.1, noise=0.3, active=2, seed=0)
+    pefs = PEFs.from_factors(A[:n])
+    held_out = PEFs.from_factors(A[n:]) if problem.get("validation") else None
+    settings = {"n_restarts": 2, "max_iterations": 60} | problem.get("settings", {})
+
+    def stop(restart: int, iteration: int, loss: float) -> bool:
+        return restart == 1 and iteration == 10
+
+    return NPEFF(problem.get("r", 6), callbacks=[stop], **settings).fit(pefs, held_out)
+
+
+def fit_all(folder: Path) -> None:
+    for name in PROBLEMS:
+        result = fit(name)
+        torch.save((result.coefficients, result.pseudo_fishers, result.loss_history, result.stability),
+                   folder / f"{name}-{os.environ.get('RANK', 'alone')}.pt")  # fmt: skip
+
+
+def both(folder: Path) -> None:
+    compute_all(folder)
+    fit_all(folder)
+
+
+def dies(folder: Path) -> None:
+    """Process 1 is killed in its second shard; process 0 would go on for ever at the barrier."""
+    from hf_npeff.store import StoreWriter
+
+    write = StoreWriter.write_shard
+
+    def write_shard(self: Any, start: int, *args: Any) -> None:
+        if os.environ["RANK"] == "1" and start > 6:
+            os._exit(3)
+        write(self, start, *args)
+
+    StoreWriter.write_shard = write_shard  # type: ignore[method-assign]
+    analyzer().compute_pefs(examples(12), folder, batch_size=2, shard_size=2)
+
+
+KILLS = 20
+
+
+def kills(folder: Path) -> None:
+    """KILLS runs killed at random moments, each resumed; forked, so that no import is waited for."""
+    work, data = analyzer(), examples(12)
+
+    def run(name: str) -> None:
+        work.compute_pefs(data, folder / name, batch_size=2, shard_size=2)
+
+    def child(name: str, delay: float | None) -> None:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run(name)
+            finally:
+                os._exit(0)
+        if delay is not None:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    begin = time.perf_counter()
+    child("whole", None)
+    duration = time.perf_counter() - begin
+    generator = random.Random(0)
+    left = []
+    for i in range(KILLS):
+        child(f"killed-{i}", duration * generator.uniform(0.1, 1.05))
+        left.append(len(list((folder / f"killed-{i}").glob("pefs-*.json"))))
+        child(f"killed-{i}", None)
+    (folder / "left.json").write_text(json.dumps(left))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))
