@@ -79,6 +79,12 @@ class NPEFFAnalyzer:
     ):
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
+        if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
+            raise UnsupportedModelError(
+                "the model's weights are sharded over processes (FSDP2, tensor parallelism), so every process would "
+                "have to run the same batches, but processes share the examples out; load the whole model in every "
+                "process, or one model over several devices with device_map"
+            )
         self.model = model
         self.processing_class = processing_class
         self.fisher = fisher or FisherConfig()

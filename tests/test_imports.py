@@ -31,7 +31,9 @@ ORDER = (
     "fisher.distributions",
     "fisher.factors",
     "fisher.sketches",
+    "fisher.parameters",  # by autograd, what hooks do not see
     "fisher.gradients",
+    "fisher.cost",
     "fisher.selftest",
     "store",
     "fisher.compute",  # writes stores
@@ -39,6 +41,7 @@ ORDER = (
     "decomposition",
     "decomposition.objective",
     "decomposition.solvers",
+    "decomposition.sharding",
     "components",
     "decomposition.estimator",  # fit returns a Decomposition
     # components -> directions and adapters

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,28 @@ def test_two_processes_fit_what_one_fits(two: Path, name: str) -> None:
     assert abs(losses[-1] - one.loss_history[-1]) <= 1e-5
     cosines = (G @ one.pseudo_fishers.T).abs().amax(1)
     assert float(cosines.min()) > 0.99 or name == "fewer examples than processes"
+
+
+def test_a_ddp_model_gives_what_the_model_inside_it_gives(two: Path) -> None:
+    """Oracle: the same processes on the model itself, names and fingerprint included."""
+    ours, theirs = PEFs.load(two / "ddp"), PEFs.load(two / "pefs-5")
+    assert ours.fingerprint == theirs.fingerprint
+    assert torch.equal(ours.factors, theirs.factors)
+
+
+def test_a_model_sharded_by_fsdp_is_refused_with_what_to_do_instead(two: Path) -> None:
+    """Oracle: its forward pass is a collective, and processes with different shares would wait for ever."""
+    for rank in (0, 1):
+        assert "load the whole model in every process" in (two / f"fsdp-{rank}.txt").read_text()
+
+
+def test_an_accelerator_that_missed_the_other_processes_is_refused(monkeypatch: Any) -> None:
+    """Oracle: on CPUs `Accelerator()` starts as many lone processes, which would all write all shards."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = workers.analyzer()
+    alone._accelerator = SimpleNamespace(num_processes=1, process_index=0)
+    with pytest.raises(ValueError, match=r"2 processes were started.*Accelerator\(cpu=True\)"):
+        alone.compute_pefs(workers.examples(2))
 
 
 def test_a_worker_that_dies_stops_the_others_and_finished_shards_stay(tmp_path: Path) -> None:

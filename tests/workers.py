@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 
-from hf_npeff import NPEFF, PEFs
+from hf_npeff import NPEFF, PEFs, UnsupportedModelError
 from tests import planted, tiny
 from tests.test_families import analyzer_of
 
@@ -77,6 +77,25 @@ def fit_all(folder: Path) -> None:
 def both(folder: Path) -> None:
     compute_all(folder)
     fit_all(folder)
+    wrapped_models(folder)
+
+
+def wrapped_models(folder: Path) -> None:
+    """DDP, which is taken off, and FSDP2, which is refused."""
+    from torch.distributed.fsdp import fully_shard
+
+    from hf_npeff import NPEFFAnalyzer
+
+    plain = analyzer()
+    ddp = torch.nn.parallel.DistributedDataParallel(plain.model)
+    NPEFFAnalyzer(ddp, plain.processing_class, fisher=plain.fisher).compute_pefs(
+        examples(5), folder / "ddp", batch_size=2, shard_size=3
+    )
+    fully_shard(plain.model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    try:
+        NPEFFAnalyzer(plain.model, plain.processing_class, fisher=plain.fisher)
+    except UnsupportedModelError as error:
+        (folder / f"fsdp-{os.environ['RANK']}.txt").write_text(str(error))
 
 
 def dies(folder: Path) -> None:

@@ -125,11 +125,12 @@ def main() -> None:
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             peaks.append(json.loads(out.splitlines()[-1]))
         for peak in peaks:
-            print(f"{what:8} n = {peak['n']:6,}: {peak['all own']:6.0f} MiB of its own at the peak, {peak['own']:5.0f} of them "
-                  f"since the start; {peak['all']:6.0f} MiB with mapped files; rows {peak['rows']:6.1f} MiB")  # fmt: skip
-        print(
-            f"{what:8} ratio: own {peaks[1]['all own'] / peaks[0]['all own']:.3f}, all {peaks[1]['all'] / peaks[0]['all']:.3f}"
-        )
+            print(
+                f"{what:8} n = {peak['n']:6,}: {peak['all own']:6.0f} MiB of its own at the peak, {peak['own']:5.0f} "
+                f"of them since the start; {peak['all']:6.0f} MiB with mapped files; rows {peak['rows']:6.1f} MiB"
+            )
+        own, everything = (peaks[1][key] / peaks[0][key] for key in ("all own", "all"))
+        print(f"{what:8} ratio: own {own:.3f}, all {everything:.3f}")
 
 
 if __name__ == "__main__":

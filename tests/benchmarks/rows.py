@@ -11,6 +11,7 @@ the ratio to the floor in the same round.
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import statistics
 import time
@@ -91,10 +92,8 @@ def main() -> None:
                     work.prepare(examples[:2])
                     run = work._run(examples)
                     tries.setdefault("floor", floor(work, model, run))
-                    tries[f"{label}, hooks"] = lambda m=analyzer.maps, r=run, s=work.sketch: collect_rows(
-                        model, m, {}, r, s
-                    )
-                    tries[f"{label}, whole"] = lambda w=work: w.rows(examples)
+                    tries[f"{label}, hooks"] = functools.partial(collect_rows, model, work.maps, {}, run, work.sketch)
+                    tries[f"{label}, whole"] = functools.partial(work.rows, examples)
             times: dict[str, list[float]] = {label: [] for label in tries}
             for round_ in range(options.rounds + 1):
                 for label, once in tries.items():
