@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.components import Component, Decomposition
 from hf_npeff.config import DecompositionConfig, FisherConfig
@@ -19,6 +21,9 @@ from hf_npeff.hub import list_decompositions
 from hf_npeff.perturbation import PerturbationReport
 from hf_npeff.store import PEFs
 
+if TYPE_CHECKING:
+    from hf_npeff.callback import NPEFFCallback
+
 __all__ = [
     # settings
     "FisherConfig",
@@ -33,6 +38,7 @@ __all__ = [
     "Component",
     "ParameterDirection",
     "PerturbationReport",
+    "NPEFFCallback",
     # the Hub
     "list_decompositions",
     # errors
@@ -42,3 +48,11 @@ __all__ = [
     "CorruptStoreError",
     "FormatVersionError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NPEFFCallback":  # transformers' callbacks bring PEFT along
+        from hf_npeff.callback import NPEFFCallback
+
+        return NPEFFCallback
+    raise AttributeError(f"module 'hf_npeff' has no attribute {name!r}")

@@ -83,7 +83,7 @@ class Examples(Sequence[Example]):
         if max_examples is not None and max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, but it is {max_examples}")
         self._processing_class = processing_class
-        self._records = _records(dataset, max_examples)
+        self._records = records_of(dataset, max_examples)
         self._n = len(self._records) if max_examples is None else min(len(self._records), max_examples)
         if self._n == 0:
             raise ValueError("the dataset is empty: there are no examples to analyse")
@@ -130,7 +130,7 @@ class Examples(Sequence[Example]):
         return list(self._ids)
 
 
-def _records(dataset: Any, max_examples: int | None) -> Any:
+def records_of(dataset: Any, max_examples: int | None) -> Any:
     """Anything → a sequence of dictionaries."""
     if isinstance(dataset, Examples):
         raise ValueError("expected a dataset, got Examples; pass what they were made from")

@@ -13,7 +13,7 @@ more to unit norm; the coefficients undo that, so that they speak of unscaled ro
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -99,7 +99,8 @@ def lift_components(
         n_r[row] = semi_orthogonal(decomposition, j) if request.semi_orthogonal else 0
         n_r[row, j] = 1
     targets = torch.nn.functional.normalize(n_r @ decomposition.pseudo_fishers.double(), dim=1)
-    sketch = pefs.sketch()
+    known = work.sketch
+    sketch = known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
     scales = decomposition.scales
     facts: list[dict[str, Any]] = [
         {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
@@ -356,18 +357,36 @@ def select(decomposition: Decomposition, components: int | Sequence[int]) -> lis
 
 
 class GradientSum:
-    """A receiver that adds up weight gradients Σ δᵀx over a batch, for the combination that is being sent back."""
+    """A receiver that adds up weight gradients Σ δᵀx over a batch, for the combination that is being sent back.
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], combinations: int):
-        self.sums = [{name: torch.zeros(shape) for name, shape in shapes.items()} for _ in range(combinations)]
+    Sums lie beside their weights, or on the CPU where the weights are not on the device that computes.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[tuple[int, int], torch.device, torch.dtype]], combinations: int):
+        self.sums = [
+            {name: torch.zeros(shape, device=device, dtype=dtype) for name, (shape, device, dtype) in places.items()}
+            for _ in range(combinations)
+        ]
         self.current = 0
 
     def take_input(self, name: str, x: Tensor) -> Tensor:
         return x
 
     def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
-        gradient = delta.flatten(0, 1).mT @ saved.to(delta.dtype).flatten(0, 1)
-        self.sums[self.current][name] += gradient.to("cpu", torch.float32)
+        total = self.sums[self.current][name]
+        rows, columns = delta.flatten(0, 1), saved.to(delta.dtype).flatten(0, 1)
+        if total.device == delta.device and total.dtype == delta.dtype:
+            total.addmm_(rows.mT, columns)
+        else:
+            total += (rows.mT @ columns).to(total.device, total.dtype)
+
+
+def _place(work: FisherPass, parameter: str) -> tuple[torch.device, torch.dtype]:
+    """Where, and in which type, the gradient of a parameter is added up."""
+    weight = dict(work.model.named_parameters(remove_duplicate=False)).get(parameter)
+    if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+        return torch.device("cpu"), torch.float32
+    return weight.device, torch.promote_types(weight.dtype, torch.float32)
 
 
 def lift_exact(
@@ -385,7 +404,7 @@ def lift_exact(
     Returns:
         For every combination {parameter: matrix (out, in)}.
     """
-    receiver = GradientSum({m.parameter: m.shape for m in work.maps}, len(coefficients))
+    receiver = GradientSum({m.parameter: (m.shape, *_place(work, m.parameter)) for m in work.maps}, len(coefficients))
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
     size = 1 if work.one_at_a_time else batch_size
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
@@ -401,9 +420,11 @@ def lift_exact(
             for j in range(len(coefficients)):
                 receiver.current = j
                 mixed = torch.einsum("ic,icts->its", coefficients[j, indices].to(source.device), stored)
+                if not work.maps:
+                    continue
                 hooks.backward(source, mixed[:, : source.shape[1]], last=j == len(coefficients) - 1)
     _add_parameters(work, examples, used, cotangents, coefficients, size, receiver.sums)
-    return receiver.sums
+    return [{name: total.cpu() for name, total in sums.items()} for sums in receiver.sums]
 
 
 def _add_parameters(
@@ -420,7 +441,9 @@ def _add_parameters(
     if not names:
         return
     for total in sums:
-        total.update({name: torch.zeros(shape) for name, shape in work.parameters.items()})
+        for name, shape in work.parameters.items():
+            device, dtype = _place(work, name)
+            total[name] = torch.zeros(shape, device=device, dtype=dtype)
     for batch in batches_by_length([examples[i].length for i in used], batch_size):
         indices = [used[i] for i in batch]
         with torch.no_grad():
@@ -433,7 +456,8 @@ def _add_parameters(
 
         for j, found in enumerate(gradients(work.model, names, forward, mixed[:, :, : source.shape[1]])):
             for name, gradient in zip(names, found, strict=True):
-                sums[j][name] += gradient.reshape(work.parameters[name]).to("cpu", torch.float32)
+                total = sums[j][name]
+                total += gradient.reshape(total.shape).to(total.device, total.dtype)
 
 
 def align(examples: Sequence[Example], ids: Sequence[str], contents: Sequence[str] | None) -> list[Example]:

@@ -6,6 +6,7 @@ each at the step whose mean KL on the top examples reaches a target, always besi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from hf_npeff.fisher.compute import FisherPass
 from hf_npeff.fisher.distributions import Distribution
 
 _BOOTSTRAPS = 1000
+_FLOOR = torch.finfo(torch.float32).eps
+"""A KL below this is rounding."""
 
 
 @dataclass
@@ -228,13 +231,14 @@ def evaluate(
         return found, after_top, after_others
 
     if scale is not None:
-        steps, reached = [check_scale(scale)], True
+        found = {check_scale(scale): True}
     else:
-        found = [find_scale(lambda s, sign=sign: kl_on_top(sign * s), target_kl) for sign in (1, -1)]
-        steps = [step * sign for (step, _), sign in zip(found, (1, -1), strict=True)]
-        reached = any(ok for _, ok in found)
-    measured = [effect(direction, step) for step in steps]
-    measured.sort(key=lambda m: -m[0].ratio)
+        limit = _norm_of(work.model, direction)
+        ahead, reached = find_scale(kl_on_top, target_kl, min(0.02, limit), limit)
+        back, reached_back = find_scale(lambda s: kl_on_top(-s), target_kl, ahead, limit)
+        found = {ahead: reached, -back: reached_back}
+    measured = [effect(direction, step) for step in found]
+    measured.sort(key=lambda m: (not found[m[0].scale], -m[0].ratio))
     best, after_top, after_others = measured[0]
     random = effect(direction.random_like(seed), abs(best.scale))[0]
     changed = []
@@ -258,36 +262,52 @@ def evaluate(
         list(top),
         list(others),
         changed,
-        reached,
+        found[best.scale],
     )
 
 
+def _norm_of(model: torch.nn.Module, direction: ParameterDirection) -> float:
+    """‖θ‖ of the parameters that a direction moves: no step is longer than they are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = (parameters[name].detach() for name in direction if name in parameters)
+    squared = sum(float(torch.linalg.vector_norm(p.float(), dtype=torch.float64)) ** 2 for p in known)
+    return squared**0.5 or 1.0
+
+
 def find_scale(
-    kl: Callable[[float], float], target: float, start: float = 0.02, limit: float = 64.0, rounds: int = 8
+    kl: Callable[[float], float], target: float, start: float = 0.02, limit: float = 64.0, rounds: int = 16
 ) -> tuple[float, bool]:
-    """The step at which `kl` reaches `target` within a few percent, by doubling and bisection of its logarithm.
+    """The step at which `kl` reaches `target` within 5%, by interpolating its logarithm, which grows about as 2 log step.
+
+    Args:
+        kl: mean KL at a step.
+        target: what it is to be.
+        start: the first step to try.
+        limit: the longest step to try.
+        rounds: steps to try.
 
     Returns:
-        The step and True; the largest step tried and False where the target is out of reach.
+        The step and True; the nearest step found and False where the target is out of reach.
     """
-    low, high = 0.0, start
-    value = kl(high)
-    while value < target:
-        if high >= limit:
-            return high, False
-        low, high = high, high * 2
-        value = kl(high)
-    if low == 0.0:
-        low = high
-        while kl(low) >= target and low > 1e-8:
-            low /= 4
-    for _ in range(rounds):
-        middle = (low * high) ** 0.5
-        value = kl(middle)
-        if abs(value - target) <= 0.05 * target:
-            return middle, True
-        low, high = (middle, high) if value < target else (low, middle)
-    return (low * high) ** 0.5, True
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
+    nearest, miss = start, math.inf
+    step = min(start, limit)
+    for number in range(rounds):
+        value = kl(step)
+        value = max(value, _FLOOR) if math.isfinite(value) else 1e6 * target
+        if abs(math.log(value / target)) < miss:
+            nearest, miss = step, abs(math.log(value / target))
+        if abs(value - target) <= 0.05 * target or (value < target and step >= limit):
+            break
+        low, high = ((step, value), high) if value < target else (low, (step, value))
+        if low is None or high is None:
+            step = min(limit, step * min(max((target / value) ** 0.5, 0.1), 10.0) * (1.1 if high is None else 0.9))
+            continue
+        share = math.log(target / low[1]) / math.log(high[1] / low[1])
+        share = 0.5 if number > rounds // 2 else min(max(share, 0.05), 0.95)
+        step = low[0] * (high[0] / low[0]) ** share
+    return nearest, miss <= 0.1
 
 
 def _effect(
@@ -302,11 +322,10 @@ def _effect(
     seed: int,
 ) -> Effect:
     a, b = before_top.kl_to(after_top), before_others.kl_to(after_others)
-    floor = torch.finfo(torch.float32).eps
     generator = torch.Generator().manual_seed(seed)
     draws_a = a[torch.randint(len(a), (_BOOTSTRAPS, len(a)), generator=generator)].mean(1)
     draws_b = b[torch.randint(len(b), (_BOOTSTRAPS, len(b)), generator=generator)].mean(1)
-    low, high = torch.quantile((draws_a + floor) / (draws_b + floor), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = torch.quantile((draws_a + _FLOOR) / (draws_b + _FLOOR), torch.tensor([0.025, 0.975], dtype=torch.float64))
     points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 
     def quantiles(values: Tensor) -> tuple[float, float, float]:
@@ -327,7 +346,7 @@ def _effect(
         step,
         float(a.mean()),
         float(b.mean()),
-        float((a.mean() + floor) / (b.mean() + floor)),
+        float((a.mean() + _FLOOR) / (b.mean() + _FLOOR)),
         (float(low), float(high)),
         quantiles(a),
         quantiles(b),

@@ -67,6 +67,7 @@ ORDER = (
     "analyzer",
     "callback",
     "demo",
+    "options",  # what the commands have in common
     "cli",
     "__init__",
     "__main__",

@@ -345,6 +345,36 @@ class NPEFF:
         result.names = dict(old.names)
         return result
 
+    def refit(self, pefs: PEFs, *, move: bool = True) -> Decomposition:
+        """Fit again from the last components, which keep their numbers and names: after more training, or on more data.
+
+        Args:
+            pefs: of the same sketch as those that were fitted.
+            move: whether the components move; if not, W alone is found anew.
+
+        Raises:
+            ValueError: if `fit` has not run, or all PEFs are zero.
+            IncompatibleSketchError: if the PEFs were made with another sketch.
+        """
+        old = self.decomposition_
+        if old is None:
+            raise ValueError("nothing is fitted yet: call fit first")
+        if not bool((pefs.norms > 0).any()):
+            raise ValueError("all PEFs are zero: there is nothing to explain")
+        check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
+        rows: Rows = DenseRows(balanced(pefs.factors, old.scales))
+        G = old.pseudo_fishers.clone()
+        if move:
+            config = self.config
+            fit = block_power(rows, G, max_iterations=config.max_iterations, tolerance=config.tolerance)
+            first = Processes().first
+            fit = dataclasses.replace(fit, W=first(fit.W), G=first(fit.G))
+        else:
+            fit = Fit(G.new_zeros(len(pefs), len(G)), G, [], True)
+        result = self._finish(pefs, rows, fit, lambda G: G, old.scales, old.stability, keep_order=True)
+        result.names = dict(old.names)
+        return result
+
 
 class _HeldOut:
     """Relative loss of held-out PEFs, their coefficients at their minimum."""

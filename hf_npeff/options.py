@@ -1,0 +1,337 @@
+"""Commands from functions, options from dataclasses: what every command of `hf-npeff` has in common.
+
+A parameter of a command that is annotated with a dataclass becomes an option a field, described by the field's line in
+the class's docstring. Every command takes `--config`, `--json` and `--debug`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+import typer
+import yaml
+
+from hf_npeff import __version__
+from hf_npeff.config import FisherConfig
+from hf_npeff.errors import NPEFFError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hf_npeff.analyzer import NPEFFAnalyzer
+    from hf_npeff.components import Decomposition
+
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
+_CLEAR = (NPEFFError, ValueError, OSError, IndexError, ModuleNotFoundError)
+"""Errors whose message is meant for people: one line, exit code 1."""
+
+app = typer.Typer(
+    name="hf-npeff",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found.
+
+    Attributes:
+        values: for machines.
+        shown: for people.
+        pinned: settings that run.yaml names more precisely than they were given.
+    """
+
+    values: dict[str, Any]
+    shown: RenderableType
+    pinned: dict[str, Any] = field(default_factory=dict)
+
+
+# From functions to commands
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """{field: its line of the class's `Attributes:` section}."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _options_of(cls: type) -> Iterator[inspect.Parameter]:
+    docs, hints = attribute_docs(cls), get_type_hints(cls)
+    kind: Any
+    panel = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0].rstrip(".")
+    for one in fields(cls):
+        kind, default, text = hints[one.name], one.default, docs[one.name]
+        if tuple[str, ...] in get_args(kind):
+            kind, default = list[str] | None, None if default is None else [default]
+            text += " Repeat the option for a list."
+        described = Annotated[kind, typer.Option(help=text[0].upper() + text[1:], rich_help_panel=panel)]
+        yield inspect.Parameter(one.name, _BY_NAME, default=default, annotation=described)
+
+
+def _gathered(cls: type, values: dict[str, Any]) -> Any:
+    """An object of the dataclass, from the options of its fields, which leave `values`."""
+    given = {one.name: values.pop(one.name) for one in fields(cls)}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = value[0] if len(value) == 1 else tuple(value) or None
+    return cls(**given)
+
+
+def _replay(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the settings of a run.yaml as the defaults of this command; what is given beside them goes first."""
+    if path is None or context.resilient_parsing:
+        return path
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        command, settings = content["command"], dict(content["settings"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} is not a run.yaml that hf-npeff wrote ({type(error).__name__})") from error
+    if command != context.info_name:
+        raise typer.BadParameter(f"{path} is of the command {command!r}; run `hf-npeff {command} --config {path}`")
+    if unknown := sorted(set(settings) - {parameter.name for parameter in context.command.params}):
+        raise typer.BadParameter(f"{path} has settings that {command} does not have: {', '.join(map(str, unknown))}")
+    context.default_map = settings
+    return path
+
+
+_COMMON = {
+    "config": (
+        Annotated[
+            Path | None,
+            typer.Option(help="Replay the run.yaml of an earlier run.", is_eager=True, callback=_replay),
+        ],
+        None,
+    ),
+    "as_json": (Annotated[bool, typer.Option("--json", help="Print JSON.")], False),
+    "debug": (Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")], False),
+}
+
+
+def command(function: Callable[..., Result | None]) -> Callable[..., None]:
+    """Make a function a command; its docstring is the help.
+
+    What it returns is printed. Where it has an `output`, run.yaml is written there with all settings.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[parameter.name] = kind
+            parameters += _options_of(kind)
+        else:
+            parameters.append(parameter.replace(kind=_BY_NAME))
+    for name, (kind, default) in _COMMON.items():
+        parameters.append(inspect.Parameter(name, _BY_NAME, default=default, annotation=kind))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        as_json, debug = values.pop("as_json"), values.pop("debug")
+        del values["config"]
+        settings = dict(values)
+        try:
+            grouped = {name: _gathered(cls, values) for name, cls in groups.items()}
+            result = function(**values, **grouped)
+            if result is None or os.environ.get("RANK", "0") != "0":
+                return
+            if settings.get("output") is not None and not settings.get("dry_run"):
+                _write_run(settings["output"], function.__name__, {**settings, **result.pinned})
+        except _CLEAR as error:
+            if debug:
+                traceback.print_exc()
+            else:
+                typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            raise typer.Exit(1) from None
+        _show(result, as_json)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command()(run)
+    return run
+
+
+def _write_run(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if v is not None}
+    content = {"hf_npeff": __version__, "command": name, "settings": plain}
+    _write(folder / "run.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _show(result: Result, as_json: bool) -> None:
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(_json(result.values))
+    else:
+        Console(markup=False, highlight=False).print(result.shown)
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON has it: numbers that are none are null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(values), indent=2, ensure_ascii=False)
+
+
+def write_result(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    _write(path, _json(values) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    from hf_npeff.files import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> RenderableType:
+    """A table of plain text: nothing in a cell is markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    for name in columns:
+        made.add_column(name, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
+
+
+# What commands are given
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is loaded.
+
+    Attributes:
+        task: of the head, where the model's architecture does not tell it, such as "causal-lm".
+        revision: the model's branch, tag or commit.
+        dtype: of the weights, such as "float32"; "auto" is as they were saved.
+        device_map: where the model goes, such as "cuda" or "auto"; the CPU by default.
+        trust_remote_code: run code from the model's repository.
+    """
+
+    task: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How the data is read.
+
+    Attributes:
+        split: of a data set on the Hub, such as "validation".
+        subset: of a data set on the Hub, its configuration, such as "mnli".
+        max_examples: only the first ones.
+    """
+
+    split: str | None = None
+    subset: str | None = None
+    max_examples: int | None = None
+
+
+def read_data(data: str, reading: DataOptions) -> Any:
+    """A data set from a file, by its ending, or from the Hub.
+
+    Raises:
+        OSError: if it is not there.
+        ValueError: if it is of no known type, cannot be read, or the split must be named.
+    """
+    from hf_npeff.hub import is_hub_id
+
+    path = Path(data).expanduser()
+    kind = path.suffix.lower()
+    if path.is_file() or kind in (".jsonl", ".json", ".csv", ".parquet", ".txt"):
+        if reading.split is not None or reading.subset is not None:
+            raise ValueError(f"--split and --subset are for data sets on the Hub, and {data} is a file")
+        return _limited(_read_file(path, kind), reading.max_examples)
+    if not path.is_dir() and not is_hub_id(data):
+        raise FileNotFoundError(f"{data} is neither a file nor the id of a data set on the Hub")
+    import datasets
+
+    found = datasets.load_dataset(data, reading.subset, split=reading.split)
+    if isinstance(found, dict):
+        if len(found) > 1:
+            raise ValueError(f"{data} has the splits {', '.join(map(str, found))}; choose one with --split")
+        found = next(iter(found.values()))
+    return _limited(found, reading.max_examples)
+
+
+def _read_file(path: Path, kind: str) -> Any:
+    if kind == ".csv":
+        from pyarrow import csv
+
+        return csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True)).to_pylist()
+    if kind == ".parquet":
+        import datasets
+        import pyarrow.parquet as pq
+
+        return datasets.Dataset(pq.readtable(path))
+    if kind not in (".jsonl", ".json", ".txt"):
+        raise ValueError(f"{path} is of no known type; data is a .jsonl, .csv, .parquet or .txt file")
+    content = path.read_text(encoding="utf-8-sig")
+    if kind == ".json":
+        if not isinstance(rows := json.loads(content), list):
+            raise ValueError(f"{path} should hold a list of examples, but holds a {type(rows).__name__}")
+        return rows
+    lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if kind == ".txt":
+        return [line.strip() for _, line in lines]
+    rows = []
+    for i, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {i} is not JSON: {error}") from error
+    return rows
+
+
+def _limited(dataset: Any, limit: int | None) -> Any:
+    if limit is None or not 0 < limit < len(dataset):
+        return dataset  # a limit below 1 is refused where examples are encoded
+    return dataset[:limit] if isinstance(dataset, list) else dataset.select(range(limit))
+
+
+def analyzer_for(model: str, loading: ModelOptions, settings: FisherConfig | Decomposition) -> NPEFFAnalyzer:
+    """The model under analysis.
+
+    For a decomposition it gets that one's Fisher config, and its commit unless a revision was asked for.
+    """
+    from hf_npeff.analyzer import NPEFFAnalyzer
+
+    if isinstance(settings, FisherConfig):
+        return NPEFFAnalyzer.from_pretrained(model, fisher=settings, **asdict(loading))
+    if loading.revision is None and settings.info.get("model") == model:
+        loading = replace(loading, revision=settings.info.get("revision"))
+    return NPEFFAnalyzer.from_pretrained(model, fisher=settings.fisher_config, **asdict(loading))
+
+
+def read_decomposition(name: str) -> Decomposition:
+    """From a folder or the Hub."""
+    from hf_npeff.components import Decomposition
+
+    return Decomposition.from_pretrained(name)
