@@ -7,10 +7,11 @@ lora_alpha equal to the rank, and the scale folded into B. Every adapter is a de
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
@@ -19,6 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.files import FORMAT_VERSION, read_json, read_tensors, sha256_of, write_atomically, write_json
+from hf_npeff.hub import push_folder
+
+if TYPE_CHECKING:
+    from hf_npeff.components import Decomposition
 
 AdapterKind = Literal["lora", "shira", "delta"]
 Layout = Literal["linear", "conv1d", "embedding", "bias", "norm", "other"]
@@ -79,6 +84,73 @@ class Adapter:
         write_json(folder / "adapter_config.json", config)
         if self.card is not None:
             write_atomically(folder / "README.md", self.card.encode())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Publish the files of `save_pretrained` as a model repository.
+
+        Args:
+            repo_id: user/name; made where it is missing.
+            private: whether a new repository is private; True also refuses an existing public one.
+            token: None takes the one of `hf auth login`.
+            revision: the branch, made where it is missing.
+            create_pr: open a pull request instead of committing.
+            commit_message: the commit's title.
+
+        Returns:
+            The address of the commit or of the pull request.
+
+        Raises:
+            OSError: if the upload is refused or the Hub cannot be reached.
+            ValueError: if the id is malformed, or a private repository is public.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload adapter",
+            )
+
+
+def save_components(
+    decomposition: Decomposition,
+    adapters: Mapping[int, Adapter],
+    directory: str | os.PathLike[str],
+    *,
+    include_columns: bool | Sequence[str] = True,
+) -> None:
+    """A decomposition with adapters of several of its components, one in components/003 for instance.
+
+    PEFT loads one with `PeftModel.from_pretrained(model, directory, subfolder="components/003")`. `AutoPeftModel` takes
+    no subfolder: for it, save an adapter alone.
+
+    Args:
+        decomposition: written to the folder itself.
+        adapters: {component: its adapter}.
+        directory: made where it is missing.
+        include_columns: which of the decomposition's columns are written.
+
+    Raises:
+        IndexError: if a component does not exist.
+        ValueError: if a column does not exist.
+    """
+    chosen = {decomposition.index_of(j): adapter for j, adapter in adapters.items()}
+    decomposition.save_pretrained(directory, include_columns=include_columns)
+    for j, adapter in chosen.items():
+        adapter.save_pretrained(Path(directory) / "components" / f"{j:03d}")
 
 
 def check_scale(scale: float) -> float:
@@ -278,14 +350,25 @@ def shira(
     return Adapter("shira", tensors, config, energy, kept)
 
 
-def dense(deltas: Mapping[str, Tensor], *, scale: float, facts: Mapping[str, Any]) -> Adapter:
-    """The whole delta, for `load_delta`.
+def dense(
+    deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], *, scale: float, facts: Mapping[str, Any]
+) -> Adapter:
+    """The whole delta, for `ParameterDirection.from_pretrained`.
 
     Raises:
         ValueError: if the scale is 0 or not finite.
     """
     scale = check_scale(scale)
-    config = {"format_version": FORMAT_VERSION, "library_name": "hf_npeff", "kind": "delta", **facts}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "library_name": "hf_npeff",
+        "kind": "delta",
+        "base_model_name_or_path": facts.get("model"),
+        "revision": facts.get("revision"),
+        "scale": scale,
+        "layouts": dict(layouts),
+        "info": dict(facts),
+    }
     return Adapter("delta", {name: value.float() * scale for name, value in deltas.items()}, config, 1.0)
 
 
@@ -297,10 +380,10 @@ def load_delta(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         FormatVersionError: if another version of the format wrote it.
     """
     folder = Path(directory)
-    config = read_json(folder / "adapter_config.json")
     path = folder / _WEIGHTS
-    if config.get("kind") != "delta":
+    if read_json(folder / "adapter_config.json", None).get("kind") != "delta":
         raise CorruptStoreError(f"{folder} does not hold a dense delta; PEFT's adapters load with PeftModel")
+    config = read_json(folder / "adapter_config.json")
     if not path.is_file() or sha256_of(path) != config.get("sha256"):
         raise CorruptStoreError(f"{path} is missing or not what was written")
     return read_tensors(path), config

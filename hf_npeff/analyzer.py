@@ -38,6 +38,8 @@ from hf_npeff.store import PEFs
 
 logger = logging.getLogger(__name__)
 
+_LIFTED_TOGETHER = 4
+"""Components that share forward passes in `evaluate_components`; each holds a gradient of all analysed weights."""
 _AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
@@ -92,6 +94,7 @@ class NPEFFAnalyzer:
         self._task = task
         self.revision: str | None = getattr(getattr(base_of(model), "config", None), "_commit_hash", None)
         self._sketch: Sketch | None = None
+        self._liked: tuple[str, NPEFFAnalyzer] | None = None
         self.parameters = find_parameters(model, self.fisher.parameters)
         maps = find_linear_maps(model, self.fisher.target_modules, self.fisher.exclude_modules)
         self.maps = [m for m in maps if m.parameter not in self.parameters]
@@ -488,12 +491,11 @@ class NPEFFAnalyzer:
         shapes = dict(self.model.named_parameters(remove_duplicate=False))
         directions = []
         for found in lifted:
-            deltas = {
-                name: transposed[name].as_weight(v).contiguous()
-                if name in transposed
-                else v.reshape(shapes[name].shape)
-                for name, v in found.deltas.items()
-            }
+            deltas = {}
+            for name in list(found.deltas):  # one at a time: what is transposed is copied
+                value = found.deltas.pop(name)
+                shaped = transposed[name].as_weight(value) if name in transposed else value.reshape(shapes[name].shape)
+                deltas[name] = shaped.contiguous()
             layouts = {name: layout_of(self.model, name) for name in deltas}
             base: Any = base_of(self.model)
             info = {**self._facts(), "module": type(base).__module__, "fingerprint": pefs.fingerprint, **found.facts}
@@ -510,7 +512,9 @@ class NPEFFAnalyzer:
             )
         if self._sketch is not None and self._sketch.fingerprint == decomposition.fingerprint:
             return self
-        return self._like(decomposition)
+        if self._liked is None or self._liked[0] != decomposition.fingerprint:
+            self._liked = (decomposition.fingerprint, self._like(decomposition))
+        return self._liked[1]
 
     def evaluate_direction(
         self,
@@ -549,6 +553,12 @@ class NPEFFAnalyzer:
             ValueError: if an argument is out of range, or the dataset or model does not fit.
         """
         component = decomposition.index_of(component)
+        made = direction.info.get("revision")
+        if made is not None and self.revision is not None and made != self.revision:
+            raise ValueError(
+                f"the direction was made for the model at commit {made}, and this model is at {self.revision}; load "
+                "that revision"
+            )
         if min(n_top, n_others, batch_size) < 1:
             raise ValueError("n_top, n_others and batch_size must be at least 1")
         top, others = choose_examples(decomposition, component, n_top, n_others, seed)
@@ -602,11 +612,13 @@ class NPEFFAnalyzer:
         """
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         reports = []
-        for j in wanted:
-            direction = self.lift(decomposition, j, pefs, dataset, **dict(lift or {}))
-            report = self.evaluate_direction(direction, decomposition, j, dataset, **settings)
-            decomposition.evaluations[j] = report.summary()
-            reports.append(report)
+        for start in range(0, len(wanted), _LIFTED_TOGETHER):
+            group = wanted[start : start + _LIFTED_TOGETHER]
+            directions = self.lift(decomposition, group, pefs, dataset, **dict(lift or {}))
+            for j, direction in zip(group, directions, strict=True):
+                report = self.evaluate_direction(direction, decomposition, j, dataset, **settings)
+                decomposition.evaluations[j] = report.summary()
+                reports.append(report)
         return reports
 
 

@@ -150,6 +150,7 @@ class NPEFFCallback(TrainerCallback):
         self._seen: tuple[int, int] | None = None
         self._trainer: Callable[[], Any] = lambda: None
         self._warned = False
+        self._pushed: int | None = None
 
     def attach(self, trainer: Any) -> NPEFFCallback:
         """Add this callback to a Trainer and remember which one it is.
@@ -181,7 +182,7 @@ class NPEFFCallback(TrainerCallback):
         analyzer = self._analyzer(**kwargs)
         if self.fixed is not None:
             analyzer._with_like(self.fixed)
-        self.history, self.decomposition_, self._seen = [], None, None
+        self.history, self.decomposition_, self._seen, self._pushed = [], None, None, None
         if state.global_step > 0:
             self._resume(args, state)
         if self.on_start and not self.history:
@@ -235,7 +236,7 @@ class NPEFFCallback(TrainerCallback):
     def _decompose(self, args: TrainingArguments, **kwargs: Any) -> Decomposition:
         """The decomposition of this point, the same in every process."""
         analyzer, processes = self._analyzer(**kwargs), PartialState()
-        folder = Path(args.output_dir) / _PROBE if processes.num_processes > 1 else None
+        folder = _output(args) / _PROBE if processes.num_processes > 1 else None
         old = self.fixed or self.decomposition_
         try:
             pefs = analyzer.compute_pefs(
@@ -280,9 +281,9 @@ class NPEFFCallback(TrainerCallback):
     # Files
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write `npeff/` into the checkpoint."""
+        """Write `npeff/` into the checkpoint, unless it is there already and on its way to the Hub."""
         checkpoint = _checkpoint(args, state)
-        if state.is_world_process_zero and checkpoint.is_dir():
+        if state.is_world_process_zero and checkpoint.is_dir() and self._pushed != state.global_step:
             self._write(checkpoint / FOLDER, everything=not args.push_to_hub)
 
     def on_push_begin(
@@ -290,10 +291,11 @@ class NPEFFCallback(TrainerCallback):
     ) -> None:
         """Write `npeff/` beside the model that is about to be pushed, and into the checkpoint that may go along."""
         if self.push and state.is_world_process_zero:
-            self._write(Path(args.output_dir) / FOLDER, everything=False)
+            self._write(_output(args) / FOLDER, everything=False)
             checkpoint = _checkpoint(args, state)
             if checkpoint.is_dir():
                 self._write(checkpoint / FOLDER, everything=False)
+                self._pushed = state.global_step
 
     def _write(self, folder: Path, *, everything: bool) -> None:
         if self.decomposition_ is None:
@@ -326,8 +328,12 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _output(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or "trainer_output")
+
+
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return _output(args) / f"checkpoint-{state.global_step}"
 
 
 def _read_history(path: Path) -> list[dict[str, Any]]:

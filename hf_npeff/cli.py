@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hf_npeff import __version__
 from hf_npeff.config import DecompositionConfig, FisherConfig
 from hf_npeff.options import (
     DataOptions,
@@ -39,9 +40,17 @@ MaybeOutput = Annotated[Path | None, typer.Option("--output", "-o", help="A fold
 BatchSize = Annotated[int, typer.Option(help="Examples of a forward pass.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _about(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     """Which heuristics does a Hugging Face model use, on which inputs, and what if one is switched off?
 
@@ -134,12 +143,13 @@ def decompose(
 
     Example: `hf-npeff decompose runs/pefs -o runs/components --n-components 32`
     """
-    from hf_npeff.analyzer import _progress_wanted
+    from huggingface_hub.utils import are_progress_bars_disabled
+
     from hf_npeff.decomposition.estimator import NPEFF
     from hf_npeff.store import PEFs
 
     held_out = None if validation is None else PEFs.from_pretrained(validation)
-    estimator = NPEFF.from_config(decomposition, progress=_progress_wanted())
+    estimator = NPEFF.from_config(decomposition, progress=not are_progress_bars_disabled())
     found = estimator.fit(PEFs.from_pretrained(pefs), held_out)
     found.save_pretrained(output)
     values = {
@@ -301,8 +311,9 @@ def perturb(
         batch_size=batch_size,
         seed=seed,
     )
-    adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model)
-    direction.save_pretrained(output / "direction")
+    about: dict[str, Any] = {"report": report, "decomposition": found}
+    adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)
+    direction.save_pretrained(output / "direction", **about)
     adapter.save_pretrained(output / "adapter")
     write_result(output / "report.json", report.to_dict())
     values = {"output": str(output), "retained_energy": adapter.retained_energy, **report.to_dict()}
@@ -360,6 +371,9 @@ def push(
         with tempfile.TemporaryDirectory() as published:
             for path in filter(Path.is_file, (folder / name for name in _PUBLISHED[kind])):
                 shutil.copy(path, published)
+            card = Path(published) / "README.md"
+            if card.is_file():  # its code loads from the folder that it lies in
+                card.write_text(card.read_text(encoding="utf-8").replace('"."', f'"{repo}"'), encoding="utf-8")
             url = push_folder(published, repo, **where)
     return Result({"kind": kind, "url": url}, url)
 

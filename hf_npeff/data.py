@@ -131,7 +131,11 @@ class Examples(Sequence[Example]):
 
 
 def records_of(dataset: Any, max_examples: int | None) -> Any:
-    """Anything → a sequence of dictionaries."""
+    """Anything → a sequence of dictionaries.
+
+    Raises:
+        ValueError: if it is of no known kind, or has no length and no `max_examples`.
+    """
     if isinstance(dataset, Examples):
         raise ValueError("expected a dataset, got Examples; pass what they were made from")
     if isinstance(dataset, str):

@@ -5,15 +5,15 @@ At a stationary point of the objective, with M = (WᵀW)∘(GGᵀ) and C_j = Σ_
     ∂L/∂G = 0  ⇔  M G = C  ⇔  G = M⁻¹ C:    g_j = Σ_ic coef_jic A_ic,   coef_jic = Σ_l (M⁻¹)_jl W_il ⟨A_ic, g_l⟩
 
 Every component is a known combination of PEF rows, and the same combination of the rows before the sketch is the
-component in parameter space. Row ic is the gradient for the cotangent v_ic, and gradients are linear in it: one backward
-pass with Σ_c coef_jic v_ic at every example gives it. Rows were scaled by 1/√‖F_i‖, and balanced ones by D and once
-more to unit norm; the coefficients undo that, so that they speak of unscaled rows.
+component in parameter space. Row ic is the gradient for the cotangent v_ic, and gradients are linear in it: one
+backward pass with Σ_c coef_jic v_ic at every example gives it. Rows were scaled by 1/√‖F_i‖, and balanced ones by D
+and once more to unit norm; the coefficients undo that, so that they speak of unscaled rows.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -65,7 +65,7 @@ class LiftRequest:
 
 @dataclass(frozen=True)
 class Lifted:
-    """One component in parameter space: {parameter: matrix (out, in)}, not scaled, and how it was made."""
+    """One component in parameter space: {parameter: matrix (out, in)}, of unit norm, and how it was made."""
 
     deltas: dict[str, Tensor]
     facts: dict[str, Any]
@@ -138,6 +138,10 @@ def lift_components(
             )
     if request.form == "metric":
         found = [in_metric(deltas, sketch, scales) for deltas in found]
+    for deltas in found:
+        norm = sum(float(torch.linalg.vector_norm(v, dtype=torch.float64)) ** 2 for v in deltas.values()) ** 0.5
+        for value in deltas.values():
+            value.div_(norm or 1.0)
     for fact in facts:
         fact["form"] = "metric" if request.form == "metric" else "plain"
     return [Lifted(deltas, fact) for deltas, fact in zip(found, facts, strict=True)]
@@ -232,10 +236,10 @@ def unbalanced(g: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def in_metric(deltas: dict[str, Tensor], sketch: Sketch, scales: Tensor | None) -> dict[str, Tensor]:
-    """The plain combination times D² block by block: the steepest direction in the metric of the balanced problem."""
+    """The plain combination times D² block by block: the steepest direction in the metric of the balanced problem; in place."""
     if scales is None or sketch.blocks is None:
         return deltas
-    return {name: value * float(scales[sketch.blocks[name].start]) ** 2 for name, value in deltas.items()}
+    return {name: value.mul_(float(scales[sketch.blocks[name].start]) ** 2) for name, value in deltas.items()}
 
 
 # Compressed sensing: the sparse direction whose sketch is g (the paper's way).
@@ -319,7 +323,7 @@ def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero:
 
 
 def fista(operator: _Operator, y: Tensor, p: int, penalty: float | None = None, iterations: int = 200) -> Tensor:
-    """argmin ½‖Px − y‖² + λ‖x‖₁ by FISTA (Beck & Teboulle 2009).
+    """The x that minimises ½‖Px − y‖² + λ‖x‖₁ by FISTA (Beck & Teboulle 2009).
 
     Args:
         operator: P and its adjoint.
@@ -350,7 +354,7 @@ def select(decomposition: Decomposition, components: int | Sequence[int]) -> lis
         IndexError: if one does not exist.
         ValueError: if there are none.
     """
-    wanted = [components] if hasattr(components, "__index__") else list(components)  # type: ignore[arg-type]
+    wanted: list[Any] = list(components) if isinstance(components, Iterable) else [components]
     if not wanted:
         raise ValueError("no components are named")
     return [decomposition.index_of(j) for j in wanted]
@@ -370,9 +374,11 @@ class GradientSum:
         self.current = 0
 
     def take_input(self, name: str, x: Tensor) -> Tensor:
+        """The input, as it is."""
         return x
 
     def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
+        """Add δᵀx, summed over examples and positions."""
         total = self.sums[self.current][name]
         rows, columns = delta.flatten(0, 1), saved.to(delta.dtype).flatten(0, 1)
         if total.device == delta.device and total.dtype == delta.dtype:
@@ -381,9 +387,8 @@ class GradientSum:
             total += (rows.mT @ columns).to(total.device, total.dtype)
 
 
-def _place(work: FisherPass, parameter: str) -> tuple[torch.device, torch.dtype]:
-    """Where, and in which type, the gradient of a parameter is added up."""
-    weight = dict(work.model.named_parameters(remove_duplicate=False)).get(parameter)
+def _place(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:
+    """Where, and in which type, the gradient of a weight is added up."""
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
         return torch.device("cpu"), torch.float32
     return weight.device, torch.promote_types(weight.dtype, torch.float32)
@@ -404,7 +409,9 @@ def lift_exact(
     Returns:
         For every combination {parameter: matrix (out, in)}.
     """
-    receiver = GradientSum({m.parameter: (m.shape, *_place(work, m.parameter)) for m in work.maps}, len(coefficients))
+    weights = dict(work.model.named_parameters(remove_duplicate=False))
+    places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in work.maps}
+    receiver = GradientSum(places, len(coefficients))
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
     size = 1 if work.one_at_a_time else batch_size
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
@@ -412,7 +419,7 @@ def lift_exact(
         torch.finfo(torch.float64).tiny
     )
     with LinearHooks(work.model, work.maps, receiver) as hooks:
-        for batch in batches_by_length([examples[i].length for i in used], size):
+        for batch in batches_by_length([examples[i].length for i in used], size) if work.maps else ():
             indices = [used[i] for i in batch]
             hooks.begin(len(indices))
             source = work.outputs([examples[i] for i in indices]).source
@@ -420,8 +427,6 @@ def lift_exact(
             for j in range(len(coefficients)):
                 receiver.current = j
                 mixed = torch.einsum("ic,icts->its", coefficients[j, indices].to(source.device), stored)
-                if not work.maps:
-                    continue
                 hooks.backward(source, mixed[:, : source.shape[1]], last=j == len(coefficients) - 1)
     _add_parameters(work, examples, used, cotangents, coefficients, size, receiver.sums)
     return [{name: total.cpu() for name, total in sums.items()} for sums in receiver.sums]
@@ -440,9 +445,10 @@ def _add_parameters(
     names = list(work.parameters)
     if not names:
         return
+    weights = dict(work.model.named_parameters(remove_duplicate=False))
     for total in sums:
         for name, shape in work.parameters.items():
-            device, dtype = _place(work, name)
+            device, dtype = _place(weights.get(name))
             total[name] = torch.zeros(shape, device=device, dtype=dtype)
     for batch in batches_by_length([examples[i].length for i in used], batch_size):
         indices = [used[i] for i in batch]
@@ -456,8 +462,8 @@ def _add_parameters(
 
         for j, found in enumerate(gradients(work.model, names, forward, mixed[:, :, : source.shape[1]])):
             for name, gradient in zip(names, found, strict=True):
-                total = sums[j][name]
-                total += gradient.reshape(total.shape).to(total.device, total.dtype)
+                into = sums[j][name]
+                into += gradient.reshape(into.shape).to(into.device, into.dtype)
 
 
 def align(examples: Sequence[Example], ids: Sequence[str], contents: Sequence[str] | None) -> list[Example]:
@@ -469,14 +475,14 @@ def align(examples: Sequence[Example], ids: Sequence[str], contents: Sequence[st
     by_id = {example.id: example for example in examples}
     if missing := [i for i in ids if i not in by_id]:
         raise ValueError(
-            f"{len(missing)} of {len(ids)} analysed examples are not in this dataset, for instance {missing[:3]}; give the "
-            "dataset that the PEFs came from"
+            f"{len(missing)} of {len(ids)} analysed examples are not in this dataset, for instance {missing[:3]}; give "
+            "the dataset that the PEFs came from"
         )
     if contents is not None:
         changed = [i for i, content in zip(ids, contents, strict=True) if by_id[i].content != content]
         if changed:
             raise ValueError(
-                f"{len(changed)} of {len(ids)} examples have another content than when they were analysed, for instance "
-                f"{changed[:3]}; give the dataset that the PEFs came from, with the same processing class"
+                f"{len(changed)} of {len(ids)} examples have another content than when they were analysed, for "
+                f"instance {changed[:3]}; give the dataset that the PEFs came from, with the same processing class"
             )
     return [by_id[i] for i in ids]

@@ -6,12 +6,14 @@ the class's docstring. Every command takes `--config`, `--json` and `--debug`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
 import math
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -78,7 +80,9 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
         if tuple[str, ...] in get_args(kind):
             kind, default = list[str] | None, None if default is None else [default]
             text += " Repeat the option for a list."
-        described = Annotated[kind, typer.Option(help=text[0].upper() + text[1:], rich_help_panel=panel)]
+        if re.match(r"\w\w", text):  # else a symbol comes first
+            text = text[0].upper() + text[1:]
+        described = Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]
         yield inspect.Parameter(one.name, _BY_NAME, default=default, annotation=described)
 
 
@@ -145,7 +149,8 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
         settings = dict(values)
         try:
             grouped = {name: _gathered(cls, values) for name, cls in groups.items()}
-            result = function(**values, **grouped)
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                result = function(**values, **grouped)
             if result is None or os.environ.get("RANK", "0") != "0":
                 return
             if settings.get("output") is not None and not settings.get("dry_run"):
@@ -209,11 +214,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.table import Table
     from rich.text import Text
 
+    from hf_npeff.cards import plain
+
     made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for name in columns:
         made.add_column(name, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
+        made.add_row(*(Text("\n".join(plain(line, 10_000) for line in str(cell).split("\n"))) for cell in row))
     return made
 
 
@@ -290,7 +297,7 @@ def _read_file(path: Path, kind: str) -> Any:
         import datasets
         import pyarrow.parquet as pq
 
-        return datasets.Dataset(pq.readtable(path))
+        return datasets.Dataset(pq.read_table(path))
     if kind not in (".jsonl", ".json", ".txt"):
         raise ValueError(f"{path} is of no known type; data is a .jsonl, .csv, .parquet or .txt file")
     content = path.read_text(encoding="utf-8-sig")
@@ -324,10 +331,15 @@ def analyzer_for(model: str, loading: ModelOptions, settings: FisherConfig | Dec
     from hf_npeff.analyzer import NPEFFAnalyzer
 
     if isinstance(settings, FisherConfig):
-        return NPEFFAnalyzer.from_pretrained(model, fisher=settings, **asdict(loading))
-    if loading.revision is None and settings.info.get("model") == model:
-        loading = replace(loading, revision=settings.info.get("revision"))
-    return NPEFFAnalyzer.from_pretrained(model, fisher=settings.fisher_config, **asdict(loading))
+        fisher = settings
+    else:
+        fisher = settings.fisher_config
+        if loading.revision is None and settings.info.get("model") == model:
+            loading = replace(loading, revision=settings.info.get("revision"))
+    try:
+        return NPEFFAnalyzer.from_pretrained(model, fisher=fisher, **asdict(loading))
+    except OSError as error:
+        raise OSError(f"the model {model} cannot be loaded: {error}") from error
 
 
 def read_decomposition(name: str) -> Decomposition:

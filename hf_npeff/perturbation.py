@@ -277,7 +277,7 @@ def _norm_of(model: torch.nn.Module, direction: ParameterDirection) -> float:
 def find_scale(
     kl: Callable[[float], float], target: float, start: float = 0.02, limit: float = 64.0, rounds: int = 16
 ) -> tuple[float, bool]:
-    """The step at which `kl` reaches `target` within 5%, by interpolating its logarithm, which grows about as 2 log step.
+    """The step at which `kl` reaches `target` within 5%, by interpolation: it grows about as the square.
 
     Args:
         kl: mean KL at a step.
@@ -325,7 +325,9 @@ def _effect(
     generator = torch.Generator().manual_seed(seed)
     draws_a = a[torch.randint(len(a), (_BOOTSTRAPS, len(a)), generator=generator)].mean(1)
     draws_b = b[torch.randint(len(b), (_BOOTSTRAPS, len(b)), generator=generator)].mean(1)
-    low, high = torch.quantile((draws_a + _FLOOR) / (draws_b + _FLOOR), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = torch.quantile(
+        (draws_a + _FLOOR) / (draws_b + _FLOOR), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    )
     points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
 
     def quantiles(values: Tensor) -> tuple[float, float, float]:

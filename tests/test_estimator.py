@@ -127,6 +127,32 @@ def test_expand_passes_over_zero_pefs_and_takes_more_than_there_are_examples() -
     assert new.loss_history[-1] <= old.loss_history[-1] + 1e-6
 
 
+def test_refit_goes_on_from_the_last_components_which_keep_their_numbers() -> None:
+    """Oracle: planted truth in two halves of the examples; `transform` where nothing moves; the dense loss."""
+    pefs, _ = planted_pefs()
+    model = NPEFF(5, n_restarts=5)
+    old = model.fit(pefs[:60])
+    old.rename(2, "a name")
+    other = pefs[60:]
+    still = model.refit(other, move=False)
+    assert torch.equal(still.pseudo_fishers, old.pseudo_fishers)
+    assert torch.equal(still.coefficients, old.transform(other))
+    assert still.names == {2: "a name"} and torch.equal(still.stability, old.stability)
+    assert still.explained == pytest.approx(
+        1 - relative_loss(other, still.coefficients, still.pseudo_fishers), abs=1e-5
+    )
+    moved = model.refit(other)
+    assert moved.explained > still.explained + 1e-4
+    assert float((moved.pseudo_fishers * old.pseudo_fishers).sum(1).abs().min()) > 0.9
+    assert moved.names == {2: "a name"} and model.decomposition_ is moved
+    with pytest.raises(ValueError, match="call fit first"):
+        NPEFF(5).refit(pefs)
+    with pytest.raises(ValueError, match="all PEFs are zero"):
+        model.refit(PEFs.from_factors(torch.zeros(4, 3, 24)))
+    with pytest.raises(IncompatibleSketchError):
+        model.refit(PEFs.from_factors(torch.rand(4, 3, 23)))
+
+
 def test_gram_space_is_used_where_rows_are_long_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the direct iteration from the same seeds: loss to 1e-5, |cosine| above 0.999."""
     pefs, _ = planted_pefs(n=30, d=300)

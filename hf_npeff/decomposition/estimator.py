@@ -371,7 +371,8 @@ class NPEFF:
             fit = dataclasses.replace(fit, W=first(fit.W), G=first(fit.G))
         else:
             fit = Fit(G.new_zeros(len(pefs), len(G)), G, [], True)
-        result = self._finish(pefs, rows, fit, lambda G: G, old.scales, old.stability, keep_order=True)
+        stability = torch.full_like(old.stability, float("nan")) if move else old.stability  # moved by one start alone
+        result = self._finish(pefs, rows, fit, lambda G: G, old.scales, stability, keep_order=True)
         result.names = dict(old.names)
         return result
 

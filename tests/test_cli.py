@@ -1,0 +1,313 @@
+"""The command line, through real processes on a tiny model; docs/cli.md is what the commands say of themselves.
+
+What files hold is read with the library, whose own tests stand behind it; exit codes, streams and JSON are the shell's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from hf_npeff import Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
+from hf_npeff.cli import app, matches
+from hf_npeff.options import DataOptions, ModelOptions, attribute_docs, read_data
+from tests.hub_server import HubServer
+from tests.tiny import WORDS, tiny_model, tiny_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = REPOSITORY / "docs" / "cli.md"
+
+
+def run(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m hf_npeff` as a process of its own, without a network unless `env` has one."""
+    given = os.environ if env is None else env
+    command = [sys.executable, "-m", "hf_npeff", *map(str, arguments)]
+    environment = {**given, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def told(done: subprocess.CompletedProcess[str]) -> Any:
+    """The JSON of a command that succeeded."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@dataclass
+class World:
+    """A folder with a model, data, and what the first three commands made of them."""
+
+    folder: Path
+    computed: Any
+    decomposed: Any
+    bars: str
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("gpt2", "sequence-classification", dtype=torch.float32).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, len(WORDS), (24, 6), generator=generator).tolist()
+    rows = [{"id": f"e{i}", "text": " ".join(WORDS[j] for j in row), "label": i % 3} for i, row in enumerate(drawn)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "new.txt").write_text("\n".join(row["text"] for row in rows[:3]) + "\n\n")
+    (folder / "notes.docx").write_text("not data")
+    settings = ("--rank", 2, "--sketch", "countsketch", "--sketch-dim", 256)
+    shown = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+    computed = run("compute", "model", "data.jsonl", "-o", "pefs", *settings, "--json", cwd=folder, env=shown)
+    decomposed = run("decompose", "pefs", "-o", "found", "--n-components", 4, "--n-restarts", 2, "--json", cwd=folder)
+    return World(folder, told(computed), told(decomposed), computed.stderr)
+
+
+def test_compute_and_decompose_write_what_they_say_and_how_to_do_it_again(world: World) -> None:
+    pefs = PEFs.from_pretrained(world.folder / "pefs")
+    assert (len(pefs), pefs.rank, pefs.dim) == (24, 2, 256)
+    assert [world.computed[name] for name in ("examples", "rank", "dim")] == [24, 2, 256]
+    assert pefs.config == FisherConfig(rank=2, sketch="countsketch", sketch_dim=256)
+    assert "PEFs" in world.bars and "24/24" in world.bars  # on stderr: stdout was JSON alone
+    found = Decomposition.from_pretrained(world.folder / "found")
+    assert found.config == DecompositionConfig(n_components=4, n_restarts=2)
+    assert world.decomposed["explained"] == found.explained
+    content = yaml.safe_load((world.folder / "pefs" / "run.yaml").read_text())
+    assert content["command"] == "compute"
+    assert {field.name for field in fields(FisherConfig)} - set(content["settings"]) == {
+        "exclude_modules", "parameters",
+    }  # fmt: skip
+
+
+def test_a_run_yaml_replays_to_the_same_result_and_options_beside_it_go_first(world: World) -> None:
+    told(run("compute", "--config", "pefs/run.yaml", "-o", "again/pefs", "--json", cwd=world.folder))
+    told(run("decompose", "--config", "found/run.yaml", "-o", "again/found", "--json", cwd=world.folder))
+    for name, tensor in (("pefs", "pefs-00000.safetensors"), ("found", "decomposition.safetensors")):
+        before = (world.folder / name / tensor).read_bytes()
+        assert (world.folder / "again" / name / tensor).read_bytes() == before
+        first, second = ((world.folder / at / "run.yaml").read_text() for at in (name, f"again/{name}"))
+        assert second == first.replace(f"output: {name}\n", f"output: again/{name}\n")
+
+
+def test_components_explain_and_perturb(world: World) -> None:
+    named = run("components", "found", "--component", 2, "--rename", "past [bold]tense", "--top", 4, cwd=world.folder)
+    assert named.returncode == 0, named.stderr
+    found = Decomposition.from_pretrained(world.folder / "found")
+    top = found[2].top_examples(4)
+    assert found.names == {2: "past [bold]tense"} and "past [bold]tense" in named.stdout
+    assert top.texts is not None and all(text in named.stdout for text in top.texts)
+    explained = told(run("explain", "found", "model", "new.txt", "-o", "told", "--json", cwd=world.folder))
+    assert json.loads((world.folder / "told" / "coefficients.json").read_text()) == explained
+    assert explained["components"][2] == "past [bold]tense"
+    W = torch.tensor([example["coefficients"] for example in explained["examples"]])
+    pefs = PEFs.from_pretrained(world.folder / "pefs")
+    torch.testing.assert_close(W, found.transform(pefs[:3]), rtol=1e-4, atol=1e-5)  # the texts of the first three
+    options = ("--component", 2, "-o", "off", "--rank", 2, "--n-top", 4, "--n-others", 8)
+    report = told(run("perturb", "found", "pefs", "model", "data.jsonl", *options, "--json", cwd=world.folder))
+    assert report["component"] == 2 and report["best"]["top"] == pytest.approx(0.5, rel=0.1)
+    direction = ParameterDirection.load(world.folder / "off" / "direction")
+    assert direction.norm == pytest.approx(1) and direction.info["component"] == 2
+    settings = json.loads((world.folder / "off" / "adapter" / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["r"]) == ("LORA", 2)
+    assert (world.folder / "off" / "run.yaml").is_file() and (world.folder / "off" / "report.json").is_file()
+
+
+def test_push_recognises_each_kind_of_folder_and_keeps_texts_here(world: World) -> None:
+    """Against a loopback Hub; what it holds afterwards."""
+    with HubServer(tokens={"hf_alice": "alice"}) as hub:
+        env = hub.env("hf_alice", home=world.folder / "home")
+        adapter = world.folder / "adapter"
+        direction = ParameterDirection({"w": torch.eye(2)}, {"w": "linear"}, {"model": "alice/tiny", "component": 0})
+        direction.to_adapter(1).save_pretrained(adapter)
+        (adapter / "private.txt").write_text("a remark")
+        pushed = told(run("push", "found", "alice/found", "--private", "--json", cwd=world.folder, env=env))
+        assert pushed["kind"] == "decomposition" and pushed["url"].startswith(hub.url)
+        assert told(run("push", "adapter", "alice/off", "--json", cwd=world.folder, env=env))["kind"] == "adapter"
+        refused = run("push", world.folder, "alice/all", cwd=world.folder, env=env)
+        files = {repo.rpartition("/")[2]: hub.repos[repo].files() for repo in hub.repos}
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert refused.stderr.startswith("error: ") and "holds no decomposition" in refused.stderr
+    assert "adapter_model.safetensors" in files["off"] and "private.txt" not in files["off"]
+    assert b'"alice/off"' in files["off"]["README.md"]
+    assert "run.yaml" not in files["found"] and "decomposition.safetensors" in files["found"]
+    assert b"king" not in files["found"]["examples.parquet"]
+
+
+def test_compare_matches_a_permutation(world: World) -> None:
+    """Planted truth: the same decomposition with its components in another order."""
+    found = Decomposition.from_pretrained(world.folder / "found")
+    order = [2, 0, 3, 1]
+    other = Decomposition(
+        found.coefficients[:, order], found.pseudo_fishers[order], config=found.config, info=found.info,
+        example_ids=found.example_ids, columns=found.columns,
+    )  # fmt: skip
+    other.save_pretrained(world.folder / "other")
+    compared = told(run("compare", "found", "other", "--json", cwd=world.folder))
+    assert {pair["first"]: pair["second"] for pair in compared["pairs"]} == {j: i for i, j in enumerate(order)}
+    assert compared["mean"] == pytest.approx(1)
+
+
+def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_greedily(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Decomposition.from_pretrained(world.folder / "found")
+    other = Decomposition(
+        found.coefficients[:, :3], -found.pseudo_fishers[[3, 1, 0]], config=found.config, info=found.info,
+        example_ids=[f"other {i}" for i in range(24)],
+    )  # fmt: skip
+    monkeypatch.setattr("hf_npeff.cli.find_spec", lambda name: None)
+    measure, pairs = matches(found, other)
+    assert measure == "cosine of pseudo-Fishers"
+    assert {i: j for i, j, _ in pairs} == {3: 0, 1: 1, 0: 2}
+    other.info["fingerprint"] = "another"
+    with pytest.raises(ValueError, match="neither examples nor the sketch"):
+        matches(found, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("components nowhere/at/all", 1, "neither a folder nor the id"),
+        ("components model", 1, "config.json"),
+        ("components found --component 9", 1, "there are 4 components"),
+        ("components found --component 9 --debug", 1, "Traceback"),
+        ("components found --rename x", 2, "--component"),
+        ("compute model notes.docx -o x", 1, "no known type"),
+        ("compute model nothing.jsonl -o x", 1, "nothing.jsonl"),
+        ("compute model data.jsonl -o x --columns colour", 1, "colour"),
+        ("compute model data.jsonl", 2, "--output"),
+        ("compute model data.jsonl -o x --rank 0", 1, "rank must be"),
+        ("compute model data.jsonl -o x --sketch magic", 2, "magic"),
+        ("compute no/model data.jsonl -o x", 1, "no/model"),
+        ("compute --config found/run.yaml", 2, "decompose"),
+        ("compute --config data.jsonl", 2, "run.yaml"),
+        ("decompose nowhere/at/all -o x", 1, "neither a folder nor the id"),
+        ("perturb found pefs model new.txt --component 0 -o x", 1, "not in this dataset"),
+        ("push nowhere user/repo", 1, "no folder nowhere"),
+        ("dissolve", 2, "dissolve"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    world: World, arguments: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process; a real one is looked at where a folder is pushed that is none of ours."""
+    monkeypatch.chdir(world.folder)
+    done = CliRunner().invoke(app, arguments.split(), prog_name="hf-npeff")
+    assert done.exit_code == code and message in done.stderr and not done.stdout
+    if code == 1 and "--debug" not in arguments:
+        assert done.stderr.count("error: ") == 1 and done.stderr.endswith("\n") and "Traceback" not in done.stderr
+    assert not (world.folder / "x").exists()
+
+
+def test_the_demo_gets_its_options_and_a_dry_run_writes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo itself runs in its own test, on a real model."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("hf_npeff.demo.run", lambda **arguments: (print("a table"), given.update(arguments)))
+    monkeypatch.chdir(world.folder)
+    done = CliRunner().invoke(app, ["demo", "--queries", "4", "--output", "shown", "--json"])
+    assert (
+        json.loads(done.stdout) == {"output": "shown"}
+        and "a table" in done.stderr
+        and given.pop("output_dir") == Path("shown")
+    )
+    assert given == {"queries": 4, "rank": 8, "components": 12, "seed": 0}
+    done = CliRunner().invoke(app, ["compute", "model", "data.jsonl", "--dry-run", "--json", "-o", "none"])
+    assert json.loads(done.stdout)["n"] == 24 and not (world.folder / "none").exists()
+
+
+def test_version_and_completion() -> None:
+    words = {"_HF_NPEFF_COMPLETE": "complete_bash", "COMP_WORDS": "hf-npeff com", "COMP_CWORD": "1"}
+    script = "import sys; sys.argv[0] = 'hf-npeff'; from hf_npeff.cli import main; main()"
+    environment = {**os.environ, **words, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert set(done.stdout.split()) == {"compute", "components", "compare"}, done.stderr
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip()
+
+
+def test_data_files(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": 'a, "b"\nc', "label": 1}, {"text": "d", "label": 0}]
+    (tmp_path / "a.csv").write_text('text,label\n"a, ""b""\nc",1\nd,0\n')
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("one \u2028 line\n\n two\n")
+    for ending in ("csv", "json", "jsonl", "parquet"):
+        assert list(read_data(str(tmp_path / f"a.{ending}"), DataOptions())) == rows
+        assert list(read_data(str(tmp_path / f"a.{ending}"), DataOptions(max_examples=1))) == rows[:1]
+    assert read_data(str(tmp_path / "a.txt"), DataOptions()) == ["one \u2028 line", "two"]
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_data(str(tmp_path / "bad.jsonl"), DataOptions())
+    with pytest.raises(ValueError, match="--split"):
+        read_data(str(tmp_path / "a.txt"), DataOptions(split="train"))
+
+
+def test_every_option_has_its_line_in_the_docs_of_its_field() -> None:
+    for cls in (FisherConfig, DecompositionConfig, ModelOptions, DataOptions):
+        assert set(attribute_docs(cls)) == {field.name for field in fields(cls)}
+
+
+def help_of_every_command() -> str:
+    """docs/cli.md: what `--help` says, without the terminal's frames."""
+    group: Any = typer.main.get_command(app)
+    kinds = {c.callback.__name__: c.callback.__annotations__ for c in app.registered_commands if c.callback}
+    parts = ["# The command line", "", "<!-- Made by `python -m tests.test_cli`. -->", "", group.help.strip()]
+    for name, command in group.commands.items():
+        words = " ".join(["hf-npeff", name, *(p.name.upper() for p in command.params if is_argument(p)), "[OPTIONS]"])
+        parts += ["", f"## {name}", "", f"    {words}", "", command.help.strip().replace(":\n-", ":\n\n-")]
+        panels: dict[str, list[str]] = {}
+        for p in (p for p in command.params if p.name not in COMMON):
+            title = getattr(p, "rich_help_panel", None) or ("Arguments" if is_argument(p) else "Options")
+            panels.setdefault(title, []).append(line_of(p, kinds[name][p.name]))
+        for title, lines in panels.items():
+            parts += ["", f"{title}:", "", *lines]
+    common = [line_of(p, bool) for p in group.commands["push"].params if p.name in COMMON]
+    return "\n".join([*parts, "", "## Of every command", "", *common, ""])
+
+
+COMMON = {"config", "as_json", "debug"}
+
+
+def is_argument(parameter: Any) -> bool:
+    return not parameter.opts[0].startswith("-")
+
+
+def line_of(parameter: Any, kind: Any) -> str:
+    if is_argument(parameter):
+        return f"- `{parameter.name.upper()}`: {parameter.help}"
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    facts = ["one of " + ", ".join(get_args(plain))] if get_origin(plain) is Literal else []
+    default = parameter.default
+    if parameter.required:
+        facts.append("required")
+    elif default is not None and default is not False:
+        facts.append(f"default {' '.join(default) if isinstance(default, list) else default}")
+    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    return f"- {names}: {parameter.help}" + (f" ({'; '.join(facts)})" if facts else "")
+
+
+def test_the_docs_hold_the_help_of_every_command() -> None:
+    assert DOCS.read_text(encoding="utf-8") == help_of_every_command(), "run `python -m tests.test_cli`"
+
+
+def test_the_help_names_every_command_and_option() -> None:
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+        assert done.exit_code == 0 and "hf-npeff" in done.stdout
+        missing = [o for p in command.params for o in p.opts if o.startswith("--") and o not in done.stdout]
+        assert not missing, f"{name}: {missing}"
+
+
+if __name__ == "__main__":
+    DOCS.write_text(help_of_every_command(), encoding="utf-8")

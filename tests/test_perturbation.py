@@ -1,0 +1,192 @@
+"""What a step along a component does: KL against the oracle, the target reached, random directions, bad input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from hf_npeff import Decomposition, FisherConfig, NPEFFAnalyzer, ParameterDirection, PerturbationReport
+from hf_npeff.perturbation import choose_examples, find_scale
+from tests import reference
+from tests.benchmarks.lifting import Case, case
+from tests.tiny import tiny_batch, tiny_model
+
+
+@pytest.fixture(scope="module")
+def trained_case() -> Case:
+    return case()
+
+
+@pytest.fixture(scope="module")
+def direction(trained_case: Case) -> ParameterDirection:
+    c = trained_case
+    found: ParameterDirection = c.analyzer.lift(c.decomposition, 0, c.pefs, c.data)
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(trained_case: Case, direction: ParameterDirection) -> PerturbationReport:
+    c = trained_case
+    return c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, n_top=8, n_others=24)
+
+
+def test_kl_flips_and_accuracy_are_the_oracles(
+    trained_case: Case, direction: ParameterDirection, report: PerturbationReport
+) -> None:
+    """Oracle: one example at a time, reference.kl of the logits with θ and with θ + scale·direction."""
+    c, model = trained_case, trained_case.analyzer.model
+
+    def run(i: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([c.data[i]["input_ids"]])).logits[0]
+
+    for indices, mean, flips, accuracy, quantiles in (
+        (
+            report.top_examples,
+            report.best.top,
+            report.best.top_flips,
+            report.best.top_accuracy,
+            report.best.top_quantiles,
+        ),
+        (
+            report.other_examples,
+            report.best.others,
+            report.best.other_flips,
+            report.best.other_accuracy,
+            report.best.other_quantiles,
+        ),
+    ):
+        before = [run(i) for i in indices]
+        with direction.applied_to(model, report.scale):
+            after = [run(i) for i in indices]
+        kls = torch.tensor([reference.kl(a, b) for a, b in zip(before, after, strict=True)], dtype=torch.float64)
+        assert mean == pytest.approx(float(kls.mean()), rel=1e-3, abs=1e-6)
+        assert quantiles[1] == pytest.approx(float(kls.quantile(0.5)), rel=1e-3, abs=1e-6)
+        changed = [int(a.argmax() != b.argmax()) for a, b in zip(before, after, strict=True)]
+        assert flips == pytest.approx(sum(changed) / len(changed))
+        right = [
+            sum(int(x.argmax()) == c.data[i]["label"] for x, i in zip(logits, indices, strict=True)) / len(indices)
+            for logits in (before, after)
+        ]
+        assert accuracy == pytest.approx(tuple(right))
+        shown = [row["index"] for row in report.changed if row["top"] == (indices is report.top_examples)]
+        assert shown == [i for i, flipped in zip(indices, changed, strict=True) if flipped]
+    assert report.ratio == pytest.approx(report.best.top / report.best.others, rel=1e-3)
+
+
+def test_the_best_sign_reaches_the_target_and_the_other_is_reported(
+    report: PerturbationReport, trained_case: Case, direction: ParameterDirection
+) -> None:
+    """Oracle: the target, within 10%; the other sign only makes a sure model surer, and stops at the weights' norm."""
+    assert report.reached and report.target == 0.5
+    assert report.opposite is not None and report.best.scale * report.opposite.scale < 0
+    assert report.best.top == pytest.approx(0.5, rel=0.1)
+    weights = dict(trained_case.analyzer.model.named_parameters())
+    longest = sum(float(weights[n].double().square().sum()) for n in direction) ** 0.5
+    assert abs(report.opposite.scale) <= longest * 1.001
+    assert report.best.ratio >= report.opposite.ratio
+
+
+def test_a_component_is_selective_and_a_random_direction_of_equal_norm_is_not(report: PerturbationReport) -> None:
+    """Oracle: the planted triggers: ratio ≥ 10, and a random direction's between 1/5 and 5 with a far smaller KL."""
+    assert report.ratio >= 10
+    assert abs(report.random.scale) == pytest.approx(abs(report.scale))
+    assert report.random.top < 0.1 * report.best.top and report.random.ratio < 5
+
+
+def test_the_bootstrap_interval_holds_the_ratio(report: PerturbationReport) -> None:
+    """Oracle: order of the numbers, and that the same seed gives the same interval."""
+    low, high = report.best.interval
+    assert 0 < low <= report.ratio <= high < math.inf
+
+
+def test_a_given_scale_is_used_and_the_order_of_the_data_does_not_matter(
+    trained_case: Case, direction: ParameterDirection
+) -> None:
+    """Oracle: the report of the data in its own order; the model is untouched."""
+    c = trained_case
+    before = {n: p.detach().clone() for n, p in c.analyzer.model.named_parameters()}
+    settings: dict[str, Any] = {"scale": -0.4, "n_top": 6, "n_others": 10, "batch_size": 4}
+    one = c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, **settings)
+    other = c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data[::-1], **settings)
+    assert one.to_dict() == other.to_dict()
+    assert one.scale == -0.4 and one.opposite is None and one.target is None
+    assert all(torch.equal(p, before[n]) for n, p in c.analyzer.model.named_parameters())
+
+
+def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_them(trained_case: Case) -> None:
+    """Oracle: single lifts and evaluations."""
+    c = trained_case
+    settings: dict[str, Any] = {"n_top": 6, "n_others": 12}
+    reports = c.analyzer.evaluate_components(c.decomposition, c.pefs, c.data, [1, 4], **settings)
+    alone = c.analyzer.evaluate_direction(
+        c.analyzer.lift(c.decomposition, 4, c.pefs, c.data), c.decomposition, 4, c.data, **settings
+    )
+    assert [r.component for r in reports] == [1, 4]
+    assert reports[1].best.top == pytest.approx(alone.best.top, rel=1e-2)
+    assert c.decomposition.evaluations[4] == reports[1].summary()
+    card = (
+        c.analyzer.lift(c.decomposition, 4, c.pefs, c.data)
+        .to_adapter(scale=alone.scale, report=alone, decomposition=c.decomposition)
+        .card
+    )
+    assert card is not None and c.decomposition[4].top_examples(1).ids[0] in card and "Ratio" in card
+
+
+def test_tops_are_the_largest_coefficients_and_others_are_inactive(trained_case: Case) -> None:
+    """Oracle: sorting, and the share of each example's coefficients."""
+    d: Decomposition = trained_case.decomposition
+    top, others = choose_examples(d, 2, 7, 20, 0)
+    W = d.coefficients
+    assert top == W[:, 2].argsort(descending=True)[:7].tolist()
+    assert not set(top) & set(others) and len(others) == 20
+    assert all(float(W[i, 2] / W[i].sum()) <= 0.05 for i in others)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 1e6])
+def test_the_scale_is_found_within_five_percent_in_a_few_steps(power: float, factor: float) -> None:
+    """Oracle: KL = factor·step^power, solved by hand."""
+    calls: list[float] = []
+
+    def kl(step: float) -> float:
+        calls.append(step)
+        return factor * step**power
+
+    step, reached = find_scale(kl, 0.5, limit=1e6)
+    assert reached and factor * step**power == pytest.approx(0.5, rel=0.051)
+    assert len(calls) <= 10
+    step, reached = find_scale(lambda s: min(s, 0.1), 0.5, limit=100.0)
+    assert not reached and step <= 100
+
+
+# Bad input
+
+
+def test_what_cannot_be_evaluated_is_refused(trained_case: Case, direction: ParameterDirection) -> None:
+    """Oracle: the errors."""
+    c = trained_case
+
+    def evaluate(component: int = 0, data: Any = None, **settings: Any) -> Any:
+        return c.analyzer.evaluate_direction(direction, c.decomposition, component, data or c.data, **settings)
+
+    with pytest.raises(IndexError):
+        evaluate(6)
+    for wrong in ({"target_kl": 0}, {"target_kl": math.nan}, {"n_top": 0}, {"n_others": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError):
+            evaluate(**wrong)
+    for scale in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="scale"):
+            evaluate(scale=scale)
+    with pytest.raises(ValueError, match="not in this dataset"):
+        evaluate(data=c.data[:-1])
+    with pytest.raises(ValueError, match="another content"):
+        evaluate(data=[*c.data[:-1], {**c.data[-1], "input_ids": c.data[0]["input_ids"]}])
+    other = tiny_model("bert", dtype=torch.float32)
+    analyzer = NPEFFAnalyzer(other, fisher=FisherConfig(rank=1))
+    found = analyzer.decompose(analyzer.compute_pefs(tiny_batch(other, 12, seed=0)), 2, progress=False, n_restarts=1)
+    with pytest.raises(ValueError):
+        analyzer.evaluate_direction(direction, found, 0, tiny_batch(other, 12, seed=0))
