@@ -16,12 +16,13 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.components import Decomposition
 from hf_npeff.config import FisherConfig
+from hf_npeff.directions import ParameterDirection
 from hf_npeff.perturbation import PerturbationReport
-from hf_npeff.store import PEFs
 from hf_npeff.studies.factors import best_components, purity
 from hf_npeff.studies.tasks import package_folder, word_relation_prompts
 
@@ -68,9 +69,9 @@ def _hub_answers() -> bool:
 
 def run(
     *,
-    queries: int = 32,
+    queries: int = 28,
     rank: int = 8,
-    components: int = 12,
+    components: int = 10,
     seed: int = 0,
     output_dir: Path | None = None,
 ) -> None:
@@ -95,7 +96,7 @@ def run(
     prompts = word_relation_prompts(queries, seed=seed)
     console.print(f"[bold]1. Loading[/] {MODEL_ID}")
     model, tokenizer = load_model()
-    fisher = FisherConfig(rank=rank, target_modules=TARGETS, sketch="two-stage", sketch_dim=8192, seed=seed)
+    fisher = FisherConfig(rank=rank, target_modules=TARGETS, sketch="two-stage", sketch_dim=16_384, seed=seed)
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=fisher)
     console.print(f"[bold]2. Per-example Fishers[/] of {len(prompts)} four-shot prompts, for example")
     console.print(prompts[0]["text"].replace("\n", "   "), style="dim", markup=False)
@@ -107,12 +108,18 @@ def run(
     console.print(_component_table(decomposition))
     console.print(_relation_table(decomposition))
     console.print("[bold]4. Perturbations[/]: the parameters moved along each pure component")
-    reports = _evaluate_pure(analyzer, decomposition, pefs, prompts)
-    if reports:
+    pure = [j for j in range(len(decomposition)) if _purity(decomposition, j)[1] >= _PURE]
+    if pure:
+        directions = dict(zip(pure, analyzer.lift(decomposition, pure, pefs, prompts, batch_size=16), strict=True))
+        reports = {}
+        for j in tqdm(pure, desc="perturbations", disable=None):
+            reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=48)
+            decomposition.evaluations[j] = reports[j].summary()
+        decomposition.save_pretrained(folder / "decomposition")
         console.print(_report_table(decomposition, reports))
         purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))
         console.print(f"[bold]5. Component {purest} switched off[/] by a rank-1 LoRA that plain PEFT loads")
-        _switch_off(console, analyzer, decomposition, pefs, prompts, reports[purest], folder / "adapter")
+        _switch_off(console, analyzer, prompts, directions[purest], reports[purest], folder / "adapter")
     else:
         console.print("   no component has 80% of its top examples in one relation; try more --queries")
     console.print(f"Kept in {folder}. {time.perf_counter() - started:.0f} s in all.")
@@ -147,16 +154,6 @@ def _relation_table(decomposition: Decomposition) -> Table:
     return table
 
 
-def _evaluate_pure(
-    analyzer: NPEFFAnalyzer, decomposition: Decomposition, pefs: PEFs, prompts: list[dict[str, Any]]
-) -> dict[int, PerturbationReport]:
-    pure = [j for j in range(len(decomposition)) if _purity(decomposition, j)[1] >= _PURE]
-    if not pure:
-        return {}
-    reports = analyzer.evaluate_components(decomposition, pefs, prompts, pure, n_top=_TOP, n_others=48)
-    return dict(zip(pure, reports, strict=True))
-
-
 def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationReport]) -> Table:
     ratios = sorted(report.ratio for report in reports.values())
     median = torch.tensor(ratios).quantile(0.5).item()
@@ -183,16 +180,14 @@ def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationR
 def _switch_off(
     console: Console,
     analyzer: NPEFFAnalyzer,
-    decomposition: Decomposition,
-    pefs: PEFs,
     prompts: list[dict[str, Any]],
+    direction: ParameterDirection,
     report: PerturbationReport,
     folder: Path,
 ) -> None:
     """Answers before and after, on top and on other prompts, with the adapter loaded as any PEFT adapter."""
     from peft import PeftModel
 
-    direction = analyzer.lift(decomposition, report.component, pefs, prompts, batch_size=16)
     adapter = direction.to_adapter(rank=1, scale=2 * report.scale)
     adapter.save_pretrained(folder)
     console.print(

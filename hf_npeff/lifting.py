@@ -236,7 +236,7 @@ def unbalanced(g: Tensor, scales: Tensor | None) -> Tensor:
 
 
 def in_metric(deltas: dict[str, Tensor], sketch: Sketch, scales: Tensor | None) -> dict[str, Tensor]:
-    """The plain combination times D² block by block: the steepest direction in the metric of the balanced problem; in place."""
+    """The plain combination times D² block by block, in place: steepest in the metric of the balanced problem."""
     if scales is None or sketch.blocks is None:
         return deltas
     return {name: value.mul_(float(scales[sketch.blocks[name].start]) ** 2) for name, value in deltas.items()}
