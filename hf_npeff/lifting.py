@@ -93,6 +93,8 @@ def lift_components(
         ValueError: if the decomposition is far from a stationary point, or rows were made elsewhere.
         IncompatibleSketchError: if the PEFs are of another sketch.
     """
+    if request.form == "metric" and decomposition.scales is None:
+        raise ValueError("form='metric' needs a balanced decomposition (balance='module'); this one is not")
     coefficients, cosines = combination(decomposition, pefs)
     n_r = torch.zeros(len(wanted), len(decomposition), dtype=torch.float64)
     for row, j in enumerate(wanted):
@@ -137,7 +139,7 @@ def lift_components(
                 cosine,
             )
     # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
-    metric = request.form == "metric" or (request.form == "auto" and scales is not None)
+    metric = request.form != "plain" and scales is not None
     if metric:
         found = [in_metric(deltas, sketch, scales) for deltas in found]
     for deltas in found:

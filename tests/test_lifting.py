@@ -268,3 +268,10 @@ def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
         LiftRequest(**wrong)
     with pytest.raises(ValueError, match="nonzero"):
         iterative_hard_thresholding((lambda x: x, lambda x: x), torch.ones(3), 3, 4)
+
+
+def test_the_metric_form_needs_a_balanced_decomposition(tiny_case: tuple[NPEFFAnalyzer, list[Any], PEFs]) -> None:
+    """Oracle: the message; without balancing there is no metric."""
+    analyzer, data, pefs = tiny_case
+    with pytest.raises(ValueError, match="needs a balanced decomposition"):
+        analyzer.lift(fit(analyzer, pefs), 0, pefs, data, form="metric")
