@@ -272,7 +272,7 @@ class Decomposition:
         H = overlaps(self.pseudo_fishers.double())
         parts = []
         for chunk in pefs.chunks(1024):
-            A = balanced(chunk.factors, self.scales)
+            A = balanced(chunk.factors, self.scales, self.config.power)
             N = energies(alignments(A, self.pseudo_fishers.to(A.dtype)))
             parts.append(nonnegative_coefficients(N, H).to(self.coefficients.dtype))
         return torch.cat(parts) if parts else self.coefficients.new_zeros(0, len(self))
@@ -508,9 +508,35 @@ class Decomposition:
         return decomposition
 
 
-def balanced(A: Tensor, scales: Tensor | None) -> Tensor:
-    """Rows (n, c, d) in float32 or wider, every number times its scale, at unit Frobenius norm again."""
+def mixing_of(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
+    """T (n, c, c), float64: T (A∘D) are the rows that are decomposed, of F^γ at unit Frobenius norm.
+
+    With K = (A∘D)(A∘D)ᵀ = UΛUᵀ and F = (A∘D)ᵀ(A∘D), the rows UΛ^((γ−1)/2)Uᵀ (A∘D) have the matrix power F^γ as their
+    Gram matrix, whatever rotation of the rows was stored. Eigenvalues below rounding are left out.
+    """
+    scaled = A if scales is None else A * scales.to(A.dtype)
+    scale = scaled.abs().amax((1, 2), keepdim=True).double()
+    scale = torch.where(scale > 0, scale, 1.0)
+    scaled = scaled / scale.to(A.dtype)
+    K = (scaled @ scaled.mT).double()
+    if power == 1:
+        norm = K.flatten(1).norm(dim=1)
+        unit = torch.eye(A.shape[1], dtype=torch.float64, device=A.device)
+        return unit / torch.where(norm > 0, norm, 1.0).sqrt()[:, None, None] / scale
+    values, U = torch.linalg.eigh((K + K.mT) / 2)
+    kept = values > values[:, -1:] * 1e-6
+    safe = torch.where(kept, values, 1.0)
+    norm = torch.where(kept, safe.pow(2 * power), 0.0).sum(1).sqrt()
+    factors = torch.where(kept, safe.pow((power - 1) / 2), 0.0) / torch.where(norm > 0, norm, 1.0).sqrt()[:, None]
+    return (U * factors[:, None]) @ U.mT / scale
+
+
+def balanced(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
+    """The rows (n, c, d) that are decomposed, in float32 or wider: A∘D, of the power γ of their PEF, at unit norm."""
     A = A.to(torch.promote_types(A.dtype, torch.float32))
+    if power != 1:
+        scaled = A if scales is None else A * scales.to(A.dtype)
+        return mixing_of(A, scales, power).to(A.dtype) @ scaled
     return A if scales is None else normalise(A * scales.to(A.dtype))[0]
 
 

@@ -129,6 +129,8 @@ class DecompositionConfig(_JsonConfig):
         max_iterations: the most iterations of one start.
         tolerance: a start ends when an iteration improves the loss by less than this share of it.
         balance: "module" divides every module's block by its mean norm before the decomposition, "none" does not.
+        power: γ in (0, 1]. PEFs are replaced by their matrix powers F^γ at unit norm: 1 is the paper's, less
+            keeps an example's leading row from drowning the others, of which examples share more.
         n_restarts: independent starts, of which the best is kept; the others tell how stable its components are.
         learning_rate: η of the reference solver; block_power has none.
         memory_budget: bytes of PEF rows held at once; more are read in chunks from the store. None: all in memory.
@@ -143,6 +145,7 @@ class DecompositionConfig(_JsonConfig):
     max_iterations: int = 300
     tolerance: float = 1e-5
     balance: Balance = "none"
+    power: float = 1.0
     n_restarts: int = 8
     learning_rate: float = 3e-3
     memory_budget: int | None = None
@@ -158,5 +161,8 @@ class DecompositionConfig(_JsonConfig):
         if not isinstance(self.tolerance, int | float) or not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance must be a finite number of at least 0, but it is {self.tolerance!r}")
         _check_positive("learning_rate", self.learning_rate)
+        _check_positive("power", self.power)
+        if self.power > 1:
+            raise ValueError(f"power must be at most 1, but it is {self.power!r}")
         _check_choice("solver", self.solver, Solver)
         _check_choice("balance", self.balance, Balance)

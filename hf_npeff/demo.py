@@ -71,7 +71,7 @@ def run(
     *,
     queries: int = 28,
     rank: int = 8,
-    components: int = 10,
+    components: int = 16,
     seed: int = 0,
     output_dir: Path | None = None,
 ) -> None:
@@ -103,7 +103,7 @@ def run(
     pefs = analyzer.compute_pefs(prompts, folder / "pefs", batch_size=16)
     console.print(f"   {pefs}; error of the sketch {pefs.sketch_error:.2f}")
     console.print(f"[bold]3. Decomposition[/] into {components} components; the relations are not shown to it")
-    decomposition = analyzer.decompose(pefs, components, n_restarts=16, seed=seed)
+    decomposition = analyzer.decompose(pefs, components, power=0.5, n_restarts=16, seed=seed)
     decomposition.save_pretrained(folder / "decomposition")
     console.print(_component_table(decomposition))
     console.print(_relation_table(decomposition))

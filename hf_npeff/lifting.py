@@ -6,8 +6,8 @@ At a stationary point of the objective, with M = (WᵀW)∘(GGᵀ) and C_j = Σ_
 
 Every component is a known combination of PEF rows, and the same combination of the rows before the sketch is the
 component in parameter space. Row ic is the gradient for the cotangent v_ic, and gradients are linear in it: one
-backward pass with Σ_c coef_jic v_ic at every example gives it. Rows were scaled by 1/√‖F_i‖, and balanced ones by D
-and once more to unit norm; the coefficients undo that, so that they speak of unscaled rows.
+backward pass with Σ_c coef_jic v_ic at every example gives it. Rows were scaled by 1/√‖F_i‖, and then weighted as
+`mixing_of` says (balance, power, unit norm); the coefficients undo that, so that they speak of unscaled rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hf_npeff.components import Decomposition, balanced
+from hf_npeff.components import Decomposition, balanced, mixing_of
 from hf_npeff.data import Example, batches_by_length
 from hf_npeff.decomposition.objective import alignments
 from hf_npeff.fisher.compute import FisherPass
@@ -183,27 +183,17 @@ def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tenso
     start = 0
     for chunk in pefs.chunks(256):
         raw = chunk.factors.to(torch.promote_types(chunk.factors.dtype, torch.float32))
-        A = balanced(raw, decomposition.scales)
+        A = balanced(raw, decomposition.scales, decomposition.config.power)
         here = slice(start, start + len(chunk))
         start += len(chunk)
         B = alignments(A, decomposition.pseudo_fishers.to(A.dtype)).double()
         mixed = torch.einsum("jl,il,icl->jic", M_inverse, W[here], B)
         combined += mixed.flatten(1) @ A.double().flatten(0, 1)
-        again = _second_scale(raw, decomposition.scales)
+        mixed = torch.einsum("jia,iac->jic", mixed, mixing_of(raw, decomposition.scales, decomposition.config.power))
         norms = chunk.norms.double()
-        per_example = torch.where(norms > 0, norms, 1.0).rsqrt() * again
-        coefficients.append(mixed * per_example[None, :, None])
+        coefficients.append(mixed * torch.where(norms > 0, norms, 1.0).rsqrt()[None, :, None])
     cosines = torch.nn.functional.cosine_similarity(combined, G, dim=1)
     return torch.cat(coefficients, 1), cosines
-
-
-def _second_scale(A: Tensor, scales: Tensor | None) -> Tensor:
-    """What balancing multiplied every example with, beside D, to come back to unit norm: (n,)."""
-    if scales is None:
-        return torch.ones(len(A), dtype=torch.float64)
-    scaled = (A * scales.to(A.dtype)).double()
-    norm = (scaled @ scaled.mT).flatten(1).norm(dim=1)
-    return torch.where(norm > 0, norm, 1.0).rsqrt()
 
 
 def semi_orthogonal(decomposition: Decomposition, j: int, limit: float = 0.3) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_npeff import NPEFF, CorruptStoreError, Decomposition, FormatVersionError, IncompatibleSketchError, PEFs
+from hf_npeff.components import balanced, mixing_of
 from tests.planted import planted
 
 
@@ -159,3 +160,19 @@ def test_pefs_of_another_sketch_are_refused(fitted: tuple[PEFs, Decomposition]) 
     other = PEFs.from_factors(pefs.factors, fingerprint="another")
     with pytest.raises(IncompatibleSketchError, match="another"):
         found.transform(other)
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_rows_of_a_power_have_the_matrix_power_as_their_fisher_whatever_rotation_was_stored(power: float) -> None:
+    """Oracle: F^γ by a dense eigendecomposition of the d × d matrix, scaled to unit Frobenius norm."""
+    A = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    D = torch.rand(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
+    scaled = A * D
+    values, vectors = torch.linalg.eigh(scaled.mT @ scaled)
+    F = (vectors * values.clamp_min(0).pow(power)[:, None] * (values > 1e-9)[:, None]) @ vectors.mT
+    F = F / F.flatten(1).norm(dim=1)[:, None, None]
+    for rows in (A, rotation @ A, 1e-6 * A):
+        found = balanced(rows, D, power)
+        torch.testing.assert_close(found.mT @ found, F, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(mixing_of(rows, D, power) @ (rows * D), found, rtol=1e-8, atol=1e-10)

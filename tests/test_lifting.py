@@ -275,3 +275,12 @@ def test_the_metric_form_needs_a_balanced_decomposition(tiny_case: tuple[NPEFFAn
     analyzer, data, pefs = tiny_case
     with pytest.raises(ValueError, match="needs a balanced decomposition"):
         analyzer.lift(fit(analyzer, pefs), 0, pefs, data, form="metric")
+
+
+def test_components_of_a_power_lift_exactly(tiny_case: tuple[NPEFFAnalyzer, list[Any], PEFs]) -> None:
+    """Oracle: identity. The sketch of the lifted direction is the component, and W of the training PEFs comes back."""
+    analyzer, data, pefs = tiny_case
+    found = fit(analyzer, pefs, power=0.5, max_iterations=3000, tolerance=1e-10)
+    assert torch.equal(found.transform(pefs), found.coefficients)
+    for direction in analyzer.lift(found, range(len(found)), pefs, data):
+        assert direction.info["estimated_cosine"] > 0.999

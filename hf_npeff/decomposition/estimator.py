@@ -38,9 +38,10 @@ Callback = Callable[[int, int, float], bool | None]
 class ChunkedRows:
     """Rows read from a store in chunks of a bounded size, for PEFs that do not fit in memory."""
 
-    def __init__(self, pefs: PEFs, scales: Tensor | None, chunk: int):
+    def __init__(self, pefs: PEFs, scales: Tensor | None, chunk: int, power: float = 1.0):
         self.pefs = pefs
         self.scales = scales
+        self.power = power
         self.chunk = chunk
         self.n = len(pefs)
         self.dim = pefs.dim
@@ -48,7 +49,7 @@ class ChunkedRows:
     def _parts(self) -> Any:
         start = 0
         for part in self.pefs.chunks(self.chunk):
-            A = balanced(part.factors, self.scales)
+            A = balanced(part.factors, self.scales, self.power)
             yield slice(start, start + len(part)), A
             start += len(part)
 
@@ -77,7 +78,7 @@ class ChunkedRows:
 
     def top_directions(self, indices: list[int]) -> Tensor:
         """See `Rows`."""
-        return top_directions(balanced(self.pefs[indices].factors, self.scales))
+        return top_directions(balanced(self.pefs[indices].factors, self.scales, self.power))
 
 
 class NPEFF:
@@ -91,6 +92,7 @@ class NPEFF:
         max_iterations: the most iterations of one start.
         tolerance: a start ends when iterations improve the loss by less than this share of it.
         balance: "module" divides every module's block by its mean norm first, "none" does not.
+        power: γ in (0, 1]: PEFs are replaced by their matrix powers F^γ first; 1 is the paper's.
         seed: of the starts.
         n_restarts: independent starts; the best is kept, the others tell how stable its components are.
         learning_rate: of the reference solver.
@@ -110,6 +112,7 @@ class NPEFF:
         max_iterations: int = 300,
         tolerance: float = 1e-5,
         balance: Balance = "none",
+        power: float = 1.0,
         seed: int = 0,
         n_restarts: int = 8,
         learning_rate: float = 3e-3,
@@ -123,6 +126,7 @@ class NPEFF:
             max_iterations=max_iterations,
             tolerance=tolerance,
             balance=balance,
+            power=power,
             n_restarts=n_restarts,
             learning_rate=learning_rate,
             memory_budget=memory_budget,
@@ -174,7 +178,7 @@ class NPEFF:
         rows, to_rows = self._rows(pefs, scales, processes)
         held_out = None
         if validation is not None:
-            held_out = _HeldOut(balanced(validation.factors, scales), to_rows, processes)
+            held_out = _HeldOut(balanced(validation.factors, scales, config.power), to_rows, processes)
         fits = []
         shown = self.progress and processes.index == 0
         with tqdm(total=config.n_restarts, desc="NPEFF", unit="start", disable=not shown) as bar:
@@ -200,8 +204,8 @@ class NPEFF:
         budget = self.config.memory_budget
         if budget is not None and bytes_in_memory > budget:
             per_example = max(1, bytes_in_memory // len(pefs))
-            return ChunkedRows(pefs, scales, max(1, budget // per_example)), lambda G: G
-        A = balanced(pefs.factors, scales)
+            return ChunkedRows(pefs, scales, max(1, budget // per_example), self.config.power), lambda G: G
+        A = balanced(pefs.factors, scales, self.config.power)
         nc = A.shape[0] * A.shape[1]
         if nc < A.shape[2] and nc <= _GRAM_LIMIT:
             X, to_rows = gram_space(A)
@@ -219,7 +223,7 @@ class NPEFF:
         if fits and n * c < d and n * c <= _GRAM_LIMIT:  # small: the first process alone finds the coordinates
             X, back = torch.zeros(0, 0, 0), None
             if processes.index == 0:
-                X, back = gram_space(balanced(pefs.factors, scales))
+                X, back = gram_space(balanced(pefs.factors, scales, self.config.power))
             X = processes.first(X)
 
             def to_rows(G: Tensor) -> Tensor:
@@ -228,9 +232,9 @@ class NPEFF:
             return ShardedRows(DenseRows(X[share.start : share.stop]), n, processes, X.device), to_rows
         mine = pefs[share.start : share.stop]
         if budget is not None and len(share) * c * d * 4 > budget:
-            local: Rows = ChunkedRows(mine, scales, max(1, budget // (c * d * 4)))
+            local: Rows = ChunkedRows(mine, scales, max(1, budget // (c * d * 4)), self.config.power)
         else:
-            local = DenseRows(balanced(mine.factors, scales))
+            local = DenseRows(balanced(mine.factors, scales, self.config.power))
         return ShardedRows(local, n, processes, pefs._shards[0]["factors"].device), lambda G: G
 
     def _start(self, rows: Rows, restart: int, held_out: _HeldOut | None, bar: Any) -> Fit:
@@ -326,7 +330,7 @@ class NPEFF:
         if not bool((pefs.norms > 0).any()):
             raise ValueError("all PEFs are zero: there is nothing to explain")
         check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
-        rows: Rows = DenseRows(balanced(pefs.factors, old.scales))
+        rows: Rows = DenseRows(balanced(pefs.factors, old.scales, self.config.power))
         G = old.pseudo_fishers.clone()
         W = torch.cat([old.transform(pefs), torch.zeros(len(pefs), n_new)], 1)
         N, H = rows.energies(G), overlaps(G)
@@ -362,7 +366,7 @@ class NPEFF:
         if not bool((pefs.norms > 0).any()):
             raise ValueError("all PEFs are zero: there is nothing to explain")
         check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
-        rows: Rows = DenseRows(balanced(pefs.factors, old.scales))
+        rows: Rows = DenseRows(balanced(pefs.factors, old.scales, self.config.power))
         G = old.pseudo_fishers.clone()
         if move:
             config = self.config
