@@ -62,7 +62,7 @@ def _about(
 def demo(
     queries: Annotated[int, typer.Option(help="Prompts a relation; there are eight.")] = 28,
     rank: Annotated[int, typer.Option(help="Rows kept per example.")] = 8,
-    components: Annotated[int, typer.Option(help="Components of the decomposition.")] = 16,
+    components: Annotated[int, typer.Option(help="Components of the decomposition.")] = 14,
     seed: Annotated[int, typer.Option(help="Of prompts, sketch and starts.")] = 0,
     output: Output = Path("runs/demo"),
 ) -> Result:

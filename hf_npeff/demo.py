@@ -71,7 +71,7 @@ def run(
     *,
     queries: int = 28,
     rank: int = 8,
-    components: int = 16,
+    components: int = 14,
     seed: int = 0,
     output_dir: Path | None = None,
 ) -> None:
@@ -113,7 +113,7 @@ def run(
         directions = dict(zip(pure, analyzer.lift(decomposition, pure, pefs, prompts, batch_size=16), strict=True))
         reports = {}
         for j in tqdm(pure, desc="perturbations", disable=None):
-            reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=48)
+            reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
             decomposition.evaluations[j] = reports[j].summary()
         decomposition.save_pretrained(folder / "decomposition")
         console.print(_report_table(decomposition, reports))

@@ -218,7 +218,7 @@ def test_the_demo_gets_its_options_and_a_dry_run_writes_nothing(world: World, mo
         and "a table" in done.stderr
         and given.pop("output_dir") == Path("shown")
     )
-    assert given == {"queries": 4, "rank": 8, "components": 12, "seed": 0}
+    assert given == {"queries": 4, "rank": 8, "components": 14, "seed": 0}
     done = CliRunner().invoke(app, ["compute", "model", "data.jsonl", "--dry-run", "--json", "-o", "none"])
     assert json.loads(done.stdout)["n"] == 24 and not (world.folder / "none").exists()
 

@@ -123,27 +123,35 @@ def kills(folder: Path) -> None:
     def run(name: str) -> None:
         work.compute_pefs(data, folder / name, batch_size=2, shard_size=2)
 
-    def child(name: str, delay: float | None) -> None:
+    def written(name: str) -> int:
+        return len(list((folder / name).glob("pefs-*.json")))
+
+    def child(name: str, shards: int | None = None, delay: float = 0.0) -> None:
+        """Run to the end, or kill `delay` seconds after so many shards are there: no clock has to be guessed."""
         pid = os.fork()
         if pid == 0:
             try:
                 run(name)
             finally:
                 os._exit(0)
-        if delay is not None:
-            time.sleep(delay)
-            os.kill(pid, signal.SIGKILL)
+        if shards is None:
+            os.waitpid(pid, 0)
+            return
+        while written(name) < shards:
+            if os.waitpid(pid, os.WNOHANG)[0] == pid:
+                return
+            time.sleep(0.0005)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
-    begin = time.perf_counter()
-    child("whole", None)
-    duration = time.perf_counter() - begin
+    child("whole")
     generator = random.Random(0)
     left = []
     for i in range(KILLS):
-        child(f"killed-{i}", duration * generator.uniform(0.1, 1.05))
-        left.append(len(list((folder / f"killed-{i}").glob("pefs-*.json"))))
-        child(f"killed-{i}", None)
+        child(f"killed-{i}", i % 6, generator.uniform(0, 0.03))
+        left.append(written(f"killed-{i}"))
+        child(f"killed-{i}")
     (folder / "left.json").write_text(json.dumps(left))
 
 
