@@ -127,11 +127,13 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
         left[chosen] = 0
         if not bool((left > 0).any()):
             left = torch.ones_like(left)
-        i = int(torch.multinomial(left, 1, generator=generator))
-        chosen.append(i)
-        g = rows.top_directions([i])
+        # Many components are drawn a few at a time: every draw reads all rows once.
+        several = min(max(1, r // 16), r - len(chosen), int((left > 0).sum()))
+        drawn = torch.multinomial(left, several, generator=generator).tolist()
+        chosen += drawn
+        g = rows.top_directions(drawn)
         G = torch.cat([G, g])
-        covered = torch.maximum(covered, rows.gather(rows.energies(g)[:, 0]))
+        covered = torch.maximum(covered, rows.gather(rows.energies(g).amax(1)))
     empty = G.norm(dim=1) < 0.5  # a zero PEF has no direction
     if bool(empty.any()):
         noise = torch.randn(G.shape, generator=generator).to(G.device, G.dtype)
