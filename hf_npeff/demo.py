@@ -113,7 +113,7 @@ def run(
         directions = dict(zip(pure, analyzer.lift(decomposition, pure, pefs, prompts, batch_size=16), strict=True))
         reports = {}
         for j in tqdm(pure, desc="perturbations", disable=None):
-            reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=24)
+            reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
             decomposition.evaluations[j] = reports[j].summary()
         decomposition.save_pretrained(folder / "decomposition")
         console.print(_report_table(decomposition, reports))
