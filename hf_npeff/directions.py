@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from hf_npeff.adapters import Adapter, AdapterKind, Layout, check_scale, dense, load_delta, lora, shira
-from hf_npeff.cards import adapter_card, direction_card, write_card
-from hf_npeff.errors import CorruptStoreError
-from hf_npeff.files import FORMAT_VERSION, read_json, read_tensors, sha256_of, write_atomically, write_json
-from hf_npeff.hub import LIBRARY, push_folder, resolve_folder, text_columns
+from hf_npeff.adapters import Adapter, AdapterKind, Layout, check_scale, dense, load_delta, shira
+from hf_npeff.cards import write_card
+from hf_npeff.direction_cards import DirectionFacts, direction_card
+from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
+from hf_npeff.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
+from hf_npeff.fisher.sharded import Sharding
+from hf_npeff.hub import LIBRARY, text_columns
+from hf_npeff.lora import lora
+from hf_npeff.pretrained import Readable, warn_of_local_model
 
 if TYPE_CHECKING:
     from hf_npeff.components import Decomposition
     from hf_npeff.perturbation import PerturbationReport
 
 _FILE = "direction.safetensors"
-_FILES = (_FILE, "config.json", "adapter_config.json", "adapter_model.safetensors", "README.md")
-_DELTA_CODE = """from hf_npeff import ParameterDirection
-
-direction = ParameterDirection.from_pretrained(".")
-with direction.applied_to(model, direction.info["scale"]):
-    ...  # the model as this adapter makes it"""
 
 
 def _squared(value: Tensor) -> float:
     return float(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float64))) ** 2
 
 
-class ParameterDirection(Mapping[str, Tensor]):
+class ParameterDirection(Readable, Mapping[str, Tensor]):
     """{parameter name: ΔW}, of unit norm over all parameters together.
 
     Args:
@@ -47,6 +46,9 @@ class ParameterDirection(Mapping[str, Tensor]):
     Raises:
         ValueError: if there are no deltas, or they are zero or not finite.
     """
+
+    _KIND = "direction"
+    _FILES = (_FILE, "config.json", "adapter_config.json", "adapter_model.safetensors", "README.md")
 
     def __init__(
         self, deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], info: Mapping[str, Any] | None = None
@@ -113,9 +115,14 @@ class ParameterDirection(Mapping[str, Tensor]):
         Uses may be nested. The sum is taken in float32 or wider and rounded to the parameter's type.
 
         Raises:
+            UnsupportedModelError: if the model's weights are sharded over processes.
             ValueError: if the scale is 0 or not finite, or the model lacks a parameter or has one of another shape.
         """
         scale = check_scale(scale)
+        if Sharding(model).active:
+            raise UnsupportedModelError(
+                "the model's weights are sharded over processes; load the whole model in one process to move them"
+            )
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if missing := [name for name in self if name not in parameters]:
             raise ValueError(
@@ -178,40 +185,28 @@ class ParameterDirection(Mapping[str, Tensor]):
             adapter = dense(self, self.layouts, scale=scale, facts=self.info)
         else:
             raise ValueError(f"kind must be 'lora', 'shira' or 'delta', but it is {kind!r}")
-        facts = self._card_facts(report, decomposition, include_texts)
-        if "component" in self.info:
-            adapter.card = adapter_card(
-                **facts | {"scale": scale},
-                rank=None if kind == "delta" else rank,
-                retained_energy=adapter.retained_energy,
-                kind={"lora": "LoRA", "shira": "SHiRA", "delta": "dense"}[kind],
-                auto_class=str(self.info.get("architecture") or "AutoModel"),
-                code=_DELTA_CODE if kind == "delta" else None,
-            )
+        adapter.about = replace(self._facts(report, decomposition, include_texts), scale=scale)
+        adapter.architecture = str(self.info.get("architecture") or "AutoModel")
         return adapter
 
-    def _card_facts(
+    def _facts(
         self, report: PerturbationReport | None, decomposition: Decomposition | None, include_texts: bool
-    ) -> dict[str, Any]:
-        """What cards say of the direction, as arguments of `adapter_card` and `direction_card`."""
-        facts: dict[str, Any] = {
-            "base_model": str(self.info.get("model") or "unknown"),
-            "revision": self.info.get("revision"),
-            "component": self.info.get("component"),
-            "lift": self.info.get("method"),
-        }
-        if decomposition is not None and facts["component"] is not None:
-            component = decomposition[facts["component"]]
-            top = component.top_examples(10)
-            kept = set(top.columns) - (set() if include_texts else set(text_columns(decomposition.columns)))
-            column = decomposition.text_column if decomposition.text_column in kept else None
-            lines: list[Any] = list(top.ids if column is None else top.columns[column])
-            if "prediction" in kept:
-                lines = [f"{x} → {y}" for x, y in zip(lines, top.columns["prediction"], strict=True)]
-            facts |= {"name": component.name, "top_examples": [str(line) for line in lines]}
+    ) -> DirectionFacts:
+        """What cards say of the direction."""
+        component = self.info.get("component")
+        facts = DirectionFacts(
+            base_model=str(self.info.get("model") or "unknown"),
+            revision=self.info.get("revision"),
+            component=component,
+            lift=self.info.get("method"),
+        )
+        if decomposition is not None and component is not None:
+            lines = _example_lines(decomposition, component, include_texts)
+            facts = replace(facts, name=decomposition[component].name, top_examples=lines)
         if report is not None:
             measured = report.summary()
-            facts |= {name: measured[name] for name in ("scale", "kl_top", "kl_others", "kl_random", "ratio")}
+            names = ("scale", "kl_top", "kl_others", "kl_random", "ratio")
+            facts = replace(facts, **{name: measured[name] for name in names})
         return facts
 
     def save_pretrained(
@@ -232,76 +227,40 @@ class ParameterDirection(Mapping[str, Tensor]):
             decomposition: whose top examples the card shows.
             include_texts: show their texts; ids and predictions otherwise.
         """
-        self._save(Path(directory), None, report, decomposition, include_texts)
-
-    def _save(
-        self,
-        folder: Path,
-        repo_id: str | None,
-        report: PerturbationReport | None,
-        decomposition: Decomposition | None,
-        include_texts: bool,
-    ) -> None:
-        card = direction_card(**self._card_facts(report, decomposition, include_texts), repo_id=repo_id)
+        folder = Path(directory)
+        card = direction_card(self._facts(report, decomposition, include_texts))
         folder.mkdir(parents=True, exist_ok=True)
         write_card(folder, card)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.items()}
-        write_atomically(folder / _FILE, tensors_to_bytes(tensors))
-        write_json(
-            folder / "config.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "library_name": LIBRARY,
-                "layouts": self.layouts,
-                "info": self.info,
-                "sha256": sha256_of(folder / _FILE),
-            },
-        )
+        self._write(folder)
 
-    def push_to_hub(
+    def _write(self, folder: Path) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.items()}
+        content = tensors_to_bytes(tensors)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "library_name": LIBRARY,
+            "layouts": self.layouts,
+            "info": self.info,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        write_together(folder, {_FILE: content, "config.json": json_bytes(config)})
+
+    def _publish(
         self,
+        folder: Path,
         repo_id: str,
         *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
         report: PerturbationReport | None = None,
         decomposition: Decomposition | None = None,
         include_texts: bool = False,
-    ) -> str:
-        """Publish the files of `save_pretrained` as a model repository.
-
-        Args:
-            repo_id: user/name; made where it is missing.
-            private: whether a new repository is private; True also refuses an existing public one.
-            token: None takes the one of `hf auth login`.
-            revision: the branch, made where it is missing.
-            create_pr: open a pull request instead of committing.
-            commit_message: the commit's title.
-            report: what `evaluate_direction` measured, for the card.
-            decomposition: whose top examples the card shows.
-            include_texts: show their texts; ids and predictions otherwise.
-
-        Returns:
-            The address of the commit or of the pull request.
-
-        Raises:
-            OSError: if the upload is refused or the Hub cannot be reached.
-            ValueError: if the id is malformed, or a private repository is public.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self._save(Path(folder), repo_id, report, decomposition, include_texts)
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or "Upload direction",
-            )
+        datasets: Sequence[str] = (),
+        license: str | None = None,
+    ) -> None:
+        """`push_to_hub`'s own arguments: those of `save_pretrained`, and of the card."""
+        warn_of_local_model(repo_id, self.info.get("model"))
+        facts = self._facts(report, decomposition, include_texts)
+        write_card(folder, direction_card(facts, repo_id=repo_id, datasets=datasets, license=license))
+        self._write(folder)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> ParameterDirection:
@@ -316,57 +275,46 @@ class ParameterDirection(Mapping[str, Tensor]):
             deltas, config = load_delta(folder)
             try:
                 scale = check_scale(config.get("scale"))  # type: ignore[arg-type]
-                info = {**config["info"], "scale": scale}
-                return cls({name: deltas[name] / scale for name in config["layouts"]}, config["layouts"], info)
-            except (KeyError, TypeError, ValueError) as error:
+                layouts, info = _checked(deltas, config.get("layouts"), config.get("info"))
+                return cls({name: deltas[name] / scale for name in layouts}, layouts, {**info, "scale": scale})
+            except (TypeError, ValueError) as error:
                 raise CorruptStoreError(f"{folder / 'adapter_config.json'} is not a delta's: {error!r}") from error
         config = read_json(folder / "config.json")
-        path = folder / _FILE
-        if not path.is_file() or sha256_of(path) != config.get("sha256"):
-            raise CorruptStoreError(f"{path} is missing or not what was written")
-        layouts, found = config.get("layouts"), config.get("info")
-        tensors = read_tensors(path)
-        if not isinstance(layouts, dict) or not isinstance(found, dict) or set(layouts) != set(tensors):
-            raise CorruptStoreError(f"{folder / 'config.json'} does not fit {path.name}")
+        tensors = read_tensors(file_of(folder, _FILE, config.get("sha256")))
         try:
-            return cls({name: tensors[name] for name in layouts}, layouts, found)
-        except ValueError as error:
-            raise CorruptStoreError(f"{path}: {error}") from error
+            layouts, info = _checked(tensors, config.get("layouts"), config.get("info"))
+            return cls({name: tensors[name] for name in layouts}, layouts, info)
+        except (TypeError, ValueError) as error:
+            raise CorruptStoreError(f"{folder / 'config.json'} does not fit {_FILE}: {error}") from error
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        id_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        subfolder: str | None = None,
-    ) -> ParameterDirection:
-        """Read what `save_pretrained` or `push_to_hub` wrote, or an adapter of kind "delta".
 
-        Args:
-            id_or_path: a folder, or a repository's id on the Hub.
-            revision: branch, tag or commit.
-            token: for private repositories; None takes the one of `hf auth login`.
-            cache_dir: the Hub client's cache, where it is not the usual one.
-            local_files_only: use the cache alone.
-            subfolder: the folder within, with forward slashes.
+def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[dict[str, Layout], dict[str, Any]]:
+    """The layouts and the description of a direction that was read.
 
-        Raises:
-            OSError: if there is no such folder, repository or revision, or the Hub cannot be reached.
-            ValueError: if the id is malformed, or the subfolder leads out of the repository.
-            CorruptStoreError: if a file is missing, altered or foreign.
-            FormatVersionError: if another version of the format wrote it.
-        """
-        folder = resolve_folder(
-            id_or_path,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            subfolder=subfolder,
-            allow_patterns=_FILES,
-        )
-        return cls.load(folder)
+    Raises:
+        ValueError: if they do not fit the tensors, or anything is of another type than is written.
+    """
+    if not isinstance(layouts, dict) or not isinstance(info, dict) or set(layouts) != set(tensors):
+        raise ValueError("the parameters are others")
+    if wrong := [name for name, layout in layouts.items() if layout not in get_args(Layout)]:
+        raise ValueError(f"there is no such layout: {layouts[wrong[0]]!r}")
+    if wrong := [name for name, t in tensors.items() if not t.is_floating_point() or t.dtype.itemsize < 2]:
+        raise ValueError(f"{wrong[0]!r} is of the type {tensors[wrong[0]].dtype}")
+    texts = ("model", "revision", "architecture", "module", "task", "method", "fingerprint")
+    if wrong := [name for name in texts if not isinstance(info.get(name), str | None)]:
+        raise ValueError(f"{wrong[0]} is {info[wrong[0]]!r}")
+    component = info.get("component")
+    if component is not None and (not isinstance(component, int) or isinstance(component, bool) or component < 0):
+        raise ValueError(f"component is {component!r}")
+    return layouts, info
+
+
+def _example_lines(decomposition: Decomposition, component: int, include_texts: bool) -> list[str]:
+    """A component's top examples for a card: texts where they may be shown, else ids, with the predictions."""
+    top = decomposition[component].top_examples(10)
+    kept = set(top.columns) - (set() if include_texts else set(text_columns(decomposition.columns)))
+    column = decomposition.text_column if decomposition.text_column in kept else None
+    lines = [str(line) for line in (top.ids if column is None else top.columns[column])]
+    if "prediction" in kept:
+        lines = [f"{x} → {y}" for x, y in zip(lines, top.columns["prediction"], strict=True)]
+    return lines

@@ -1,36 +1,116 @@
-"""Files that survive accidents: whole or not there, checked when they are read, nothing that executes on load."""
+"""Files that survive accidents: whole or not there, checked when they are read, nothing that executes on load.
+
+Whoever made a file is not trusted: what is read is bounded by the size of the file, and anything but what these
+functions write is a `CorruptStoreError`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
 
 FORMAT_VERSION = 1
+_JSON_MARK = "\x00json:"
+_JSON_LIMIT = 2**26
+"""Bytes of a JSON file: far above any that is written here."""
+_TABLE_LIMIT, _TABLE_RATIO = 2**28, 100
+"""Bytes of a table in memory: so many, and so many times the file's size."""
+_TABLE_TYPES = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to a temporary name beside `path`, flush it to the disk, and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(temporary, content)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet: what lies under the name, a link perhaps, is taken away, never followed."""
+    path.unlink(missing_ok=True)
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring renames to the disk, in the order in which they were made, where the file system can."""
+    with contextlib.suppress(OSError):  # some cannot; the rename has happened all the same
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Replace files that belong together; the last is their index, which holds the SHA-256 of the others.
+
+    The others are written to hidden names first. Until the index is renamed the old files count, and from then on the
+    new ones, whether or not a crash kept them from their names: `file_of` finds them.
+    """
+    *others, index = contents
+    waiting = {name: _waiting(folder, name, hashlib.sha256(contents[name]).hexdigest()) for name in others}
+    try:
+        for name, path in waiting.items():
+            _write_new(path, contents[name])
+        write_atomically(folder / index, contents[index])
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not (folder / index).is_file() or (folder / index).read_bytes() != contents[index]:
+                for path in waiting.values():
+                    path.unlink(missing_ok=True)
+        raise
+    for name, path in waiting.items():
+        os.replace(path, folder / name)
+    _flush_folder(folder)
+    for name in contents:  # left by runs that were killed
+        for pattern in ("*.new", "*.tmp"):
+            for path in folder.glob(f".{glob.escape(name)}.{pattern}"):
+                path.unlink(missing_ok=True)
+
+
+def _waiting(folder: Path, name: str, digest: str) -> Path:
+    return folder / f".{name}.{digest[:16]}.new"
+
+
+def file_of(folder: Path, name: str, digest: object) -> Path:
+    """The file that an index of `write_together` names, under its own name or still under its hidden one.
+
+    Raises:
+        CorruptStoreError: if there is none with that SHA-256.
+    """
+    path = folder / name
+    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest):
+        for candidate in (path, _waiting(folder, name, digest), path):  # it may be renamed while we look
+            if candidate.is_file() and sha256_of(candidate) == digest:
+                return candidate
+    if not path.is_file():
+        raise CorruptStoreError(f"{path} is missing")
+    raise CorruptStoreError(f"{path} is not what was written: its SHA-256 differs from the one that is noted")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -59,12 +139,7 @@ def read_json(path: Path, format_version: int | None = FORMAT_VERSION) -> dict[s
         CorruptStoreError: if the file is missing or not a JSON object.
         FormatVersionError: if it was written by another version of the format, or by another library.
     """
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CorruptStoreError(f"{path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {error}") from error
+    values = _json_of(_content(path), path)
     if not isinstance(values, dict):
         raise CorruptStoreError(f"{path} should hold a JSON object, but holds a {type(values).__name__}")
     if format_version is not None and "format_version" not in values:
@@ -74,6 +149,60 @@ def read_json(path: Path, format_version: int | None = FORMAT_VERSION) -> dict[s
             f"{path} has format_version {values['format_version']!r}, and this hf_npeff reads {format_version}"
         )
     return values
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file that has a JSON object a line.
+
+    Raises:
+        CorruptStoreError: if the file is missing, or a line is no JSON object.
+    """
+    records = [_json_of(line, path) for line in _content(path).splitlines() if line.strip()]
+    if not all(isinstance(record, dict) for record in records):
+        raise CorruptStoreError(f"{path} should hold a JSON object a line")
+    return records
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file of ordinary size; pipes and devices, which may never end, are none."""
+    try:
+        if not path.is_file():
+            raise CorruptStoreError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
+        if (size := path.stat().st_size) > _JSON_LIMIT:
+            raise CorruptStoreError(f"{path} has {size:,} bytes, and no such file of hf_npeff has over {_JSON_LIMIT:,}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {error}") from error
+
+
+def _json_of(content: bytes, path: Path) -> Any:
+    """What JSON says, refused where it could be read in two ways: no name twice, no number that is none."""
+    try:
+        return json.loads(
+            content, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite, parse_int=_whole
+        )
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has one name twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"{text[:20]}… is too large a number")
+    return int(text)
 
 
 def sha256_of(path: Path) -> str:
@@ -92,7 +221,90 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CorruptStoreError: if the file is missing, truncated or not safetensors.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if not path.is_file():
+            raise CorruptStoreError(f"{path} is missing")
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(_JSON_LIMIT, path.stat().st_size - 8):
+                raise CorruptStoreError(f"{path} cannot be read: its header is said to have {length:,} bytes")
+            _json_of(file.read(length), path)
+        with safe_open(str(path), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
         raise CorruptStoreError(f"{path} cannot be read: {error}") from error
+
+
+def table_bytes(columns: Mapping[str, Sequence[Any]]) -> bytes:
+    """The content of a Parquet file; a column of mixed types, of lists or of dictionaries is kept as JSON.
+
+    Raises:
+        ValueError: if a column holds what JSON has no type for.
+    """
+    buffer = pa.BufferOutputStream()
+    arrays = {name: _column_array(name, values) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), buffer, compression="snappy")
+    return bytes(buffer.getvalue().to_pybytes())
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """The columns that `table_bytes` was given.
+
+    Equal texts are one object, so a file cannot unfold into much more than its own size.
+
+    Raises:
+        CorruptStoreError: if the file is missing, truncated, not Parquet, or not as `table_bytes` writes it.
+    """
+    try:
+        if not path.is_file():
+            raise CorruptStoreError(f"{path} is missing")
+        schema = pq.read_schema(path)
+        texts = [name for name, kind in zip(schema.names, schema.types, strict=True) if kind == pa.string()]
+        with pq.ParquetFile(path, read_dictionary=texts, pre_buffer=False) as file:
+            _check_table(file, schema, path)
+            table = file.read(use_threads=False)
+        return {name: _plain_column(table.column(name)) for name in table.column_names}
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {error}") from error
+
+
+def _check_table(file: pq.ParquetFile, schema: pa.Schema, path: Path) -> None:
+    """Refuse what `table_bytes` does not write before it is unpacked: other types, codecs, sizes, names twice."""
+    if len(set(schema.names)) != len(schema.names) or any(kind not in _TABLE_TYPES for kind in schema.types):
+        raise CorruptStoreError(f"{path} has columns that hf_npeff does not write: {str(schema)[:300]}")
+    facts = file.metadata
+    if facts.num_rows < 0 or facts.num_rows * facts.num_columns * 8 > _TABLE_LIMIT + _TABLE_RATIO * path.stat().st_size:
+        raise CorruptStoreError(f"{path} claims {facts.num_rows:,} rows of {facts.num_columns:,} columns")
+    for group in range(facts.num_row_groups):
+        for column in range(facts.num_columns):
+            if facts.row_group(group).column(column).compression not in ("SNAPPY", "UNCOMPRESSED"):
+                raise CorruptStoreError(f"{path} is compressed in a way that hf_npeff does not write")
+
+
+def _column_array(name: str, values: Sequence[Any]) -> pa.Array:
+    try:
+        if any(isinstance(value, str) and value.startswith(_JSON_MARK) for value in values):
+            raise TypeError("a text looks like the mark")
+        array = pa.array(list(values))
+        if array.type not in _TABLE_TYPES:
+            raise TypeError(f"{array.type} is kept as JSON")
+        return array
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):  # mixed types in one column, lone surrogates
+        try:
+            return pa.array([_JSON_MARK + json.dumps(value) for value in values])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"the column {name!r} cannot be kept: {error}; columns hold text, numbers, booleans, None, and lists "
+                "or dictionaries of them"
+            ) from error
+
+
+def _plain_column(column: pa.ChunkedArray) -> list[Any]:
+    if not pa.types.is_dictionary(column.type):
+        return column.to_pylist()
+    values: list[Any] = []
+    for chunk in column.chunks:
+        known = [*chunk.dictionary.to_pylist(), None]
+        values += [known[i] for i in pc.fill_null(chunk.indices, len(known) - 1).to_pylist()]
+    if values and all(isinstance(v, str) and v.startswith(_JSON_MARK) for v in values):
+        return [json.loads(v[len(_JSON_MARK) :], object_pairs_hook=_once) for v in values]
+    return values

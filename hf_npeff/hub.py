@@ -170,7 +170,7 @@ def push_folder(
         revision: the branch, made where it is missing.
         create_pr: open a pull request instead of committing.
         commit_message: the commit's title.
-        repo_type: "model", "dataset" or "space".
+        repo_type: "model", "dataset" or "space", which is made a static one.
         delete_patterns: files of the repository that go away in the same commit unless they are uploaded again.
 
     Returns:
@@ -183,7 +183,8 @@ def push_folder(
     """
     api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
     with clear_errors(repo_id, revision=revision, token=token, writing=True):
-        api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+        sdk = "static" if repo_type == "space" else None
+        api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk, exist_ok=True)
         public = private is True and api.repo_info(repo_id, repo_type=repo_type).private is not True
         if not public:
             if revision is not None and not create_pr and not revision.startswith("refs/"):

@@ -13,19 +13,21 @@ backward pass with Σ_c coef_jic v_ic at every example gives it. Rows were scale
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hf_npeff.components import Decomposition, balanced, mixing_of
+from hf_npeff.components import Decomposition
+from hf_npeff.compressed_sensing import sparse_preimage
 from hf_npeff.data import Example, batches_by_length
 from hf_npeff.decomposition.objective import alignments
-from hf_npeff.fisher.compute import FisherPass
+from hf_npeff.decomposition.weighting import balanced, mixing_of
 from hf_npeff.fisher.gradients import LinearHooks
 from hf_npeff.fisher.parameters import gradients
+from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.fisher.sketches import Sketch
 from hf_npeff.store import PEFs, check_same_sketch
 
@@ -96,11 +98,8 @@ def lift_components(
     if request.form == "metric" and decomposition.scales is None:
         raise ValueError("form='metric' needs a balanced decomposition (balance='module'); this one is not")
     coefficients, cosines = combination(decomposition, pefs)
-    n_r = torch.zeros(len(wanted), len(decomposition), dtype=torch.float64)
-    for row, j in enumerate(wanted):
-        n_r[row] = semi_orthogonal(decomposition, j) if request.semi_orthogonal else 0
-        n_r[row, j] = 1
-    targets = torch.nn.functional.normalize(n_r @ decomposition.pseudo_fishers.double(), dim=1)
+    mixtures = _mixtures(decomposition, wanted, request.semi_orthogonal)
+    targets = torch.nn.functional.normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
     known = work.sketch
     sketch = known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
     scales = decomposition.scales
@@ -110,53 +109,72 @@ def lift_components(
     if request.method == "exact":
         if pefs.cotangents is None:
             raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere); use method='adjoint'")
-        if bad := [j for j in wanted if cosines[j] < _CONVERGED]:
-            raise ValueError(
-                f"the components {bad} are not at a stationary point (cosine {float(cosines[bad[0]]):.2f} with the "
-                "combination of rows that would make them); decompose with more max_iterations or a smaller tolerance"
-            )
-        mixed = torch.einsum("mr,rnc->mnc", n_r, coefficients)
+        _check_stationary(wanted, cosines)
+        rows = torch.einsum("mr,rnc->mnc", mixtures, coefficients)
         if request.top_examples is not None:
-            for row, j in enumerate(wanted):
-                norms = pefs.norms.double().sqrt()[:, None]
-                kept, _, share = keep_top(mixed[row] * norms, decomposition.coefficients[:, j], request.top_examples)
-                mixed[row] = kept / norms.clamp_min(1e-300)
-                facts[row] |= {"top_examples": request.top_examples, "weight_share": share}
-        found = lift_exact(work, examples, pefs.cotangents, mixed, request.batch_size)
+            for k, share in enumerate(_keep_top_rows(rows, decomposition, wanted, pefs, request.top_examples)):
+                facts[k] |= {"top_examples": request.top_examples, "weight_share": share}
+        found = lift_exact(work, examples, pefs.cotangents, rows, request.batch_size)
     elif request.method == "adjoint":
         found = [sketch.adjoint(unbalanced(g, scales).float()) for g in targets]
     else:
-        found = [_sparse(sketch, unbalanced(g, scales).float(), request.solver) for g in targets]
+        found = [sparse_preimage(sketch, unbalanced(g, scales).float(), request.solver) for g in targets]
+    # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
+    metric = request.form != "plain" and scales is not None
     for deltas, g, fact in zip(found, targets, facts, strict=True):
-        sketched = sketch.apply({name: deltas[name][None] for name in sketch.shapes})[0].double()
-        sketched = sketched if scales is None else sketched * scales
-        cosine = float(torch.nn.functional.cosine_similarity(sketched, g, dim=0))
-        fact["estimated_cosine"] = cosine
-        if request.method == "exact" and cosine < _FAITHFUL:
+        fact |= {
+            "estimated_cosine": _sketched_cosine(deltas, g, sketch, scales),
+            "form": "metric" if metric else "plain",
+        }
+        if request.method == "exact" and fact["estimated_cosine"] < _FAITHFUL:
             logger.warning(
                 "component %d: the sketch of the lifted direction has cosine %.3f with the component",
                 fact["component"],
-                cosine,
+                fact["estimated_cosine"],
             )
-    # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
-    metric = request.form != "plain" and scales is not None
-    if metric:
-        found = [in_metric(deltas, sketch, scales) for deltas in found]
-    for deltas in found:
-        norm = sum(float(torch.linalg.vector_norm(v, dtype=torch.float64)) ** 2 for v in deltas.values()) ** 0.5
-        for value in deltas.values():
-            value.div_(norm or 1.0)
-    for fact in facts:
-        fact["form"] = "metric" if metric else "plain"
+        scale_to_unit(in_metric(deltas, sketch, scales) if metric else deltas)
     return [Lifted(deltas, fact) for deltas, fact in zip(found, facts, strict=True)]
 
 
-def _sparse(sketch: Sketch, g: Tensor, solver: str) -> dict[str, Tensor]:
-    operator, unflatten = flat_operator(sketch)
-    p = sum(a * b for a, b in sketch.shapes.values())
-    if solver == "fista":
-        return unflatten(fista(operator, g, p))
-    return unflatten(iterative_hard_thresholding(operator, g, p, max(1, min(p, sketch.dim // 8)), iterations=30))
+def _mixtures(decomposition: Decomposition, wanted: Sequence[int], apart: bool) -> Tensor:
+    """(m, r), float64: what is lifted, as combinations of components."""
+    mixtures = torch.zeros(len(wanted), len(decomposition), dtype=torch.float64)
+    for row, j in enumerate(wanted):
+        mixtures[row] = semi_orthogonal(decomposition, j) if apart else 0
+        mixtures[row, j] = 1
+    return mixtures
+
+
+def _check_stationary(wanted: Sequence[int], cosines: Tensor) -> None:
+    if bad := [j for j in wanted if cosines[j] < _CONVERGED]:
+        raise ValueError(
+            f"the components {bad} are not at a stationary point (cosine {float(cosines[bad[0]]):.2f} with the "
+            "combination of rows that would make them); decompose with more max_iterations or a smaller tolerance"
+        )
+
+
+def _keep_top_rows(
+    rows: Tensor, decomposition: Decomposition, wanted: Sequence[int], pefs: PEFs, k: int
+) -> Iterator[float]:
+    """Restrict combinations (m, n, c) to the k top examples of each component, in place; the share of weight kept."""
+    norms = pefs.norms.double().sqrt()[:, None]
+    for row, j in enumerate(wanted):
+        kept, _, share = keep_top(rows[row] * norms, decomposition.coefficients[:, j], k)
+        rows[row] = kept / norms.clamp_min(1e-300)
+        yield share
+
+
+def _sketched_cosine(deltas: Mapping[str, Tensor], g: Tensor, sketch: Sketch, scales: Tensor | None) -> float:
+    """Of the sketch of a direction with the component g (d,) that it should give."""
+    sketched = sketch.apply({name: deltas[name][None] for name in sketch.shapes})[0].double()
+    return float(torch.nn.functional.cosine_similarity(sketched if scales is None else sketched * scales, g, dim=0))
+
+
+def scale_to_unit(deltas: Mapping[str, Tensor]) -> None:
+    """Scale all parameters together to unit norm, in place; zero stays zero."""
+    norm = sum(float(torch.linalg.vector_norm(v, dtype=torch.float64)) ** 2 for v in deltas.values()) ** 0.5
+    for value in deltas.values():
+        value.div_(norm or 1.0)
 
 
 def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tensor]:
@@ -234,111 +252,6 @@ def in_metric(deltas: dict[str, Tensor], sketch: Sketch, scales: Tensor | None) 
     if scales is None or sketch.blocks is None:
         return deltas
     return {name: value.mul_(float(scales[sketch.blocks[name].start]) ** 2) for name, value in deltas.items()}
-
-
-# Compressed sensing: the sparse direction whose sketch is g (the paper's way).
-
-_Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-
-
-def flat_operator(
-    sketch: Sketch, dtype: torch.dtype = torch.float32
-) -> tuple[_Operator, Callable[[Tensor], dict[str, Tensor]]]:
-    """A sketch as functions of one flat vector of p numbers, and the way from it to {parameter: matrix}."""
-    sizes = [a * b for a, b in sketch.shapes.values()]
-
-    def unflatten(x: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(x, sizes)
-        return {n: v.reshape(s) for (n, s), v in zip(sketch.shapes.items(), parts, strict=True)}
-
-    def apply(x: Tensor) -> Tensor:
-        return sketch.apply({n: v[None] for n, v in unflatten(x).items()})[0]
-
-    def adjoint(y: Tensor) -> Tensor:
-        return torch.cat([v.flatten() for v in sketch.adjoint(y.to(dtype)).values()])
-
-    return (apply, adjoint), unflatten
-
-
-def _operator_norm(operator: _Operator, p: int, rounds: int = 12) -> float:
-    """‖P‖² by power iteration."""
-    apply, adjoint = operator
-    x = torch.randn(p, generator=torch.Generator().manual_seed(0))
-    value = 1.0
-    for _ in range(rounds):
-        x = adjoint(apply(x / x.norm()))
-        value = float(x.norm())
-    return value
-
-
-def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero: int, iterations: int = 100) -> Tensor:
-    """The `nonzero`-sparse x with Px ≈ y: normalised iterative hard thresholding (Blumensath & Davies 2010).
-
-    The step is the exact line search on the current support, halved while it would overshoot.
-
-    Args:
-        operator: P and its adjoint.
-        y: (d,).
-        p: unknowns.
-        nonzero: entries that x keeps.
-        iterations: at most.
-
-    Raises:
-        ValueError: if `nonzero` is not between 1 and p.
-    """
-    if not 1 <= nonzero <= p:
-        raise ValueError(f"nonzero must be between 1 and {p}, but it is {nonzero}")
-    apply, adjoint = operator
-    x = torch.zeros(p, dtype=y.dtype)
-    support = torch.topk(adjoint(y).abs(), nonzero).indices
-    residual = y.clone()
-    for _ in range(iterations):
-        gradient = adjoint(residual).to(y.dtype)
-        on_support = torch.zeros_like(gradient)
-        on_support[support] = gradient[support]
-        image = apply(on_support)
-        step = float(on_support.square().sum() / image.square().sum().clamp_min(1e-30))
-        for _ in range(20):
-            moved = x + step * gradient
-            new_support = torch.topk(moved.abs(), nonzero).indices
-            new = torch.zeros_like(x)
-            new[new_support] = moved[new_support]
-            change = new - x
-            bound = float(change.square().sum() / apply(change).square().sum().clamp_min(1e-30))
-            if step <= 0.99 * bound or set(new_support.tolist()) == set(support.tolist()):
-                break
-            step /= 2
-        done = float((new - x).norm()) <= 1e-7 * float(x.norm().clamp_min(1e-30))
-        x, support = new, new_support
-        residual = y - apply(x)
-        if done:
-            break
-    return x
-
-
-def fista(operator: _Operator, y: Tensor, p: int, penalty: float | None = None, iterations: int = 200) -> Tensor:
-    """The x that minimises ½‖Px − y‖² + λ‖x‖₁ by FISTA (Beck & Teboulle 2009).
-
-    Args:
-        operator: P and its adjoint.
-        y: (d,).
-        p: unknowns.
-        penalty: λ; None takes a hundredth of the smallest λ that gives 0.
-        iterations: steps.
-    """
-    apply, adjoint = operator
-    smoothness = _operator_norm(operator, p) * 1.02
-    start = adjoint(y).to(y.dtype)
-    λ = float(start.abs().max()) / 100 if penalty is None else penalty
-    x = z = torch.zeros(p, dtype=y.dtype)
-    t = 1.0
-    for _ in range(iterations):
-        moved = z - adjoint(apply(z) - y).to(y.dtype) / smoothness
-        new = torch.nn.functional.softshrink(moved, λ / smoothness)
-        t_new = (1 + (1 + 4 * t * t) ** 0.5) / 2
-        z = new + (t - 1) / t_new * (new - x)
-        x, t = new, t_new
-    return x
 
 
 def select(decomposition: Decomposition, components: int | Sequence[int]) -> list[int]:

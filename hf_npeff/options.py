@@ -37,14 +37,6 @@ _BY_NAME = inspect.Parameter.KEYWORD_ONLY
 _CLEAR = (NPEFFError, ValueError, OSError, IndexError, ModuleNotFoundError)
 """Errors whose message is meant for people: one line, exit code 1."""
 
-app = typer.Typer(
-    name="hf-npeff",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -59,6 +51,17 @@ class Result:
     values: dict[str, Any]
     shown: RenderableType
     pinned: dict[str, Any] = field(default_factory=dict)
+
+
+# Arguments that several commands take
+
+Model = Annotated[str, typer.Argument(help="The model's id on the Hub, or its folder.")]
+Data = Annotated[str, typer.Argument(help="A file (.jsonl, .csv, .parquet, .txt), or a data set's id on the Hub.")]
+Fishers = Annotated[str, typer.Argument(help="PEFs: a folder, or a repository on the Hub.")]
+Found = Annotated[str, typer.Argument(help="A decomposition: a folder, or a repository on the Hub.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+MaybeOutput = Annotated[Path | None, typer.Option("--output", "-o", help="A folder to write.")]
+BatchSize = Annotated[int, typer.Option(help="Examples of a forward pass.")]
 
 
 # From functions to commands
@@ -77,7 +80,10 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
     panel = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0].rstrip(".")
     for one in fields(cls):
         kind, default, text = hints[one.name], one.default, docs[one.name]
-        if tuple[str, ...] in get_args(kind):
+        if kind == tuple[int, ...]:
+            kind, default = list[int], list(default)  # type: ignore[arg-type]
+            text += " Repeat the option for a list."
+        elif tuple[str, ...] in get_args(kind):
             kind, default = list[str] | None, None if default is None else [default]
             text += " Repeat the option for a list."
         if re.match(r"\w\w", text):  # else a symbol comes first
@@ -87,8 +93,8 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
 
 
 def _gathered(cls: type, values: dict[str, Any]) -> Any:
-    """An object of the dataclass, from the options of its fields, which leave `values`."""
-    given = {one.name: values.pop(one.name) for one in fields(cls)}
+    """An object of the dataclass, from the options of its fields."""
+    given = {one.name: values[one.name] for one in fields(cls)}
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = value[0] if len(value) == 1 else tuple(value) or None
@@ -128,7 +134,8 @@ _COMMON = {
 def command(function: Callable[..., Result | None]) -> Callable[..., None]:
     """Make a function a command; its docstring is the help.
 
-    What it returns is printed. Where it has an `output`, run.yaml is written there with all settings.
+    What it returns is printed. Where it has an `output`, run.yaml is written there with all settings. Dataclasses that
+    have a field of one name, such as `seed`, share its option.
     """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type] = {}
@@ -136,7 +143,8 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
         kind = parameter.annotation
         if isinstance(kind, type) and is_dataclass(kind):
             groups[parameter.name] = kind
-            parameters += _options_of(kind)
+            known = {one.name for one in parameters}
+            parameters += [one for one in _options_of(kind) if one.name not in known]
         else:
             parameters.append(parameter.replace(kind=_BY_NAME))
     for name, (kind, default) in _COMMON.items():
@@ -149,6 +157,8 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
         settings = dict(values)
         try:
             grouped = {name: _gathered(cls, values) for name, cls in groups.items()}
+            for name in {one.name for cls in groups.values() for one in fields(cls)}:
+                del values[name]
             with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 result = function(**values, **grouped)
             if result is None or os.environ.get("RANK", "0") != "0":
@@ -165,7 +175,6 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command()(run)
     return run
 
 
@@ -214,7 +223,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.table import Table
     from rich.text import Text
 
-    from hf_npeff.cards import plain
+    from hf_npeff.markdown import plain
 
     made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for name in columns:

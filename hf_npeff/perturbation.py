@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from hf_npeff.adapters import check_scale
-from hf_npeff.components import ACTIVE_SHARE, Decomposition
+from hf_npeff.component import ACTIVE_SHARE
+from hf_npeff.components import Decomposition
 from hf_npeff.data import Example, batches_by_length
 from hf_npeff.directions import ParameterDirection
-from hf_npeff.fisher.compute import FisherPass
 from hf_npeff.fisher.distributions import Distribution
+from hf_npeff.fisher.passes import FisherPass
 
 _BOOTSTRAPS = 1000
 _FLOOR = torch.finfo(torch.float32).eps
@@ -147,6 +148,11 @@ class PerturbationReport:
             "other_flips": self.best.other_flips,
         }
 
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_report
+
+        return of_report(self)
+
     def __repr__(self) -> str:
         b = self.best
         return (
@@ -219,13 +225,17 @@ def evaluate(
     before_top = predict(work, top_set, batch_size)
     before_others = predict(work, other_set, batch_size)
 
+    tried: dict[float, Predictions] = {}
+
     def kl_on_top(step: float) -> float:
         with direction.applied_to(work.model, step):
-            return float(before_top.kl_to(predict(work, top_set, batch_size)).mean())
+            tried[step] = predict(work, top_set, batch_size)
+        return float(before_top.kl_to(tried[step]).mean())
 
     def effect(along: ParameterDirection, step: float) -> tuple[Effect, Predictions, Predictions]:
+        known = tried.get(step) if along is direction else None
         with along.applied_to(work.model, step):
-            after_top = predict(work, top_set, batch_size)
+            after_top = known or predict(work, top_set, batch_size)
             after_others = predict(work, other_set, batch_size)
         found = _effect(step, before_top, after_top, before_others, after_others, top, others, labels, seed)
         return found, after_top, after_others

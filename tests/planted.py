@@ -11,7 +11,7 @@ _CHUNK = 256
 
 
 def planted(
-    n: int, c: int, d: int, r: int, *, overlap: float, noise: float, active: int, seed: int
+    n: int, c: int, d: int, r: int, *, overlap: float, noise: float, active: int, seed: int, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return PEF factors made of r planted directions, the directions, and how much of each is in each example.
 
@@ -27,24 +27,25 @@ def planted(
         overlap: The cosine of any two planted directions: exact while r < d, on average above.
         noise: 0 for none.
         active: Components of each example, at most r; every component is in about n·active/r examples.
-        seed: The same seed gives the same data.
+        seed: The same seed gives the same data on the same device.
+        device: Where everything is made and returned.
 
     Returns:
         Factors (n, c, d) in float32, directions (r, d) and weights (n, r) in float64. The weights are of the
         unreduced F_i: with no noise and `active` ≤ c they are exact.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     directions = _directions(r, d, overlap, generator)
-    order = torch.cat([torch.randperm(r, generator=generator) for _ in range(-(-n * active // r) + 2)])
-    weights = torch.zeros(n, r, dtype=torch.float64)
-    factors = torch.empty(n, c, d)
+    order = torch.cat([torch.randperm(r, generator=generator, device=device) for _ in range(-(-n * active // r) + 2)])
+    weights = torch.zeros(n, r, dtype=torch.float64, device=device)
+    factors = torch.empty(n, c, d, device=device)
     for start in range(0, n, _CHUNK):
         stop = min(start + _CHUNK, n)
         chosen = torch.stack([_distinct(order[i * active :][: 2 * r], active) for i in range(start, stop)])
-        w = 0.5 + torch.rand(chosen.shape, generator=generator, dtype=torch.float64)
+        w = 0.5 + torch.rand(chosen.shape, generator=generator, dtype=torch.float64, device=device)
         rows = w.sqrt()[..., None] * directions[chosen]
         if noise:
-            extra = torch.randn(stop - start, c, d, generator=generator, dtype=torch.float64)
+            extra = torch.randn(stop - start, c, d, generator=generator, dtype=torch.float64, device=device)
             extra *= (noise * _fisher_norm(rows) / _fisher_norm(extra)).sqrt()[:, None, None]
             rows = torch.cat([rows, extra], 1)
         reduced = _reduce(rows, c)
@@ -63,14 +64,14 @@ def recovered(G: Tensor, truth: Tensor, threshold: float = 0.9) -> int:
 
 def _directions(r: int, d: int, overlap: float, generator: torch.Generator) -> Tensor:
     """r unit vectors √overlap u_0 + √(1 − overlap) u_j, with u orthonormal where r < d and random otherwise."""
-    u = torch.randn(r + 1, d, generator=generator, dtype=torch.float64)
+    u = torch.randn(r + 1, d, generator=generator, dtype=torch.float64, device=generator.device)
     u = torch.linalg.qr(u.T).Q.T if r < d else normalize(u, dim=1)
     return normalize(overlap**0.5 * u[:1] + (1 - overlap) ** 0.5 * u[1:], dim=1)
 
 
 def _distinct(order: Tensor, count: int) -> Tensor:
     """The first `count` different entries of `order`."""
-    return torch.tensor(list(dict.fromkeys(order.tolist()))[:count])
+    return torch.tensor(list(dict.fromkeys(order.tolist()))[:count], device=order.device)
 
 
 def _fisher_norm(rows: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def _fisher_norm(rows: Tensor) -> Tensor:
 
 
 def _reduce(rows: Tensor, c: int) -> Tensor:
-    """The best c rows of every example, by SVD; rows of zeros where there are fewer."""
-    _, values, directions = torch.linalg.svd(rows, full_matrices=False)
-    kept = values[:, :c, None] * directions[:, :c]
-    return torch.cat([kept, kept.new_zeros(len(kept), c - kept.shape[1], kept.shape[2])], 1)
+    """The best c rows of every example: the leading eigenvectors of the rows' Gram matrix; zeros where there are fewer."""
+    if rows.shape[1] > c:
+        _, U = torch.linalg.eigh(rows @ rows.mT)
+        return U[..., -c:].mT @ rows
+    return torch.cat([rows, rows.new_zeros(len(rows), c - rows.shape[1], rows.shape[2])], 1)

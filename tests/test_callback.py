@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff import Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, NPEFFCallback
 from tests import tiny
@@ -53,7 +53,7 @@ def callback(**settings: Any) -> NPEFFCallback:
 
 def run(folder: Path, added: NPEFFCallback | None = None, model: Any = None, **options: Any) -> Trainer:
     """A short training with dropout, shuffling and a loss logged at every step."""
-    resume = options.pop("resume", None)
+    resume, reporters = options.pop("resume", None), options.pop("reporters", None)
     model = bert() if model is None else model
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
@@ -63,6 +63,7 @@ def run(folder: Path, added: NPEFFCallback | None = None, model: Any = None, **o
         data_collator=lambda rows: tiny.collate(rows, bert()),
         train_dataset=TRAIN,  # type: ignore[arg-type]
         eval_dataset=TRAIN[:4],  # type: ignore[arg-type]
+        callbacks=reporters,
     )
     if added is not None:
         trainer.add_callback(added)
@@ -210,6 +211,34 @@ def test_the_tensorboard_event_file_holds_every_scalar(tmp_path: Path, monkeypat
         assert [step for step, _ in found] == [0, 2, 4, 6][-len(values) :]
         assert [value for _, value in found] == pytest.approx(values, rel=1e-6)
     assert len(events.Scalars("train/loss")) == 6, "Trainer's own log of a step with a point is not lost"
+
+
+class Reporter(TrainerCallback):
+    """What a tracker (trackio, W&B) is handed, which all listen to `on_log`."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, dict[str, Any]]] = []
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append((state.global_step, dict(logs)))
+
+
+def test_every_reporter_gets_plain_numbers_and_no_progress_bar_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: what a reporter's `on_log` was handed against the callback's own history; the process's stderr."""
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    added, reporter = callback(on_start=True), Reporter()
+    run(tmp_path, added, reporters=[reporter])
+    points = [(step, logs) for step, logs in reporter.seen if "npeff/explained" in logs]
+    assert [step for step, _ in points] == [0, 2, 4, 6]
+    for (_, logs), record in zip(points, added.history, strict=True):
+        assert all(type(value) in (int, float) for value in logs.values()), logs
+        for name in ("explained", "active"):
+            assert logs[f"npeff/{name}"] == record[name]
+        for name in ("share", "cosine", "correlation"):
+            assert [logs.get(f"npeff/{name}/{j}") for j in range(R)] == (record[name] or [None] * R)
+    assert "PEFs:" not in capfd.readouterr().err
 
 
 def test_evaluations_of_unchanged_weights_make_one_point_and_max_points_ends_them(tmp_path: Path) -> None:

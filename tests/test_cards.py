@@ -17,8 +17,10 @@ import yaml
 from markdown_it import MarkdownIt
 
 from hf_npeff import Decomposition, PEFs
-from hf_npeff.cards import adapter_card, decomposition_card, direction_card, escaped, pefs_card, plain
+from hf_npeff.cards import decomposition_card, pefs_card
 from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.direction_cards import DirectionFacts, adapter_card, direction_card
+from hf_npeff.markdown import escaped, plain
 from tests.planted import planted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -89,10 +91,19 @@ def example_decomposition() -> Decomposition:
 def example_cards() -> dict[str, str]:
     """The cards in model_cards/: what a push would write, texts left out of the first."""
     decomposition = example_decomposition()
-    base = {"base_model": "example-org/tiny-causal-lm", "revision": COMMIT, "component": 1, "name": "comparative"}
-    effect: dict[str, Any] = {"kl_top": 1.2, "kl_others": 0.036, "kl_random": 0.0000021, "ratio": 33.3, "scale": 2.5}
-    tops = ["tall → taller", "smart → smarter", "wide → wider"]
-    lift = "adjoint of the sketch"
+    about = DirectionFacts(
+        "example-org/tiny-causal-lm",
+        component=1,
+        revision=COMMIT,
+        name="comparative",
+        top_examples=["tall → taller", "smart → smarter", "wide → wider"],
+        lift="adjoint of the sketch",
+        scale=2.5,
+        kl_top=1.2,
+        kl_others=0.036,
+        kl_random=0.0000021,
+        ratio=33.3,
+    )
     rows, _, _ = planted(12, 2, 32, 4, overlap=0.1, noise=0.0, active=1, seed=0)
     pefs = PEFs.from_factors(rows, label=[TOPICS[i % 4] for i in range(12)])
     pefs.info |= decomposition.info
@@ -106,18 +117,13 @@ def example_cards() -> dict[str, str]:
         ),
         "pefs.md": pefs_card(pefs, repo_id="example-org/tiny-causal-lm-pefs", left_out=["text"]),
         "adapter.md": adapter_card(
-            **base,
-            **effect,
-            top_examples=tops,
+            about,
             rank=1,
             retained_energy=0.81,
-            lift=lift,
             auto_class="AutoModelForCausalLM",
             repo_id="example-org/tiny-comparative",
         ),
-        "direction.md": direction_card(
-            **base, **effect, top_examples=tops, lift=lift, repo_id="example-org/tiny-comparative-direction"
-        ),
+        "direction.md": direction_card(about, repo_id="example-org/tiny-comparative-direction"),
     }
 
 
@@ -241,7 +247,7 @@ def test_the_code_of_an_adapter_card_runs(tmp_path: Path, monkeypatch: pytest.Mo
     model = tiny_model("gpt2", dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
     get_peft_model(model, LoraConfig(r=1, target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
-    card = adapter_card(base_model=str(tmp_path / "base"), component=0, auto_class="AutoModelForCausalLM")
+    card = adapter_card(DirectionFacts(str(tmp_path / "base"), component=0), auto_class="AutoModelForCausalLM")
     monkeypatch.chdir(tmp_path / "adapter")
     space: dict[str, Any] = {}
     exec(code_blocks(card)[0], space)
@@ -276,13 +282,13 @@ def _hostile_decomposition(text: str) -> str:
 
 def _hostile_adapter(text: str) -> str:
     return adapter_card(
-        base_model=f"/x/{text}/m", revision=text, component=0, name=text, top_examples=[text], lift=text
+        DirectionFacts(f"/x/{text}/m", component=0, revision=text, name=text, top_examples=[text], lift=text)
     )
 
 
 def _hostile_direction(text: str) -> str:
     return direction_card(
-        base_model=f"/x/{text}/m", revision=text, name=text, top_examples=[text], kind=text, lift=text
+        DirectionFacts(f"/x/{text}/m", revision=text, name=text, top_examples=[text], lift=text), kind=text
     )
 
 
@@ -318,7 +324,7 @@ def test_escaping_is_shown_as_the_text_and_leaves_plain_text_alone() -> None:
 def test_malformed_metadata_is_refused(arguments: dict[str, Any]) -> None:
     """Planted values that are no licenses, data sets or classes."""
     with pytest.raises(ValueError, match="must be"):
-        adapter_card(base_model="a/b", component=0, **arguments)
+        adapter_card(DirectionFacts("a/b", component=0), **arguments)
 
 
 def test_every_placeholder_of_a_template_is_filled() -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -19,8 +22,10 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+import hf_npeff
 from hf_npeff import Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
-from hf_npeff.cli import app, matches
+from hf_npeff.cli import app
+from hf_npeff.decomposition.matching import matches, similarities
 from hf_npeff.options import DataOptions, ModelOptions, attribute_docs, read_data
 from tests.hub_server import HubServer
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
@@ -122,13 +127,18 @@ def test_components_explain_and_perturb(world: World) -> None:
 
 def test_push_recognises_each_kind_of_folder_and_keeps_texts_here(world: World) -> None:
     """Against a loopback Hub; what it holds afterwards."""
+    Decomposition.from_pretrained(world.folder / "found").save_pretrained(
+        world.folder / "licensed", license="mit", datasets=["alice/words"]
+    )
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
         env = hub.env("hf_alice", home=world.folder / "home")
         adapter = world.folder / "adapter"
         direction = ParameterDirection({"w": torch.eye(2)}, {"w": "linear"}, {"model": "alice/tiny", "component": 0})
         direction.to_adapter(1).save_pretrained(adapter)
         (adapter / "private.txt").write_text("a remark")
-        pushed = told(run("push", "found", "alice/found", "--private", "--json", cwd=world.folder, env=env))
+        done = run("push", "licensed", "alice/found", "--private", "--json", cwd=world.folder, env=env)
+        assert "alice/found is made from the local model" in done.stderr
+        pushed = told(done)
         assert pushed["kind"] == "decomposition" and pushed["url"].startswith(hub.url)
         assert told(run("push", "adapter", "alice/off", "--json", cwd=world.folder, env=env))["kind"] == "adapter"
         refused = run("push", world.folder, "alice/all", cwd=world.folder, env=env)
@@ -139,6 +149,7 @@ def test_push_recognises_each_kind_of_folder_and_keeps_texts_here(world: World) 
     assert b'"alice/off"' in files["off"]["README.md"]
     assert "run.yaml" not in files["found"] and "decomposition.safetensors" in files["found"]
     assert b"king" not in files["found"]["examples.parquet"]
+    assert b"license: mit" in files["found"]["README.md"] and b"- alice/words" in files["found"]["README.md"]
 
 
 def test_compare_matches_a_permutation(world: World) -> None:
@@ -163,13 +174,14 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
         found.coefficients[:, :3], -found.pseudo_fishers[[3, 1, 0]], config=found.config, info=found.info,
         example_ids=[f"other {i}" for i in range(24)],
     )  # fmt: skip
-    monkeypatch.setattr("hf_npeff.cli.find_spec", lambda name: None)
-    measure, pairs = matches(found, other)
+    monkeypatch.setattr("hf_npeff.decomposition.matching.find_spec", lambda name: None)
+    measure, S = similarities(found, other)
+    pairs = matches(S)
     assert measure == "cosine of pseudo-Fishers"
     assert {i: j for i, j, _ in pairs} == {3: 0, 1: 1, 0: 2}
     other.info["fingerprint"] = "another"
     with pytest.raises(ValueError, match="neither examples nor the sketch"):
-        matches(found, other)
+        similarities(found, other)
 
 
 @pytest.mark.parametrize(
@@ -223,13 +235,49 @@ def test_the_demo_gets_its_options_and_a_dry_run_writes_nothing(world: World, mo
     assert json.loads(done.stdout)["n"] == 24 and not (world.folder / "none").exists()
 
 
-def test_version_and_completion() -> None:
-    words = {"_HF_NPEFF_COMPLETE": "complete_bash", "COMP_WORDS": "hf-npeff com", "COMP_CWORD": "1"}
-    script = "import sys; sys.argv[0] = 'hf-npeff'; from hf_npeff.cli import main; main()"
-    environment = {**os.environ, **words, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
-    assert set(done.stdout.split()) == {"compute", "components", "compare"}, done.stderr
-    assert CliRunner().invoke(app, ["--version"]).stdout.strip()
+def test_the_version_is_told() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == hf_npeff.__version__
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
+    """Oracle: click's own parameters of each command; the script is what `--show-completion` prints, in a real bash."""
+    program = tmp_path / "hf-npeff"
+    start = "import sys; sys.argv[0] = 'hf-npeff'; from hf_npeff.cli import main; main()"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{start}" "$@"\n')
+    program.chmod(0o755)
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    asked = ("decompose", "components", "push")
+    lines = ["com", "decompose --solver ", *(f"{name} --" for name in asked)]
+    script = 'eval "$(hf-npeff --show-completion)"\n' + "\n".join(
+        f'COMP_WORDS=(hf-npeff {line.rpartition(" ")[0]} "{line.rpartition(" ")[2]}")\n'
+        'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _hf_npeff_completion hf-npeff; echo "${COMPREPLY[*]}"'
+        for line in lines
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    found = [set(line.split()) for line in done.stdout.splitlines()]
+    assert found[:2] == [{"compute", "components", "compare"}, {"block_power", "reference"}], done.stderr
+    for name, options in zip(asked, found[2:], strict=True):
+        expected = {o for p in commands[name].params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")}
+        assert options - {"--help"} == expected, name
+
+
+def test_every_example_in_the_help_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: click's own parser, on each command line that a help text shows; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    commands = every_command()
+    shown = {name: re.findall(rf"`hf-npeff {name} ([^`]+)`", command.help) for name, command in commands.items()}
+    assert not [name for name, lines in shown.items() if not lines], "every command shows an example"
+    for name, line in ((name, line) for name, lines in shown.items() for line in lines):
+        arguments = shlex.split(line)
+        if "--config" in arguments:
+            replayed = tmp_path / arguments[arguments.index("--config") + 1]
+            replayed.parent.mkdir(parents=True, exist_ok=True)
+            settings = {"model": "user/model", "data": "data.txt"}
+            replayed.write_text(yaml.safe_dump({"command": name, "settings": settings}))
+        assert commands[name].make_context(name, arguments).params
 
 
 def test_data_files(tmp_path: Path) -> None:
@@ -258,18 +306,29 @@ def test_every_option_has_its_line_in_the_docs_of_its_field() -> None:
         assert set(attribute_docs(cls)) == {field.name for field in fields(cls)}
 
 
+def every_command() -> dict[str, Any]:
+    """{name: command}, those of groups as "group name"."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {sub}": c for sub, c in inner.items()}
+    return found
+
+
 def help_of_every_command() -> str:
     """docs/cli.md: what `--help` says, without the terminal's frames."""
     group: Any = typer.main.get_command(app)
-    kinds = {c.callback.__name__: c.callback.__annotations__ for c in app.registered_commands if c.callback}
+    groups = [g.typer_instance for g in app.registered_groups if g.typer_instance]
+    callbacks = [c.callback for one in (app, *groups) for c in one.registered_commands if c.callback]
+    kinds = {callback.__name__: callback.__annotations__ for callback in callbacks}
     parts = ["# The command line", "", "<!-- Made by `python -m tests.test_cli`. -->", "", group.help.strip()]
-    for name, command in group.commands.items():
+    for name, command in every_command().items():
         words = " ".join(["hf-npeff", name, *(p.name.upper() for p in command.params if is_argument(p)), "[OPTIONS]"])
         parts += ["", f"## {name}", "", f"    {words}", "", command.help.strip().replace(":\n-", ":\n\n-")]
         panels: dict[str, list[str]] = {}
         for p in (p for p in command.params if p.name not in COMMON):
             title = getattr(p, "rich_help_panel", None) or ("Arguments" if is_argument(p) else "Options")
-            panels.setdefault(title, []).append(line_of(p, kinds[name][p.name]))
+            panels.setdefault(title, []).append(line_of(p, kinds[name.split()[-1]][p.name]))
         for title, lines in panels.items():
             parts += ["", f"{title}:", "", *lines]
     common = [line_of(p, bool) for p in group.commands["push"].params if p.name in COMMON]
@@ -292,7 +351,7 @@ def line_of(parameter: Any, kind: Any) -> str:
     if parameter.required:
         facts.append("required")
     elif default is not None and default is not False:
-        facts.append(f"default {' '.join(default) if isinstance(default, list) else default}")
+        facts.append(f"default {' '.join(map(str, default)) if isinstance(default, list) else default}")
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     return f"- {names}: {parameter.help}" + (f" ({'; '.join(facts)})" if facts else "")
 
@@ -302,8 +361,8 @@ def test_the_docs_hold_the_help_of_every_command() -> None:
 
 
 def test_the_help_names_every_command_and_option() -> None:
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"})
+    for name, command in every_command().items():
+        done = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"})
         assert done.exit_code == 0 and "hf-npeff" in done.stdout
         missing = [o for p in command.params for o in p.opts if o.startswith("--") and o not in done.stdout]
         assert not missing, f"{name}: {missing}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_npeff import NPEFF, CorruptStoreError, Decomposition, FormatVersionError, IncompatibleSketchError, PEFs
-from hf_npeff.components import balanced, mixing_of
+from hf_npeff.decomposition.weighting import balanced, mixing_of
 from tests.planted import planted
 
 

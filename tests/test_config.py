@@ -59,6 +59,7 @@ def test_a_config_is_frozen_and_hashable() -> None:
         {"sketch_tolerance": float("nan")},
         {"sketch_tolerance": float("inf")},
         {"storage_dtype": "int8"},
+        {"sketch_dim": 64},  # of sketch="auto", which chooses it
         {"storage_limit": 0},
         {"target_modules": 5},
         {"target_modules": [1, 2]},

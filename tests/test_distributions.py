@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, OutputHead, Outputs, UnsupportedModelError
-from hf_npeff.fisher.distributions import DISTRIBUTIONS, HeadJacobian, Softmax, head_of, task_of_class
+from hf_npeff.fisher.distributions import DISTRIBUTIONS, Softmax
+from hf_npeff.fisher.heads import HeadJacobian, head_of, task_of_class
 from tests import reference
 from tests.tiny import CASES, collate, tiny_batch, tiny_model
 

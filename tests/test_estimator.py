@@ -172,7 +172,7 @@ def test_chunks_within_a_memory_budget_give_the_same_result(tmp_path: Path) -> N
     stored = PEFs.load(tmp_path / "p")
     whole = NPEFF(4, n_restarts=2).fit(pefs)
     chunked = NPEFF(4, n_restarts=2, memory_budget=pefs.nbytes // 5).fit(stored)
-    assert "factors" not in stored._joined
+    assert "factors" not in stored._shards.joined
     assert abs(whole.loss_history[-1] - chunked.loss_history[-1]) < 1e-5
     assert ((whole.pseudo_fishers * chunked.pseudo_fishers).sum(1).abs() > 0.999).all()
 
@@ -271,3 +271,26 @@ def test_misuse_is_refused_before_work_starts() -> None:
     for call in (lambda: fitted.transform(other), lambda: fitted.expand(other, 1)):
         with pytest.raises(IncompatibleSketchError):
             call()
+
+
+def test_bfloat16_products_end_near_the_loss_of_float32_ones() -> None:
+    """Oracle: the dense loss of what was found, against the fit in float32, in memory and in chunks."""
+    pefs, truth = planted_pefs(n=200, d=32)
+    exact = NPEFF(5, n_restarts=3).fit(pefs)
+    for budget in (None, 50 * 3 * 32 * 4):
+        found = NPEFF(5, n_restarts=3, precision="bfloat16", memory_budget=budget).fit(pefs)
+        loss = relative_loss(pefs, found.coefficients, found.pseudo_fishers)
+        assert found.explained == pytest.approx(1 - loss, abs=1e-5)  # reported in float32, whatever the products were
+        assert loss <= relative_loss(pefs, exact.coefficients, exact.pseudo_fishers) * 1.01
+        assert recovered(found.pseudo_fishers, truth, 0.95) == 5
+
+
+def test_a_device_is_used_and_what_it_cannot_do_is_refused() -> None:
+    """Oracle: bitwise equality with the default; TF32 is a format of CUDA devices."""
+    pefs, _ = planted_pefs()
+    there = NPEFF(4, n_restarts=2, device="cpu").fit(pefs)
+    assert torch.equal(there.coefficients, NPEFF(4, n_restarts=2).fit(pefs).coefficients)
+    with pytest.raises(ValueError, match="precision='tf32' needs a CUDA device"):
+        NPEFF(4, precision="tf32").fit(pefs)
+    with pytest.raises(ValueError, match="reference solver works in float32"):
+        NPEFF(4, precision="bfloat16", solver="reference")

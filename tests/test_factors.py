@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_npeff.fisher.distributions import DISTRIBUTIONS, HeadJacobian, Outputs
+from hf_npeff.fisher.distributions import DISTRIBUTIONS
 from hf_npeff.fisher.factors import cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
+from hf_npeff.fisher.heads import HeadJacobian, Outputs
 from tests import reference
 
 

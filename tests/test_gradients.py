@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.gradients import LinearHooks, RowCollector, find_linear_maps, frozen
+from hf_npeff.fisher.gradients import LinearHooks, RowCollector, find_linear_maps, frozen, without_parameters
+from hf_npeff.fisher.parameters import find_parameters
 from hf_npeff.fisher.sketches import Sketch
 from tests.tiny import tiny_batch, tiny_model
 
@@ -287,6 +288,19 @@ def test_target_modules_have_pefts_meaning() -> None:
     assert {m.parameter for m in kept} == {
         "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.v_proj.weight"
     }  # fmt: skip
+
+
+def test_a_weight_that_is_also_the_input_embedding_is_refused_with_what_to_do() -> None:
+    """Oracle: what the message advises works: the first leaves the head out, the second gives autograd's gradient."""
+    model = tiny_model("qwen3", "causal-lm", tie_word_embeddings=True)
+    maps = find_linear_maps(model, ["lm_head", "q_proj"])
+    with pytest.raises(UnsupportedModelError) as refused:
+        without_parameters(model, maps, {})
+    assert "exclude_modules=['lm_head']" in str(refused.value)
+    assert "parameters=['model.embed_tokens.weight']" in str(refused.value)
+    kept = find_linear_maps(model, ["lm_head", "q_proj"], exclude_modules=["lm_head"])
+    assert without_parameters(model, kept, {}) == kept
+    assert without_parameters(model, maps, find_parameters(model, ["model.embed_tokens.weight"])) == kept
 
 
 def test_a_broken_regular_expression_is_refused() -> None:

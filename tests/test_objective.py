@@ -89,3 +89,20 @@ def test_module_scales_are_mean_norms_of_the_blocks_own_fishers() -> None:
             for b in blocks
         ]
         torch.testing.assert_close(o.module_scales(A, blocks, given), torch.stack(expected))  # type: ignore[arg-type]
+
+
+def test_blocks_of_columns_give_the_sweep_of_one_column_after_the_other() -> None:
+    """Oracle: the textbook update, every column against the whole residual; more columns than a block holds."""
+    generator = torch.Generator().manual_seed(0)
+    N = torch.rand(30, 50, generator=generator, dtype=torch.float64)
+    G = torch.nn.functional.normalize(torch.randn(50, 20, generator=generator, dtype=torch.float64), dim=1)
+    H = (G @ G.T).square()
+    W = torch.rand(30, 50, generator=generator, dtype=torch.float64)
+    expected = W.clone()
+    for _ in range(3):
+        for j in range(50):
+            gradient = expected @ H[:, j] - N[:, j]
+            expected[:, j] = (expected[:, j] - gradient / H[j, j]).clamp_min(0)
+    before = W.clone()
+    torch.testing.assert_close(o.coordinate_descent(W, N, H, 3), expected, rtol=0, atol=1e-12)
+    assert torch.equal(W, before)

@@ -131,9 +131,9 @@ def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_t
     card = (
         c.analyzer.lift(c.decomposition, 4, c.pefs, c.data)
         .to_adapter(scale=alone.scale, report=alone, decomposition=c.decomposition)
-        .card
+        .card()
     )
-    assert card is not None and c.decomposition[4].top_examples(1).ids[0] in card and "Ratio" in card
+    assert c.decomposition[4].top_examples(1).ids[0] in card and "Ratio" in card
 
 
 def test_tops_are_the_largest_coefficients_and_others_are_inactive(trained_case: Case) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hf_npeff import NPEFF, NPEFFError, PEFs
-from hf_npeff.fisher.compute import FisherPass, _missing
+from hf_npeff.fisher.compute import _missing
+from hf_npeff.fisher.passes import FisherPass
 from tests import planted, workers
 
 ROOT = Path(__file__).parents[1]
@@ -73,10 +74,70 @@ def test_a_ddp_model_gives_what_the_model_inside_it_gives(two: Path) -> None:
     assert torch.equal(ours.factors, theirs.factors)
 
 
-def test_a_model_sharded_by_fsdp_is_refused_with_what_to_do_instead(two: Path) -> None:
-    """Oracle: its forward pass is a collective, and processes with different shares would wait for ever."""
+def test_accelerate_starts_two_processes_on_cpus_by_this_config_file(two: Path, tmp_path: Path) -> None:
+    """Oracle: the store that torchrun's two processes wrote; a lone process writes other shards.
+
+    The config file is the one in docs/models.md.
+    """
+    text = (ROOT / "docs" / "models.md").read_text()
+    (tmp_path / "two.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
+    subprocess.run(
+        [*command, "-m", "tests.workers", "one_store", str(tmp_path / "store")], cwd=ROOT, check=True, timeout=300
+    )
+    for path in (two / "pefs-5").glob("pefs-*.safetensors"):
+        assert (tmp_path / "store" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def in_pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes compute with half of every weight each."""
+    folder = tmp_path_factory.mktemp("sharded")
+    done = torchrun("sharded", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", workers.SHARDED)
+def test_a_model_sharded_by_fsdp_gives_what_the_whole_model_gives(in_pieces: Path, name: str, tmp_path: Path) -> None:
+    """Oracle: one process with the whole model; PEFs to 1e-5. Shares are uneven, one is empty, passes differ in number.
+
+    The model comes back in the same pieces and bit for bit.
+    """
+    plain, data = workers.sharded_problem(name)
+    one = plain.compute_pefs(data, tmp_path / "one", batch_size=2, shard_size=3)
+    ours = PEFs.load(in_pieces / name)
+    assert ours.example_ids == one.example_ids
+    assert ours.fingerprint == one.fingerprint
+    assert torch.equal(ours.predictions, one.predictions)
+    torch.testing.assert_close(ours.norms, one.norms, rtol=1e-5, atol=0)
+    for i in range(len(data)):
+        torch.testing.assert_close(ours.gram(i), one.gram(i), rtol=0, atol=1e-5)
+    assert ours.info["selftest"]["row_error"] is None, "weights in pieces are not compared with autograd"
     for rank in (0, 1):
-        assert "load the whole model in every process" in (two / f"fsdp-{rank}.txt").read_text()
+        assert torch.load(in_pieces / f"{name}-{rank}.pt")[0], "weights or requires_grad changed"
+
+
+def test_components_lift_through_a_sharded_model(in_pieces: Path, tmp_path: Path) -> None:
+    """Oracle: the whole model in one process, for the same decomposition up to sign; to 1e-4 of the unit norm."""
+    plain, data = workers.sharded_problem("llama")
+    pefs = plain.compute_pefs(data, tmp_path / "one", batch_size=2, shard_size=3)
+    direction = plain.lift(NPEFF(2, n_restarts=1).fit(pefs), 0, pefs, data)
+    for rank in (0, 1):
+        ours = torch.load(in_pieces / f"llama-{rank}.pt")[1]
+        assert set(ours) == set(direction)
+        assert direction.cosine(ours) ** 2 > 1 - 1e-4
+
+
+def test_what_a_sharded_model_cannot_do_is_refused_with_the_way_out(in_pieces: Path) -> None:
+    """Oracle: the messages, of both processes."""
+    for rank in (0, 1):
+        refused = json.loads((in_pieces / f"refused-{rank}.json").read_text())
+        assert "give a whole number" in refused["auto"]
+        assert "load the whole model in one process" in refused["evaluate"]
+        assert "load the whole model in one process" in refused["apply"]
+        assert "sharded, so they cannot be differentiated" in refused["parameters"]
+        assert "shard it with FSDP2 (fully_shard) alone" in refused["tensor parallel"]
 
 
 def test_an_accelerator_that_missed_the_other_processes_is_refused(monkeypatch: Any) -> None:
@@ -226,4 +287,4 @@ def test_picking_examples_reads_only_their_shards(tmp_path: Path) -> None:
     for which in ([29, 0, 12, 12, -1], slice(5, 25), slice(None, None, 7), slice(4, 4)):
         assert torch.equal(shards[which].factors, whole[which].factors)
         assert shards[which].example_ids == whole[which].example_ids
-    assert not shards._joined
+    assert not shards._shards.joined

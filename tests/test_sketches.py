@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.errors import FormatVersionError
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.fisher.sketches import Sketch, _shifted_sum
 from tests import reference
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (3, 9), "c.weight": (2, 2)}
@@ -199,3 +199,14 @@ def test_misuse_is_refused() -> None:
     for wrong in ({}, {"kind": "kronecker"}, {**sketch.to_dict(), "shapes": 3}, {**sketch.to_dict(), "kind": "x"}):
         with pytest.raises(FormatVersionError):
             Sketch.from_dict(wrong)
+
+
+@pytest.mark.parametrize("size", [1, 7, 21, 1000])
+def test_many_blocks_a_kernel_give_what_one_block_after_the_other_gives(size: int) -> None:
+    """Oracle: the loop that a CPU runs; the way a GPU takes, run here, with a ragged end and several rounds of blocks."""
+    sketch = Sketch({"w": (1, size)}, "countsketch", 7, 3)
+    values = torch.randn(4, 1, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    part = sketch._part("w")
+    assert part.signs is not None
+    together = _shifted_sum(values.flatten(1), part.signs, part.turns, 7, torch.float64, together=5)
+    torch.testing.assert_close(together, sketch.apply({"w": values}), rtol=0, atol=1e-12)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_npeff import CorruptStoreError, FormatVersionError, IncompatibleSketchError, PEFs
-from hf_npeff.store import normalise, padded_cat
+from hf_npeff.shards import padded_cat
+from hf_npeff.store import normalise
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_taking_a_few_examples_does_not_join_the_shards() -> None:
     pefs = in_shards(pefs_of(), 3, 4)
     pefs[[1, 5]]
     pefs[2:4]
-    assert "factors" not in pefs._joined
+    assert "factors" not in pefs._shards.joined
 
 
 def test_misuse_is_refused() -> None:
@@ -223,7 +224,7 @@ def test_tensors_of_different_lengths_are_padded() -> None:
 
 def test_shards_with_different_columns_are_joined(tmp_path: Path) -> None:
     """Oracle: None where a shard lacks the column: only the records of the other shard have it."""
-    from hf_npeff.store import StoreWriter
+    from hf_npeff.shards import StoreWriter
 
     first, second = pefs_of()[:3], pefs_of(extra=list("abcdefg"))[3:]
     writer = StoreWriter(tmp_path / "p", first.info)

@@ -63,6 +63,16 @@ def test_token_classification_leaves_out_ignored_tokens(family: str) -> None:
     assert worst_error(analyzer_of(model), exact, examples, reference.terms_of("token-classification")) <= 1e-4
 
 
+def test_columns_that_the_model_does_not_take_need_not_fit_into_a_batch() -> None:
+    """Oracle: the same examples without them; ragged lists beside the input ids, and only in some examples."""
+    model = tiny.tiny_model("bert", "token-classification", vocab_size=SMALL)
+    examples = tiny.tiny_batch(model, 3, seed=7)
+    extra = [dict(e, words=list(range(i + 1))) for i, e in enumerate(examples)]
+    extra[1]["offsets"] = [[0, 1], [1, 2]]
+    ours, theirs = (analyzer_of(model).compute_pefs(e) for e in (extra, examples))
+    assert torch.equal(ours.factors, theirs.factors)
+
+
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_a_masked_lm_predicts_at_its_mask_tokens(with_labels: bool) -> None:
     """Oracle: one softmax per mask token; without a tokenizer, per label."""

@@ -42,9 +42,16 @@ def compute_all(folder: Path) -> None:
         analyzer().compute_pefs(examples(n), folder / f"pefs-{n}", batch_size=2, shard_size=3)
 
 
+def one_store(folder: Path) -> None:
+    analyzer().compute_pefs(examples(5), folder, batch_size=2, shard_size=3)
+
+
 PROBLEMS: dict[str, dict[str, Any]] = {
     "dense": {"n": 401, "d": 64},
     "gram": {"n": 31, "d": 400},
+    "gram, float64": {"n": 31, "d": 400, "dtype": torch.float64},
+    "expanded": {"n": 61, "d": 64, "r": 4, "expand": 2, "settings": {"memory_budget": 40_000}},
+    "refitted": {"n": 61, "d": 64, "refit": True, "settings": {"n_restarts": 1, "max_iterations": 5}},
     "chunked": {"n": 401, "d": 64, "settings": {"memory_budget": 40_000}},
     "held-out": {"n": 401, "d": 64, "validation": True},
     "reference": {"n": 101, "d": 64, "settings": {"solver": "reference", "learning_rate": 1e-4, "max_iterations": 20}},
@@ -57,6 +64,7 @@ def fit(name: str) -> Any:
     problem = PROBLEMS[name]
     n, d = problem["n"], problem["d"]
     A, _, _ = planted.planted(n + 64, 3, d, 6, overlap=0.1, noise=0.3, active=2, seed=0)
+    A = A.to(problem.get("dtype", torch.float32))
     pefs = PEFs.from_factors(A[:n])
     held_out = PEFs.from_factors(A[n:]) if problem.get("validation") else None
     settings = {"n_restarts": 2, "max_iterations": 60} | problem.get("settings", {})
@@ -64,7 +72,11 @@ def fit(name: str) -> Any:
     def stop(restart: int, iteration: int, loss: float) -> bool:
         return restart == 1 and iteration == 10
 
-    return NPEFF(problem.get("r", 6), callbacks=[stop], **settings).fit(pefs, held_out)
+    estimator = NPEFF(problem.get("r", 6), callbacks=[stop], **settings)
+    found = estimator.fit(pefs, held_out)
+    if "expand" in problem:
+        found = estimator.expand(pefs, problem["expand"])
+    return estimator.refit(pefs) if problem.get("refit") else found
 
 
 def fit_all(folder: Path) -> None:
@@ -81,9 +93,7 @@ def both(folder: Path) -> None:
 
 
 def wrapped_models(folder: Path) -> None:
-    """DDP, which is taken off, and FSDP2, which is refused."""
-    from torch.distributed.fsdp import fully_shard
-
+    """DDP, which is taken off."""
     from hf_npeff import NPEFFAnalyzer
 
     plain = analyzer()
@@ -91,16 +101,104 @@ def wrapped_models(folder: Path) -> None:
     NPEFFAnalyzer(ddp, plain.processing_class, fisher=plain.fisher).compute_pefs(
         examples(5), folder / "ddp", batch_size=2, shard_size=3
     )
-    fully_shard(plain.model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
-    try:
-        NPEFFAnalyzer(plain.model, plain.processing_class, fisher=plain.fisher)
-    except UnsupportedModelError as error:
-        (folder / f"fsdp-{os.environ['RANK']}.txt").write_text(str(error))
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "bert": {"family": "bert"},
+    "bert, one example": {"family": "bert", "n": 1},
+    "llama": {"family": "llama"},
+    "llama, everything resharded": {"family": "llama", "reshard_after_forward": True},
+    "llama, norm and head together": {"family": "llama", "together": True, "n": 3},
+    "llama, all positions": {"family": "llama", "settings": {"positions": "all"}},
+    "gemma2": {"family": "gemma2", "settings": {"sketch": "auto", "sketch_tolerance": 1.0}},
+}
+"""FSDP2: a classifier, a head read outside the passes, one softmax a token (so passes differ), soft-capped logits."""
+
+
+def sharded_problem(name: str) -> tuple[Any, list[dict[str, Any]]]:
+    """An analyzer of the whole model, and the examples."""
+    problem = SHARDED[name]
+    task = tiny.FAMILIES[problem["family"]][0] if problem["family"] != "bert" else "sequence-classification"
+    model = tiny.tiny_model(problem["family"], task, vocab_size=20, dtype=torch.float32, tie_word_embeddings=False)
+    settings = {"sketch": "kronecker", "sketch_dim": 8, "rank": 2} | problem.get("settings", {})
+    plain = analyzer_of(model, output_factor="auto", **settings)
+    return plain, tiny.tiny_batch(model, problem.get("n", 7), seed=1)
+
+
+def shard(model: Any, problem: dict[str, Any]) -> Any:
+    """FSDP2 over all processes, a layer at a time."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for part in model.modules():
+        if isinstance(part, torch.nn.ModuleList):
+            for layer in part:
+                fully_shard(layer, mesh=mesh)
+    if problem.get("together"):
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=problem.get("reshard_after_forward"))
+
+
+def sharded(folder: Path) -> None:
+    """Compute and lift with every process holding half of every weight."""
+    from hf_npeff import NPEFFAnalyzer
+
+    torch.distributed.init_process_group("gloo")
+    for name, problem in SHARDED.items():
+        plain, data = sharded_problem(name)
+        before = [p.clone() for p in plain.model.parameters()]
+        model = shard(plain.model, problem)
+        ours = NPEFFAnalyzer(model, plain.processing_class, fisher=plain.fisher)
+        pefs = ours.compute_pefs(data, folder / name, batch_size=2, shard_size=3)
+        direction = None
+        if name == "llama":
+            direction = dict(ours.lift(NPEFF(2, n_restarts=1).fit(pefs), 0, pefs, data))
+        same = all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
+        required = all(p.requires_grad for p in model.parameters())
+        torch.save((same and required, direction), folder / f"{name}-{os.environ['RANK']}.pt")
+    refused(folder)
+
+
+def refused(folder: Path) -> None:
+    """What has to be refused, by its message."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from hf_npeff import FisherConfig, NPEFFAnalyzer, ParameterDirection
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    plain, data = sharded_problem("bert")
+    model = shard(plain.model, {})
+    ours = NPEFFAnalyzer(model, fisher=plain.fisher)
+    pefs = PEFs.load(folder / "bert")
+    found = NPEFF(2, n_restarts=1).fit(pefs)
+    name = ours.maps[0].parameter
+    direction = ParameterDirection({name: torch.ones(ours.maps[0].shape)}, {name: "linear"})
+    parallel = sharded_problem("bert")[0].model
+    parallelize_module(parallel.classifier, mesh, ColwiseParallel())
+
+    def apply() -> None:
+        with direction.applied_to(model):
+            pass
+
+    tries = {
+        "auto": lambda: ours.compute_pefs(data, folder / "auto", batch_size="auto"),
+        "evaluate": lambda: ours.evaluate_direction(direction, found, 0, data),
+        "apply": apply,
+        "parameters": lambda: NPEFFAnalyzer(model, fisher=FisherConfig(parameters=".*bias")),
+        "tensor parallel": lambda: NPEFFAnalyzer(parallel),
+    }
+    messages = {}
+    for what, attempt in tries.items():
+        try:
+            attempt()
+        except (ValueError, UnsupportedModelError) as error:
+            messages[what] = str(error)
+    (folder / f"refused-{os.environ['RANK']}.json").write_text(json.dumps(messages))
 
 
 def dies(folder: Path) -> None:
     """Process 1 is killed in its second shard; process 0 would go on for ever at the barrier."""
-    from hf_npeff.store import StoreWriter
+    from hf_npeff.shards import StoreWriter
 
     write = StoreWriter.write_shard
 

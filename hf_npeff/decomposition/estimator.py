@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_npeff.components import Decomposition, balance_scales, balanced
-from hf_npeff.config import Balance, DecompositionConfig, Solver
+from hf_npeff.components import Decomposition
+from hf_npeff.config import Balance, DecompositionConfig, Precision, Solver
 from hf_npeff.decomposition.objective import loss_of, nonnegative_coefficients, overlaps
-from hf_npeff.decomposition.sharding import Processes, ShardedRows, share_of
+from hf_npeff.decomposition.sharding import Processes, ShardedRows
 from hf_npeff.decomposition.solvers import (
     DenseRows,
     Fit,
@@ -26,6 +26,7 @@ from hf_npeff.decomposition.solvers import (
     start_from_examples,
     top_directions,
 )
+from hf_npeff.decomposition.weighting import balance_scales, balanced
 from hf_npeff.store import PEFs, check_same_sketch
 
 logger = logging.getLogger(__name__)
@@ -36,36 +37,42 @@ Callback = Callable[[int, int, float], bool | None]
 
 
 class ChunkedRows:
-    """Rows read from a store in chunks of a bounded size, for PEFs that do not fit in memory."""
+    """Rows read from a store in chunks of a bounded size, for PEFs that do not fit in memory.
 
-    def __init__(self, pefs: PEFs, scales: Tensor | None, chunk: int, power: float = 1.0):
+    Args:
+        pefs: the store.
+        weighting: chunk → the rows (·, c, d) that are decomposed, on their device.
+        chunk: examples of a chunk.
+        precision: of the products.
+    """
+
+    def __init__(self, pefs: PEFs, weighting: Callable[[PEFs], Tensor], chunk: int, precision: Precision = "float32"):
         self.pefs = pefs
-        self.scales = scales
-        self.power = power
+        self.weighting = weighting
+        self.precision = precision
         self.chunk = chunk
         self.n = len(pefs)
         self.dim = pefs.dim
 
-    def _parts(self) -> Any:
+    def _parts(self) -> Iterator[tuple[slice, DenseRows]]:
         start = 0
         for part in self.pefs.chunks(self.chunk):
-            A = balanced(part.factors, self.scales, self.power)
-            yield slice(start, start + len(part)), A
+            yield slice(start, start + len(part)), DenseRows(self.weighting(part), self.precision)
             start += len(part)
 
     def total(self) -> Tensor:
         """See `Rows`."""
-        return torch.stack([DenseRows(A).total() for _, A in self._parts()]).sum()
+        return torch.stack([rows.total() for _, rows in self._parts()]).sum()
 
     def energies(self, G: Tensor) -> Tensor:
         """See `Rows`."""
-        return torch.cat([DenseRows(A).energies(G) for _, A in self._parts()])
+        return torch.cat([rows.energies(G) for _, rows in self._parts()])
 
     def pull(self, G: Tensor, W: Tensor) -> Tensor:
         """See `Rows`."""
         C = torch.zeros_like(G)
-        for where, A in self._parts():
-            C += DenseRows(A).pull(G, W[where])
+        for where, rows in self._parts():
+            C += rows.pull(G, W[where])
         return C
 
     def reduce(self, value: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ class ChunkedRows:
 
     def top_directions(self, indices: list[int]) -> Tensor:
         """See `Rows`."""
-        return top_directions(balanced(self.pefs[indices].factors, self.scales, self.power))
+        return top_directions(self.weighting(self.pefs[indices]))
 
 
 class NPEFF:
@@ -97,6 +104,8 @@ class NPEFF:
         n_restarts: independent starts; the best is kept, the others tell how stable its components are.
         learning_rate: of the reference solver.
         memory_budget: bytes of rows held at once; None holds all.
+        precision: of block_power's products: "float32", "tf32" (CUDA) or "bfloat16" (half the memory).
+        device: where the rows are decomposed; None leaves them where they are. Results are on the CPU.
         callbacks: called with (restart, iteration, relative loss); a true answer stops that start.
         progress: show a progress bar with the explained fraction.
 
@@ -117,6 +126,8 @@ class NPEFF:
         n_restarts: int = 8,
         learning_rate: float = 3e-3,
         memory_budget: int | None = None,
+        precision: Precision = "float32",
+        device: str | torch.device | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = False,
     ):
@@ -130,8 +141,10 @@ class NPEFF:
             n_restarts=n_restarts,
             learning_rate=learning_rate,
             memory_budget=memory_budget,
+            precision=precision,
             seed=seed,
         )
+        self.device = None if device is None else torch.device(device)
         self.callbacks = list(callbacks)
         self.progress = progress
         self.decomposition_: Decomposition | None = None
@@ -173,12 +186,14 @@ class NPEFF:
             check_same_sketch(pefs.fingerprint, validation.fingerprint, "PEFs", "validation PEFs")
             if config.solver == "reference":
                 raise ValueError("the reference solver does not watch validation PEFs; use solver='block_power'")
+        self._check_device(pefs)
         scales = balance_scales(pefs) if config.balance == "module" else None
         processes = Processes()
-        rows, to_rows = self._rows(pefs, scales, processes)
+        shared = processes if config.solver == "block_power" else Processes(alone=True)  # else everyone does it all
+        rows, to_rows = self._rows(pefs, scales, shared)
         held_out = None
         if validation is not None:
-            held_out = _HeldOut(balanced(validation.factors, scales, config.power), to_rows, processes)
+            held_out = _HeldOut(self._plain_rows(validation, scales, processes, "float32"), to_rows)
         fits = []
         shown = self.progress and processes.index == 0
         with tqdm(total=config.n_restarts, desc="NPEFF", unit="start", disable=not shown) as bar:
@@ -193,49 +208,49 @@ class NPEFF:
                 config.tolerance,
             )
         stability = _stability(best, [fit for fit in fits if fit is not best])
-        best = dataclasses.replace(best, W=processes.first(rows.gather(best.W)), G=processes.first(best.G))
+        best = _on_every_process(best, rows, processes)
         return self._finish(pefs, rows, best, to_rows, scales, processes.first(stability))
+
+    def _check_device(self, pefs: PEFs) -> None:
+        device = self.device or pefs.device
+        if self.config.precision == "tf32" and device.type != "cuda":
+            raise ValueError(f"precision='tf32' needs a CUDA device, but the rows are on {device}; pass device='cuda'")
+
+    def _weighted(self, pefs: PEFs, scales: Tensor | None) -> Tensor:
+        """The rows (n, c, d) that are decomposed, on the device of the decomposition."""
+        return balanced(pefs.factors, scales, self.config.power).to(self.device or pefs.device)
 
     def _rows(self, pefs: PEFs, scales: Tensor | None, processes: Processes) -> tuple[Rows, Callable[[Tensor], Tensor]]:
         """The rows as the solver will see them, and the way from its G back to rows of d numbers."""
-        if processes.count > 1 and self.config.solver == "block_power":
-            return self._shared_rows(pefs, scales, processes)
-        bytes_in_memory = pefs.nbytes * (4 // min(4, pefs._shards[0]["factors"].element_size()))
-        budget = self.config.memory_budget
-        if budget is not None and bytes_in_memory > budget:
-            per_example = max(1, bytes_in_memory // len(pefs))
-            return ChunkedRows(pefs, scales, max(1, budget // per_example), self.config.power), lambda G: G
-        A = balanced(pefs.factors, scales, self.config.power)
-        nc = A.shape[0] * A.shape[1]
-        if nc < A.shape[2] and nc <= _GRAM_LIMIT:
-            X, to_rows = gram_space(A)
-            return DenseRows(X), to_rows
-        return DenseRows(A), lambda G: G
-
-    def _shared_rows(
-        self, pefs: PEFs, scales: Tensor | None, processes: Processes
-    ) -> tuple[Rows, Callable[[Tensor], Tensor]]:
-        """As `_rows`, for this process's share of the examples."""
         n, c, d = len(pefs), pefs.rank, pefs.dim
-        share = share_of(n, processes.index, processes.count)
         budget = self.config.memory_budget
         fits = budget is None or n * c * d * 4 <= budget
-        if fits and n * c < d and n * c <= _GRAM_LIMIT:  # small: the first process alone finds the coordinates
-            X, back = torch.zeros(0, 0, 0), None
-            if processes.index == 0:
-                X, back = gram_space(balanced(pefs.factors, scales, self.config.power))
-            X = processes.first(X)
+        if not fits or n * c >= d or n * c > _GRAM_LIMIT:
+            return self._plain_rows(pefs, scales, processes, self.config.precision), lambda G: G
+        X, back = self._weighted(pefs[:1], scales).new_zeros(0, 0, 0), None
+        if processes.index == 0:  # small: the first process alone finds the coordinates
+            X, back = gram_space(self._weighted(pefs, scales))
+        X = processes.first(X)
 
-            def to_rows(G: Tensor) -> Tensor:
-                return processes.first(G if back is None else back(G))
+        def to_rows(G: Tensor) -> Tensor:
+            return processes.first(G if back is None else back(G))
 
-            return ShardedRows(DenseRows(X[share.start : share.stop]), n, processes, X.device), to_rows
-        mine = pefs[share.start : share.stop]
-        if budget is not None and len(share) * c * d * 4 > budget:
-            local: Rows = ChunkedRows(mine, scales, max(1, budget // (c * d * 4)), self.config.power)
+        local = DenseRows(processes.share_of(X), self.config.precision)
+        return (local if processes.count == 1 else ShardedRows(local, n, processes, X)), to_rows
+
+    def _plain_rows(self, pefs: PEFs, scales: Tensor | None, processes: Processes, precision: Precision) -> Rows:
+        """All rows as they are, or this process's share of them, in memory or in chunks."""
+        mine = processes.share_of(pefs)
+        budget = self.config.memory_budget
+        local: Rows
+        if budget is not None and len(mine) * pefs.rank * pefs.dim * 4 > budget:
+            chunk = max(1, budget // (pefs.rank * pefs.dim * 4))
+            local = ChunkedRows(mine, lambda part: self._weighted(part, scales), chunk, precision)
         else:
-            local = DenseRows(balanced(mine.factors, scales, self.config.power))
-        return ShardedRows(local, n, processes, pefs._shards[0]["factors"].device), lambda G: G
+            local = DenseRows(self._weighted(mine, scales), precision)
+        if processes.count == 1:
+            return local
+        return ShardedRows(local, len(pefs), processes, self._weighted(pefs[:1], scales))
 
     def _start(self, rows: Rows, restart: int, held_out: _HeldOut | None, bar: Any) -> Fit:
         config = self.config
@@ -277,10 +292,11 @@ class NPEFF:
         keep_order: bool = False,
     ) -> Decomposition:
         """The decomposition of a fit: components by the weight they carry, W at its minimum for the final G."""
-        G = to_rows(fit.G)
-        order = torch.arange(len(G)) if keep_order else torch.argsort(fit.W.sum(0), descending=True)
+        G = to_rows(fit.G).cpu()
+        W = fit.W.cpu()
+        order = torch.arange(len(G)) if keep_order else torch.argsort(W.sum(0), descending=True)
         decomposition = Decomposition(
-            fit.W[:, order].contiguous(),
+            W[:, order].contiguous(),
             G[order].contiguous(),
             config=self.config,
             info={k: v for k, v in pefs.info.items() if k != "format_version"},
@@ -290,11 +306,12 @@ class NPEFF:
             scales=scales,
             converged=fit.converged,
         )
-        W = decomposition.transform(pefs)
+        processes = Processes()
+        found = decomposition.explain(processes.share_of(pefs), device=self.device)
+        W, N = (processes.gather(value, len(pefs)) for value in found)
         decomposition.coefficients = W
-        N = rows.gather(rows.energies(fit.G))[:, order]
-        total = rows.total()
-        final = float(loss_of(total, W.to(N.dtype), N, overlaps(fit.G[order])) / total)
+        total = rows.total().cpu()
+        final = float(loss_of(total, W.to(N.dtype), N, overlaps(decomposition.pseudo_fishers)) / total)
         decomposition.loss_history = [*fit.losses, final]
         self.decomposition_ = decomposition
         return decomposition
@@ -330,11 +347,13 @@ class NPEFF:
         if not bool((pefs.norms > 0).any()):
             raise ValueError("all PEFs are zero: there is nothing to explain")
         check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
-        rows: Rows = DenseRows(balanced(pefs.factors, old.scales, self.config.power))
-        G = old.pseudo_fishers.clone()
-        W = torch.cat([old.transform(pefs), torch.zeros(len(pefs), n_new)], 1)
+        processes = Processes()
+        rows = self._plain_rows(pefs, old.scales, processes, self.config.precision)
+        G = old.pseudo_fishers.to(self.device or pefs.device)
+        W = old.transform(processes.share_of(pefs), device=self.device).to(G)
         N, H = rows.energies(G), overlaps(G)
-        explained = (2 * (W[:, : len(old)] * N).sum(1)) - ((W[:, : len(old)] @ H) * W[:, : len(old)]).sum(1)
+        explained = rows.gather(2 * (W * N).sum(1) - ((W @ H) * W).sum(1))
+        W = torch.cat([W, W.new_zeros(len(W), n_new)], 1)
         some = (pefs.norms > 0).nonzero()[:, 0]  # a zero PEF has no direction to offer
         worst = some[torch.argsort(explained[some], stable=True)]
         G = torch.cat([G, rows.top_directions(worst.repeat(-(-n_new // len(worst)))[:n_new].tolist())])
@@ -343,6 +362,7 @@ class NPEFF:
         if joint:
             second = block_power(rows, fit.G, W=fit.W, **limits)  # type: ignore[arg-type]
             fit = Fit(second.W, second.G, fit.losses + second.losses, second.converged)
+        fit = _on_every_process(fit, rows, processes)
         self.config = dataclasses.replace(self.config, n_components=len(old) + n_new)
         stability = torch.cat([old.stability, torch.full((n_new,), float("nan"))])
         result = self._finish(pefs, rows, fit, lambda G: G, old.scales, stability, keep_order=True)
@@ -366,13 +386,13 @@ class NPEFF:
         if not bool((pefs.norms > 0).any()):
             raise ValueError("all PEFs are zero: there is nothing to explain")
         check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
-        rows: Rows = DenseRows(balanced(pefs.factors, old.scales, self.config.power))
-        G = old.pseudo_fishers.clone()
+        processes = Processes()
+        rows = self._plain_rows(pefs, old.scales, processes, self.config.precision)
+        G = old.pseudo_fishers.to(self.device or pefs.device)
         if move:
             config = self.config
             fit = block_power(rows, G, max_iterations=config.max_iterations, tolerance=config.tolerance)
-            first = Processes().first
-            fit = dataclasses.replace(fit, W=first(fit.W), G=first(fit.G))
+            fit = _on_every_process(fit, rows, processes)
         else:
             fit = Fit(G.new_zeros(len(pefs), len(G)), G, [], True)
         stability = torch.full_like(old.stability, float("nan")) if move else old.stability  # moved by one start alone
@@ -384,17 +404,22 @@ class NPEFF:
 class _HeldOut:
     """Relative loss of held-out PEFs, their coefficients at their minimum."""
 
-    def __init__(self, A: Tensor, to_rows: Callable[[Tensor], Tensor], processes: Processes):
-        self.rows = DenseRows(A)
+    def __init__(self, rows: Rows, to_rows: Callable[[Tensor], Tensor]):
+        self.rows = rows
         self.to_rows = to_rows
-        self.processes = processes
-        self.total = self.rows.total()
+        self.total = rows.total()
 
     def loss(self, G: Tensor) -> float:
         G = self.to_rows(G)
         N, H = self.rows.energies(G), overlaps(G)
         W = nonnegative_coefficients(N, H)
-        return float(self.processes.first(loss_of(self.total, W, N.double(), H.double()) / self.total))
+        value = self.rows.reduce(loss_of(torch.zeros_like(self.total), W, N.double(), H.double()))
+        return float((self.total + value) / self.total)
+
+
+def _on_every_process(fit: Fit, rows: Rows, processes: Processes) -> Fit:
+    """The fit with all coefficients, the same to the bit on every process."""
+    return dataclasses.replace(fit, W=processes.first(rows.gather(fit.W)), G=processes.first(fit.G))
 
 
 def _until_held_out_rises(

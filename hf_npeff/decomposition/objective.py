@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 16
+
 
 def total_energy(A: Tensor) -> Tensor:
     """Σ_i ‖A_iA_iᵀ‖²_F of factors A (n, c, d), float64."""
@@ -40,28 +42,35 @@ def loss_of(total: Tensor, W: Tensor, N: Tensor, H: Tensor) -> Tensor:
 
 def pull(A: Tensor, B: Tensor, W: Tensor) -> Tensor:
     """C_j = Σ_i Σ_c W_ij ⟨A_ic, g_j⟩ A_ic: (r, d)."""
-    weighted = W[:, None] * B
+    weighted = (W[:, None] * B).to(A.dtype)
     return weighted.flatten(0, 1).T @ A.flatten(0, 1)
 
 
 def coordinate_descent(W: Tensor, N: Tensor, H: Tensor, sweeps: int, tolerance: float = 0.0) -> Tensor:
     """Sweeps of HALS for min_{W ≥ 0} L: every column of W in turn to its minimum, given the others.
 
-    Stops early when a sweep moves no entry by more than `tolerance` times the largest.
+    Columns go in blocks: the residual of a block is one matrix product, and inside the block every step updates that of
+    the columns still to come. Stops early when a sweep moves no entry by more than `tolerance` times
+    the largest.
     """
-    W = W.clone()
-    r = W.shape[1]
-    diagonal = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)
+    V = W.T.contiguous()  # a column of W is contiguous
+    target, r = N.T, W.shape[1]
+    diagonal = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny).tolist()
     for _ in range(sweeps):
         largest = torch.zeros((), device=W.device, dtype=W.dtype)
-        for j in range(r):
-            before = W[:, j].clone()
-            W[:, j] = (before + (N[:, j] - W @ H[:, j]) / diagonal[j]).clamp_min(0)
-            if tolerance:
-                largest = torch.maximum(largest, (W[:, j] - before).abs().max())
-        if tolerance and largest <= tolerance * W.max().clamp_min(torch.finfo(W.dtype).tiny):
+        for start in range(0, r, _BLOCK):
+            block = slice(start, min(start + _BLOCK, r))
+            residual = target[block] - H[block] @ V
+            for j in range(block.start, block.stop):
+                moved = (V[j] + residual[j - start] / diagonal[j]).clamp_min_(0)
+                step = moved - V[j]
+                V[j] = moved
+                residual[j - start + 1 :].addr_(H[j + 1 : block.stop, j], step, alpha=-1)
+                if tolerance:
+                    largest = torch.maximum(largest, step.abs().max())
+        if tolerance and largest <= tolerance * V.max().clamp_min(torch.finfo(W.dtype).tiny):
             break
-    return W
+    return V.T.contiguous()
 
 
 def nonnegative_coefficients(N: Tensor, H: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ so all of them take the same branches.
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from hf_npeff.decomposition.solvers import Rows
 from hf_npeff.fisher.compute import share_of
+from hf_npeff.store import PEFs
+
+_Values = TypeVar("_Values", PEFs, Tensor)
 
 
 def on_cpu() -> bool:
@@ -24,14 +28,17 @@ def on_cpu() -> bool:
 class Processes:
     """The processes of a `torchrun`, and what they do together.
 
+    Args:
+        alone: leave the others out of it.
+
     Attributes:
         index: of this one.
         count: how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
         self.index, self.count = 0, 1
-        if not dist.is_available():
+        if alone or not dist.is_available():
             return
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
@@ -39,6 +46,11 @@ class Processes:
             PartialState(cpu=on_cpu())
         if dist.is_initialized():
             self.index, self.count = dist.get_rank(), dist.get_world_size()
+
+    def share_of(self, values: _Values) -> _Values:
+        """This process's contiguous share of PEFs or of the rows of a tensor."""
+        share = share_of(len(values), self.index, self.count)
+        return values if self.count == 1 else values[share.start : share.stop]
 
     @staticmethod
     def _carrier(value: Tensor) -> Tensor:
@@ -85,11 +97,11 @@ class ShardedRows:
         local: the rows of the share.
         n: examples of all processes.
         processes: all of them.
-        device: of the rows.
+        like: a tensor with the dtype and device of the rows.
     """
 
-    def __init__(self, local: Rows, n: int, processes: Processes, device: torch.device):
-        self.device = device
+    def __init__(self, local: Rows, n: int, processes: Processes, like: Tensor):
+        self.like = like.new_zeros(())
         self.local = local
         self.n = n
         self.dim = local.dim
@@ -118,7 +130,7 @@ class ShardedRows:
 
     def top_directions(self, indices: list[int]) -> Tensor:
         """See `Rows`."""
-        directions = torch.zeros(len(indices), self.dim, device=self.device)
+        directions = self.like.new_zeros(len(indices), self.dim)
         mine = [(place, i - self.share.start) for place, i in enumerate(indices) if i in self.share]
         if mine:
             directions[[place for place, _ in mine]] = self.local.top_directions([i for _, i in mine]).to(directions)

@@ -6,13 +6,15 @@ sharded between processes, or in Gram space. What it returns is (W, G) and the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hf_npeff.config import Precision
 from hf_npeff.decomposition.objective import (
     alignments,
     coordinate_descent,
@@ -50,21 +52,29 @@ class Rows(Protocol):
 
 
 class DenseRows:
-    """Rows held in one tensor A (n, c, d)."""
+    """Rows held in one tensor.
 
-    def __init__(self, A: Tensor):
-        self.A = A
+    Args:
+        A: (n, c, d).
+        precision: of the products with A; in "bfloat16" A itself is kept so.
+    """
+
+    def __init__(self, A: Tensor, precision: Precision = "float32"):
+        self.A = A.bfloat16() if precision == "bfloat16" else A
+        self._total = total_energy(A) if precision == "bfloat16" else None  # before rounding
+        self.tf32 = precision == "tf32"
         self.n = len(A)
         self.dim = A.shape[-1]
         self._last: tuple[Tensor, Tensor] | None = None
 
     def total(self) -> Tensor:
         """See `Rows`."""
-        return total_energy(self.A)
+        return total_energy(self.A) if self._total is None else self._total
 
     def _alignments(self, G: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not G:
-            self._last = (G, alignments(self.A, G))
+            with _tf32(self.tf32):
+                self._last = (G, alignments(self.A, G.to(self.A.dtype)).to(G.dtype))
         return self._last[1]
 
     def energies(self, G: Tensor) -> Tensor:
@@ -73,7 +83,8 @@ class DenseRows:
 
     def pull(self, G: Tensor, W: Tensor) -> Tensor:
         """See `Rows`."""
-        return pull(self.A, self._alignments(G), W)
+        with _tf32(self.tf32):
+            return pull(self.A, self._alignments(G), W).to(G.dtype)
 
     def reduce(self, value: Tensor) -> Tensor:
         """See `Rows`."""
@@ -85,7 +96,19 @@ class DenseRows:
 
     def top_directions(self, indices: list[int]) -> Tensor:
         """See `Rows`."""
-        return top_directions(self.A[indices])
+        A = self.A[indices]
+        return top_directions(A.to(torch.promote_types(A.dtype, torch.float32)))
+
+
+@contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Matrix products on CUDA in TF32 while this lasts."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def top_directions(A: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ With S = B Bᵀ at the logits and J_head the head's Jacobian, the rows A = VᵀJ
 
     exact       V = √λ e for the eigenpairs of S (k×k): all of them, AᵀA = F
     spectral    V = √λ u at the hidden state z for the top c eigenpairs of M = J_headᵀ S J_head (h×h); at the logits,
-                where the cotangent has to pass the head itself, V = S J_head u / √λ: its pull-back to z is √λ u
+                where the cotangent has to pass the head itself, V = S J_head u / √λ: its pull-back to z is √λ u;
+                in the metric C of the parameters (metric.py), V = √λ C^(−½)u for the eigenpairs of C^½ M C^½
     projection  V = B r/√c with r Rademacher, E[AᵀA] = F
     sampling    V = ∇log p(y)/√c with y ~ p, E[AᵀA] = F
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import OutputFactor
-from hf_npeff.fisher.distributions import Distribution, HeadJacobian, Outputs
+from hf_npeff.fisher.distributions import Distribution
+from hf_npeff.fisher.heads import HeadJacobian, Outputs
 
 EXACT_LIMIT = 1024
 """`exact` diagonalises a k×k matrix an example: refused above this k."""
@@ -42,6 +44,31 @@ class Cotangents(NamedTuple):
 
     values: Tensor
     joint: bool
+
+
+class HiddenMetric(NamedTuple):
+    """A metric C of the hidden state, as its roots.
+
+    Attributes:
+        root: C^½ (h, h).
+        inverse_root: C^(−½) (h, h).
+    """
+
+    root: Tensor
+    inverse_root: Tensor
+
+    @classmethod
+    def of(cls, C: Tensor, shrinkage: float = 0.2) -> HiddenMetric:
+        """Of a positive semi-definite C (h, h), drawn towards the identity of the same trace by a share `shrinkage`.
+
+        Examples differ in their C; the identity stands for what is not known of them.
+        """
+        h = len(C)
+        trace = C.diagonal().sum()
+        mean = C / trace if bool(trace > 0) else torch.zeros_like(C)
+        identity = torch.eye(h, dtype=C.dtype, device=C.device) / h
+        values, U = torch.linalg.eigh((1 - shrinkage) * (mean + mean.mT) / 2 + shrinkage * identity)
+        return cls((U * values.sqrt()) @ U.mT, (U / values.sqrt()) @ U.mT)
 
 
 def resolve(factor: OutputFactor, outputs: Outputs, rank: int) -> OutputFactor:
@@ -72,7 +99,9 @@ def seeds_of(ids: Sequence[str], seed: int) -> list[int]:
     return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
 
 
-def cotangents(outputs: Outputs, factor: OutputFactor, rank: int, seeds: Sequence[int]) -> Cotangents:
+def cotangents(
+    outputs: Outputs, factor: OutputFactor, rank: int, seeds: Sequence[int], metric: HiddenMetric | None = None
+) -> Cotangents:
     """The cotangents of a batch.
 
     Args:
@@ -80,6 +109,7 @@ def cotangents(outputs: Outputs, factor: OutputFactor, rank: int, seeds: Sequenc
         factor: as `resolve` returned it.
         rank: c.
         seeds: of the random factors, one an example.
+        metric: of the hidden state, in which "spectral" rows are the best; None takes the hidden state's own.
 
     Returns:
         Cotangents with c = `rank` columns ("exact": all of its own), zero where a term does not exist.
@@ -99,7 +129,7 @@ def cotangents(outputs: Outputs, factor: OutputFactor, rank: int, seeds: Sequenc
                 values, vectors = distribution.eigen()
                 V = vectors * values.sqrt()[:, None]
             else:
-                V = _spectral(distribution, head, rank, at_hidden=outputs.at_hidden)
+                V = _spectral(distribution, head, rank, outputs.at_hidden, metric)
             pieces.append(_to_source(V, head, outputs.at_hidden and factor == "exact"))
         V = torch.cat(pieces)
         joint = t == 1 and not outputs.several
@@ -142,10 +172,13 @@ def _random(
     return torch.cat(pieces)
 
 
-def _spectral(distribution: Distribution, jacobian: HeadJacobian | None, c: int, *, at_hidden: bool) -> Tensor:
-    """√λ u at the hidden state, or S J u/√λ at the logits, for the top c eigenpairs of JᵀSJ: (N, s, c)."""
-    values, vectors = top_eigenpairs(distribution, jacobian, c)
+def _spectral(
+    distribution: Distribution, jacobian: HeadJacobian | None, c: int, at_hidden: bool, metric: HiddenMetric | None
+) -> Tensor:
+    """√λ C^(−½)u at the hidden state, or S J u/√λ at the logits, for the top c eigenpairs: (N, s, c)."""
+    values, vectors = top_eigenpairs(distribution, jacobian, c, metric=metric)
     if at_hidden:
+        vectors = vectors if metric is None else metric.inverse_root.to(vectors) @ vectors
         return vectors * values.sqrt()[:, None]
     V = distribution.hessian_times(vectors if jacobian is None else jacobian.push(vectors))
     scale = values.sqrt()
@@ -155,15 +188,22 @@ def _spectral(distribution: Distribution, jacobian: HeadJacobian | None, c: int,
 
 
 def top_eigenpairs(
-    distribution: Distribution, jacobian: HeadJacobian | None, c: int, rounds: int = _ROUNDS
+    distribution: Distribution,
+    jacobian: HeadJacobian | None,
+    c: int,
+    rounds: int = _ROUNDS,
+    metric: HiddenMetric | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The top c eigenvalues (N, c), descending, and eigenvectors (N, h, c) of M = JᵀSJ, by block Krylov iteration.
+
+    With a metric C they are those of C^½ M C^½.
 
     Args:
         distribution: N output distributions.
         jacobian: J_head, or None for the identity (then h = k).
         c: how many; at most h.
         rounds: blocks of the Krylov space.
+        metric: C; only where a Jacobian is known.
     """
     logits = distribution.logits
     N, k = logits.shape
@@ -172,8 +212,11 @@ def top_eigenpairs(
     def times(Q: Tensor) -> Tensor:
         if jacobian is None:
             return distribution.hessian_times(Q)
-        return jacobian.pull(distribution.hessian_times(jacobian.push(Q)))
+        Q = Q if root is None else root @ Q
+        Y = jacobian.pull(distribution.hessian_times(jacobian.push(Q)))
+        return Y if root is None else root @ Y
 
+    root = None if metric is None else metric.root.to(logits)
     width = min(c + _OVERSAMPLING, h)
     start = torch.randn(h, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = (start / start.norm(dim=0)).to(logits.device, logits.dtype).expand(N, h, width)

@@ -124,6 +124,33 @@ def find_linear_maps(
     return list(maps.values())
 
 
+def without_parameters(
+    model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]]
+) -> list[LinearMap]:
+    """The maps whose weights autograd does not already differentiate under one of their names.
+
+    Raises:
+        UnsupportedModelError: if a map's weight is also a part of something else, such as the input embedding.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    named = {id(weights[name]) for name in parameters}
+    left = [m for m in maps if id(weights[m.parameter]) not in named]
+    elsewhere = {
+        id(parameter): name
+        for prefix, module in model.named_modules()
+        if not _is_linear(module)
+        for name, parameter in module.named_parameters(prefix, recurse=False)
+    }
+    for m in left:
+        if other := elsewhere.get(id(weights[m.parameter])):
+            raise UnsupportedModelError(
+                f"{m.parameter} is the same weight as {other}, and hooks see only what passes through {m.modules[0]}. "
+                f"Leave it out with exclude_modules=[{m.modules[0]!r}], or name it in parameters=[{other!r}]: autograd "
+                "sees all of its gradient"
+            )
+    return left
+
+
 class Receiver(Protocol):
     """What is done with the inputs and output gradients of the linear maps."""
 
@@ -173,6 +200,8 @@ class LinearHooks:
 
     def _per_example(self, x: Tensor, name: str) -> Tensor:
         """(B, …, features) or flattened (B·t, features) → (B, t, features)."""
+        if x.dim() == 3 and x.shape[0] == self._batch:
+            return x
         if x.shape[0] % self._batch or x.dim() < 2:
             if x.shape[0] == 1:
                 raise CalledOnceForAll(f"{name} runs once for the whole batch; use batch_size=1 for this model")
@@ -200,7 +229,12 @@ class LinearHooks:
                 self._inputs_require_gradients = True
                 self.roots.append(output)
 
-            def backward_hook(delta: Tensor) -> None:
+            def backward_hook(delta: Tensor | None) -> None:
+                if delta is None:
+                    raise UnsupportedModelError(
+                        f"no gradient comes back through what follows {name}: its kernels have no backward pass. For a "
+                        "model in 4 bits on a CPU, call model.enable_input_require_grads() before it predicts anything"
+                    )
                 self._receiver.take_gradient(parameter, saved, self._per_example(delta, name))
 
             output.register_hook(backward_hook)

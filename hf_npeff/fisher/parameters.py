@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_npeff.fisher.sharded import is_sharded
 from hf_npeff.fisher.sketches import Sketch
 
 _SHARE_TO_NAME = 0.01
@@ -58,14 +59,15 @@ def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dic
     tensors = dict(model.named_parameters())
     if away := sorted(name for name in chosen if not is_at_hand(tensors[name])):
         raise ValueError(
-            f"the parameters {away[:5]} are offloaded, so they cannot be differentiated; load them on a device"
+            f"the parameters {away[:5]} are offloaded, quantised or sharded, so they cannot be differentiated; load "
+            "them whole on a device"
         )
     return {name: _as_matrix(tensors[name].shape) for name in tensors if name in chosen}
 
 
 def is_at_hand(weight: Tensor) -> bool:
-    """Whether autograd can differentiate a weight: it is neither offloaded nor quantised."""
-    return weight.is_floating_point() and weight.device.type != "meta"
+    """Whether autograd can differentiate a weight: it is neither offloaded nor quantised nor sharded."""
+    return weight.is_floating_point() and weight.device.type != "meta" and not is_sharded(weight)
 
 
 def _close(unknown: Sequence[str], known: Mapping[str, str]) -> str:

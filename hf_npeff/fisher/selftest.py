@@ -288,7 +288,8 @@ def check_rows(
     """The first row of the last example, from the hooks in a batch, against autograd on that example alone.
 
     As many maps as fit into memory beside the model are differentiated; an identity sketch would be as large as they,
-    so both sides go through a small Kronecker sketch. Weights that are offloaded or quantised are not checked.
+    so both sides go through a small Kronecker sketch. Weights that are offloaded, quantised or sharded are not checked;
+    where their modules are not called either, nobody can tell whether they matter, and they count as not seen.
 
     Args:
         model: frozen.
@@ -301,14 +302,15 @@ def check_rows(
         matters is wrong by more than half; and the
         maps that hooks do not see: their modules are not called, and yet their weights matter.
     """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    known = [m for m in maps if is_at_hand(weights[m.parameter])]
     with LinearHooks(model, maps, Captured()) as hooks:
         hooks.begin(len(run.values))
         run.forward()
         ran = set(hooks.ran)
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    known = [m for m in maps if is_at_hand(weights[m.parameter])]
+    unknown = [m for m in maps if m not in known and m.parameter not in ran]
     if not known:
-        return None, []
+        return None, unknown
     silent = [m for m in known if m.parameter not in ran]
     checked: list[LinearMap] = []
     used = 0
@@ -319,7 +321,7 @@ def check_rows(
         checked.append(m)
     single = run.singles[-1]
     exact = autograd_rows(model, checked, single.forward, single()[1][:, 0])
-    unseen = [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
+    unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
     checked = [m for m in maps if m in checked and m not in unseen]
     if not checked:
         return 0.0, unseen

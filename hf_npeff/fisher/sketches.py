@@ -31,6 +31,10 @@ from hf_npeff.errors import FormatVersionError
 Kind = Literal["kronecker", "countsketch", "two-stage", "identity"]
 TWO_STAGE_SIDE = 128
 _VERSION = 1
+_FEW_SIGNS = 2**20
+"""So many signs are kept as numbers of 32 bits, ready to multiply with; more of them as 8 bits."""
+_FEW_BLOCKS = 8
+"""So many blocks are added one by one on a GPU as well."""
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -46,20 +50,29 @@ def _side(n: int, k: int, generator: torch.Generator) -> Tensor | None:
     return (basis.T * (n / k) ** 0.5).to(torch.float32).contiguous()
 
 
-def _multiply_last(x: Tensor, side: Tensor | None) -> Tensor:
-    return x if side is None else x @ side.to(x.device, x.dtype).T
-
-
 @dataclass
 class _Block:
-    """One parameter's share of a sketch."""
+    """One parameter's share of a sketch; what is random in it is drawn when it is first used."""
 
     shape: tuple[int, int]
-    sides: tuple[Tensor | None, Tensor | None]
     size: int
     start: int | None  # of its own slice of the row; None where the modules are summed
+    drawn: bool = False
+    sides: tuple[Tensor | None, Tensor | None] = (None, None)
     signs: Tensor | None = None
     shifts: list[int] = field(default_factory=list)
+    turns: Tensor | None = None  # the shifts, beside the signs
+    casts: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def times_side(self, x: Tensor, which: int) -> Tensor:
+        """One of the sides times x (…, n): (…, k); it is turned into the type of x once."""
+        side = self.sides[which]
+        if side is None:
+            return x
+        key = which, x.device, x.dtype
+        if key not in self.casts:
+            self.casts[key] = side.to(x.device, x.dtype).T
+        return x @ self.casts[key]
 
 
 class Sketch:
@@ -95,34 +108,53 @@ class Sketch:
         self.setting = dim
         self.seed = seed
         self._summed = kind in ("countsketch", "two-stage")
+        self._device: torch.device | str = "cpu"
         self._parts: dict[str, _Block] = {}
         start = 0
         for name, shape in self.shapes.items():
-            part = self._make_block(name, shape, start)
-            self._parts[name] = part
-            start += part.size
+            width = self._width
+            rows, columns = shape if width is None else (min(shape[0], width), min(shape[1], width))
+            self._parts[name] = _Block(shape, rows * columns, None if self._summed else start)
+            start += rows * columns
         self.dim: int = dim if self._summed and dim is not None else start
         self.blocks: dict[str, slice] | None = None
         if not self._summed:
             self.blocks = {n: slice(b.start, (b.start or 0) + b.size) for n, b in self._parts.items()}
 
-    def _make_block(self, name: str, shape: tuple[int, int], start: int) -> _Block:
-        width = {"kronecker": self.setting, "two-stage": TWO_STAGE_SIDE}.get(self.kind)
-        sides: tuple[Tensor | None, Tensor | None] = (None, None)
+    @property
+    def _width(self) -> int | None:
+        """The most numbers that a side leaves, or None where there are no sides."""
+        return {"kronecker": self.setting, "two-stage": TWO_STAGE_SIDE}.get(self.kind)
+
+    def _part(self, name: str) -> _Block:
+        """A parameter's share, drawn: a mere description of a sketch takes no memory, whatever shapes it claims."""
+        part = self._parts[name]
+        if part.drawn:
+            return part
+        shape, width = part.shape, self._width
         if width is not None:
-            sides = (
+            part.sides = (
                 _side(shape[0], width, _generator(self.seed, name, shape, width, "out")),
                 _side(shape[1], width, _generator(self.seed, name, shape, width, "in")),
             )
-        rows, columns = (n if side is None else side.shape[0] for n, side in zip(shape, sides, strict=True))
-        block = _Block(shape, sides, rows * columns, None if self._summed else start)
         if self._summed:
             d = self.setting or 1
             generator = _generator(self.seed, name, shape, d, "count")
-            n_blocks = -(-block.size // d)
-            block.signs = torch.randint(0, 2, (n_blocks * d,), generator=generator, dtype=torch.int8) * 2 - 1
-            block.shifts = torch.randint(0, d, (n_blocks,), generator=generator).tolist()
-        return block
+            n_blocks = -(-part.size // d)
+            part.signs = torch.randint(0, 2, (n_blocks * d,), generator=generator, dtype=torch.int8) * 2 - 1
+            if len(part.signs) <= _FEW_SIGNS:
+                part.signs = part.signs.float()
+            part.turns = torch.randint(0, d, (n_blocks,), generator=generator)
+            part.shifts = part.turns.tolist()
+        part.drawn = True
+        return self._moved(part)
+
+    def _moved(self, part: _Block) -> _Block:
+        part.sides = tuple(s if s is None else s.to(self._device) for s in part.sides)  # type: ignore[assignment]
+        part.signs = part.signs if part.signs is None else part.signs.to(self._device)
+        part.turns = part.turns if part.turns is None else part.turns.to(self._device)
+        part.casts.clear()
+        return part
 
     @property
     def fingerprint(self) -> str:
@@ -142,27 +174,30 @@ class Sketch:
             FormatVersionError: if `values` was not written by `to_dict`.
         """
         try:
-            shapes = {str(name): (int(shape[0]), int(shape[1])) for name, shape in values["shapes"]}
+            shapes = {str(name): (shape[0], shape[1]) for name, shape in values["shapes"]}
+            numbers = [values["seed"], *(n for shape in shapes.values() for n in shape)]
+            if not all(isinstance(n, int) and n >= 0 for n in numbers) or not isinstance(values["dim"], int | None):
+                raise ValueError("shapes, dim and seed are whole numbers")
             return cls(shapes, values["kind"], values["dim"], values["seed"])
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise FormatVersionError(f"not the description of a sketch: {error!r}") from error
 
     def to(self, device: torch.device | str) -> Sketch:
         """The sketch itself, its random matrices moved to `device`."""
+        self._device = device
         for part in self._parts.values():
-            part.sides = tuple(s if s is None else s.to(device) for s in part.sides)  # type: ignore[assignment]
-            part.signs = part.signs if part.signs is None else part.signs.to(device)
+            self._moved(part)
         return self
 
     # The two halves that hooks call: inputs are projected once a forward pass, output gradients once a backward pass.
 
     def project_input(self, name: str, x: Tensor) -> Tensor:
         """P_in x: (…, in) → (…, k_in)."""
-        return _multiply_last(x, self._parts[name].sides[1])
+        return self._part(name).times_side(x, 1)
 
     def project_output(self, name: str, delta: Tensor) -> Tensor:
         """P_out δ: (…, out) → (…, k_out)."""
-        return _multiply_last(delta, self._parts[name].sides[0])
+        return self._part(name).times_side(delta, 0)
 
     def new_rows(self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros to accumulate into with `add`; `finish` turns them into rows."""
@@ -170,13 +205,17 @@ class Sketch:
 
     def add(self, rows: Tensor, name: str, values: Tensor) -> None:
         """Add the placement of projected gradients `values` (batch, k_out, k_in) to `rows`, in place."""
-        part = self._parts[name]
-        flat = values.reshape(len(values), -1).to(rows.dtype)
+        part = self._part(name)
+        flat = values.flatten(1)
         if part.start is not None:
-            rows[:, part.start : part.start + part.size] += flat
+            rows[:, part.start : part.start + part.size].add_(flat)
             return
-        assert part.signs is not None
+        assert part.signs is not None and part.turns is not None
         d = self.dim
+        if rows.is_cuda and len(part.shifts) > _FEW_BLOCKS:
+            rows[:, :d].add_(_shifted_sum(flat, part.signs, part.turns, d, rows.dtype))
+            return
+        flat = flat.to(rows.dtype)
         for block, shift in enumerate(part.shifts):
             segment = flat[:, block * d : (block + 1) * d]
             width = segment.shape[1]
@@ -223,9 +262,14 @@ class Sketch:
         if rows.shape[-1] != self.dim:
             raise ValueError(f"rows of {self.dim} numbers were expected, but they have {rows.shape[-1]}")
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return {name: self._adjoint_of(part, rows) for name, part in self._parts.items()}
+        return {name: self._adjoint_of(name, rows) for name in self._parts}
 
-    def _adjoint_of(self, part: _Block, rows: Tensor) -> Tensor:
+    def placement_adjoint(self, name: str, rows: Tensor) -> Tensor:
+        """The adjoint of `add` and `finish` for one parameter: (…, d) → (…, k_out, k_in).
+
+        ⟨P(δ xᵀ), b⟩ = (P_out δ)ᵀ M (P_in x) with M what comes out for b: Pᵀb seen through the sides.
+        """
+        part = self._part(name)
         if part.start is not None:
             flat = rows[..., part.start : part.start + part.size]
         else:
@@ -234,9 +278,30 @@ class Sketch:
             d = self.dim
             flat = torch.cat([twice[..., shift : shift + d] for shift in part.shifts], -1)
             flat = (flat * part.signs.to(rows.device, rows.dtype))[..., : part.size]
-        outer, inner = part.sides
-        k_out = part.shape[0] if outer is None else outer.shape[0]
-        value = flat.reshape(*rows.shape[:-1], k_out, -1)
+        outer = part.sides[0]
+        return flat.reshape(*rows.shape[:-1], part.shape[0] if outer is None else outer.shape[0], -1)
+
+    def _adjoint_of(self, name: str, rows: Tensor) -> Tensor:
+        value = self.placement_adjoint(name, rows)
+        outer, inner = self._part(name).sides
         if outer is not None:
             value = outer.to(value.device, value.dtype).T @ value
         return value if inner is None else value @ inner.to(value.device, value.dtype)
+
+
+def _shifted_sum(flat: Tensor, signs: Tensor, turns: Tensor, d: int, dtype: torch.dtype, together: int = 64) -> Tensor:
+    """Σ over blocks of d of `flat` (batch, m), signed and turned by their shifts: (batch, d), many blocks a kernel.
+
+    On a GPU a kernel for each block would cost more than its work; sums are gathered, not scattered, and so come out
+    the same every time.
+    """
+    total = flat.new_zeros(len(flat), d, dtype=dtype)
+    places = torch.arange(d, device=flat.device)
+    turns = turns.to(flat.device)
+    for start in range(0, len(turns), together):
+        stop = min(start + together, len(turns))
+        part = flat[:, start * d : stop * d] * signs[start * d : min(stop * d, flat.shape[1])].to(flat.device)
+        part = torch.nn.functional.pad(part, (0, (stop - start) * d - part.shape[1])).unflatten(1, (-1, d))
+        index = (places - turns[start:stop, None]) % d
+        total += part.gather(2, index.expand(len(flat), -1, -1)).sum(1, dtype=dtype)
+    return total

@@ -1,1 +1,59 @@
-"""Studies of what a decomposition finds, and the tasks they run on."""
+"""Studies of what a decomposition finds: each is one call, with settings of `studies.settings` and a `StudyResult`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # at run time a name is imported when it is first asked for, as those of hf_npeff are
+    from hf_npeff.studies.ablations import read_grid, run_ablations
+    from hf_npeff.studies.comparison import fit_methods
+    from hf_npeff.studies.factors import Attributes, run_factors
+    from hf_npeff.studies.in_context import run_in_context
+    from hf_npeff.studies.planted import run_planted
+    from hf_npeff.studies.prompted import load_task, make_prompts, run_task
+    from hf_npeff.studies.raters import InferenceChat, LocalChat, rate
+    from hf_npeff.studies.ratings import RatingStudy, score_ratings
+    from hf_npeff.studies.selectivity import run_selectivity
+
+_MODULE_OF = {
+    "Attributes": "factors",
+    "InferenceChat": "raters",
+    "LocalChat": "raters",
+    "RatingStudy": "ratings",
+    "fit_methods": "comparison",
+    "load_task": "prompted",
+    "make_prompts": "prompted",
+    "rate": "raters",
+    "read_grid": "ablations",
+    "run_ablations": "ablations",
+    "run_factors": "factors",
+    "run_in_context": "in_context",
+    "run_planted": "planted",
+    "run_selectivity": "selectivity",
+    "run_task": "prompted",
+    "score_ratings": "ratings",
+}
+__all__ = [
+    "Attributes",
+    "InferenceChat",
+    "LocalChat",
+    "RatingStudy",
+    "fit_methods",
+    "load_task",
+    "make_prompts",
+    "rate",
+    "read_grid",
+    "run_ablations",
+    "run_factors",
+    "run_in_context",
+    "run_planted",
+    "run_selectivity",
+    "run_task",
+    "score_ratings",
+]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'hf_npeff.studies' has no attribute {name!r}")
+        return getattr(import_module(f"hf_npeff.studies.{_MODULE_OF[name]}"), name)

@@ -1,60 +1,406 @@
-"""How well components match annotated attributes that they never saw."""
+"""How well the features of several methods match annotated attributes that they never saw.
+
+For every attribute the best feature is chosen on one half of the examples and measured on the other. Nothing is dropped
+in silence: attributes that cannot be measured are reported with the reason.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_npeff.baselines.method import MethodResult
+from hf_npeff.studies.measures import (
+    agreement,
+    auroc,
+    aurocs,
+    average_precision,
+    best_components,
+    best_threshold,
+    purity,
+)
+from hf_npeff.studies.result import StudyResult, markdown, number
+from hf_npeff.studies.settings import FactorsConfig
 
-def auroc(scores: Tensor, positives: Tensor) -> float:
-    """P(score of a positive > score of a negative), ties counting a half (Mann–Whitney).
+__all__ = [
+    "auroc",
+    "best_components",
+    "purity",
+    "Attributes",
+    "FactorsConfig",
+    "FactorsResult",
+    "first_half",
+    "run_factors",
+]
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Annotations of n examples as yes-or-no attributes.
+
+    Attributes:
+        names: of a attributes, "column=value" or a column of booleans.
+        values: (n, a) of 1, 0 and NaN, which is "not annotated".
+        excluded: {attribute or column: why it is left out}.
+    """
+
+    names: list[str]
+    values: Tensor
+    excluded: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_columns(
+        cls, columns: Mapping[str, Sequence[Any]], names: Sequence[str] | None = None, *, min_count: int = 10
+    ) -> Attributes:
+        """Attributes from columns.
+
+        A boolean column is one attribute; a column of strings or whole numbers has one for every value; so has a
+        column of lists, whose examples may have several values. None (and NaN) means "not annotated".
+
+        Args:
+            columns: {name: n values}.
+            names: which columns; all by default.
+            min_count: an attribute with fewer examples that have it, or that lack it, is excluded.
+
+        Raises:
+            ValueError: if a column does not exist, columns differ in length, or hold anything else.
+        """
+        wanted = list(columns if names is None else names)
+        if missing := [name for name in wanted if name not in columns]:
+            raise ValueError(f"there are no columns {missing}; there are {sorted(columns)}")
+        if len({len(columns[name]) for name in wanted}) > 1:
+            raise ValueError(f"columns differ in length: { {name: len(columns[name]) for name in wanted} }")
+        kept: dict[str, list[float]] = {}
+        excluded: dict[str, str] = {}
+        for name in wanted:
+            found = _binary(name, list(columns[name]))
+            if not found:
+                excluded[name] = "no example is annotated"
+            for attribute, values in found.items():
+                have, lack = values.count(1.0), values.count(0.0)
+                if min(have, lack) >= max(1, min_count):
+                    kept[attribute] = values
+                elif min(have, lack) == 0:
+                    excluded[attribute] = f"one class only: {have} examples have it, {lack} lack it"
+                else:
+                    excluded[attribute] = f"{have} examples have it, {lack} lack it: fewer than {min_count}"
+        n = len(columns[wanted[0]]) if wanted else 0
+        matrix = torch.tensor(list(kept.values()), dtype=torch.float64).T if kept else torch.empty(n, 0)
+        return cls(list(kept), matrix, excluded)
+
+    @property
+    def counts(self) -> Tensor:
+        """(n,) attributes that every example has."""
+        return (self.values == 1).sum(1)
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """{attribute: examples where it is not annotated}, where there are any."""
+        counts = self.values.isnan().sum(0).tolist()
+        return {name: count for name, count in zip(self.names, counts, strict=True) if count}
+
+    def restricted(self, mask: Tensor, min_count: int = 10) -> Attributes:
+        """The attributes of some examples (n,) bool; those that become too rare are excluded."""
+        kept, excluded = [], dict(self.excluded)
+        for a, name in enumerate(self.names):
+            values = self.values[mask, a]
+            have, lack = int((values == 1).sum()), int((values == 0).sum())
+            if min(have, lack) >= max(1, min_count):
+                kept.append(a)
+            else:
+                excluded[name] = f"of the {int(mask.sum())} examples measured, {have} have it and {lack} lack it"
+        return Attributes([self.names[a] for a in kept], self.values[mask][:, kept], excluded)
+
+
+def _binary(name: str, values: list[Any]) -> dict[str, list[float]]:
+    """One column as attributes: {attribute: n of 1, 0, NaN}."""
+    known = [v for v in values if not (v is None or (isinstance(v, float) and math.isnan(v)))]
+    if not known:
+        return {}
+    nothing = [v is None or (isinstance(v, float) and math.isnan(v)) for v in values]
+    if all(isinstance(v, bool) for v in known):
+        return {name: [math.nan if no else float(v) for v, no in zip(values, nothing, strict=True)]}
+    if all(isinstance(v, list | tuple | set | frozenset) for v in known):
+        each = sorted({str(x) for v in known for x in v})
+        sets = [set() if no else {str(x) for x in v} for v, no in zip(values, nothing, strict=True)]
+        return {
+            f"{name}={x}": [math.nan if no else float(x in s) for s, no in zip(sets, nothing, strict=True)]
+            for x in each
+        }
+    if all(isinstance(v, str | int) and not isinstance(v, bool) for v in known):
+        each = list(dict.fromkeys(map(str, known)))
+        return {
+            f"{name}={x}": [math.nan if no else float(str(v) == x) for v, no in zip(values, nothing, strict=True)]
+            for x in each
+        }
+    kinds = sorted({type(v).__name__ for v in known})
+    raise ValueError(f"the column {name!r} holds {kinds}; attributes are booleans, strings, whole numbers or lists")
+
+
+@dataclass(frozen=True)
+class AttributeScore:
+    """One attribute as one method finds it.
+
+    Attributes:
+        attribute: its name.
+        feature: the best one on the first half.
+        auroc: on the other half.
+        average_precision: on the other half.
+        base_rate: share of the other half that has it: the average precision of chance.
+        purity: share of the feature's top examples of the other half that have it.
+        threshold: of the feature's coefficient, chosen on the first half.
+    """
+
+    attribute: str
+    feature: int
+    auroc: float
+    average_precision: float
+    base_rate: float
+    purity: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class MethodScore:
+    """One method's row.
+
+    Attributes:
+        method: its name.
+        features: r.
+        attributes: one score each.
+        mean_auroc: over the attributes.
+        mean_average_precision: over the attributes.
+        found: attributes with an AUROC of at least `found_at`.
+        at_once: mean number of its attributes found in an example of the other half that has two or more.
+        possible: mean number of attributes of these examples.
+        wrong: mean number of attributes that these examples are said to have and lack.
+        all_at_once: share of these examples of which every attribute is found.
+        purity: mean over the attributes' features.
+        stability: mean |correlation| of matched features between seeds; NaN with one seed.
+        seconds: that the method took.
+    """
+
+    method: str
+    features: int
+    attributes: list[AttributeScore]
+    mean_auroc: float
+    mean_average_precision: float
+    found: int
+    at_once: float
+    possible: float
+    wrong: float
+    all_at_once: float
+    purity: float
+    stability: float
+    seconds: float
+
+    def feature_of(self, attribute: str) -> int:
+        """The feature that was chosen for an attribute.
+
+        Raises:
+            KeyError: if the attribute was not measured.
+        """
+        return {score.attribute: score.feature for score in self.attributes}[attribute]
+
+
+@dataclass
+class FactorsResult(StudyResult):
+    """The outcome of `run_factors`.
+
+    Attributes:
+        methods: a row each.
+        excluded: {attribute: why it was not measured}.
+        missing: {attribute: examples without annotation, left out for this attribute only}.
+        n: examples, before the halves are made.
+        halves: (n,) bool, True for the half on which features are measured.
+        config: the settings.
+        facts: {method: its settings and diagnostics}.
+        selectivity: {method: KL ratio} where it was measured.
+    """
+
+    methods: list[MethodScore]
+    excluded: dict[str, str]
+    missing: dict[str, int]
+    n: int
+    halves: Tensor
+    config: FactorsConfig
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    selectivity: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {
+            "study": "factors",
+            "config": asdict(self.config),
+            "examples": self.n,
+            "methods": [asdict(row) for row in self.methods],
+            "selectivity": self.selectivity,
+            "excluded": self.excluded,
+            "missing": self.missing,
+            "facts": self.facts,
+        }
+
+    def table(self) -> str:
+        """A row a method."""
+        header = ["method", "features", "mean AUROC", "mean AP", f"found (≥ {self.config.found_at:g})", "at once"]
+        header += ["wrong", "purity", "stability", "KL ratio", "seconds"]
+        rows = []
+        for row in self.methods:
+            rows.append(
+                [
+                    row.method,
+                    row.features,
+                    number(row.mean_auroc),
+                    number(row.mean_average_precision),
+                    f"{row.found} of {len(row.attributes)}",
+                    f"{number(row.at_once, 2)} of {number(row.possible, 2)}",
+                    number(row.wrong, 2),
+                    number(row.purity, 2),
+                    number(row.stability, 2),
+                    number(self.selectivity.get(row.method), 1),
+                    number(row.seconds, 1),
+                ]
+            )
+        lines = [markdown(header, rows)]
+        if self.excluded:
+            reasons = "; ".join(f"{name} ({why})" for name, why in sorted(self.excluded.items()))
+            lines += ["", f"Not measured, {len(self.excluded)}: {reasons}."]
+        if self.missing:
+            lines += ["", "Without annotation: " + ", ".join(f"{k} {v}" for k, v in sorted(self.missing.items())) + "."]
+        return "\n".join(lines)
+
+    def draw(self, figure: Any) -> None:
+        """Every attribute's AUROC, method by method, the best found on the left."""
+        axes = figure.add_subplot()
+        for row in self.methods:
+            values = sorted((score.auroc for score in row.attributes), reverse=True)
+            axes.plot(range(1, len(values) + 1), values, marker=".", label=f"{row.method} ({row.mean_auroc:.2f})")
+        axes.axhline(self.config.found_at, color="gray", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="attributes, the best found first", ylabel="AUROC on the other half", ylim=(0.4, 1.02))
+        axes.legend(title="mean AUROC", frameon=False, fontsize=8)
+
+
+def run_factors(
+    methods: Sequence[MethodResult],
+    attributes: Attributes,
+    config: FactorsConfig | None = None,
+    *,
+    seeds: Mapping[str, Sequence[Tensor]] | None = None,
+) -> FactorsResult:
+    """Measure what methods find of annotated attributes.
 
     Args:
-        scores: (n,).
-        positives: (n,) bool.
+        methods: coefficients for the same n examples each.
+        attributes: of these examples.
+        config: settings.
+        seeds: {method: coefficients (n, r) of further fits with other seeds}, for the stability.
 
     Raises:
-        ValueError: if there are no positives, or no negatives.
+        ValueError: if there are no methods, two have one name, they are of other examples than the attributes, or no
+            attribute can be measured.
     """
-    n_positive = int(positives.sum())
-    n_negative = len(positives) - n_positive
-    if n_positive == 0 or n_negative == 0:
-        raise ValueError("an AUROC needs positives and negatives; the attribute has only one value here")
-    _, inverse, counts = torch.unique(scores.double(), return_inverse=True, return_counts=True)
-    middle_ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
-    rank_sum = middle_ranks[inverse][positives].sum()
-    return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    config = config or FactorsConfig()
+    n = len(attributes.values)
+    if not methods or len({m.name for m in methods}) < len(methods):
+        raise ValueError(f"expected methods of different names, but got {[m.name for m in methods]}")
+    for method in methods:
+        if len(method.coefficients) != n:
+            raise ValueError(
+                f"{method.name} has coefficients of {len(method.coefficients)} examples, and the attributes are of {n}"
+            )
+    few = attributes.counts < config.at_least
+    other_half = ~first_half(n, config.seed)
+    first, second = ~other_half & ~few, other_half & ~few
+    usable, excluded = _measurable(attributes, first, second, config.min_count)
+    if not usable:
+        raise ValueError(f"no attribute can be measured: {excluded or 'there are none'}")
+    rows = [
+        _score(method, attributes, usable, first, second, config, (seeds or {}).get(method.name, ()))
+        for method in methods
+    ]
+    facts = {method.name: method.facts for method in methods}
+    return FactorsResult(rows, excluded, attributes.missing, n, other_half, config, facts)
 
 
-def best_components(W: Tensor, values: Sequence[Hashable]) -> dict[Hashable, tuple[int, float]]:
-    """{value of an attribute: (the component that ranks its examples highest, its AUROC)}.
-
-    Args:
-        W: (n, r) coefficients.
-        values: n values of one attribute.
-
-    Raises:
-        ValueError: if the attribute has a single value.
-    """
-    found: dict[Hashable, tuple[int, float]] = {}
-    for value in dict.fromkeys(values):
-        positives = torch.tensor([v == value for v in values])
-        scores = [auroc(W[:, j], positives) for j in range(W.shape[1])]
-        best = max(range(len(scores)), key=scores.__getitem__)
-        found[value] = (best, scores[best])
-    return found
+def first_half(n: int, seed: int) -> Tensor:
+    """(n,) bool: the random half on which features are chosen."""
+    half = torch.zeros(n, dtype=torch.bool)
+    half[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: n // 2]] = True
+    return half
 
 
-def purity(values: Sequence[Hashable]) -> tuple[Hashable, float]:
-    """The most common value and its share.
+def _measurable(
+    attributes: Attributes, first: Tensor, second: Tensor, min_count: int
+) -> tuple[list[int], dict[str, str]]:
+    usable, excluded = [], dict(attributes.excluded)
+    for a, name in enumerate(attributes.names):
+        counts = [int((attributes.values[half, a] == v).sum()) for half in (first, second) for v in (1, 0)]
+        if min(counts) >= min_count:
+            usable.append(a)
+        else:
+            excluded[name] = (
+                f"in the halves {counts[0]} and {counts[2]} examples have it, {counts[1]} and {counts[3]} lack it: "
+                f"fewer than {min_count}"
+            )
+    return usable, excluded
 
-    Raises:
-        ValueError: if there are none.
-    """
-    if not values:
-        raise ValueError("purity needs at least one value")
-    value, count = Counter(values).most_common(1)[0]
-    return value, count / len(values)
+
+def _score(
+    method: MethodResult,
+    attributes: Attributes,
+    usable: Sequence[int],
+    first: Tensor,
+    second: Tensor,
+    config: FactorsConfig,
+    seeds: Sequence[Tensor],
+) -> MethodScore:
+    W = method.coefficients.double()
+    scores, said = [], torch.zeros(int(second.sum()), len(usable), dtype=torch.bool)
+    for column, a in enumerate(usable):
+        values = attributes.values[:, a]
+        here, there = first & ~values.isnan(), second & ~values.isnan()
+        feature = int(aurocs(W[here], values[here] == 1).argmax())
+        w, truth = W[there, feature], values[there] == 1
+        threshold = best_threshold(W[here, feature], values[here] == 1)
+        top = torch.argsort(w, descending=True, stable=True)[: config.top]
+        scores.append(
+            AttributeScore(
+                attributes.names[a],
+                feature,
+                auroc(w, truth),
+                average_precision(w, truth),
+                float(truth.double().mean()),
+                float(truth[top].double().mean()),
+                threshold,
+            )
+        )
+        said[:, column] = W[second, feature] >= threshold
+    truth = attributes.values[second][:, list(usable)]
+    several = (truth == 1).sum(1) >= 2
+    hits = (said & (truth == 1))[several].sum(1).double()
+    has = (truth == 1)[several].sum(1).double()
+    wrong = (said & (truth == 0))[several].sum(1).double()
+    return MethodScore(
+        method.name,
+        len(method),
+        scores,
+        _mean([s.auroc for s in scores]),
+        _mean([s.average_precision for s in scores]),
+        sum(s.auroc >= config.found_at for s in scores),
+        float(hits.mean()),
+        float(has.mean()),
+        float(wrong.mean()),
+        float((hits == has).double().mean()),
+        _mean([s.purity for s in scores]),
+        _mean([agreement(method.coefficients, other) for other in seeds]),
+        method.seconds,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,35 +1,49 @@
-"""Every benchmark in turn: `make bench`. `--quick` leaves out those that load a real model or take minutes.
+"""The benchmarks that docs/benchmarks.md is made of, in turn, and then the page: `make bench`.
 
-Each script prints ratios of things measured in the same process; none of them is part of `make test`.
+    python -m tests.benchmarks.run              # under 20 minutes on 2 free cores; keeps every figure, renews the page
+    python -m tests.benchmarks.run --quick      # under 2 minutes: the guard, against the figures that are kept
+
+Each script compares things in the same process, or in fresh processes that take turns. None of them is part of
+`make test`. `peers` runs in an environment of its own (`make bench-peers`), `gpu`, `fidelity` without --time-only and
+`stability` of SmolLM2 want a GPU, and `sketches`, `memory`, `page` and `soak` print figures of other pages of docs/.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
-from pathlib import Path
+import time
 
-HERE = Path(__file__).parent
-QUICK = {"rows": ["--rounds", "3"]}
+SCRIPTS: dict[str, list[str]] = {
+    "sets": [],
+    "startup": ["--keep"],
+    "rows": ["--keep"],
+    "fidelity": ["--time-only", "--keep"],
+    "solver": ["--keep"],
+    "stability": ["--model", "MiniLM", "--keep"],
+    "scaling": ["--keep"],
+    "lifting": ["--keep"],
+    "stopping": ["--keep"],
+}
+
+
+def run(name: str, *arguments: str) -> bool:
+    """Whether the script ended well."""
+    print(f"\n== {name}", flush=True)
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", f"tests.benchmarks.{name}", *arguments], check=False)
+    print(f"-- {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return done.returncode == 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
-    scripts = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__init__", "run"))
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
-    )
-    failed = []
-    for name in [s for s in scripts if s in QUICK] if quick else scripts:
-        print(f"\n== {name}", flush=True)
-        arguments = QUICK[name] if quick else []
-        if subprocess.run([sys.executable, "-m", f"tests.benchmarks.{name}", *arguments], check=False).returncode:
-            failed.append(name)
+    if parser.parse_args().quick:
+        return int(not run("guard"))
+    failed = [name for name, arguments in SCRIPTS.items() if not run(name, *arguments)]
+    failed += [name for name, arguments in {"guard": ["--keep"], "report": []}.items() if not run(name, *arguments)]
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

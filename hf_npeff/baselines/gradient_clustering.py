@@ -1,0 +1,291 @@
+"""Gradient clustering: spherical k-means on sketched gradients of log p(ŷ|x), one factor an example.
+
+The rows come from the same hooks, sketch and loop as PEFs: an output head whose only "sample" is the prediction ŷ,
+under the `sampling` output factor of one row, has the row ∇log p(ŷ|x). A centroid is a known combination of rows,
+Σ a_i/‖a_i‖ over its cluster, so it lifts exactly, by one backward pass with the stored cotangents, and perturbs like a
+component.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.adapters import layout_of
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.baselines.method import MethodResult, check_enough
+from hf_npeff.data import Examples
+from hf_npeff.directions import ParameterDirection
+from hf_npeff.errors import IncompatibleSketchError
+from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
+from hf_npeff.fisher.heads import Outputs
+from hf_npeff.lifting import align, lift_exact
+from hf_npeff.store import PEFs
+
+
+@functools.cache
+def _certain(kind: type[Distribution]) -> type[Distribution]:
+    """The distribution with its likeliest outcome for every sample: scores are ∇log p(ŷ) by the logits."""
+    if issubclass(kind, Gaussian):
+        raise ValueError(
+            "the gradient of log p(ŷ|x) is zero for regression, whose prediction is the mode: gradient clustering "
+            "needs classes, labels or tokens"
+        )
+
+    class Certain(kind):  # type: ignore[valid-type,misc]
+        def scores(self, c: int, generator: torch.Generator, index: int) -> Tensor:
+            if issubclass(kind, Bernoulli):
+                score = (self.logits[index] > 0).to(self.p.dtype) - self.p[index]
+            else:
+                assert issubclass(kind, Softmax)
+                score = -self.p[index].clone()
+                score[self.logits[index].argmax()] += 1
+            return score[:, None].expand(-1, c)
+
+    return Certain
+
+
+class PredictionHead:
+    """An output head whose samples are always the prediction ŷ; everything else is the head's that it wraps."""
+
+    def __init__(self, head: Any):
+        self.head = head
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "head":  # not set yet, as while copying
+            raise AttributeError(name)
+        return getattr(self.head, name)
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+        """See `OutputHead`."""
+        outputs = self.head.outputs(model, batch)
+        return dataclasses.replace(outputs, distribution=_certain(outputs.distribution))
+
+
+def prediction_gradients(
+    analyzer: NPEFFAnalyzer, dataset: Any, *, like: PEFs | None = None, **arguments: Any
+) -> tuple[NPEFFAnalyzer, PEFs]:
+    """The sketched gradient of log p(ŷ|x) of every example, as PEFs of one row.
+
+    Args:
+        analyzer: of the model.
+        dataset: as for `NPEFFAnalyzer.compute_pefs`.
+        like: PEFs whose sketch is used; by default the analyzer's own settings choose one.
+        **arguments: of `NPEFFAnalyzer.compute_pefs`.
+
+    Returns:
+        The analyzer that made them, which lifts them too, and the PEFs: `factors` (n, 1, d) unit rows, signs kept.
+
+    Raises:
+        ValueError: if the model predicts numbers, whose log-likelihood has no gradient at the prediction.
+        IncompatibleSketchError: if the model does not have the parameters of `like`.
+    """
+    config = dataclasses.replace(analyzer.fisher if like is None else like.config, rank=1, output_factor="sampling")
+    other = NPEFFAnalyzer(analyzer.model, analyzer.processing_class, fisher=config, task=PredictionHead(analyzer.head))
+    other.revision = analyzer.revision
+    pefs = other.compute_pefs(dataset, **arguments)
+    if like is not None and pefs.fingerprint != like.fingerprint:
+        raise IncompatibleSketchError(
+            f"the gradients' sketch {pefs.fingerprint} is not that of like=, {like.fingerprint}: the model has other "
+            "parameters under analysis"
+        )
+    return other, pefs
+
+
+class GradientClustering:
+    """Spherical k-means: unit centroids μ_j that maximise Σ_i max_j ⟨a_i, μ_j⟩ over unit rows a_i.
+
+    scikit-learn's k-means gives each start, spherical steps (centroids back to unit norm) finish it, the best is kept.
+
+    Args:
+        n_clusters: r.
+        n_restarts: independent starts.
+        max_iterations: spherical steps of one start.
+        seed: of the starts.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(self, n_clusters: int = 16, *, n_restarts: int = 10, max_iterations: int = 100, seed: int = 0):
+        if min(n_clusters, n_restarts, max_iterations) < 1:
+            raise ValueError("n_clusters, n_restarts and max_iterations must be at least 1")
+        self.n_clusters = n_clusters
+        self.n_restarts = n_restarts
+        self.max_iterations = max_iterations
+        self.seed = seed
+
+    def fit(self, gradients: PEFs) -> GradientClusters:
+        """Cluster gradients, PEFs of one row each; zero gradients belong to no cluster.
+
+        Raises:
+            ValueError: if the PEFs have several rows, or there are fewer non-zero gradients than clusters.
+            ModuleNotFoundError: if scikit-learn is not installed.
+        """
+        if gradients.rank != 1:
+            raise ValueError(
+                f"gradient clustering takes one row an example, but these PEFs have {gradients.rank}; make them with "
+                "prediction_gradients"
+            )
+        rows = gradients.factors[:, 0].to(torch.promote_types(gradients.factors.dtype, torch.float32))
+        some = rows.norm(dim=1) > 0
+        X = rows[some]
+        check_enough(len(X), self.n_clusters, "n_clusters")
+        centroids = max((self._start(X, restart) for restart in range(self.n_restarts)), key=lambda C: _objective(X, C))
+        soft = rows @ centroids.T
+        assignments = torch.where(some, soft.argmax(1), -1)
+        order = torch.argsort(
+            torch.bincount(assignments[some], minlength=self.n_clusters), descending=True, stable=True
+        )
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        assignments = torch.where(some, place[assignments.clamp_min(0)], -1)
+        return GradientClusters(centroids[order], soft[:, order], assignments, gradients)
+
+    def _start(self, X: Tensor, restart: int) -> Tensor:
+        from sklearn.cluster import KMeans
+
+        found = KMeans(self.n_clusters, n_init=1, random_state=self.seed * 1009 + restart).fit(X.numpy())
+        C = nn.functional.normalize(torch.from_numpy(found.cluster_centers_).to(X.dtype), dim=1)
+        before = torch.full((len(X),), -1)
+        for _ in range(self.max_iterations):
+            cosines, now = (X @ C.T).max(1)
+            if torch.equal(now, before):
+                break
+            sums = torch.zeros_like(C).index_add_(0, now, X)
+            empty = sums.norm(dim=1) == 0
+            worst = torch.argsort(cosines)[: int(empty.sum())]
+            sums[empty] = X[worst]  # an empty cluster starts again from the examples that fit worst
+            C, before = nn.functional.normalize(sums, dim=1), now
+        return C
+
+
+def _objective(X: Tensor, C: Tensor) -> float:
+    return float((X @ C.T).amax(1).sum())
+
+
+class GradientClusters:
+    """Clusters of gradients.
+
+    Attributes:
+        centroids: (r, d) unit rows, the largest cluster first.
+        soft: (n, r), cosine of every gradient with every centroid; 0 for a zero gradient.
+        assignments: (n,), the cluster of every example; −1 for a zero gradient.
+        gradients: what was clustered.
+    """
+
+    def __init__(self, centroids: Tensor, soft: Tensor, assignments: Tensor, gradients: PEFs):
+        self.centroids = centroids
+        self.soft = soft
+        self.assignments = assignments
+        self.gradients = gradients
+
+    @property
+    def hard(self) -> Tensor:
+        """(n, r), 1 for an example's own cluster."""
+        return (self.assignments[:, None] == torch.arange(len(self.centroids))).to(self.soft.dtype)
+
+    @property
+    def excluded(self) -> list[str]:
+        """Ids of the examples whose gradient is zero, which belong to no cluster."""
+        return [self.gradients.example_ids[i] for i in (self.assignments < 0).nonzero()[:, 0].tolist()]
+
+    def combination(self) -> Tensor:
+        """(r, n, 1): centroids as combinations of the *unscaled* gradients, Σ_{i in j} a_i/‖a_i‖."""
+        norms = self.gradients.norms.double().sqrt()  # ‖aᵀa‖_F = ‖a‖²
+        weights = torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0.0)
+        return (self.hard.double() * weights[:, None]).T[..., None]
+
+    def lift(
+        self, analyzer: NPEFFAnalyzer, clusters: Sequence[int], dataset: Any, *, batch_size: int = 8
+    ) -> list[ParameterDirection]:
+        """Centroids as unit directions in the parameters, exactly.
+
+        Args:
+            analyzer: the one that `prediction_gradients` returned with the gradients.
+            clusters: their numbers.
+            dataset: the one the gradients came from.
+            batch_size: examples of a forward pass.
+
+        Raises:
+            IndexError: if a cluster does not exist.
+            ValueError: if the dataset is another, or the gradients were made elsewhere.
+        """
+        if bad := [j for j in clusters if not 0 <= j < len(self.centroids)]:
+            raise IndexError(f"there are {len(self.centroids)} clusters, numbered from 0; {bad} do not exist")
+        return lift_combinations(
+            analyzer, self.gradients, dataset, self.combination()[list(clusters)], batch_size, {"method": "centroid"}
+        )
+
+    def result(
+        self,
+        analyzer: NPEFFAnalyzer | None = None,
+        dataset: Any = None,
+        *,
+        hard: bool = False,
+        seconds: float = float("nan"),
+    ) -> MethodResult:
+        """The clusters as a row; with an analyzer and the dataset, centroids can be lifted."""
+        lifts = None if analyzer is None else functools.partial(self._lifted, analyzer, dataset)
+        sizes = torch.bincount(self.assignments[self.assignments >= 0], minlength=len(self.centroids)).tolist()
+        name = f"gradient clustering, {'hard' if hard else 'soft'}"
+        facts = {"sizes": sizes, "zero_gradients": self.excluded}
+        return MethodResult(name, self.hard if hard else self.soft, seconds, lifts, facts)
+
+    def _lifted(self, analyzer: NPEFFAnalyzer, dataset: Any, clusters: Sequence[int]) -> list[ParameterDirection]:
+        return self.lift(analyzer, clusters, dataset)
+
+
+def lift_combinations(
+    analyzer: NPEFFAnalyzer,
+    pefs: PEFs,
+    dataset: Any,
+    coefficients: Tensor,
+    batch_size: int,
+    facts: Mapping[str, Any],
+) -> list[ParameterDirection]:
+    """Combinations (m, n, c) of unscaled rows as unit directions in the parameters.
+
+    Raises:
+        ValueError: if the rows were made elsewhere, or the dataset is another.
+    """
+    if pefs.cotangents is None:
+        raise ValueError("these rows were made elsewhere and hold no cotangents, so they cannot be lifted")
+    examples = align(Examples(dataset, analyzer.processing_class), pefs.example_ids, pefs.content_hashes)
+    with analyzer._at_work() as work:
+        found = lift_exact(work, examples, pefs.cotangents, coefficients, batch_size)
+    maps = {m.parameter: m for m in analyzer.maps}
+    shapes = {name: p.shape for name, p in analyzer.model.named_parameters(remove_duplicate=False)}
+    directions = []
+    for deltas in found:
+        weights = {
+            name: (maps[name].as_weight(value) if name in maps else value.reshape(shapes[name])).contiguous()
+            for name, value in deltas.items()
+        }
+        layouts = {name: layout_of(analyzer.model, name) for name in weights}
+        directions.append(ParameterDirection(weights, layouts, {**analyzer._facts(), **facts}))
+    return directions
+
+
+def gradient_clustering(
+    analyzer: NPEFFAnalyzer,
+    dataset: Any,
+    n_clusters: int,
+    *,
+    like: PEFs | None = None,
+    seed: int = 0,
+    n_restarts: int = 10,
+    batch_size: int = 8,
+) -> list[MethodResult]:
+    """Gradients, clusters, and both rows of the table: soft and hard assignments."""
+    started = time.perf_counter()
+    other, gradients = prediction_gradients(analyzer, dataset, like=like, batch_size=batch_size)
+    clusters = GradientClustering(n_clusters, seed=seed, n_restarts=n_restarts).fit(gradients)
+    seconds = time.perf_counter() - started
+    return [clusters.result(other, dataset, hard=hard, seconds=seconds) for hard in (False, True)]

@@ -1,0 +1,145 @@
+"""Commands that act: move the weights along a component, publish what was found."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hf_npeff.options import (
+    BatchSize,
+    Data,
+    DataOptions,
+    Fishers,
+    Found,
+    Model,
+    ModelOptions,
+    Output,
+    Result,
+    analyzer_for,
+    command,
+    read_data,
+    read_decomposition,
+    table,
+    write_result,
+)
+
+
+@command
+def perturb(
+    decomposition: Found,
+    pefs: Fishers,
+    model: Model,
+    data: Data,
+    component: Annotated[int, typer.Option(help="Its number.")],
+    output: Output,
+    loading: ModelOptions,
+    reading: DataOptions,
+    rank: Annotated[int, typer.Option(help="Of the adapter's matrices.")] = 1,
+    kind: Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Of adapter.")] = "lora",
+    method: Annotated[
+        Literal["exact", "adjoint", "compressed_sensing"], typer.Option(help="How the component is lifted.")
+    ] = "exact",
+    top_examples: Annotated[int | None, typer.Option(help="Lift from this many examples only.")] = None,
+    target_kl: Annotated[float, typer.Option(help="Nats on the top examples that the step is to reach.")] = 0.5,
+    scale: Annotated[float | None, typer.Option(help="A given step instead.")] = None,
+    n_top: Annotated[int, typer.Option(help="Top examples to measure.")] = 16,
+    n_others: Annotated[int, typer.Option(help="Others to measure.")] = 64,
+    batch_size: BatchSize = 8,
+    seed: Annotated[int, typer.Option(help="Of the others, the random direction and the bootstrap.")] = 0,
+) -> Result:
+    """Switch a component off: lift it to the weights, measure the step, and write it as an adapter.
+
+    The folder gets `direction`, `adapter` (which PEFT loads) and report.json. PEFs and data are those of the
+    decomposition.
+
+    Example: `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
+    """
+    from hf_npeff.store import PEFs
+
+    found = read_decomposition(decomposition)
+    component = found.index_of(component)
+    fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
+    analyzer = analyzer_for(model, loading, found)
+    direction = analyzer.lift(
+        found, component, fishers, dataset, method=method, top_examples=top_examples, batch_size=batch_size
+    )
+    report = analyzer.evaluate_direction(
+        direction,
+        found,
+        component,
+        dataset,
+        target_kl=target_kl,
+        scale=scale,
+        n_top=n_top,
+        n_others=n_others,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    about: dict[str, Any] = {"report": report, "decomposition": found}
+    adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)
+    direction.save_pretrained(output / "direction", **about)
+    adapter.save_pretrained(output / "adapter")
+    write_result(output / "report.json", report.to_dict())
+    values = {"output": str(output), "retained_energy": adapter.retained_energy, **report.to_dict()}
+    effects = [("this step", report.best), ("the other sign", report.opposite), ("a random direction", report.random)]
+    rows = [
+        (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", f"{e.top_flips:.0%}")
+        for name, e in effects
+        if e is not None
+    ]
+    columns = ("", "step", "KL on top", "KL on others", "ratio", "top flips")
+    title = f"{found[component].label}: in {output}; the adapter keeps {adapter.retained_energy:.0%} of the direction"
+    return Result(values, table(title, columns, rows), {"revision": analyzer.revision})
+
+
+_PUBLISHED = {
+    "direction": ("direction.safetensors", "config.json", "README.md"),
+    "adapter": ("adapter_model.safetensors", "adapter_config.json", "README.md"),
+}
+
+
+@command
+def push(
+    folder: Annotated[Path, typer.Argument(help="Of a decomposition, PEFs, a direction or an adapter.")],
+    repo: Annotated[str, typer.Argument(help="The repository on the Hub, user/name; made where it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Only in a private repository.")] = False,
+    include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the examples' texts too.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="The commit's title.")] = None,
+) -> Result:
+    """Publish a folder on the Hub. Texts stay here unless they are asked for.
+
+    Examples:
+    - `hf-npeff push runs/components user/npeff-distilgpt2`
+    - `hf-npeff push runs/off-3/adapter user/distilgpt2-without-3 --private`
+    """
+    from hf_npeff.cards import said_on_card
+    from hf_npeff.hub import push_folder
+    from hf_npeff.store import PEFs
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    where: dict[str, Any] = {"private": private or None, "revision": revision, "create_pr": create_pr}
+    where["commit_message"] = message
+    contents: dict[str, Any] = {"include_texts": include_texts, **said_on_card(folder)}
+    if (folder / "decomposition.safetensors").is_file():
+        kind, url = "decomposition", read_decomposition(str(folder)).push_to_hub(repo, **where, **contents)
+    elif (folder / "manifest.json").is_file():
+        kind, url = "pefs", PEFs.from_pretrained(folder).push_to_hub(repo, **where, **contents)
+    else:
+        kind = next((name for name, files in _PUBLISHED.items() if (folder / files[0]).is_file()), "")
+        if not kind:
+            raise ValueError(f"{folder} holds no decomposition, PEFs, direction or adapter")
+        with tempfile.TemporaryDirectory() as published:
+            for path in filter(Path.is_file, (folder / name for name in _PUBLISHED[kind])):
+                shutil.copy(path, published)
+            card = Path(published) / "README.md"
+            if card.is_file():  # its code loads from the folder that it lies in
+                card.write_text(card.read_text(encoding="utf-8").replace('"."', f'"{repo}"'), encoding="utf-8")
+            url = push_folder(published, repo, **where)
+    return Result({"kind": kind, "url": url}, url)

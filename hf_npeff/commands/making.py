@@ -1,0 +1,136 @@
+"""Commands that make something new of a model and a data set: PEFs, and their decomposition."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.options import (
+    Data,
+    DataOptions,
+    Fishers,
+    MaybeOutput,
+    Model,
+    ModelOptions,
+    Output,
+    Result,
+    analyzer_for,
+    command,
+    read_data,
+)
+
+
+@command
+def demo(
+    queries: Annotated[int, typer.Option(help="Prompts a relation; there are eight.")] = 28,
+    rank: Annotated[int, typer.Option(help="Rows kept per example.")] = 8,
+    components: Annotated[int, typer.Option(help="Components of the decomposition.")] = 14,
+    seed: Annotated[int, typer.Option(help="Of prompts, sketch and starts.")] = 0,
+    output: Output = Path("runs/demo"),
+) -> Result:
+    """Find the components of SmolLM2 on word relations, and switch one of them off.
+
+    Example: `hf-npeff demo --queries 16`
+    """
+    from hf_npeff.demo import run
+
+    run(queries=queries, rank=rank, components=components, seed=seed, output_dir=output)
+    return Result({"output": str(output)}, f"Everything is in {output}.")
+
+
+@command
+def compute(
+    model: Model,
+    data: Data,
+    loading: ModelOptions,
+    reading: DataOptions,
+    fisher: FisherConfig,
+    output: MaybeOutput = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="What to keep beside the rows; all by default. Repeat for several.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Examples of a batch, or auto.")] = "8",
+    shard_size: Annotated[int, typer.Option(help="Examples of a file.")] = 1024,
+    resume: Annotated[bool, typer.Option(help="Go on with what the folder holds.")] = True,
+    on_error: Annotated[
+        str, typer.Option(help="Examples for which the model gives NaN: raise stops, skip leaves them out.")
+    ] = "raise",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it will cost, and stop.")] = False,
+) -> Result:
+    """Compute the per-example Fishers (PEFs) of a data set, into a folder.
+
+    Examples:
+    - `hf-npeff compute distilbert/distilgpt2 prompts.txt -o runs/pefs --dry-run`
+    - `hf-npeff compute distilbert/distilgpt2 prompts.jsonl -o runs/pefs --target-modules '.*mlp.*' --rank 8`
+    - `hf-npeff compute user/bert-mnli nyu-mll/glue --subset mnli --split validation_matched -o runs/mnli`
+    - `hf-npeff compute --config runs/pefs/run.yaml -o runs/again`
+    """
+    if output is None and not dry_run:
+        raise typer.BadParameter("PEFs need a folder", param_hint="--output")
+    if batch_size != "auto" and not batch_size.isdecimal():
+        raise typer.BadParameter("expected a whole number or auto", param_hint="--batch-size")
+    if on_error not in ("raise", "skip"):
+        raise typer.BadParameter("expected raise or skip", param_hint="--on-error")
+    dataset = read_data(data, reading)
+    analyzer = analyzer_for(model, loading, fisher)
+    if dry_run:
+        cost = analyzer.estimate(dataset)
+        return Result(asdict(cost) | {"flops": cost.flops}, str(cost))
+    pefs = analyzer.compute_pefs(
+        dataset,
+        output,
+        batch_size="auto" if batch_size == "auto" else int(batch_size),
+        columns=columns or None,
+        resume=resume,
+        shard_size=shard_size,
+        on_error="skip" if on_error == "skip" else "raise",
+    )
+    values = {
+        "output": str(output),
+        "model": pefs.info.get("model"),
+        "revision": analyzer.revision,
+        "examples": len(pefs),
+        "skipped": pefs.info.get("skipped", []),
+        "rank": pefs.rank,
+        "dim": pefs.dim,
+        "bytes": pefs.nbytes,
+        "sketch": pefs.sketch().kind,
+        "sketch_error": pefs.sketch_error,
+        "fingerprint": pefs.fingerprint,
+    }
+    return Result(values, f"{pefs!r}\nin {output}", {"revision": analyzer.revision})
+
+
+@command
+def decompose(
+    pefs: Fishers,
+    output: Output,
+    decomposition: DecompositionConfig,
+    validation: Annotated[str | None, typer.Option(help="Held-out PEFs, to stop early.")] = None,
+) -> Result:
+    """Decompose PEFs into components, into a folder.
+
+    Example: `hf-npeff decompose runs/pefs -o runs/components --n-components 32`
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    from hf_npeff.decomposition.estimator import NPEFF
+    from hf_npeff.store import PEFs
+
+    held_out = None if validation is None else PEFs.from_pretrained(validation)
+    estimator = NPEFF.from_config(decomposition, progress=not are_progress_bars_disabled())
+    found = estimator.fit(PEFs.from_pretrained(pefs), held_out)
+    found.save_pretrained(output)
+    values = {
+        "output": str(output),
+        "examples": len(found.example_ids),
+        "components": len(found),
+        "explained": found.explained,
+        "converged": found.converged,
+        "stability": found.stability.tolist(),
+    }
+    return Result(values, f"{found!r}\nin {output}; look at it with: hf-npeff components {output}")

@@ -1,0 +1,217 @@
+"""The command that writes the page on which components are explored."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hf_npeff.options import (
+    BatchSize,
+    DataOptions,
+    Found,
+    ModelOptions,
+    Result,
+    analyzer_for,
+    command,
+    read_data,
+    read_decomposition,
+)
+
+if TYPE_CHECKING:
+    from hf_npeff.components import Decomposition
+    from hf_npeff.positions import TokenAlignment
+
+_LIFTED_TOGETHER = 4
+
+
+@dataclass
+class _Measured:
+    """What is known of components beside the decomposition."""
+
+    alignments: Sequence[TokenAlignment] = ()
+    energies: dict[int, dict[str, float]] = field(default_factory=dict)
+    reports: dict[int, dict[str, Any]] = field(default_factory=dict)
+    adapters: dict[int, str] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of `Decomposition.to_html`."""
+        return {name: value for name, value in vars(self).items() if value}
+
+
+@command
+def report(
+    decomposition: Found,
+    loading: ModelOptions,
+    reading: DataOptions,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", "-o", help="The file to write; report.html in the decomposition's folder by default."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over what is there, without asking.")] = False,
+    texts: Annotated[bool, typer.Option(help="Put the examples' texts into the page.")] = True,
+    layout: Annotated[
+        Literal["tsne", "pca", "none"], typer.Option("--map", help="How the map of examples is made, if at all.")
+    ] = "tsne",
+    title: Annotated[str | None, typer.Option(help="Of the page; by default it has the model's name.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Another decomposition, to compare with.")] = None,
+    training: Annotated[Path | None, typer.Option(help="Folder of a training run with an NPEFFCallback.")] = None,
+    perturbation: Annotated[
+        list[Path] | None, typer.Option(help="A folder that perturb wrote. Repeat for several.")
+    ] = None,
+    pefs: Annotated[str | None, typer.Option(help="The PEFs, with --model and --data, to shade tokens.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's id on the Hub, or its folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="The data that was analysed.")] = None,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Lift every component, to see in which modules it lives.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="Top examples of each component to shade.")] = 12,
+    batch_size: BatchSize = 8,
+    space: Annotated[str | None, typer.Option(help="Push a static Space to this repository, user/name.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only in a private Space.")] = False,
+    include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the texts in the Space too.")] = False,
+) -> Result:
+    """Write one self-contained HTML file on which components are explored.
+
+    With `--pefs`, `--model` and `--data` the tokens of top examples are shaded by what they contribute. With `--space`
+    the folder `space` beside the page is written and pushed; texts stay out of it unless they are asked for.
+
+    Examples:
+    - `hf-npeff report runs/components`
+    - `hf-npeff report runs/components --perturbation runs/off-3 --compare runs/components-of-another-seed -o page.html`
+    - `hf-npeff report runs/components --pefs runs/pefs --model distilbert/distilgpt2 --data prompts.txt`
+    - `hf-npeff report runs/components --space user/components-of-distilgpt2`
+    """
+    given = [name for name, value in (("--pefs", pefs), ("--model", model), ("--data", data)) if value is not None]
+    if len(given) in (1, 2) or (modules and not given):
+        raise typer.BadParameter("--pefs, --model and --data go together: tokens and modules need all three")
+    folder = Path(decomposition) if Path(decomposition).is_dir() else Path()
+    page = folder / "report.html" if page is None else page
+    force = _may_write(page, space, force)
+    found = read_decomposition(decomposition)
+    settings: dict[str, Any] = {
+        "compare": None if compare is None else read_decomposition(compare),
+        "training": None if training is None else _checked_run(training, len(found)),
+        "layout": None if layout == "none" else layout,
+        "title": title,
+    }
+    measured, revision = _of_perturbations(perturbation or ()), None
+    if pefs is not None and model is not None and data is not None:
+        revision = _measure(measured, found, pefs, model, data, loading, reading, modules, top, batch_size)
+    found.to_html(page, **settings, **measured.arguments(), texts=texts, force=force)
+    size = page.stat().st_size
+    values: dict[str, Any] = {"page": str(page), "bytes": size, "space": None, "url": None}
+    shown = f"{page}: {size / 1e6:.1f} MB; open it in a browser"
+    if space is not None:
+        url = _publish(found, page.parent / "space", space, measured, settings, texts and include_texts, private)
+        values |= {"space": str(page.parent / "space"), "url": url}
+        shown += f"\n{page.parent / 'space'}: pushed to {url}"
+    return Result(values, shown, {} if revision is None else {"revision": revision})
+
+
+def _checked_run(folder: Path, r: int) -> Path:
+    """The folder of a training run, read once, so that what is wrong with it comes out before any work."""
+    from hf_npeff.report.training import read_run
+
+    read_run(folder, r)
+    return folder
+
+
+def _publish(
+    found: Decomposition,
+    place: Path,
+    repo: str,
+    measured: _Measured,
+    settings: dict[str, Any],
+    texts: bool,
+    private: bool,
+) -> str:
+    """Write the folder of a Space and push it; adapters that are on nobody else's disk are not mentioned."""
+    from hf_npeff.hub import is_hub_id
+    from hf_npeff.report.page import push_space, write_space
+
+    adapters = {j: where for j, where in measured.adapters.items() if is_hub_id(where)}
+    public = replace(measured, adapters=adapters)
+    with tempfile.TemporaryDirectory() as temporary:
+        page = found.to_html(Path(temporary) / "index.html", **settings, **public.arguments(), texts=texts)
+        write_space(place, page, found, settings["title"])
+    return push_space(place, repo, private=private or None)
+
+
+def _may_write(page: Path, space: str | None, force: bool) -> bool:
+    """Whether to write over what is there, the page or the folder of the Space; a person is asked.
+
+    Raises:
+        FileExistsError: if nobody can be asked, or the answer is no.
+        ValueError: if the Space's name is none.
+    """
+    from hf_npeff.hub import is_hub_id
+    from hf_npeff.report.page import check_free
+
+    if space is not None and not is_hub_id(space):
+        raise ValueError(f"--space takes the name of a repository on the Hub, user/name, but it is {space!r}")
+    paths = [page, *([page.parent / "space" / "index.html"] if space is not None else [])]
+    taken = [path for path in paths if path.is_file()]
+    if taken and not force and sys.stdin.isatty() and sys.stderr.isatty():
+        force = typer.confirm(f"{taken[0]} exists. Write over it?", err=True)
+    for path in paths:
+        check_free(path, force)
+    return force
+
+
+def _of_perturbations(folders: Sequence[Path]) -> _Measured:
+    """What `perturb` wrote: reports, where directions live, and where adapters are.
+
+    Raises:
+        OSError: if a folder is none of `perturb`.
+    """
+    from hf_npeff.directions import ParameterDirection
+    from hf_npeff.files import read_json
+    from hf_npeff.report.modules import energies_of
+
+    measured = _Measured()
+    for folder in folders:
+        if not (folder / "report.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no report.json; give a folder that `hf-npeff perturb` wrote")
+        found = read_json(folder / "report.json", None)
+        j = int(found["component"])
+        measured.reports[j] = found
+        if (folder / "direction").is_dir():
+            measured.energies[j] = energies_of(ParameterDirection.load(folder / "direction"))
+        if (folder / "adapter").is_dir():
+            measured.adapters[j] = str(folder / "adapter")
+    return measured
+
+
+def _measure(
+    measured: _Measured,
+    found: Decomposition,
+    pefs: str,
+    model: str,
+    data: str,
+    loading: ModelOptions,
+    reading: DataOptions,
+    modules: bool,
+    top: int,
+    batch_size: int,
+) -> str | None:
+    """Run the model over top examples, and lift components where their modules are wanted; the model's revision."""
+    from hf_npeff.report.modules import energies_of
+    from hf_npeff.store import PEFs
+
+    fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
+    analyzer = analyzer_for(model, loading, found)
+    measured.alignments = analyzer.token_alignments(found, fishers, dataset, n_top=top, batch_size=batch_size)
+    left = [j for j in range(len(found)) if j not in measured.energies] if modules else []
+    for start in range(0, len(left), _LIFTED_TOGETHER):
+        group = left[start : start + _LIFTED_TOGETHER]
+        for j, direction in zip(
+            group, analyzer.lift(found, group, fishers, dataset, batch_size=batch_size), strict=True
+        ):
+            measured.energies[j] = energies_of(direction)
+    return analyzer.revision

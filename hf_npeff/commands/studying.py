@@ -1,0 +1,300 @@
+"""Commands that run a study: every one writes result.json, table.md and figure.svg."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_npeff.config import FisherConfig
+from hf_npeff.options import (
+    Data,
+    DataOptions,
+    Model,
+    ModelOptions,
+    Output,
+    Result,
+    analyzer_for,
+    command,
+    read_data,
+)
+from hf_npeff.studies.settings import (
+    ComparisonConfig,
+    FactorsConfig,
+    InContextConfig,
+    PlantedConfig,
+    RatingsConfig,
+    SelectivityConfig,
+)
+
+if TYPE_CHECKING:
+    from hf_npeff.studies.factors import Attributes
+    from hf_npeff.studies.result import StudyResult
+
+AttributeColumns = Annotated[
+    list[str], typer.Option(help="A column of annotations. Repeat the option for several.", show_default=False)
+]
+Task = Annotated[str, typer.Argument(help="clinc150, snli, sst2, triviaqa or yahoo_answers_topics.")]
+
+
+def _written(result: StudyResult, folder: Path) -> Result:
+    from hf_npeff.studies.result import finite
+
+    result.write(folder)
+    return Result(finite(result.to_dict()), f"{result.table()}\n\nin {folder}")
+
+
+def _attributes(dataset: Any, names: list[str], min_count: int) -> Attributes:
+    from hf_npeff.data import records_of
+    from hf_npeff.studies.factors import Attributes
+
+    rows = list(records_of(dataset, None))
+    if missing := [name for name in names if all(name not in row for row in rows)]:
+        raise ValueError(f"no row has the columns {missing}; there are {sorted(rows[0])}")
+    return Attributes.from_columns({name: [row.get(name) for row in rows] for name in names}, min_count=min_count)
+
+
+@command
+def factors(
+    model: Model,
+    data: Data,
+    attributes: AttributeColumns,
+    loading: ModelOptions,
+    reading: DataOptions,
+    fisher: FisherConfig,
+    comparison: ComparisonConfig,
+    measured: FactorsConfig,
+    output: Output = Path("runs/factors"),
+) -> Result:
+    """Which annotated attributes do NPEFF and the baselines find?
+
+    Example: `hf-npeff study factors runs/model rows.jsonl --attributes intent --attributes slots -o runs/factors`
+    """
+    from hf_npeff.baselines.method import save_methods
+    from hf_npeff.studies.comparison import fit_methods
+    from hf_npeff.studies.factors import run_factors
+
+    dataset = read_data(data, reading)
+    annotated = _attributes(dataset, attributes, measured.min_count)
+    analyzer = analyzer_for(model, loading, fisher)
+    found = fit_methods(analyzer, dataset, comparison)
+    result = run_factors(found.methods, annotated, measured, seeds=found.seeds)
+    kept = found.decomposition
+    if kept is not None and kept.text_column is not None:  # for `study ratings`
+        save_methods(output, found.methods, kept.columns[kept.text_column])
+    return _written(result, output)
+
+
+@command
+def selectivity(
+    model: Model,
+    data: Data,
+    attributes: AttributeColumns,
+    loading: ModelOptions,
+    reading: DataOptions,
+    fisher: FisherConfig,
+    comparison: ComparisonConfig,
+    measured: FactorsConfig,
+    switching: SelectivityConfig,
+    output: Output = Path("runs/selectivity"),
+) -> Result:
+    """Whose features, when they are switched, move an attribute's examples and no others?
+
+    Example: `hf-npeff study selectivity runs/model rows.jsonl --attributes intent -o runs/selectivity`
+    """
+    from hf_npeff.studies.comparison import fit_methods
+    from hf_npeff.studies.factors import run_factors
+    from hf_npeff.studies.selectivity import run_selectivity
+
+    dataset = read_data(data, reading)
+    annotated = _attributes(dataset, attributes, measured.min_count)
+    analyzer = analyzer_for(model, loading, fisher)
+    found = fit_methods(analyzer, dataset, comparison)
+    scores = run_factors(found.methods, annotated, measured)
+    return _written(run_selectivity(analyzer, found.methods, dataset, annotated, scores, switching), output)
+
+
+@command
+def planted(
+    config_: PlantedConfig,
+    seeds: Annotated[int, typer.Option(help="Tasks with the seeds 0, 1, …")] = 5,
+    found_at: Annotated[float, typer.Option(help="The AUROC from which a cue counts as found.")] = 0.9,
+    output: Output = Path("runs/planted"),
+) -> Result:
+    """Which planted cues do NPEFF and the baselines find, in a model trained on labels that known cues make?
+
+    Example: `hf-npeff study planted --seeds 1 -o runs/planted`
+    """
+    from hf_npeff.studies.planted import run_planted
+
+    return _written(run_planted(config_, seeds=range(seeds), found_at=found_at), output)
+
+
+@command
+def ratings(
+    folder: Annotated[Path, typer.Argument(help="Of an exported rating study, or the one to write.")],
+    rated: RatingsConfig,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(help="What is rated: a decomposition, or what `study factors` left. Repeat for several."),
+    ] = None,
+    answers: Annotated[list[str] | None, typer.Option(help="A rater's file. Repeat for several.")] = None,
+    rater: Annotated[str | None, typer.Option(help="A chat model that rates too: an id, or a folder.")] = None,
+    remote: Annotated[bool, typer.Option(help="Ask the rater through the Hub's inference providers.")] = False,
+    output: Output = Path("runs/ratings"),
+) -> Result:
+    """Can people, or a language model, tell a component's examples from others?
+
+    With `--export` a form and a key are written; with `--answers` or `--rater` they are scored.
+
+    Examples:
+    - `hf-npeff study ratings runs/rating --export runs/factors`
+    - `hf-npeff study ratings runs/rating --answers answers-Ann.json --answers answers-Bo.json -o runs/ratings`
+    - `hf-npeff study ratings runs/rating --rater HuggingFaceTB/SmolLM2-1.7B-Instruct -o runs/ratings`
+    """
+    from hf_npeff.studies.raters import rate
+    from hf_npeff.studies.ratings import RatingStudy, score_ratings
+
+    if export:
+        made = _rating_study(export, rated)
+        made.export(folder)
+        text = f"{len(made.tasks)} tasks in {folder}: form.html is for raters, key.json is not"
+        return Result({"study": made.id, "tasks": len(made.tasks), "excluded": made.excluded}, text)
+    study = RatingStudy.load(folder)
+    given = [study.read_answers(Path(path)) for path in answers or ()]
+    if rater is not None:
+        given.append(rate(study, _chat(rater, remote), cache=folder / "cache"))
+    if not given:
+        raise typer.BadParameter("nothing to score: add --answers or --rater, or --export to make the tasks")
+    return _written(score_ratings(study, given), output)
+
+
+def _rating_study(names: list[str], rated: RatingsConfig) -> Any:
+    from hf_npeff.studies.ratings import RatingStudy
+
+    methods, texts = _read_methods(names[0])
+    for name in names[1:]:
+        further, others = _read_methods(name)
+        if others != texts:
+            raise ValueError(f"{name} is of other examples than {names[0]}: methods are rated on the same ones")
+        methods += further
+    return RatingStudy.make(methods, texts, rated)
+
+
+def _read_methods(name: str) -> tuple[list[Any], list[str]]:
+    """The methods that `study factors` left in a folder, or a decomposition as one, with the texts of the examples."""
+    from hf_npeff.baselines.method import MethodResult, load_methods
+    from hf_npeff.options import read_decomposition
+
+    if (kept := load_methods(Path(name))) is not None:
+        return kept
+    found = read_decomposition(name)
+    column = found.text_column
+    if column is None:
+        raise ValueError(f"{name} keeps no texts: raters need them")
+    return [MethodResult.of_decomposition(found, name=name)], found.columns[column]
+
+
+def _chat(model: str, remote: bool) -> Any:
+    from hf_npeff.studies.raters import InferenceChat, LocalChat
+
+    if remote:
+        from huggingface_hub import InferenceClient
+
+        return InferenceChat(InferenceClient(), model)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return LocalChat(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model), name=model)
+
+
+@command
+def in_context(
+    loading: ModelOptions,
+    fisher: FisherConfig,
+    asked: InContextConfig,
+    model: Annotated[str | None, typer.Option(help="Id or folder; SmolLM2-135M-Instruct by default.")] = None,
+    output: Output = Path("runs/in_context"),
+) -> Result:
+    """Which components appear as a language model is given more demonstrations?
+
+    Example: `hf-npeff study in_context --queries 5 --rank 4 -o runs/in_context`
+    """
+    from dataclasses import replace
+
+    from hf_npeff.analyzer import NPEFFAnalyzer
+    from hf_npeff.studies.in_context import run_in_context
+
+    if model is None:
+        from hf_npeff.demo import TARGETS, load_model
+
+        if fisher == replace(FisherConfig(), rank=fisher.rank, seed=fisher.seed):  # as the demo analyses it
+            fisher = replace(fisher, target_modules=TARGETS, sketch="two-stage", sketch_dim=16_384)
+        network, tokenizer = load_model()
+        if loading.device_map is not None:
+            network = network.to(loading.device_map)
+        analyzer = NPEFFAnalyzer(network, tokenizer, fisher=fisher)
+    else:
+        analyzer = analyzer_for(model, loading, fisher)
+    return _written(run_in_context(analyzer, asked), output)
+
+
+@command
+def ablations(
+    model: Model,
+    data: Data,
+    loading: ModelOptions,
+    reading: DataOptions,
+    fisher: FisherConfig,
+    measured: FactorsConfig,
+    grid: Annotated[Path | None, typer.Option(help="A grid file; the one that comes along by default.")] = None,
+    attributes: Annotated[
+        list[str] | None, typer.Option(help="A column of annotations. Repeat the option for several.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples of a forward pass.")] = 16,
+    output: Output = Path("runs/ablations"),
+) -> Result:
+    """What does every setting cost, and what does it do?
+
+    Example: `hf-npeff study ablations runs/model rows.jsonl --grid grid.yaml --attributes intent -o runs/ablations`
+    """
+    from importlib.resources import files
+
+    from hf_npeff.studies.ablations import read_grid, run_ablations
+
+    default = files("hf_npeff.studies").joinpath("grid.yaml")
+    points = read_grid((grid or default).read_text(encoding="utf-8"), fisher)
+    dataset = read_data(data, reading)
+    annotated = _attributes(dataset, attributes, measured.min_count) if attributes else None
+    analyzer = analyzer_for(model, loading, fisher)
+    result = run_ablations(analyzer, dataset, points, annotated, factors=measured, batch_size=batch_size)
+    return _written(result, output)
+
+
+@command
+def tasks(
+    name: Task,
+    model: Annotated[str, typer.Option(help="Any causal language model: its id on the Hub, or its folder.")],
+    loading: ModelOptions,
+    fisher: FisherConfig,
+    comparison: ComparisonConfig,
+    measured: FactorsConfig,
+    data: Annotated[str | None, typer.Option(help="Rows in the task's schema; the data set by default.")] = None,
+    max_examples: Annotated[int, typer.Option(help="The first ones that can be used.")] = 500,
+    output: Output = Path("runs/tasks"),
+) -> Result:
+    """Analyse a causal language model on TriviaQA, CLINC150, Yahoo Answers Topics, SNLI or SST-2.
+
+    Example: `hf-npeff study tasks snli --model distilbert/distilgpt2 --max-examples 1000 -o runs/snli`
+    """
+    from hf_npeff.studies.prompted import load_task, make_prompts, run_task
+
+    known = load_task(name)
+    rows = None if data is None else read_data(data, DataOptions())
+    prompts = make_prompts(known, rows, max_examples=max_examples)
+    analyzer = analyzer_for(model, loading, fisher)
+    return _written(run_task(analyzer, prompts, known, comparison, measured), output)
+
+
+STUDIES = (factors, selectivity, planted, ratings, in_context, ablations, tasks)
+"""In the order of the help."""

@@ -1,0 +1,113 @@
+"""One component of a decomposition, as a person looks at it: its top examples, and how much of the data it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_npeff.components import Decomposition
+
+ACTIVE_SHARE = 0.05
+"""A component is active on an example when it carries at least this share of its coefficients' sum."""
+
+
+@dataclass(frozen=True)
+class TopExamples:
+    """The examples with a component's largest coefficients, descending.
+
+    Attributes:
+        indices: positions among the analysed examples.
+        coefficients: W of each.
+        ids: their ids.
+        texts: their text, where a text column was kept, else None.
+        columns: {name: values} of everything kept.
+    """
+
+    indices: list[int]
+    coefficients: list[float]
+    ids: list[str]
+    texts: list[str] | None
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i in range(len(self)):
+            row = {name: values[i] for name, values in self.columns.items()}
+            yield {"index": self.indices[i], "coefficient": self.coefficients[i], "id": self.ids[i], **row}
+
+
+class Component:
+    """One component: a pseudo-Fisher vector and the examples that it explains."""
+
+    def __init__(self, decomposition: Decomposition, index: int):
+        self._decomposition = decomposition
+        self.index = index
+
+    @property
+    def name(self) -> str | None:
+        """What a person called it, or None."""
+        return self._decomposition.names.get(self.index)
+
+    @property
+    def label(self) -> str:
+        """Its name, or its number."""
+        return self.name or f"component {self.index}"
+
+    @property
+    def coefficients(self) -> Tensor:
+        """(n,) W of every example."""
+        return self._decomposition.coefficients[:, self.index]
+
+    @property
+    def pseudo_fisher(self) -> Tensor:
+        """(d,) unit g."""
+        return self._decomposition.pseudo_fishers[self.index]
+
+    @property
+    def stability(self) -> float:
+        """Mean best |cosine| with the components of other restarts of near-equal loss; NaN with one restart."""
+        return float(self._decomposition.stability[self.index])
+
+    @property
+    def active_share(self) -> float:
+        """Share of the examples on which it is active."""
+        W = self._decomposition.coefficients
+        total = W.sum(1)
+        return float(((self.coefficients > ACTIVE_SHARE * total) & (total > 0)).float().mean())
+
+    def top_examples(self, k: int = 10) -> TopExamples:
+        """The k examples with the largest coefficients.
+
+        Raises:
+            ValueError: if k is less than 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, but it is {k}")
+        decomposition = self._decomposition
+        values, order = torch.sort(self.coefficients, descending=True, stable=True)
+        indices = order[:k].tolist()
+        columns = {name: [v[i] for i in indices] for name, v in decomposition.columns.items()}
+        column = decomposition.text_column
+        return TopExamples(
+            indices,
+            values[:k].tolist(),
+            [decomposition.example_ids[i] for i in indices],
+            None if column is None else columns[column],
+            columns,
+        )
+
+    def __repr__(self) -> str:
+        facts = f"active on {self.active_share:.0%}, stability {self.stability:.2f}"
+        return f"Component({self.index}, {self.label!r}, {facts})"
+
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_component
+
+        return of_component(self)

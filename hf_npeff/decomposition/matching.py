@@ -1,0 +1,58 @@
+"""Which components of two decompositions correspond."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hf_npeff.components import Decomposition
+
+
+def similarities(first: Decomposition, second: Decomposition) -> tuple[str, Tensor]:
+    """What is compared, and the similarity (r, r′) of every pair of components.
+
+    Of shared examples (by content, where it is known, else by id) the correlation of coefficients; else the |cosine| of
+    pseudo-Fishers.
+
+    Raises:
+        ValueError: if they share neither two examples nor the sketch.
+    """
+    keys = [d.columns.get("content_hash", d.example_ids) for d in (first, second)]
+    places = [{key: i for i, key in enumerate(k)} for k in keys]
+    shared = [key for key in places[0] if key in places[1]]
+    if len(shared) > 1:
+        indices = [[at[key] for key in shared] for at in places]
+        W = [d.coefficients[where].double() for d, where in zip((first, second), indices, strict=True)]
+        unit = [torch.nn.functional.normalize(w - w.mean(0), dim=0) for w in W]
+        return f"correlation of coefficients over {len(shared)} examples", unit[0].T @ unit[1]
+    if first.fingerprint == second.fingerprint:
+        return "cosine of pseudo-Fishers", (first.pseudo_fishers.double() @ second.pseudo_fishers.double().T).abs()
+    raise ValueError("the two decompositions share neither examples nor the sketch: nothing can be compared")
+
+
+def matches(S: Tensor) -> list[tuple[int, int, float]]:
+    """(component of the first, component of the second, similarity), the most similar first.
+
+    One to one with the largest sum; without scipy greedily, the most similar pair first.
+
+    Args:
+        S: (r, r′), of every pair.
+    """
+    return sorted(((i, j, float(S[i, j])) for i, j in _assignment(S)), key=lambda pair: -pair[2])
+
+
+def _assignment(S: Tensor) -> list[tuple[int, int]]:
+    if find_spec("scipy") is not None:
+        from scipy.optimize import linear_sum_assignment
+
+        rows, columns = linear_sum_assignment(S.numpy(), maximize=True)
+        return list(zip(rows.tolist(), columns.tolist(), strict=True))
+    pairs, left = [], S.clone()
+    for _ in range(min(S.shape)):
+        i, j = divmod(int(left.argmax()), S.shape[1])
+        pairs.append((i, j))
+        left[i], left[:, j] = -math.inf, -math.inf
+    return pairs

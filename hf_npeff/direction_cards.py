@@ -1,0 +1,178 @@
+"""Model cards of directions in the weights, and of adapters that are made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_npeff.cards import CITATION, fact_rows, fill, metadata, model_link
+from hf_npeff.hub import LIBRARY
+from hf_npeff.markdown import TITLE, escaped, literal, number, percent, plain
+
+
+@dataclass(frozen=True)
+class DirectionFacts:
+    """What cards say of a direction in the weights, and of an adapter that is made from it.
+
+    Attributes:
+        base_model: the model's id or folder.
+        component: its number in the decomposition, or None for another direction.
+        revision: the model's commit.
+        name: what a person called the component.
+        top_examples: a line each; texts only where they may be published.
+        lift: how it was lifted to the weights, for people.
+        scale: the step that was measured, along the unit direction.
+        kl_top: mean KL(original ‖ perturbed) on its top examples, in nats.
+        kl_others: the same on other examples.
+        kl_random: the same for a random direction of the same size.
+        ratio: kl_top / kl_others.
+    """
+
+    base_model: str
+    component: int | None = None
+    revision: str | None = None
+    name: str | None = None
+    top_examples: Sequence[str] = ()
+    lift: str | None = None
+    scale: float | None = None
+    kl_top: float | None = None
+    kl_others: float | None = None
+    kl_random: float | None = None
+    ratio: float | None = None
+
+    @property
+    def effects(self) -> list[tuple[str, object]]:
+        """What was measured, for a table."""
+        values = {
+            "Step": self.scale,
+            "KL on its top examples": self.kl_top,
+            "KL on other examples": self.kl_others,
+            "KL of a random direction of the same size": self.kl_random,
+            "Ratio": self.ratio,
+        }
+        return [(name, None if value is None else number(value)) for name, value in values.items()]
+
+    def label(self, what: str) -> str:
+        """What it is, with the component's name."""
+        return what if self.name is None else f"{what} ({plain(self.name, TITLE)})"
+
+
+def adapter_card(
+    about: DirectionFacts,
+    *,
+    kind: str = "LoRA",
+    rank: int | None = None,
+    retained_energy: float | None = None,
+    auto_class: str = "AutoModel",
+    repo_id: str | None = None,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+) -> str:
+    """README.md of a direction saved as an adapter.
+
+    Args:
+        about: the direction.
+        kind: "LoRA" or "SHiRA", which PEFT loads, or "dense", which `ParameterDirection.from_pretrained` does.
+        rank: of the adapter's matrices.
+        retained_energy: share of the direction's squared norm that the adapter keeps.
+        auto_class: transformers' class that loads the model.
+        repo_id: where the adapter will be found; None for a folder, whose code runs in that folder.
+        datasets: ids of the data sets that the examples are from.
+        license: an identifier of the Hub.
+
+    Raises:
+        ValueError: if the license, a data set's id or `auto_class` is malformed.
+    """
+    if not auto_class.isidentifier():
+        raise ValueError(f"auto_class must be the name of a class of transformers, but it is {auto_class!r}")
+    facts = [
+        ("Commit of the base model", about.revision),
+        ("Lifted by", about.lift),
+        ("Kind", kind),
+        ("Rank", rank),
+        ("Energy of the direction that it keeps", None if retained_energy is None else percent(retained_energy)),
+        *about.effects,
+    ]
+    what = "direction" if about.component is None else f"component {about.component}"
+    label = about.label(what)
+    library = LIBRARY if kind == "dense" else "peft"
+    return fill(
+        "adapter",
+        front_matter=metadata("npeff-adapter", about.base_model, datasets, license, library),
+        title=escaped(f"NPEFF {label} as an adapter"),
+        what=escaped(label[0].upper() + label[1:]),
+        kind=f"a {escaped(kind)} adapter",
+        model=model_link(about.base_model, about.revision),
+        examples=_example_lines(about.top_examples),
+        facts=fact_rows(facts),
+        load_code="\n".join(_adapter_code(about, kind, auto_class, "." if repo_id is None else repo_id)),
+        citation=CITATION,
+    )
+
+
+def _adapter_code(about: DirectionFacts, kind: str, auto_class: str, where: str) -> list[str]:
+    """Lines that load the base model with the adapter."""
+    pinned = "" if about.revision is None else f", revision={literal(about.revision)}"
+    model = f"model = {auto_class}.from_pretrained({literal(about.base_model)}{pinned})"
+    if kind != "dense":
+        return [
+            "from peft import PeftModel",
+            f"from transformers import {auto_class}",
+            "",
+            model,
+            f"model = PeftModel.from_pretrained(model, {literal(where)})",
+        ]
+    return [
+        f"from transformers import {auto_class}",
+        "",
+        "from hf_npeff import ParameterDirection",
+        "",
+        model,
+        f"direction = ParameterDirection.from_pretrained({literal(where)})",
+        'with direction.applied_to(model, direction.info["scale"]):',
+        "    ...  # the model as this adapter makes it",
+    ]
+
+
+def direction_card(
+    about: DirectionFacts,
+    *,
+    kind: str | None = None,
+    repo_id: str | None = None,
+    datasets: Sequence[str] = (),
+    license: str | None = None,
+) -> str:
+    """README.md of a direction in weight space.
+
+    Args:
+        about: the direction.
+        kind: of direction, for people.
+        repo_id: where it will be found; None for a folder, whose code runs in that folder.
+        datasets: ids of the data sets that the examples are from.
+        license: an identifier of the Hub.
+
+    Raises:
+        ValueError: if the license or a data set's id is malformed.
+    """
+    code = [
+        "from hf_npeff import ParameterDirection",
+        "",
+        f"direction = ParameterDirection.from_pretrained({literal('.' if repo_id is None else repo_id)})",
+    ]
+    facts = [("Commit of the base model", about.revision), ("Kind", kind), ("Lifted by", about.lift), *about.effects]
+    label = about.label("direction" if about.component is None else f"component {about.component}")
+    return fill(
+        "direction",
+        front_matter=metadata("npeff-direction", about.base_model, datasets, license),
+        title=escaped(f"NPEFF {label} in the weights"),
+        what=escaped(label[0].upper() + label[1:]),
+        model=model_link(about.base_model, about.revision),
+        examples=_example_lines(about.top_examples),
+        facts=fact_rows(facts),
+        load_code="\n".join(code),
+        citation=CITATION,
+    )
+
+
+def _example_lines(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {escaped(line) or '–'}" for line in lines[:20]) or "None are published with it."

@@ -1,0 +1,352 @@
+"""What a model's head predicts, and at which positions: the tasks of transformers, and the protocol for other heads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
+from hf_npeff.fisher.sharded import is_sharded
+
+
+@dataclass
+class HeadJacobian:
+    """J_head (k×h) of every term, as two thin products: logits = f(U z), J_head = diag(f′(U z)) U.
+
+    Attributes:
+        weight: U (k, h).
+        slope: f′ (N, k), or None where f is the identity.
+    """
+
+    weight: Tensor
+    slope: Tensor | None = None
+
+    def push(self, Q: Tensor) -> Tensor:
+        """J_head Q: (N, h, m) → (N, k, m)."""
+        Y = (Q.mT @ self.weight.T).mT
+        return Y if self.slope is None else self.slope[..., None] * Y
+
+    def pull(self, Y: Tensor) -> Tensor:
+        """J_headᵀ Y: (N, k, m) → (N, h, m)."""
+        Y = Y if self.slope is None else self.slope[..., None] * Y
+        return (Y.mT @ self.weight).mT
+
+
+@dataclass
+class Outputs:
+    """One forward pass as its head sees it: B examples with up to t terms each.
+
+    Attributes:
+        source: (B, t, s) in the autograd graph, where cotangents enter: the logits (s = k), or the hidden state that
+            the output embedding reads (s = h).
+        logits: (B, t, k), detached, float32 or wider.
+        valid: (B, t) bool; False where an example has fewer terms.
+        distribution: of every term.
+        jacobian: J_head, or None where it is unknown and the identity stands in.
+        at_hidden: whether `source` is the hidden state.
+        several: whether examples of the data set may have several terms; their rows are then reduced to `rank` in
+            every batch, also in one whose examples have a single term each.
+    """
+
+    source: Tensor
+    logits: Tensor
+    valid: Tensor
+    distribution: type[Distribution]
+    jacobian: HeadJacobian | None = None
+    at_hidden: bool = False
+    several: bool = False
+
+
+@runtime_checkable
+class OutputHead(Protocol):
+    """The one protocol to implement for a head that hf_npeff does not know; pass the object as `task=`.
+
+    `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts.
+    `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds.
+    """
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+        """Run the model on a batch."""
+
+
+HEADLESS = "sequence-classification, token-classification, question-answering, multiple-choice, masked-lm, causal-lm, \
+seq2seq-lm, image-classification"
+
+_TASK_OF_CLASS = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+    "ForMaskedLM": "masked-lm",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq-lm",
+    "ForImageClassification": "image-classification",
+}
+_VOCABULARY_TASKS = ("masked-lm", "causal-lm", "seq2seq-lm")
+_CLASSIFIER_NAMES = ("score", "classifier", "classification_head", "qa_outputs", "classifier.out_proj",
+                     "classification_head.out_proj", "classifier.dense")  # fmt: skip
+
+
+def task_of_class(name: str) -> str | None:
+    """The task that a model class's name tells, for instance "causal-lm" for LlamaForCausalLM."""
+    return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT or data-parallel wrapper."""
+    while hasattr(model, "get_base_model") or hasattr(model, "module"):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model.module  # type: ignore[operator,assignment]
+    return model
+
+
+def head_of(model: nn.Module, task: str | OutputHead | None, positions: str, under_analysis: set[str]) -> OutputHead:
+    """The output head of a transformers model.
+
+    Args:
+        model: any transformers model, PEFT-wrapped or not.
+        task: None to read it off the model's class, its name, or an object with the `OutputHead` protocol.
+        positions: see `FisherConfig`.
+        under_analysis: modules whose gradients are wanted; cotangents enter behind all of them.
+
+    Raises:
+        UnsupportedModelError: if the head is not one of the known ones.
+        ValueError: if `positions` makes no sense for the task.
+    """
+    if task is not None and not isinstance(task, str):
+        if not isinstance(task, OutputHead):
+            raise ValueError(f"task must be a name ({HEADLESS}) or an object with an `outputs` method, not {task!r}")
+        return task
+    base = base_of(model)
+    found = task or task_of_class(type(base).__name__)
+    if found is None or found not in _TASK_OF_CLASS.values():
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {HEADLESS}). "
+            "Load the model with such a head, or pass as `task` an object with the hf_npeff.OutputHead protocol: "
+            "outputs(model, batch) -> Outputs, which says where cotangents enter, the logits, and their distribution."
+        )
+    return TransformersHead(base, found, positions, under_analysis)
+
+
+class TransformersHead:
+    """`OutputHead` for the heads of transformers.
+
+    Attributes:
+        takes: the inputs that are of use to it; others need not fit into a batch.
+    """
+
+    def __init__(self, model: nn.Module, task: str, positions: str, under_analysis: set[str]):
+        config: Any = model.config
+        self.task = task
+        self.positions = positions
+        self.config = config
+        self.distribution: type[Distribution] = Softmax
+        self.takes = {*inspect.signature(model.forward).parameters, "labels"}
+        self._names = {id(m): name for name, m in model.named_modules()}
+        if task == "sequence-classification":
+            kind = getattr(config, "problem_type", None)
+            if kind == "regression" or (kind is None and config.num_labels == 1):
+                self.distribution = Gaussian
+            elif kind == "multi_label_classification":
+                self.distribution = Bernoulli
+        if task not in (*_VOCABULARY_TASKS, "token-classification") and positions not in ("auto", "last"):
+            raise ValueError(f"positions={positions!r} makes no sense for {task}, which predicts once; use 'auto'")
+        if positions == "last" and task in ("masked-lm", "token-classification"):
+            raise ValueError(f"positions='last' makes no sense for {task}; use 'auto', 'labels' or 'all'")
+        self.embedding = self._embedding(model) if task in _VOCABULARY_TASKS else None
+        inside = self.embedding is not None and any(
+            name.split(".")[-1:] == self._name(self.embedding).split(".")[-1:]
+            and name.endswith(self._name(self.embedding))
+            for name in under_analysis
+        )
+        self.at_hidden = self.embedding is not None and not inside
+        self.metric = None if self.embedding is not None else self._classifier(model)
+        self._mask_token: int | None = None
+
+    def _name(self, module: nn.Module) -> str:
+        return self._names.get(id(module), "")
+
+    @staticmethod
+    def _embedding(model: nn.Module) -> nn.Linear | None:
+        embedding = getattr(model, "get_output_embeddings", lambda: None)()
+        return embedding if isinstance(embedding, nn.Linear) else None
+
+    def _classifier(self, model: nn.Module) -> nn.Linear | None:
+        modules = dict(model.named_modules())
+        for name in _CLASSIFIER_NAMES:
+            module = modules.get(name)
+            if isinstance(module, nn.Linear) and module.out_features == getattr(self.config, "num_labels", None):
+                return module
+        return None
+
+    def use_mask_token(self, token: int | None) -> None:
+        """Which input id marks the positions that a masked LM predicts."""
+        self._mask_token = token
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+        """Run the model and gather the logits of every term.
+
+        Raises:
+            UnsupportedModelError: if the model returns no logits.
+            ValueError: if labels are missing for `positions="labels"`, or an example has nothing to predict.
+        """
+        arguments = self._arguments(model, batch)
+        if self.embedding is not None:
+            index, valid = self._select(arguments, batch)
+            return self._vocabulary_outputs(model, arguments, index, valid)
+        result = model(**arguments)
+        if self.task == "question-answering":
+            return self._answer_outputs(result, batch)
+        logits = _logits_of(result)
+        if logits.dim() == 3:
+            index, valid = self._select(arguments, batch)
+            logits = _gather(logits, index)
+            several = self.several
+        else:
+            logits, valid = logits[:, None], torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
+            several = False
+        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        jacobian = None
+        if self.metric is not None and self.metric.out_features == wide.shape[-1]:
+            jacobian = HeadJacobian(_weight_of(self.metric, wide))
+        return Outputs(logits, wide, valid, self.distribution, jacobian, several=several)
+
+    @property
+    def several(self) -> bool:
+        """Whether an example may have several terms, as many as it has counted positions."""
+        return self.positions in ("labels", "all") or self.task in ("masked-lm", "token-classification")
+
+    def _arguments(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {k: v for k, v in batch.items() if k in self.takes and k != "labels"}
+        if self.task == "seq2seq-lm" and "decoder_input_ids" not in arguments:
+            if "labels" in batch:
+                base: Any = base_of(model)
+                arguments["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+                counted = (batch["labels"] != -100).long()
+                arguments["decoder_attention_mask"] = counted.flip(1).cummax(1).values.flip(1)
+            else:
+                start = self.config.decoder_start_token_id
+                arguments["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
+        if "use_cache" in self.takes:
+            arguments["use_cache"] = False
+        if "return_dict" in self.takes:
+            arguments["return_dict"] = True
+        return arguments
+
+    def _select(self, arguments: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Positions of the terms (B, t) and which of them exist."""
+        decoder = self.task == "seq2seq-lm"
+        ids = arguments.get("decoder_input_ids" if decoder else "input_ids")
+        if ids is None:
+            ids = arguments["inputs_embeds"][..., 0]
+        attention = arguments.get("decoder_attention_mask" if decoder else "attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if attention is None else attention.bool()
+        rule = self.positions
+        if rule == "auto":
+            rule = {"masked-lm": "mask", "token-classification": "labels" if "labels" in batch else "all"}.get(
+                self.task, "last"
+            )
+            if rule == "mask" and self._mask_token is None:
+                rule = "labels"
+        if rule == "last":
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            last = torch.where(real, positions, -1).amax(1)
+            return last[:, None], torch.ones_like(last[:, None], dtype=torch.bool)
+        if rule == "labels":
+            if "labels" not in batch:
+                raise ValueError("positions='labels' needs a `labels` column (−100 where nothing is counted)")
+            counted = batch["labels"] != -100
+            if self.task == "causal-lm":  # the label at t is predicted at t − 1
+                counted = F.pad(counted[:, 1:], (0, 1))
+        elif rule == "mask":
+            counted = ids == self._mask_token
+        else:
+            counted = real
+        counted = counted & real if not decoder else counted
+        return _packed(counted, rule)
+
+    def _vocabulary_outputs(
+        self, model: nn.Module, arguments: Mapping[str, Any], index: Tensor, valid: Tensor
+    ) -> Outputs:
+        """Logits of the counted positions only: the output embedding is handed nothing else to multiply."""
+        assert self.embedding is not None
+        seen: dict[str, Tensor] = {}
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen["hidden"] = _gather(args[0], index.to(args[0].device))
+            return (seen["hidden"], *args[1:])
+
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
+            seen["linear"] = output.view_as(output) if output.requires_grad else output.detach().requires_grad_()
+            return seen["linear"]
+
+        handles = [self.embedding.register_forward_pre_hook(before), self.embedding.register_forward_hook(after)]
+        try:
+            logits = _logits_of(model(**arguments))
+        finally:
+            for handle in handles:
+                handle.remove()
+        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        weight = _weight_of(self.embedding, wide)
+        slope = None
+        if logits is not seen["linear"] and torch.is_grad_enabled():
+            (slope,) = torch.autograd.grad(logits.sum(), seen["linear"], retain_graph=True)
+            slope = slope.detach().to(wide.dtype).flatten(0, 1)
+            slope = None if bool((slope == 1).all()) else slope
+        source = seen["hidden"] if self.at_hidden else logits
+        return Outputs(
+            source, wide, valid, self.distribution, HeadJacobian(weight, slope), self.at_hidden, self.several
+        )
+
+    def _answer_outputs(self, result: Any, batch: Mapping[str, Tensor]) -> Outputs:
+        """Two softmaxes over the real positions: where the answer starts and where it ends."""
+        logits = torch.stack([result["start_logits"], result["end_logits"]], 1)
+        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        if "attention_mask" in batch:
+            wide = wide.masked_fill(~batch["attention_mask"].bool()[:, None].to(wide.device), float("-inf"))
+        return Outputs(logits, wide, torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device), Softmax)
+
+
+def _weight_of(module: nn.Linear, like: Tensor) -> Tensor:
+    """The weight of a head, wherever it is, with the dtype and device of its logits."""
+    weight = module.weight
+    if weight.device.type == "meta":  # offloaded by Accelerate
+        weight = module._hf_hook.weights_map["weight"]  # type: ignore[union-attr,index]
+    if is_sharded(weight):
+        weight = weight.full_tensor()  # type: ignore[attr-defined]
+    return weight.detach().to(like.device, like.dtype)
+
+
+def _logits_of(result: Any) -> Tensor:
+    logits = result.get("logits") if hasattr(result, "get") else None
+    if logits is None:
+        raise UnsupportedModelError(
+            "the model returns no logits, so it predicts nothing that a Fisher could be taken of; load it with a head "
+            f"({HEADLESS}), or pass as `task` an object with the hf_npeff.OutputHead protocol"
+        )
+    return logits
+
+
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    """(B, T, ·) at positions (B, t) → (B, t, ·)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _packed(counted: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """A mask (B, T) → the positions it marks, packed to the left (B, t), and which entries are real."""
+    number = counted.sum(1)
+    if bool((number == 0).any()):
+        which = (number == 0).nonzero()[:, 0].tolist()
+        raise ValueError(f"positions={rule!r} finds nothing to predict in the examples {which} of a batch")
+    t = int(number.max())
+    order = torch.argsort(counted.to(torch.int8), dim=1, descending=True, stable=True)[:, :t]
+    valid = torch.arange(t, device=counted.device)[None] < number[:, None]
+    return torch.where(valid, order, order[:, :1]), valid

@@ -1,0 +1,86 @@
+"""Models whose weights FSDP2 shards over processes: a pass over one is something that all processes do together.
+
+Every module gathers its weights before it runs, forwards and backwards, so processes have to run the same number of
+passes, though on batches of their own. Weights of the head are read between the two passes and are gathered for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_npeff.errors import UnsupportedModelError
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight, as it is now, is this process's piece of one."""
+    return type(weight.data).__name__ == "DTensor"
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+class Sharding:
+    """How the processes of an FSDP2 model keep in step; for any other model it does nothing.
+
+    Attributes:
+        active: whether the model is sharded.
+
+    Args:
+        model: any model.
+
+    Raises:
+        UnsupportedModelError: if weights are sharded by something else than FSDP2.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._modules = _fsdp_modules(model)
+        self.active = bool(self._modules)
+        self._near_head = self._modules[:1]
+        pieces = [p.data for p in model.parameters() if is_sharded(p)]
+        by_tensor = any(sum(placement.is_shard() for placement in p.placements) > 1 for p in pieces)  # type: ignore[attr-defined]
+        if by_tensor or (pieces and not self.active):
+            raise UnsupportedModelError(
+                "the model's weights are sharded by tensor parallelism, so inputs and output gradients are in pieces; "
+                "shard it with FSDP2 (fully_shard) alone, load the whole model in every process, or use one "
+                "process with device_map"
+            )
+
+    def watch_head(self, *heads: nn.Module | None) -> None:
+        """Name the modules whose weights are read outside the passes."""
+        wanted = {id(head) for head in heads if head is not None}
+        around = [m for m in self._modules[1:] if any(id(part) in wanted for part in m.modules())]
+        self._near_head = self._modules[:1] + around
+
+    def gather_head(self, source: Tensor | None = None) -> None:
+        """Make the weights around the head whole: now, and again whenever a backward pass enters at `source`.
+
+        FSDP2 gathers a module's weights when a gradient reaches its output, and a cotangent that enters at the last
+        hidden state goes past the output of the outermost module.
+        """
+        for module in self._near_head:
+            module.unshard()
+        if self.active and source is not None and source.requires_grad:
+            source.register_hook(lambda _: self.gather_head())
+
+    def release(self) -> None:
+        """Back to pieces, as the model came."""
+        for module in self._modules:
+            module.reshard()
+
+    def most(self, count: int) -> int:
+        """The largest of all processes' counts; this one's own where the model is not sharded."""
+        if not self.active:
+            return count
+        device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+        carrier = torch.tensor(count, device=device)
+        dist.all_reduce(carrier, dist.ReduceOp.MAX)
+        return int(carrier)

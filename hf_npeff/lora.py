@@ -1,0 +1,132 @@
+"""LoRA adapters: the best low-rank approximation of every weight's delta, under the names that PEFT loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.adapters import PREFIX, Adapter, Layout, check_rank, check_scale, peft_config, retained
+from hf_npeff.errors import UnsupportedModelError
+
+_EXACT_SVD = 1024
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """B (out, rank) and A (rank, in) with BA the best approximation of a matrix, and the share of ‖·‖² it keeps.
+
+    Exact for small matrices; randomised (Halko et al. 2011) with a fixed seed for large ones.
+    """
+    wide = matrix.float()
+    if min(wide.shape) <= _EXACT_SVD:
+        U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+        U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            U, S, V = torch.svd_lowrank(wide, q=min(rank + 8, *wide.shape), niter=4)
+        U, S, V = U[:, :rank], S[:rank], V[:, :rank]
+    energy = float(wide.double().square().sum())
+    kept = float(S.double().square().sum()) / energy if energy > 0 else 1.0
+    root = S.sqrt()
+    return U * root, (V * root).T, min(kept, 1.0)
+
+
+def _padded(matrix: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - matrix.shape[dim]
+    if missing == 0:
+        return matrix
+    shape = list(matrix.shape)
+    shape[dim] = missing
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim)
+
+
+def lora(
+    deltas: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout],
+    *,
+    rank: int,
+    scale: float,
+    facts: Mapping[str, Any],
+    absolute: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """A LoRA adapter by truncated SVD of every weight's delta.
+
+    Args:
+        deltas: {parameter name: ΔW}, shaped like the parameters.
+        layouts: what every parameter is.
+        rank: of every module; smaller matrices are zero-padded.
+        scale: the deltas are multiplied with it.
+        facts: `model`, `revision` and `task`.
+        absolute: the norms' weights in the model: PEFT stores those whole.
+
+    Raises:
+        ValueError: if the rank exceeds that of every matrix, the scale is 0 or not finite, or a bias comes without the
+            weight of its module.
+        UnsupportedModelError: if a parameter is of no kind that LoRA carries.
+    """
+    scale = check_scale(scale)
+    check_rank(rank)
+    matrices = [n for n in deltas if layouts[n] in ("linear", "conv1d", "embedding")]
+    largest = max((min(deltas[n].shape) for n in matrices), default=0)
+    if rank > largest:
+        raise ValueError(f"rank={rank} exceeds the rank that any of the matrices can have; use at most {largest}")
+    tensors: dict[str, Tensor] = {}
+    targets, saved, biases = [], [], {}
+    kept = dict.fromkeys(deltas, 1.0)
+    for name, delta in deltas.items():
+        module, _, leaf = name.rpartition(".")
+        if name in matrices:
+            pair, kept[name] = _lora_pair(f"{PREFIX}{module}.", delta, layouts[name], rank, scale)
+            tensors |= pair
+            targets.append(module)
+        elif layouts[name] == "bias":
+            biases[module] = delta * scale
+        elif layouts[name] == "norm":
+            if absolute is None or name not in absolute:
+                raise ValueError(f"PEFT stores {name} whole: pass the model to to_adapter(model=...)")
+            tensors[f"{PREFIX}{module}.{leaf}"] = absolute[name].float() + scale * delta.float()
+            saved.append(module)
+        else:
+            raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
+    tensors |= _lora_biases(biases, targets, saved, tensors)
+    config = {
+        **peft_config("LORA", facts, rank, targets),
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "lora_bias": bool(biases),
+        "fan_in_fan_out": any(layouts[n] == "conv1d" for n in deltas),
+        "modules_to_save": saved or None,
+        "use_rslora": False,
+    }
+    return Adapter("lora", tensors, config, retained(deltas, kept), kept)
+
+
+def _lora_pair(prefix: str, delta: Tensor, layout: Layout, rank: int, scale: float) -> tuple[dict[str, Tensor], float]:
+    """The two factors of a weight's delta under PEFT's names, and the share of its squared norm that they keep."""
+    # lora_B lora_A is (out, in) for both; Conv1D keeps its weight transposed, and an embedding's ΔW is (BA)ᵀ.
+    B, A, kept = low_rank(delta if layout == "linear" else delta.mT, rank)
+    names = ("lora_embedding_A", "lora_embedding_B") if layout == "embedding" else ("lora_A.weight", "lora_B.weight")
+    return {prefix + names[0]: _padded(A, rank, 0), prefix + names[1]: _padded(B, rank, 1) * scale}, kept
+
+
+def _lora_biases(
+    biases: Mapping[str, Tensor], targets: Sequence[str], saved: Sequence[str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The biases {module: delta} under PEFT's names; where there is one, every target has one.
+
+    Raises:
+        ValueError: if a bias comes without the weight of its module.
+    """
+    if alone := [module for module in biases if module not in targets and module not in saved]:
+        raise ValueError(f"the bias {alone[0]}.bias needs its module's weight in the direction; use kind='delta'")
+    found = {}
+    for module in targets if biases else ():
+        out = tensors.get(f"{PREFIX}{module}.lora_B.weight")
+        if module in biases or out is not None:
+            zero = torch.zeros(0 if out is None else len(out))
+            found[f"{PREFIX}{module}.lora_B.bias"] = biases.get(module, zero)
+    return found

@@ -1,0 +1,101 @@
+"""What a PEF store says of itself, checked: nobody knows who wrote a folder, and everything below relies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.config import FisherConfig
+from hf_npeff.errors import CorruptStoreError
+from hf_npeff.fisher.sketches import Sketch
+
+_TEXTS = ("model", "revision", "architecture", "task")
+_MAPPINGS = ("sketch", "selftest", "versions", "dataset")
+
+
+def check_info(info: Mapping[str, Any], path: Path) -> None:
+    """Refuse a description of PEFs whose entries are of other types than are written.
+
+    Raises:
+        CorruptStoreError: if they are.
+        FormatVersionError: if the Fisher config or the sketch was written by another version.
+    """
+    try:
+        FisherConfig.from_dict(info["fisher"])
+        wrong = [name for name in _TEXTS if not isinstance(info.get(name), str | None)]
+        wrong += [name for name in _MAPPINGS if not isinstance(info.get(name), dict | None)]
+        if wrong or not isinstance(info["fingerprint"], str):
+            raise TypeError(f"{wrong or 'fingerprint'}")
+        tested = info.get("selftest") or {}
+        if not all(isinstance(tested.get(name), float | int | None) for name in ("sketch_error", "coverage")):
+            raise TypeError("selftest")
+        if info.get("sketch") is not None and Sketch.from_dict(info["sketch"]).fingerprint != info["fingerprint"]:
+            raise ValueError("the fingerprint is not the sketch's")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptStoreError(f"{path} does not describe PEFs: {error!r}") from error
+
+
+def check_width(info: Mapping[str, Any], d: int, folder: Path) -> None:
+    """Refuse rows of d numbers under the description of a sketch that makes another number of them."""
+    if info.get("sketch") is not None and Sketch.from_dict(info["sketch"]).dim != d:
+        raise CorruptStoreError(f"{folder}: the rows have {d} numbers, and not as many as the sketch makes")
+
+
+def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
+    """What a manifest says of a shard, or a CorruptStoreError.
+
+    Returns:
+        name; start: number of its first example; examples: how many it holds; covers: how many were looked at, more
+        where some were skipped; skipped: {id, reason} of each; sha256 and columns_sha256 of its files.
+    """
+    if not isinstance(entry, dict):
+        raise CorruptStoreError(f"{folder}: the manifest names a shard {entry!r}")
+    name: Any = entry.get("name")
+    start: Any = entry.get("start")
+    n: Any = entry.get("examples")
+    skipped = checked_skipped(entry.get("skipped", []), folder)
+    covers = entry.get("covers", n)
+    counts = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**53 for x in (start, n, covers))
+    if not counts or covers == 0 or covers - len(skipped) != n:
+        raise CorruptStoreError(f"{folder}: the manifest says {start!r}, {n!r}, {covers!r} of a shard")
+    if name != f"pefs-{start:05d}":
+        raise CorruptStoreError(f"{folder}: the manifest names a shard {name!r}")
+    return {**entry, "covers": covers, "skipped": skipped}
+
+
+def checked_skipped(values: Any, folder: Path) -> list[dict[str, str]]:
+    """The {id, reason} of skipped examples, or a CorruptStoreError."""
+    try:
+        found = [{"id": one["id"], "reason": one["reason"]} for one in values]
+    except (KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{folder}: the manifest's skipped examples are none: {error!r}") from error
+    if not isinstance(values, list) or not all(isinstance(text, str) for one in found for text in one.values()):
+        raise CorruptStoreError(f"{folder}: the manifest's skipped examples are none")
+    return found
+
+
+_DIMS = {
+    "factors": (3,),
+    "norms": (1,),
+    "cotangents": (4,),
+    "predictions": (1, 2, 3),
+    "log_probs": (1, 2),
+    "entropies": (1, 2),
+}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], path: Path, *, finite: bool) -> None:
+    """Refuse tensors of other dimensions and types than are written, and numbers that are none."""
+    for name, t in tensors.items():
+        types = (torch.float64,) if name == "norms" else (*_FLOATS, torch.int64) if name == "predictions" else _FLOATS
+        if t.dim() not in _DIMS.get(name, ()) or t.dtype not in types or 0 in t.shape:
+            raise CorruptStoreError(f"{path} holds {name!r} as {t.dtype} {tuple(t.shape)}")
+    if not bool((torch.isfinite(tensors["norms"]) & (tensors["norms"] >= 0)).all()):
+        raise CorruptStoreError(f"{path}: norms are finite and not negative, but these are not")
+    if finite and not all(bool(torch.isfinite(part).all()) for part in tensors["factors"].split(64)):
+        raise CorruptStoreError(f"{path} holds rows that are not finite")

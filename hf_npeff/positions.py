@@ -1,0 +1,283 @@
+"""How much every position of an example contributes to the example's alignment with a component.
+
+The alignment of example i with component j is N_ij = ‖A_i g_j‖² = Σ_c ⟨a_ic, g_j⟩². A row is a gradient, and a gradient
+is a sum over the positions at which a weight was used, so with b_ijc = ⟨a_ic, g_j⟩
+
+    N_ij = Σ_c b_ijc Σ_t ⟨a_ict, g_j⟩ = Σ_t n_ijt,      n_ijt = Σ_c b_ijc ⟨a_ict, g_j⟩
+
+The rows of an example mix by its cotangents, so Σ_c b_ijc a_ict comes from a single backward pass. No row of a position
+is ever formed: ⟨P(δ_t x_tᵀ), g⟩ = (P_out δ_t)ᵀ M (P_in x_t) with M the adjoint of the sketch's placement at g, exactly
+and for every kind of sketch. Contributions may be negative; they sum to N_ij.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_npeff.components import Decomposition
+from hf_npeff.data import Example, batches_by_length
+from hf_npeff.decomposition.weighting import mixing_of
+from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks
+from hf_npeff.fisher.parameters import sketched_rows
+from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.store import PEFs, check_same_sketch
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class TokenAlignment:
+    """The alignment of one example with one component, position by position.
+
+    Attributes:
+        component: its number.
+        example: the example's position among the analysed ones.
+        alignment: N_ij, for the example's PEF as it was decomposed: of unit norm, balanced, to its power.
+        tokens: what stands at each position; None where the input is no text.
+        contributions: of each position; with `unplaced` they sum to `alignment`.
+        unplaced: of weights that are used at no position of the input: pooled heads, decoders, and parameters that
+            hooks do not see (biases, norms, embeddings).
+    """
+
+    component: int
+    example: int
+    alignment: float
+    tokens: list[str] | None
+    contributions: list[float]
+    unplaced: float
+
+
+class PositionCollector:
+    """A receiver that takes the inner product of every position's gradient with one direction g in the sketch.
+
+    Args:
+        sketch: P.
+        g: (d,).
+        positions: of an example in the input; a module that runs at another number of positions is not placed.
+        placed: whether a parameter is used at positions of the input at all.
+    """
+
+    def __init__(self, sketch: Sketch, g: Tensor, positions: int, placed: Callable[[str], bool] = lambda name: True):
+        self._sketch = sketch
+        self._g = g
+        self._positions = positions
+        self._is_placed = placed
+        self._matrices: dict[str, Tensor] = {}
+        self.placed = torch.zeros(0, positions, dtype=torch.float64)
+        self.unplaced = torch.zeros(0, dtype=torch.float64)
+
+    def start(self, batch: int) -> None:
+        """Begin the contributions of one backward pass."""
+        self.placed = torch.zeros(batch, self._positions, dtype=torch.float64)
+        self.unplaced = torch.zeros(batch, dtype=torch.float64)
+
+    def take_input(self, name: str, x: Tensor) -> Tensor:
+        """P_in x, once a forward pass."""
+        return self._sketch.project_input(name, x)
+
+    def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
+        """Add (P_out δ_t)ᵀ M (P_in x_t) of every position t."""
+        delta = self._sketch.project_output(name, delta)
+        if name not in self._matrices:
+            self._matrices[name] = self._sketch.placement_adjoint(name, self._g)
+        dtype = torch.promote_types(delta.dtype, torch.float32)
+        M = self._matrices[name].to(delta.device, dtype)
+        found = ((delta.to(dtype) @ M) * saved.to(dtype)).sum(-1, dtype=torch.float64).cpu()
+        if found.shape[1] == self._positions and self._is_placed(name):
+            self.placed += found
+        else:
+            self.unplaced += found.sum(1)
+
+
+def token_alignments(
+    work: FisherPass,
+    decomposition: Decomposition,
+    pefs: PEFs,
+    examples: Sequence[Example],
+    chosen: Mapping[int, Sequence[int]],
+    decode: Decode | None,
+    batch_size: int,
+) -> list[TokenAlignment]:
+    """Alignments of chosen examples, position by position, from one backward pass for every example and component.
+
+    Args:
+        work: the pass over the model that made the rows.
+        decomposition: of `pefs`.
+        pefs: those that were decomposed, with their cotangents.
+        examples: theirs, in their order.
+        chosen: {component: examples}; those on which a component's coefficient is zero are left out.
+        decode: token ids → text; None where there is no tokenizer.
+        batch_size: examples of a forward pass.
+
+    Raises:
+        IncompatibleSketchError: if the PEFs are of another sketch than the decomposition.
+        ValueError: if they are other examples, or hold no cotangents: their rows were made elsewhere.
+    """
+    check_same_sketch(decomposition.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
+    if pefs.example_ids != decomposition.example_ids:
+        raise ValueError("these PEFs are not those of the decomposition: their example ids differ")
+    if pefs.cotangents is None:
+        raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere), so no pass can be replayed")
+    known = work.sketch
+    sketch = known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
+    replay = _Replay(work, sketch.to(work.device), decomposition, pefs, pefs.cotangents, examples, decode)
+    size = 1 if work.one_at_a_time else batch_size
+    found: dict[tuple[int, int], TokenAlignment] = {}
+    for j, given in chosen.items():
+        wanted = [i for i in given if decomposition.coefficients[i, j] > 0]
+        for batch in batches_by_length([examples[i].length for i in wanted], size):
+            for one in replay.run(j, [wanted[at] for at in batch]):
+                found[j, one.example] = one
+    return [found[j, i] for j, given in chosen.items() for i in given if (j, i) in found]
+
+
+def scaled(decomposition: Decomposition, j: int) -> Tensor:
+    """D∘g_j: its inner products with unbalanced rows are those of g_j with balanced ones."""
+    g = decomposition.pseudo_fishers[j].double()
+    return g if decomposition.scales is None else g * decomposition.scales.double()
+
+
+def mixed_rows(decomposition: Decomposition, pefs: PEFs, j: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """N_ij (m,) of m examples, and the weights (m, c) with which their unscaled rows make Σ_c b_ijc a_ic, float64."""
+    part = pefs[list(indices)]
+    A = part.factors.to(torch.promote_types(part.factors.dtype, torch.float32))
+    T = mixing_of(A, decomposition.scales, decomposition.config.power)
+    b = torch.einsum("iab,ibd,d->ia", T, A.double(), scaled(decomposition, j))
+    norms = part.norms.double()
+    weights = torch.einsum("ia,iab->ib", b, T) * torch.where(norms > 0, norms, 1.0).rsqrt()[:, None]
+    return b.square().sum(1), weights
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Passes over examples whose cotangents are known."""
+
+    work: FisherPass
+    sketch: Sketch
+    decomposition: Decomposition
+    pefs: PEFs
+    cotangents: Tensor
+    examples: Sequence[Example]
+    decode: Decode | None
+
+    def run(self, j: int, indices: list[int]) -> list[TokenAlignment]:
+        """A batch, or its examples one by one where a module of the model runs once for all of a batch."""
+        try:
+            return self._batch(j, indices)
+        except CalledOnceForAll:
+            return [one for i in indices for one in self._batch(j, [i])]
+
+    def _batch(self, j: int, indices: list[int]) -> list[TokenAlignment]:
+        work, batch = self.work, [self.examples[i] for i in indices]
+        N, weights = mixed_rows(self.decomposition, self.pefs, j, indices)
+        ids, mask = _input_positions(work, batch)
+        g = scaled(self.decomposition, j)
+        seq2seq = bool(getattr(getattr(work.model, "config", None), "is_encoder_decoder", False))
+        positions = _patches(work, batch) if mask is None else mask.shape[1]
+        collector = PositionCollector(self.sketch, g, positions, _Placed(seq2seq))
+        collector.start(len(batch))
+        with LinearHooks(work.model, work.maps, collector) as hooks:
+            hooks.begin(len(batch))
+            source = work.outputs(batch).source
+            # Of very small or large norms nothing is lost if the largest cotangent is 1 meanwhile.
+            V = torch.einsum("ic,icts->its", weights, self.cotangents[indices].double())
+            largest = V.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+            V = (V / largest[:, None, None]).to(source.device)[:, : source.shape[1], : source.shape[2]]
+            if work.maps:
+                hooks.backward(source, V, last=True)
+        placed = collector.placed * largest[:, None]
+        unplaced = (collector.unplaced + self._by_autograd(batch, V, g)) * largest
+        found = []
+        for row, i in enumerate(indices):
+            keep = slice(None) if mask is None else mask[row]
+            values, tokens = placed[row][keep].tolist(), None
+            if ids is not None:
+                tokens, values = in_pieces(ids[row][keep].tolist(), values, self.decode)
+            found.append(TokenAlignment(j, i, float(N[row]), tokens, values, float(unplaced[row])))
+        return found
+
+    def _by_autograd(self, batch: Sequence[Example], V: Tensor, g: Tensor) -> Tensor:
+        """The share (m,) of parameters that hooks do not see, for cotangents (m, t, s)."""
+        work, total = self.work, torch.zeros(len(batch), dtype=torch.float64)
+        for row, example in enumerate(batch if work.parameters else ()):
+
+            def forward(one: Example = example) -> Tensor:
+                return work.outputs([one]).source
+
+            with torch.no_grad():
+                shape = forward().shape
+            value = V[row : row + 1, : shape[1], : shape[2]]
+            rows = sketched_rows(work.model, work.parameters, self.sketch, forward, value[None])
+            total[row] = float(rows[0].double().cpu() @ g)
+        return total
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Whether a parameter is used at the positions of the input: the decoder of an encoder-decoder is not."""
+
+    seq2seq: bool
+
+    def __call__(self, name: str) -> bool:
+        return not (self.seq2seq and "decoder" in name.split("."))
+
+
+def _input_positions(work: FisherPass, batch: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+    """Token ids (B, t) of the padded batch, and which of them are no padding; choices stand one after another."""
+    values = work.batch(batch, "cpu")
+    if "input_ids" not in values:
+        return None, None
+    return values["input_ids"].flatten(1), values["attention_mask"].flatten(1).bool()
+
+
+class _Counter:
+    """A receiver that only notes at how many positions linear maps run."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def take_input(self, name: str, x: Tensor) -> None:
+        self.counts.append(x.shape[1])
+
+    def take_gradient(self, name: str, saved: None, delta: Tensor) -> None:
+        return None
+
+
+def _patches(work: FisherPass, batch: Sequence[Example]) -> int:
+    """Positions of an image: the most common number at which the model's linear maps run."""
+    counter = _Counter()
+    with LinearHooks(work.model, work.maps, counter) as hooks:
+        hooks.begin(len(batch))
+        work.outputs(batch)
+    return max(set(counter.counts), key=lambda t: (counter.counts.count(t), t), default=1)
+
+
+def in_pieces(ids: Sequence[int], values: Sequence[float], decode: Decode | None) -> tuple[list[str], list[float]]:
+    """Tokens as the text that each adds, and their values; tokens that share a character become one piece.
+
+    A token's text is what it adds to the text of the piece before it, because tokenizers write a token differently at
+    the beginning of a text.
+    """
+    if decode is None:
+        return [str(i) for i in ids], list(values)
+    pieces: list[str] = []
+    sums: list[float] = []
+    before: list[int] = []
+    group: list[int] = []
+    total = 0.0
+    for number, (token, value) in enumerate(zip(ids, values, strict=True)):
+        group.append(int(token))
+        total += value
+        start, whole = decode(before) if before else "", decode(before + group)
+        added = whole[len(start) :] if whole.startswith(start) else decode(group)
+        if added.endswith("\ufffd") and number < len(ids) - 1 and len(group) < 8:
+            continue
+        pieces.append(added)
+        sums.append(total)
+        before, group, total = group, [], 0.0
+    return pieces, sums

@@ -1,0 +1,142 @@
+"""What every object that is kept has in common: read from a folder or the Hub, and published as a repository."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from hf_npeff.hub import commit_of, is_hub_id, push_folder, resolve_folder
+
+logger = logging.getLogger(__name__)
+
+_Self = TypeVar("_Self", bound="Readable")
+
+
+class Publishable:
+    """An object whose files can be published on the Hub.
+
+    A class says how it writes them in `_publish`, whose own arguments `push_to_hub` takes too.
+    """
+
+    _KIND: ClassVar[str] = "files"
+    """For the commit's title."""
+    _REPLACED: ClassVar[tuple[str, ...] | None] = None
+    """Patterns of files that go away in the repository unless they are uploaded again."""
+
+    def _publish(self, *folder_and_repo_id: Any, **contents: Any) -> None:
+        """Write what is to be published as a repository into an empty folder."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        **contents: Any,
+    ) -> str:
+        """Publish the files of `save_pretrained`, and a card, as a model repository.
+
+        Args:
+            repo_id: user/name; made where it is missing.
+            private: whether a new repository is private; True also refuses an existing public one.
+            token: None takes the one of `hf auth login`.
+            revision: the branch, made where it is missing.
+            create_pr: open a pull request instead of committing.
+            commit_message: the commit's title.
+            **contents: what is published, and what the card says; the class tells which of these it takes.
+                `include_texts`: publish, or show, columns that `hub.text_columns` counts as texts (not by default);
+                `datasets`: ids of the data sets that the examples are from; `license`: an identifier of the Hub such
+                as "apache-2.0"; `report`, `decomposition`: what a direction does, and whose component it is.
+
+        Returns:
+            The address of the commit or of the pull request.
+
+        Raises:
+            OSError: if the upload is refused or the Hub cannot be reached.
+            ValueError: if the id, license or a data set's id is malformed, or a private repository is public.
+            TypeError: if the class does not take one of `contents`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._publish(Path(folder), repo_id, **contents)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {self._KIND}",
+                delete_patterns=self._REPLACED,
+            )
+
+
+class Readable(Publishable):
+    """An object that comes back from its folder as it was.
+
+    Attributes:
+        commit: of the Hub repository that it was read from, or None.
+    """
+
+    _FILES: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the files that are worth downloading."""
+    commit: str | None = None
+
+    @classmethod
+    def load(cls: type[_Self], directory: str | os.PathLike[str]) -> _Self:
+        """Read a folder that `save_pretrained` wrote."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Self],
+        id_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        subfolder: str | None = None,
+    ) -> _Self:
+        """Read what `save_pretrained` or `push_to_hub` wrote, every checksum compared.
+
+        Args:
+            id_or_path: a folder, or a repository's id on the Hub.
+            revision: branch, tag or commit.
+            token: for private repositories; None takes the one of `hf auth login`.
+            cache_dir: the Hub client's cache, where it is not the usual one.
+            local_files_only: use the cache alone.
+            subfolder: the folder within, with forward slashes.
+
+        Raises:
+            OSError: if there is no such folder, repository or revision, or the Hub cannot be reached.
+            ValueError: if the id is malformed, or the subfolder leads out of the repository.
+            CorruptStoreError: if files are missing, altered, unfinished, or do not fit together.
+            FormatVersionError: if they were not written by this version of the format.
+        """
+        folder = resolve_folder(
+            id_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+            allow_patterns=cls._FILES,
+        )
+        found = cls.load(folder)
+        found.commit = commit_of(folder)
+        return found
+
+
+def warn_of_local_model(repo_id: str, model: object) -> None:
+    """Warn that what is published as `repo_id` is made from a model that only this machine has."""
+    if model is not None and not is_hub_id(model):
+        logger.warning(
+            "%s is made from the local model %s: nobody else can load that; publish it first", repo_id, model
+        )

@@ -1,0 +1,121 @@
+"""Columns kept beside the examples, as a page can use them: categories to colour by, numbers, or texts to read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+MOST_CATEGORIES = 2000
+_FEW_NUMBERS = 12
+_LONGEST_CATEGORY = 80
+_INTERNAL = ("content_hash", "example_id")
+_TRUTH = ("label", "labels", "answer", "target")
+CORRECT = "prediction correct"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        name: of the column.
+        kind: "category" (`values` and a code an example), "number" (`data` are floats, NaN where there is none) or
+            "text" (`values` has a string or None an example).
+        values: see `kind`; None stands for a missing value.
+        data: (n,) codes into `values`, or numbers.
+    """
+
+    name: str
+    kind: Literal["category", "number", "text"]
+    values: list[str | None]
+    data: np.ndarray | None = None
+
+
+def shown(value: Any) -> str | None:
+    """A value as text; None for a missing one."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+    if isinstance(value, list | dict | tuple):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def as_column(name: str, values: Sequence[Any]) -> Column:
+    """A column by what it holds: numbers of many values, a few values used again and again, or texts.
+
+    Values of mixed types are told apart by what they look like.
+    """
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    missing = sum(v is None for v in values)
+    if numbers and len(numbers) + missing == len(values) and len(set(numbers)) > _FEW_NUMBERS:
+        data = np.array([math.nan if v is None else float(v) for v in values], dtype=np.float32)
+        return Column(name, "number", [], data)
+    texts = [shown(v) for v in values]
+    counts = Counter(texts)
+    few = len(counts) <= MOST_CATEGORIES and all(t is None or len(t) <= _LONGEST_CATEGORY for t in counts)
+    again = len(counts) <= _FEW_NUMBERS or 3 * len(counts) <= 2 * len(texts) or name == "prediction"
+    if not (few and again):
+        return Column(name, "text", texts)
+    order = _in_order(counts, bool(numbers) and len(numbers) + missing == len(values))
+    place = {text: code for code, text in enumerate(order)}
+    codes = np.array([place[text] for text in texts], dtype=np.uint16)
+    return Column(name, "category", list(order), codes)
+
+
+def _in_order(counts: Counter[str | None], numeric: bool) -> list[str | None]:
+    """Numbers by size, other values by how often they come; a missing value last."""
+    known = [text for text in counts if text is not None]
+    if numeric:
+        known.sort(key=float)
+    else:
+        known.sort(key=lambda text: (-counts[text], text))
+    return [*known, *([None] if None in counts else [])]
+
+
+def correctness(columns: Mapping[str, Sequence[Any]], label_names: Mapping[str, str] | None = None) -> Column | None:
+    """Whether each prediction is right, where the columns tell; None where they do not.
+
+    The truth is the column label, labels, answer or target. A class may be written as its number, as LABEL_number, or
+    by its name. A predicted token is right where the answer begins with it, since an answer may have several.
+
+    Args:
+        columns: {name: values}.
+        label_names: {number of a class: its name}, where the model has names for them.
+    """
+    predictions = columns.get("prediction")
+    truth = next((columns[name] for name in _TRUTH if name in columns), None)
+    if predictions is None or truth is None:
+        return None
+    named = {str(k): str(v) for k, v in (label_names or {}).items()}
+    first_tokens = "answer" in columns or "target" in columns
+    right: list[bool | None] = []
+    for predicted, true in zip(predictions, truth, strict=True):
+        a, b = (shown(predicted) or "").strip(), (shown(true) or "").strip()
+        if not a or not b:
+            right.append(None)
+        else:
+            same = a in (b, f"LABEL_{b}", named.get(b)) or named.get(a) == b
+            right.append(same or (first_tokens and not isinstance(true, int | bool) and b.startswith(a)))
+    if not any(right):  # nothing in common: most likely two ways of writing the classes
+        return None
+    words: list[str | None] = [None if r is None else "right" if r else "wrong" for r in right]
+    values: list[str | None] = [word for word in ("right", "wrong", None) if word in words]
+    return Column(CORRECT, "category", values, np.array([values.index(word) for word in words], dtype=np.uint16))
+
+
+def columns_of(columns: Mapping[str, Sequence[Any]], label_names: Mapping[str, str] | None = None) -> list[Column]:
+    """Every column that is worth a look, with the derived `prediction correct`; those that can colour come first."""
+    found = [as_column(name, values) for name, values in columns.items() if name not in _INTERNAL]
+    correct = None if CORRECT in columns else correctness(columns, label_names)
+    if correct is not None:
+        found.append(correct)
+    rank = {"category": 0, "number": 1, "text": 2}
+    return sorted(found, key=lambda column: rank[column.kind])

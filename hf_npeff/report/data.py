@@ -1,0 +1,256 @@
+"""What a page holds: the facts and arrays of one decomposition and of everything that is known beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_npeff import __version__
+from hf_npeff.decomposition.matching import matches, similarities
+from hf_npeff.hub import is_hub_id, text_columns
+from hf_npeff.report.columns import Column, columns_of
+from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_components, place
+from hf_npeff.report.modules import ModuleEnergies, by_layer, estimated_energies
+from hf_npeff.report.pack import quantised
+from hf_npeff.report.training import Run, read_run
+
+if TYPE_CHECKING:
+    from hf_npeff.components import Decomposition
+    from hf_npeff.perturbation import PerturbationReport
+    from hf_npeff.positions import TokenAlignment
+
+SHOWN_ELSEWHERE = 5
+"""Top examples of a component of the other decomposition in a comparison."""
+
+
+@dataclass
+class PageData:
+    """JSON-able facts, and arrays by name."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is known of a decomposition beside itself; every part may be missing.
+
+    Attributes:
+        alignments: of top examples, position by position, from `NPEFFAnalyzer.token_alignments`.
+        energies: {component: {parameter: share}}, from `energies_of(direction)`.
+        reports: {component: PerturbationReport, or what its `to_dict` gives}.
+        adapters: {component: folder or repository of its adapter}.
+        compare: another decomposition.
+        training: the folder of a training run with an NPEFFCallback.
+    """
+
+    alignments: Sequence[TokenAlignment] = ()
+    energies: Mapping[int, Mapping[str, float]] | None = None
+    reports: Mapping[int, PerturbationReport | Mapping[str, Any]] = field(default_factory=dict)
+    adapters: Mapping[int, str] = field(default_factory=dict)
+    compare: Decomposition | None = None
+    training: Path | None = None
+
+
+def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout: Layout | None) -> PageData:
+    """Facts and arrays of a page.
+
+    Args:
+        decomposition: what it shows.
+        extras: what is known beside it.
+        texts: whether texts go along: the columns that `hub.text_columns` counts as such, tokens and texts in reports.
+        layout: how the map is made; None leaves it out.
+
+    Raises:
+        ValueError: if a component of the extras does not exist, or the comparison or training run does not fit.
+        ModuleNotFoundError: if the map needs scikit-learn, which is not installed.
+    """
+    for name, numbers in _mentioned(extras).items():
+        if unknown := sorted({j for j in numbers if not 0 <= j < len(decomposition)}):
+            raise ValueError(
+                f"{name} has the components {unknown[:5]}, but the decomposition has {len(decomposition)}, from 0"
+            )
+    page = PageData()
+    notes: list[str] = []
+    _add_decomposition(page, decomposition)
+    _add_examples(page, decomposition, texts, notes)
+    if layout is not None:
+        n = len(decomposition.example_ids)
+        page.arrays["xy"] = np.rint(place(decomposition.coefficients, layout) * 65535).astype(np.uint16)
+        placed = f"t-SNE of a sample of {LANDMARKS:,}, the others beside their nearest neighbours there"
+        page.facts["layout"] = "principal components" if layout == "pca" else "t-SNE" if n <= LANDMARKS else placed
+    else:
+        notes.append("The map of examples was left out.")
+    _add_alignments(page, extras.alignments, texts)
+    _add_energies(page, decomposition, extras.energies, notes)
+    page.facts["reports"] = {str(j): _report_facts(report, texts) for j, report in extras.reports.items()}
+    page.facts["adapters"] = {str(j): str(where) for j, where in extras.adapters.items()}
+    if extras.compare is not None:
+        _add_comparison(page, decomposition, extras.compare, texts)
+    if extras.training is not None:
+        _add_training(page, read_run(extras.training, len(decomposition)))
+    page.facts["notes"] = notes
+    return page
+
+
+def _mentioned(extras: Extras) -> dict[str, list[int]]:
+    return {
+        "alignments": [one.component for one in extras.alignments],
+        "energies": list(extras.energies or ()),
+        "reports": list(extras.reports),
+        "adapters": list(extras.adapters),
+    }
+
+
+def _add_decomposition(page: PageData, decomposition: Decomposition) -> None:
+    info, G = decomposition.info, decomposition.pseudo_fishers
+    model = info.get("model")
+    page.facts |= {
+        "version": __version__,
+        "key": decomposition.key,
+        "n": len(decomposition.example_ids),
+        "r": len(decomposition),
+        "model": None if model is None else model if is_hub_id(model) else Path(model).name,
+        "revision": info.get("revision"),
+        "architecture": info.get("architecture"),
+        "task": info.get("task"),
+        "sketch_error": (info.get("selftest") or {}).get("sketch_error"),
+        "explained": decomposition.explained,
+        "losses": [float(x) for x in decomposition.loss_history],
+        "converged": decomposition.converged,
+        "settings": decomposition.config.to_dict(),
+        "fisher": {k: v for k, v in (info.get("fisher") or {}).items() if v is not None},
+        "commit": decomposition.commit,
+        "components": [
+            {
+                "name": component.name,
+                "active": component.active_share,
+                "stability": component.stability,
+                "evaluation": decomposition.evaluations.get(component.index),
+            }
+            for component in decomposition
+        ],
+    }
+    W = decomposition.coefficients.float().cpu().numpy()
+    page.arrays["W"], page.arrays["W_largest"] = quantised(np.ascontiguousarray(W.T), axis=1)
+    if len(decomposition) > 1:
+        near, cosines = nearest_components(G)
+        page.arrays["near"] = near.astype(np.uint32)
+        page.arrays["near_cosine"] = cosines.astype(np.float32)
+
+
+def _add_examples(page: PageData, decomposition: Decomposition, texts: bool, notes: list[str]) -> None:
+    private = [] if texts else text_columns(decomposition.columns)
+    kept = {name: values for name, values in decomposition.columns.items() if name not in private}
+    text = decomposition.text_column if decomposition.text_column in kept else None
+    page.facts["ids"] = decomposition.example_ids
+    page.facts["text"] = None if text is None else [None if t is None else str(t) for t in kept[text]]
+    if private:
+        notes.append(f"Left out because they may be private: {', '.join(private)}.")
+    elif text is None:
+        notes.append("No text was kept with the examples, so they are shown by their ids.")
+    columns = columns_of({k: v for k, v in kept.items() if k != text}, decomposition.info.get("label_names"))
+    page.facts["columns"] = [_column_facts(page, at, column) for at, column in enumerate(columns)]
+    found = explained_by(decomposition.coefficients, decomposition.pseudo_fishers)
+    page.arrays["explained"] = found.total.astype(np.float32)
+    page.arrays["part_component"] = found.components.astype(np.uint32)
+    page.arrays["part"] = found.parts.astype(np.float32)
+
+
+def _column_facts(page: PageData, at: int, column: Column) -> dict[str, Any]:
+    if column.data is not None:
+        page.arrays[f"column/{at}"] = column.data
+    return {"name": column.name, "kind": column.kind, "values": column.values}
+
+
+def _add_alignments(page: PageData, alignments: Sequence[TokenAlignment], texts: bool) -> None:
+    """{component: [example, alignment, tokens, contributions, unplaced]}; none where texts are to stay private."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in alignments if texts else ():
+        found.setdefault(str(one.component), []).append(
+            {
+                "example": one.example,
+                "alignment": _short(one.alignment),
+                "tokens": one.tokens or [f"[{t}]" for t in range(len(one.contributions))],
+                "contributions": [_short(c) for c in one.contributions],
+                "unplaced": _short(one.unplaced),
+            }
+        )
+    page.facts["shading"] = found
+
+
+def _short(value: float) -> float:
+    """To 6 digits: pages are mailed around."""
+    return float(f"{value:.6g}")
+
+
+def _add_energies(
+    page: PageData,
+    decomposition: Decomposition,
+    measured: Mapping[int, Mapping[str, float]] | None,
+    notes: list[str],
+) -> None:
+    energies = {**(estimated_energies(decomposition) or {}), **(measured or {})}
+    if not energies:
+        notes.append(
+            "Which modules a component lives in is not known: this sketch adds the modules up, and no directions were "
+            "lifted."
+        )
+        return
+    table: ModuleEnergies = by_layer(energies, len(decomposition), list(measured or ()))
+    page.facts["modules"] = {"layers": table.layers, "kinds": table.kinds, "exact": table.exact}
+    page.arrays["energy"] = table.shares
+
+
+def _report_facts(report: PerturbationReport | Mapping[str, Any], texts: bool) -> dict[str, Any]:
+    facts = dict(report if isinstance(report, Mapping) else report.to_dict())
+    changed = [{k: v for k, v in row.items() if k != "text"} for row in facts.get("changed") or ()]
+    kept = {k: facts.get(k) for k in ("target", "best", "opposite", "random", "reached")}
+    counts = {"n_top": len(facts.get("top_examples") or ()), "n_others": len(facts.get("other_examples") or ())}
+    return {**kept, **counts, "changed": changed}
+
+
+def _add_comparison(page: PageData, first: Decomposition, second: Decomposition, texts: bool) -> None:
+    measure, S = similarities(first, second)
+    pairs = matches(S)
+    private = [] if texts else text_columns(second.columns)
+    column = second.text_column if second.text_column not in private else None
+    others = []
+    for component in second:
+        top = component.top_examples(SHOWN_ELSEWHERE)
+        lines = top.ids if column is None else [str(t) for t in top.columns[column]]
+        predictions = top.columns.get("prediction") or [None] * len(lines)
+        others.append(
+            {
+                "label": component.label,
+                "active": component.active_share,
+                "stability": component.stability,
+                "top": [[line, None if p is None else str(p)] for line, p in zip(lines, predictions, strict=True)],
+            }
+        )
+    model = second.info.get("model")
+    page.facts["comparison"] = {
+        "measure": measure,
+        "model": None if model is None else model if is_hub_id(model) else Path(model).name,
+        "revision": second.info.get("revision"),
+        "explained": second.explained,
+        "n": len(second.example_ids),
+        "components": others,
+        "pairs": [[i, j, s] for i, j, s in pairs],
+    }
+    page.arrays["similarity"] = np.rint(np.nan_to_num(S.numpy()).clip(-1, 1) * 127).astype(np.int8)
+
+
+def _add_training(page: PageData, run: Run) -> None:
+    page.facts["training"] = {
+        "steps": run.steps,
+        "epochs": run.epochs,
+        "explained": run.explained,
+        "active": run.active,
+    }
+    for name, values in (("share", run.share), ("cosine", run.cosine), ("correlation", run.correlation)):
+        page.arrays[f"training/{name}"] = values

@@ -1,0 +1,88 @@
+"""What Jupyter shows of a decomposition, a component and a perturbation: small tables, every text escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_npeff.markdown import plain
+
+if TYPE_CHECKING:
+    from hf_npeff.component import Component
+    from hf_npeff.components import Decomposition
+    from hf_npeff.perturbation import PerturbationReport
+
+_ROWS, _EXAMPLES = 50, 10
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> str:
+    """A table as HTML; cells are shown as the text that they are."""
+    head = "".join(f'<th scope="col" style="text-align:left">{_cell(name)}</th>' for name in header)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="text-align:left" dir="auto">{_cell(value)}</td>' for value in row) + "</tr>"
+        for row in rows
+    )
+    after = f"<p>{_cell(note)}</p>" if note else ""
+    return (
+        f'<div class="hf-npeff"><p><b>{_cell(title)}</b></p>'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{after}</div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    return html.escape(plain(value, 160))
+
+
+def of_decomposition(decomposition: Decomposition) -> str:
+    """A row for each of the first components."""
+    rows = []
+    for component in list(decomposition)[:_ROWS]:
+        top = component.top_examples(1)
+        ratio = decomposition.evaluations.get(component.index, {}).get("ratio")
+        rows.append(
+            (
+                component.index,
+                component.name or "",
+                f"{component.active_share:.0%}",
+                f"{component.stability:.2f}",
+                "" if ratio is None else f"{ratio:.3g}",
+                _shown(top.texts, top.ids, top.columns)[0] if len(top) else "",
+            )
+        )
+    more = f"and {len(decomposition) - _ROWS} more components; " if len(decomposition) > _ROWS else ""
+    header = ("", "name", "active", "stability", "KL ratio", "top example")
+    return table(repr(decomposition), header, rows, f"{more}to_html(path) writes a page to explore.")
+
+
+def of_component(component: Component) -> str:
+    """Its top examples."""
+    top = component.top_examples(_EXAMPLES)
+    lines = _shown(top.texts, top.ids, top.columns)
+    rows = [(i, f"{w:.3f}", line) for i, w, line in zip(top.ids, top.coefficients, lines, strict=True)]
+    return table(repr(component), ("id", "coefficient", "example"), rows)
+
+
+def of_report(report: PerturbationReport) -> str:
+    """KL of every step, and the first answers that changed."""
+    effects = [("this step", report.best), ("the other sign", report.opposite), ("a random direction", report.random)]
+    rows = [
+        (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", f"{e.top_flips:.0%}")
+        for name, e in effects
+        if e is not None
+    ]
+    header = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")
+    shown = table(repr(report), header, rows)
+    if not report.changed:
+        return shown
+    answers = [
+        ("top" if row["top"] else "other", row["text"] or row["id"], row["before"], row["after"])
+        for row in report.changed[:_EXAMPLES]
+    ]
+    return shown + table("Answers", ("", "example", "before", "after"), answers)
+
+
+def _shown(texts: Sequence[Any] | None, ids: Sequence[str], columns: Any) -> list[str]:
+    lines = [str(line)[-400:] for line in (texts or ids)]
+    predictions = columns.get("prediction") or [None] * len(lines)
+    return [line if p in (None, "") else f"{line} → {p}" for line, p in zip(lines, predictions, strict=True)]

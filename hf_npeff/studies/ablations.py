@@ -1,0 +1,306 @@
+"""What every choice costs and what it does: PEFs and decompositions over grids of settings, from one file.
+
+A grid file is YAML: `base` settings, and `blocks`, each a product over its axes. Settings are those of `FisherConfig`
+and `DecompositionConfig` with their class before them, and two of the study's own:
+
+    base: {fisher.rank: 4, decomposition.n_components: 16}
+    blocks:
+      output factor: {fisher.output_factor: [spectral, projection, sampling], fisher.rank: [1, 4]}
+      early stopping: {validation: [0, 0.2]}       # share of the examples held out, at which fits stop
+      normalisation: {normalise: [true, false]}    # whether PEFs have unit norm
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.baselines.method import MethodResult
+from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.errors import NPEFFError
+from hf_npeff.store import PEFs
+from hf_npeff.studies.factors import Attributes, run_factors
+from hf_npeff.studies.measures import agreement
+from hf_npeff.studies.result import StudyResult, markdown, model_name, number
+from hf_npeff.studies.settings import FactorsConfig
+
+logger = logging.getLogger(__name__)
+_OWN = {"validation": 0.0, "normalise": True}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid.
+
+    Attributes:
+        block: it is from.
+        varied: {axis: value}.
+        fisher: how its PEFs are made.
+        decomposition: how they are decomposed.
+        validation: share of the examples held out, at which the fit stops; 0 for none.
+        normalise: whether PEFs have unit norm.
+    """
+
+    block: str
+    varied: dict[str, Any]
+    fisher: FisherConfig
+    decomposition: DecompositionConfig
+    validation: float
+    normalise: bool
+
+
+def read_grid(text: str, fisher: FisherConfig | None = None) -> list[Setting]:
+    """The points of a grid file.
+
+    Args:
+        text: YAML, see the module.
+        fisher: what `base` and the axes start from.
+
+    Raises:
+        ValueError: if it is no grid, or a setting does not exist or is out of its range.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the grid is no YAML: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("blocks"), dict) or set(found) - {"base", "blocks"}:
+        raise ValueError("a grid has `blocks`, {name: {setting: [values]}}, and may have `base`, {setting: value}")
+    base = dict(found.get("base") or {})
+    settings = []
+    for block, axes in found["blocks"].items():
+        if not isinstance(axes, dict) or not all(isinstance(v, list) and v for v in axes.values()):
+            raise ValueError(f"the block {block!r} must have a list of values for every setting, but it is {axes!r}")
+        for values in itertools.product(*axes.values()):
+            varied = dict(zip(axes, values, strict=True))
+            settings.append(_setting(str(block), varied, {**base, **varied}, fisher or FisherConfig()))
+    if not settings:
+        raise ValueError("the grid has no blocks")
+    return settings
+
+
+def _setting(block: str, varied: dict[str, Any], values: Mapping[str, Any], fisher: FisherConfig) -> Setting:
+    parts: dict[str, dict[str, Any]] = {"fisher": fisher.to_dict(), "decomposition": DecompositionConfig().to_dict()}
+    own = dict(_OWN)
+    for name, value in values.items():
+        part, _, key = name.partition(".")
+        if name in own:
+            own[name] = value
+        elif part in parts and key in parts[part]:
+            parts[part][key] = value
+        else:
+            known = [f"{p}.{f.name}" for p, c in (("fisher", FisherConfig), ("decomposition", DecompositionConfig))
+                     for f in fields(c)]  # fmt: skip
+            raise ValueError(f"block {block!r}: there is no setting {name!r}; there are {', '.join([*known, *own])}")
+    if not isinstance(own["normalise"], bool) or not 0 <= float(own["validation"]) < 1:
+        raise ValueError(f"block {block!r}: normalise must be true or false, validation a share, but they are {own}")
+    fit = parts["decomposition"]
+    if not own["normalise"] and (fit["power"] != 1 or fit["balance"] != "none"):
+        raise ValueError(
+            f"block {block!r}: powers and balancing end in unit norm; leave them out with normalise: false"
+        )
+    try:
+        configs = FisherConfig(**parts["fisher"]), DecompositionConfig(**parts["decomposition"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"block {block!r}, {varied}: {error}") from error
+    return Setting(block, varied, *configs, float(own["validation"]), own["normalise"])
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One point, measured.
+
+    Attributes:
+        block: it is from.
+        varied: {axis: value}.
+        pef_seconds: to make the PEFs; shared by the points that have them in common.
+        fit_seconds: to decompose them, one seed.
+        numbers: of an example's rows, c·d.
+        sketch_error: measured relative error of inner products of PEFs, or None.
+        explained: share of Σ‖F‖² explained, of this point's own PEFs: comparable where these are the same.
+        iterations: of the best start.
+        stability: mean of the components', over restarts.
+        agreement: of the coefficients of two seeds.
+        mean_auroc: over the attributes, or NaN without any.
+        found: attributes found.
+        attributes: how many were measured.
+        failed: why the point could not be run, or None.
+    """
+
+    block: str
+    varied: dict[str, Any]
+    pef_seconds: float = float("nan")
+    fit_seconds: float = float("nan")
+    numbers: int = 0
+    sketch_error: float | None = None
+    explained: float = float("nan")
+    iterations: int = 0
+    stability: float = float("nan")
+    agreement: float = float("nan")
+    mean_auroc: float = float("nan")
+    found: int = 0
+    attributes: int = 0
+    failed: str | None = None
+
+
+@dataclass
+class AblationsResult(StudyResult):
+    """The outcome of `run_ablations`.
+
+    Attributes:
+        rows: a point each.
+        examples: how many.
+        model: its name.
+    """
+
+    rows: list[Ablation]
+    examples: int
+    model: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        rows = [asdict(row) for row in self.rows]
+        return {"study": "ablations", "model": self.model, "examples": self.examples, "rows": rows}
+
+    def table(self) -> str:
+        """A table a block."""
+        parts = []
+        header = ["PEFs, s", "fit, s", "numbers", "sketch error", "explained", "iterations", "stability", "seeds agree",
+                  "mean AUROC", "found"]  # fmt: skip
+        for block in dict.fromkeys(row.block for row in self.rows):
+            mine = [row for row in self.rows if row.block == block]
+            axes = list(mine[0].varied)
+            body = []
+            for row in mine:
+                cells: list[object] = [row.varied[axis] for axis in axes]
+                if row.failed:
+                    body.append([*cells, f"failed: {row.failed}", *[""] * (len(header) - 1)])
+                    continue
+                cells += [number(row.pef_seconds, 1), number(row.fit_seconds, 1), row.numbers]
+                cells += [number(row.sketch_error), number(row.explained), row.iterations, number(row.stability, 2)]
+                cells += [number(row.agreement, 2), number(row.mean_auroc), f"{row.found} of {row.attributes}"]
+                body.append(cells)
+            parts += [f"**{block}**", "", markdown([*axes, *header], body), ""]
+        return "\n".join(parts).rstrip()
+
+    def draw(self, figure: Any) -> None:
+        """Mean AUROC against time, a colour a block."""
+        axes = figure.add_subplot()
+        for block in dict.fromkeys(row.block for row in self.rows):
+            mine = [row for row in self.rows if row.block == block and not row.failed]
+            seconds = [row.pef_seconds + row.fit_seconds for row in mine]
+            value = [row.mean_auroc if row.attributes else row.explained for row in mine]
+            axes.scatter(seconds, value, label=block)
+            for row, x, y in zip(mine, seconds, value, strict=True):
+                axes.annotate(", ".join(map(str, row.varied.values())), (x, y), fontsize=6, alpha=0.8)
+        measured = any(row.attributes for row in self.rows)
+        axes.set(xscale="log", xlabel="seconds, PEFs and one fit", ylabel="mean AUROC" if measured else "explained")
+        axes.legend(frameon=False, fontsize=7)
+
+
+def run_ablations(
+    analyzer: NPEFFAnalyzer,
+    dataset: Any,
+    grid: Sequence[Setting],
+    attributes: Attributes | None = None,
+    *,
+    factors: FactorsConfig | None = None,
+    batch_size: int = 16,
+) -> AblationsResult:
+    """Run every point of a grid; what fails is reported in its row.
+
+    Args:
+        analyzer: of the model.
+        dataset: as for `NPEFFAnalyzer.compute_pefs`.
+        grid: from `read_grid`.
+        attributes: of the examples, for the factors.
+        factors: how they are measured.
+        batch_size: examples of a forward pass.
+
+    Raises:
+        ValueError: if the attributes are of other examples.
+    """
+    if attributes is not None and len(attributes.values) != len(dataset):
+        raise ValueError(f"the dataset has {len(dataset)} examples, and the attributes are of {len(attributes.values)}")
+    order = sorted(range(len(grid)), key=lambda i: repr(grid[i].fisher))  # PEFs in common are made once
+    rows: dict[int, Ablation] = {}
+    made: tuple[FisherConfig, PEFs, float] | None = None
+    for i in order:
+        point = grid[i]
+        try:
+            if made is None or made[0] != point.fisher:
+                made = None
+                made = (point.fisher, *_pefs(analyzer, dataset, point.fisher, batch_size))
+            rows[i] = _measure(point, made[1], made[2], attributes, factors)
+        except (ValueError, NPEFFError, FloatingPointError) as error:
+            logger.warning("%s, %s: %s", point.block, point.varied, error)
+            rows[i] = Ablation(point.block, point.varied, failed=str(error))
+    return AblationsResult([rows[i] for i in range(len(grid))], len(dataset), model_name(analyzer._facts()))
+
+
+def _pefs(analyzer: NPEFFAnalyzer, dataset: Any, fisher: FisherConfig, batch_size: int) -> tuple[PEFs, float]:
+    other = NPEFFAnalyzer(analyzer.model, analyzer.processing_class, fisher=fisher, task=analyzer._task)
+    started = time.perf_counter()
+    pefs = other.compute_pefs(dataset, batch_size=batch_size)
+    return pefs, time.perf_counter() - started
+
+
+def raw_norms(pefs: PEFs) -> PEFs:
+    """PEFs with their own norms over the mean norm, instead of unit norm: what normalisation is compared with."""
+    norms = pefs.norms.double()
+    scale = (norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    factors = pefs.factors.float() * scale[:, None, None].float()
+    return PEFs({"factors": factors, "norms": torch.ones_like(pefs.norms)}, pefs.columns, pefs.info)
+
+
+def _measure(
+    point: Setting, pefs: PEFs, pef_seconds: float, attributes: Attributes | None, factors: FactorsConfig | None
+) -> Ablation:
+    used = pefs if point.normalise else raw_norms(pefs)
+    fits = []
+    seconds = 0.0
+    for seed in (point.decomposition.seed, point.decomposition.seed + 1):
+        config = {**point.decomposition.to_dict(), "seed": seed}
+        train, validation = _split(used, point.validation)
+        started = time.perf_counter()
+        fits.append(NPEFF(**config).fit(train, validation))
+        seconds = seconds or time.perf_counter() - started
+    W = [fit.transform(used) for fit in fits]
+    mean_auroc, found, measured = float("nan"), 0, 0
+    if attributes is not None:
+        row = run_factors([MethodResult("NPEFF", W[0].float())], attributes, factors).methods[0]
+        mean_auroc, found, measured = row.mean_auroc, row.found, len(row.attributes)
+    return Ablation(
+        point.block,
+        point.varied,
+        pef_seconds,
+        seconds,
+        pefs.rank * pefs.dim,
+        pefs.sketch_error,
+        fits[0].explained,
+        len(fits[0].loss_history) - 2,
+        float(fits[0].stability.nanmean()),
+        agreement(W[0], W[1]),
+        mean_auroc,
+        found,
+        measured,
+    )
+
+
+def _split(pefs: PEFs, share: float) -> tuple[PEFs, PEFs | None]:
+    if share == 0:
+        return pefs, None
+    held: Tensor = torch.zeros(len(pefs), dtype=torch.bool)
+    held[torch.randperm(len(pefs), generator=torch.Generator().manual_seed(0))[: max(1, round(share * len(pefs)))]] = (
+        True
+    )
+    return pefs.filter(~held), pefs.filter(held)

@@ -1,0 +1,204 @@
+"""NPEFF and what it is compared with, fitted to the same examples of the same model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.baselines.activations import (
+    Position,
+    Site,
+    activation_kmeans,
+    activation_nmf,
+    hidden_states,
+    random_coefficients,
+)
+from hf_npeff.baselines.gradient_clustering import GradientClustering, prediction_gradients
+from hf_npeff.baselines.method import MethodResult, check_enough
+from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
+from hf_npeff.components import Decomposition
+from hf_npeff.directions import ParameterDirection
+from hf_npeff.store import PEFs
+from hf_npeff.studies.settings import ComparisonConfig
+
+
+@dataclass
+class Comparison:
+    """Fitted methods.
+
+    Attributes:
+        methods: a row each.
+        seeds: {method: coefficients of its further fits}.
+        pefs: of NPEFF, where it is among them.
+        decomposition: the same.
+    """
+
+    methods: list[MethodResult]
+    seeds: dict[str, list[Tensor]] = field(default_factory=dict)
+    pefs: PEFs | None = None
+    decomposition: Decomposition | None = None
+
+
+def fit_methods(
+    analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig | None = None, *, pefs: PEFs | None = None
+) -> Comparison:
+    """Fit every method to the same examples.
+
+    Args:
+        analyzer: of the model.
+        dataset: as for `NPEFFAnalyzer.compute_pefs`.
+        config: settings.
+        pefs: of the same dataset, where they are known already; their time is then not counted.
+
+    Raises:
+        ValueError: if there are fewer examples than components.
+    """
+    config = config or ComparisonConfig()
+    if hasattr(dataset, "__len__"):
+        check_enough(len(dataset), config.n_components, "n_components")
+    found = Comparison([], pefs=pefs)
+    wanted = config.wanted
+    if "npeff" in wanted or "gradient_clustering" in wanted:
+        _fit_gradients(analyzer, dataset, config, found)
+    if {"sae", "kmeans", "nmf"} & set(wanted):
+        _fit_activations(analyzer, dataset, config, found)
+    if "random" in wanted:
+        n = len(found.methods[0].coefficients) if found.methods else len(dataset)
+        fits = [random_coefficients(n, config.n_components, seed=s) for s in _seeds(config)]
+        first = next((m for m in found.methods if m.name == "NPEFF"), None)
+        if first is not None and first.interventions is not None:
+            lift = first.interventions
+
+            def random(features: Sequence[int]) -> list[ParameterDirection]:
+                (direction,) = lift([0])
+                assert isinstance(direction, ParameterDirection)
+                return [direction.random_like(j) for j in features]
+
+            fits[0] = replace(fits[0], interventions=random)
+        _add(found, fits)
+    return found
+
+
+def _seeds(config: ComparisonConfig) -> range:
+    return range(config.seed, config.seed + config.seeds)
+
+
+def _add(found: Comparison, fits: Sequence[MethodResult]) -> None:
+    found.methods.append(fits[0])
+    found.seeds[fits[0].name] = [fit.coefficients for fit in fits[1:]]
+
+
+def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, found: Comparison) -> None:
+    started = time.perf_counter()
+    pefs = found.pefs
+    if pefs is None:
+        pefs = found.pefs = analyzer.compute_pefs(dataset, batch_size=config.batch_size)
+    to_pefs = time.perf_counter() - started
+    if "npeff" in config.wanted:
+        fits = []
+        for seed in _seeds(config):
+            started = time.perf_counter()
+            decomposition = analyzer.decompose(
+                pefs,
+                config.n_components,
+                power=config.power,
+                balance=config.balance,
+                n_restarts=config.n_restarts,
+                seed=seed,
+            )
+            found.decomposition = found.decomposition or decomposition
+            seconds = to_pefs + time.perf_counter() - started
+            fits.append(MethodResult.of_decomposition(decomposition, seconds=seconds))
+        kept = found.decomposition
+        assert kept is not None
+
+        def lift(components: Sequence[int]) -> list[ParameterDirection]:
+            directions: list[ParameterDirection] = analyzer.lift(
+                kept, list(components), pefs, dataset, batch_size=config.batch_size
+            )
+            return directions
+
+        _add(found, [replace(fits[0], interventions=lift), *fits[1:]])
+    if "gradient_clustering" in config.wanted:
+        started = time.perf_counter()
+        other, gradients = prediction_gradients(analyzer, dataset, like=pefs, batch_size=config.batch_size)
+        to_gradients = time.perf_counter() - started
+        soft, hard = [], []
+        for seed in _seeds(config):
+            started = time.perf_counter()
+            estimator = GradientClustering(config.n_components, n_restarts=config.n_restarts, seed=seed)
+            clusters = estimator.fit(gradients)
+            seconds = to_gradients + time.perf_counter() - started
+            soft.append(clusters.result(other, dataset, seconds=seconds))
+            hard.append(clusters.result(other, dataset, hard=True, seconds=seconds))
+        _add(found, soft)
+        _add(found, hard)
+
+
+def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, found: Comparison) -> None:
+    started = time.perf_counter()
+    site = Site(analyzer.model, config.layer, _position(analyzer, config.position))
+    states = hidden_states(analyzer, dataset, site, batch_size=config.batch_size)
+    to_states = time.perf_counter() - started
+    r = config.n_components
+    if "sae" in config.wanted:
+        for expansion in dict.fromkeys((1, config.sae_expansion)):
+            fits = []
+            name = "SAE" if expansion == 1 else f"SAE × {expansion}"
+            for seed in _seeds(config):
+                started = time.perf_counter()
+                sae = SparseAutoencoder.fit(states, _sae_config(config, r * expansion, seed))
+                seconds = to_states + time.perf_counter() - started
+                fits.append(sae.result(states, site=site, name=name, seconds=seconds))
+            _add(found, fits)
+    if "kmeans" in config.wanted:
+        settings: dict[str, Any] = {"site": site, "seconds": to_states, "n_restarts": config.n_restarts}
+        _add(found, [activation_kmeans(states, r, seed=seed, **settings) for seed in _seeds(config)])
+    if "nmf" in config.wanted:
+        _add(found, [activation_nmf(states, r, site=site, seconds=to_states, seed=seed) for seed in _seeds(config)])
+
+
+def _sae_config(config: ComparisonConfig, features: int, seed: int) -> SAEConfig:
+    k = min(config.sae_k, features)
+    return SAEConfig(features, config.sae_kind, k, config.sae_l1, steps=config.sae_steps, seed=seed)
+
+
+def _position(analyzer: NPEFFAnalyzer, position: str) -> Position:
+    """Encoders with a classifier read their first token, everything else its last."""
+    if position == "first" or position == "last":
+        return position  # type: ignore[return-value]
+    decoder = hasattr(analyzer.model, "score") or getattr(analyzer.head, "embedding", None) is not None
+    return "last" if decoder else "first"
+
+
+def best_layer(
+    analyzer: NPEFFAnalyzer, dataset: Any, attributes: Any, config: ComparisonConfig, *, choose: Tensor
+) -> int:
+    """The layer whose autoencoder finds the attributes best on the examples `choose` (n,) bool.
+
+    The activation methods' one open choice, made for them: mean AUROC of the best feature, on the half where features
+    are chosen, so nothing of the other half is seen.
+    """
+    from hf_npeff.studies.measures import aurocs
+
+    config_of: Any = analyzer.model.config
+    depth = config_of.get_text_config().num_hidden_layers
+    means = []
+    for layer in range(depth):
+        site = Site(analyzer.model, layer, _position(analyzer, config.position))
+        states = hidden_states(analyzer, dataset, site, batch_size=config.batch_size)
+        W = SparseAutoencoder.fit(states, _sae_config(config, config.n_components, config.seed)).encode(states)
+        scores = []
+        for a in range(len(attributes.names)):
+            values = attributes.values[:, a]
+            known = choose & ~values.isnan()
+            if 0 < int((values[known] == 1).sum()) < int(known.sum()):
+                scores.append(float(aurocs(W[known], values[known] == 1).max()))
+        means.append(sum(scores) / max(len(scores), 1))
+    return int(torch.tensor(means).argmax())

@@ -1,0 +1,201 @@
+"""Planted heuristics: a small transformer trained on labels that known, overlapping cues make.
+
+A sentence holds none to four cue words among filler words. Each of several labels (yes or no, independent) is likely
+where one of its cues is present and unlikely elsewhere; two cues or more serve the same label, so the label alone, and
+whatever encodes it, does not tell which cue was at work. An explanation should find the cues one by one, also where two
+or more act at once. Labels are random to a degree, so that the model is never certain and every cue leaves a Fisher.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.config import FisherConfig
+from hf_npeff.studies.comparison import best_layer, fit_methods
+from hf_npeff.studies.factors import Attributes, FactorsResult, first_half, run_factors
+from hf_npeff.studies.result import StudyResult, markdown, number
+from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, PlantedConfig
+
+_PAD, _CLS, _SEP = 0, 1, 2
+_FIRST_CUE = 3
+TARGETS = r".*attention\.self\.value"
+"""What attention copies, in both layers: where a cue acts; the same for NPEFF and gradient clustering."""
+COMPARISON = ComparisonConfig(n_components=16, power=0.5, n_restarts=8, batch_size=64)
+"""Chosen on the tasks of the seeds 10 and 11, which the study's own seeds 0 to 4 are not."""
+
+
+def planted_sentences(config: PlantedConfig, n: int, seed: int) -> list[dict[str, Any]]:
+    """Sentences: `input_ids`, `targets` (0.0 or 1.0 a label), `cues` (a list of names)."""
+    rng = random.Random(seed)
+    first_filler = _FIRST_CUE + config.cues
+    rows = []
+    for _ in range(n):
+        cues = sorted(rng.sample(range(config.cues), rng.randint(0, config.most)))
+        served = {cue % config.labels for cue in cues}
+        targets = [
+            float(rng.random() < (config.likely if k in served else config.unlikely)) for k in range(config.labels)
+        ]
+        words = [_FIRST_CUE + cue for cue in cues]
+        words += [first_filler + rng.randrange(config.fillers) for _ in range(config.length - len(cues))]
+        rng.shuffle(words)
+        rows.append({"input_ids": [_CLS, *words, _SEP], "targets": targets, "cues": [f"cue {cue}" for cue in cues]})
+    return rows
+
+
+def planted_model(config: PlantedConfig) -> tuple[nn.Module, float]:
+    """A small BERT trained on planted sentences, and its error on others.
+
+    Word embeddings start at unit variance, as far apart as words of a trained model are. The error is the mean
+    |p − the probability that made the label|. The global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        settings: Any = transformers.BertConfig  # its annotations lack what every config takes
+        bert = settings(
+            vocab_size=_FIRST_CUE + config.cues + config.fillers,
+            hidden_size=config.hidden,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=2 * config.hidden,
+            max_position_embeddings=config.length + 2,
+            num_labels=config.labels,
+            problem_type="multi_label_classification",
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=_PAD,
+        )
+        model = transformers.BertForSequenceClassification(bert)
+        nn.init.normal_(model.bert.embeddings.word_embeddings.weight)
+    rows = planted_sentences(config, config.n_train, seed=1000 + config.seed)
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    targets = torch.tensor([row["targets"] for row in rows])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=config.steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    model.train()
+    for _ in range(config.steps):
+        batch = torch.randint(len(ids), (64,), generator=generator)
+        loss = nn.functional.binary_cross_entropy_with_logits(model(input_ids=ids[batch]).logits, targets[batch])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    model.eval()
+    tests = planted_sentences(config, 1000, seed=2000 + config.seed)
+    truth = torch.full((len(tests), config.labels), config.unlikely)
+    for i, row in enumerate(tests):
+        truth[i, [int(cue.split()[1]) % config.labels for cue in row["cues"]]] = config.likely
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([row["input_ids"] for row in tests])).logits.sigmoid()
+    return model, float((p - truth).abs().mean())
+
+
+@dataclass
+class PlantedResult(StudyResult):
+    """Cues found by every method, on sentences with two or more.
+
+    Attributes:
+        seeds: of the task and of everything fitted to it.
+        factors: the outcome of every seed.
+        errors: of every seed's model.
+        layers: whose hidden states the activation methods read, the best for the autoencoder, seed by seed.
+        config: of the task.
+        comparison: of the methods.
+    """
+
+    seeds: list[int]
+    factors: list[FactorsResult]
+    errors: list[float]
+    layers: list[int]
+    config: PlantedConfig
+    comparison: ComparisonConfig
+
+    def found(self) -> dict[str, list[int]]:
+        """{method: cues found, seed by seed}."""
+        names = [row.method for row in self.factors[0].methods]
+        return {name: [f.methods[i].found for f in self.factors] for i, name in enumerate(names)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {
+            "study": "planted",
+            "config": asdict(self.config),
+            "comparison": asdict(self.comparison),
+            "target_modules": TARGETS,
+            "seeds": self.seeds,
+            "model_errors": self.errors,
+            "layers": self.layers,
+            "found": self.found(),
+            "factors": [f.to_dict() for f in self.factors],
+        }
+
+    def table(self) -> str:
+        """A row a method, a column a seed."""
+        rows = []
+        for i, (name, found) in enumerate(self.found().items()):
+            scores = [f.methods[i] for f in self.factors]
+            aurocs = sum(s.mean_auroc for s in scores) / len(scores)
+            at_once = sum(s.at_once for s in scores) / len(scores)
+            wrong = sum(s.wrong for s in scores) / len(scores)
+            mean = sum(found) / len(found)
+            rows.append([name, *found, number(mean, 1), number(aurocs), number(at_once, 2), number(wrong, 2)])
+        seeds = [f"seed {seed}" for seed in self.seeds]
+        return markdown(["method", *seeds, "mean found", "mean AUROC", "at once", "wrong"], rows)
+
+    def draw(self, figure: Any) -> None:
+        """Cues found, a dot a seed."""
+        axes = figure.add_subplot()
+        for position, (_, found) in enumerate(self.found().items()):
+            axes.bar(position, sum(found) / len(found), color=f"C{position}", alpha=0.4)
+            axes.scatter([position] * len(found), found, color=f"C{position}", s=14)
+        axes.set_xticks(range(len(self.found())), list(self.found()), rotation=20, ha="right")
+        axes.set(ylabel=f"cues found, of {self.config.cues}", ylim=(0, self.config.cues + 0.5))
+
+
+def run_planted(
+    config: PlantedConfig | None = None,
+    comparison: ComparisonConfig | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    found_at: float = 0.9,
+) -> PlantedResult:
+    """Train a model on planted heuristics for every seed, and count the cues that every method finds.
+
+    The activation methods read the layer at which the autoencoder finds most on the half where features are chosen.
+
+    Raises:
+        ValueError: if there are no seeds.
+    """
+    config, comparison = config or PlantedConfig(), comparison or COMPARISON
+    if not seeds:
+        raise ValueError("the study needs at least one seed")
+    results, errors, layers = [], [], []
+    for seed in seeds:
+        factors, error, layer = _one_seed(replace(config, seed=seed), replace(comparison, seed=seed), found_at)
+        results.append(factors)
+        errors.append(error)
+        layers.append(layer)
+    return PlantedResult(list(seeds), results, errors, layers, config, comparison)
+
+
+def _one_seed(config: PlantedConfig, comparison: ComparisonConfig, found_at: float) -> tuple[FactorsResult, float, int]:
+    model, error = planted_model(config)
+    rows = planted_sentences(config, config.n, seed=3000 + config.seed)
+    dataset = [{"id": str(i), "input_ids": row["input_ids"]} for i, row in enumerate(rows)]
+    attributes = Attributes.from_columns({"cue": [row["cues"] for row in rows]})
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=config.most, target_modules=TARGETS, seed=config.seed))
+    measured = FactorsConfig(found_at=found_at, at_least=2, seed=config.seed)
+    layer = comparison.layer
+    if {"sae", "kmeans", "nmf"} & set(comparison.wanted):
+        choose = first_half(config.n, config.seed) & (attributes.counts >= 2)
+        layer = best_layer(analyzer, dataset, attributes, comparison, choose=choose)
+    found = fit_methods(analyzer, dataset, replace(comparison, layer=layer))
+    return run_factors(found.methods, attributes, measured), error, layer

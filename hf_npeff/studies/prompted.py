@@ -1,0 +1,293 @@
+"""Classification and question answering as prompts to a causal language model, from published data sets.
+
+A task is a file of `studies/task_files`: the data set's id on the Hub, a template whose fields are the data set's
+columns, and a verbaliser, the word for every class. Any causal language model can be analysed on any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.components import Decomposition
+from hf_npeff.data import records_of
+from hf_npeff.studies.comparison import fit_methods
+from hf_npeff.studies.factors import Attributes, FactorsResult, run_factors
+from hf_npeff.studies.result import StudyResult, markdown, number
+from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig
+
+_FIELDS = {"dataset", "subset", "split", "template", "label", "verbaliser", "answers", "columns"}
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """A task.
+
+    Attributes:
+        name: of its file.
+        dataset: id on the Hub.
+        template: of the prompt, with the data set's columns in braces.
+        subset: the data set's configuration, or None.
+        split: of the data set.
+        label: the column of the class, or None.
+        verbaliser: the word of every class, or "names" for the data set's own class names.
+        answers: the column of accepted answers where there are no classes; dots lead into dictionaries.
+        columns: {attribute: column} annotated for the factors; a class's name stands for its number.
+
+    Raises:
+        ValueError: if it has neither a label with a verbaliser nor answers.
+    """
+
+    name: str
+    dataset: str
+    template: str
+    subset: str | None = None
+    split: str = "validation"
+    label: str | None = None
+    verbaliser: Sequence[str] | str | None = None
+    answers: str | None = None
+    columns: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.label is None) != (self.verbaliser is None) or (self.label is None) == (self.answers is None):
+            raise ValueError(f"the task {self.name} needs a label with a verbaliser, or answers, and not both")
+
+    @property
+    def fields(self) -> list[str]:
+        """The columns that the template reads."""
+        return re.findall(r"\{(\w+)\}", self.template)
+
+
+def task_names() -> list[str]:
+    """The tasks that are known by name."""
+    folder = files("hf_npeff.studies").joinpath("task_files")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_task(name: str) -> PromptTask:
+    """A task by its name.
+
+    Raises:
+        ValueError: if there is none of that name, or its file has unknown settings.
+    """
+    if name not in task_names():
+        raise ValueError(f"there is no task {name!r}; there are {', '.join(task_names())}")
+    text = files("hf_npeff.studies").joinpath(f"task_files/{name}.yaml").read_text(encoding="utf-8")
+    return read_task(name, text)
+
+
+def read_task(name: str, text: str) -> PromptTask:
+    """A task from the text of its file.
+
+    Raises:
+        ValueError: if a setting is missing or unknown.
+    """
+    found = yaml.safe_load(text)
+    if not isinstance(found, dict) or set(found) - _FIELDS or not {"dataset", "template"} <= set(found):
+        raise ValueError(f"the task {name} must have `dataset` and `template`, and nothing but {sorted(_FIELDS)}")
+    return PromptTask(name, **found)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A task's prompts.
+
+    Attributes:
+        rows: `text`, `answers` (accepted ones, each with its leading space), and the annotated columns.
+        excluded: {why: how many rows}.
+    """
+
+    rows: list[dict[str, Any]]
+    excluded: dict[str, int]
+
+
+def make_prompts(task: PromptTask, dataset: Any = None, *, max_examples: int | None = None) -> Prompts:
+    """A task's prompts.
+
+    Args:
+        task: what to ask.
+        dataset: rows in the data set's own schema; by default they are loaded from the Hub.
+        max_examples: only the first ones that can be used.
+
+    Raises:
+        ValueError: if a column is missing, a class has no word, or no row can be used.
+        OSError: if the data set cannot be loaded.
+    """
+    if dataset is None:
+        import datasets
+
+        dataset = datasets.load_dataset(task.dataset, task.subset, split=task.split)
+    words = _words(task, dataset)
+    rows: list[dict[str, Any]] = []
+    excluded: dict[str, int] = {}
+    for record in records_of(dataset, None):
+        if max_examples is not None and len(rows) == max_examples:
+            break
+        if missing := [f for f in [*task.fields, *filter(None, [task.label])] if f not in record]:
+            raise ValueError(f"{task.dataset} has no columns {missing}; it has {sorted(record)}")
+        row = _row(task, record, words)
+        if isinstance(row, str):
+            excluded[row] = excluded.get(row, 0) + 1
+        else:
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"no row of {task.dataset} can be used: {excluded}")
+    return Prompts(rows, excluded)
+
+
+def _words(task: PromptTask, dataset: Any) -> list[str] | None:
+    if task.verbaliser != "names":
+        return None if task.verbaliser is None else list(task.verbaliser)
+    names = getattr(getattr(dataset, "features", {}).get(task.label), "names", None) if task.label else None
+    return None if names is None else [str(name).replace("_", " ") for name in names]
+
+
+def _row(task: PromptTask, record: Mapping[str, Any], words: list[str] | None) -> dict[str, Any] | str:
+    """A prompt, or why there is none."""
+    text = task.template.format(**{name: record[name] for name in task.fields})
+    row: dict[str, Any] = {"text": text}
+    if task.label is None:
+        found: Any = record
+        for part in str(task.answers).split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if not found:
+            return "no accepted answer"
+        return {**row, "answers": [f" {answer}" for answer in found]}
+    label = record[task.label]
+    if label is None or label == -1:
+        return "no label"
+    if isinstance(label, str):
+        word = label.replace("_", " ")
+    elif words is None:
+        raise ValueError(f"the classes of {task.dataset} are numbers without names; give a verbaliser with the words")
+    elif not 0 <= label < len(words):
+        raise ValueError(f"{task.dataset} has a class {label}, and the verbaliser has {len(words)} words")
+    else:
+        word = words[label]
+    kept = {name: word if column == task.label else record[column] for name, column in (task.columns or {}).items()}
+    return {**row, "answers": [f" {word}"], **kept}
+
+
+@dataclass
+class TaskResult(StudyResult):
+    """The outcome of `run_task`.
+
+    Attributes:
+        task: what was asked.
+        examples: how many prompts.
+        excluded: {why: how many rows}.
+        accuracy: share of prompts whose likeliest next token begins an accepted answer.
+        decomposition: of the prompts.
+        factors: of the annotated columns, or None where there are none that can be measured.
+        reason: why there are no factors.
+    """
+
+    task: PromptTask
+    examples: int
+    excluded: dict[str, int]
+    accuracy: float
+    decomposition: Decomposition
+    factors: FactorsResult | None
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the decomposition's tensors, as JSON types."""
+        return {
+            "study": "tasks",
+            "task": asdict(self.task),
+            "examples": self.examples,
+            "excluded": self.excluded,
+            "accuracy": self.accuracy,
+            "explained": self.decomposition.explained,
+            "stability": self.decomposition.stability.tolist(),
+            "factors": self.factors.to_dict() if self.factors else None,
+            "reason": self.reason,
+        }
+
+    def table(self) -> str:
+        """A row a component with its top examples, then the factors."""
+        rows = []
+        for component in self.decomposition:
+            top = component.top_examples(3)
+            shown = " / ".join(text[-60:] for text in top.texts or top.ids)
+            rows.append([component.index, f"{component.active_share:.0%}", number(component.stability, 2), shown])
+        lines = [markdown(["component", "active", "stability", "ends of its top prompts"], rows), ""]
+        lines.append(f"{self.examples} prompts, accuracy {self.accuracy:.3f}.")
+        lines += [f"{count} rows left out: {why}." for why, count in self.excluded.items()]
+        lines += ["", self.factors.table() if self.factors else f"No factors: {self.reason}."]
+        return "\n".join(lines)
+
+    def draw(self, figure: Any) -> None:
+        """Factors where there are some, else how much each component carries."""
+        if self.factors is not None:
+            self.factors.draw(figure)
+            return
+        axes = figure.add_subplot()
+        axes.bar(range(len(self.decomposition)), self.decomposition.coefficients.mean(0).tolist())
+        axes.set(xlabel="component", ylabel="mean coefficient")
+
+
+def run_task(
+    analyzer: NPEFFAnalyzer,
+    prompts: Prompts,
+    task: PromptTask,
+    config: ComparisonConfig | None = None,
+    factors: FactorsConfig | None = None,
+) -> TaskResult:
+    """PEFs of a task's prompts, their components, and how these match the annotated columns.
+
+    Args:
+        analyzer: of a causal language model.
+        prompts: from `make_prompts`.
+        task: the same.
+        config: of the decomposition and what it is compared with.
+        factors: how the columns are measured.
+
+    Raises:
+        ValueError: if the model predicts no tokens, or there are fewer prompts than components.
+    """
+    if getattr(analyzer.head, "task", None) != "causal-lm":
+        raise ValueError("prompts need a causal language model; load one with task='causal-lm'")
+    config = config or ComparisonConfig(methods=("npeff",))
+    found = fit_methods(analyzer, [{"text": row["text"]} for row in prompts.rows], config)
+    if found.decomposition is None or found.pefs is None:
+        raise ValueError("the study of a task is of NPEFF's components: keep npeff among the methods")
+    columns = {name: [row[name] for row in prompts.rows] for name in (task.columns or {})}
+    reason, measured = None, None
+    if columns:
+        attributes = Attributes.from_columns(columns)
+        try:
+            measured = run_factors(found.methods, attributes, factors, seeds=found.seeds)
+        except ValueError as error:
+            reason = str(error)
+    else:
+        reason = "the task annotates no columns"
+    accuracy = first_token_accuracy(analyzer, found.pefs.predictions, [row["answers"] for row in prompts.rows])
+    return TaskResult(task, len(prompts.rows), prompts.excluded, accuracy, found.decomposition, measured, reason)
+
+
+def first_token_accuracy(analyzer: NPEFFAnalyzer, predictions: Any, answers: Sequence[Sequence[str]]) -> float:
+    """Share of predictions (n,) that are the first token of an accepted answer."""
+    right = [
+        int(token) in {first_token(analyzer.processing_class, answer) for answer in accepted}
+        for token, accepted in zip(predictions.tolist(), answers, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def first_token(tokenizer: Any, answer: str) -> int:
+    """The first token of an answer, without what the tokenizer puts before a text.
+
+    Raises:
+        ValueError: if the answer has no token.
+    """
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"the answer {answer!r} has no token")
+    return int(ids[0])

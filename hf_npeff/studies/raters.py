@@ -1,0 +1,218 @@
+"""Language models as raters: any `InferenceClient`, any local chat model, behind one small protocol.
+
+Prompts are the files of `studies/prompts`. Answers are cached by rater and prompt, asked for again where they cannot be
+read, and refused where that does not help: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any, Protocol
+
+import torch
+
+from hf_npeff.files import write_atomically
+from hf_npeff.studies.ratings import Answers, RatingStudy, RatingTask
+
+Messages = list[dict[str, str]]
+"""Turns of `role` and `content`, the user's first."""
+
+
+class Chat(Protocol):
+    """A language model that answers messages."""
+
+    name: str
+
+    def complete(self, messages: Messages) -> str:
+        """The answer to the last message.
+
+        Raises:
+            OSError: if the model cannot be reached; asked again.
+        """
+
+
+class InferenceChat:
+    """A model behind `huggingface_hub.InferenceClient`.
+
+    Args:
+        client: the client, with its token and provider.
+        model: its id.
+        max_tokens: of an answer.
+    """
+
+    def __init__(self, client: Any, model: str, *, max_tokens: int = 128):
+        self.client = client
+        self.model = model
+        self.max_tokens = max_tokens
+        self.name = model
+
+    def complete(self, messages: Messages) -> str:
+        """See `Chat`."""
+        found = self.client.chat_completion(
+            messages=messages, model=self.model, max_tokens=self.max_tokens, temperature=0.0, seed=0
+        )
+        return found.choices[0].message.content or ""
+
+
+class LocalChat:
+    """A chat model of transformers in this process; the likeliest answer.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its own, with a chat template.
+        name: of the rater.
+        max_tokens: of an answer.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None, max_tokens: int = 48):
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("the tokenizer has no chat template; a rater must be a chat model")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+
+    @torch.no_grad()
+    def complete(self, messages: Messages) -> str:
+        """See `Chat`."""
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        pad = self.tokenizer.pad_token_id
+        out = self.model.generate(
+            **inputs,
+            max_new_tokens=self.max_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+        )
+        return str(self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+class Cached:
+    """A chat whose answers are kept in a folder, one JSON file a prompt.
+
+    Args:
+        chat: who answers what is not kept yet.
+        folder: made where it is missing.
+    """
+
+    def __init__(self, chat: Chat, folder: Path):
+        self.chat = chat
+        self.folder = folder
+        self.name = chat.name
+
+    def complete(self, messages: Messages) -> str:
+        """See `Chat`."""
+        content = json.dumps([self.name, messages], ensure_ascii=False)
+        path = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+        if path.is_file():
+            return str(json.loads(path.read_text(encoding="utf-8"))["answer"])
+        answer = self.chat.complete(messages)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = {"rater": self.name, "messages": messages, "answer": answer}
+        write_atomically(path, json.dumps(kept, ensure_ascii=False, indent=1).encode())
+        return answer
+
+
+def rate(study: RatingStudy, chat: Chat, *, cache: Path | None = None, attempts: int = 3) -> Answers:
+    """Ask a language model for every task's theme and members.
+
+    Args:
+        study: the tasks.
+        chat: the rater.
+        cache: a folder of answers, which are not asked for again.
+        attempts: how often an answer is asked for that does not come or cannot be read.
+
+    Returns:
+        Its answers; a task whose answer could not be read is among `refused`, with the last answer.
+
+    Raises:
+        ValueError: if `attempts` is less than 1.
+        OSError: if the model could not be reached in as many attempts.
+    """
+    if attempts < 1:
+        raise ValueError(f"attempts must be at least 1, but it is {attempts}")
+    asked = Cached(chat, cache) if cache is not None else chat
+    themes: dict[str, str] = {}
+    picked: dict[str, list[int]] = {}
+    refused: dict[str, str] = {}
+    for task in study.tasks:
+        found = _one_task(task, asked, attempts)
+        if isinstance(found, str):
+            refused[task.id] = found
+        else:
+            themes[task.id], picked[task.id] = found
+    return Answers(study.id, chat.name, themes, picked, refused)
+
+
+def _one_task(task: RatingTask, chat: Chat, attempts: int) -> tuple[str, list[int]] | str:
+    shown = _listed(task.shown, "- ")
+    messages: Messages = [{"role": "user", "content": prompt("theme", shown=shown)}]
+    theme = ""
+    for _ in range(attempts):
+        theme = " ".join(_reached(chat, messages, attempts).split())
+        if theme:
+            break
+    if not theme:
+        return "no theme was stated"
+    choices = "\n".join(f"{i}. {' '.join(text.split())}" for i, text in enumerate(task.choices, 1))
+    messages = [{"role": "user", "content": prompt("pick", theme=theme[:300], shown=shown, choices=choices)}]
+    answer = ""
+    for _ in range(attempts):
+        answer = _reached(chat, messages, attempts)
+        found = read_numbers(answer, len(task.choices))
+        if found is not None:
+            return theme, [i - 1 for i in found]
+        again = prompt("again", count=str(len(task.choices)))
+        messages = [
+            *messages,
+            {"role": "assistant", "content": answer or "(nothing)"},
+            {"role": "user", "content": again},
+        ]
+    return f"the answer cannot be read: {answer[:80]!r}"
+
+
+def _reached(chat: Chat, messages: Messages, attempts: int) -> str:
+    for attempt in range(attempts):
+        try:
+            return chat.complete(messages)
+        except OSError:
+            if attempt == attempts - 1:
+                raise
+    raise AssertionError("there is at least one attempt")
+
+
+def read_numbers(answer: str, count: int) -> list[int] | None:
+    """The one JSON list of different numbers from 1 to `count` in an answer, or None where there is not exactly one."""
+    lists = re.findall(r"\[[^\[\]]*\]", answer)
+    if len(lists) != 1:
+        return None
+    try:
+        found = json.loads(lists[0])
+    except ValueError:
+        return None
+    numbers = [i for i in found if isinstance(i, int) and not isinstance(i, bool) and 1 <= i <= count]
+    return numbers if len(numbers) == len(found) == len(set(numbers)) else None
+
+
+def prompt(name: str, **values: str) -> str:
+    """A prompt of `studies/prompts`, filled in.
+
+    Raises:
+        KeyError: if a value is missing.
+    """
+    text = files("hf_npeff.studies").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
+    return Template(text).substitute(values).strip()
+
+
+def _listed(texts: Sequence[str], mark: str) -> str:
+    return "\n".join(mark + " ".join(text.split()) for text in texts)

@@ -1,0 +1,226 @@
+"""What happens when a feature is switched: KL on an attribute's examples against others, for every method alike.
+
+All methods are measured on the same examples, at the step (or the degree of ablation) at which the mean KL on the
+attribute's examples reaches the same target; the better of both signs counts, for every method. A parameter direction
+is followed along the weights, a feature of activations is taken out of (or added to) the hidden state it lives in.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.baselines.method import Intervention, MethodResult
+from hf_npeff.data import Example, Examples
+from hf_npeff.directions import ParameterDirection
+from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.perturbation import Predictions, _norm_of, find_scale, predict
+from hf_npeff.studies.factors import Attributes, FactorsResult
+from hf_npeff.studies.result import StudyResult, markdown, number
+from hf_npeff.studies.settings import SelectivityConfig
+
+_LARGEST_ABLATION = 64.0
+_FLOOR = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class SwitchedFeature:
+    """One feature, switched.
+
+    Attributes:
+        method: whose feature it is.
+        attribute: on whose examples it is measured.
+        feature: its number.
+        scale: the step along a direction, or the degree of an ablation (1 removes the feature), with its sign.
+        top: mean KL on the attribute's examples, nats.
+        others: mean KL on the others, nats.
+        ratio: top / others.
+        reached: whether the target was reached within 10%.
+        ablated: mean KL on the attribute's examples at scale 1, for an ablation.
+    """
+
+    method: str
+    attribute: str
+    feature: int
+    scale: float
+    top: float
+    others: float
+    ratio: float
+    reached: bool
+    ablated: float | None = None
+
+
+@dataclass
+class SelectivityResult(StudyResult):
+    """The outcome of `run_selectivity`.
+
+    Attributes:
+        rows: a feature of a method on an attribute each.
+        excluded: {method: why it was not measured}.
+        config: the settings.
+    """
+
+    rows: list[SwitchedFeature]
+    excluded: dict[str, str]
+    config: SelectivityConfig
+
+    @property
+    def methods(self) -> list[str]:
+        """In the order they were measured."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    def ratios(self, method: str) -> list[float]:
+        """Of every attribute on which the target was reached."""
+        return [row.ratio for row in self.rows if row.method == method and row.reached]
+
+    def medians(self) -> dict[str, float]:
+        """{method: median ratio over the attributes on which it reached the target}; none where it never did."""
+        return {m: statistics.median(found) for m in self.methods if (found := self.ratios(m))}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {
+            "study": "selectivity",
+            "config": asdict(self.config),
+            "rows": [asdict(row) for row in self.rows],
+            "medians": self.medians(),
+            "excluded": self.excluded,
+        }
+
+    def table(self) -> str:
+        """A row an attribute, a column a method: KL ratios, in brackets where the target was not reached."""
+        attributes = list(dict.fromkeys(row.attribute for row in self.rows))
+        cells = {(row.attribute, row.method): row for row in self.rows}
+        body = []
+        for attribute in attributes:
+            found = [cells.get((attribute, method)) for method in self.methods]
+            body.append(
+                [attribute]
+                + ["–" if r is None else number(r.ratio, 1) if r.reached else f"({number(r.ratio, 1)})" for r in found]
+            )
+        reached = [f"{len(self.ratios(m))} of {sum(row.method == m for row in self.rows)}" for m in self.methods]
+        medians = self.medians()
+        body.append(["median of those reached", *(number(medians.get(m), 1) for m in self.methods)])
+        body.append(["target reached", *reached])
+        lines = [markdown(["attribute", *self.methods], body)]
+        lines += [f"\nNot measured: {name} ({why})." for name, why in self.excluded.items()]
+        return "\n".join(lines)
+
+    def draw(self, figure: Any) -> None:
+        """Ratios on a logarithmic axis, a dot an attribute."""
+        axes = figure.add_subplot()
+        for position, method in enumerate(self.methods):
+            mine = [row for row in self.rows if row.method == method]
+            for reached, marker in ((True, "o"), (False, "x")):
+                values = [max(row.ratio, 1e-2) for row in mine if row.reached == reached]
+                axes.scatter([position] * len(values), values, marker=marker, alpha=0.6, color=f"C{position}")
+        axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
+        axes.set(yscale="log", ylabel="KL on the attribute's examples / on others (× target not reached)")
+        axes.set_xticks(range(len(self.methods)), self.methods, rotation=20, ha="right")
+
+
+def run_selectivity(
+    analyzer: NPEFFAnalyzer,
+    methods: Sequence[MethodResult],
+    dataset: Any,
+    attributes: Attributes,
+    factors: FactorsResult,
+    config: SelectivityConfig | None = None,
+) -> SelectivityResult:
+    """Switch every method's feature for every attribute, on the same examples.
+
+    The features are those that `run_factors` chose on the first half; examples are drawn from the other half, at
+    random, so that no method's own ranking decides.
+
+    Args:
+        analyzer: of the model.
+        methods: those without interventions are reported as excluded.
+        dataset: the examples of the coefficients, in their order.
+        attributes: of these examples.
+        factors: of the same methods and attributes.
+        config: settings.
+
+    Raises:
+        ValueError: if the dataset is not of the attributes' length.
+    """
+    config = config or SelectivityConfig()
+    examples = Examples(dataset, analyzer.processing_class)[:]
+    if len(examples) != len(attributes.values):
+        raise ValueError(
+            f"the dataset has {len(examples)} examples, and the attributes are of {len(attributes.values)}"
+        )
+    excluded = {m.name: "it has no interventions" for m in methods if m.interventions is None}
+    measured = [score.attribute for score in factors.methods[0].attributes]
+    measured.sort(key=lambda name: -int((attributes.values[:, attributes.names.index(name)] == 1).sum()))
+    chosen = measured[: config.max_attributes]
+    rows: list[SwitchedFeature] = []
+    for method in methods:
+        if method.interventions is None:
+            continue
+        scores = next(row for row in factors.methods if row.method == method.name)
+        features = [scores.feature_of(attribute) for attribute in chosen]
+        distinct = sorted(set(features))
+        found = dict(zip(distinct, method.interventions(distinct), strict=True))
+        for attribute, feature in zip(chosen, features, strict=True):
+            values = attributes.values[:, attributes.names.index(attribute)]
+            top, others = draw_examples(values, factors.halves, config)
+            with analyzer._at_work() as work:
+                switched = switch(
+                    work, found[feature], [examples[i] for i in top], [examples[i] for i in others], config
+                )
+            rows.append(SwitchedFeature(method.name, attribute, feature, **switched))
+    return SelectivityResult(rows, excluded, config)
+
+
+def draw_examples(values: Tensor, half: Tensor, config: SelectivityConfig) -> tuple[list[int], list[int]]:
+    """Examples of a half that have an attribute (n,), and that lack it, at random."""
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = []
+    for wanted, count in ((1, config.n_top), (0, config.n_others)):
+        known = (half & (values == wanted)).nonzero()[:, 0]
+        drawn.append(known[torch.randperm(len(known), generator=generator)[:count]].sort().values.tolist())
+    return drawn[0], drawn[1]
+
+
+def switch(
+    work: FisherPass,
+    intervention: Intervention,
+    top: Sequence[Example],
+    others: Sequence[Example],
+    config: SelectivityConfig,
+) -> dict[str, Any]:
+    """Both signs of an intervention brought to the target KL on the top examples, and the more selective one.
+
+    Returns:
+        The fields of `SwitchedFeature` from `scale` on.
+    """
+    before_top, before_others = (predict(work, examples, config.batch_size) for examples in (top, others))
+
+    def kl(scale: float, before: Predictions, examples: Sequence[Example]) -> float:
+        with intervention.applied_to(work.model, scale):
+            return float(before.kl_to(predict(work, examples, config.batch_size)).mean())
+
+    along_weights = isinstance(intervention, ParameterDirection)
+    limit = _norm_of(work.model, intervention) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
+    start = min(0.05, limit) if along_weights else 1.0
+    ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
+    back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)
+    found = [(ahead, reached), (-back, reached_back)]
+    measured = []
+    for scale, reached in found:
+        a, b = kl(scale, before_top, top), kl(scale, before_others, others)
+        ratio = (a + _FLOOR) / (b + _FLOOR)
+        measured.append({"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached})
+    best = max(measured, key=lambda m: (m["reached"], m["ratio"]))
+    return {**best, "ablated": None if along_weights else kl(1.0, before_top, top)}
+
+
+def random_directions(direction: ParameterDirection, count: int, seed: int = 0) -> list[ParameterDirection]:
+    """Random directions over the same parameters: the floor of selectivity."""
+    return [direction.random_like(seed * 7919 + i) for i in range(count)]
