@@ -167,9 +167,13 @@ def save_components(
 
     Raises:
         IndexError: if a component does not exist.
-        ValueError: if a column does not exist.
+        ValueError: if a column does not exist, or a component's folder is a link to somewhere else.
     """
     chosen = {decomposition.index_of(j): adapter for j, adapter in adapters.items()}
+    for j in chosen:
+        place = Path(directory) / "components" / f"{j:03d}"
+        if not place.resolve().is_relative_to(Path(directory).resolve()):
+            raise ValueError(f"{place} leads out of the folder, to {place.resolve()}; remove that link first")
     decomposition.save_pretrained(directory, include_columns=include_columns)
     for j, adapter in chosen.items():
         adapter.save_pretrained(Path(directory) / "components" / f"{j:03d}")

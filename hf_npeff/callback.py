@@ -26,8 +26,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.data import records_of
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.errors import CorruptStoreError
-from hf_npeff.files import write_atomically
+from hf_npeff.files import read_json_lines, write_atomically
 from hf_npeff.hub import text_columns
 from hf_npeff.store import PEFs
 
@@ -339,13 +338,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _read_history(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {error}") from error
-    if not all(isinstance(record, dict) for record in records):
-        raise CorruptStoreError(f"{path} should hold a JSON object a line")
-    return records
+    return read_json_lines(path)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hf_npeff.errors import CorruptStoreError
 from hf_npeff.files import write_atomically
 from hf_npeff.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id
 from hf_npeff.markdown import TITLE, escaped, front_matter, literal, number, percent, plain, table
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 TAGS = ("npeff", "interpretability", "fisher-information")
 TOP_EXAMPLES = 3
 _LINES = 256
+_CARD_LIMIT = 2**20
 _TEMPLATES = Path(__file__).parent / "templates"
 _TEXT_TASKS = ("causal-lm", "sequence-classification", "token-classification")
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
@@ -52,19 +54,39 @@ def fill(template: str, **values: object) -> str:
 def write_card(folder: Path, card: str) -> None:
     """Write README.md, unless there is one already that is not a card of ours: that is somebody's work."""
     path = folder / "README.md"
-    if path.exists() and not _is_ours(path.read_text(encoding="utf-8", errors="replace")):
+    if path.exists() and not _is_ours(_read_card(path)):
         return
     write_atomically(path, card.encode())
 
 
 def said_on_card(folder: Path) -> dict[str, Any]:
-    """`license` and `datasets` as the card of ours in a folder names them, for the card that replaces it."""
+    """`license` and `datasets` as the card of ours in a folder names them, for the card that replaces it.
+
+    Raises:
+        CorruptStoreError: if its front matter is none.
+    """
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = _read_card(path)
     if not _is_ours(text):
         return {}
-    found = yaml.safe_load(text.split("---\n")[1])
-    return {name: found[name] for name in ("license", "datasets") if name in found}
+    try:
+        found = yaml.safe_load(text.split("---\n")[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"{path} has front matter that cannot be read ({type(error).__name__})") from None
+    said = {name: found[name] for name in ("license", "datasets") if name in found} if isinstance(found, dict) else {}
+    datasets = said.get("datasets", [])
+    named = isinstance(datasets, list) and all(isinstance(name, str) for name in datasets)
+    if not isinstance(found, dict) or not isinstance(said.get("license", ""), str) or not named:
+        raise CorruptStoreError(f"{path} has front matter that hf_npeff does not write: {str(said)[:200]}")
+    return said
+
+
+def _read_card(path: Path) -> str:
+    """README.md as far as it is read; nothing where it is no file."""
+    if not path.is_file():
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(_CARD_LIMIT)
 
 
 def _is_ours(card: str) -> bool:

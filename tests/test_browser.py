@@ -291,6 +291,10 @@ def test_components_are_searched_and_filtered(page: Page) -> None:
     page.type("of a river")
     assert set(numbers(page)) == {4, 5}  # its own examples, and those that have it second
     assert page.texts(".found") == ["2 of 6 components"]
+    for i, expected in ((18, [0, 1]), (24, [0])):  # of equal coefficients the first are among the top twelve
+        page.run(SELECT)
+        page.type(f"example {i} of")
+        assert numbers(page) == expected
     page.run(SELECT)
     page.type("CITIES")
     assert numbers(page) == [1]

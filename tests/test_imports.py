@@ -84,6 +84,7 @@ ORDER = (
     "studies.comparison",
     "studies.planted",
     "studies.ratings",
+    "studies.detection",
     "studies.raters",
     "studies.datasets",
     "studies.prompted",

@@ -144,6 +144,14 @@ def test_weights_of_whole_numbers_give_the_rows_of_their_rounded_values() -> Non
     torch.testing.assert_close(ours.factors, theirs.factors, rtol=0, atol=1e-5)
 
 
+def test_a_weight_that_cannot_be_checked_and_is_not_called_is_left_out_by_name() -> None:
+    """Oracle: hooks never see it, and autograd cannot say whether it matters."""
+    model = tiny.tiny_model("llama", dtype=torch.float32, vocab_size=SMALL)
+    model.model.layers[0].mlp.spare = QuantisedLinear(torch.nn.Linear(4, 4))
+    pefs = analyzer_of(model).compute_pefs(tiny.tiny_batch(model, 2, seed=1))
+    assert pefs.info["selftest"]["left_out"] == ["model.layers.0.mlp.spare.weight"]
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_weights_of_whole_numbers_need_no_gradients_of_embeddings(prepared: bool) -> None:
     """Oracle: the same model without `enable_input_require_grads`, which training in 4 or 8 bits switches on."""

@@ -161,6 +161,28 @@ def test_contributions_sum_to_the_alignment(family: str, task: str, fisher: dict
         assert any(abs(one.unplaced) > 1e-6 for one in alignments)
 
 
+def test_a_decoder_is_not_placed_where_it_has_as_many_positions_as_the_input() -> None:
+    """Oracle: identity on the stored rows: what is unplaced is Σ_c b_c ⟨a_c, g⟩ over the decoder's blocks alone."""
+    model = tiny_model("t5", "seq2seq-lm")
+    data = [
+        {"input_ids": e["input_ids"][:4], "labels": [5, 6, 7, 8 + i]}
+        for i, e in enumerate(tiny_batch(model, 6, seed=4))
+    ]
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2, sketch="identity", storage_dtype="float64"))
+    pefs = analyzer.compute_pefs(data)
+    found = analyzer.decompose(pefs, 2, n_restarts=1, max_iterations=20, progress=False)
+    blocks = pefs.sketch().blocks
+    assert blocks is not None and {name.split(".")[0] for name in blocks} == {"encoder", "decoder"}
+    decoder = torch.zeros(pefs.dim, dtype=torch.float64)
+    for name, block in blocks.items():
+        decoder[block] = name.startswith("decoder")
+    for one in analyzer.token_alignments(found, pefs, data, n_top=2):
+        A, g = pefs.factors[one.example].double(), found.pseudo_fishers[one.component].double()
+        assert len(one.contributions) == 4
+        assert one.unplaced == pytest.approx(float((A @ g) @ (A @ (g * decoder))), rel=1e-6, abs=1e-9)
+        assert abs(one.unplaced) > 1e-6
+
+
 def test_the_model_comes_back_as_it_came() -> None:
     """Oracle: identity of mode, requires_grad, hooks and random state."""
     model = tiny_model("gpt2").train()

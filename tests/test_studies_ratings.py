@@ -15,14 +15,9 @@ import pytest
 import torch
 
 from hf_npeff.baselines.method import MethodResult
+from hf_npeff.studies.detection import detection_accuracy, krippendorff_alpha, score_ratings
 from hf_npeff.studies.raters import Cached, InferenceChat, LocalChat, prompt, rate, read_numbers
-from hf_npeff.studies.ratings import (
-    Answers,
-    RatingStudy,
-    detection_accuracy,
-    krippendorff_alpha,
-    score_ratings,
-)
+from hf_npeff.studies.ratings import Answers, RatingStudy
 from hf_npeff.studies.settings import RatingsConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -230,16 +230,20 @@ class GradientClusters:
         *,
         hard: bool = False,
         seconds: float = float("nan"),
+        batch_size: int = 8,
     ) -> MethodResult:
         """The clusters as a row; with an analyzer and the dataset, centroids can be lifted."""
-        lifts = None if analyzer is None else functools.partial(self._lifted, analyzer, dataset)
+
+        def lifted(clusters: Sequence[int]) -> list[ParameterDirection]:
+            assert analyzer is not None
+            return self.lift(analyzer, clusters, dataset, batch_size=batch_size)
+
         sizes = torch.bincount(self.assignments[self.assignments >= 0], minlength=len(self.centroids)).tolist()
         name = f"gradient clustering, {'hard' if hard else 'soft'}"
         facts = {"sizes": sizes, "zero_gradients": self.excluded}
-        return MethodResult(name, self.hard if hard else self.soft, seconds, lifts, facts)
-
-    def _lifted(self, analyzer: NPEFFAnalyzer, dataset: Any, clusters: Sequence[int]) -> list[ParameterDirection]:
-        return self.lift(analyzer, clusters, dataset)
+        return MethodResult(
+            name, self.hard if hard else self.soft, seconds, None if analyzer is None else lifted, facts
+        )
 
 
 def lift_combinations(
@@ -288,4 +292,5 @@ def gradient_clustering(
     other, gradients = prediction_gradients(analyzer, dataset, like=like, batch_size=batch_size)
     clusters = GradientClustering(n_clusters, seed=seed, n_restarts=n_restarts).fit(gradients)
     seconds = time.perf_counter() - started
-    return [clusters.result(other, dataset, hard=hard, seconds=seconds) for hard in (False, True)]
+    settings: dict[str, Any] = {"seconds": seconds, "batch_size": batch_size}
+    return [clusters.result(other, dataset, hard=hard, **settings) for hard in (False, True)]

@@ -153,8 +153,9 @@ def ratings(
     - `hf-npeff study ratings runs/rating --answers answers-Ann.json --answers answers-Bo.json -o runs/ratings`
     - `hf-npeff study ratings runs/rating --rater HuggingFaceTB/SmolLM2-1.7B-Instruct -o runs/ratings`
     """
+    from hf_npeff.studies.detection import score_ratings
     from hf_npeff.studies.raters import rate
-    from hf_npeff.studies.ratings import RatingStudy, score_ratings
+    from hf_npeff.studies.ratings import RatingStudy
 
     if export:
         made = _rating_study(export, rated)

@@ -23,7 +23,7 @@ from hf_npeff.decomposition.solvers import (
     block_power,
     gram_space,
     reference,
-    start_from_examples,
+    start_from_surplus,
     top_directions,
 )
 from hf_npeff.decomposition.weighting import balance_scales, balanced
@@ -168,7 +168,7 @@ class NPEFF:
             The best restart.
 
         Raises:
-            ValueError: if there are fewer rows than components, or nothing but zero PEFs; if modules cannot be balanced
+            ValueError: if there are fewer rows than components, nothing but zero PEFs, or rows not finite; if modules cannot be balanced
                 because the sketch adds them up; if the reference solver is given validation PEFs or a memory budget.
             FloatingPointError: if the reference solver diverges: its learning rate is too high.
             IncompatibleSketchError: if `validation` was made with another sketch.
@@ -187,6 +187,7 @@ class NPEFF:
             if config.solver == "reference":
                 raise ValueError("the reference solver does not watch validation PEFs; use solver='block_power'")
         self._check_device(pefs)
+        _check_finite(pefs)
         scales = balance_scales(pefs) if config.balance == "module" else None
         processes = Processes()
         shared = processes if config.solver == "block_power" else Processes(alone=True)  # else everyone does it all
@@ -273,10 +274,10 @@ class NPEFF:
                 tolerance=config.tolerance,
                 progress=progress,
             )
-        G = start_from_examples(rows, config.n_components, generator)
+        G, W = start_from_surplus(rows, config.n_components, generator)
         if held_out is None:
             return block_power(
-                rows, G, max_iterations=config.max_iterations, tolerance=config.tolerance, progress=progress
+                rows, G, W=W, max_iterations=config.max_iterations, tolerance=config.tolerance, progress=progress
             )
         return _until_held_out_rises(rows, G, held_out, config, progress)
 
@@ -399,6 +400,14 @@ class NPEFF:
         result = self._finish(pefs, rows, fit, lambda G: G, old.scales, stability, keep_order=True)
         result.names = dict(old.names)
         return result
+
+
+def _check_finite(pefs: PEFs) -> None:
+    """Refuse rows that no arithmetic gets through; one reading of the store, where a fit has hundreds."""
+    if all(bool(torch.isfinite(chunk.factors).all()) for chunk in pefs.chunks(256)):
+        return
+    bad = [i for i in range(len(pefs)) if not bool(torch.isfinite(pefs[i : i + 1].factors).all())]
+    raise ValueError(f"the rows of {len(bad)} PEFs are not finite, those of {bad[:10]} for instance; leave them out")
 
 
 class _HeldOut:

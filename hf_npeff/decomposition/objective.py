@@ -54,20 +54,21 @@ def coordinate_descent(W: Tensor, N: Tensor, H: Tensor, sweeps: int, tolerance: 
     the largest.
     """
     V = W.T.contiguous()  # a column of W is contiguous
-    target, r = N.T, W.shape[1]
-    diagonal = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny).tolist()
+    r = len(V)
+    diagonal = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)[:, None]
+    target, scaled = N.T / diagonal, H / diagonal
     for _ in range(sweeps):
         largest = torch.zeros((), device=W.device, dtype=W.dtype)
         for start in range(0, r, _BLOCK):
-            block = slice(start, min(start + _BLOCK, r))
-            residual = target[block] - H[block] @ V
-            for j in range(block.start, block.stop):
-                moved = (V[j] + residual[j - start] / diagonal[j]).clamp_min_(0)
-                step = moved - V[j]
-                V[j] = moved
-                residual[j - start + 1 :].addr_(H[j + 1 : block.stop, j], step, alpha=-1)
-                if tolerance:
-                    largest = torch.maximum(largest, step.abs().max())
+            stop = min(start + _BLOCK, r)
+            # Steps of the block's columns, later the columns themselves.
+            new = target[start:stop] - scaled[start:stop] @ V
+            for j in range(start, stop):
+                column = new[j - start].add_(V[j]).clamp_min_(0)
+                new[j - start + 1 :].addr_(scaled[j + 1 : stop, j], V[j] - column)
+            if tolerance:
+                largest = torch.maximum(largest, (new - V[start:stop]).abs().max())
+            V[start:stop] = new
         if tolerance and largest <= tolerance * V.max().clamp_min(torch.finfo(W.dtype).tiny):
             break
     return V.T.contiguous()

@@ -164,6 +164,44 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
     return G
 
 
+def start_from_surplus(
+    rows: Rows, r: int, generator: torch.Generator, *, max_iterations: int = 5
+) -> tuple[Tensor, Tensor | None]:
+    """G (r, d) and W to start from: half as many components again take a few iterations, and the least needed go.
+
+    A direct start leaves two of r components on one true direction, and another without any, in an optimum that no
+    small step leaves; with more of them, every direction finds one, and those that double it are cheap to lose.
+    """
+    more = min(r + r // 2, rows.n)
+    G = start_from_examples(rows, max(r, more), generator)
+    if more <= r:
+        return G, None
+    fit = block_power(rows, G, max_iterations=max_iterations, tolerance=1e-3)
+    N, H, W = rows.energies(fit.G), overlaps(fit.G), fit.W
+    kept = torch.arange(more, device=W.device)
+    while len(kept) > r:
+        going = _least_needed(rows, W, H, count=-(-(len(kept) - r) // 2))
+        kept, N, H = kept[~going], N[:, ~going], H[~going][:, ~going]
+        W = coordinate_descent(W[:, ~going], N, H, 1)
+    return fit.G[kept], W
+
+
+def _least_needed(rows: Rows, W: Tensor, H: Tensor, count: int) -> Tensor:
+    """A mask (r,) of at most `count` components whose loss costs least, ‖W_j‖² (1 − max_l H_jl), but no two twins."""
+    others = H - torch.diag(H.diagonal())
+    nearest = others.argmax(1).tolist()
+    costs = rows.reduce(W.square().sum(0)) * (1 - others.amax(1))
+    going: set[int] = set()
+    spared: set[int] = set()
+    for j in torch.argsort(costs, stable=True).tolist():
+        if len(going) < count and j not in spared:
+            going.add(j)
+            spared.add(nearest[j])
+    mask = torch.zeros(len(H), dtype=torch.bool, device=H.device)
+    mask[list(going)] = True
+    return mask
+
+
 def block_power(
     rows: Rows,
     G: Tensor,

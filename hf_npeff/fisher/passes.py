@@ -14,7 +14,7 @@ from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.data import Example, collate
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, reduce_rows, resolve, seeds_of
-from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks, LinearMap, RowCollector
+from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks, LinearMap, RowCollector, find_linear_maps
 from hf_npeff.fisher.heads import OutputHead, Outputs
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
 from hf_npeff.fisher.parameters import fused_parameters, sketched_rows
@@ -209,7 +209,10 @@ class FisherPass:
         """
         wanted = self.config.spectral_metric
         usable = getattr(self.head, "task", None) == "causal-lm" and getattr(self.head, "at_hidden", False)
-        pilots = pilot_examples(self.model, self.config.seed) if usable and self.maps else []
+        # Linear weights may also be analysed as `parameters`: what is analysed decides, not how.
+        others = find_linear_maps(self.model) if usable and self.parameters else []
+        maps = [*self.maps, *(m for m in others if m.parameter in self.parameters)]
+        pilots = pilot_examples(self.model, self.config.seed) if usable and maps else []
         usable = bool(pilots) and self.factor(self.outputs(pilots[:1])) == "spectral"
         if wanted == "parameters" and not usable:
             raise ValueError(
@@ -225,7 +228,7 @@ class FisherPass:
             self.config = replace(self.config, spectral_metric=wanted)
         if wanted == "parameters":
             sources = [functools.partial(self._source, [pilot]) for pilot in pilots]
-            self.metric = measure_metric(self.model, self.maps, sources, self.config.seed)
+            self.metric = measure_metric(self.model, maps, sources, self.config.seed)
 
     def _check_rows(self, few: Sequence[Example]) -> tuple[float | None, list[LinearMap]]:
         if not self.maps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_npeff.errors import CorruptStoreError
+from hf_npeff.files import read_json_lines
 
 _HISTORY = "history.jsonl"
 _FOLDER = "npeff"
@@ -73,28 +73,32 @@ def read_run(folder: Path, r: int) -> Run:
         ValueError: if it is of another number of components.
     """
     path = history_file(Path(folder))
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        steps = [int(record["step"]) for record in records]
-        shares = [list(record["share"]) for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {error!r}") from error
-    if not records or any(len(share) != r for share in shares):
-        sizes = sorted({len(share) for share in shares})
+    records = read_json_lines(path)
+    sizes = sorted({len(r["share"]) if isinstance(r.get("share"), list) else 0 for r in records})
+    if sizes != [r]:
         raise ValueError(
             f"{path} follows {sizes or 'no'} components, and the decomposition has {r}; they do not belong"
         )
+
+    def numbers(name: str) -> list[Any]:
+        values = [record.get(name) for record in records]
+        if not all(value is None or isinstance(value, int | float) for value in values):
+            raise TypeError(f"{name} should be numbers")
+        return values
 
     def table(name: str) -> np.ndarray:
         rows: list[Any] = [record.get(name) or [None] * r for record in records]
         return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=np.float32).reshape(-1, r)
 
-    return Run(
-        steps,
-        [record.get("epoch") for record in records],
-        [record.get("explained") for record in records],
-        [record.get("active") for record in records],
-        table("share"),
-        table("cosine"),
-        table("correlation"),
-    )
+    try:
+        return Run(
+            [int(record["step"]) for record in records],
+            numbers("epoch"),
+            numbers("explained"),
+            numbers("active"),
+            table("share"),
+            table("cosine"),
+            table("correlation"),
+        )
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {error!r}") from error

@@ -135,8 +135,9 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
             estimator = GradientClustering(config.n_components, n_restarts=config.n_restarts, seed=seed)
             clusters = estimator.fit(gradients)
             seconds = to_gradients + time.perf_counter() - started
-            soft.append(clusters.result(other, dataset, seconds=seconds))
-            hard.append(clusters.result(other, dataset, hard=True, seconds=seconds))
+            settings: dict[str, Any] = {"seconds": seconds, "batch_size": config.batch_size}
+            soft.append(clusters.result(other, dataset, **settings))
+            hard.append(clusters.result(other, dataset, hard=True, **settings))
         _add(found, soft)
         _add(found, hard)
 

@@ -67,7 +67,7 @@ def rows(rounds: int, quick: bool) -> None:
     )
     with torch.device("cuda"):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    batch, length = (2, 32) if quick else (8, 256)
+    batch, length = (2, 32) if quick else (32, 256)
     ids = torch.randint(5, 32_000, (batch, length), generator=torch.Generator().manual_seed(0))
     examples = Examples({"input_ids": ids})[:]
     print(

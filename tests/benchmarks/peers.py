@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the figures for the page")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    labels = {} if options.no_memory else {n: ("kronecker 16", "auto", *PEERS) for n in options.models}
+    labels = {} if options.no_memory else dict.fromkeys(options.models, ("kronecker 16", "auto", *PEERS))
     figures = measured(options.models, everyone, labels, options.rounds)
     if options.keep:
         versions = {name: importlib.metadata.version(name) for name in PEERS}

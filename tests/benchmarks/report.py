@@ -15,12 +15,46 @@ from tests.benchmarks.measure import kept
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 INTRODUCTION = """# How fast, against whom
 
-Every figure of time is a ratio of two things that took turns in one process (medians of at least five rounds of the ratio
-within a round), so that what slows the machine down cancels. They were taken on two CPU cores that other work shared,
-one thread each; seconds, where they stand, only give the scale. This page is written by `make bench`; each section names
-the script that measures it. `make bench-quick` compares a few of the ratios with those kept here. What was tried to make
-the solver faster and fits steadier, and did not win, is in [decisions/2026-11-23-solver-experiments.md](decisions/2026-11-23-solver-experiments.md).
+Every figure of time is a ratio of two things that took turns in one process (medians of at least five rounds of the
+ratio within a round), so that what slows the machine down cancels. They were taken on two CPU cores that other work
+shared, one thread each; seconds, where they stand, only give the scale. This page is written by `make bench`; each
+section names the script that measures it. `make bench-quick` compares a few of the ratios with those kept here. What
+was tried to make the solver faster and fits steadier, and what did not win, is in
+[decisions](decisions/2026-11-23-solver-experiments.md).
 """
+ROWS = """## Rows: time, memory and fidelity together
+
+`python -m tests.benchmarks.rows`; bergson, dattri and dattri-llm by `make bench-peers`, in an environment of their own.
+
+c rows an example on all linear maps but the output embedding. The floor is one forward pass and c backward passes that
+form no weight gradient, in the same process. BERT-like and GPT-2-like: 4 layers, hidden size 256, 8 × 64 tokens, c = 8.
+SmolLM2-135M: 4 prompts, c = 4. The error is that of inner products of PEFs, ‖K̂ − K‖ / ‖K‖ over pairs of different
+examples, against rows that no sketch shortened: a fast row and a faithful row stand side by side. Memory is what one
+pass adds, in a process of its own. `auto` takes the cheapest sketch with an error of at most 0.1."""
+SOLVER = """## Solver
+
+`python -m tests.benchmarks.solver`: block_power against the paper's algorithm at the best of five learning rates, 400
+iterations at most, medians over five seeds, one start each, seconds of processor time with the start included. Planted:
+2,000 examples, c = 4, d = 512. Real: 256 PEFs each, 16 components, in Gram space."""
+STABILITY = """## Stability: do two independent fits find the same components?
+
+`python -m tests.benchmarks.stability`: the share of components that have a partner of their own at |cosine| ≥ 0.9 in
+another fit, mean over pairs of fits; a fit is the best of R starts. F^0.5 is `power=0.5`. SmolLM2's word relations
+(MLPs of layers 10–29), and a MiniLM fine-tuned on Home Assistant's intents (all linear maps)."""
+SCALING = """## Scaling
+
+`python -m tests.benchmarks.scaling`: each size doubled four times, the others at their base; exponents are slopes on
+log axes over all five points. Constant parts (the self-test, Python's own work) keep them below their limits, which are
+1 for time in n, c and d."""
+LIFTING = """## Lifting
+
+`python -m tests.benchmarks.lifting`: a trained BERT classifier of 2 layers; cosine to the same component of an
+unsketched decomposition; time over exact lifting; KL on the top examples over KL on others where the step has moved the
+former by 0.1 nats."""
+STOPPING = """## Early stopping
+
+`python -m tests.benchmarks.stopping`: the same starts, stopped when an iteration improves the loss by less than the
+tolerance, against a tolerance of 1e-7. The default is 1e-5. Medians over five starts."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -58,18 +92,13 @@ def all_rows() -> dict[str, dict[str, Any]]:
 def rows_section() -> str:
     models = all_rows()
     parts = [
-        "## Rows: time, memory and fidelity together\n\n"
-        "`python -m tests.benchmarks.rows`; bergson, dattri and dattri-llm by `make bench-peers`, in an environment of their own.\n\n"
-        "c rows an example on all linear maps but the output embedding. The floor is one forward pass and c backward passes\n"
-        "that form no weight gradient, in the same process. BERT-like and GPT-2-like: 4 layers, hidden size 256, 8 × 64\n"
-        "tokens, c = 8. SmolLM2-135M: 4 prompts, c = 4. The error is that of inner products of PEFs, ‖K̂ − K‖ / ‖K‖ over pairs\n"
-        "of different examples, against rows that no sketch shortened: a fast row and a faithful row stand side by side.\n"
-        "Memory is what one pass adds, in a process of its own. `auto` takes the cheapest sketch with an error of at most 0.1.",
+        ROWS,
         machine_of("rows", "peers"),
     ]
     for model, ways in models.items():
         base = kept("rows").get("models", {}).get(model, {})
-        head = f"### {model}\n\n`auto` took {base.get('auto takes', '–')}; the floor adds {number(base.get('floor', {}).get('MiB'), 0)} MiB."
+        adds = number(base.get("floor", {}).get("MiB"), 0)
+        head = f"### {model}\n\n`auto` took {base.get('auto takes', '–')}; the floor adds {adds} MiB."
         lines = []
         for way, values in ways.items():
             if "failed" in values:
@@ -120,8 +149,8 @@ def fidelity_section() -> str:
         ranks = sorted({int(label.split()[1]) for label in times})
         lines = [(f, *(number(times.get(f"{f} {c}")) for c in ranks)) for f in ("spectral", "projection")]
         parts.append(
-            "`python -m tests.benchmarks.fidelity --time-only`: a whole pass over 4 SmolLM2 prompts, over that of spectral "
-            "rows with c = 4.\n\n" + table(("rows", *(f"c = {c}" for c in ranks)), lines)
+            "`python -m tests.benchmarks.fidelity --time-only`: a whole pass over 4 SmolLM2 prompts, over that "
+            "of spectral rows with c = 4.\n\n" + table(("rows", *(f"c = {c}" for c in ranks)), lines)
         )
         share = times["spectral 4"] / times["projection 32"]
         parts.append(
@@ -144,11 +173,12 @@ def fidelity_table(found: dict[str, Any]) -> str:
         )
         for r in found["rows"]
     ]
+    command = f"--prompts {found['prompts']} --truth {found['truth']} --power {found['power']:g}"
     text = (
-        f"`python -m tests.benchmarks.fidelity --prompts {found['prompts']} --truth {found['truth']} --power {found['power']:g}` "
-        f"on {found['machine']}: relative Fisher error against the leading {found['truth']} of 576 rows, and agreement of the "
-        f"coefficients of {found['components']} components (F^{found['power']:g}) with those of that truth; two fits of the "
-        f"truth from other starts agree at {found['agreement of two fits']:.2f}, its AUROC is {found['auroc of the truth']:.3f}.\n\n"
+        f"`python -m tests.benchmarks.fidelity {command}` on {found['machine']}: relative Fisher error against the\n"
+        f"leading {found['truth']} of 576 rows, and agreement of the coefficients of {found['components']} components "
+        f"(F^{found['power']:g}) with those of that truth;\ntwo fits of the truth from other starts agree at "
+        f"{found['agreement of two fits']:.2f}, its AUROC is {found['auroc of the truth']:.3f}.\n\n"
     )
     text += table(("rows", "c", "Fisher error", "agreement", "AUROC", "seconds"), lines)
     if {"projection"} & {r["factor"] for r in found["rows"]}:
@@ -175,21 +205,14 @@ def solver_section() -> str:
     fast = sum(f["share"] <= 0.2 for f in problems.values())
     good = sum(f["worse"] == 0 for f in problems.values())
     return (
-        "## Solver\n\n`python -m tests.benchmarks.solver`: block_power against the paper's algorithm at the best of five "
-        "learning rates, 400 iterations,\nmedians over five seeds, one start each, seconds of processor time with the start included. "
-        f"Planted: 2,000 examples, c = 4, d = 512.\nReal: {256} PEFs each, 16 components, in Gram space.\n\n"
+        SOLVER + "\n\n"
         + machine_of("solver") + "\n\n" + table(header, lines)
         + f"\n\nBars: at least 5 × faster on {fast} of {len(problems)}; never a worse end on {good} of {len(problems)}."
     )  # fmt: skip
 
 
 def stability_section() -> str:
-    parts = [
-        "## Stability: do two independent fits find the same components?\n\n"
-        "`python -m tests.benchmarks.stability`: the share of components that have a partner of their own at |cosine| ≥ 0.9 in "
-        "another fit,\nmean over pairs of fits; a fit is the best of R starts. F^0.5 is `power=0.5`. SmolLM2's word relations "
-        "(c = 4, MLPs of layers 10–29), and\na MiniLM fine-tuned on Home Assistant's intents (c = 4, all linear maps)."
-    ]
+    parts = [STABILITY]
     for model in ("SmolLM2", "MiniLM"):
         rows = kept(f"stability-{model}").get("table", [])
         lines = [
@@ -218,20 +241,14 @@ def scaling_section() -> str:
     ]  # fmt: skip
     header = ("stage", "", "sizes", "exponent of time", "of memory", "seconds", "MiB")
     return (
-        "## Scaling\n\n`python -m tests.benchmarks.scaling`: each size doubled four times, the others at their base; exponents are slopes on log "
-        "axes over all five points.\nConstant parts (the model, the first shard, Python's own work) keep them below their limits, which are "
-        "1 for time in n, c and d.\n\n" + machine_of("scaling") + "\n\n" + table(header, lines) + "\n\n"
+        SCALING + "\n\n" + machine_of("scaling") + "\n\n" + table(header, lines) + "\n\n"
         + image(figures.scaling(), "time and memory against n, c, d and r on log axes")
     )  # fmt: skip
 
 
 def lifting_section() -> str:
     found = kept("lifting")
-    parts = [
-        "## Lifting\n\n`python -m tests.benchmarks.lifting`: a trained BERT classifier of 2 layers; cosine to the same component of an "
-        "unsketched decomposition; time\nover exact lifting; KL on the top examples over KL on others where the step has "
-        "moved the former by 0.1 nats.\n\n" + machine_of("lifting")
-    ]
+    parts = [LIFTING + "\n\n" + machine_of("lifting")]
     for dim, figures_of in found.get("dims", {}).items():
         lines = [
             (
@@ -244,18 +261,14 @@ def lifting_section() -> str:
         parts.append(f"{figures_of['parameters']:,} parameters in {int(dim):,} numbers:\n\n" + table(header, lines))
     if memory := found.get("memory"):
         parts.append(
-            f"Lifting one component of a larger model adds {memory['added']:.0f} MiB at its peak, where one copy of the weights under "
-            f"analysis is {memory['weights']:.0f} MiB."
+            f"Lifting one component of a larger model adds {memory['added']:.0f} MiB at its peak, where one copy of "
+            f"the weights under analysis is {memory['weights']:.0f} MiB."
         )
     return "\n\n".join(parts)
 
 
 def stopping_section() -> str:
-    parts = [
-        "## Early stopping\n\n`python -m tests.benchmarks.stopping`: the same starts, stopped when an iteration improves the loss by less than "
-        "the tolerance, against a tolerance of\n1e-7. The default is 1e-5. Medians over five starts.\n\n"
-        + machine_of("stopping")
-    ]
+    parts = [STOPPING + "\n\n" + machine_of("stopping")]
     for name, rows in kept("stopping").get("problems", {}).items():
         lines = [
             (

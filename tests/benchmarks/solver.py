@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, gram_space, reference, start_from_examples
+from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, gram_space, reference, start_from_surplus
 from tests.benchmarks.measure import keep, machine
 from tests.benchmarks.memory import Peak
 from tests.planted import planted, recovered
@@ -97,8 +97,8 @@ def run_block_power(problem: Problem, seed: int) -> tuple[Fit, Clock]:
     """One run of block_power, its start included in the time."""
     clock = Clock()
     rows = DenseRows(problem.A)
-    G = start_from_examples(rows, problem.r, torch.Generator().manual_seed(seed))
-    return block_power(rows, G, max_iterations=ITERATIONS, tolerance=TOLERANCE, progress=clock), clock
+    G, W = start_from_surplus(rows, problem.r, torch.Generator().manual_seed(seed))
+    return block_power(rows, G, W=W, max_iterations=ITERATIONS, tolerance=TOLERANCE, progress=clock), clock
 
 
 def peak(work: Callable[[], Any]) -> float:

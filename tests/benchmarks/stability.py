@@ -15,14 +15,13 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, PEFs
-from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, gram_space, start_from_examples
+from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, gram_space, start_from_surplus
 from hf_npeff.decomposition.weighting import balanced
 from hf_npeff.demo import TARGETS, load_model
 from hf_npeff.studies.factors import best_components
@@ -41,17 +40,12 @@ def agreement(G: Tensor, other: Tensor, threshold: float = 0.9) -> float:
     return float((matched >= threshold).double().mean())
 
 
-def starts(rows: DenseRows, r: int, count: int, **settings: Any) -> list[Fit]:
-    return [
-        block_power(
-            rows,
-            start_from_examples(rows, r, torch.Generator().manual_seed(seed)),
-            max_iterations=600,
-            tolerance=TOLERANCE,
-            **settings,
-        )
-        for seed in range(count)
-    ]
+def starts(rows: DenseRows, r: int, count: int) -> list[Fit]:
+    fits = []
+    for seed in range(count):
+        G, W = start_from_surplus(rows, r, torch.Generator().manual_seed(seed))
+        fits.append(block_power(rows, G, W=W, max_iterations=600, tolerance=TOLERANCE))
+    return fits
 
 
 def agreements(fits: list[Fit]) -> dict[int, float]:

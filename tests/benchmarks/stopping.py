@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, start_from_examples
+from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, start_from_surplus
 from tests.benchmarks.measure import keep, machine
 from tests.benchmarks.solver import Problem, problems
 from tests.benchmarks.stability import agreement
@@ -32,8 +32,8 @@ def stopped(problem: Problem, seed: int, tolerance: float) -> tuple[Fit, float]:
     """The fit and its seconds of processor time, its start included."""
     begin = time.process_time()
     rows = DenseRows(problem.A)
-    G = start_from_examples(rows, problem.r, torch.Generator().manual_seed(seed))
-    fit = block_power(rows, G, max_iterations=LIMIT, tolerance=tolerance)
+    G, W = start_from_surplus(rows, problem.r, torch.Generator().manual_seed(seed))
+    fit = block_power(rows, G, W=W, max_iterations=LIMIT, tolerance=tolerance)
     return fit, time.process_time() - begin
 
 

@@ -1,0 +1,189 @@
+"""Scores of ratings: how well raters tell a feature's held-out examples from distractors, and how far they agree.
+
+Detection accuracy is the mean of the share of members picked and the share of distractors left: chance is one half,
+however many are picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hf_npeff.studies.measures import bootstrap_interval
+from hf_npeff.studies.ratings import Answers, RatingStudy, RatingTask
+from hf_npeff.studies.result import StudyResult, markdown, number
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A method's detection accuracy.
+
+    Attributes:
+        method: its name.
+        tasks: how many were answered by someone.
+        accuracy: mean over its tasks of the mean over raters; 0.5 is chance.
+        interval: 95%, by bootstrap over tasks.
+        alpha: Krippendorff's, nominal, over its tasks' choices; None with fewer than two raters of a task.
+    """
+
+    method: str
+    tasks: int
+    accuracy: float
+    interval: tuple[float, float]
+    alpha: float | None
+
+
+@dataclass
+class RatingsResult(StudyResult):
+    """The outcome of `score_ratings`.
+
+    Attributes:
+        study: its id.
+        raters: {name: tasks answered}.
+        detection: a row a method.
+        alpha: over all tasks.
+        unanswered: {rater: {task: why, or "no answer"}}.
+        excluded: {method and feature: why it had no task}.
+        themes: {task: {rater: theme}}, with the key's method and feature.
+    """
+
+    study: str
+    raters: dict[str, int]
+    detection: list[Detection]
+    alpha: float | None
+    unanswered: dict[str, dict[str, str]]
+    excluded: dict[str, str]
+    themes: dict[str, dict[str, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        rows = [asdict(row) for row in self.detection]
+        return {
+            "study": "ratings",
+            "id": self.study,
+            **{k: v for k, v in vars(self).items() if k not in ("detection", "study")},
+            "detection": rows,
+        }
+
+    def table(self) -> str:
+        """A row a method, and what is missing."""
+        rows = [
+            [d.method, d.tasks, number(d.accuracy), f"{d.interval[0]:.2f}–{d.interval[1]:.2f}", number(d.alpha, 2)]
+            for d in self.detection
+        ]
+        lines = [markdown(["method", "tasks", "detection accuracy", "95% interval", "alpha"], rows), ""]
+        lines.append(f"Krippendorff's alpha over all tasks: {number(self.alpha, 2)}; {len(self.raters)} raters.")
+        for rater, missing in self.unanswered.items():
+            if missing:
+                lines.append(f"{rater} left {len(missing)} tasks: {'; '.join(sorted(set(missing.values())))}.")
+        lines += [f"No task for {what}: {why}." for what, why in self.excluded.items()]
+        return "\n".join(lines)
+
+    def draw(self, figure: Any) -> None:
+        """Detection accuracy with its interval, method by method."""
+        axes = figure.add_subplot()
+        for position, d in enumerate(self.detection):
+            spread = [[max(d.accuracy - d.interval[0], 0)], [max(d.interval[1] - d.accuracy, 0)]]
+            axes.errorbar([position], [d.accuracy], yerr=spread, marker="o", capsize=4)
+        axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(self.detection)), [d.method for d in self.detection], rotation=20, ha="right")
+        axes.set(ylabel="detection accuracy (chance 0.5)", ylim=(0, 1.05))
+
+
+def detection_accuracy(members: Sequence[bool], picked: Sequence[int]) -> float:
+    """Mean of the share of members picked and the share of distractors left; 0.5 is chance.
+
+    Raises:
+        ValueError: if there are no members, or no distractors.
+    """
+    if all(members) or not any(members):
+        raise ValueError("detection needs members and distractors")
+    hits = sum(members[i] for i in picked)
+    false = len(picked) - hits
+    return (hits / sum(members) + 1 - false / (len(members) - sum(members))) / 2
+
+
+def krippendorff_alpha(ratings: Sequence[Sequence[float]]) -> float | None:
+    """Krippendorff's alpha for nominal values, raters × units, NaN where a rater did not answer.
+
+    None where it is undefined: no unit has two ratings, or all ratings are equal.
+
+    Raises:
+        ModuleNotFoundError: if `krippendorff` is not installed.
+    """
+    try:
+        import krippendorff
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "agreement is computed by krippendorff, which is not installed; run pip install 'hf-npeff[eval]'",
+            name="krippendorff",
+        ) from error
+    matrix = torch.tensor([list(row) for row in ratings], dtype=torch.float64)
+    paired = matrix[:, (~matrix.isnan()).sum(0) >= 2]
+    known = paired[~paired.isnan()]
+    if not len(known) or len(known.unique()) < 2:
+        return None
+    return float(krippendorff.alpha(reliability_data=matrix.numpy(), level_of_measurement="nominal"))
+
+
+def score_ratings(study: RatingStudy, answers: Sequence[Answers]) -> RatingsResult:
+    """Detection accuracy per method, and how far raters agree.
+
+    Args:
+        study: with its key.
+        answers: one a rater.
+
+    Raises:
+        ValueError: if there are none, two are of one rater, or they are of another study.
+    """
+    names = [a.rater for a in answers]
+    if not answers or len(set(names)) < len(names):
+        raise ValueError(f"expected answers of different raters, but got {names or 'none'}")
+    for found in answers:
+        study.check(found, f"the answers of {found.rater}")
+    methods = list(dict.fromkeys(sorted(key.method for key in study.key.values())))
+    rows = []
+    for method in methods:
+        mine = [task for task in study.tasks if study.key[task.id].method == method]
+        scores = [score for task in mine if (score := _task_score(study, task.id, answers)) is not None]
+        if scores:
+            values = torch.tensor(scores, dtype=torch.float64)
+            alpha = _alpha(study, mine, answers)
+            rows.append(Detection(method, len(scores), float(values.mean()), bootstrap_interval(values), alpha))
+    unanswered = {
+        a.rater: {t.id: a.refused.get(t.id, "no answer") for t in study.tasks if t.id not in a.picked} for a in answers
+    }
+    themes = {
+        task.id: {
+            "method": study.key[task.id].method,
+            "feature": str(study.key[task.id].feature),
+            **{f"theme of {a.rater}": a.themes[task.id] for a in answers if task.id in a.themes},
+        }
+        for task in study.tasks
+    }
+    raters = {a.rater: len(a.picked) for a in answers}
+    alpha = _alpha(study, study.tasks, answers)
+    return RatingsResult(study.id, raters, rows, alpha, unanswered, study.excluded, themes)
+
+
+def _task_score(study: RatingStudy, task: str, answers: Sequence[Answers]) -> float | None:
+    scores = [detection_accuracy(study.key[task].members, a.picked[task]) for a in answers if task in a.picked]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _alpha(study: RatingStudy, tasks: Sequence[RatingTask], answers: Sequence[Answers]) -> float | None:
+    """Over every choice of the tasks as a unit: picked or not."""
+    if len(answers) < 2:
+        return None
+
+    def said(a: Answers) -> list[float]:
+        values: list[float] = []
+        for task in tasks:
+            picked = a.picked.get(task.id)
+            values += [float("nan") if picked is None else float(i in picked) for i in range(len(task.choices))]
+        return values
+
+    return krippendorff_alpha([said(a) for a in answers])
