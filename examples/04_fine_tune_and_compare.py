@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult
-from hf_npeff.studies.comparison import best_layer, fit_methods
+from hf_npeff.studies.comparison import best_layer, fit_methods, linear_probes
 from hf_npeff.studies.datasets import first_names, home_assistant, human_rights, split_by_group
 from hf_npeff.studies.factors import Attributes, first_half, run_factors
 from hf_npeff.studies.selectivity import run_selectivity
@@ -95,12 +95,15 @@ def compare(name: str, folder: Path, steps: int, n: int, output: Path) -> str:
     model, tokenizer = fine_tune(train, 1 + max(row["label"] for row in rows), steps)
     scores = accuracy(model, tokenizer, test[:600])
     say(f"fine-tuned, accuracy {scores:.3f}")
-    analysed = (test if len(test) >= n else rows)[:n]
+    enough = len(test) >= min(n, 200)
+    analysed = (test if enough else rows)[:n]
     attributes = Attributes.from_columns({a: [row[a] for row in analysed] for a in ATTRIBUTES[name]}, min_count=12)
     dataset = [{"text": row["text"]} for row in analysed]
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(rank=4))
     measured = FactorsConfig()
-    layer = best_layer(analyzer, dataset, attributes, COMPARISON, choose=first_half(len(dataset), measured.seed))
+    choose = first_half(len(dataset), measured.seed)
+    layer = best_layer(analyzer, dataset, attributes, COMPARISON, choose=choose)
+    probes = linear_probes(analyzer, dataset, attributes, layer, COMPARISON, choose=choose)
     say(f"activations of layer {layer}")
     found = fit_methods(analyzer, dataset, replace(COMPARISON, layer=layer))
     rooted = fit_methods(analyzer, dataset, replace(COMPARISON, methods="npeff", power=0.5), pefs=found.pefs)
@@ -116,15 +119,16 @@ def compare(name: str, folder: Path, steps: int, n: int, output: Path) -> str:
     selectivity.write(output / name / "selectivity")
     facts = {
         "examples": len(analysed),
-        "held out from training": analysed is not rows and len(test) >= n,
+        "held out from training": enough,
         "accuracy on held-out groups": round(scores, 3),
         "layer of the activation methods": layer,
         "sketch error": found.pefs.sketch_error if found.pefs else None,
         "labels": dict(Counter(row["label"] for row in analysed)),
+        "supervised linear probes of the activations, AUROC": {a: round(v, 3) for a, v in probes.items()},
         "seconds": round(time.perf_counter() - started),
     }
     (output / name / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    held = "not trained on" if facts["held out from training"] else "three quarters of them trained on"
+    held = "not trained on" if enough else "three quarters of them trained on"
     return (
         f"## {name.replace('_', ' ')}\n\n{len(analysed)} examples, {held}; accuracy on held-out groups {scores:.2f}; "
         f"activations of layer {layer}.\n\n{factors.table()}\n\nKL ratio by attribute:\n\n{selectivity.table()}\n"

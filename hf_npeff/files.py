@@ -284,6 +284,8 @@ def _column_array(name: str, values: Sequence[Any]) -> pa.Array:
     try:
         if any(isinstance(value, str) and value.startswith(_JSON_MARK) for value in values):
             raise TypeError("a text looks like the mark")
+        if len({type(value) for value in values if value is not None}) > 1:
+            raise TypeError("Arrow would make them one type: True a 1, and 1 a 1.0")
         array = pa.array(list(values))
         if array.type not in _TABLE_TYPES:
             raise TypeError(f"{array.type} is kept as JSON")

@@ -25,7 +25,7 @@ from hf_npeff.compressed_sensing import sparse_preimage
 from hf_npeff.data import Example, batches_by_length
 from hf_npeff.decomposition.objective import alignments
 from hf_npeff.decomposition.weighting import balanced, mixing_of
-from hf_npeff.fisher.gradients import LinearHooks
+from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks
 from hf_npeff.fisher.parameters import gradients
 from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.fisher.sketches import Sketch
@@ -318,34 +318,53 @@ def lift_exact(
     """
     weights = dict(work.model.named_parameters(remove_duplicate=False))
     places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in work.maps}
-    receiver = GradientSum(places, len(coefficients))
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
     size = 1 if work.one_at_a_time else batch_size
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
     coefficients = coefficients / coefficients.abs().amax((1, 2), keepdim=True).clamp_min(
         torch.finfo(torch.float64).tiny
     )
+    batches = [[used[i] for i in batch] for batch in batches_by_length([examples[i].length for i in used], size)]
+    try:
+        sums = _summed(work, examples, cotangents, coefficients, batches, places)
+    except CalledOnceForAll:
+        if size == 1:
+            raise
+        batches = [[i] for i in used]
+        sums = _summed(work, examples, cotangents, coefficients, batches, places)
+    _add_parameters(work, examples, batches, cotangents, coefficients, sums)
+    return [{name: total.cpu() for name, total in one.items()} for one in sums]
+
+
+def _summed(
+    work: FisherPass,
+    examples: Sequence[Example],
+    cotangents: Tensor,
+    coefficients: Tensor,
+    batches: Sequence[list[int]],
+    places: Mapping[str, tuple[tuple[int, int], torch.device, torch.dtype]],
+) -> list[dict[str, Tensor]]:
+    """The combinations for what hooks see."""
+    receiver = GradientSum(places, len(coefficients))
     with LinearHooks(work.model, work.maps, receiver) as hooks:
-        for batch in batches_by_length([examples[i].length for i in used], size) if work.maps else ():
-            indices = [used[i] for i in batch]
+        for indices in batches if work.maps else ():
             hooks.begin(len(indices))
             source = work.outputs([examples[i] for i in indices]).source
             stored = cotangents[indices].to(source.device).double()
             for j in range(len(coefficients)):
                 receiver.current = j
                 mixed = torch.einsum("ic,icts->its", coefficients[j, indices].to(source.device), stored)
-                hooks.backward(source, mixed[:, : source.shape[1]], last=j == len(coefficients) - 1)
-    _add_parameters(work, examples, used, cotangents, coefficients, size, receiver.sums)
-    return [{name: total.cpu() for name, total in sums.items()} for sums in receiver.sums]
+                mixed = mixed[:, : source.shape[1], : source.shape[2]]  # stored for the longest example
+                hooks.backward(source, mixed, last=j == len(coefficients) - 1)
+    return receiver.sums
 
 
 def _add_parameters(
     work: FisherPass,
     examples: Sequence[Example],
-    used: Sequence[int],
+    batches: Sequence[list[int]],
     cotangents: Tensor,
     coefficients: Tensor,
-    batch_size: int,
     sums: list[dict[str, Tensor]],
 ) -> None:
     """The same combinations for parameters that hooks do not see, by plain autograd."""
@@ -357,17 +376,17 @@ def _add_parameters(
         for name, shape in work.parameters.items():
             device, dtype = _place(weights.get(name))
             total[name] = torch.zeros(shape, device=device, dtype=dtype)
-    for batch in batches_by_length([examples[i].length for i in used], batch_size):
-        indices = [used[i] for i in batch]
+    for indices in batches:
         with torch.no_grad():
             source = work.outputs([examples[i] for i in indices]).source
         stored = cotangents[indices].to(source.device).double()
         mixed = torch.einsum("jic,icts->jits", coefficients[:, indices].to(source.device), stored)
+        mixed = mixed[:, :, : source.shape[1], : source.shape[2]]
 
         def forward(chosen: list[int] = indices) -> Tensor:
             return work.outputs([examples[i] for i in chosen]).source
 
-        for j, found in enumerate(gradients(work.model, names, forward, mixed[:, :, : source.shape[1]])):
+        for j, found in enumerate(gradients(work.model, names, forward, mixed)):
             for name, gradient in zip(names, found, strict=True):
                 into = sums[j][name]
                 into += gradient.reshape(into.shape).to(into.device, into.dtype)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from hf_npeff.components import Decomposition
 
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
+_NEVER_REPLAYED = ("trust_remote_code",)
+"""A run.yaml may be somebody else's, and whose code is run is not for them to say."""
 _CLEAR = (NPEFFError, ValueError, OSError, IndexError, ModuleNotFoundError)
 """Errors whose message is meant for people: one line, exit code 1."""
 
@@ -108,13 +110,13 @@ def _replay(context: typer.Context, path: Path | None) -> Path | None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         command, settings = content["command"], dict(content["settings"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"{path} is not a run.yaml that hf-npeff wrote ({type(error).__name__})") from error
     if command != context.info_name:
         raise typer.BadParameter(f"{path} is of the command {command!r}; run `hf-npeff {command} --config {path}`")
     if unknown := sorted(set(settings) - {parameter.name for parameter in context.command.params}):
         raise typer.BadParameter(f"{path} has settings that {command} does not have: {', '.join(map(str, unknown))}")
-    context.default_map = settings
+    context.default_map = {name: value for name, value in settings.items() if name not in _NEVER_REPLAYED}
     return path
 
 
@@ -179,7 +181,8 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
 
 
 def _write_run(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if v is not None}
+    kept = {k: v for k, v in settings.items() if v is not None and k not in _NEVER_REPLAYED}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in kept.items()}
     content = {"hf_npeff": __version__, "command": name, "settings": plain}
     _write(folder / "run.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 

@@ -779,7 +779,7 @@ def test_exact_of_a_vocabulary_is_refused_with_the_way_out() -> None:
 
 def test_a_rank_above_the_hidden_size_is_refused() -> None:
     """Oracle: the error names both numbers."""
-    model = tiny_model("gpt2", "causal-lm")
+    model = tiny_model("gpt2", "causal-lm", tie_word_embeddings=False)
     for target in ("all-linear", r".*(c_attn|lm_head)"):
         with pytest.raises(ValueError, match="rank=17 exceeds the 16"):
             analyzer_of(model, rank=17, target_modules=target).compute_pefs(tiny_batch(model, 2, seed=1))

@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -101,7 +102,9 @@ def look_at_direction(folder: Path) -> None:
 
 def resume(folder: Path) -> None:
     info = {"format_version": 1, "fingerprint": "f"}
-    (folder / "config.json").write_text(json.dumps(info))
+    if (folder / "config.json").is_file():
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(info))
     writer = StoreWriter(folder, info)
     writer.done()
     writer.skipped()
@@ -370,7 +373,9 @@ def other_cards(content: bytes) -> Iterator[tuple[str, bytes]]:
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
     tag = "\ntags:\n- npeff\n"
     for text in (
-        "license: [", "license: {a: b}\ndatasets: 5", "- a", "license: !!python/object/apply:os.system [ls]", bomb, "license: *b", "?" * 1000, "[" * 10_000, "license: 5", "datasets: [[a], {b: c}]", "a: 1\na: 2"):  # fmt: skip
+        "license: [", "license: {a: b}\ndatasets: 5", "- a", "license: !!python/object/apply:os.system [ls]", bomb,
+        "license: *b", "?" * 1000, "[" * 10_000, "license: 5", "datasets: [[a], {b: c}]", "a: 1\na: 2",
+    ):  # fmt: skip
         yield text[:20], f"---\n{text}{tag}---\n{rest}".encode()
     yield "no end", f"---\n{head}".encode()
     yield "nothing", f"---\n{tag}".encode()
@@ -403,7 +408,7 @@ def test_every_reader_refuses_every_damage(
 
 # Bombs ----------------------------------------------------------------------------------------------------------------
 
-ROOM = 2**30
+ROOM = 2**29
 """Bytes that a reader may take beyond what the process has, and seconds of one core:"""
 SECONDS = 20
 
@@ -418,6 +423,7 @@ def within_bounds(read: Callable[[], Any]) -> str:
             limit = int(status.split()[0]) * os.sysconf("SC_PAGE_SIZE") + ROOM
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            signal.alarm(3 * SECONDS)  # waiting costs no time of the core
             try:
                 read()
                 result = "read"
@@ -443,22 +449,22 @@ def parquet(path: Path, table: pa.Table, times: int = 1, **options: Any) -> Path
 def table_bombs(folder: Path) -> Iterator[tuple[str, Path, str]]:
     """(name, small file that unfolds into gigabytes, how reading it ends)."""
     ones = pa.table({"a": pa.array([1]).take(pa.array([0] * 2_000_000))})
-    yield "rows of one number", parquet(folder / "a", ones, 40), "CorruptStoreError"
-    zeros = pa.table({"a": [b"0".decode() * 50_000_000]})
+    yield "rows of one number", parquet(folder / "a", ones, 20), "CorruptStoreError"
+    zeros = pa.table({"a": ["0" * 30_000_000]})
     for codec in ("zstd", "gzip", "brotli"):
         yield codec, parquet(folder / codec, zeros, compression=codec, use_dictionary=False), "CorruptStoreError"
     text = pa.array(["0" * 1_000_000])
     one_text = pa.table({"a": pa.DictionaryArray.from_arrays(pa.array([0] * 100_000), text)})
     path = parquet(folder / "dictionary", one_text.cast(pa.schema({"a": pa.dictionary(pa.int64(), pa.string())})))
     yield "one long text, 100 gigabytes of it", path, "CorruptStoreError"  # its type is not ours
-    again = pa.table({"a": pa.array(["0" * 1_000_000] * 200)})
-    yield "one long text", parquet(folder / "text", again, 20), "read"  # 4 GB as copies, 1 MB as one object
+    again = pa.table({"a": pa.array(["0" * 1_000_000] * 100)})
+    yield "one long text", parquet(folder / "text", again, 8), "read"  # 800 MB as copies, 1 MB as one object
     wide = pa.table({f"c{i}": pa.array([None] * 20_000, pa.int64()) for i in range(2000)})
     yield "many columns of nothing", parquet(folder / "wide", wide), "CorruptStoreError"
 
 
 def test_small_files_cannot_unfold_into_large_ones(tmp_path: Path) -> None:
-    """Oracle: a process with one gigabyte to spare refuses them, or reads them within it."""
+    """Oracle: a process with half a gigabyte to spare refuses them, or reads them within it."""
     for name, path, expected in table_bombs(tmp_path):
         assert path.stat().st_size < 6_000_000, name
         assert within_bounds(lambda path=path: read_table(path)) == expected, name
@@ -494,9 +500,10 @@ def test_what_is_no_file_is_not_read(sound: dict[str, Path], tmp_path: Path) -> 
                 else:
                     (folder / file).symlink_to(folder / file)
                 result = within_bounds(lambda folder=folder, reader=reader: reader.read(folder))
-                resuming = name == "a run that resumes" and file in ("manifest.json", "config.json")
-                assert result == "CorruptStoreError" or name == "card" or resuming, (name, file, kind, result)
-                assert not result.startswith("died"), (name, file, kind)
+                if name in ("card", "a run that resumes"):  # they do without it
+                    assert result in ("read", "CorruptStoreError"), (name, file, kind, result)
+                else:
+                    assert result == "CorruptStoreError", (name, file, kind, result)
                 shutil.rmtree(folder)
 
 
@@ -541,7 +548,7 @@ def test_links_in_a_folder_do_not_lead_a_write_out_of_it(tmp_path: Path) -> None
     assert sorted(os.listdir(outside)) == before
 
 
-@given(st.text(max_size=30) | st.from_regex(r"(\.\.|[a-z]|/|\\|C:|~){1,8}", fullmatch=True))
+@given(st.text(max_size=30) | st.lists(st.sampled_from(["..", "a", "/", "\\", "C:", "~"]), max_size=8).map("".join))
 @bounded
 def test_a_subfolder_never_leads_out_of_its_repository(subfolder: str) -> None:
     """Invariant: whatever is not refused stays below the folder."""
@@ -609,15 +616,8 @@ def test_columns_of_any_names_and_values_come_back(columns: dict[str, list[Any]]
         found = read_table(path)
     assert set(found) == {"example_id", *columns}
     assert json.dumps(found | {}, sort_keys=True) == json.dumps(
-        {"example_id": ["a", "b", "c"]} | {k: _as_read(v) for k, v in columns.items()}, sort_keys=True
+        {"example_id": ["a", "b", "c"]} | columns, sort_keys=True
     )
-
-
-def _as_read(values: list[Any]) -> list[Any]:
-    """Whole numbers among fractions are fractions: 1 comes back as 1.0."""
-    numbers = [v for v in values if v is not None]
-    mixed = all(type(v) in (int, float) for v in numbers) and any(type(v) is float for v in numbers)
-    return [float(v) if mixed and v is not None and abs(v) <= 2**53 else v for v in values]
 
 
 @given(st.integers() | st.floats() | st.text(max_size=5) | st.booleans() | st.none())
@@ -630,8 +630,9 @@ def test_a_component_is_a_number_that_exists_or_an_error(j: Any) -> None:
     except (IndexError, TypeError):
         with pytest.raises((IndexError, TypeError)):
             decomposition[j]
-        with pytest.raises((IndexError, TypeError)):
-            decomposition.rename(j, "x")
+        if not isinstance(j, str):  # else it is the path of a file with names
+            with pytest.raises((IndexError, TypeError)):
+                decomposition.rename(j, "x")
         return
     assert 0 <= found < 3 and decomposition[j].index == found
 
@@ -651,8 +652,8 @@ def card_of(model: str, text: str, name: str) -> str:
 
 hostile_text = st.text(max_size=40) | st.lists(
     st.sampled_from(
-        ["---\n", "\n", "|", "# ", "```", "<script>", "-->", "<!--", "](http://x.y)", "![a](b)", "license: x", "$", "*", "`",
-         "\\", "&lt;", "&", "~~", "- [ ]", "1. ", "\u202e", "\r", "\t", "{{", "%", "base_model: evil/model", "@me", "\x00"]
+        ["---\n", "\n", "|", "# ", "```", "<script>", "-->", "<!--", "](http://x.y)", "![a](b)", "license: x", "$", "*",
+         "`", "\\", "&lt;", "&", "~~", "- [ ]", "1. ", "\u202e", "\r", "\t", "{{", "%", "base_model: e/m", "@me", "\x00"]
     ),
     max_size=8,
 ).map("".join)  # fmt: skip

@@ -278,3 +278,26 @@ def test_components_of_a_power_lift_exactly(tiny_case: tuple[NPEFFAnalyzer, list
     assert torch.equal(found.transform(pefs), found.coefficients)
     for direction in analyzer.lift(found, range(len(found)), pefs, data):
         assert direction.info["estimated_cosine"] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "parameters"),
+    [
+        ("bert", "question-answering", None),  # as many classes as tokens: cotangents of other widths in other batches
+        ("bert", "question-answering", r".*LayerNorm.weight"),
+        ("deberta-v2", "sequence-classification", None),  # a module runs once for a whole batch
+        ("llama", "causal-lm", None),
+    ],
+)
+def test_every_kind_of_model_lifts_in_batches(family: str, task: str, parameters: str | None) -> None:
+    """Oracle: reference.lift on the stored unsketched rows; examples differ in length."""
+    model = tiny_model(family, task)
+    data = [{"id": f"e{i}", **e} for i, e in enumerate(tiny_batch(model, 9, seed=3))]
+    assert len({len(e["input_ids"]) for e in data}) > 1
+    fisher = FisherConfig(rank=2, sketch="identity", storage_dtype="float64", parameters=parameters)
+    analyzer = NPEFFAnalyzer(model, fisher=fisher)
+    pefs = analyzer.compute_pefs(data, batch_size=4)
+    found = fit(analyzer, pefs, 2)
+    truth = reference.lift(pefs.factors, pefs.factors, found.coefficients, found.pseudo_fishers)
+    for j, direction in enumerate(analyzer.lift(found, [0, 1], pefs, data, batch_size=4)):
+        assert float(cosine_similarity(as_row(analyzer, direction, pefs), truth[j], dim=0)) > 1 - 1e-9

@@ -13,6 +13,7 @@ from hf_npeff.decomposition.solvers import (
     block_power,
     gram_space,
     start_from_examples,
+    start_from_surplus,
     top_directions,
 )  # fmt: skip
 from hf_npeff.decomposition.solvers import (
@@ -140,6 +141,26 @@ def test_starts_are_unit_rows_even_with_zero_pefs_and_more_rows_than_examples() 
     A[0] = 0
     G = start(A, 12)
     torch.testing.assert_close(G.norm(dim=1), torch.ones(12))
+
+
+def test_a_surplus_start_leaves_no_planted_direction_out() -> None:
+    """Oracle: planted truth, 24 directions, from each of eight seeds; from two of them a direct start misses one."""
+    A, truth = rows_of(0.0, 0.5, n=400, d=64, r=24)
+    for seed in range(8):
+        rows = DenseRows(A)
+        G, W = start_from_surplus(rows, 24, torch.Generator().manual_seed(seed))
+        assert G.shape == (24, 64)
+        assert W is not None and W.shape == (400, 24)
+        fit = block_power(rows, G, W=W, max_iterations=300, tolerance=1e-5)
+        assert recovered(fit.G, truth) == 24
+
+
+def test_a_surplus_start_needs_examples_for_it() -> None:
+    """Oracle: identity. With no more examples than components it is the direct start."""
+    A, _ = rows_of(n=8)
+    G, W = start_from_surplus(DenseRows(A), 8, torch.Generator().manual_seed(0))
+    assert W is None
+    assert torch.equal(G, start(A, 8))
 
 
 def test_top_directions_are_the_top_eigenvectors() -> None:

@@ -171,6 +171,7 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
         OSError: if a folder is none of `perturb`.
     """
     from hf_npeff.directions import ParameterDirection
+    from hf_npeff.errors import CorruptStoreError
     from hf_npeff.files import read_json
     from hf_npeff.report.modules import energies_of
 
@@ -179,7 +180,9 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
         if not (folder / "report.json").is_file():
             raise FileNotFoundError(f"{folder} holds no report.json; give a folder that `hf-npeff perturb` wrote")
         found = read_json(folder / "report.json", None)
-        j = int(found["component"])
+        j = found.get("component")
+        if not isinstance(j, int):
+            raise CorruptStoreError(f"{folder / 'report.json'} is no report of a component")
         measured.reports[j] = found
         if (folder / "direction").is_dir():
             measured.energies[j] = energies_of(ParameterDirection.load(folder / "direction"))

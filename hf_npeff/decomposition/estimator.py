@@ -168,8 +168,9 @@ class NPEFF:
             The best restart.
 
         Raises:
-            ValueError: if there are fewer rows than components, nothing but zero PEFs, or rows not finite; if modules cannot be balanced
-                because the sketch adds them up; if the reference solver is given validation PEFs or a memory budget.
+            ValueError: if there are fewer rows than components, nothing but zero PEFs, or rows that are not finite; if
+                modules cannot be balanced because the sketch adds them up; if the reference solver is given validation
+                PEFs or a memory budget.
             FloatingPointError: if the reference solver diverges: its learning rate is too high.
             IncompatibleSketchError: if `validation` was made with another sketch.
         """

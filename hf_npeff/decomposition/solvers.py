@@ -158,6 +158,7 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
         G = torch.cat([G, g])
         covered = torch.maximum(covered, rows.gather(rows.energies(g).amax(1)))
     empty = G.norm(dim=1) < 0.5  # a zero PEF has no direction
+    empty |= ((G @ G.T).abs() > 1 - 1e-6).tril(-1).any(1)  # copies of an example: equal components would stay equal
     if bool(empty.any()):
         noise = torch.randn(G.shape, generator=generator).to(G.device, G.dtype)
         G[empty] = torch.nn.functional.normalize(noise, dim=1)[empty]
@@ -167,12 +168,13 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
 def start_from_surplus(
     rows: Rows, r: int, generator: torch.Generator, *, max_iterations: int = 5
 ) -> tuple[Tensor, Tensor | None]:
-    """G (r, d) and W to start from: half as many components again take a few iterations, and the least needed go.
+    """G (r, d) and W to start from: twice as many components take a few iterations, and then the least needed go.
 
-    A direct start leaves two of r components on one true direction, and another without any, in an optimum that no
-    small step leaves; with more of them, every direction finds one, and those that double it are cheap to lose.
+    A direct start can leave two of r components on one true direction, and another without any, in an optimum that no
+    small step leaves; with more of them, every direction finds one, and those that double it are cheap to lose
+    (docs/decisions/2026-11-23-solver-experiments.md).
     """
-    more = min(r + r // 2, rows.n)
+    more = min(2 * r, rows.n)
     G = start_from_examples(rows, max(r, more), generator)
     if more <= r:
         return G, None

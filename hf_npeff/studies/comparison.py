@@ -25,6 +25,8 @@ from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
 from hf_npeff.components import Decomposition
 from hf_npeff.directions import ParameterDirection
 from hf_npeff.store import PEFs
+from hf_npeff.studies.factors import Attributes
+from hf_npeff.studies.measures import auroc, aurocs
 from hf_npeff.studies.settings import ComparisonConfig
 
 
@@ -165,6 +167,39 @@ def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonCo
         _add(found, [activation_nmf(states, r, site=site, seconds=to_states, seed=seed) for seed in _seeds(config)])
 
 
+def linear_probes(
+    analyzer: NPEFFAnalyzer,
+    dataset: Any,
+    attributes: Attributes,
+    layer: int,
+    config: ComparisonConfig,
+    *,
+    choose: Tensor,
+) -> dict[str, float]:
+    """How well a layer's hidden states tell each attribute when they are trained to: an upper bound, supervised.
+
+    Logistic regressions on standardised states, fitted on the examples `choose` (n,) bool, AUROC on the others; an
+    attribute with one class on either side is left out.
+
+    Raises:
+        ModuleNotFoundError: if scikit-learn is not installed.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    site = Site(analyzer.model, layer, _position(analyzer, config.position))
+    states = hidden_states(analyzer, dataset, site, batch_size=config.batch_size)
+    X = (states - states.mean(0)) / states.std(0).clamp_min(1e-6)
+    found = {}
+    for a, name in enumerate(attributes.names):
+        values = attributes.values[:, a]
+        here, there = choose & ~values.isnan(), ~choose & ~values.isnan()
+        if all(0 < int((values[part] == 1).sum()) < int(part.sum()) for part in (here, there)):
+            probe = LogisticRegression(C=0.1, max_iter=500).fit(X[here].numpy(), (values[here] == 1).numpy())
+            scores = torch.from_numpy(probe.decision_function(X[there].numpy()))
+            found[name] = auroc(scores, values[there] == 1)
+    return found
+
+
 def _sae_config(config: ComparisonConfig, features: int, seed: int) -> SAEConfig:
     k = min(config.sae_k, features)
     return SAEConfig(features, config.sae_kind, k, config.sae_l1, steps=config.sae_steps, seed=seed)
@@ -179,15 +214,13 @@ def _position(analyzer: NPEFFAnalyzer, position: str) -> Position:
 
 
 def best_layer(
-    analyzer: NPEFFAnalyzer, dataset: Any, attributes: Any, config: ComparisonConfig, *, choose: Tensor
+    analyzer: NPEFFAnalyzer, dataset: Any, attributes: Attributes, config: ComparisonConfig, *, choose: Tensor
 ) -> int:
     """The layer whose autoencoder finds the attributes best on the examples `choose` (n,) bool.
 
     The activation methods' one open choice, made for them: mean AUROC of the best feature, on the half where features
     are chosen, so nothing of the other half is seen.
     """
-    from hf_npeff.studies.measures import aurocs
-
     config_of: Any = analyzer.model.config
     depth = config_of.get_text_config().num_hidden_layers
     means = []

@@ -27,6 +27,7 @@ from hf_npeff.studies.settings import SelectivityConfig
 
 _LARGEST_ABLATION = 64.0
 _FLOOR = torch.finfo(torch.float32).eps
+_LARGE = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class SwitchedFeature:
         ratio: top / others.
         reached: whether the target was reached within 10%.
         ablated: mean KL on the attribute's examples at scale 1, for an ablation.
+        moved: share of the attribute's examples with a KL of at least a tenth of the target: small where the mean is
+            made by a few examples, as by a feature that most of them lack.
     """
 
     method: str
@@ -54,6 +57,7 @@ class SwitchedFeature:
     ratio: float
     reached: bool
     ablated: float | None = None
+    moved: float | None = None
 
 
 @dataclass
@@ -83,6 +87,10 @@ class SelectivityResult(StudyResult):
         """{method: median ratio over the attributes on which it reached the target}; none where it never did."""
         return {m: statistics.median(found) for m in self.methods if (found := self.ratios(m))}
 
+    def _moved(self, method: str) -> str:
+        shares = [row.moved for row in self.rows if row.method == method and row.moved is not None]
+        return f"{statistics.median(shares):.0%}" if shares else "–"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
         return {
@@ -102,12 +110,13 @@ class SelectivityResult(StudyResult):
             found = [cells.get((attribute, method)) for method in self.methods]
             body.append(
                 [attribute]
-                + ["–" if r is None else number(r.ratio, 1) if r.reached else f"({number(r.ratio, 1)})" for r in found]
+                + ["–" if r is None else _shown(r.ratio) if r.reached else f"({_shown(r.ratio)})" for r in found]
             )
         reached = [f"{len(self.ratios(m))} of {sum(row.method == m for row in self.rows)}" for m in self.methods]
         medians = self.medians()
         body.append(["median of those reached", *(number(medians.get(m), 1) for m in self.methods)])
         body.append(["target reached", *reached])
+        body.append(["median share of examples moved", *(self._moved(m) for m in self.methods)])
         lines = [markdown(["attribute", *self.methods], body)]
         lines += [f"\nNot measured: {name} ({why})." for name, why in self.excluded.items()]
         return "\n".join(lines)
@@ -118,10 +127,10 @@ class SelectivityResult(StudyResult):
         for position, method in enumerate(self.methods):
             mine = [row for row in self.rows if row.method == method]
             for reached, marker in ((True, "o"), (False, "x")):
-                values = [max(row.ratio, 1e-2) for row in mine if row.reached == reached]
+                values = [min(max(row.ratio, 1e-2), _LARGE) for row in mine if row.reached == reached]
                 axes.scatter([position] * len(values), values, marker=marker, alpha=0.6, color=f"C{position}")
         axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
-        axes.set(yscale="log", ylabel="KL on the attribute's examples / on others (× target not reached)")
+        axes.set(yscale="log", ylabel="KL with the attribute / without (×: target missed)")
         axes.set_xticks(range(len(self.methods)), self.methods, rotation=20, ha="right")
 
 
@@ -178,6 +187,11 @@ def run_selectivity(
     return SelectivityResult(rows, excluded, config)
 
 
+def _shown(ratio: float) -> str:
+    """A ratio for a cell; those of a KL that is rounding on the others are only known to be large."""
+    return number(ratio, 1) if ratio < _LARGE else f"> {_LARGE:,.0f}"
+
+
 def draw_examples(values: Tensor, half: Tensor, config: SelectivityConfig) -> tuple[list[int], list[int]]:
     """Examples of a half that have an attribute (n,), and that lack it, at random."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -202,9 +216,12 @@ def switch(
     """
     before_top, before_others = (predict(work, examples, config.batch_size) for examples in (top, others))
 
-    def kl(scale: float, before: Predictions, examples: Sequence[Example]) -> float:
+    def each(scale: float, before: Predictions, examples: Sequence[Example]) -> Tensor:
         with intervention.applied_to(work.model, scale):
-            return float(before.kl_to(predict(work, examples, config.batch_size)).mean())
+            return before.kl_to(predict(work, examples, config.batch_size))
+
+    def kl(scale: float, before: Predictions, examples: Sequence[Example]) -> float:
+        return float(each(scale, before, examples).mean())
 
     along_weights = isinstance(intervention, ParameterDirection)
     limit = _norm_of(work.model, intervention) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
@@ -214,9 +231,10 @@ def switch(
     found = [(ahead, reached), (-back, reached_back)]
     measured = []
     for scale, reached in found:
-        a, b = kl(scale, before_top, top), kl(scale, before_others, others)
-        ratio = (a + _FLOOR) / (b + _FLOOR)
-        measured.append({"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached})
+        on_top = each(scale, before_top, top)
+        a, b = float(on_top.mean()), kl(scale, before_others, others)
+        ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((on_top >= config.target_kl / 10).double().mean())
+        measured.append({"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached, "moved": moved})
     best = max(measured, key=lambda m: (m["reached"], m["ratio"]))
     return {**best, "ablated": None if along_weights else kl(1.0, before_top, top)}
 

@@ -47,7 +47,7 @@ def ratio(times: Mapping[str, list[float]], label: str, base: str) -> float:
 def keep(name: str, figures: Mapping[str, Any]) -> None:
     """Write a script's figures, with the machine, where the page and the next `make bench-quick` read them."""
     RESULTS.mkdir(exist_ok=True)
-    record = {"machine": machine(), **figures}
+    record = {**figures, "machine": machine()}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

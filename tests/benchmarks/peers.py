@@ -20,7 +20,6 @@ import os
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # dattri compiles a function a layer: minutes on a CPU
 
-import argparse
 import contextlib
 import functools
 import importlib.metadata
@@ -31,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.measure import keep, kept
-from tests.benchmarks.rows import MODELS, Case, Way, measured, ours
+from tests.benchmarks.rows import Case, Way, arguments, ours, run
 
 SIDE = 16
 PEERS = ("bergson", "dattri", "dattri-llm")
@@ -199,18 +197,11 @@ def everyone(case: Case) -> dict[str, Way]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="keep the figures for the page")
-    options = parser.parse_args()
+    options = arguments(str(__doc__)).parse_args()
     warnings.simplefilter("ignore")
-    labels = {} if options.no_memory else dict.fromkeys(options.models, ("kronecker 16", "auto", *PEERS))
-    figures = measured(options.models, everyone, labels, options.rounds)
-    if options.keep:
-        versions = {name: importlib.metadata.version(name) for name in PEERS}
-        keep("peers", {"versions": versions, "models": kept("peers").get("models", {}) | figures})
+    labels = dict.fromkeys(options.models, ("kronecker 16", "auto", *PEERS))
+    versions = {name: importlib.metadata.version(name) for name in PEERS}
+    run("peers", everyone, labels, options, versions=versions)
 
 
 if __name__ == "__main__":

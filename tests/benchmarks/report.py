@@ -83,9 +83,11 @@ def all_rows() -> dict[str, dict[str, Any]]:
     """{model: {way: figures}} of ours, of torch.func and of the peers."""
     found: dict[str, dict[str, Any]] = {}
     for name in ("rows", "peers"):
-        for model, measured in kept(name).get("models", {}).items():
+        record = kept(name)
+        for model, measured in record.get("models", {}).items():
+            memory = record.get("memory", {}).get(model, {})
             for way, values in measured["ways"].items():
-                found.setdefault(model, {}).setdefault(way, values)
+                found.setdefault(model, {}).setdefault(way, values | {"MiB": memory.get(way)})
     return found
 
 
@@ -97,7 +99,7 @@ def rows_section() -> str:
     ]
     for model, ways in models.items():
         base = kept("rows").get("models", {}).get(model, {})
-        adds = number(base.get("floor", {}).get("MiB"), 0)
+        adds = number(kept("rows").get("memory", {}).get(model, {}).get("floor"), 0)
         head = f"### {model}\n\n`auto` took {base.get('auto takes', '–')}; the floor adds {adds} MiB."
         lines = []
         for way, values in ways.items():
@@ -107,7 +109,7 @@ def rows_section() -> str:
             covers = values.get("covers", 1.0)
             note = "" if covers > 0.9999 else f"covers {covers:.1%} of the parameters"
             if "dense" in way:
-                note = "time of 16 of its numbers, scaled up"
+                note = "time of 64 of its numbers, scaled up"
             lines.append((
                 way, number(values["ratio"]), number(values["rate"], 1), number(values.get("error"), 3),
                 number(values.get("MiB"), 0), note,
@@ -193,6 +195,7 @@ def solver_section() -> str:
             name, f"1/{1 / f['share']:.1f}", f"1/{1 / f['slowest']:.1f}" if f["slowest"] < float("inf") else "never",
             f"{f['iterations'][0]:g} and {f['iterations'][1]:g}", f"{f['loss']:.5f}", f"{f['reference']:.5f}",
             f"{f['worse']} of {f['seeds']}",
+            f"{f['reached']} of {f['seeds']}",
             "–" if f["found"] is None else f"{f['found'][0]:g} and {f['found'][1]:g} of {f['r']}",
             f"{f['MiB'][0]:.0f} and {f['MiB'][1]:.0f}",
         )
@@ -200,7 +203,8 @@ def solver_section() -> str:
     ]  # fmt: skip
     header = (
         "problem", "time to the reference's loss", "slowest seed", "iterations, ours and its", "our loss", "its loss",
-        "ours worse", "directions found", "MiB",
+        "ours worse",
+        "it reaches ours", "directions found", "MiB",
     )  # fmt: skip
     fast = sum(f["share"] <= 0.2 for f in problems.values())
     good = sum(f["worse"] == 0 for f in problems.values())

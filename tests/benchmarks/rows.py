@@ -1,6 +1,6 @@
 """PEF rows: time as a ratio to the floor, error of PEF inner products, examples a second and peak memory, side by side.
 
-    python -m tests.benchmarks.rows [--models BERT-like GPT-2-like SmolLM2] [--rounds 7] [--keep]
+    python -m tests.benchmarks.rows [--models BERT-like GPT-2-like SmolLM2] [--rounds 5] [--keep]
 
 The floor is 1 forward pass and c backward passes through the activations alone. BERT-like (3 classes) and GPT-2-like
 (vocabulary 8,192) have 4 layers and hidden size 256, and see 8 sequences of 64 tokens, c = 8; SmolLM2 sees 4
@@ -52,7 +52,7 @@ SKETCHES: dict[str, tuple[Any, int | None]] = {
     f"countsketch {DIM}": ("countsketch", DIM),
 }  # fmt: skip
 MODELS = ("BERT-like", "GPT-2-like", "SmolLM2")
-SLICE = 16
+SLICE = 64
 """The dense map is timed on this many of its numbers; the time is scaled up."""
 
 
@@ -120,7 +120,9 @@ class Way:
     Attributes:
         rows: makes them: (B, c, d).
         error: of rows with another seed; None to leave the error out.
-        share: of the work that `rows` does; its time is divided by it.
+        share: of the sketching that `rows` does; what it takes beyond `fixed` is divided by it.
+        fixed: the way that does all but the sketching.
+        slow: takes fewer turns.
         covers: share of the parameters under analysis.
         seeds: how many seeds the error is the median of.
     """
@@ -128,6 +130,8 @@ class Way:
     rows: Callable[[], Any]
     error: Callable[[int], float] | None = None
     share: float = 1.0
+    fixed: str = ""
+    slow: bool = False
     covers: float = 1.0
     seeds: int = 3
 
@@ -274,9 +278,11 @@ def functional(case: Case) -> dict[str, Way]:
         return case.error(sketched(sketch))
 
     return {
-        "torch.func, no sketch": Way(unsketched),
-        f"torch.func + countsketch {DIM}": Way(lambda: sketched(sketch), same_rows, seeds=1),
-        f"torch.func + dense signs {DIM}": Way(dense, functools.partial(dense_error, case), SLICE / DIM),
+        "torch.func, no sketch": Way(unsketched, slow=True),
+        f"torch.func + countsketch {DIM}": Way(lambda: sketched(sketch), same_rows, seeds=1, slow=True),
+        f"torch.func + dense signs {DIM}": Way(
+            dense, functools.partial(dense_error, case), SLICE / DIM, "torch.func, no sketch", slow=True
+        ),
     }
 
 
@@ -324,7 +330,7 @@ def peak_of(name: str, label: str, ways: Ways) -> float:
         process.join()
 
 
-def timed(case: Case, ways: Ways, rounds: int, memory: Mapping[str, float]) -> dict[str, Any]:
+def timed(case: Case, ways: Ways, rounds: int) -> dict[str, Any]:
     """{label: figures} of one model; ways that fail are kept with their error."""
     found: dict[str, Any] = {}
     fine = {}
@@ -338,50 +344,72 @@ def timed(case: Case, ways: Ways, rounds: int, memory: Mapping[str, float]) -> d
             continue
         fine[label] = way
         found[label] = {"error": statistics.median(errors) if errors else None, "covers": way.covers}
-    times = in_turn({"floor": floor(None, case.model, case.run)} | {k: w.rows for k, w in fine.items()}, rounds)
-    floor_s = statistics.median(times["floor"])
+    base = {"floor": floor(None, case.model, case.run)}
+    quick = in_turn(base | {k: w.rows for k, w in fine.items() if not w.slow}, 2 * rounds)
+    slow = in_turn(
+        base | {k: w.rows for k, w in fine.items() if w.slow}, rounds if any(w.slow for w in fine.values()) else 0
+    )
+    floor_s = statistics.median(quick["floor"])
     B = len(case.examples)
     print(f"{case.name}: floor {1000 * floor_s:.0f} ms for {B} examples, auto takes {case.chosen}")
     for label, way in fine.items():
-        over = ratio(times, label, "floor") / way.share
-        found[label] |= {"ratio": over, "rate": B / floor_s / over, "MiB": memory.get(label)}
+        over = ratio(slow if way.slow else quick, label, "floor")
+        if way.fixed:
+            fixed = ratio(slow, way.fixed, "floor")
+            over = fixed + (over - fixed) / way.share
+        found[label] |= {"ratio": over, "rate": B / floor_s / over}
         error = found[label]["error"]
         shown = "" if error is None else f"error {error:.3f}"
         covers = "" if way.covers == 1 else f"   covers {way.covers:.0%}"
         print(
-            f"  {label:32} {over:7.2f} × the floor  {found[label]['rate']:8.1f} examples a second  "
-            f"{memory.get(label, float('nan')):6.0f} MiB  {shown}{covers}",
+            f"  {label:32} {over:7.2f} × the floor  {found[label]['rate']:8.1f} examples a second  {shown}{covers}",
             flush=True,
         )
-    return {"floor": {"seconds": floor_s, "MiB": memory.get("floor")}, "auto takes": case.chosen, "ways": found}
+    return {"floor": floor_s, "auto takes": case.chosen, "ways": found}
 
 
-def measured(names: Sequence[str], ways: Ways, labels: Mapping[str, Sequence[str]], rounds: int) -> dict[str, Any]:
-    """Memory of all first, since a process may not be forked after a backward pass; then time and error."""
+def memory_of(names: Sequence[str], ways: Ways, labels: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """{model: {label: MiB}}, printed; before any backward pass in this process, which is forked."""
+    found: dict[str, dict[str, float]] = {}
+    for name in names:
+        if name == "SmolLM2":
+            smollm2()
+        found[name] = {label: peak_of(name, label, ways) for label in ("floor", *labels[name])}
+        print(f"{name}, MiB of a pass: " + ", ".join(f"{k} {v:.0f}" for k, v in found[name].items()), flush=True)
+    return found
+
+
+def run(script: str, ways: Ways, labels: Mapping[str, Sequence[str]], options: argparse.Namespace, **more: Any) -> None:
+    """Memory, time and errors of the models that were asked for, kept where that was asked for."""
     torch.set_num_threads(1)
     print(machine())
-    if "SmolLM2" in names:
-        smollm2()
-    memory = {n: {label: peak_of(n, label, ways) for label in ("floor", *labels[n])} for n in names if labels.get(n)}
-    figures = {}
-    for name in names:
-        with case(name) as found:
-            figures[name] = timed(found, ways, rounds if name != "SmolLM2" else min(rounds, 5), memory.get(name, {}))
-    return figures
+    if options.part in ("memory", "both"):
+        memory = memory_of(options.models, ways, labels)
+        if options.keep:
+            keep(script, {**kept(script), **more, "memory": kept(script).get("memory", {}) | memory})
+    if options.part in ("time", "both"):
+        for name in options.models:
+            with case(name) as found:
+                figures = timed(found, ways, options.rounds)
+            if options.keep:
+                keep(script, {**kept(script), **more, "models": kept(script).get("models", {}) | {name: figures}})
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What this script and that of the peers share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part", choices=("memory", "time", "both"), default="both")
+    parser.add_argument("--keep", action="store_true", help="keep the figures for the page")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="keep the figures for the page")
-    options = parser.parse_args()
+    options = arguments(str(__doc__)).parse_args()
     others = ("torch.func, no sketch", f"torch.func + countsketch {DIM}", f"torch.func + dense signs {DIM}")
     labels = {n: (*SKETCHES, *(others if n != "SmolLM2" else ())) for n in options.models}
-    figures = measured(options.models, all_ways, {} if options.no_memory else labels, options.rounds)
-    if options.keep:
-        keep("rows", {"models": kept("rows").get("models", {}) | figures})
+    run("rows", all_ways, labels, options)
 
 
 if __name__ == "__main__":
