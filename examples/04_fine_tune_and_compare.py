@@ -64,7 +64,9 @@ def fine_tune(train: list[dict[str, Any]], classes: int, steps: int, seed: int =
     model.train()
     for _ in range(steps):
         batch = [train[i] for i in torch.randint(len(train), (32,), generator=generator).tolist()]
-        encoded = tokenizer([row["text"] for row in batch], padding=True, truncation=True, return_tensors="pt")
+        encoded = tokenizer(
+            [row["text"] for row in batch], padding=True, truncation=True, max_length=64, return_tensors="pt"
+        )
         loss = model(**encoded, labels=torch.tensor([row["label"] for row in batch])).loss
         optimiser.zero_grad()
         loss.backward()
@@ -78,7 +80,9 @@ def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     right = 0
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
-        encoded = tokenizer([row["text"] for row in batch], padding=True, truncation=True, return_tensors="pt")
+        encoded = tokenizer(
+            [row["text"] for row in batch], padding=True, truncation=True, max_length=64, return_tensors="pt"
+        )
         right += int((model(**encoded).logits.argmax(1) == torch.tensor([row["label"] for row in batch])).sum())
     return right / len(rows)
 

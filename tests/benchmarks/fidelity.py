@@ -1,13 +1,15 @@
 """Fidelity per cost of the output factors, on SmolLM2: Fisher error and agreement of coefficients, against time.
 
     python -m tests.benchmarks.fidelity [--prompts 64] [--truth 576] [--power 0.5] [--device cuda] [--output FILE]
+    python -m tests.benchmarks.fidelity --errors-only [--keep]
     python -m tests.benchmarks.fidelity --time-only [--rounds 5] [--keep]
 
 The truth is the exact Fisher: all h = 576 eigenpairs of the last hidden state's metric, h backward passes a batch (with
 --truth the leading ones, for more prompts). Errors are ‖F̂ − F‖_F / ‖F‖_F of sketched PEFs, mean over prompts.
 Coefficients are compared with those of the exact PEFs: mean correlation of matched components, and mean best AUROC for
 the relations. Two fits of the exact PEFs from other starts say how large an agreement can be. Every time is that of the
-rows of all prompts, self-test included. --time-only needs no GPU: whole passes over 4 prompts at every c, in turn, as
+rows of all prompts, self-test included. --errors-only and --time-only need no GPU: Fisher
+errors of 6 prompts against their 64 leading rows; whole passes over 4 prompts at every c, in turn, as
 ratios within a round to spectral rows with c = 4.
 """
 
@@ -32,7 +34,7 @@ from hf_npeff.data import Examples
 from hf_npeff.demo import TARGETS, load_model
 from hf_npeff.studies.factors import best_components
 from hf_npeff.studies.tasks import word_relation_prompts
-from tests.benchmarks.measure import in_turn, keep, machine, ratio
+from tests.benchmarks.measure import in_turn, keep, kept, machine, ratio
 
 RANKS = (1, 2, 4, 8, 16, 32)
 FACTORS = ("spectral", "projection", "sampling")
@@ -146,6 +148,24 @@ def fidelity(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def errors(prompts: int, rows: int, ranks: list[int]) -> dict[str, Any]:
+    """{"factor c": Fisher error} of a few prompts against the leading rows, printed: what a CPU can do."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_model()
+    examples = word_relation_prompts(1)[:prompts]
+
+    def compute(factor: str, rank: int) -> PEFs:
+        return NPEFFAnalyzer(model, tokenizer, fisher=config(factor, rank)).compute_pefs(examples, batch_size=prompts)
+
+    truth = compute("spectral", rows)
+    found = {}
+    for factor in FACTORS:
+        for rank in ranks:
+            found[f"{factor} {rank}"] = fisher_error(compute(factor, rank), truth.factors, truth.norms)
+            print(f"{factor} {rank}: Fisher error {found[f'{factor} {rank}']:.3f}", flush=True)
+    return {"prompts": prompts, "rows": rows, "values": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
@@ -159,12 +179,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="where the figures go")
     parser.add_argument("--time-only", action="store_true")
+    parser.add_argument(
+        "--errors-only", action="store_true", help="Fisher errors of 6 prompts against 64 rows, on a CPU"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the times for the page")
     options = parser.parse_args()
     if options.time_only:
         found = times(options.rounds)
         if options.keep:
-            keep("fidelity", {"times": found})
+            keep("fidelity", {**kept("fidelity"), "times": found})
+    elif options.errors_only:
+        of_few = errors(6, 64, [1, 4, 32])
+        if options.keep:
+            keep("fidelity", {**kept("fidelity"), "errors": of_few})
     else:
         fidelity(options)
 

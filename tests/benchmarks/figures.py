@@ -47,10 +47,11 @@ def rows(models: dict[str, dict[str, Any]]) -> str:
 
 def stability() -> str:
     """Agreement of independent fits against n."""
-    panels = [("SmolLM2", 8), ("SmolLM2", 16), ("MiniLM", 8), ("MiniLM", 16)]
+    models = [model for model in ("SmolLM2", "MiniLM") if kept(f"stability-{model}")]
+    panels = [(model, r) for model in models for r in (8, 16)]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.0 * len(panels), 2.9), sharey=True)
     for axis, (model, r) in zip(axes, panels, strict=True):
-        table = [row for row in kept(f"stability-{model}").get("table", []) if row["r"] == r]
+        table = [row for row in kept(f"stability-{model}").get("table", []) if row["r"] == r and row["c"] == 4]
         for power, ink in ((1.0, INK[1]), (0.5, INK[0])):
             some = [row for row in table if row["power"] == power]
             for restarts, style in (("12", "-o"), ("1", ":.")):
@@ -61,7 +62,7 @@ def stability() -> str:
         axis.axhline(0.9, color="#999999", lw=0.8, ls="--")
         axis.set(title=f"{model}, r = {r}", xlabel="examples", xscale="log", ylim=(0, 1.03))
         axis.set_xscale("log", base=2)
-    axes[0].set_ylabel("components found again, |cosine| ≥ 0.9")
+    axes[0].set_ylabel("components found again")
     axes[-1].legend(fontsize=7, loc="lower right")
     return save(figure, "stability")
 

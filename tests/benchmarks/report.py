@@ -40,7 +40,8 @@ STABILITY = """## Stability: do two independent fits find the same components?
 
 `python -m tests.benchmarks.stability`: the share of components that have a partner of their own at |cosine| ≥ 0.9 in
 another fit, mean over pairs of fits; a fit is the best of R starts. F^0.5 is `power=0.5`. SmolLM2's word relations
-(MLPs of layers 10–29), and a MiniLM fine-tuned on Home Assistant's intents (all linear maps)."""
+(MLPs of layers 10–29), and a MiniLM fine-tuned on Home Assistant's intents (all linear maps). Direct starts are
+k-means++ over examples; the default takes twice as many and gives up the least needed."""
 SCALING = """## Scaling
 
 `python -m tests.benchmarks.scaling`: each size doubled four times, the others at their base; exponents are slopes on
@@ -109,7 +110,7 @@ def rows_section() -> str:
             covers = values.get("covers", 1.0)
             note = "" if covers > 0.9999 else f"covers {covers:.1%} of the parameters"
             if "dense" in way:
-                note = "time of 64 of its numbers, scaled up"
+                note = "time of 64 of its numbers and 2 examples, scaled up"
             lines.append((
                 way, number(values["ratio"]), number(values["rate"], 1), number(values.get("error"), 3),
                 number(values.get("MiB"), 0), note,
@@ -158,6 +159,19 @@ def fidelity_section() -> str:
         parts.append(
             f"Spectral c = 4 takes {share:.2f} of the time of projection c = 32 (bar 0.2): {verdict(share <= 0.2)}."
         )
+    if few := kept("fidelity").get("errors"):
+        values = few["values"]
+        ranks = sorted({int(label.split()[1]) for label in values})
+        factors = ("spectral", "projection", "sampling")
+        lines = [(f, *(number(values.get(f"{f} {c}"), 3) for c in ranks)) for f in factors]
+        best, other = values["spectral 4"], values["projection 32"]
+        parts.append(
+            f"`python -m tests.benchmarks.fidelity --errors-only`: relative Fisher error, mean of {few['prompts']} "
+            f"prompts, against their leading {few['rows']} rows.\n\n"
+            + table(("rows", *(f"c = {c}" for c in ranks)), lines)
+            + f"\n\nSpectral c = 4 at least as faithful as projection c = 32: {best:.3f} against {other:.3f}, "
+            f"{verdict(best <= other)}."
+        )
     for name in sorted(n for n in ("fidelity-exact", "fidelity-many") if kept(n)):
         parts.append(fidelity_table(kept(name)))
     return "\n\n".join(parts)
@@ -183,7 +197,7 @@ def fidelity_table(found: dict[str, Any]) -> str:
         f"{found['agreement of two fits']:.2f}, its AUROC is {found['auroc of the truth']:.3f}.\n\n"
     )
     text += table(("rows", "c", "Fisher error", "agreement", "AUROC", "seconds"), lines)
-    if {"projection"} & {r["factor"] for r in found["rows"]}:
+    if len({r["factor"] for r in found["rows"] if r["seconds"]}) > 1:
         text += "\n\n" + image(figures.fidelity(found["rows"]), "error and agreement against seconds; numbers are c")
     return text
 
@@ -215,20 +229,27 @@ def solver_section() -> str:
     )  # fmt: skip
 
 
+def settings_of(row: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(row[key] for key in ("n", "c", "power", "r"))
+
+
 def stability_section() -> str:
     parts = [STABILITY]
     for model in ("SmolLM2", "MiniLM"):
-        rows = kept(f"stability-{model}").get("table", [])
-        lines = [
-            (
-                str(r["n"]), f"{r['power']:g}", str(r["r"]), number(r["explained"], 3), number(r["auroc"], 3),
-                *(number(r["agreement"].get(R)) for R in ("1", "4", "12")),
-            )
-            for r in sorted(rows, key=lambda r: (r["r"], -r["power"], r["n"]))
-        ]  # fmt: skip
-        header = ("n", "power", "r", "explained", "AUROC", "best of 1", "best of 4", "best of 12")
+        record = kept(f"stability-{model}")
+        direct = {settings_of(row): row for row in kept(f"stability-{model}-direct").get("table", [])}
+        lines = []
+        for row in sorted(record.get("table", []), key=lambda r: (r["r"], -r["power"], r["c"], r["n"])):
+            before = direct.get(settings_of(row), {}).get("agreement", {})
+            agreement = [number(found.get(R)) for found in (row["agreement"], before) for R in ("1", "4", "12")]
+            settings = [f"{row[key]:g}" for key in ("n", "c", "power", "r")]
+            lines.append((*settings, number(row["explained"], 3), number(row["auroc"], 3), *agreement))
+        header = ("n", "c", "power", "r", "explained", "AUROC", "best of 1", "best of 4", "best of 12")
+        if direct:
+            header += ("1, direct starts", "4, direct", "12, direct")
         if lines:
-            parts.append(f"### {model}\n\n*{kept(f'stability-{model}')['machine']}*\n\n" + table(header, lines))
+            kept_columns = [line[: len(header)] for line in lines]
+            parts.append(f"### {model}\n\n*{record['machine']}*\n\n" + table(header, kept_columns))
     parts.append(image(figures.stability(), "agreement of independent fits against the number of examples"))
     return "\n\n".join(parts)
 
@@ -309,9 +330,15 @@ def startup_section() -> str:
 
 
 SECTIONS = {
-    "rows": rows_section, "fidelity": fidelity_section, "solver": solver_section, "stability-MiniLM": stability_section,
-    "scaling": scaling_section, "lifting": lifting_section, "stopping": stopping_section, "startup": startup_section,
-}  # fmt: skip
+    "rows": rows_section,
+    "fidelity": fidelity_section,
+    "solver": solver_section,
+    "stability-SmolLM2": stability_section,
+    "scaling": scaling_section,
+    "lifting": lifting_section,
+    "stopping": stopping_section,
+    "startup": startup_section,
+}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import tempfile
 import threading
@@ -17,9 +18,6 @@ import torch
 
 from hf_npeff import NPEFF, Decomposition, FisherConfig, NPEFFAnalyzer, ParameterDirection
 from tests.tiny import tiny_batch, tiny_model
-
-_KEPT = 3
-"""Rounds whose folders stay: as many files after the last round as after the third."""
 
 
 def hooks_of(model: torch.nn.Module) -> int:
@@ -35,7 +33,7 @@ def measured(model: torch.nn.Module, folder: Path) -> dict[str, int]:
     resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
     return {
         "kilobytes": resident,
-        "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()),
+        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
         "hooks": hooks_of(model),
         "open files": len(os.listdir("/proc/self/fd")),
         "maps of stores": Path("/proc/self/maps").read_text(encoding="utf-8").count(str(folder)),
@@ -86,6 +84,7 @@ def soak(rounds: int, warm_up: int = 5, folder: Path | None = None) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
+    logging.getLogger("hf_npeff").setLevel(logging.ERROR)  # of the rough sketch
     found = soak(parser.parse_args().rounds)
     print(f"{'':>16} {'first':>10} {'last':>10} {'most':>10}")
     for name in found[0]:
