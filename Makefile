@@ -5,6 +5,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+# Processes that share the tests out; a test itself runs on one thread.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ test: $(VENV)/ready-for-test browser ## Set everything up, then run every check
 	@$(MAKE) check
 
 check: lint ## Format, lint, types and tests, in an environment that is already set up (ARGS goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/ready-for-test ## Format, lint and types alone
 	@$(BIN)/ruff format --check --quiet .

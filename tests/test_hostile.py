@@ -484,6 +484,8 @@ def test_small_files_cannot_unfold_into_large_ones(tmp_path: Path) -> None:
 def test_what_is_no_file_is_not_read(sound: dict[str, Path], tmp_path: Path) -> None:
     """Oracle: a pipe, an endless device, a folder, a link in a circle in the place of every file, within a time."""
     for name, reader in READERS.items():
+        if name == "PEFs, not verified":  # opens what "PEFs" does
+            continue
         for file in [*reader.sums, "config.json", "manifest.json", "history.jsonl", "README.md"]:
             if not (sound[name] / file).exists() or (file == "README.md" and name != "card"):
                 continue
