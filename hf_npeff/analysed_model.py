@@ -259,6 +259,8 @@ class AnalysedModel:
                 )  # RoBERTa counts from the one after padding
         labelled = self.fisher.positions != "labels"
         for example in examples:
+            if example.length == 0:
+                raise ValueError(f"example {example.id!r} has no tokens, so nothing to predict from; leave it out")
             if limit is not None and example.length > limit:
                 raise ValueError(
                     f"example {example.id!r} has {example.length} tokens, and the model has {limit} positions; "

@@ -261,7 +261,16 @@ def _image_inputs(record: Mapping[str, Any], processor: Any) -> dict[str, Any]:
     return {name: value[0] for name, value in encoded.items()}
 
 
+def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
+    """Whether real tokens follow padding: with it a model that counts positions from 0 predicts something else."""
+    masks = [record.get(name) for name in ("attention_mask", "decoder_attention_mask")]
+    flat = [torch.as_tensor(mask) for mask in masks if mask is not None and not _is_nested(mask)]
+    return any(mask.dim() == 1 and bool((mask[1:] > mask[:-1]).any()) for mask in flat)
+
+
 def _tensor_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
+    if _is_padded_on_the_left(record):
+        record = _without_padding(dict(record))
     inputs = {}
     for name, value in record.items():
         if isinstance(value, Tensor):

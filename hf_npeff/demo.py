@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,13 @@ def run(
     if pure:
         directions = dict(zip(pure, analyzer.lift(decomposition, pure, pefs, prompts, batch_size=16), strict=True))
         reports = {}
+        seen: Counter[str] = Counter()
         for j in tqdm(pure, desc="perturbations", disable=None):
             reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
             decomposition.evaluations[j] = reports[j].summary()
+            relation = str(_purity(decomposition, j)[0])
+            seen[relation] += 1
+            decomposition.rename(j, relation if seen[relation] == 1 else f"{relation} {seen[relation]}")
         decomposition.save_pretrained(folder / "decomposition")
         console.print(_report_table(decomposition, reports))
         purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))

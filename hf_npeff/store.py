@@ -126,6 +126,11 @@ class PEFs(Readable):
         return self._optional("log_probs")
 
     @property
+    def entropies(self) -> Tensor | None:
+        """Of the output distributions, in nats."""
+        return self._optional("entropies")
+
+    @property
     def labels(self) -> list[Any] | None:
         """The column `label` or `labels`, where one was kept."""
         return self.columns.get("label", self.columns.get("labels"))

@@ -452,8 +452,10 @@ def test_predictions_log_probs_entropies_and_norms_are_the_models_own() -> None:
     pefs = analyzer.compute_pefs(examples, batch_size=3)
     assert pefs.predictions is not None
     assert pefs.log_probs is not None
+    assert pefs.entropies is not None
     for i, (example, B) in enumerate(zip(examples, brute_force(analyzer, examples), strict=True)):
-        log_p = model(torch.tensor([example["input_ids"]])).logits[0, -1].log_softmax(-1)
+        log_p = model(torch.tensor([example["input_ids"]])).logits[0, -1].log_softmax(-1).detach()
+        assert float(pefs.entropies[i]) == pytest.approx(float(-(log_p.exp() * log_p).sum()), abs=1e-6)
         assert pefs.predictions[i] == log_p.argmax()
         assert float(pefs.log_probs[i]) == pytest.approx(float(log_p.max().detach()), abs=1e-6)
         assert float(pefs.norms[i]) == pytest.approx(float((B @ B.T).norm()), rel=1e-6)
@@ -723,6 +725,14 @@ def test_an_empty_dataset_is_refused() -> None:
     for empty in ([], {"input_ids": torch.zeros(0, 3, dtype=torch.long)}, datasets.Dataset.from_dict({"text": []})):
         with pytest.raises(ValueError, match="empty"):
             analyzer.compute_pefs(empty)
+
+
+def test_an_example_without_tokens_is_refused_by_its_id() -> None:
+    """Oracle: the error names the example, before the model runs; a tokenizer that adds nothing makes none of ""."""
+    analyzer = analyzer_of(tiny_model("llama"))
+    for dataset in ([{"input_ids": [8, 9]}, {"input_ids": []}], {"input_ids": torch.zeros(2, 0, dtype=torch.long)}):
+        with pytest.raises(ValueError, match="has no tokens"):
+            analyzer.compute_pefs(dataset)
 
 
 def test_an_iterable_without_max_examples_is_refused() -> None:

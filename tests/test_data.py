@@ -37,6 +37,20 @@ def test_padding_that_came_with_tensors_is_taken_off(side: str) -> None:
         assert list(example.inputs["position_ids"]) == list(range(len(example.inputs["input_ids"])))
 
 
+@pytest.mark.parametrize("form", ["tensors", "lists", "dataset", "torch dataset"])
+def test_padding_on_the_left_of_records_is_taken_off(form: str) -> None:
+    """Oracle: the texts encoded one by one. Kept, it would move the positions that BERT and GPT-2 count."""
+    batch = tiny_tokenizer(padding_side="left")(TEXTS, padding="max_length", max_length=9, return_tensors="pt")
+    records: Any = [{name: value[i] for name, value in batch.items()} for i in range(len(TEXTS))]
+    if form != "tensors":
+        records = [{name: value.tolist() for name, value in record.items()} for record in records]
+    if "dataset" in form:
+        records = datasets.Dataset.from_list(records).with_format("torch" if form.startswith("torch") else None)
+    found, alone = Examples(records), Examples(TEXTS, tiny_tokenizer())
+    assert [e.inputs["input_ids"] for e in found] == [e.inputs["input_ids"] for e in alone]
+    assert [e.content for e in found] == [e.content for e in alone]
+
+
 def test_strings_dictionaries_datasets_and_loaders_are_the_same() -> None:
     """Oracle: the texts tokenised one by one."""
     tokenizer = tiny_tokenizer()

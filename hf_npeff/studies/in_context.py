@@ -211,7 +211,7 @@ def run_in_context(
     shares = W / W.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     firsts = [first_token(analyzer.processing_class, f" {row['answer']}") for row in prompts]
     right = pefs.predictions.flatten().cpu() == torch.tensor(firsts)
-    entropies = pefs._optional("entropies")
+    entropies = pefs.entropies
     conditions = []
     for shots, shuffled in dict.fromkeys((row["shots"], row["shuffled"]) for row in prompts):
         here = torch.tensor([(row["shots"], row["shuffled"]) == (shots, shuffled) for row in prompts])

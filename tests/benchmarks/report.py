@@ -29,13 +29,17 @@ ROWS = """## Rows: time, memory and fidelity together
 c rows an example on all linear maps but the output embedding. The floor is one forward pass and c backward passes that
 form no weight gradient, in the same process. BERT-like and GPT-2-like: 4 layers, hidden size 256, 8 × 64 tokens, c = 8.
 SmolLM2-135M: 4 prompts, c = 4. The error is that of inner products of PEFs, ‖K̂ − K‖ / ‖K‖ over pairs of different
-examples, against rows that no sketch shortened: a fast row and a faithful row stand side by side. Memory is what one
-pass adds, in a process of its own. `auto` takes the cheapest sketch with an error of at most 0.1."""
+examples, against rows that no sketch shortened: a fast row and a faithful row stand side by side. Examples a second are
+at the speed of one process. Memory is what one pass adds, in a process of its own. `auto` takes the cheapest sketch
+with an error of at most 0.1."""
 SOLVER = """## Solver
 
 `python -m tests.benchmarks.solver`: block_power against the paper's algorithm at the best of five learning rates, 400
-iterations at most, medians over five seeds, one start each, seconds of processor time with the start included. Planted:
-2,000 examples, c = 4, d = 512. Real: 256 PEFs each, 16 components, in Gram space."""
+iterations at most, medians over five seeds, one start each, processor time with the start included; of two figures the
+first is ours. Planted: 2,000 examples, c = 4, d = 512. Real: 256 PEFs each, 16 components, in Gram space."""
+SOLVER_LIMIT = """A start spends its first five iterations on twice as many components. Where the reference stops early
+at a worse optimum (the planted problems without much overlap), that costs part of the lead on the way to *its* loss; it
+does not come to ours."""
 STABILITY = """## Stability: do two independent fits find the same components?
 
 `python -m tests.benchmarks.stability`: the share of components that have a partner of their own at |cosine| ≥ 0.9 in
@@ -88,8 +92,15 @@ def all_rows() -> dict[str, dict[str, Any]]:
         for model, measured in record.get("models", {}).items():
             memory = record.get("memory", {}).get(model, {})
             for way, values in measured["ways"].items():
-                found.setdefault(model, {}).setdefault(way, values | {"MiB": memory.get(way)})
+                values = values | {"MiB": memory.get(way)}
+                if "ratio" in values:  # at the speed of the process that measured our rows
+                    values["rate"] *= measured["floor"] / record_of_ours(model, measured)["floor"]
+                found.setdefault(model, {}).setdefault(way, values)
     return found
+
+
+def record_of_ours(model: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+    return kept("rows").get("models", {}).get(model, otherwise)
 
 
 def rows_section() -> str:
@@ -97,6 +108,9 @@ def rows_section() -> str:
     parts = [
         ROWS,
         machine_of("rows", "peers"),
+        "Versions: "
+        + ", ".join(f"{name} {version}" for name, version in kept("peers").get("versions", {}).items())
+        + ".",
     ]
     for model, ways in models.items():
         base = kept("rows").get("models", {}).get(model, {})
@@ -127,12 +141,13 @@ def rows_verdicts(models: dict[str, dict[str, Any]]) -> str:
         return models[model].get(way, {}).get("ratio", float("nan"))
 
     lines = []
-    for model, ways in models.items():
+    for model in models:
         kronecker, count = ratio_of(model, "kronecker 16"), ratio_of(model, "countsketch 4096")
         lines.append(
             f"- {model}: Kronecker at most 1.15 × the floor: {kronecker:.2f}, {verdict(kronecker <= 1.15)}; blocked "
             f"countsketch at most 2.4 ×: {count:.2f}, {verdict(count <= 2.4)}."
         )
+        ways = kept("peers").get("models", {}).get(model, {}).get("ways", {})
         auto = ways.get("auto", {})
         for peer in ("bergson", "dattri", "dattri-llm"):
             other = ways.get(peer, {})
@@ -204,29 +219,29 @@ def fidelity_table(found: dict[str, Any]) -> str:
 
 def solver_section() -> str:
     problems = kept("solver").get("problems", {})
-    lines = [
-        (
-            name, f"1/{1 / f['share']:.1f}", f"1/{1 / f['slowest']:.1f}" if f["slowest"] < float("inf") else "never",
-            f"{f['iterations'][0]:g} and {f['iterations'][1]:g}", f"{f['loss']:.5f}", f"{f['reference']:.5f}",
-            f"{f['worse']} of {f['seeds']}",
-            f"{f['reached']} of {f['seeds']}",
+    lines = []
+    for name, f in problems.items():
+        n = f["seeds"]
+        best = f.get("best", (float("nan"),) * 2)
+        lines.append((
+            name, f"1/{1 / f['share']:.1f}", f"1/{1 / f['slowest']:.1f}" if f["slowest"] else "never",
+            f"{f['iterations'][0]:g} and {f['iterations'][1]:g}", f"{f['loss']:.5f} and {f['reference']:.5f}",
+            f"{best[0]:.5f} and {best[1]:.5f}", f"{f['worse']} of {n}", f"{f['reached']} of {n}",
             "–" if f["found"] is None else f"{f['found'][0]:g} and {f['found'][1]:g} of {f['r']}",
             f"{f['MiB'][0]:.0f} and {f['MiB'][1]:.0f}",
-        )
-        for name, f in problems.items()
-    ]  # fmt: skip
+        ))  # fmt: skip
     header = (
-        "problem", "time to the reference's loss", "slowest seed", "iterations, ours and its", "our loss", "its loss",
-        "ours worse",
-        "it reaches ours", "directions found", "MiB",
+        "problem", "time to the reference's loss", "slowest seed", "iterations", "loss, median", "loss, best of 5",
+        "ours worse", "it reaches ours", "directions found", "MiB",
     )  # fmt: skip
     fast = sum(f["share"] <= 0.2 for f in problems.values())
     good = sum(f["worse"] == 0 for f in problems.values())
-    return (
-        SOLVER + "\n\n"
-        + machine_of("solver") + "\n\n" + table(header, lines)
-        + f"\n\nBars: at least 5 × faster on {fast} of {len(problems)}; never a worse end on {good} of {len(problems)}."
-    )  # fmt: skip
+    ends = sum(f["best"][0] <= f["best"][1] * 1.0001 for f in problems.values() if "best" in f)
+    verdicts = (
+        f"Bars: at least 5 × faster on {fast} of {len(problems)} problems; no single start ends worse on {good}, and "
+        f"the best of five starts, which is what a fit keeps, ends no worse on {ends}.\n\n{SOLVER_LIMIT}"
+    )
+    return "\n\n".join([SOLVER, machine_of("solver"), table(header, lines), verdicts])
 
 
 def settings_of(row: dict[str, Any]) -> tuple[float, ...]:
@@ -331,7 +346,7 @@ def startup_section() -> str:
 
 SECTIONS = {
     "rows": rows_section,
-    "fidelity": fidelity_section,
+    "fidelity-exact": fidelity_section,
     "solver": solver_section,
     "stability-SmolLM2": stability_section,
     "scaling": scaling_section,

@@ -24,11 +24,11 @@ import transformers
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.decomposition.solvers import DenseRows, block_power
-from tests.benchmarks.measure import keep, machine
+from tests.benchmarks.measure import keep, kept, machine
 from tests.benchmarks.memory import Peak
 
 DOUBLINGS, ROUNDS = 4, 5
-BASES = {"rows": {"n": 32, "c": 1, "d": 1024}, "fit": {"n": 500, "c": 2, "d": 256, "r": 16}}
+BASES = {"rows": {"n": 64, "c": 4, "d": 4096}, "fit": {"n": 1000, "c": 4, "d": 512, "r": 16}}
 
 
 def rows(n: int, c: int, d: int) -> Callable[[], Any]:
@@ -38,7 +38,7 @@ def rows(n: int, c: int, d: int) -> Callable[[], Any]:
         vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, num_labels=30
     )
     model = transformers.BertForSequenceClassification(config)
-    fisher = FisherConfig(rank=c, output_factor="projection", sketch="countsketch", sketch_dim=d)
+    fisher = FisherConfig(rank=c, output_factor="projection", sketch="countsketch", sketch_dim=d, sketch_tolerance=1e6)
     analyzer = NPEFFAnalyzer(model, fisher=fisher)
     data = {"input_ids": torch.randint(5, 512, (n, 16), generator=torch.Generator().manual_seed(0))}
     small = {"input_ids": data["input_ids"][:2]}
@@ -119,7 +119,7 @@ def main() -> None:
                 flush=True,
             )
     if options.keep:
-        keep("scaling", figures)
+        keep("scaling", {**kept("scaling"), **figures})
 
 
 if __name__ == "__main__":

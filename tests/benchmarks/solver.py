@@ -145,9 +145,11 @@ def compare(name: str, problem: Problem, seeds: int) -> dict[str, Any]:
             found.append((recovered(fit.G, problem.truth), recovered(its[0].G, problem.truth)))
     median = statistics.median
     figures = {
-        "share": median(shares), "slowest": max(shares), "loss": median(ours), "reference": median(theirs),
+        "share": median(shares),
+        "slowest": max(shares) if max(shares) < float("inf") else None,
+        "loss": median(ours), "reference": median(theirs),
         "worse": sum(a > b * (1 + SAME) for a, b in zip(ours, theirs, strict=True)),
-        "seeds": len(ours), "reached": reached,
+        "seeds": len(ours), "reached": reached, "best": [min(ours), min(theirs)],
         "iterations": [median(x) for x in zip(*iterations, strict=True)],
         "seconds": [median(x) for x in zip(*seconds, strict=True)],
         "found": [median(x) for x in zip(*found, strict=True)] if found else None, "r": problem.r,
@@ -156,9 +158,10 @@ def compare(name: str, problem: Problem, seeds: int) -> dict[str, Any]:
     }  # fmt: skip
     directions = "" if not found else f", directions {figures['found'][0]:g} and {figures['found'][1]:g} of {problem.r}"
     print(
-        f"{name}: 1/{1 / figures['share']:.1f} of the reference's time (slowest seed 1/{1 / figures['slowest']:.1f}; "
+        f"{name}: 1/{1 / figures['share']:.1f} of the reference's time (slowest seed 1/{1 / max(shares):.1f}; "
         f"η·n = {rate * n:g}, {figures['seconds'][0]:.2f} s and {figures['seconds'][1]:.2f} s in all); losses "
-        f"{figures['loss']:.5f} and {figures['reference']:.5f}{directions}, worse for {figures['worse']} of "
+        f"{figures['loss']:.5f} and {figures['reference']:.5f}{directions}, best "
+        f"{min(ours):.5f} and {min(theirs):.5f}, worse for {figures['worse']} of "
         f"{figures['seeds']} seeds; the reference reaches our end for {reached}; "
         f"{figures['MiB'][0]:.0f} and {figures['MiB'][1]:.0f} MiB",
         flush=True,
