@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 import urllib.request
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +109,19 @@ def run(
     decomposition = analyzer.decompose(pefs, components, power=0.5, n_restarts=16, seed=seed)
     decomposition.save_pretrained(folder / "decomposition")
     console.print(_component_table(decomposition))
-    console.print(_relation_table(decomposition))
+    found = best_components(decomposition.coefficients, decomposition.columns["relation"])
+    console.print(_relation_table(found))
     console.print("[bold]4. Perturbations[/]: the parameters moved along each pure component")
-    pure = [j for j in range(len(decomposition)) if _purity(decomposition, j)[1] >= _PURE]
+    # One of each relation: its best component, where most of the top examples are the relation's.
+    named = {j: str(relation) for relation, (j, _) in found.items() if _purity(decomposition, j)[0] == relation}
+    pure = sorted(j for j in named if _purity(decomposition, j)[1] >= _PURE)
     if pure:
         directions = dict(zip(pure, analyzer.lift(decomposition, pure, pefs, prompts, batch_size=16), strict=True))
         reports = {}
-        seen: Counter[str] = Counter()
         for j in tqdm(pure, desc="perturbations", disable=None):
             reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
             decomposition.evaluations[j] = reports[j].summary()
-            relation = str(_purity(decomposition, j)[0])
-            seen[relation] += 1
-            decomposition.rename(j, relation if seen[relation] == 1 else f"{relation} {seen[relation]}")
+            decomposition.rename(j, named[j])
         decomposition.save_pretrained(folder / "decomposition")
         console.print(_report_table(decomposition, reports))
         purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))
@@ -160,8 +159,7 @@ def _component_table(decomposition: Decomposition) -> Table:
     return table
 
 
-def _relation_table(decomposition: Decomposition) -> Table:
-    found = best_components(decomposition.coefficients, decomposition.columns["relation"])
+def _relation_table(found: dict[Any, tuple[int, float]]) -> Table:
     mean = sum(score for _, score in found.values()) / len(found)
     table = Table(title=f"Best component for each relation: mean AUROC {mean:.3f}")
     for header in ("relation", "component", "AUROC"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,6 +34,7 @@ from hf_npeff.store import PEFs, check_same_sketch
 logger = logging.getLogger(__name__)
 _FAITHFUL = 0.9
 _CONVERGED = 0.8
+_SAME_MODEL = 0.5
 Method = Literal["exact", "adjoint", "compressed_sensing"]
 Form = Literal["auto", "plain", "metric"]
 
@@ -126,6 +127,12 @@ def lift_components(
             "estimated_cosine": _sketched_cosine(deltas, g, sketch, scales),
             "form": "metric" if metric else "plain",
         }
+        if request.method == "exact" and request.top_examples is None and fact["estimated_cosine"] < _SAME_MODEL:
+            raise ValueError(
+                f"the gradients of this model do not add up to component {fact['component']} (cosine "
+                f"{fact['estimated_cosine']:.3f}): its weights are not those that the PEFs were computed with; load "
+                "the model that they came from"
+            )
         if request.method == "exact" and fact["estimated_cosine"] < _FAITHFUL:
             logger.warning(
                 "component %d: the sketch of the lifted direction has cosine %.3f with the component",
@@ -395,10 +402,17 @@ def _add_parameters(
 def align(examples: Sequence[Example], ids: Sequence[str], contents: Sequence[str] | None) -> list[Example]:
     """The examples in the order of `ids`, every one with the content it was analysed with.
 
+    Where ids are positions, another order gives them to other examples: then the contents tell which is which.
+
     Raises:
         ValueError: if one is missing, or has another content.
     """
     by_id = {example.id: example for example in examples}
+    positions = list(by_id) == [str(i) for i in range(len(by_id))]
+    if contents is not None and positions and len(set(contents)) == len(contents):
+        by_content = {example.content: example for example in examples}
+        if all(content in by_content for content in contents):
+            return [replace(by_content[content], id=i) for i, content in zip(ids, contents, strict=True)]
     if missing := [i for i in ids if i not in by_id]:
         raise ValueError(
             f"{len(missing)} of {len(ids)} analysed examples are not in this dataset, for instance {missing[:3]}; give "

@@ -6,6 +6,7 @@ each at the step whose mean KL on the top examples reaches a target, always besi
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from hf_npeff.directions import ParameterDirection
 from hf_npeff.fisher.distributions import Distribution
 from hf_npeff.fisher.passes import FisherPass
 
+logger = logging.getLogger(__name__)
 _BOOTSTRAPS = 1000
 _FLOOR = torch.finfo(torch.float32).eps
 """A KL below this is rounding."""
@@ -166,8 +168,10 @@ def choose_examples(
 ) -> tuple[list[int], list[int]]:
     """A component's top examples, and others on which it is not active, drawn at random.
 
+    A component that is active everywhere is compared with the examples on which it carries the least, with a warning.
+
     Raises:
-        ValueError: if the component is active on no example, or there are no others.
+        ValueError: if the component is active on no example, or all examples are among the top ones.
     """
     w = decomposition[component].coefficients
     total = decomposition.coefficients.sum(1)
@@ -178,7 +182,15 @@ def choose_examples(
     share = w / total.clamp_min(torch.finfo(w.dtype).tiny)
     quiet = [i for i in range(len(w)) if float(share[i]) <= ACTIVE_SHARE and i not in set(top)]
     if not quiet:
-        raise ValueError(f"component {component} is active on every example: there are no others to compare with")
+        quiet = sorted(set(range(len(w))) - set(top), key=lambda i: (float(share[i]), i))[:n_others]
+        if not quiet:
+            raise ValueError(f"all {len(w)} examples are top examples of component {component}; use a smaller n_top")
+        logger.warning(
+            "component %d is active on every example: the others are those on which it carries the least, up to %.0f%% "
+            "of an example's coefficients",
+            component,
+            100 * max(float(share[i]) for i in quiet),
+        )
     drawn = torch.randperm(len(quiet), generator=torch.Generator().manual_seed(seed))[:n_others].tolist()
     return top, sorted(quiet[i] for i in drawn)
 

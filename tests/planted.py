@@ -80,7 +80,7 @@ def _fisher_norm(rows: Tensor) -> Tensor:
 
 
 def _reduce(rows: Tensor, c: int) -> Tensor:
-    """The best c rows of every example: the leading eigenvectors of the rows' Gram matrix; zeros where there are fewer."""
+    """The best c rows of every example, by eigenvectors of the rows' Gram matrix; zeros where there are fewer."""
     if rows.shape[1] > c:
         _, U = torch.linalg.eigh(rows @ rows.mT)
         return U[..., -c:].mT @ rows

@@ -301,3 +301,20 @@ def test_every_kind_of_model_lifts_in_batches(family: str, task: str, parameters
     truth = reference.lift(pefs.factors, pefs.factors, found.coefficients, found.pseudo_fishers)
     for j, direction in enumerate(analyzer.lift(found, [0, 1], pefs, data, batch_size=4)):
         assert float(cosine_similarity(as_row(analyzer, direction, pefs), truth[j], dim=0)) > 1 - 1e-9
+
+
+def test_a_dataset_without_ids_may_come_in_another_order_and_another_models_weights_are_refused() -> None:
+    """Oracle: the direction of the first order; the message."""
+    model = tiny_model("bert")
+    data = tiny_batch(model, 12, seed=5)
+    assert len({tuple(e["input_ids"]) for e in data}) == 12
+    fisher = FisherConfig(rank=2, sketch="identity", storage_dtype="float64")
+    analyzer = NPEFFAnalyzer(model, fisher=fisher)
+    pefs = analyzer.compute_pefs(data)
+    found = fit(analyzer, pefs, 2)
+    first, again = (analyzer.lift(found, 0, pefs, order) for order in (data, data[::-1]))
+    assert first.cosine(again) > 1 - 1e-9
+    with pytest.raises(ValueError, match="another content"):
+        analyzer.lift(found, 0, pefs, [*data[1:], {"input_ids": [5, 6, 7]}])
+    with pytest.raises(ValueError, match="weights are not those"):
+        NPEFFAnalyzer(tiny_model("bert", seed=1), fisher=fisher).lift(found, 0, pefs, data)

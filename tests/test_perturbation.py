@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from hf_npeff import Decomposition, FisherConfig, NPEFFAnalyzer, ParameterDirection, PerturbationReport
+from hf_npeff import (
+    Decomposition,
+    DecompositionConfig,
+    FisherConfig,
+    NPEFFAnalyzer,
+    ParameterDirection,
+    PerturbationReport,
+)
 from hf_npeff.perturbation import choose_examples, find_scale
 from tests import reference
 from tests.benchmarks.lifting import Case, case
@@ -144,6 +152,20 @@ def test_tops_are_the_largest_coefficients_and_others_are_inactive(trained_case:
     assert top == W[:, 2].argsort(descending=True)[:7].tolist()
     assert not set(top) & set(others) and len(others) == 20
     assert all(float(W[i, 2] / W[i].sum()) <= 0.05 for i in others)
+
+
+def test_a_component_active_everywhere_is_compared_with_where_it_carries_least(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Oracle: sorting by the share of each example's coefficients; no others at all is an error."""
+    W = torch.tensor([[0.9, 0.1], [0.8, 0.4], [0.6, 0.9], [0.5, 0.1], [0.4, 0.2], [0.3, 0.9]])
+    d = Decomposition(W, torch.eye(2), config=DecompositionConfig(2), info={}, example_ids=list("abcdef"))
+    with caplog.at_level(logging.WARNING):
+        top, others = choose_examples(d, 0, 2, 2, 0)
+    assert (top, sorted(others)) == ([0, 1], [2, 5])
+    assert "active on every example" in caplog.text
+    with pytest.raises(ValueError, match="smaller n_top"):
+        choose_examples(d, 0, 6, 2, 0)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])

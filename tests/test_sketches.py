@@ -203,7 +203,7 @@ def test_misuse_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 21, 1000])
 def test_many_blocks_a_kernel_give_what_one_block_after_the_other_gives(size: int) -> None:
-    """Oracle: the loop that a CPU runs; the way a GPU takes, run here, with a ragged end and several rounds of blocks."""
+    """Oracle: the loop that a CPU runs; the way a GPU takes is run here, with a ragged end and rounds of blocks."""
     sketch = Sketch({"w": (1, size)}, "countsketch", 7, 3)
     values = torch.randn(4, 1, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     part = sketch._part("w")
