@@ -67,6 +67,12 @@ class AnalysedModel:
         accelerator: Any = None,
         task: str | OutputHead | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"model must be a loaded model, but it is {model!r}; NPEFFAnalyzer.from_pretrained takes ids and paths"
+            )
+        if not isinstance(fisher, FisherConfig | None):
+            raise ValueError(f"fisher must be a FisherConfig, but it is {fisher!r}; write FisherConfig(**settings)")
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         self.sharding = Sharding(model)
@@ -258,7 +264,14 @@ class AnalysedModel:
                     positions.num_embeddings - positions.padding_idx - 1
                 )  # RoBERTa counts from the one after padding
         labelled = self.fisher.positions != "labels"
+        vocabulary = _vocabulary(self.model)
         for example in examples:
+            ids = example.inputs.get("input_ids") or [0]
+            if vocabulary is not None and not isinstance(ids[0], list) and not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise ValueError(
+                    f"example {example.id!r} has token ids from {min(ids)} to {max(ids)}, and the model's vocabulary "
+                    f"has {vocabulary}; encode it with the model's own tokenizer"
+                )
             if example.length == 0:
                 raise ValueError(f"example {example.id!r} has no tokens, so nothing to predict from; leave it out")
             if limit is not None and example.length > limit:
@@ -322,6 +335,14 @@ def _processing_class(model_id: Any, task: str, hub: Mapping[str, Any]) -> Any:
         return loader.from_pretrained(model_id, **hub)
     except (OSError, ValueError, KeyError) as error:
         logger.warning("%s has no processing class that loads (%s); pass encoded data", model_id, error)
+        return None
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Tokens that the input embedding knows; None where there is none."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
         return None
 
 

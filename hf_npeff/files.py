@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
+from hf_npeff.parquet_footer import has_known_codecs
 
 FORMAT_VERSION = 1
 _JSON_MARK = "\x00json:"
@@ -274,10 +275,8 @@ def _check_table(file: pq.ParquetFile, schema: pa.Schema, path: Path) -> None:
     facts = file.metadata
     if facts.num_rows < 0 or facts.num_rows * facts.num_columns * 8 > _TABLE_LIMIT + _TABLE_RATIO * path.stat().st_size:
         raise CorruptStoreError(f"{path} claims {facts.num_rows:,} rows of {facts.num_columns:,} columns")
-    for group in range(facts.num_row_groups):
-        for column in range(facts.num_columns):
-            if facts.row_group(group).column(column).compression not in ("SNAPPY", "UNCOMPRESSED"):
-                raise CorruptStoreError(f"{path} is compressed in a way that hf_npeff does not write")
+    if not has_known_codecs(path):
+        raise CorruptStoreError(f"{path} is compressed in a way that hf_npeff does not write")
 
 
 def _column_array(name: str, values: Sequence[Any]) -> pa.Array:

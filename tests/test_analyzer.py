@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_npeff import (
+    NPEFF,
     CorruptStoreError,
     FisherConfig,
     FormatVersionError,
@@ -950,3 +951,16 @@ def test_a_classifier_that_looks_for_padding_finds_its_own(tmp_path: Path) -> No
     pefs = analyzer.compute_pefs(texts, batch_size=3)
     truth = brute_force(analyzer, [{"input_ids": tokenizer(t)["input_ids"]} for t in texts])
     assert max(errors(analyzer, pefs, truth)) <= 1e-6
+
+
+def test_what_is_no_model_no_config_and_no_token_is_named() -> None:
+    """Oracle: the messages say what was expected and what to use."""
+    model = tiny_model("llama", "causal-lm")
+    with pytest.raises(ValueError, match=r"NPEFFAnalyzer\.from_pretrained"):
+        NPEFFAnalyzer("org/model")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="FisherConfig"):
+        NPEFFAnalyzer(model, fisher={"rank": 2})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"example '1' has token ids from 5 to 100000.*vocabulary"):
+        analyzer_of(model).compute_pefs([{"input_ids": [5, 6]}, {"input_ids": [5, 100_000]}])
+    with pytest.raises(ValueError, match=r"PEFs\.from_factors"):
+        NPEFF(2).fit(torch.zeros(3, 2, 4))  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ ORDER = (
     # bottom: no arithmetic, no models
     "errors",
     "config",
+    "parquet_footer",
     "files",
     "hub",  # folders to and from the Hub; knows nothing of what is in them
     "pretrained",  # the methods of everything that is kept in a folder and published

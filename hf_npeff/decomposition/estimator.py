@@ -174,6 +174,10 @@ class NPEFF:
             FloatingPointError: if the reference solver diverges: its learning rate is too high.
             IncompatibleSketchError: if `validation` was made with another sketch.
         """
+        if not isinstance(pefs, PEFs):
+            raise ValueError(
+                f"fit takes PEFs, but got {type(pefs).__name__}; PEFs.from_factors makes them from (n, c, d)"
+            )
         config = self.config
         r = config.n_components
         n_rows = len(pefs) * pefs.rank
