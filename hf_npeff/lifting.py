@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hf_npeff.components import Decomposition
 from hf_npeff.compressed_sensing import sparse_preimage
@@ -100,7 +101,7 @@ def lift_components(
         raise ValueError("form='metric' needs a balanced decomposition (balance='module'); this one is not")
     coefficients, cosines = combination(decomposition, pefs)
     mixtures = _mixtures(decomposition, wanted, request.semi_orthogonal)
-    targets = torch.nn.functional.normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
+    targets = normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
     known = work.sketch
     sketch = known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
     scales = decomposition.scales
@@ -172,9 +173,11 @@ def _keep_top_rows(
 
 
 def _sketched_cosine(deltas: Mapping[str, Tensor], g: Tensor, sketch: Sketch, scales: Tensor | None) -> float:
-    """Of the sketch of a direction with the component g (d,) that it should give."""
+    """Of the sketch of a direction with the component g (d,) that it should give, whatever the direction's size."""
     sketched = sketch.apply({name: deltas[name][None] for name in sketch.shapes})[0].double()
-    return float(torch.nn.functional.cosine_similarity(sketched if scales is None else sketched * scales, g, dim=0))
+    sketched = sketched if scales is None else sketched * scales
+    norm = float(sketched.norm() * g.norm())  # no ε: gradients may be as small as 1e-20
+    return float(sketched @ g) / norm if norm > 0 else 0.0
 
 
 def scale_to_unit(deltas: Mapping[str, Tensor]) -> None:
