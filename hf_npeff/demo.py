@@ -130,6 +130,7 @@ def run(
         page = decomposition.to_html(
             folder / "components.html",
             force=True,
+            title=MODEL_ID.split("/")[-1],
             alignments=analyzer.token_alignments(decomposition, pefs, prompts, pure, n_top=_SHADED, batch_size=16),
             energies={j: energies_of(direction) for j, direction in directions.items()},
             reports=reports,
