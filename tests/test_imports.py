@@ -58,12 +58,15 @@ ORDER = (
     "components",
     "decomposition.matching",
     "decomposition.drift",
+    "decomposition.chunks",
+    "decomposition.held_out",
     "decomposition.estimator",  # fit returns a Decomposition
     # components -> directions and adapters
     "adapters",  # files of plain weight deltas
     "lora",
     "directions",  # a ParameterDirection knows how to become an adapter
     "compressed_sensing",
+    "exact_lifting",
     "lifting",
     "positions",  # by the same replay of cotangents
     "perturbation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,18 @@ from tqdm.auto import tqdm
 
 from hf_npeff.components import Decomposition
 from hf_npeff.config import Balance, DecompositionConfig, Precision, Solver
-from hf_npeff.decomposition.objective import loss_of, nonnegative_coefficients, overlaps
+from hf_npeff.decomposition.chunks import ChunkedRows
+from hf_npeff.decomposition.held_out import HeldOut, until_held_out_rises
+from hf_npeff.decomposition.objective import loss_of, overlaps
 from hf_npeff.decomposition.sharding import Processes, ShardedRows
 from hf_npeff.decomposition.solvers import (
     DenseRows,
     Fit,
-    Progress,
     Rows,
     block_power,
     gram_space,
     reference,
     start_from_surplus,
-    top_directions,
 )
 from hf_npeff.decomposition.weighting import balance_scales, balanced
 from hf_npeff.store import PEFs, check_same_sketch
@@ -34,58 +34,6 @@ _GRAM_LIMIT = 8000
 _NEAR = 0.02
 Callback = Callable[[int, int, float], bool | None]
 """Called with (restart, iteration, relative loss); a true answer stops that restart."""
-
-
-class ChunkedRows:
-    """Rows read from a store in chunks of a bounded size, for PEFs that do not fit in memory.
-
-    Args:
-        pefs: the store.
-        weighting: chunk → the rows (·, c, d) that are decomposed, on their device.
-        chunk: examples of a chunk.
-        precision: of the products.
-    """
-
-    def __init__(self, pefs: PEFs, weighting: Callable[[PEFs], Tensor], chunk: int, precision: Precision = "float32"):
-        self.pefs = pefs
-        self.weighting = weighting
-        self.precision = precision
-        self.chunk = chunk
-        self.n = len(pefs)
-        self.dim = pefs.dim
-
-    def _parts(self) -> Iterator[tuple[slice, DenseRows]]:
-        start = 0
-        for part in self.pefs.chunks(self.chunk):
-            yield slice(start, start + len(part)), DenseRows(self.weighting(part), self.precision)
-            start += len(part)
-
-    def total(self) -> Tensor:
-        """See `Rows`."""
-        return torch.stack([rows.total() for _, rows in self._parts()]).sum()
-
-    def energies(self, G: Tensor) -> Tensor:
-        """See `Rows`."""
-        return torch.cat([rows.energies(G) for _, rows in self._parts()])
-
-    def pull(self, G: Tensor, W: Tensor) -> Tensor:
-        """See `Rows`."""
-        C = torch.zeros_like(G)
-        for where, rows in self._parts():
-            C += rows.pull(G, W[where])
-        return C
-
-    def reduce(self, value: Tensor) -> Tensor:
-        """See `Rows`."""
-        return value
-
-    def gather(self, value: Tensor) -> Tensor:
-        """See `Rows`."""
-        return value
-
-    def top_directions(self, indices: list[int]) -> Tensor:
-        """See `Rows`."""
-        return top_directions(self.weighting(self.pefs[indices]))
 
 
 class NPEFF:
@@ -199,7 +147,7 @@ class NPEFF:
         rows, to_rows = self._rows(pefs, scales, shared)
         held_out = None
         if validation is not None:
-            held_out = _HeldOut(self._plain_rows(validation, scales, processes, "float32"), to_rows)
+            held_out = HeldOut(self._plain_rows(validation, scales, processes, "float32"), to_rows)
         fits = []
         shown = self.progress and processes.index == 0
         with tqdm(total=config.n_restarts, desc="NPEFF", unit="start", disable=not shown) as bar:
@@ -258,7 +206,7 @@ class NPEFF:
             return local
         return ShardedRows(local, len(pefs), processes, self._weighted(pefs[:1], scales))
 
-    def _start(self, rows: Rows, restart: int, held_out: _HeldOut | None, bar: Any) -> Fit:
+    def _start(self, rows: Rows, restart: int, held_out: HeldOut | None, bar: Any) -> Fit:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + restart)
 
@@ -284,7 +232,7 @@ class NPEFF:
             return block_power(
                 rows, G, W=W, max_iterations=config.max_iterations, tolerance=config.tolerance, progress=progress
             )
-        return _until_held_out_rises(rows, G, held_out, config, progress)
+        return until_held_out_rises(rows, G, held_out, config, progress)
 
     def _finish(
         self,
@@ -415,61 +363,9 @@ def _check_finite(pefs: PEFs) -> None:
     raise ValueError(f"the rows of {len(bad)} PEFs are not finite, those of {bad[:10]} for instance; leave them out")
 
 
-class _HeldOut:
-    """Relative loss of held-out PEFs, their coefficients at their minimum."""
-
-    def __init__(self, rows: Rows, to_rows: Callable[[Tensor], Tensor]):
-        self.rows = rows
-        self.to_rows = to_rows
-        self.total = rows.total()
-
-    def loss(self, G: Tensor) -> float:
-        G = self.to_rows(G)
-        N, H = self.rows.energies(G), overlaps(G)
-        W = nonnegative_coefficients(N, H)
-        value = self.rows.reduce(loss_of(torch.zeros_like(self.total), W, N.double(), H.double()))
-        return float((self.total + value) / self.total)
-
-
 def _on_every_process(fit: Fit, rows: Rows, processes: Processes) -> Fit:
     """The fit with all coefficients, the same to the bit on every process."""
     return dataclasses.replace(fit, W=processes.first(rows.gather(fit.W)), G=processes.first(fit.G))
-
-
-def _until_held_out_rises(
-    rows: Rows, G: Tensor, held_out: _HeldOut, config: DecompositionConfig, progress: Progress, every: int = 10
-) -> Fit:
-    """Rounds of a few iterations, until the held-out loss no longer improves; the best round is kept."""
-    fit = block_power(
-        rows, G, max_iterations=min(every, config.max_iterations), tolerance=config.tolerance, progress=progress
-    )
-    best, best_loss = fit, held_out.loss(fit.G)
-    losses = list(fit.losses)
-    done = every
-    worse = 0
-    while not fit.converged and done < config.max_iterations:
-
-        def onwards(iteration: int, loss: float, done: int = done) -> bool:
-            return progress(done + iteration, loss)
-
-        fit = block_power(
-            rows,
-            fit.G,
-            W=fit.W,
-            max_iterations=min(every, config.max_iterations - done),
-            tolerance=config.tolerance,
-            progress=onwards,
-        )
-        losses += fit.losses[1:]
-        done += every
-        now = held_out.loss(fit.G)
-        if now < best_loss * (1 - config.tolerance):
-            best, best_loss, worse = Fit(fit.W, fit.G, list(losses), True), now, 0
-        else:
-            worse += 1
-            if worse >= 2:
-                return dataclasses.replace(best, converged=True)
-    return dataclasses.replace(best, converged=fit.converged)
 
 
 def _stability(best: Fit, others: Sequence[Fit]) -> Tensor:

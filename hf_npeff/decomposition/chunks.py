@@ -1,0 +1,64 @@
+"""Rows that stay on disk: a store of PEFs as a solver sees it, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from hf_npeff.config import Precision
+from hf_npeff.decomposition.solvers import DenseRows, top_directions
+from hf_npeff.store import PEFs
+
+
+class ChunkedRows:
+    """Rows read from a store in chunks of a bounded size, for PEFs that do not fit in memory.
+
+    Args:
+        pefs: the store.
+        weighting: chunk → the rows (·, c, d) that are decomposed, on their device.
+        chunk: examples of a chunk.
+        precision: of the products.
+    """
+
+    def __init__(self, pefs: PEFs, weighting: Callable[[PEFs], Tensor], chunk: int, precision: Precision = "float32"):
+        self.pefs = pefs
+        self.weighting = weighting
+        self.precision = precision
+        self.chunk = chunk
+        self.n = len(pefs)
+        self.dim = pefs.dim
+
+    def _parts(self) -> Iterator[tuple[slice, DenseRows]]:
+        start = 0
+        for part in self.pefs.chunks(self.chunk):
+            yield slice(start, start + len(part)), DenseRows(self.weighting(part), self.precision)
+            start += len(part)
+
+    def total(self) -> Tensor:
+        """See `Rows`."""
+        return torch.stack([rows.total() for _, rows in self._parts()]).sum()
+
+    def energies(self, G: Tensor) -> Tensor:
+        """See `Rows`."""
+        return torch.cat([rows.energies(G) for _, rows in self._parts()])
+
+    def pull(self, G: Tensor, W: Tensor) -> Tensor:
+        """See `Rows`."""
+        C = torch.zeros_like(G)
+        for where, rows in self._parts():
+            C += rows.pull(G, W[where])
+        return C
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """See `Rows`."""
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """See `Rows`."""
+        return value
+
+    def top_directions(self, indices: list[int]) -> Tensor:
+        """See `Rows`."""
+        return top_directions(self.weighting(self.pefs[indices]))
