@@ -48,7 +48,7 @@ def test_the_loss_is_summed_in_float64() -> None:
     A32, W32, G32 = A.float(), W.float(), G.float()
     loss = o.loss_of(o.total_energy(A32), W32, o.energies(o.alignments(A32, G32)), o.overlaps(G32))
     assert loss.dtype == torch.float64
-    assert abs(float(loss) - exact) / float(total) < 1e-7
+    assert abs(float(loss) - exact) / float(total) < 3e-7  # float32 pieces; other builds of torch round them otherwise
 
 
 def test_coefficients_are_the_nonnegative_least_squares() -> None:

@@ -258,11 +258,14 @@ def _attention_float64(
 AttentionInterface.register("tiny_float64", _attention_float64)
 AttentionMaskInterface.register("tiny_float64", eager_mask)
 
+_FLOAT32_OPTIONS: dict[str, dict[str, str]] = {
+    "gemma2": {"attn_implementation": "eager"},  # transformers before 5.18 would take sdpa, which has no soft cap
+}
 _FLOAT64_OPTIONS: dict[str, dict[str, str]] = {
     "gemma2": {"attn_implementation": "tiny_float64"},
     "mixtral": {"experts_implementation": "eager"},
 }
-"""What a family needs to run in float64, unless the caller says otherwise."""
+"""What a family needs to run in a dtype, unless the caller says otherwise."""
 
 
 def tiny_model(
@@ -292,7 +295,8 @@ def tiny_model(
     if task not in FAMILIES[family]:
         raise ValueError(f"{family} has {FAMILIES[family]}, not {task!r}")
     model_type, options = _CONFIGS[family]
-    options = {**options, **(_FLOAT64_OPTIONS.get(family, {}) if dtype == torch.float64 else {}), **overrides}
+    of_dtype = _FLOAT64_OPTIONS if dtype == torch.float64 else _FLOAT32_OPTIONS
+    options = {**options, **of_dtype.get(family, {}), **overrides}
     if task in ("sequence-classification", "token-classification", "image-classification"):
         options.setdefault("num_labels", 3)
     config = AutoConfig.for_model(model_type, **options)
