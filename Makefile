@@ -17,10 +17,10 @@ PEERS := .venv-peers
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test check lint format bench bench-quick bench-peers study browser clean
+.PHONY: help demo test check lint format release-check bench bench-quick bench-peers study browser clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/ready-for-demo ## Analyse a real language model and print what was found
 	@$(BIN)/hf-npeff demo $(ARGS)
@@ -39,6 +39,9 @@ lint: $(VENV)/ready-for-test ## Format, lint and types alone
 format: $(VENV)/ready-for-test ## Rewrite the source as the linter wants it
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
+
+release-check: $(VENV)/made ## Build wheel and sdist, install them in an empty environment, run the README there
+	@PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m tests.release
 
 bench: $(VENV)/ready-for-test ## Measure speed as ratios, and renew docs/benchmarks.md (about 20 minutes)
 	@$(BIN)/python -m tests.benchmarks.run $(ARGS)

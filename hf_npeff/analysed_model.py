@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,19 +14,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from hf_npeff.adapters import layout_of
 from hf_npeff.components import Decomposition
 from hf_npeff.config import FisherConfig
-from hf_npeff.data import Examples
+from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.sharding import on_cpu
+from hf_npeff.directions import ParameterDirection
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
 from hf_npeff.files import read_json
+from hf_npeff.fisher.compute import Worker
 from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_parameters
 from hf_npeff.fisher.heads import OutputHead, base_of, head_of, task_of_class
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.fisher.sharded import Sharding
 from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.hub import commit_of_model
+from hf_npeff.hub import commit_of_model, is_hub_id
+from hf_npeff.lifting import align, check_decomposed
 from hf_npeff.store import PEFs
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,7 @@ class AnalysedModel:
         head: what it predicts, and where.
         maps: the linear weights under analysis.
         parameters: {name: shape} of other parameters under analysis.
+        task: as it was given: None where the model's class tells it.
         revision: the model's commit, or None.
         sharding: how processes keep in step where FSDP2 shards the weights over them.
     """
@@ -75,15 +80,21 @@ class AnalysedModel:
             raise ValueError(f"fisher must be a FisherConfig, but it is {fisher!r}; write FisherConfig(**settings)")
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
+        if not hasattr(base_of(model), "config"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is no model of transformers: it has no config. Load one with its head through "
+                "NPEFFAnalyzer.from_pretrained or an Auto class"
+            )
         self.sharding = Sharding(model)
         self.sharding.release()
         self.model = model
         self.processing_class = processing_class
         self.fisher = fisher or FisherConfig()
         self._accelerator = accelerator
-        self._task = task
+        self.task = task
         self.revision: str | None = getattr(getattr(base_of(model), "config", None), "_commit_hash", None)
         self._sketch: Sketch | None = None
+        self._feels_padding: bool | None = None  # see FisherPass
         self._liked: tuple[str, Any] | None = None
         self.parameters = find_parameters(model, self.fisher.parameters)
         maps = find_linear_maps(model, self.fisher.target_modules, self.fisher.exclude_modules)
@@ -121,6 +132,8 @@ class AnalysedModel:
             UnsupportedModelError: if the architecture has no head that is known.
             OSError: if there is no such model.
         """
+        if not os.path.isdir(model_id) and not is_hub_id(model_id):
+            raise OSError(f"{os.fspath(model_id)!r} is neither a folder nor the id of a model on the Hub (user/name)")
         where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         commit = commit_of_model(model_id, revision=revision, **where)
         hub = {"revision": commit or revision or "main", **where, "trust_remote_code": trust_remote_code}
@@ -144,15 +157,24 @@ class AnalysedModel:
 
     # The same model with other settings
 
-    def _like(self: _Self, like: PEFs | Decomposition) -> _Self:
-        """An analyzer of the same model with the Fisher config and sketch of `like`."""
+    def with_fisher(self: _Self, fisher: FisherConfig, task: str | OutputHead | None = None) -> _Self:
+        """An analyzer of the same model with another Fisher config, and with another head where `task` is given."""
+        task = self.task if task is None else task
+        other = type(self)(self.model, self.processing_class, fisher=fisher, accelerator=self._accelerator, task=task)
+        other.revision = self.revision
+        return other
+
+    def with_settings_of(self: _Self, like: PEFs | Decomposition) -> _Self:
+        """An analyzer of the same model with the Fisher config and sketch of `like`.
+
+        Raises:
+            ValueError: if the rows of `like` were made elsewhere.
+            IncompatibleSketchError: if the model does not have the parameters of `like`.
+        """
         if like.info.get("sketch") is None:
             raise ValueError("like= needs PEFs, or a decomposition of PEFs, of a model; these rows were made elsewhere")
         sketch = Sketch.from_dict(like.info["sketch"])
-        config = FisherConfig.from_dict(like.info["fisher"])
-        other = type(self)(
-            self.model, self.processing_class, fisher=config, accelerator=self._accelerator, task=self._task
-        )
+        other = self.with_fisher(FisherConfig.from_dict(like.info["fisher"]))
         left_out = (like.info.get("selftest") or {}).get("left_out") or ()
         other.maps = [m for m in other.maps if m.parameter not in left_out]
         ours = {m.parameter: m.shape for m in other.maps} | other.parameters
@@ -162,11 +184,15 @@ class AnalysedModel:
                 f"like= is of the model {like.info.get('model')}, and this model has other parameters under analysis: "
                 f"these differ: {', '.join(differing[:5])}"
             )
-        other._sketch, other.revision = sketch, self.revision
+        other._sketch = sketch
         return other
 
-    def _with_like(self: _Self, decomposition: Decomposition) -> _Self:
-        """This analyzer, where it has the decomposition's sketch, or one that has."""
+    def for_decomposition(self: _Self, decomposition: Decomposition) -> _Self:
+        """This analyzer, where it has the decomposition's sketch, or one that has.
+
+        Raises:
+            IncompatibleSketchError: if the decomposition is of another commit, or of a model with other parameters.
+        """
         known = decomposition.info.get("revision")
         if known is not None and self.revision is not None and known != self.revision:
             raise IncompatibleSketchError(
@@ -176,14 +202,18 @@ class AnalysedModel:
         if self._sketch is not None and self._sketch.fingerprint == decomposition.fingerprint:
             return self
         if self._liked is None or self._liked[0] != decomposition.fingerprint:
-            self._liked = (decomposition.fingerprint, self._like(decomposition))
+            self._liked = (decomposition.fingerprint, self.with_settings_of(decomposition))
         return self._liked[1]
 
     # How it is run
 
     @contextmanager
-    def _at_work(self, folder: Path | None = None) -> Any:
-        """A frozen model and the pass over its batches."""
+    def fisher_pass(self, folder: Path | None = None) -> Iterator[FisherPass]:
+        """The pass over batches of the model, which is frozen inside `with` and handed back as it came.
+
+        Args:
+            folder: a store that a run goes on with: its sketch is used where the settings leave that open.
+        """
         sketch = self._sketch
         if folder is not None and (folder / "config.json").exists():
             before = read_json(folder / "config.json").get("sketch")
@@ -199,7 +229,7 @@ class AnalysedModel:
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
             stack.callback(self.sharding.release)
-            yield FisherPass(
+            work = FisherPass(
                 self.model,
                 self.head,
                 self.maps,
@@ -207,17 +237,16 @@ class AnalysedModel:
                 pad,
                 self.device,
                 sketch,
-                self._describe,
+                self.describe,
                 one_at_a_time=single,
+                feels_padding=self._feels_padding,
                 parameters=self.parameters,
                 sharding=self.sharding,
             )
-
-    def _refuse_sharded(self, what: str) -> None:
-        if self.sharding.active:
-            raise UnsupportedModelError(
-                f"{what} moves weights, and these are sharded over processes; load the whole model in one process"
-            )
+            try:
+                yield work
+            finally:
+                self._feels_padding = work.feels_padding
 
     def _could_make(self, sketch: Sketch) -> bool:
         """Whether the settings leave this sketch open, so that a run may go on with it."""
@@ -236,8 +265,12 @@ class AnalysedModel:
         devices = (getattr(hook, "execution_device", None) for hook in hooks)
         return next((torch.device(device) for device in devices if device is not None), own)
 
-    def _processes(self) -> Any:
-        """The accelerator, made only where several processes run."""
+    def worker(self) -> Worker:
+        """Which of several processes this is; the accelerator is made only where there are several.
+
+        Raises:
+            ValueError: if the accelerator knows of fewer processes than were started.
+        """
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if self._accelerator is None and started > 1:
             from accelerate import Accelerator
@@ -245,51 +278,69 @@ class AnalysedModel:
             self._accelerator = Accelerator(cpu=on_cpu())
             if not hasattr(self.model, "hf_device_map") and not self.sharding.active:
                 self.model.to(self._accelerator.device)
-        if self._accelerator is not None and self._accelerator.num_processes < started:
+        if self._accelerator is None:
+            return Worker()
+        if self._accelerator.num_processes < started:
             raise ValueError(
-                f"{started} processes were started, but the accelerator knows of "
-                f"{self._accelerator.num_processes}; on CPUs "
-                "make it with Accelerator(cpu=True)"
+                f"{started} processes were started, but the accelerator knows of {self._accelerator.num_processes}; "
+                "on CPUs make it with Accelerator(cpu=True)"
             )
-        return self._accelerator
+        known = self._accelerator
+        return Worker(known.process_index, known.num_processes, known.wait_for_everyone)
 
-    def _check(self, examples: Examples) -> None:
-        """Everything about the data that can be known before the model runs."""
-        config: Any = base_of(self.model).config
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        for module in self.model.modules():
-            positions = getattr(module, "position_embeddings", None)
-            if limit is not None and isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
-                limit = (
-                    positions.num_embeddings - positions.padding_idx - 1
-                )  # RoBERTa counts from the one after padding
-        labelled = self.fisher.positions != "labels"
-        vocabulary = _vocabulary(self.model)
-        for example in examples:
-            ids = example.inputs.get("input_ids") or [0]
-            if vocabulary is not None and not isinstance(ids[0], list) and not 0 <= min(ids) <= max(ids) < vocabulary:
-                raise ValueError(
-                    f"example {example.id!r} has token ids from {min(ids)} to {max(ids)}, and the model's vocabulary "
-                    f"has {vocabulary}; encode it with the model's own tokenizer"
-                )
-            if example.length == 0:
-                raise ValueError(f"example {example.id!r} has no tokens, so nothing to predict from; leave it out")
-            if limit is not None and example.length > limit:
-                raise ValueError(
-                    f"example {example.id!r} has {example.length} tokens, and the model has {limit} positions; "
-                    "shorten it"
-                )
-            if not labelled and "labels" not in example.inputs:
-                raise ValueError(
-                    f"positions='labels' needs token labels, and example {example.id!r} has none; add a `labels` "
-                    "column (−100 where nothing is counted)"
-                )
-            if not labelled and all(label == -100 for label in example.inputs["labels"]):
-                raise ValueError(
-                    f"positions='labels' finds nothing to predict in example {example.id!r}: all its labels are −100"
-                )
+    def examples_of(self, decomposition: Decomposition, dataset: Any, pefs: PEFs | None = None) -> list[Example]:
+        """The data set's examples in the decomposition's order, each with the content that was analysed.
 
-    def _facts(self) -> dict[str, Any]:
+        Raises:
+            IncompatibleSketchError: if `pefs` are of another sketch.
+            ValueError: if `pefs` or the data set are of other examples.
+        """
+        contents = decomposition.columns.get("content_hash")
+        if pefs is not None:
+            check_decomposed(decomposition, pefs)
+            contents = pefs.content_hashes  # a decomposition may have been saved without columns
+        return align(Examples(dataset, self.processing_class), decomposition.example_ids, contents)
+
+    def direction_of(self, matrices: dict[str, Tensor], info: Mapping[str, Any]) -> ParameterDirection:
+        """What lifting found, as a direction in the parameters; the matrices are taken out of the dictionary.
+
+        Args:
+            matrices: {parameter: (out, in)}.
+            info: what is kept with it, beside the `facts` of the model.
+        """
+        maps = {m.parameter: m for m in self.maps}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        deltas = {}
+        for name in list(matrices):  # one at a time: what is transposed is copied
+            value = matrices.pop(name)
+            shaped = maps[name].as_weight(value) if name in maps else value.reshape(parameters[name].shape)
+            deltas[name] = shaped.contiguous()
+        layouts = {name: layout_of(self.model, name) for name in deltas}
+        module = type(base_of(self.model)).__module__
+        return ParameterDirection(deltas, layouts, {**self.facts(), "module": module, **info})
+
+    def check_movable(self, direction: ParameterDirection | None = None) -> None:
+        """Refuse to move weights that are sharded, or those of another commit than the direction's.
+
+        Raises:
+            UnsupportedModelError: if they are sharded.
+            ValueError: if the commits differ.
+        """
+        if self.sharding.active:
+            raise UnsupportedModelError(
+                "moving weights is for one process, and these are sharded over several; load the whole model"
+            )
+        made = None if direction is None else direction.info.get("revision")
+        if made is not None and self.revision is not None and made != self.revision:
+            raise ValueError(
+                f"the direction was made for the model at commit {made}, and this model is at {self.revision}; load "
+                "that revision"
+            )
+
+    # What is known of it
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept of the model with everything that is made from it: names, commit, task, classes, versions."""
         base: Any = base_of(self.model)
         return {
             "model": getattr(base, "name_or_path", None) or type(base).__name__,
@@ -309,7 +360,7 @@ class AnalysedModel:
             str(number): str(name) for number, name in (getattr(base.config, "id2label", None) or {}).items()
         } or None
 
-    def _describe(self, predictions: Tensor) -> list[str]:
+    def describe(self, predictions: Tensor) -> list[str]:
         """Predictions for people: tokens, class names, or numbers."""
         base: Any = base_of(self.model)
         vocabulary = getattr(self.head, "embedding", None) is not None
@@ -335,14 +386,6 @@ def _processing_class(model_id: Any, task: str, hub: Mapping[str, Any]) -> Any:
         return loader.from_pretrained(model_id, **hub)
     except (OSError, ValueError, KeyError) as error:
         logger.warning("%s has no processing class that loads (%s); pass encoded data", model_id, error)
-        return None
-
-
-def _vocabulary(model: Any) -> int | None:
-    """Tokens that the input embedding knows; None where there is none."""
-    try:
-        return getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):
         return None
 
 

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from hf_npeff.adapters import layout_of
 from hf_npeff.analysed_model import AnalysedModel
 from hf_npeff.components import Decomposition
-from hf_npeff.data import Examples
+from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.directions import ParameterDirection
-from hf_npeff.fisher.compute import compute, dataset_hash, share_of
+from hf_npeff.fisher.compute import ComputeRequest, compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
 from hf_npeff.fisher.heads import base_of
 from hf_npeff.fisher.passes import DEFAULT_DIMS
-from hf_npeff.fisher.selftest import SelfTest, candidates
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.lifting import Form, LiftRequest, Method, align, lift_components, select
-from hf_npeff.perturbation import PerturbationReport, choose_examples, evaluate
+from hf_npeff.fisher.selftest import candidates
+from hf_npeff.lifting import Form, LiftRequest, Method, lift_components, select
+from hf_npeff.model_limits import ModelLimits
+from hf_npeff.perturbation import PerturbationReport, PerturbationRequest, evaluate
 from hf_npeff.positions import TokenAlignment, token_alignments
+from hf_npeff.shards import remove_store
 from hf_npeff.store import PEFs
 
-logger = logging.getLogger(__name__)
-
+_FIRST = 64
+"""Examples among which the self-test finds its own."""
 _LIFTED_TOGETHER = 4
-"""Components that share forward passes in `evaluate_components`; each holds a gradient of all analysed weights."""
+"""Components that share forward passes in `lift_each`."""
 
 
 class NPEFFAnalyzer(AnalysedModel):
@@ -51,6 +49,21 @@ class NPEFFAnalyzer(AnalysedModel):
     Raises:
         UnsupportedModelError: if the model predicts nothing that is known.
         ValueError: if `fisher` does not fit the model.
+
+    Example:
+        >>> analyzer = NPEFFAnalyzer.from_pretrained("org/any-model", fisher=FisherConfig(rank=2))
+        >>> print(analyzer.estimate(dataset))
+        examples n   24 of 5 tokens
+        ...
+        >>> pefs = analyzer.compute_pefs(dataset, output_dir="runs/pefs")
+        >>> decomposition = analyzer.decompose(pefs, n_components=3)
+        >>> tokens = analyzer.token_alignments(decomposition, pefs, dataset, [0], n_top=2)
+        >>> direction = analyzer.lift(decomposition, 0, pefs, dataset)
+        >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, n_top=4)
+        >>> directions = dict(analyzer.lift_each(decomposition, [1, 2], pefs, dataset))
+        >>> reports = analyzer.evaluate_components(decomposition, pefs, dataset, n_top=4)
+        >>> sorted(decomposition.evaluations)
+        [0, 1, 2]
     """
 
     # Examples → PEFs
@@ -98,66 +111,39 @@ class NPEFFAnalyzer(AnalysedModel):
             IncompatibleSketchError: if `output_dir` holds PEFs of another model, config or data set, or the model does
                 not have the parameters of `like`.
         """
-        if like is not None:
-            return self._like(like).compute_pefs(
-                dataset,
-                output_dir,
-                batch_size=batch_size,
-                max_examples=max_examples,
-                columns=columns,
-                resume=resume,
-                shard_size=shard_size,
-                progress=progress,
-                on_error=on_error,
-            )
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', but it is {on_error!r}")
-        if on_error == "skip" and self.sharding.active:
-            raise ValueError(
-                "on_error='skip' would let the processes of a sharded model fall out of step; use on_error='raise'"
-            )
-        if batch_size != "auto" and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
-            raise ValueError(f"batch_size must be a positive whole number or 'auto', but it is {batch_size!r}")
-        if batch_size == "auto" and self.sharding.active:
-            raise ValueError(
-                "batch_size='auto' would let the processes of a sharded model fall out of step; give a whole number"
-            )
-        if not isinstance(shard_size, int) or shard_size < 1:
-            raise ValueError(f"shard_size must be a positive whole number, but it is {shard_size!r}")
-        examples = Examples(dataset, self.processing_class, max_examples=max_examples, columns=columns)
-        self._check(examples)
-        accelerator = self._processes()
-        process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        if processes > 1 and output_dir is None:
-            raise ValueError("with several processes PEFs are gathered on disk: pass output_dir")
         folder = None if output_dir is None else Path(output_dir)
-        barrier = accelerator.wait_for_everyone if accelerator is not None else _no_barrier
-        if folder is not None and not resume and process == 0 and folder.exists():
-            _remove_store(folder)
-        barrier()
-        with self._at_work(folder) as work:
-            work.one_at_a_time |= batch_size == 1
+        shown = _progress_wanted() if progress is None else progress
+        request = ComputeRequest(folder, batch_size, shard_size, on_error, shown)
+        analyzer = self if like is None else self.with_settings_of(like)
+        examples = Examples(dataset, self.processing_class, max_examples=max_examples, columns=columns)
+        return analyzer._compute(examples, request, resume)
+
+    def _compute(self, examples: Examples, request: ComputeRequest, resume: bool) -> PEFs:
+        if self.sharding.active:
+            request.check_in_step()
+        worker = self.worker()
+        if worker.count > 1 and request.output_dir is None:
+            raise ValueError("with several processes PEFs are gathered on disk: pass output_dir")
+        facts = {**self.facts(), "dataset": {"examples": len(examples), "hash": dataset_hash(self._checked(examples))}}
+        if request.output_dir is not None and not resume and worker.index == 0:
+            remove_store(request.output_dir)
+        worker.barrier()
+        with self.fisher_pass(request.output_dir) as work:
+            work.one_at_a_time |= request.batch_size == 1
             work.choose_metric()
-            work.prepare(examples[: min(len(examples), 64)], skip=on_error == "skip")
-            assert work.sketch is not None and work.selftest is not None
-            self._sketch = work.sketch
-            self.maps = list(work.maps)
-            if process == 0:
-                _tell_of_sketch(work.selftest, work.sketch, self.fisher.sketch_tolerance)
-            result: Any = compute(
-                work,
-                examples,
-                facts={**self._facts(), "dataset": {"examples": len(examples), "hash": dataset_hash(examples)}},
-                output_dir=folder,
-                batch_size=None if batch_size == "auto" else batch_size,
-                shard_size=shard_size,
-                shares=[share_of(len(examples), i, processes) for i in range(processes)],
-                process=process,
-                barrier=barrier,
-                progress=process == 0 and (_progress_wanted() if progress is None else progress),
-                skip=on_error == "skip",
-            )
-        return result
+            tested = work.prepare(examples[:_FIRST], skip=request.skip)
+            assert work.sketch is not None
+            self._sketch, self.maps = work.sketch, list(work.maps)
+            if worker.index == 0:
+                tested.log(work.sketch, self.fisher.sketch_tolerance)
+            return compute(work, examples, facts, request, worker)
+
+    def _checked(self, examples: Examples) -> Iterator[Example]:
+        """The examples, each refused here if the model cannot take it."""
+        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+        for example in examples:
+            limits.check(example)
+            yield example
 
     def estimate(self, dataset: Any, *, tokens: float | None = None, n_components: int = 16) -> Estimate:
         """What an analysis will cost, without running anything; print it.
@@ -254,29 +240,42 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         request = LiftRequest(method, top_examples, form, semi_orthogonal, solver, batch_size)
         wanted = select(decomposition, components)
-        directions = self._with_like(decomposition)._lift(decomposition, wanted, pefs, dataset, request)
+        analyzer = self.for_decomposition(decomposition)
+        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        directions = analyzer._lift(decomposition, wanted, pefs, examples, request)
         return directions[0] if hasattr(components, "__index__") else directions
 
+    def lift_each(
+        self,
+        decomposition: Decomposition,
+        components: Sequence[int],
+        pefs: PEFs,
+        dataset: Any,
+        **settings: Any,
+    ) -> Iterator[tuple[int, ParameterDirection]]:
+        """`lift` for many components, a few at a time: each takes the memory of all analysed weights.
+
+        Yields:
+            A component's number and its direction, in the order of `components`.
+        """
+        wanted = select(decomposition, components)
+        analyzer = self.for_decomposition(decomposition)
+        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        yield from analyzer._lift_each(decomposition, wanted, pefs, examples, LiftRequest(**settings))
+
+    def _lift_each(
+        self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, examples: list[Example], request: LiftRequest
+    ) -> Iterator[tuple[int, ParameterDirection]]:
+        for start in range(0, len(wanted), _LIFTED_TOGETHER):
+            group = wanted[start : start + _LIFTED_TOGETHER]
+            yield from zip(group, self._lift(decomposition, group, pefs, examples, request), strict=True)
+
     def _lift(
-        self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, dataset: Any, request: LiftRequest
+        self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, examples: list[Example], request: LiftRequest
     ) -> list[ParameterDirection]:
-        examples = align(Examples(dataset, self.processing_class), pefs.example_ids, pefs.content_hashes)
-        with self._at_work() as work:
+        with self.fisher_pass() as work:
             lifted = lift_components(work, decomposition, wanted, pefs, examples, request)
-        transposed = {m.parameter: m for m in self.maps}
-        shapes = dict(self.model.named_parameters(remove_duplicate=False))
-        directions = []
-        for found in lifted:
-            deltas = {}
-            for name in list(found.deltas):  # one at a time: what is transposed is copied
-                value = found.deltas.pop(name)
-                shaped = transposed[name].as_weight(value) if name in transposed else value.reshape(shapes[name].shape)
-                deltas[name] = shaped.contiguous()
-            layouts = {name: layout_of(self.model, name) for name in deltas}
-            base: Any = base_of(self.model)
-            info = {**self._facts(), "module": type(base).__module__, "fingerprint": pefs.fingerprint, **found.facts}
-            directions.append(ParameterDirection(deltas, layouts, info))
-        return directions
+        return [self.direction_of(one.deltas, {"fingerprint": pefs.fingerprint, **one.facts}) for one in lifted]
 
     def token_alignments(
         self,
@@ -313,10 +312,10 @@ class NPEFFAnalyzer(AnalysedModel):
             raise ValueError(f"n_top and batch_size must be at least 1, but they are {n_top} and {batch_size}")
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         chosen = {j: decomposition[j].top_examples(n_top).indices for j in wanted}
-        other = self._with_like(decomposition)
-        examples = align(Examples(dataset, self.processing_class), pefs.example_ids, pefs.content_hashes)
+        analyzer = self.for_decomposition(decomposition)
+        examples = analyzer.examples_of(decomposition, dataset, pefs)
         decode = getattr(self.processing_class, "decode", None)
-        with other._at_work() as work:
+        with analyzer.fisher_pass() as work:
             return token_alignments(work, decomposition, pefs, examples, chosen, decode, batch_size)
 
     def evaluate_direction(
@@ -356,41 +355,12 @@ class NPEFFAnalyzer(AnalysedModel):
             UnsupportedModelError: if the model's weights are sharded over processes.
             ValueError: if an argument is out of range, or the dataset or model does not fit.
         """
-        self._refuse_sharded("evaluate_direction")
+        request = PerturbationRequest(target_kl, scale, n_top, n_others, batch_size, seed)
+        self.check_movable(direction)
         component = decomposition.index_of(component)
-        made = direction.info.get("revision")
-        if made is not None and self.revision is not None and made != self.revision:
-            raise ValueError(
-                f"the direction was made for the model at commit {made}, and this model is at {self.revision}; load "
-                "that revision"
-            )
-        if min(n_top, n_others, batch_size) < 1:
-            raise ValueError("n_top, n_others and batch_size must be at least 1")
-        top, others = choose_examples(decomposition, component, n_top, n_others, seed)
-        examples = align(
-            Examples(dataset, self.processing_class),
-            decomposition.example_ids,
-            decomposition.columns.get("content_hash"),
-        )
-        labels = decomposition.columns.get("label")
-        whole = labels is not None and all(isinstance(x, int) and not isinstance(x, bool) for x in labels)
-        column = decomposition.text_column
-        with self._at_work() as work:
-            return evaluate(
-                work,
-                direction,
-                examples,
-                top,
-                others,
-                component=component,
-                target_kl=target_kl,
-                scale=scale,
-                batch_size=batch_size,
-                seed=seed,
-                labels=labels if whole else None,
-                describe=self._describe,
-                texts=decomposition.columns[column] if column else [None] * len(examples),
-            )
+        examples = self.examples_of(decomposition, dataset)
+        with self.fisher_pass() as work:
+            return evaluate(work, direction, decomposition, component, examples, request)
 
     def evaluate_components(
         self,
@@ -416,45 +386,17 @@ class NPEFFAnalyzer(AnalysedModel):
             A report a component, in order.
         """
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
+        lifting, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
+        self.check_movable()
+        analyzer = self.for_decomposition(decomposition)
+        examples = analyzer.examples_of(decomposition, dataset, pefs)
         reports = []
-        for start in range(0, len(wanted), _LIFTED_TOGETHER):
-            group = wanted[start : start + _LIFTED_TOGETHER]
-            directions = self.lift(decomposition, group, pefs, dataset, **dict(lift or {}))
-            for j, direction in zip(group, directions, strict=True):
-                report = self.evaluate_direction(direction, decomposition, j, dataset, **settings)
-                decomposition.evaluations[j] = report.summary()
-                reports.append(report)
+        for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, lifting):
+            with self.fisher_pass() as work:
+                report = evaluate(work, direction, decomposition, j, examples, measuring)
+            decomposition.evaluations[j] = report.summary()
+            reports.append(report)
         return reports
-
-
-def _remove_store(folder: Path) -> None:
-    """Remove the files of a store, and nothing else.
-
-    What says that shards are whole goes first, and what says of what they are goes last: whenever this is cut short, a
-    later run takes no shard for one of its own that is not.
-    """
-    for pattern in ("manifest.json", "pefs-*.json", "pefs-*", "config.json"):
-        for path in folder.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def _tell_of_sketch(tested: SelfTest, sketch: Sketch, tolerance: float) -> None:
-    """The self-test's result, and a warning where the sketch is not as accurate as was asked for."""
-    logger.info("%s", tested.line(sketch))
-    if tested.sketch_error is not None and tested.sketch_error > tolerance:
-        logger.warning(
-            "the sketch's error in PEF inner products is %.3f, above the tolerance %.3g: raise sketch_dim or "
-            "storage_limit, or use sketch='countsketch'",
-            tested.sketch_error,
-            tolerance,
-        )
-
-
-def _no_barrier() -> None:
-    return None
 
 
 def _progress_wanted() -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import random
 import shutil
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.components import Decomposition
-from hf_npeff.config import FisherConfig
+from hf_npeff.config import FisherConfig, is_count
 from hf_npeff.data import records_of
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
@@ -88,6 +88,18 @@ class NPEFFCallback(TrainerCallback):
         ValueError: if the probe set is empty or of no known kind, a setting is out of its range, there would be more
             components than rows, or a decomposition is given together with `n_components`, `fisher` or `settings`.
         TypeError: if `decomposition` is no Decomposition, or a setting of NPEFF does not exist.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> arguments = TrainingArguments("runs/trainer", max_steps=2, report_to="none", use_cpu=True)
+        >>> encoded = tokenizer([row["text"] for row in dataset])["input_ids"]
+        >>> examples = [{"input_ids": ids, "labels": ids} for ids in encoded]
+        >>> trainer = Trainer(model, arguments, train_dataset=examples, processing_class=tokenizer)
+        >>> callback = NPEFFCallback(dataset, every=1, n_components=2).attach(trainer)
+        >>> trainer.train()
+        {...TrainOutput(global_step=2, ...)
+        >>> [point["step"] for point in callback.history]
+        [1, 2]
     """
 
     def __init__(
@@ -108,12 +120,7 @@ class NPEFFCallback(TrainerCallback):
         on_start: bool = False,
         **settings: Any,
     ):
-        if every not in ("eval", "epoch") and not _is_count(every):
-            raise ValueError(f"every must be 'eval', 'epoch' or a positive number of steps, but it is {every!r}")
-        if batch_size != "auto" and not _is_count(batch_size):
-            raise ValueError(f"batch_size must be a positive whole number or 'auto', but it is {batch_size!r}")
-        if max_points is not None and not _is_count(max_points):
-            raise ValueError(f"max_points must be a positive whole number or None, but it is {max_points!r}")
+        _check_settings(every, batch_size, max_points)
         if decomposition is not None and not isinstance(decomposition, Decomposition):
             raise TypeError(
                 f"decomposition must be a Decomposition, but it is a {type(decomposition).__name__}; "
@@ -127,8 +134,7 @@ class NPEFFCallback(TrainerCallback):
         self.every = every
         self.fixed = decomposition
         self.fisher = fisher or FisherConfig()
-        self.push = push
-        self.include_texts = include_texts
+        self.push, self.include_texts = push, include_texts
         self.processing_class = processing_class
         self.task = task
         self.batch_size = batch_size
@@ -137,12 +143,7 @@ class NPEFFCallback(TrainerCallback):
         self.on_start = on_start
         if decomposition is None:
             self._estimator = NPEFF(16 if n_components is None else n_components, **settings)
-            rows = self._size() * self.fisher.rank
-            if self._estimator.config.n_components > rows:
-                raise ValueError(
-                    f"n_components={self._estimator.config.n_components} exceeds the {rows} rows that "
-                    f"{self._size()} probe examples have at most; use fewer components or a larger probe set"
-                )
+            self._check_enough_rows()
         else:
             self._estimator = NPEFF.from_config(decomposition.config)
         self.history: list[dict[str, Any]] = []
@@ -162,8 +163,14 @@ class NPEFFCallback(TrainerCallback):
         self._trainer = weakref.ref(trainer)
         return self
 
-    def _size(self) -> int:
-        return len(self.probe) if self.max_examples is None else min(len(self.probe), self.max_examples)
+    def _check_enough_rows(self) -> None:
+        examples = len(self.probe) if self.max_examples is None else min(len(self.probe), self.max_examples)
+        rows, wanted = examples * self.fisher.rank, self._estimator.config.n_components
+        if wanted > rows:
+            raise ValueError(
+                f"n_components={wanted} exceeds the {rows} rows that {examples} probe examples have at most; use fewer "
+                "components or a larger probe set"
+            )
 
     # When
 
@@ -181,7 +188,7 @@ class NPEFFCallback(TrainerCallback):
         """
         analyzer = self._analyzer(**kwargs)
         if self.fixed is not None:
-            analyzer._with_like(self.fixed)
+            analyzer.for_decomposition(self.fixed)
         self.history, self.decomposition_, self._seen, self._pushed = [], None, None, None
         if state.global_step > 0:
             self._resume(args, state)
@@ -320,13 +327,18 @@ class NPEFFCallback(TrainerCallback):
             if len(decomposition) != wanted:
                 logger.warning("%s has %d components, not %d: beginning anew", folder, len(decomposition), wanted)
                 return
-            self.history, self.decomposition_ = _read_history(folder / HISTORY), decomposition
+            self.history, self.decomposition_ = read_json_lines(folder / HISTORY), decomposition
             return
         logger.warning("%s holds no points of an NPEFFCallback: beginning anew", _checkpoint(args, state))
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _check_settings(every: object, batch_size: object, max_points: object) -> None:
+    if every not in ("eval", "epoch") and not is_count(every):
+        raise ValueError(f"every must be 'eval', 'epoch' or a positive number of steps, but it is {every!r}")
+    if batch_size != "auto" and not is_count(batch_size):
+        raise ValueError(f"batch_size must be a positive whole number or 'auto', but it is {batch_size!r}")
+    if max_points is not None and not is_count(max_points):
+        raise ValueError(f"max_points must be a positive whole number or None, but it is {max_points!r}")
 
 
 def _output(args: TrainingArguments) -> Path:
@@ -335,10 +347,6 @@ def _output(args: TrainingArguments) -> Path:
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return _output(args) / f"checkpoint-{state.global_step}"
-
-
-def _read_history(path: Path) -> list[dict[str, Any]]:
-    return read_json_lines(path)
 
 
 @contextmanager
@@ -370,7 +378,7 @@ def _caller(callback: NPEFFCallback) -> Any:
     transformers passes callbacks everything but the Trainer, and runs those of the trackers first, so that what is
     added to `logs` in `on_log` comes too late.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
         callbacks = getattr(getattr(owner, "callback_handler", None), "callbacks", ())

@@ -17,7 +17,7 @@ import yaml
 
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.files import write_atomically
-from hf_npeff.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id
+from hf_npeff.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id, shown_model
 from hf_npeff.markdown import TITLE, escaped, front_matter, literal, number, percent, plain, table
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def metadata(tag: str, model: object, datasets: Sequence[str], license: str | No
 def model_link(model: object, revision: object = None) -> str:
     """The model as a link to its commit, where it is on the Hub."""
     if not is_hub_id(model):
-        return f"a local model ({escaped(Path(str(model)).name)})"
+        return f"a local model ({escaped(shown_model(model))})"
     address = f"https://huggingface.co/{model}"
     if isinstance(revision, str) and re.fullmatch("[0-9a-f]{7,64}", revision):
         address += f"/tree/{revision}"
@@ -209,7 +209,7 @@ def decomposition_card(
         *_source_facts(info),
     ]
     configs = {"fisher": info.get("fisher"), "decomposition": decomposition.config.to_dict()}
-    name = plain(model if is_hub_id(model) else Path(str(model)).name, TITLE) if model else "rows made elsewhere"
+    name = plain(shown_model(model), TITLE) if model else "rows made elsewhere"
     lines, ratios = _component_lines(decomposition, shown)
     return fill(
         "decomposition",
@@ -296,7 +296,7 @@ def pefs_card(
     info = pefs.info
     model = info.get("model")
     where = "." if repo_id is None else repo_id
-    name = plain(model if is_hub_id(model) else Path(str(model)).name, TITLE) if model else "rows made elsewhere"
+    name = plain(shown_model(model), TITLE) if model else "rows made elsewhere"
     code = ["from hf_npeff import NPEFF, PEFs", "", f"pefs = PEFs.from_pretrained({literal(where)})", "print(pefs)"]
     r = max(1, min(16, len(pefs) // 4))
     code += [f"decomposition = NPEFF({r}).fit(pefs)"]

@@ -44,16 +44,23 @@ class TopExamples:
 
 
 class Component:
-    """One component: a pseudo-Fisher vector and the examples that it explains."""
+    """One component: a pseudo-Fisher vector and the examples that it explains.
+
+    Example:
+        >>> component = decomposition[0]
+        >>> top = component.top_examples(3)
+        >>> [dataset[i]["text"] for i in top.indices] == top.texts
+        True
+    """
 
     def __init__(self, decomposition: Decomposition, index: int):
-        self._decomposition = decomposition
+        self.decomposition = decomposition
         self.index = index
 
     @property
     def name(self) -> str | None:
         """What a person called it, or None."""
-        return self._decomposition.names.get(self.index)
+        return self.decomposition.names.get(self.index)
 
     @property
     def label(self) -> str:
@@ -63,22 +70,22 @@ class Component:
     @property
     def coefficients(self) -> Tensor:
         """(n,) W of every example."""
-        return self._decomposition.coefficients[:, self.index]
+        return self.decomposition.coefficients[:, self.index]
 
     @property
     def pseudo_fisher(self) -> Tensor:
         """(d,) unit g."""
-        return self._decomposition.pseudo_fishers[self.index]
+        return self.decomposition.pseudo_fishers[self.index]
 
     @property
     def stability(self) -> float:
         """Mean best |cosine| with the components of other restarts of near-equal loss; NaN with one restart."""
-        return float(self._decomposition.stability[self.index])
+        return float(self.decomposition.stability[self.index])
 
     @property
     def active_share(self) -> float:
         """Share of the examples on which it is active."""
-        W = self._decomposition.coefficients
+        W = self.decomposition.coefficients
         total = W.sum(1)
         return float(((self.coefficients > ACTIVE_SHARE * total) & (total > 0)).float().mean())
 
@@ -90,7 +97,7 @@ class Component:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, but it is {k}")
-        decomposition = self._decomposition
+        decomposition = self.decomposition
         values, order = torch.sort(self.coefficients, descending=True, stable=True)
         indices = order[:k].tolist()
         columns = {name: [v[i] for i in indices] for name, v in decomposition.columns.items()}

@@ -47,6 +47,20 @@ class Decomposition(Readable):
         converged: whether the solver stopped before its iteration limit.
         evaluations: {component: measured perturbation}, filled by `NPEFFAnalyzer.evaluate_components`.
         commit: of the Hub repository that it was read from, or None.
+
+    Example:
+        >>> decomposition.coefficients.shape, len(decomposition)
+        (torch.Size([24, 3]), 3)
+        >>> decomposition.rename(-1, "animals")
+        >>> decomposition[decomposition.index_of(-1)].label
+        'animals'
+        >>> W, N = decomposition.explain(pefs)
+        >>> torch.equal(decomposition.transform(pefs), W)
+        True
+        >>> path = decomposition.to_html("runs/page.html", layout="pca")
+        >>> decomposition.save_pretrained("runs/decomposition", license="apache-2.0")
+        >>> Decomposition.load("runs/decomposition").names
+        {2: 'animals'}
     """
 
     _KIND = "decomposition"
@@ -228,13 +242,12 @@ class Decomposition(Readable):
 
         Raises:
             IncompatibleSketchError: if they were made with another sketch.
+            ValueError: if they are no PEFs.
         """
         check_same_sketch(
-            self.fingerprint,
-            pefs.fingerprint,
-            "the decomposition",
-            "PEFs",
-            "analyzer.compute_pefs(dataset, like=decomposition) does, and so does an analyzer that is made with "
+            self,
+            pefs,
+            remedy="analyzer.compute_pefs(dataset, like=decomposition) does, and so does an analyzer that is made with "
             "fisher=decomposition.fisher_config.",
         )
         ours, theirs = self.info.get("revision"), pefs.info.get("revision")

@@ -44,6 +44,11 @@ class _JsonConfig:
         return cls(**values)
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _check_choice(name: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, but it is {value!r}")
@@ -89,6 +94,11 @@ class FisherConfig(_JsonConfig):
 
     Raises:
         ValueError: if a setting is out of its range.
+
+    Example:
+        >>> config = FisherConfig(rank=8, target_modules=r".*mlp.*", sketch="countsketch", sketch_dim=4096)
+        >>> FisherConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     rank: int = 4
@@ -152,6 +162,11 @@ class DecompositionConfig(_JsonConfig):
 
     Raises:
         ValueError: if a setting is out of its range.
+
+    Example:
+        >>> config = DecompositionConfig(n_components=64, power=0.5)
+        >>> NPEFF.from_config(config).config == config
+        True
     """
 
     n_components: int = 16

@@ -28,7 +28,6 @@ _SEQUENCES = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
     "decoder_input_ids", "decoder_attention_mask",
 )  # fmt: skip
-_TARGETS = ("labels", "label")
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,11 @@ def records_of(dataset: Any, max_examples: int | None) -> Any:
     if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
         return dataset
     if isinstance(dataset, Sequence):
-        return [{"text": r} if isinstance(r, str) else _as_record(r, i) for i, r in enumerate(dataset)]
+        return [_as_record(r, i) for i, r in enumerate(dataset)]
     if hasattr(dataset, "__iter__"):
         if max_examples is None:
             raise ValueError("an iterable dataset has no length: pass max_examples")
-        return [
-            {"text": r} if isinstance(r, str) else _as_record(r, i)
-            for i, r in enumerate(itertools.islice(iter(dataset), max_examples))
-        ]
+        return [_as_record(r, i) for i, r in enumerate(itertools.islice(iter(dataset), max_examples))]
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # a torch map-style dataset
         return [_as_record(dataset[i], i) for i in range(len(dataset))]
     raise ValueError(
@@ -164,14 +160,17 @@ def records_of(dataset: Any, max_examples: int | None) -> Any:
 
 
 def _as_record(record: Any, i: int) -> Mapping[str, Any]:
+    if isinstance(record, str):
+        return {"text": record}
     if not isinstance(record, Mapping):
         raise ValueError(f"example {i} is a {type(record).__name__}; expected a string or a dictionary")
     return record
 
 
 def _column(records: Any, name: str, n: int) -> list[Any]:
-    return [records[i].get(name) if isinstance(records, list) else value for i, value in zip(
-        range(n), records if isinstance(records, list) else records[name], strict=False)]  # fmt: skip
+    if isinstance(records, list):
+        return [record.get(name) for record in records[:n]]
+    return list(itertools.islice(records[name], n))
 
 
 def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -293,9 +292,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return value.item()
-    if isinstance(value, Tensor) and value.dim() == 0:
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # of torch, and of NumPy
         return value.item()
     return value if _is_plain(value) else json.dumps(value, default=str)
 

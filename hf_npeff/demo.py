@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.directions import ParameterDirection
 from hf_npeff.perturbation import PerturbationReport
 from hf_npeff.report.modules import energies_of
+from hf_npeff.store import PEFs
 from hf_npeff.studies.factors import best_components, purity
 from hf_npeff.studies.tasks import package_folder, word_relation_prompts
 
@@ -99,6 +101,7 @@ def run(
     prompts = word_relation_prompts(queries, seed=seed)
     console.print(f"[bold]1. Loading[/] {MODEL_ID}")
     model, tokenizer = load_model()
+    model.name_or_path = MODEL_ID  # else cards and the page name the folder of a package
     fisher = FisherConfig(rank=rank, target_modules=TARGETS, sketch="two-stage", sketch_dim=16_384, seed=seed)
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=fisher)
     console.print(f"[bold]2. Per-example Fishers[/] of {len(prompts)} four-shot prompts, for example")
@@ -111,35 +114,48 @@ def run(
     console.print(_component_table(decomposition))
     found = best_components(decomposition.coefficients, decomposition.columns["relation"])
     console.print(_relation_table(found))
-    console.print("[bold]4. Perturbations[/]: the parameters moved along each pure component")
     # One of each relation: its best component, where most of the top examples are the relation's.
     named = {j: str(relation) for relation, (j, _) in found.items() if _purity(decomposition, j)[0] == relation}
-    pure = sorted(j for j in named if _purity(decomposition, j)[1] >= _PURE)
+    pure = {j: named[j] for j in sorted(named) if _purity(decomposition, j)[1] >= _PURE}
     if pure:
-        directions = dict(zip(pure, analyzer.lift(decomposition, pure, pefs, prompts, batch_size=16), strict=True))
-        reports = {}
-        for j in tqdm(pure, desc="perturbations", disable=None):
-            reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
-            decomposition.evaluations[j] = reports[j].summary()
-            decomposition.rename(j, named[j])
-        decomposition.save_pretrained(folder / "decomposition")
-        console.print(_report_table(decomposition, reports))
-        purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))
-        console.print(f"[bold]5. Component {purest} switched off[/] by a rank-1 LoRA that plain PEFT loads")
-        _switch_off(console, analyzer, prompts, directions[purest], reports[purest], folder / "adapter")
-        page = decomposition.to_html(
-            folder / "components.html",
-            force=True,
-            title=MODEL_ID.split("/")[-1],
-            alignments=analyzer.token_alignments(decomposition, pefs, prompts, pure, n_top=_SHADED, batch_size=16),
-            energies={j: energies_of(direction) for j, direction in directions.items()},
-            reports=reports,
-            adapters={purest: str(folder / "adapter")},
-        )
-        console.print(f"[bold]6. A page to explore them[/]: open {page}")
+        _perturb(console, analyzer, prompts, pefs, decomposition, pure, folder)
     else:
         console.print("   no component has 80% of its top examples in one relation; try more --queries")
     console.print(f"Kept in {folder}. {time.perf_counter() - started:.0f} s in all.")
+
+
+def _perturb(
+    console: Console,
+    analyzer: NPEFFAnalyzer,
+    prompts: list[dict[str, Any]],
+    pefs: PEFs,
+    decomposition: Decomposition,
+    pure: dict[int, str],
+    folder: Path,
+) -> None:
+    """Move the weights along each pure component {number: relation}, switch one off, and write the page."""
+    console.print("[bold]4. Perturbations[/]: the parameters moved along each pure component")
+    directions = dict(zip(pure, analyzer.lift(decomposition, list(pure), pefs, prompts, batch_size=16), strict=True))
+    reports = {}
+    for j, relation in tqdm(pure.items(), desc="perturbations", disable=None):
+        reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
+        decomposition.evaluations[j] = reports[j].summary()
+        decomposition.rename(j, relation)
+    decomposition.save_pretrained(folder / "decomposition")
+    console.print(_report_table(decomposition, reports))
+    purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))
+    console.print(f"[bold]5. Component {purest} switched off[/] by a rank-1 LoRA that plain PEFT loads")
+    _switch_off(console, analyzer, prompts, directions[purest], reports[purest], folder / "adapter")
+    page = decomposition.to_html(
+        folder / "components.html",
+        force=True,
+        title=MODEL_ID.split("/")[-1],
+        alignments=analyzer.token_alignments(decomposition, pefs, prompts, list(pure), n_top=_SHADED, batch_size=16),
+        energies={j: energies_of(direction) for j, direction in directions.items()},
+        reports=reports,
+        adapters={purest: str(folder / "adapter")},
+    )
+    console.print(f"[bold]6. A page to explore them[/]: open {page}")
 
 
 def _purity(decomposition: Decomposition, j: int) -> tuple[Any, float]:
@@ -211,7 +227,9 @@ def _switch_off(
     )
     chosen = [prompts[i] for i in [*report.top_examples[:6], *report.other_examples[:6]]]
     before = _answers(analyzer.model, analyzer.processing_class, chosen)
-    adapted = PeftModel.from_pretrained(analyzer.model, str(folder))
+    with warnings.catch_warnings():  # PEFT asks for what transformers 5 calls is_activation_checkpointing
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = PeftModel.from_pretrained(analyzer.model, str(folder))
     after = _answers(adapted, analyzer.processing_class, chosen)
     adapted.unload()
     table = Table(title="The model's next token")

@@ -45,6 +45,18 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
 
     Raises:
         ValueError: if there are no deltas, or they are zero or not finite.
+
+    Example:
+        >>> abs(direction.cosine(direction.random_like(seed=1))) < 0.2
+        True
+        >>> direction.norm_in(model) > 0
+        True
+        >>> with direction.applied_to(model, scale=0.3):
+        ...     moved = model(torch.tensor([[9, 10, 11]])).logits
+        >>> direction.to_adapter(rank=1, scale=0.3).save_pretrained("runs/adapter")
+        >>> direction.save_pretrained("runs/direction")
+        >>> ParameterDirection.load("runs/direction").info["component"]
+        0
     """
 
     _KIND = "direction"
@@ -97,6 +109,12 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         if norm == 0:
             raise ValueError("the other direction is zero")
         return inner / norm / self.norm
+
+    def norm_in(self, model: nn.Module) -> float:
+        """‖θ‖ of the model's parameters that the direction moves, the longest sensible step; 1 where that is 0."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        known = (parameters[name].detach() for name in self if name in parameters)
+        return sum(_squared(p.float()) for p in known) ** 0.5 or 1.0
 
     def random_like(self, seed: int = 0) -> ParameterDirection:
         """A Gaussian random direction over the same parameters, of equal norm."""

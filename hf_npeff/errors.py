@@ -2,20 +2,55 @@
 
 
 class NPEFFError(Exception):
-    """Base of every error that is hf_npeff's own."""
+    """Base of every error that is hf_npeff's own.
+
+    Example:
+        >>> try:
+        ...     Decomposition.load("runs/none")
+        ... except NPEFFError as error:
+        ...     print(type(error).__name__)
+        CorruptStoreError
+    """
 
 
 class IncompatibleSketchError(NPEFFError):
-    """PEFs, a decomposition or a model meet that were made with different sketches, models or examples."""
+    """PEFs, a decomposition or a model meet that were made with different sketches, models or examples.
+
+    Example:
+        >>> rows = PEFs.from_factors(torch.randn(4, 2, 8))
+        >>> decomposition.transform(rows)
+        Traceback (most recent call last):
+        hf_npeff.errors.IncompatibleSketchError: the decomposition with the sketch ...
+    """
 
 
 class UnsupportedModelError(NPEFFError):
-    """The model, its head or one of its modules is not handled; the message says what to implement or to leave out."""
+    """The model, its head or one of its modules is not handled; the message says what to implement or to leave out.
+
+    Example:
+        >>> NPEFFAnalyzer(model.transformer)  # the layers without a head
+        Traceback (most recent call last):
+        hf_npeff.errors.UnsupportedModelError: GPT2Model has no output head that hf_npeff knows ...
+    """
 
 
 class CorruptStoreError(NPEFFError):
-    """Files are missing, truncated or altered: what was read is not what was written."""
+    """Files are missing, truncated or altered: what was read is not what was written.
+
+    Example:
+        >>> pefs.save("runs/store")
+        >>> Path("runs/store/manifest.json").unlink()
+        >>> PEFs.load("runs/store")
+        Traceback (most recent call last):
+        hf_npeff.errors.CorruptStoreError: ...
+    """
 
 
 class FormatVersionError(NPEFFError):
-    """Files were written by another version of the format; the message names both."""
+    """Files were written by another version of the format; the message names both.
+
+    Example:
+        >>> FisherConfig.from_dict({"rank": 4})
+        Traceback (most recent call last):
+        hf_npeff.errors.FormatVersionError: a FisherConfig has the settings ...
+    """

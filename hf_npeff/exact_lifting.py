@@ -65,7 +65,7 @@ def lift_exact(
     weights = dict(work.model.named_parameters(remove_duplicate=False))
     places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in work.maps}
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
-    size = 1 if work.one_at_a_time else batch_size
+    size = work.batch_size(examples, batch_size)
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
     coefficients = coefficients / coefficients.abs().amax((1, 2), keepdim=True).clamp_min(
         torch.finfo(torch.float64).tiny

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -127,6 +128,17 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
         ValueError: if a number is NaN or infinite.
     """
     return (json.dumps(values, indent=2, allow_nan=False, default=_not_json) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON has it, for reports that may hold NaN: numbers that are none become null, keys strings."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _not_json(value: Any) -> Any:

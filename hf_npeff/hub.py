@@ -44,6 +44,11 @@ def is_hub_id(name: object) -> bool:
     return isinstance(name, str) and bool(_REPO_ID.fullmatch(name)) and ".." not in name and not os.path.isdir(name)
 
 
+def shown_model(model: object) -> str:
+    """A model for people: by its id on the Hub, or by the last name of its folder."""
+    return str(model) if is_hub_id(model) else Path(str(model)).name
+
+
 def resolve_folder(
     id_or_path: str | os.PathLike[str],
     *,
@@ -215,6 +220,10 @@ def list_decompositions(base_model: str, *, token: str | bool | None = None) -> 
     Raises:
         OSError: if the Hub cannot be reached or refuses.
         ValueError: if `base_model` is not a model's id.
+
+    Example:
+        >>> for decomposition in list_decompositions("org/any-model"):  # doctest: +SKIP
+        ...     print(decomposition)
     """
     if not isinstance(base_model, str) or not _REPO_ID.fullmatch(base_model):
         raise ValueError(f"base_model must be a model's id on the Hub, but it is {base_model!r}")
@@ -281,7 +290,7 @@ def _told(error: Exception, name: str, at: str, *, local_files_only: bool, writi
     if isinstance(error, LocalEntryNotFoundError):
         remedy = "use local_files_only=False once" if local_files_only else "connect once (without HF_HUB_OFFLINE)"
         reached = "" if local_files_only else ", and the Hub cannot be reached"
-        return OSError(f"{at} is not in the cache{reached}; {remedy}")
+        return OSError(f"{at} is no folder here and not in the cache{reached}; {remedy}")
     if isinstance(error, EntryNotFoundError):
         return OSError(f"{at} lacks a file that is needed")
     if status == 401:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from hf_npeff.components import Decomposition
 from hf_npeff.compressed_sensing import sparse_preimage
@@ -96,30 +96,20 @@ def lift_components(
         ValueError: if the decomposition is far from a stationary point, or rows were made elsewhere.
         IncompatibleSketchError: if the PEFs are of another sketch.
     """
-    if request.form == "metric" and decomposition.scales is None:
+    scales = decomposition.scales
+    if request.form == "metric" and scales is None:
         raise ValueError("form='metric' needs a balanced decomposition (balance='module'); this one is not")
-    coefficients, cosines = combination(decomposition, pefs)
+    check_decomposed(decomposition, pefs)
     mixtures = _mixtures(decomposition, wanted, request.semi_orthogonal)
     targets = normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
-    known = work.sketch
-    sketch = known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
-    scales = decomposition.scales
+    sketch = sketch_for(work, pefs)
     facts: list[dict[str, Any]] = [
         {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
     ]
     if request.method == "exact":
-        if pefs.cotangents is None:
-            raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere); use method='adjoint'")
-        _check_stationary(wanted, cosines)
-        rows = torch.einsum("mr,rnc->mnc", mixtures, coefficients)
-        if request.top_examples is not None:
-            for k, share in enumerate(_keep_top_rows(rows, decomposition, wanted, pefs, request.top_examples)):
-                facts[k] |= {"top_examples": request.top_examples, "weight_share": share}
-        found = lift_exact(work, examples, pefs.cotangents, rows, request.batch_size)
-    elif request.method == "adjoint":
-        found = [sketch.adjoint(unbalanced(g, scales).float()) for g in targets]
+        found = _combined_rows(work, decomposition, wanted, mixtures, pefs, examples, request, facts)
     else:
-        found = [sparse_preimage(sketch, unbalanced(g, scales).float(), request.solver) for g in targets]
+        found = [_from_sketch(sketch, unbalanced(g, scales).float(), request) for g in targets]
     # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
     metric = request.form != "plain" and scales is not None
     for deltas, g, fact in zip(found, targets, facts, strict=True):
@@ -127,20 +117,67 @@ def lift_components(
             "estimated_cosine": _sketched_cosine(deltas, g, sketch, scales),
             "form": "metric" if metric else "plain",
         }
-        if request.method == "exact" and request.top_examples is None and fact["estimated_cosine"] < _SAME_MODEL:
-            raise ValueError(
-                f"the gradients of this model do not add up to component {fact['component']} (cosine "
-                f"{fact['estimated_cosine']:.3f}): its weights are not those that the PEFs were computed with; load "
-                "the model that they came from"
-            )
-        if request.method == "exact" and fact["estimated_cosine"] < _FAITHFUL:
-            logger.warning(
-                "component %d: the sketch of the lifted direction has cosine %.3f with the component",
-                fact["component"],
-                fact["estimated_cosine"],
-            )
+        if request.method == "exact":
+            _check_faithful(fact)
         scale_to_unit(in_metric(deltas, sketch, scales) if metric else deltas)
     return [Lifted(deltas, fact) for deltas, fact in zip(found, facts, strict=True)]
+
+
+def sketch_for(work: FisherPass, pefs: PEFs) -> Sketch:
+    """The sketch of the PEFs, which need not be rebuilt where the pass has it."""
+    known = work.sketch
+    return known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
+
+
+def check_decomposed(decomposition: Decomposition, pefs: PEFs) -> None:
+    """Refuse PEFs that are not those of a decomposition.
+
+    Raises:
+        IncompatibleSketchError: if they are of another sketch.
+        ValueError: if they are of other examples, or no PEFs.
+    """
+    check_same_sketch(decomposition, pefs)
+    if pefs.example_ids != decomposition.example_ids:
+        raise ValueError("these PEFs are not those of the decomposition: their example ids differ")
+
+
+def _combined_rows(
+    work: FisherPass,
+    decomposition: Decomposition,
+    wanted: Sequence[int],
+    mixtures: Tensor,
+    pefs: PEFs,
+    examples: Sequence[Example],
+    request: LiftRequest,
+    facts: Sequence[dict[str, Any]],
+) -> list[dict[str, Tensor]]:
+    """Exact lifting; what it keeps of the combinations is added to the facts."""
+    if pefs.cotangents is None:
+        raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere); use method='adjoint'")
+    coefficients, cosines = combination(decomposition, pefs)
+    _check_stationary(wanted, cosines)
+    rows = torch.einsum("mr,rnc->mnc", mixtures, coefficients)
+    if request.top_examples is not None:
+        shares = _keep_top_rows(rows, decomposition, wanted, pefs, request.top_examples)
+        for fact, share in zip(facts, shares, strict=True):
+            fact |= {"top_examples": request.top_examples, "weight_share": share}
+    return lift_exact(work, examples, pefs.cotangents, rows, request.batch_size)
+
+
+def _from_sketch(sketch: Sketch, g: Tensor, request: LiftRequest) -> dict[str, Tensor]:
+    return sketch.adjoint(g) if request.method == "adjoint" else sparse_preimage(sketch, g, request.solver)
+
+
+def _check_faithful(fact: Mapping[str, Any]) -> None:
+    """Refuse a direction whose sketch is not the component, and warn where it is not quite."""
+    component, cosine = fact["component"], fact["estimated_cosine"]
+    if "top_examples" not in fact and cosine < _SAME_MODEL:
+        raise ValueError(
+            f"the gradients of this model do not add up to component {component} (cosine {cosine:.3f}): its weights "
+            "are not those that the PEFs were computed with; load the model that they came from"
+        )
+    if cosine < _FAITHFUL:
+        logger.warning("component %d: the sketch of the lifted direction has cosine %.3f with it", component, cosine)
 
 
 def _mixtures(decomposition: Decomposition, wanted: Sequence[int], apart: bool) -> Tensor:
@@ -201,9 +238,7 @@ def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tenso
         IncompatibleSketchError: if the PEFs are of another sketch.
         ValueError: if they are other examples.
     """
-    check_same_sketch(decomposition.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
-    if pefs.example_ids != decomposition.example_ids:
-        raise ValueError("these PEFs are not those of the decomposition: their example ids differ")
+    check_decomposed(decomposition, pefs)
     W, G = decomposition.coefficients.double(), decomposition.pseudo_fishers.double()
     M_inverse = torch.linalg.pinv((W.T @ W) * (G @ G.T), hermitian=True, rtol=1e-10)
     coefficients, combined = [], torch.zeros_like(G)
@@ -219,7 +254,7 @@ def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tenso
         mixed = torch.einsum("jia,iac->jic", mixed, mixing_of(raw, decomposition.scales, decomposition.config.power))
         norms = chunk.norms.double()
         coefficients.append(mixed * torch.where(norms > 0, norms, 1.0).rsqrt()[None, :, None])
-    cosines = torch.nn.functional.cosine_similarity(combined, G, dim=1)
+    cosines = cosine_similarity(combined, G, dim=1)
     return torch.cat(coefficients, 1), cosines
 
 
@@ -268,8 +303,10 @@ def select(decomposition: Decomposition, components: int | Sequence[int]) -> lis
 
     Raises:
         IndexError: if one does not exist.
-        ValueError: if there are none.
+        ValueError: if there are none, or what should be the decomposition is none.
     """
+    if not isinstance(decomposition, Decomposition):
+        raise ValueError(f"expected a Decomposition first, but got {type(decomposition).__name__}")
     wanted: list[Any] = list(components) if isinstance(components, Iterable) else [components]
     if not wanted:
         raise ValueError("no components are named")

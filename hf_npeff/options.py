@@ -10,7 +10,6 @@ import contextlib
 import functools
 import inspect
 import json
-import math
 import os
 import re
 import sys
@@ -107,6 +106,8 @@ def _replay(context: typer.Context, path: Path | None) -> Path | None:
     """Take the settings of a run.yaml as the defaults of this command; what is given beside them goes first."""
     if path is None or context.resilient_parsing:
         return path
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {path}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         command, settings = content["command"], dict(content["settings"])
@@ -196,17 +197,10 @@ def _show(result: Result, as_json: bool) -> None:
         Console(markup=False, highlight=False).print(result.shown)
 
 
-def _finite(value: Any) -> Any:
-    """A value as JSON has it: numbers that are none are null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(values), indent=2, ensure_ascii=False)
+    from hf_npeff.files import finite
+
+    return json.dumps(finite(values), indent=2, ensure_ascii=False)
 
 
 def write_result(path: Path, values: Mapping[str, Any]) -> None:
@@ -273,6 +267,9 @@ class DataOptions:
     max_examples: int | None = None
 
 
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
 def read_data(data: str, reading: DataOptions) -> Any:
     """A data set from a file, by its ending, or from the Hub.
 
@@ -284,7 +281,9 @@ def read_data(data: str, reading: DataOptions) -> Any:
 
     path = Path(data).expanduser()
     kind = path.suffix.lower()
-    if path.is_file() or kind in (".jsonl", ".json", ".csv", ".parquet", ".txt"):
+    if path.is_file() or kind in _FILES:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {data}")
         if reading.split is not None or reading.subset is not None:
             raise ValueError(f"--split and --subset are for data sets on the Hub, and {data} is a file")
         return _limited(_read_file(path, kind), reading.max_examples)
@@ -310,7 +309,7 @@ def _read_file(path: Path, kind: str) -> Any:
         import pyarrow.parquet as pq
 
         return datasets.Dataset(pq.read_table(path))
-    if kind not in (".jsonl", ".json", ".txt"):
+    if kind not in _FILES:
         raise ValueError(f"{path} is of no known type; data is a .jsonl, .csv, .parquet or .txt file")
     content = path.read_text(encoding="utf-8-sig")
     if kind == ".json":

@@ -18,52 +18,15 @@ from torch import Tensor
 from hf_npeff.adapters import check_scale
 from hf_npeff.component import ACTIVE_SHARE
 from hf_npeff.components import Decomposition
-from hf_npeff.data import Example, batches_by_length
+from hf_npeff.data import Example
 from hf_npeff.directions import ParameterDirection
-from hf_npeff.fisher.distributions import Distribution
 from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.predictions import Predictions, predict
 
 logger = logging.getLogger(__name__)
 _BOOTSTRAPS = 1000
 _FLOOR = torch.finfo(torch.float32).eps
 """A KL below this is rounding."""
-
-
-@dataclass
-class Predictions:
-    """What a model predicts for some examples, kept on the CPU.
-
-    Attributes:
-        logits: one (t_i, k) tensor an example, its own terms only.
-        distribution: of every term.
-    """
-
-    logits: list[Tensor]
-    distribution: type[Distribution]
-
-    def kl_to(self, other: Predictions) -> Tensor:
-        """KL(self ‖ other) of every example, summed over its terms, in nats, float64 (n,)."""
-        pairs = zip(self.logits, other.logits, strict=True)
-        return torch.stack([self.distribution(a).kl(self.distribution(b)).sum() for a, b in pairs])
-
-    def answers(self) -> list[Tensor]:
-        """The likeliest outcome of every term, an example each."""
-        return [self.distribution(a).predictions()[0] for a in self.logits]
-
-
-@torch.no_grad()
-def predict(work: FisherPass, examples: Sequence[Example], batch_size: int) -> Predictions:
-    """What the model predicts for the examples, in their order."""
-    logits: dict[int, Tensor] = {}
-    distribution: type[Distribution] | None = None
-    size = 1 if work.one_at_a_time else batch_size
-    for batch in batches_by_length([e.length for e in examples], size):
-        outputs = work.outputs([examples[i] for i in batch])
-        distribution = outputs.distribution
-        for row, i in enumerate(batch):
-            logits[i] = outputs.logits[row, outputs.valid[row]].detach().to("cpu", torch.float32)
-    assert distribution is not None
-    return Predictions([logits[i] for i in range(len(examples))], distribution)
 
 
 @dataclass(frozen=True)
@@ -111,6 +74,11 @@ class PerturbationReport:
         other_examples: indices of the others.
         changed: answers before and after at the best step: index, id, text, before, after, whether it is a top example.
         reached: whether the target was reached.
+
+    Example:
+        >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, target_kl=0.1, n_top=4)
+        >>> report.summary()["scale"] == report.scale == report.to_dict()["best"]["scale"]
+        True
     """
 
     component: int
@@ -195,105 +163,169 @@ def choose_examples(
     return top, sorted(quiet[i] for i in drawn)
 
 
+@dataclass(frozen=True)
+class PerturbationRequest:
+    """How a direction is to be measured; the arguments of `NPEFFAnalyzer.evaluate_direction`.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+
+    target_kl: float = 0.5
+    scale: float | None = None
+    n_top: int = 16
+    n_others: int = 64
+    batch_size: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.n_top, self.n_others, self.batch_size) < 1:
+            raise ValueError(
+                "n_top, n_others and batch_size must be at least 1, but they are "
+                f"{self.n_top}, {self.n_others} and {self.batch_size}"
+            )
+        if not 0 < self.target_kl < math.inf:
+            raise ValueError(f"target_kl must be a positive number, but it is {self.target_kl!r}")
+        if self.scale is not None:
+            check_scale(self.scale)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Examples whose predictions are watched while the parameters move.
+
+    Attributes:
+        indices: theirs among all analysed ones.
+        examples: themselves.
+        before: what the model predicts for them as it is.
+        labels: the class of each, or None.
+    """
+
+    indices: list[int]
+    examples: list[Example]
+    before: Predictions
+    labels: list[int] | None
+
+    def flips(self, after: Predictions) -> list[bool]:
+        """Whether the likeliest outcome of every example has changed."""
+        return [not torch.equal(a, b) for a, b in zip(self.before.answers(), after.answers(), strict=True)]
+
+    def accuracy(self, after: Predictions) -> tuple[float, float] | None:
+        """Before and after; None without labels."""
+        if self.labels is None:
+            return None
+        a, b = (
+            sum(int(answer[0]) == label for answer, label in zip(predicted.answers(), self.labels, strict=True))
+            for predicted in (self.before, after)
+        )
+        return a / len(self.labels), b / len(self.labels)
+
+
+class _Trial:
+    """A direction, the examples that are watched, and what was predicted for the top ones at the steps taken so far."""
+
+    def __init__(
+        self,
+        work: FisherPass,
+        direction: ParameterDirection,
+        top: Watched,
+        others: Watched,
+        request: PerturbationRequest,
+    ):
+        self.work, self.direction, self.top, self.others, self.request = work, direction, top, others, request
+        self.tried: dict[float, Predictions] = {}
+
+    def _kl_on_top(self, step: float) -> float:
+        with self.direction.applied_to(self.work.model, step):
+            self.tried[step] = predict(self.work, self.top.examples, self.request.batch_size)
+        return float(self.top.before.kl_to(self.tried[step]).mean())
+
+    def steps(self) -> dict[float, bool]:
+        """{step of each sign: whether it reaches the target}; the given one alone where the scale is."""
+        if self.request.scale is not None:
+            return {float(self.request.scale): True}
+        target, limit = self.request.target_kl, self.direction.norm_in(self.work.model)
+        ahead, reached = find_scale(self._kl_on_top, target, min(0.02, limit), limit)
+        back, reached_back = find_scale(lambda s: self._kl_on_top(-s), target, ahead, limit)
+        return {ahead: reached, -back: reached_back}
+
+    def effect(self, along: ParameterDirection, step: float) -> tuple[Effect, Predictions, Predictions]:
+        """A step, measured, and what is predicted after it for the top examples and for the others."""
+        known = self.tried.get(step) if along is self.direction else None
+        with along.applied_to(self.work.model, step):
+            after_top = known or predict(self.work, self.top.examples, self.request.batch_size)
+            after_others = predict(self.work, self.others.examples, self.request.batch_size)
+        return _effect(step, self.top, after_top, self.others, after_others, self.request.seed), after_top, after_others
+
+
 def evaluate(
     work: FisherPass,
     direction: ParameterDirection,
-    examples: Sequence[Example],
-    top: Sequence[int],
-    others: Sequence[int],
-    *,
+    decomposition: Decomposition,
     component: int,
-    target_kl: float,
-    scale: float | None,
-    batch_size: int,
-    seed: int,
-    labels: Sequence[int] | None,
-    describe: Callable[[Tensor], list[str]],
-    texts: Sequence[str | None],
+    examples: Sequence[Example],
+    request: PerturbationRequest,
 ) -> PerturbationReport:
     """Measure a direction.
 
     Args:
         work: the pass over the model.
         direction: unit norm.
-        examples: all analysed ones.
-        top: indices of the component's top examples.
-        others: indices of the others.
-        component: its number, for the report.
-        target_kl: mean KL on the top examples that each sign's step is to reach.
-        scale: a given step instead.
-        batch_size: examples of a forward pass.
-        seed: of the random direction and the bootstrap.
-        labels: class of every example, or None.
-        describe: predictions → text.
-        texts: of every example.
+        decomposition: whose component is followed.
+        component: its number.
+        examples: all analysed ones, in the decomposition's order.
+        request: how.
 
     Raises:
-        ValueError: if the target or the scale is out of range.
+        ValueError: if the component is active on no example, or all examples are among the top ones.
     """
-    if not 0 < target_kl < float("inf"):
-        raise ValueError(f"target_kl must be a positive number, but it is {target_kl!r}")
-    top_set, other_set = [examples[i] for i in top], [examples[i] for i in others]
-    before_top = predict(work, top_set, batch_size)
-    before_others = predict(work, other_set, batch_size)
-
-    tried: dict[float, Predictions] = {}
-
-    def kl_on_top(step: float) -> float:
-        with direction.applied_to(work.model, step):
-            tried[step] = predict(work, top_set, batch_size)
-        return float(before_top.kl_to(tried[step]).mean())
-
-    def effect(along: ParameterDirection, step: float) -> tuple[Effect, Predictions, Predictions]:
-        known = tried.get(step) if along is direction else None
-        with along.applied_to(work.model, step):
-            after_top = known or predict(work, top_set, batch_size)
-            after_others = predict(work, other_set, batch_size)
-        found = _effect(step, before_top, after_top, before_others, after_others, top, others, labels, seed)
-        return found, after_top, after_others
-
-    if scale is not None:
-        found = {check_scale(scale): True}
-    else:
-        limit = _norm_of(work.model, direction)
-        ahead, reached = find_scale(kl_on_top, target_kl, min(0.02, limit), limit)
-        back, reached_back = find_scale(lambda s: kl_on_top(-s), target_kl, ahead, limit)
-        found = {ahead: reached, -back: reached_back}
-    measured = [effect(direction, step) for step in found]
-    measured.sort(key=lambda m: (not found[m[0].scale], -m[0].ratio))
+    chosen = choose_examples(decomposition, component, request.n_top, request.n_others, request.seed)
+    top, others = (_watch(work, decomposition, examples, indices, request.batch_size) for indices in chosen)
+    trial = _Trial(work, direction, top, others, request)
+    reached = trial.steps()
+    measured = [trial.effect(direction, step) for step in reached]
+    measured.sort(key=lambda m: (not reached[m[0].scale], -m[0].ratio))
     best, after_top, after_others = measured[0]
-    random = effect(direction.random_like(seed), abs(best.scale))[0]
-    changed = []
-    for indices, before, after, is_top in (
-        (top, before_top, after_top, True),
-        (others, before_others, after_others, False),
-    ):
-        for i, a, b in zip(indices, before.answers(), after.answers(), strict=True):
-            if not torch.equal(a, b):
-                words = [
-                    describe(x if len(x) > 1 else x[:1])[0] if len(x) == 1 else "".join(describe(x)) for x in (a, b)
-                ]
-                row = {"index": i, "id": examples[i].id, "text": texts[i], "top": is_top}
-                changed.append({**row, "before": words[0], "after": words[1]})
     return PerturbationReport(
         component,
-        None if scale is not None else target_kl,
+        None if request.scale is not None else request.target_kl,
         best,
         measured[1][0] if len(measured) > 1 else None,
-        random,
-        list(top),
-        list(others),
-        changed,
-        found[best.scale],
+        trial.effect(direction.random_like(request.seed), abs(best.scale))[0],
+        top.indices,
+        others.indices,
+        [
+            *_changes(work, decomposition, top, after_top, is_top=True),
+            *_changes(work, decomposition, others, after_others, is_top=False),
+        ],
+        reached[best.scale],
     )
 
 
-def _norm_of(model: torch.nn.Module, direction: ParameterDirection) -> float:
-    """‖θ‖ of the parameters that a direction moves: no step is longer than they are."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    known = (parameters[name].detach() for name in direction if name in parameters)
-    squared = sum(float(torch.linalg.vector_norm(p.float(), dtype=torch.float64)) ** 2 for p in known)
-    return squared**0.5 or 1.0
+def _watch(
+    work: FisherPass, decomposition: Decomposition, examples: Sequence[Example], indices: list[int], batch_size: int
+) -> Watched:
+    chosen = [examples[i] for i in indices]
+    column = decomposition.columns.get("label")
+    classes = column is not None and all(isinstance(x, int) and not isinstance(x, bool) for x in column)
+    labels = [column[i] for i in indices] if column is not None and classes else None
+    return Watched(indices, chosen, predict(work, chosen, batch_size), labels)
+
+
+def _changes(
+    work: FisherPass, decomposition: Decomposition, watched: Watched, after: Predictions, *, is_top: bool
+) -> list[dict[str, Any]]:
+    """The answers that changed, as `PerturbationReport.changed` holds them."""
+    assert work.describe is not None
+    texts = decomposition.columns[decomposition.text_column] if decomposition.text_column else None
+    changed = []
+    answers = zip(watched.indices, watched.examples, watched.before.answers(), after.answers(), strict=True)
+    for i, example, *both in answers:
+        if not torch.equal(*both):
+            before, now = ("".join(work.describe(answer)) for answer in both)
+            text = None if texts is None else texts[i]
+            changed.append({"index": i, "id": example.id, "text": text, "top": is_top, "before": before, "after": now})
+    return changed
 
 
 def find_scale(
@@ -333,49 +365,35 @@ def find_scale(
 
 
 def _effect(
-    step: float,
-    before_top: Predictions,
-    after_top: Predictions,
-    before_others: Predictions,
-    after_others: Predictions,
-    top: Sequence[int],
-    others: Sequence[int],
-    labels: Sequence[int] | None,
-    seed: int,
+    step: float, top: Watched, after_top: Predictions, others: Watched, after_others: Predictions, seed: int
 ) -> Effect:
-    a, b = before_top.kl_to(after_top), before_others.kl_to(after_others)
-    generator = torch.Generator().manual_seed(seed)
-    draws_a = a[torch.randint(len(a), (_BOOTSTRAPS, len(a)), generator=generator)].mean(1)
-    draws_b = b[torch.randint(len(b), (_BOOTSTRAPS, len(b)), generator=generator)].mean(1)
-    low, high = torch.quantile(
-        (draws_a + _FLOOR) / (draws_b + _FLOOR), torch.tensor([0.025, 0.975], dtype=torch.float64)
-    )
-    points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-
-    def quantiles(values: Tensor) -> tuple[float, float, float]:
-        x, y, z = torch.quantile(values, points).tolist()
-        return x, y, z
-
-    def flips(x: Predictions, y: Predictions) -> float:
-        changed = [not torch.equal(p, q) for p, q in zip(x.answers(), y.answers(), strict=True)]
-        return sum(changed) / len(changed)
-
-    def accuracy(x: Predictions, y: Predictions, indices: Sequence[int]) -> tuple[float, float] | None:
-        if labels is None:
-            return None
-        right = [[int(p[0]) == labels[i] for p, i in zip(z.answers(), indices, strict=True)] for z in (x, y)]
-        return sum(right[0]) / len(indices), sum(right[1]) / len(indices)
-
+    a, b = top.before.kl_to(after_top), others.before.kl_to(after_others)
+    flips_top, flips_others = top.flips(after_top), others.flips(after_others)
     return Effect(
         step,
         float(a.mean()),
         float(b.mean()),
         float((a.mean() + _FLOOR) / (b.mean() + _FLOOR)),
-        (float(low), float(high)),
-        quantiles(a),
-        quantiles(b),
-        flips(before_top, after_top),
-        flips(before_others, after_others),
-        accuracy(before_top, after_top, top),
-        accuracy(before_others, after_others, others),
+        _ratio_interval(a, b, seed),
+        _quantiles(a),
+        _quantiles(b),
+        sum(flips_top) / len(flips_top),
+        sum(flips_others) / len(flips_others),
+        top.accuracy(after_top),
+        others.accuracy(after_others),
     )
+
+
+def _ratio_interval(a: Tensor, b: Tensor, seed: int) -> tuple[float, float]:
+    """95% of the ratio of means, by drawing examples of both groups with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    draws_a = a[torch.randint(len(a), (_BOOTSTRAPS, len(a)), generator=generator)].mean(1)
+    draws_b = b[torch.randint(len(b), (_BOOTSTRAPS, len(b)), generator=generator)].mean(1)
+    ratios = (draws_a + _FLOOR) / (draws_b + _FLOOR)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _quantiles(values: Tensor) -> tuple[float, float, float]:
+    low, middle, high = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return low, middle, high

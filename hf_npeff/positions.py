@@ -25,7 +25,8 @@ from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks
 from hf_npeff.fisher.parameters import sketched_rows
 from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.store import PEFs, check_same_sketch
+from hf_npeff.lifting import check_decomposed, sketch_for
+from hf_npeff.store import PEFs
 
 Decode = Callable[[list[int]], str]
 
@@ -118,15 +119,13 @@ def token_alignments(
         IncompatibleSketchError: if the PEFs are of another sketch than the decomposition.
         ValueError: if they are other examples, or hold no cotangents: their rows were made elsewhere.
     """
-    check_same_sketch(decomposition.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
-    if pefs.example_ids != decomposition.example_ids:
-        raise ValueError("these PEFs are not those of the decomposition: their example ids differ")
+    check_decomposed(decomposition, pefs)
     if pefs.cotangents is None:
         raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere), so no pass can be replayed")
-    known = work.sketch
-    sketch = known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
-    replay = _Replay(work, sketch.to(work.device), decomposition, pefs, pefs.cotangents, examples, decode)
-    size = 1 if work.one_at_a_time else batch_size
+    replay = _Replay(
+        work, sketch_for(work, pefs).to(work.device), decomposition, pefs, pefs.cotangents, examples, decode
+    )
+    size = work.batch_size(examples, batch_size)
     found: dict[tuple[int, int], TokenAlignment] = {}
     for j, given in chosen.items():
         wanted = [i for i in given if decomposition.coefficients[i, j] > 0]

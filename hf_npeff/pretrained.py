@@ -62,6 +62,10 @@ class Publishable:
             OSError: if the upload is refused or the Hub cannot be reached.
             ValueError: if the id, license or a data set's id is malformed, or a private repository is public.
             TypeError: if the class does not take one of `contents`.
+
+        Example:
+            >>> decomposition.push_to_hub("me/model-npeff", private=True, license="apache-2.0")  # doctest: +SKIP
+            'https://huggingface.co/me/model-npeff/commit/…'
         """
         with tempfile.TemporaryDirectory() as folder:
             self._publish(Path(folder), repo_id, **contents)
@@ -119,6 +123,11 @@ class Readable(Publishable):
             ValueError: if the id is malformed, or the subfolder leads out of the repository.
             CorruptStoreError: if files are missing, altered, unfinished, or do not fit together.
             FormatVersionError: if they were not written by this version of the format.
+
+        Example:
+            >>> decomposition.save_pretrained("me/model-npeff")  # a folder of this name, or push_to_hub
+            >>> Decomposition.from_pretrained("me/model-npeff").explained == decomposition.explained
+            True
         """
         folder = resolve_folder(
             id_or_path,

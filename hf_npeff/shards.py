@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from hf_npeff.manifest import check_info, check_tensors, check_width, checked_en
 
 ID = "example_id"
 """The column of the examples' ids, in every shard."""
-_FILL = {"predictions": -1}  # what stands where an example has fewer terms than others; else 0
+FILL = {"predictions": -1}
+"""{tensor: what stands in it where an example has fewer terms than others}; 0 in the rest."""
 
 
 def padded_cat(tensors: Sequence[Tensor], fill: float = 0) -> Tensor:
@@ -53,7 +55,8 @@ def padded_cat(tensors: Sequence[Tensor], fill: float = 0) -> Tensor:
     out = tensors[0].new_full((sum(len(t) for t in tensors), *shape), fill)
     start = 0
     for t in tensors:
-        out[(slice(start, start + len(t)), *(slice(0, s) for s in t.shape[1:]))] = t
+        where = (slice(start, start + len(t)), *(slice(0, s) for s in t.shape[1:]))
+        out[where] = t
         start += len(t)
     return out
 
@@ -88,7 +91,7 @@ class Shards:
     def __getitem__(self, name: str) -> Tensor:
         """One tensor of all examples: the memory map itself where there is one shard."""
         if name not in self.joined:
-            self.joined[name] = padded_cat([part[name] for part in self.parts], _FILL.get(name, 0))
+            self.joined[name] = padded_cat([part[name] for part in self.parts], FILL.get(name, 0))
         return self.joined[name]
 
     def pieces(self, size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
@@ -120,7 +123,7 @@ class Shards:
             if len(here):
                 parts.append(shard[name][here])
             at += size
-        return padded_cat(parts, _FILL.get(name, 0))[torch.argsort(order)]
+        return padded_cat(parts, FILL.get(name, 0))[torch.argsort(order)]
 
 
 # In a folder
@@ -187,6 +190,20 @@ def read_shard(
     if any(len(v) != n for v in columns.values()) or not all(isinstance(i, str) for i in columns.get(ID, [None])):
         raise CorruptStoreError(f"{columns_path} does not hold the {n} examples that the manifest names")
     return tensors, columns
+
+
+def remove_store(folder: Path) -> None:
+    """Remove the files of a store, and nothing else.
+
+    What says that shards are whole goes first, and what says of what they are goes last: whenever this is cut short, a
+    later run takes no shard for one of its own that is not.
+    """
+    for pattern in ("manifest.json", "pefs-*.json", "pefs-*", "config.json"):
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def joined_columns(parts: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:

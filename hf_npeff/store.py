@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -14,10 +15,14 @@ from hf_npeff.cards import pefs_card, write_card
 from hf_npeff.config import FisherConfig
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.files import FORMAT_VERSION
+from hf_npeff.fisher.factors import normalise
 from hf_npeff.fisher.sketches import Sketch
 from hf_npeff.hub import text_columns
 from hf_npeff.pretrained import Readable, warn_of_local_model
 from hf_npeff.shards import ID, Shards, StoreWriter, read_store
+
+if TYPE_CHECKING:
+    from hf_npeff.components import Decomposition
 
 
 class PEFs(Readable):
@@ -36,6 +41,21 @@ class PEFs(Readable):
         info: model, commit, config, versions and sketch: what config.json holds.
         sketch_error: measured relative error of inner products of PEFs, or None where it was not measured.
         commit: of the Hub repository that they were read from, or None.
+
+    Example:
+        >>> pefs.factors.shape == (len(pefs), pefs.rank, pefs.dim)
+        True
+        >>> sure = pefs.filter(pefs.log_probs > pefs.log_probs.median())
+        >>> sure.save("runs/sure")
+        >>> [len(chunk) for chunk in PEFs.load("runs/sure").chunks(8)]
+        [8, 4]
+        >>> both = PEFs.concatenate([pefs[:4], pefs[[7, 5]]])
+        >>> both.save_pretrained("runs/both", datasets=["org/data"])
+        >>> rows = PEFs.from_factors(torch.randn(20, 2, 8), label=[0, 1] * 10)
+        >>> rows.gram(0).shape
+        torch.Size([8, 8])
+        >>> pefs.sketch().fingerprint == pefs.fingerprint
+        True
     """
 
     _KIND = "PEFs"
@@ -63,7 +83,8 @@ class PEFs(Readable):
             **columns: names to lists of n values; `example_ids` and `labels` may be among them.
 
         Raises:
-            ValueError: if the rows are not finite numbers of shape (n, c, d), or a column has another length.
+            ValueError: if the rows are not finite numbers of shape (n, c, d), a column has another length, or two
+                examples have one id.
         """
         factors = torch.as_tensor(factors)
         if factors.dim() == 2:
@@ -78,7 +99,9 @@ class PEFs(Readable):
         n, _, d = factors.shape
         unit, norms = normalise(factors)
         ids = [str(i) for i in columns.pop("example_ids", range(n))]
-        kept = {name: _as_list(values) for name, values in columns.items()}
+        if repeated := [i for i, count in Counter(ids).items() if count > 1]:
+            raise ValueError(f"example_ids must differ, but these come more than once: {repeated[:5]}")
+        kept = {name: _as_list(name, values) for name, values in columns.items()}
         if wrong := {name: len(values) for name, values in {**kept, "example_ids": ids}.items() if len(values) != n}:
             raise ValueError(f"columns need {n} values, but these have other lengths: {wrong}")
         info = {
@@ -221,10 +244,7 @@ class PEFs(Readable):
         if size < 1:
             raise ValueError(f"a chunk has at least one example, not {size}")
         for where, tensors in self._shards.pieces(size):
-            yield self._with(tensors, {name: values[where] for name, values in self.columns.items()})
-
-    def _with(self, tensors: Mapping[str, Tensor], columns: Mapping[str, Sequence[Any]]) -> PEFs:
-        return PEFs(tensors, columns, self.info)
+            yield PEFs(tensors, {name: values[where] for name, values in self.columns.items()}, self.info)
 
     @overload
     def __getitem__(self, which: slice) -> PEFs: ...
@@ -252,9 +272,8 @@ class PEFs(Readable):
         columns = {k: [v[i] for i in indices] for k, v in self.columns.items()}
         if isinstance(which, slice) and which.step in (None, 1):
             return PEFs({}, columns, self.info, self._shards.between(*which.indices(n)[:2]))
-        return self._with(
-            {n: self._shards.picked(n, torch.tensor(indices, dtype=torch.int64)) for n in self._shards.names}, columns
-        )
+        index = torch.tensor(indices, dtype=torch.int64)
+        return PEFs({name: self._shards.picked(name, index) for name in self._shards.names}, columns, self.info)
 
     def filter(self, mask: Sequence[bool] | Tensor) -> PEFs:
         """The examples where `mask` (n,) is true, in order.
@@ -279,7 +298,7 @@ class PEFs(Readable):
             raise ValueError("nothing to concatenate")
         first = parts[0]
         for part in parts[1:]:
-            check_same_sketch(first.fingerprint, part.fingerprint, "PEFs", "PEFs")
+            check_same_sketch(first, part, "PEFs")
             if set(part.columns) != set(first.columns) or part.rank != first.rank:
                 raise ValueError(
                     f"PEFs with the columns {sorted(first.columns)} and {first.rank} rows do not go with "
@@ -365,29 +384,37 @@ def _without_store(folder: Path) -> Path:
     return folder
 
 
-def _as_list(values: Any) -> list[Any]:
+def _as_list(name: str, values: Any) -> list[Any]:
+    if not hasattr(values, "__len__") or isinstance(values, str):
+        raise ValueError(f"the column {name!r} needs a list of values, one an example, but it is {values!r}")
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
-def normalise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, c, d) scaled to ‖AAᵀ‖_F = 1, and the norms before, float64 (n,). Zero stays zero."""
-    scale = rows.abs().amax((1, 2)).double()
-    safe = torch.where(scale > 0, scale, 1.0)
-    A = (rows.double() / safe[:, None, None]) if rows.numel() < 2**22 else rows / safe[:, None, None].to(rows.dtype)
-    gram = (A @ A.mT).double()
-    norms = gram.flatten(1).norm(dim=1)
-    unit = A / torch.where(norms > 0, norms, 1.0).sqrt()[:, None, None].to(A.dtype)
-    return unit.to(rows.dtype), norms * scale**2
-
-
-def check_same_sketch(a: str, b: str, first: str, second: str, remedy: str = "") -> None:
-    """Refuse two fingerprints that differ.
+def check_pefs(value: object) -> None:
+    """Refuse what is not PEFs.
 
     Raises:
-        IncompatibleSketchError: if they do.
+        ValueError: if it is not.
     """
-    if a != b:
+    if not isinstance(value, PEFs):
+        raise ValueError(
+            f"expected PEFs, but got {type(value).__name__}; PEFs.from_factors makes them from rows (n, c, d)"
+        )
+
+
+def check_same_sketch(
+    made: PEFs | Decomposition, pefs: PEFs, what: str = "the decomposition", remedy: str = ""
+) -> None:
+    """Refuse PEFs of another sketch than that of `made`, which the message calls `what`.
+
+    Raises:
+        IncompatibleSketchError: if they are.
+        ValueError: if they are no PEFs.
+    """
+    check_pefs(pefs)
+    if made.fingerprint != pefs.fingerprint:
         raise IncompatibleSketchError(
-            f"{first} with the sketch {a} and {second} with the sketch {b} cannot be used together: their numbers mean "
-            f"different things. Compute them with the same model, target_modules, sketch and seed. {remedy}".rstrip()
+            f"{what} with the sketch {made.fingerprint} and PEFs with the sketch {pefs.fingerprint} cannot be used "
+            "together: their numbers mean different things. Compute them with the same model, target_modules, sketch "
+            f"and seed. {remedy}".rstrip()
         )

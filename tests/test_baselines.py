@@ -4,8 +4,6 @@ Oracles: autograd's own gradients, exhaustive search, planted dictionaries, tran
 """
 
 import itertools
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from hf_npeff.baselines.method import MethodResult, load_methods, save_methods
 from hf_npeff.baselines.sparse_autoencoder import (
     SAEConfig,
     SparseAutoencoder,
-    load_published,
     sparse_autoencoder,
 )
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
@@ -296,55 +293,6 @@ def test_an_autoencoder_of_a_model_ablates_its_features() -> None:
     assert float((states - after).abs().sum()) > 0
     with pytest.raises(IndexError, match="6 features"):
         result.interventions([6])
-
-
-class StubSAE:
-    """The part of `sae_lens.SAE` that is used: W_dec, encode, decode, cfg.metadata.hook_name (cfg.hook_name of old)."""
-
-    def __init__(self, hook: str, old: bool):
-        generator = torch.Generator().manual_seed(0)
-        self.W_dec = torch.randn(5, 16, generator=generator)
-        named = types.SimpleNamespace(hook_name=hook)
-        self.cfg = named if old else types.SimpleNamespace(metadata=named)
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return (x @ self.W_dec.T).relu()
-
-    def decode(self, f: torch.Tensor) -> torch.Tensor:
-        return f @ self.W_dec + 1
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_a_published_autoencoder_is_read_through_sae_lens(monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
-    """Oracle: a stub with the documented interface; versions before 6 returned a triple."""
-    asked: list[Any] = []
-
-    class SAE:
-        @classmethod
-        def from_pretrained(cls, release: str, sae_id: str, device: str = "cpu") -> Any:
-            asked.append((release, sae_id, device))
-            sae = StubSAE(sae_id, old)
-            return (sae, {}, None) if old else sae
-
-    monkeypatch.setitem(sys.modules, "sae_lens", types.SimpleNamespace(SAE=SAE))
-    published = load_published("a-release", "blocks.1.hook_resid_pre")
-    assert asked == [("a-release", "blocks.1.hook_resid_pre", "cpu")] and published.layer == 0
-    assert load_published("a-release", "blocks.1.hook_resid_post").layer == 1
-    states = torch.randn(4, 16)
-    result = published.result(states, site=Site(tiny_model("gpt2"), published.layer))
-    assert torch.equal(result.coefficients, published.sae.encode(states)) and result.interventions is not None
-    expected = published.encode(states)[:, 2, None] * published.sae.W_dec[2]
-    assert torch.allclose(published.contribution(states, 2), expected, atol=1e-5)
-    for hook in ("blocks.0.hook_resid_pre", "blocks.3.hook_mlp_out"):
-        with pytest.raises(ValueError, match="residual stream"):
-            load_published("a-release", hook)
-
-
-def test_without_sae_lens_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the message."""
-    monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install sae-lens"):
-        load_published("a", "blocks.1.hook_resid_pre")
 
 
 def test_sanity_rows_find_planted_groups_and_random_ones_do_not() -> None:

@@ -42,6 +42,15 @@ def test_top_examples_are_those_with_the_largest_coefficients(fitted: tuple[PEFs
         found[0].top_examples(0)
 
 
+def test_explain_is_transform_with_the_alignments_it_is_from(fitted: tuple[PEFs, Decomposition]) -> None:
+    """Oracle: ‖A_i g_j‖² term by term."""
+    pefs, found = fitted
+    W, N = found.explain(pefs[:7])
+    brute = [[float((A @ g).square().sum()) for g in found.pseudo_fishers] for A in pefs.factors[:7]]
+    torch.testing.assert_close(N, torch.tensor(brute))
+    torch.testing.assert_close(W, found.transform(pefs[:7]), rtol=0, atol=0)
+
+
 def test_components_are_numbered_and_can_be_named(fitted: tuple[PEFs, Decomposition]) -> None:
     """Oracle: a list's manners."""
     _, found = fitted

@@ -30,7 +30,7 @@ def test_estimated_flops_are_those_that_are_counted(sketch: Any, dim: int) -> No
     examples = Examples({"input_ids": torch.randint(5, 100, (4, 32))})[:]
     fisher = FisherConfig(rank=3, sketch=sketch, sketch_dim=dim)
     analyzer = NPEFFAnalyzer(model(), fisher=fisher)
-    with analyzer._at_work() as work:
+    with analyzer.fisher_pass() as work:
         work.prepare(examples)
         with FlopCounterMode(display=False) as counter:
             work.rows(examples)

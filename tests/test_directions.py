@@ -57,6 +57,17 @@ def test_the_step_is_scale_times_the_unit_direction() -> None:
             torch.testing.assert_close(p.detach(), before[n] - 2.5 * direction[n].double())
 
 
+def test_the_norm_of_the_parameters_that_a_direction_moves() -> None:
+    """Oracle: the sum of squares, entry by entry; 1 where all are zero."""
+    model = tiny_model("gpt2", dtype=torch.float32)
+    weight = dict(model.named_parameters())["transformer.h.0.mlp.c_fc.weight"]
+    deltas = {"transformer.h.0.mlp.c_fc.weight": torch.ones_like(weight)}
+    direction = ParameterDirection(deltas, dict.fromkeys(deltas, "conv1d"))
+    assert direction.norm_in(model) == pytest.approx(math.sqrt(sum(x * x for x in weight.flatten().tolist())))
+    torch.nn.init.zeros_(weight)
+    assert direction.norm_in(model) == 1
+
+
 def test_random_directions_are_seeded_of_unit_norm_and_nearly_orthogonal() -> None:
     """Oracle: cosines; a Gaussian one has a cosine of about 1/√p with any other."""
     direction = direction_for(tiny_model("bert"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
@@ -28,6 +31,7 @@ NOTES = {
     "mixtral": "fused experts are left out with a warning, or named in `parameters`",
     "t5": "decoder positions",
     "bart": "decoder positions",
+    "m2m_100": "decoder positions",
     "vit": "images",
 }
 
@@ -211,6 +215,53 @@ def test_routed_linear_experts_equal_brute_force_at_batch_size_one() -> None:
     analyzer = analyzer_of(model)
     assert any(".experts." in m.parameter for m in analyzer.maps)
     assert worst_error(analyzer, model, examples, reference.terms_of("causal-lm"), batch_size=1) <= 1e-4
+
+
+def fnet() -> Any:
+    """A classifier that mixes tokens by a Fourier transform over the batch's whole length, padding included."""
+    torch.manual_seed(0)
+    widths = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "max_position_embeddings": 32}
+    config = transformers.FNetConfig(vocab_size=SMALL, num_labels=3, initializer_range=0.3, **widths)
+    return transformers.FNetForSequenceClassification(config).eval()
+
+
+def test_a_model_that_padding_changes_gets_one_example_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: JᵀSJ of each example alone, and of their sum when a component is lifted; the warning says how much."""
+    model = fnet()
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    analyzer = analyzer_of(model)
+    exact = copy.deepcopy(model).double()
+    with caplog.at_level("WARNING", logger="hf_npeff"):
+        assert worst_error(analyzer, exact, examples, reference.terms_of("sequence-classification")) <= 1e-4
+    assert re.search(r"padding changes the model's logits by \d+\.\d%: going on with one example", caplog.text)
+    pefs = analyzer.compute_pefs(examples, batch_size=3)
+    decomposition = analyzer.decompose(pefs, 2, seed=0)
+    for other in (analyzer, analyzer_of(model)):
+        together, alone = (other.lift(decomposition, 0, pefs, examples, batch_size=b) for b in (3, 1))
+        assert set(together) == set(alone)
+        for name in together:
+            torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-4)
+
+
+def test_examples_of_one_length_keep_their_batches(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: without padding nothing depends on it, so nothing is said and the rows are those of examples alone."""
+    model = fnet()
+    examples = [{"input_ids": e["input_ids"][:4]} for e in tiny.tiny_batch(model, 3, seed=1)]
+    with caplog.at_level("WARNING", logger="hf_npeff"):
+        together, alone = (analyzer_of(model).compute_pefs(examples, batch_size=b).factors for b in (3, 1))
+    assert "padding" not in caplog.text
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_reads_its_weight_without_calling_it_is_refused_by_name() -> None:
+    """Oracle: MobileBERT's masked-LM head multiplies by two weights put together."""
+    config = transformers.MobileBertConfig(
+        vocab_size=SMALL, hidden_size=16, embedding_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, intra_bottleneck_size=16, true_hidden_size=16, num_feedforward_networks=2,
+    )  # fmt: skip
+    model = transformers.MobileBertForMaskedLM(config).eval()
+    with pytest.raises(UnsupportedModelError, match="MobileBertForMaskedLM reads the weight of its output embedding"):
+        analyzer_of(model).compute_pefs([{"input_ids": [5, 6, tiny.MASK, 7]}])
 
 
 def table() -> str:

@@ -34,7 +34,7 @@ from hf_npeff import (
     PEFs,
 )
 from hf_npeff.data import Example
-from hf_npeff.fisher.compute import compute
+from hf_npeff.fisher.compute import ComputeRequest, compute
 from hf_npeff.fisher.gradients import RowCollector
 from hf_npeff.fisher.passes import FisherPass, NotFiniteError
 from hf_npeff.fisher.selftest import SelfTest
@@ -91,7 +91,7 @@ def save_pefs(folder: Path) -> None:
 SKIPPED = {1, 2, 3}
 
 
-def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs | None:
+def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
     """The real loop over a pass that needs no model; of 5 examples three give NaN, so a whole shard."""
 
     def rows(batch: list[Example]) -> dict[str, torch.Tensor]:
@@ -106,7 +106,9 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs |
         selftest=SelfTest(1, 0.0, 0.0, 1.0, {}),
         config=FisherConfig(),
         rows=rows,
+        tell_padding=lambda batch, error: None,
         one_at_a_time=False,
+        batch_size=lambda examples, wanted: wanted,
         describe=None,
         sharding=SimpleNamespace(most=lambda n: n),
     )
@@ -114,15 +116,8 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs |
     return compute(
         work,
         examples,
-        facts={"model": "m", "revision": None, "task": "t", "versions": {}, "dataset": {"examples": 5, "hash": "h"}},
-        output_dir=folder,
-        batch_size=2,
-        shard_size=shard_size,
-        shares=[range(5)],
-        process=0,
-        barrier=lambda: None,
-        progress=False,
-        skip=skip,
+        {"model": "m", "revision": None, "task": "t", "versions": {}, "dataset": {"examples": 5, "hash": "h"}},
+        ComputeRequest(folder, batch_size=2, shard_size=shard_size, on_error="skip" if skip else "raise"),
     )
 
 

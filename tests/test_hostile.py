@@ -41,10 +41,17 @@ from hf_npeff import (
     PEFs,
 )
 from hf_npeff.adapters import save_components
-from hf_npeff.callback import _read_history
 from hf_npeff.cards import metadata, said_on_card, write_card
 from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.files import read_json, read_table, read_tensors, table_bytes, write_atomically, write_together
+from hf_npeff.files import (
+    read_json,
+    read_json_lines,
+    read_table,
+    read_tensors,
+    table_bytes,
+    write_atomically,
+    write_together,
+)
 from hf_npeff.fisher.sketches import Sketch
 from hf_npeff.hub import _checked_subfolder, is_hub_id
 from hf_npeff.report.training import read_run
@@ -118,7 +125,7 @@ def save_history(folder: Path) -> None:
 
 
 def read_history(folder: Path) -> None:
-    _read_history(folder / "history.jsonl")
+    read_json_lines(folder / "history.jsonl")
     try:
         read_run(folder, 2)
     except (ValueError, FileNotFoundError) as error:

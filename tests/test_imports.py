@@ -21,6 +21,7 @@ PACKAGE = "hf_npeff"
 ORDER = (
     # bottom: no arithmetic, no models
     "errors",
+    "extras",  # libraries that only some functions need
     "config",
     "parquet_footer",
     "files",
@@ -51,6 +52,7 @@ ORDER = (
     "decomposition",
     "decomposition.objective",
     "decomposition.solvers",
+    "decomposition.starts",
     "decomposition.sharding",
     "decomposition.weighting",
     "decomposition.folder",
@@ -69,7 +71,9 @@ ORDER = (
     "exact_lifting",
     "lifting",
     "positions",  # by the same replay of cotangents
+    "predictions",
     "perturbation",
+    "model_limits",  # what examples must keep to
     "analysed_model",
     "analyzer",
     # what it is compared with, and studied on
@@ -82,9 +86,12 @@ ORDER = (
     "studies.tasks",
     "studies.settings",  # of all of them; the command line reads it, so nothing heavy
     "studies.measures",
+    "studies.attributes",
     "studies.result",
     "studies.factors",
     "studies.selectivity",
+    "studies.overview",  # tables over several results
+    "studies.probes",  # why a method finds or misses
     "studies.comparison",
     "studies.planted",
     "studies.ratings",

@@ -115,6 +115,17 @@ def test_components_share_the_forward_pass_and_are_those_lifted_alone(trained_ca
         assert one.cosine(other) > 1 - 1e-6
 
 
+def test_lifting_a_few_at_a_time_is_lifting_together(tiny_case: tuple[NPEFFAnalyzer, list[Any], PEFs]) -> None:
+    """Identity of `lift_each` with `lift`, in the order asked for; more components than share passes."""
+    analyzer, examples, pefs = tiny_case
+    decomposition = fit(analyzer, pefs, 5)
+    wanted = [4, 0, 2, 1, 3]
+    each = list(analyzer.lift_each(decomposition, wanted, pefs, examples))
+    assert [j for j, _ in each] == wanted
+    together = analyzer.lift(decomposition, wanted, pefs, examples)
+    assert all(one.cosine(other) == pytest.approx(1, abs=1e-5) for (_, one), other in zip(each, together, strict=True))
+
+
 def test_top_examples_lift_from_a_few_and_report_the_share_of_the_weight(trained_case: Case) -> None:
     """Oracle: Σ coef² of unit rows over the examples with the largest W, from reference.lifting_coefficients."""
     c = trained_case

@@ -16,6 +16,7 @@ from hf_npeff import (
     NPEFFAnalyzer,
     ParameterDirection,
     PerturbationReport,
+    data,
 )
 from hf_npeff.perturbation import choose_examples, find_scale
 from tests import reference
@@ -142,6 +143,23 @@ def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_t
         .card()
     )
     assert c.decomposition[4].top_examples(1).ids[0] in card and "Ratio" in card
+
+
+def test_a_data_set_is_encoded_once_for_all_components(trained_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a count of examples made; six components are lifted in two groups and measured one by one."""
+    c, made, original = trained_case, [], data._content_of
+    monkeypatch.setattr("hf_npeff.data._content_of", lambda inputs: made.append(1) or original(inputs))
+    reports = c.analyzer.evaluate_components(c.decomposition, c.pefs, c.data, scale=0.1, n_top=2, n_others=2)
+    assert len(reports) == len(c.decomposition) > 4 and len(made) == len(c.data)
+
+
+def test_lifting_many_a_few_at_a_time_gives_what_lifting_together_gives(trained_case: Case) -> None:
+    """Oracle: `lift` of all components in one pass."""
+    c = trained_case
+    together = c.analyzer.lift(c.decomposition, range(len(c.decomposition)), c.pefs, c.data)
+    numbers, apart = zip(*c.analyzer.lift_each(c.decomposition, [2, 0, 1, 4, 3], c.pefs, c.data), strict=True)
+    assert numbers == (2, 0, 1, 4, 3)
+    assert all(direction.cosine(together[j]) > 1 - 1e-6 for j, direction in zip(numbers, apart, strict=True))
 
 
 def test_tops_are_the_largest_coefficients_and_others_are_inactive(trained_case: Case) -> None:

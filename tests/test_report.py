@@ -397,15 +397,22 @@ def test_a_missing_extra_is_named(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     if missing == "sklearn":
-        with pytest.raises(ModuleNotFoundError, match=r"hf_npeff\[viz\].*layout='pca'.*layout=None"):
+        with pytest.raises(ModuleNotFoundError, match=r"hf-npeff\[viz\].*layout='pca'.*layout=None"):
             write(fitted[1], tmp_path / "page.html")
         assert not (tmp_path / "page.html").exists()
         assert "xy" in read(write(fitted[1], tmp_path / "pca.html", layout="pca"))[1]
     else:
-        with pytest.raises(ModuleNotFoundError, match=r"hf_npeff\[viz\]"):
+        with pytest.raises(ModuleNotFoundError, match=r"hf-npeff\[viz\]"):
             plots.overview(fitted[1])
     facts, arrays = read(write(fitted[1], tmp_path / "page.html", layout=None))
     assert "xy" not in arrays and any("map" in note for note in facts["notes"])
+
+
+def test_to_html_writes_the_page(tmp_path: Path, fitted: tuple[PEFs, Decomposition]) -> None:
+    """Identity with the report's own function, options included."""
+    page = fitted[1].to_html(tmp_path / "page.html", layout=None, texts=False, title="A <title>")
+    other = write(fitted[1], tmp_path / "other.html", layout=None, texts=False, title="A <title>")
+    assert page == tmp_path / "page.html" and page.read_bytes() == other.read_bytes()
 
 
 def test_a_page_is_small(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.errors import FormatVersionError
+from hf_npeff.fisher import sketches
 from hf_npeff.fisher.sketches import Sketch, _shifted_sum
 from tests import reference
 
@@ -117,6 +118,26 @@ def test_the_two_halves_make_the_same_rows_as_apply(kind: str, dim: int | None) 
         sketch.add(rows, name, outputs.mT @ inputs)
     expected = sketch.apply({name: delta[name].mT @ x[name] for name in SHAPES})
     torch.testing.assert_close(sketch.finish(rows), expected, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "at_once", "number"),
+    [((6, 5), 1, 1), ((21, 4), 1, 3), ((21, 4), 120, 2), ((4, 28), 1, 4), ((4, 28), 120, 2)],
+)
+def test_slices_of_a_gradient_add_up_to_the_whole(
+    shape: tuple[int, int], at_once: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `add` of the whole gradient, where rows hold whole blocks of d = 14, several of them do, or none."""
+    monkeypatch.setattr(sketches, "_AT_ONCE", at_once)
+    sketch = Sketch({"w": shape}, "countsketch", 14, seed=5)
+    values = normal(2, *shape)
+    whole, parts = (sketch.new_rows(2, dtype=torch.float64) for _ in range(2))
+    sketch.add(whole, "w", values)
+    slices = sketch.slices("w", 2, torch.device("cpu"))
+    assert len(slices) == number
+    for part in slices:
+        sketch.add(parts, "w", values[:, part], part.start)
+    torch.testing.assert_close(parts, whole, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "dim"), KINDS)

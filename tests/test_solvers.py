@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from hf_npeff.decomposition import solvers
+from hf_npeff.decomposition.chunks import ChunkedRows
+from hf_npeff.decomposition.objective import alignments, coordinate_descent, energies, overlaps
 from hf_npeff.decomposition.solvers import (
     DenseRows,
     block_power,
     gram_space,
-    start_from_examples,
-    start_from_surplus,
     top_directions,
 )  # fmt: skip
 from hf_npeff.decomposition.solvers import (
     reference as paper,
 )
+from hf_npeff.decomposition.starts import solve, start_from_examples, start_from_surplus
+from hf_npeff.store import PEFs
 from tests import reference
 from tests.planted import planted, recovered
 
@@ -161,6 +166,89 @@ def test_a_surplus_start_needs_examples_for_it() -> None:
     G, W = start_from_surplus(DenseRows(A), 8, torch.Generator().manual_seed(0))
     assert W is None
     assert torch.equal(G, start(A, 8))
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.6])
+def test_a_whole_start_through_the_subspace_finds_planted_directions_and_its_loss_never_rises(overlap: float) -> None:
+    """Oracle: planted truth in four times as many dimensions as the subspace; the dense loss of what is returned."""
+    A, truth = rows_of(overlap, 0.5, n=300, c=4, d=256, r=12)
+    heard: list[tuple[int, float]] = []
+    fit = solve(
+        DenseRows(A), 12, torch.Generator().manual_seed(0), max_iterations=300, tolerance=1e-6,
+        progress=lambda i, loss: bool(heard.append((i, loss))),
+    )  # fmt: skip
+    assert recovered(fit.G, truth) == 12
+    assert fit.losses[-1] == pytest.approx(reference.loss(A, fit.W, fit.G) / reference.total(A), abs=1e-5)
+    assert all(b <= a for a, b in itertools.pairwise(fit.losses))
+    assert [i for i, _ in heard] == list(range(len(heard)))
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(loss for _, loss in heard))
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7])
+def test_a_whole_start_keeps_to_its_limit_and_can_be_stopped_in_either_part(limit: int) -> None:
+    """Oracle: the number of iterations; dimensions and dense loss of what is returned."""
+    A, _ = rows_of(0.6, 1.0, n=300, c=4, d=256, r=12)
+    settings: dict[str, Any] = {"max_iterations": limit, "tolerance": 0.0}
+    limited = solve(DenseRows(A), 12, torch.Generator().manual_seed(0), **settings)
+    calls: list[int] = []
+    settings = {"max_iterations": 50, "tolerance": 0.0}
+    stopped = solve(
+        DenseRows(A), 12, torch.Generator().manual_seed(0), **settings,
+        progress=lambda i, _: calls.append(i) or i == limit - 1,
+    )  # fmt: skip
+    assert calls == list(range(limit))
+    assert len(limited.losses) == len(stopped.losses) == limit + 1
+    assert (limited.converged, stopped.converged) == (False, True)
+    for fit in (limited, stopped):
+        assert fit.G.shape == (12, 256)
+        assert fit.losses[-1] == pytest.approx(reference.loss(A, fit.W, fit.G) / reference.total(A), abs=1e-5)
+
+
+def test_the_loss_in_a_subspace_is_that_of_the_whole_rows() -> None:
+    """Oracle: the dense loss of the lifted components."""
+    A, _ = rows_of(n=40, d=60, r=5)
+    Q = torch.linalg.qr(torch.randn(60, 20, generator=torch.Generator().manual_seed(0)))[0].T
+    rows = DenseRows(A).within(Q)
+    fit = block_power(
+        rows, start_from_examples(rows, 5, torch.Generator().manual_seed(0)), max_iterations=5, tolerance=0
+    )
+    assert (rows.n, rows.dim) == (40, 20)
+    assert fit.losses[-1] == pytest.approx(reference.loss(A, fit.W, fit.G @ Q) / reference.total(A), abs=1e-5)
+
+
+@pytest.mark.parametrize("budget", [3, 30])
+def test_chunks_give_the_same_subspace_in_memory_or_from_the_store(budget: int) -> None:
+    """Oracle: rows held whole; chunks of 3 examples leave no room for coordinates, chunks of 30 do."""
+    A, _ = rows_of(n=40, c=3, d=60, r=5)
+    pefs = PEFs.from_factors(A)
+    chunked = ChunkedRows(pefs, lambda part: part.factors, budget)
+    G = start(A, 20)
+    Q = torch.linalg.qr(G.T)[0].T
+    whole, inside = DenseRows(pefs.factors).within(Q), chunked.within(Q)
+    assert isinstance(inside, DenseRows if budget == 30 else ChunkedRows)
+    assert (inside.n, inside.dim) == (40, 20)
+    G = torch.nn.functional.normalize(torch.randn(4, 20, generator=torch.Generator().manual_seed(0)), dim=1)
+    N = whole.energies(G)
+    torch.testing.assert_close(inside.energies(G), N)
+    torch.testing.assert_close(inside.pull(G, N), whole.pull(G, N))
+    torch.testing.assert_close(inside.total(), whole.total())
+    torch.testing.assert_close(inside.top_directions([3]).abs(), whole.top_directions([3]).abs(), atol=1e-5, rtol=1e-4)
+
+
+def test_one_step_is_that_of_alternating_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: numpy's least squares for h_j in Σ_j W_ij g_j h_jᵀ ≈ F_i, every F_i dense, W as after the first sweep."""
+    monkeypatch.setattr(solvers, "_DAMPING", 0.0)
+    A = rows_of(0.6, 0.2, n=30, d=8, r=3, seed=1)[0].double()
+    G = start(A, 3)
+    first = block_power(DenseRows(A), G, max_iterations=0, tolerance=0)
+    W = coordinate_descent(first.W, energies(alignments(A, G)), overlaps(G), 1)
+    design = torch.einsum("ij,ja->iaj", W, G).reshape(-1, 3)
+    solution = np.linalg.lstsq(design.numpy(), (A.mT @ A).reshape(-1, 8).numpy(), rcond=None)[0]
+    fit = block_power(DenseRows(A), G, W=first.W, max_iterations=1, tolerance=0)
+    assert fit.losses[1] < fit.losses[0]
+    torch.testing.assert_close(
+        fit.G, torch.nn.functional.normalize(torch.from_numpy(solution), dim=1), atol=1e-6, rtol=0
+    )
 
 
 def test_top_directions_are_the_top_eigenvectors() -> None:

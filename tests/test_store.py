@@ -91,6 +91,10 @@ def test_misuse_is_refused() -> None:
             PEFs.from_factors(wrong)
     with pytest.raises(ValueError, match="label"):
         PEFs.from_factors(normal(3, 1, 2), label=[1])
+    with pytest.raises(ValueError, match=r"more than once: \['a'\]"):
+        PEFs.from_factors(normal(3, 1, 2), example_ids=["a", "b", "a"])
+    with pytest.raises(ValueError, match="'label' needs a list"):
+        PEFs.from_factors(normal(3, 1, 2), label=5)
     with pytest.raises(ValueError, match="made elsewhere"):
         pefs.sketch()
     with pytest.raises(ValueError, match="nothing"):

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
-from hf_npeff.baselines.activations import Site, hidden_states
 from hf_npeff.baselines.method import MethodResult
-from hf_npeff.studies.comparison import fit_methods, linear_probes
-from hf_npeff.studies.factors import Attributes, first_half, run_factors
+from hf_npeff.studies.comparison import fit_methods
+from hf_npeff.studies.factors import Attributes, run_factors
 from hf_npeff.studies.measures import (
     agreement,
     aurocs,
@@ -253,15 +252,3 @@ def test_methods_without_interventions_are_reported(compared: dict[str, Any]) ->
     with pytest.raises(ValueError, match="3 examples, and the attributes are of 80"):
         run_selectivity(compared["analyzer"], [bare], compared["dataset"][:3], compared["attributes"],
                         compared["factors"])  # fmt: skip
-
-
-def test_linear_probes_are_an_upper_bound_on_a_linear_attribute(compared: dict[str, Any]) -> None:
-    """Oracle: planted: whether a state lies on one side of a plane is linear in it, and a coin is not."""
-    analyzer, dataset = compared["analyzer"], compared["dataset"]
-    states = hidden_states(analyzer, dataset, Site(analyzer.model, 0, "first"))
-    side = states[:, 0] > states[:, 0].median()
-    coin = torch.rand(80, generator=torch.Generator().manual_seed(0)) < 0.5
-    attributes = Attributes.from_columns({"side": side.tolist(), "coin": coin.tolist()})
-    choose = first_half(80, 0)
-    found = linear_probes(analyzer, dataset, attributes, 0, ComparisonConfig(4, position="first"), choose=choose)
-    assert found["side"] > 0.9 and abs(found["coin"] - 0.5) < 0.3

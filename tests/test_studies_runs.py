@@ -398,6 +398,7 @@ class TestCommands:
     def test_ratings_are_exported_and_scored(self, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Oracle: a rater's file made from the key."""
         pytest.importorskip("krippendorff", reason="it computes the agreement")
+        pytest.importorskip("matplotlib", reason="it draws the figures")
         monkeypatch.chdir(world)
         run = CliRunner().invoke
         settings = "--sketch kronecker --sketch-dim 4".split()
@@ -422,6 +423,9 @@ class TestCommands:
         assert done.exit_code == 0, done.stderr
         result = json.loads(done.stdout)
         assert result["alpha"] == 1 and result["detection"][0]["accuracy"] == 1
+        left = world / "out" / "ratings"
+        assert json.loads((left / "result.json").read_text()) == result and (left / "table.md").read_text()
+        assert b"<svg" in (left / "figure.svg").read_bytes()
         done = run(app, "study ratings rating".split())
         assert done.exit_code == 2 and "--answers" in done.stderr
 

@@ -78,6 +78,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "mixtral": _DECODER_TASKS,
     "t5": ("seq2seq-lm", "sequence-classification", "token-classification", "question-answering"),
     "bart": ("seq2seq-lm", "sequence-classification", "question-answering"),
+    "m2m_100": ("seq2seq-lm",),
     "vit": ("image-classification",),
 }
 """Family → the tasks it is tested on; the first is the default of `tiny_model`."""
@@ -116,6 +117,19 @@ _ALTERNATING = {
     "sliding_window": SLIDING_WINDOW,
     "layer_types": ["sliding_attention", "full_attention"],
     "query_pre_attn_scalar": 8,
+}
+_BART = {
+    **_TOKENS,
+    "decoder_start_token_id": EOS,
+    "forced_eos_token_id": EOS,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": MAX_POSITIONS,
 }
 
 
@@ -203,22 +217,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "relative_attention_max_distance": 8,
         },
     ),
-    "bart": (
-        "bart",
-        {
-            **_TOKENS,
-            "decoder_start_token_id": EOS,
-            "forced_eos_token_id": EOS,
-            "d_model": 16,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 24,
-            "decoder_ffn_dim": 24,
-            "max_position_embeddings": MAX_POSITIONS,
-        },
-    ),
+    "bart": ("bart", _BART),
+    "m2m_100": ("m2m_100", _BART),
     "vit": ("vit", {**_WIDTHS, "image_size": 8, "patch_size": 4, "num_channels": 3}),
 }
 

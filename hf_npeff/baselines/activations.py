@@ -15,6 +15,7 @@ from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.data import Examples, batches_by_length
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.extras import load
 
 Position = Literal["first", "last"]
 Edit = Callable[[Tensor], Tensor]
@@ -32,6 +33,12 @@ class Site:
     Raises:
         ValueError: if the layer or the position does not exist.
         UnsupportedModelError: if the model has no single stack of layers, so that the module must be named.
+
+    Example:
+        >>> site = Site(model, layer=-1, position="last")
+        >>> ids = torch.tensor([[9, 10, 11]])
+        >>> with site.editing(lambda state: 0 * state):
+        ...     silenced = model(ids).logits
     """
 
     def __init__(self, model: nn.Module, layer: int | str = -1, position: Position = "last"):
@@ -112,12 +119,16 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
 
     Raises:
         ValueError: if the data is empty or cannot be encoded.
+
+    Example:
+        >>> hidden_states(analyzer, dataset, Site(model, layer=0)).shape
+        torch.Size([24, 16])
     """
     examples = Examples(dataset, analyzer.processing_class)
     everything = examples[:]
     found: list[Tensor] = [torch.empty(0)] * len(everything)
-    with analyzer._at_work() as work, torch.no_grad():
-        size = 1 if work.one_at_a_time else batch_size
+    with analyzer.fisher_pass() as work, torch.no_grad():
+        size = work.batch_size(examples, batch_size)
         for batch in batches_by_length([e.length for e in everything], size):
             seen: list[Tensor] = []
 
@@ -181,14 +192,18 @@ def activation_kmeans(
     Raises:
         ValueError: if there are fewer examples than clusters.
         ModuleNotFoundError: if scikit-learn is not installed.
-    """
-    from sklearn.cluster import KMeans
 
+    Example:
+        >>> site = Site(model)
+        >>> activation_kmeans(hidden_states(analyzer, dataset, site), n_clusters=3, site=site).coefficients.shape
+        torch.Size([24, 3])
+    """
     check_enough(len(states), n_clusters, "n_clusters")
-    started = time.perf_counter()
+    cluster = load("sklearn.cluster", "k-means")
+    started = time.process_time()
     mean = states.mean(0)
     X = states - mean
-    found = KMeans(n_clusters, n_init=n_restarts, random_state=seed).fit(X.numpy())
+    found = cluster.KMeans(n_clusters, n_init=n_restarts, random_state=seed).fit(X.numpy())
     C = nn.functional.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=1)
     soft = nn.functional.normalize(X, dim=1) @ C.T
 
@@ -199,7 +214,7 @@ def activation_kmeans(
     return MethodResult(
         "activations, k-means",
         soft,
-        seconds + time.perf_counter() - started,
+        seconds + time.process_time() - started,
         _ablations(site, [functools.partial(part, c=c) for c in C]),
         {"inertia": float(found.inertia_)},
     )
@@ -222,13 +237,17 @@ def activation_nmf(
     Raises:
         ValueError: if there are fewer examples than components.
         ModuleNotFoundError: if scikit-learn is not installed.
-    """
-    from sklearn.decomposition import NMF
 
+    Example:
+        >>> site = Site(model)
+        >>> activation_nmf(hidden_states(analyzer, dataset, site), n_components=3, site=site).coefficients.shape
+        torch.Size([24, 3])
+    """
     check_enough(len(states), n_components, "n_components")
-    started = time.perf_counter()
+    decomposition = load("sklearn.decomposition", "NMF")
+    started = time.process_time()
     split = torch.cat([states.clamp_min(0), (-states).clamp_min(0)], 1)
-    model = NMF(n_components, init="nndsvda", random_state=seed, max_iter=500, tol=1e-3)
+    model = decomposition.NMF(n_components, init="nndsvda", random_state=seed, max_iter=500, tol=1e-3)
     W = torch.from_numpy(model.fit_transform(split.numpy())).float()
     H = torch.from_numpy(model.components_).float()
     h = states.shape[1]
@@ -241,7 +260,7 @@ def activation_nmf(
     return MethodResult(
         "activations, NMF",
         W,
-        seconds + time.perf_counter() - started,
+        seconds + time.process_time() - started,
         _ablations(site, [functools.partial(part, d=d) for d in D]),
         {"error": float(model.reconstruction_err_)},
     )

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.adapters import layout_of
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.data import Examples
 from hf_npeff.directions import ParameterDirection
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.exact_lifting import lift_exact
+from hf_npeff.extras import load
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.heads import Outputs
 from hf_npeff.lifting import align
@@ -86,10 +86,15 @@ def prediction_gradients(
     Raises:
         ValueError: if the model predicts numbers, whose log-likelihood has no gradient at the prediction.
         IncompatibleSketchError: if the model does not have the parameters of `like`.
+
+    Example:
+        >>> gradients_analyzer, gradients = prediction_gradients(analyzer, dataset, like=pefs)
+        >>> gradients.rank, gradients.dim == pefs.dim
+        (1, True)
     """
-    config = dataclasses.replace(analyzer.fisher if like is None else like.config, rank=1, output_factor="sampling")
-    other = NPEFFAnalyzer(analyzer.model, analyzer.processing_class, fisher=config, task=PredictionHead(analyzer.head))
-    other.revision = analyzer.revision
+    settings = analyzer.fisher if like is None else like.config
+    config = dataclasses.replace(settings, rank=1, output_factor="sampling", spectral_metric="auto")
+    other = analyzer.with_fisher(config, PredictionHead(analyzer.head))
     pefs = other.compute_pefs(dataset, **arguments)
     if like is not None and pefs.fingerprint != like.fingerprint:
         raise IncompatibleSketchError(
@@ -112,6 +117,12 @@ class GradientClustering:
 
     Raises:
         ValueError: if a number is out of range.
+
+    Example:
+        >>> gradients_analyzer, gradients = prediction_gradients(analyzer, dataset)
+        >>> clusters = GradientClustering(n_clusters=3, n_restarts=2).fit(gradients)
+        >>> clusters.assignments.shape
+        torch.Size([24])
     """
 
     def __init__(self, n_clusters: int = 16, *, n_restarts: int = 10, max_iterations: int = 100, seed: int = 0):
@@ -150,9 +161,11 @@ class GradientClustering:
         return GradientClusters(centroids[order], soft[:, order], assignments, gradients)
 
     def _start(self, X: Tensor, restart: int) -> Tensor:
-        from sklearn.cluster import KMeans
-
-        found = KMeans(self.n_clusters, n_init=1, random_state=self.seed * 1009 + restart).fit(X.numpy())
+        found = (
+            load("sklearn.cluster", "k-means")
+            .KMeans(self.n_clusters, n_init=1, random_state=self.seed * 1009 + restart)
+            .fit(X.numpy())
+        )
         C = nn.functional.normalize(torch.from_numpy(found.cluster_centers_).to(X.dtype), dim=1)
         before = torch.full((len(X),), -1)
         for _ in range(self.max_iterations):
@@ -263,19 +276,9 @@ def lift_combinations(
     if pefs.cotangents is None:
         raise ValueError("these rows were made elsewhere and hold no cotangents, so they cannot be lifted")
     examples = align(Examples(dataset, analyzer.processing_class), pefs.example_ids, pefs.content_hashes)
-    with analyzer._at_work() as work:
+    with analyzer.fisher_pass() as work:
         found = lift_exact(work, examples, pefs.cotangents, coefficients, batch_size)
-    maps = {m.parameter: m for m in analyzer.maps}
-    shapes = {name: p.shape for name, p in analyzer.model.named_parameters(remove_duplicate=False)}
-    directions = []
-    for deltas in found:
-        weights = {
-            name: (maps[name].as_weight(value) if name in maps else value.reshape(shapes[name])).contiguous()
-            for name, value in deltas.items()
-        }
-        layouts = {name: layout_of(analyzer.model, name) for name in weights}
-        directions.append(ParameterDirection(weights, layouts, {**analyzer._facts(), **facts}))
-    return directions
+    return [analyzer.direction_of(matrices, facts) for matrices in found]
 
 
 def gradient_clustering(
@@ -289,9 +292,9 @@ def gradient_clustering(
     batch_size: int = 8,
 ) -> list[MethodResult]:
     """Gradients, clusters, and both rows of the table: soft and hard assignments."""
-    started = time.perf_counter()
+    started = time.process_time()
     other, gradients = prediction_gradients(analyzer, dataset, like=like, batch_size=batch_size)
     clusters = GradientClustering(n_clusters, seed=seed, n_restarts=n_restarts).fit(gradients)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     settings: dict[str, Any] = {"seconds": seconds, "batch_size": batch_size}
     return [clusters.result(other, dataset, hard=hard, **settings) for hard in (False, True)]

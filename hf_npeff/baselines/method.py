@@ -35,12 +35,18 @@ class MethodResult:
     Attributes:
         name: of the row.
         coefficients: (n, r), how much of each feature is in each example; a larger one is more.
-        seconds: wall-clock time that finding it took, PEFs or activations included.
+        seconds: processor time that finding it took, of all threads, PEFs or activations included.
         interventions: from numbers of features to interventions, or None where the method has none.
         facts: settings and diagnostics, as JSON types.
 
     Raises:
         ValueError: if the coefficients are not finite numbers (n, r).
+
+    Example:
+        >>> npeff = MethodResult.of_decomposition(decomposition)
+        >>> other = MethodResult("my method", torch.rand(24, 3))
+        >>> npeff.coefficients.shape == other.coefficients.shape
+        True
     """
 
     name: str

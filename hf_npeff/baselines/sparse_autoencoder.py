@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,10 @@ class SAEConfig:
 
     Raises:
         ValueError: if a setting is out of its range.
+
+    Example:
+        >>> SAEConfig(n_features=128, kind="topk", k=8).steps
+        1500
     """
 
     n_features: int = 64
@@ -77,6 +82,12 @@ class SparseAutoencoder:
         fvu: fraction of variance unexplained on held-out examples, Σ‖x − x̂‖² / Σ‖x − mean‖².
         dead: features that no example of the data uses.
         revived: how many features were restarted while training.
+
+    Example:
+        >>> states = hidden_states(analyzer, dataset, Site(model))
+        >>> sae = SparseAutoencoder.fit(states, SAEConfig(n_features=8, k=2, steps=20))
+        >>> sae.decode(sae.encode(states)).shape == states.shape
+        True
     """
 
     def __init__(self, config: SAEConfig):
@@ -228,11 +239,12 @@ class PublishedAutoencoder:
 
     def contribution(self, states: Tensor, feature: int) -> Tensor:
         """A feature's part of hidden states (n, h): what decoding loses without it, biases and scaling included."""
+        x = states.to(self.sae.W_dec.device, self.sae.W_dec.dtype)
         with torch.no_grad():
-            f = self.sae.encode(states.to(self.sae.W_dec.device, self.sae.W_dec.dtype))
-            without = f.clone()
+            whole = self.sae.decode(self.sae.encode(x))
+            without = self.sae.encode(x).clone()  # again: decoding may use up the norms that encoding left
             without[:, feature] = 0
-            return (self.sae.decode(f) - self.sae.decode(without)).to(states.device, torch.float32)
+            return (whole - self.sae.decode(without)).to(states.device, torch.float32)
 
     def result(self, states: Tensor, *, site: Site | None = None, name: str = "published SAE") -> MethodResult:
         """Features as coefficients; with a site, features can be ablated there."""
@@ -246,14 +258,22 @@ def load_published(release: str, sae_id: str, *, device: str = "cpu") -> Publish
     for models that were processed; sae-lens' own notes on the release say which.
 
     Args:
-        release: as sae-lens names it, for instance "gpt2-small-res-jb", or a repository on the Hub.
-        sae_id: within the release, for instance "blocks.8.hook_resid_pre".
+        release: as sae-lens names it, for instance "gpt2-small-res-jb", a repository on the Hub, or a folder.
+        sae_id: within the release, for instance "blocks.8.hook_resid_pre"; of a folder, the one within it that
+            `save_model` wrote.
         device: where it runs.
 
     Raises:
         ModuleNotFoundError: if sae-lens is not installed.
+        FileNotFoundError: if the release is a folder without that autoencoder.
         ValueError: if it reads something else than the residual stream, or the stream before the first layer.
+
+    Example:
+        >>> sae = load_published("gpt2-small-res-jb", "blocks.8.hook_resid_pre")  # doctest: +SKIP
     """
+    folder = Path(release) / sae_id if Path(release).is_dir() else None
+    if folder is not None and not (folder / "cfg.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no cfg.json, so no autoencoder that sae-lens saved")
     try:
         from sae_lens import SAE
     except ModuleNotFoundError as error:
@@ -261,7 +281,10 @@ def load_published(release: str, sae_id: str, *, device: str = "cpu") -> Publish
             "published autoencoders are loaded by sae-lens, which is not installed; run pip install sae-lens",
             name="sae_lens",
         ) from error
-    loaded = SAE.from_pretrained(release=release, sae_id=sae_id, device=device)
+    if folder is None:
+        loaded = SAE.from_pretrained(release=release, sae_id=sae_id, device=device)
+    else:
+        loaded = SAE.load_from_disk(str(folder), device=device)
     sae = loaded[0] if isinstance(loaded, tuple) else loaded  # before version 6: with its config and sparsity
     settings = getattr(sae.cfg, "metadata", sae.cfg)
     return PublishedAutoencoder(sae, _layer_of(str(settings.hook_name)))
@@ -301,8 +324,8 @@ def sparse_autoencoder(
     name: str = "SAE",
 ) -> MethodResult:
     """Hidden states, an autoencoder on them, and its row of the table."""
-    started = time.perf_counter()
+    started = time.process_time()
     site = Site(analyzer.model, layer, position)
     states = hidden_states(analyzer, dataset, site, batch_size=batch_size)
     sae = SparseAutoencoder.fit(states, config)
-    return sae.result(states, site=site, name=name, seconds=time.perf_counter() - started)
+    return sae.result(states, site=site, name=name, seconds=time.process_time() - started)

@@ -58,6 +58,7 @@ def perturb(
 
     Example: `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
     """
+    from hf_npeff.report.notebook import EFFECT_COLUMNS, effect_rows
     from hf_npeff.store import PEFs
 
     found = read_decomposition(decomposition)
@@ -67,33 +68,19 @@ def perturb(
     direction = analyzer.lift(
         found, component, fishers, dataset, method=method, top_examples=top_examples, batch_size=batch_size
     )
+    sizes: dict[str, Any] = {"n_top": n_top, "n_others": n_others, "batch_size": batch_size}
     report = analyzer.evaluate_direction(
-        direction,
-        found,
-        component,
-        dataset,
-        target_kl=target_kl,
-        scale=scale,
-        n_top=n_top,
-        n_others=n_others,
-        batch_size=batch_size,
-        seed=seed,
+        direction, found, component, dataset, target_kl=target_kl, scale=scale, seed=seed, **sizes
     )
     about: dict[str, Any] = {"report": report, "decomposition": found}
     adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)
     direction.save_pretrained(output / "direction", **about)
     adapter.save_pretrained(output / "adapter")
     write_result(output / "report.json", report.to_dict())
-    values = {"output": str(output), "retained_energy": adapter.retained_energy, **report.to_dict()}
-    effects = [("this step", report.best), ("the other sign", report.opposite), ("a random direction", report.random)]
-    rows = [
-        (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", f"{e.top_flips:.0%}")
-        for name, e in effects
-        if e is not None
-    ]
-    columns = ("", "step", "KL on top", "KL on others", "ratio", "top flips")
-    title = f"{found[component].label}: in {output}; the adapter keeps {adapter.retained_energy:.0%} of the direction"
-    return Result(values, table(title, columns, rows), {"revision": analyzer.revision})
+    kept = adapter.retained_energy
+    values = {"output": str(output), "retained_energy": kept, **report.to_dict()}
+    title = f"{found[component].label}: in {output}; the adapter keeps {kept:.0%} of the direction"
+    return Result(values, table(title, EFFECT_COLUMNS, effect_rows(report)), {"revision": analyzer.revision})
 
 
 _PUBLISHED = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from hf_npeff.options import (
     command,
     read_data,
 )
+
+if TYPE_CHECKING:
+    from hf_npeff.store import PEFs
 
 
 @command
@@ -89,10 +92,13 @@ def compute(
         shard_size=shard_size,
         on_error="skip" if on_error == "skip" else "raise",
     )
-    values = {
-        "output": str(output),
+    values = {"output": str(output), "revision": analyzer.revision, **_told(pefs)}
+    return Result(values, f"{pefs!r}\nin {output}", {"revision": analyzer.revision})
+
+
+def _told(pefs: PEFs) -> dict[str, Any]:
+    return {
         "model": pefs.info.get("model"),
-        "revision": analyzer.revision,
         "examples": len(pefs),
         "skipped": pefs.info.get("skipped", []),
         "rank": pefs.rank,
@@ -102,7 +108,6 @@ def compute(
         "sketch_error": pefs.sketch_error,
         "fingerprint": pefs.fingerprint,
     }
-    return Result(values, f"{pefs!r}\nin {output}", {"revision": analyzer.revision})
 
 
 @command

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from hf_npeff.components import Decomposition
     from hf_npeff.positions import TokenAlignment
 
-_LIFTED_TOGETHER = 4
-
 
 @dataclass
 class _Measured:
@@ -87,30 +85,35 @@ def report(
     - `hf-npeff report runs/components --pefs runs/pefs --model distilbert/distilgpt2 --data prompts.txt`
     - `hf-npeff report runs/components --space user/components-of-distilgpt2`
     """
-    given = [name for name, value in (("--pefs", pefs), ("--model", model), ("--data", data)) if value is not None]
-    if len(given) in (1, 2) or (modules and not given):
-        raise typer.BadParameter("--pefs, --model and --data go together: tokens and modules need all three")
+    missing = [name for name, value in (("--pefs", pefs), ("--model", model), ("--data", data)) if value is None]
+    if len(missing) in (1, 2) or (modules and missing):
+        raise typer.BadParameter(
+            f"--pefs, --model and --data go together: tokens and modules need all three, and {missing[0]} is missing"
+        )
     folder = Path(decomposition) if Path(decomposition).is_dir() else Path()
     page = folder / "report.html" if page is None else page
     force = _may_write(page, space, force)
     found = read_decomposition(decomposition)
-    settings: dict[str, Any] = {
-        "compare": None if compare is None else read_decomposition(compare),
-        "training": None if training is None else _checked_run(training, len(found)),
-        "layout": None if layout == "none" else layout,
-        "title": title,
-    }
+    settings: dict[str, Any] = {"layout": None if layout == "none" else layout, "title": title}
+    settings["compare"] = None if compare is None else read_decomposition(compare)
+    settings["training"] = None if training is None else _checked_run(training, len(found))
     measured, revision = _of_perturbations(perturbation or ()), None
     if pefs is not None and model is not None and data is not None:
         revision = _measure(measured, found, pefs, model, data, loading, reading, modules, top, batch_size)
     found.to_html(page, **settings, **measured.arguments(), texts=texts, force=force)
-    size = page.stat().st_size
-    values: dict[str, Any] = {"page": str(page), "bytes": size, "space": None, "url": None}
-    shown = f"{page}: {size / 1e6:.1f} MB; open it in a browser"
-    if space is not None:
-        url = _publish(found, page.parent / "space", space, measured, settings, texts and include_texts, private)
-        values |= {"space": str(page.parent / "space"), "url": url}
-        shown += f"\n{page.parent / 'space'}: pushed to {url}"
+    if space is None:
+        return _written(page, None, revision)
+    url = _publish(found, page.parent / "space", space, measured, settings, texts and include_texts, private)
+    return _written(page, url, revision)
+
+
+def _written(page: Path, url: str | None, revision: str | None) -> Result:
+    """What was written: the page and, where there is a `url`, the Space beside it."""
+    size, space = page.stat().st_size, None if url is None else str(page.parent / "space")
+    shown = f"{page}: {size / 1e6:.1f} MB; open it in a browser" + (
+        "" if url is None else f"\n{space}: pushed to {url}"
+    )
+    values = {"page": str(page), "bytes": size, "space": space, "url": url}
     return Result(values, shown, {} if revision is None else {"revision": revision})
 
 
@@ -210,11 +213,8 @@ def _measure(
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
     analyzer = analyzer_for(model, loading, found)
     measured.alignments = analyzer.token_alignments(found, fishers, dataset, n_top=top, batch_size=batch_size)
-    left = [j for j in range(len(found)) if j not in measured.energies] if modules else []
-    for start in range(0, len(left), _LIFTED_TOGETHER):
-        group = left[start : start + _LIFTED_TOGETHER]
-        for j, direction in zip(
-            group, analyzer.lift(found, group, fishers, dataset, batch_size=batch_size), strict=True
-        ):
+    left = [j for j in range(len(found)) if j not in measured.energies]
+    if modules and left:
+        for j, direction in analyzer.lift_each(found, left, fishers, dataset, batch_size=batch_size):
             measured.energies[j] = energies_of(direction)
     return analyzer.revision

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_npeff.config import FisherConfig
+from hf_npeff.extras import require
 from hf_npeff.options import (
     Data,
     DataOptions,
@@ -29,7 +32,7 @@ from hf_npeff.studies.settings import (
 )
 
 if TYPE_CHECKING:
-    from hf_npeff.studies.factors import Attributes
+    from hf_npeff.studies.attributes import Attributes
     from hf_npeff.studies.result import StudyResult
 
 AttributeColumns = Annotated[
@@ -39,7 +42,7 @@ Task = Annotated[str, typer.Argument(help="clinc150, snli, sst2, triviaqa or yah
 
 
 def _written(result: StudyResult, folder: Path) -> Result:
-    from hf_npeff.studies.result import finite
+    from hf_npeff.files import finite
 
     result.write(folder)
     return Result(finite(result.to_dict()), f"{result.table()}\n\nin {folder}")
@@ -47,7 +50,7 @@ def _written(result: StudyResult, folder: Path) -> Result:
 
 def _attributes(dataset: Any, names: list[str], min_count: int) -> Attributes:
     from hf_npeff.data import records_of
-    from hf_npeff.studies.factors import Attributes
+    from hf_npeff.studies.attributes import Attributes
 
     rows = list(records_of(dataset, None))
     if missing := [name for name in names if all(name not in row for row in rows)]:
@@ -55,7 +58,18 @@ def _attributes(dataset: Any, names: list[str], min_count: int) -> Attributes:
     return Attributes.from_columns({name: [row.get(name) for row in rows] for name in names}, min_count=min_count)
 
 
-@command
+def study(function: Callable[..., Result]) -> Callable[..., None]:
+    """A command that needs the libraries of the extra `eval`: without them it stops before anything is computed."""
+
+    @functools.wraps(function)
+    def checked(**settings: Any) -> Result:
+        require("a study", "sklearn", "scipy", "matplotlib")
+        return function(**settings)
+
+    return command(checked)
+
+
+@study
 def factors(
     model: Model,
     data: Data,
@@ -86,7 +100,7 @@ def factors(
     return _written(result, output)
 
 
-@command
+@study
 def selectivity(
     model: Model,
     data: Data,
@@ -115,7 +129,7 @@ def selectivity(
     return _written(run_selectivity(analyzer, found.methods, dataset, annotated, scores, switching), output)
 
 
-@command
+@study
 def planted(
     config_: PlantedConfig,
     seeds: Annotated[int, typer.Option(help="Tasks with the seeds 0, 1, …")] = 5,
@@ -209,7 +223,7 @@ def _chat(model: str, remote: bool) -> Any:
     return LocalChat(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model), name=model)
 
 
-@command
+@study
 def in_context(
     loading: ModelOptions,
     fisher: FisherConfig,
@@ -240,7 +254,7 @@ def in_context(
     return _written(run_in_context(analyzer, asked), output)
 
 
-@command
+@study
 def ablations(
     model: Model,
     data: Data,
@@ -272,7 +286,7 @@ def ablations(
     return _written(result, output)
 
 
-@command
+@study
 def tasks(
     name: Task,
     model: Annotated[str, typer.Option(help="Any causal language model: its id on the Hub, or its folder.")],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import Precision
-from hf_npeff.decomposition.solvers import DenseRows, top_directions
+from hf_npeff.decomposition.solvers import DenseRows, Rows, top_directions
 from hf_npeff.store import PEFs
 
 
@@ -20,15 +20,27 @@ class ChunkedRows:
         weighting: chunk → the rows (·, c, d) that are decomposed, on their device.
         chunk: examples of a chunk.
         precision: of the products.
+        dim: of the rows that are decomposed, where it is not that of the store.
+        total: Σ_i ‖F_i‖² where it is not theirs.
     """
 
-    def __init__(self, pefs: PEFs, weighting: Callable[[PEFs], Tensor], chunk: int, precision: Precision = "float32"):
+    def __init__(
+        self,
+        pefs: PEFs,
+        weighting: Callable[[PEFs], Tensor],
+        chunk: int,
+        precision: Precision = "float32",
+        *,
+        dim: int | None = None,
+        total: Tensor | None = None,
+    ):
         self.pefs = pefs
         self.weighting = weighting
         self.precision = precision
         self.chunk = chunk
         self.n = len(pefs)
-        self.dim = pefs.dim
+        self.dim = pefs.dim if dim is None else dim
+        self._total = total
 
     def _parts(self) -> Iterator[tuple[slice, DenseRows]]:
         start = 0
@@ -38,7 +50,9 @@ class ChunkedRows:
 
     def total(self) -> Tensor:
         """See `Rows`."""
-        return torch.stack([rows.total() for _, rows in self._parts()]).sum()
+        if self._total is None:
+            self._total = torch.stack([rows.total() for _, rows in self._parts()]).sum()
+        return self._total
 
     def energies(self, G: Tensor) -> Tensor:
         """See `Rows`."""
@@ -62,3 +76,13 @@ class ChunkedRows:
     def top_directions(self, indices: list[int]) -> Tensor:
         """See `Rows`."""
         return top_directions(self.weighting(self.pefs[indices]))
+
+    def within(self, Q: Tensor) -> Rows:
+        """See `Rows`; held in memory where that takes half a chunk at most, else computed from the store each time."""
+        if 2 * self.n * len(Q) <= self.chunk * self.dim:
+            return DenseRows(torch.cat([rows.within(Q).A for _, rows in self._parts()]), total=self.total())
+
+        def coordinates(part: PEFs) -> Tensor:
+            return DenseRows(self.weighting(part), self.precision).within(Q).A
+
+        return ChunkedRows(self.pefs, coordinates, self.chunk, dim=len(Q), total=self.total())

@@ -24,10 +24,10 @@ from hf_npeff.decomposition.solvers import (
     block_power,
     gram_space,
     reference,
-    start_from_surplus,
 )
+from hf_npeff.decomposition.starts import solve, start_from_surplus
 from hf_npeff.decomposition.weighting import balance_scales, balanced
-from hf_npeff.store import PEFs, check_same_sketch
+from hf_npeff.store import PEFs, check_pefs, check_same_sketch
 
 logger = logging.getLogger(__name__)
 _GRAM_LIMIT = 8000
@@ -59,6 +59,15 @@ class NPEFF:
 
     Raises:
         ValueError: if a setting is out of its range.
+
+    Example:
+        >>> estimator = NPEFF(n_components=3, power=0.5, seed=0)
+        >>> decomposition = estimator.fit(pefs[:20], validation=pefs[20:])
+        >>> estimator.transform(pefs).shape
+        torch.Size([24, 3])
+        >>> len(estimator.expand(pefs, n_new=1))
+        4
+        >>> again = estimator.refit(pefs)
     """
 
     def __init__(
@@ -99,7 +108,11 @@ class NPEFF:
 
     @classmethod
     def from_config(cls, config: DecompositionConfig, **kwargs: Any) -> NPEFF:
-        """An estimator with a config's settings."""
+        """An estimator with a config's settings.
+
+        Example:
+            >>> estimator = NPEFF.from_config(decomposition.config, progress=True)
+        """
         return cls(**config.to_dict(), **kwargs)
 
     def fit(self, pefs: PEFs, validation: PEFs | None = None) -> Decomposition:
@@ -122,25 +135,8 @@ class NPEFF:
             FloatingPointError: if the reference solver diverges: its learning rate is too high.
             IncompatibleSketchError: if `validation` was made with another sketch.
         """
-        if not isinstance(pefs, PEFs):
-            raise ValueError(
-                f"fit takes PEFs, but got {type(pefs).__name__}; PEFs.from_factors makes them from (n, c, d)"
-            )
         config = self.config
-        r = config.n_components
-        n_rows = len(pefs) * pefs.rank
-        if r > n_rows:
-            raise ValueError(f"n_components={r} exceeds the {n_rows} rows of {len(pefs)} PEFs; use at most {n_rows}")
-        if not bool((pefs.norms > 0).any()):
-            raise ValueError(
-                "all PEFs are zero: the model is certain of every prediction, and there is nothing to explain"
-            )
-        if validation is not None:
-            check_same_sketch(pefs.fingerprint, validation.fingerprint, "PEFs", "validation PEFs")
-            if config.solver == "reference":
-                raise ValueError("the reference solver does not watch validation PEFs; use solver='block_power'")
-        self._check_device(pefs)
-        _check_finite(pefs)
+        self._check_fit(pefs, validation)
         scales = balance_scales(pefs) if config.balance == "module" else None
         processes = Processes()
         shared = processes if config.solver == "block_power" else Processes(alone=True)  # else everyone does it all
@@ -165,10 +161,29 @@ class NPEFF:
         best = _on_every_process(best, rows, processes)
         return self._finish(pefs, rows, best, to_rows, scales, processes.first(stability))
 
-    def _check_device(self, pefs: PEFs) -> None:
+    def _check_fit(self, pefs: PEFs, validation: PEFs | None) -> None:
+        """Everything that can be known before the first iteration."""
+        check_pefs(pefs)
+        r, n_rows = self.config.n_components, len(pefs) * pefs.rank
+        if r > n_rows:
+            raise ValueError(f"n_components={r} exceeds the {n_rows} rows of {len(pefs)} PEFs; use at most {n_rows}")
+        if validation is not None:
+            check_same_sketch(pefs, validation, "PEFs")
+            if self.config.solver == "reference":
+                raise ValueError("the reference solver does not watch validation PEFs; use solver='block_power'")
         device = self.device or pefs.device
         if self.config.precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, but the rows are on {device}; pass device='cuda'")
+        _check_not_zero(pefs)
+        _check_finite(pefs)
+
+    def _last(self, pefs: PEFs) -> Decomposition:
+        """The decomposition to go on from, with PEFs that it goes on with."""
+        if self.decomposition_ is None:
+            raise ValueError("nothing is fitted yet: call fit first")
+        check_same_sketch(self.decomposition_, pefs)
+        _check_not_zero(pefs)
+        return self.decomposition_
 
     def _weighted(self, pefs: PEFs, scales: Tensor | None) -> Tensor:
         """The rows (n, c, d) that are decomposed, on the device of the decomposition."""
@@ -227,12 +242,11 @@ class NPEFF:
                 tolerance=config.tolerance,
                 progress=progress,
             )
-        G, W = start_from_surplus(rows, config.n_components, generator)
-        if held_out is None:
-            return block_power(
-                rows, G, W=W, max_iterations=config.max_iterations, tolerance=config.tolerance, progress=progress
-            )
-        return until_held_out_rises(rows, G, held_out, config, progress)
+        if held_out is not None:
+            G, _ = start_from_surplus(rows, config.n_components, generator)
+            return until_held_out_rises(rows, G, held_out, config, progress)
+        limits = {"max_iterations": config.max_iterations, "tolerance": config.tolerance}
+        return solve(rows, config.n_components, generator, progress=progress, **limits)  # type: ignore[arg-type]
 
     def _finish(
         self,
@@ -293,14 +307,9 @@ class NPEFF:
             ValueError: if `fit` has not run, there would be more components than rows, or all PEFs are zero.
             IncompatibleSketchError: if the PEFs were made with another sketch.
         """
-        old = self.decomposition_
-        if old is None:
-            raise ValueError("nothing is fitted yet: call fit first")
+        old = self._last(pefs)
         if n_new < 1 or len(old) + n_new > len(pefs) * pefs.rank:
             raise ValueError(f"n_new must be between 1 and {len(pefs) * pefs.rank - len(old)}, but it is {n_new}")
-        if not bool((pefs.norms > 0).any()):
-            raise ValueError("all PEFs are zero: there is nothing to explain")
-        check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
         processes = Processes()
         rows = self._plain_rows(pefs, old.scales, processes, self.config.precision)
         G = old.pseudo_fishers.to(self.device or pefs.device)
@@ -334,12 +343,7 @@ class NPEFF:
             ValueError: if `fit` has not run, or all PEFs are zero.
             IncompatibleSketchError: if the PEFs were made with another sketch.
         """
-        old = self.decomposition_
-        if old is None:
-            raise ValueError("nothing is fitted yet: call fit first")
-        if not bool((pefs.norms > 0).any()):
-            raise ValueError("all PEFs are zero: there is nothing to explain")
-        check_same_sketch(old.fingerprint, pefs.fingerprint, "the decomposition", "PEFs")
+        old = self._last(pefs)
         processes = Processes()
         rows = self._plain_rows(pefs, old.scales, processes, self.config.precision)
         G = old.pseudo_fishers.to(self.device or pefs.device)
@@ -353,6 +357,11 @@ class NPEFF:
         result = self._finish(pefs, rows, fit, lambda G: G, old.scales, stability, keep_order=True)
         result.names = dict(old.names)
         return result
+
+
+def _check_not_zero(pefs: PEFs) -> None:
+    if not bool((pefs.norms > 0).any()):
+        raise ValueError("all PEFs are zero: the model is certain of every prediction, and there is nothing to explain")
 
 
 def _check_finite(pefs: PEFs) -> None:

@@ -61,6 +61,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
         CorruptStoreError: if files are missing, altered, or do not fit together.
         FormatVersionError: if they were written by another version of the format.
     """
+    if not (folder / "config.json").exists():
+        raise CorruptStoreError(f"{folder.absolute()} holds no decomposition: config.json is missing")
     config = read_json(folder / "config.json")
     settings, sums = _settings_of(config, folder / "config.json")
     tensors_file, examples_file = (file_of(folder, name, sums.get(name)) for name in (TENSORS, EXAMPLES))

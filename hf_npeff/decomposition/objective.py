@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 16
+_BLOCK = 32
 
 
 def total_energy(A: Tensor) -> Tensor:
@@ -49,26 +49,28 @@ def pull(A: Tensor, B: Tensor, W: Tensor) -> Tensor:
 def coordinate_descent(W: Tensor, N: Tensor, H: Tensor, sweeps: int, tolerance: float = 0.0) -> Tensor:
     """Sweeps of HALS for min_{W ≥ 0} L: every column of W in turn to its minimum, given the others.
 
-    Columns go in blocks: the residual of a block is one matrix product, and inside the block every step updates that of
-    the columns still to come. Stops early when a sweep moves no entry by more than `tolerance` times
+    Columns go in blocks: what the columns outside a block take from it is one matrix product, and what those inside
+    take, one product with a vector for each. Stops early when a sweep moves no entry by more than `tolerance` times
     the largest.
     """
     V = W.T.contiguous()  # a column of W is contiguous
-    r = len(V)
     diagonal = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)[:, None]
-    target, scaled = N.T / diagonal, H / diagonal
+    target, coupling = N.T / diagonal, (H / diagonal).fill_diagonal_(0)
+    blocks = []
+    for start in range(0, len(V), _BLOCK):
+        where = slice(start, start + _BLOCK)
+        outside, inside = coupling[where].clone(), coupling[where, where].unbind()
+        outside[:, where] = 0
+        blocks.append((V[where], target[where], outside, inside))
     for _ in range(sweeps):
         largest = torch.zeros((), device=W.device, dtype=W.dtype)
-        for start in range(0, r, _BLOCK):
-            stop = min(start + _BLOCK, r)
-            # Steps of the block's columns, later the columns themselves.
-            new = target[start:stop] - scaled[start:stop] @ V
-            for j in range(start, stop):
-                column = new[j - start].add_(V[j]).clamp_min_(0)
-                new[j - start + 1 :].addr_(scaled[j + 1 : stop, j], V[j] - column)
+        for block, wanted, outside, inside in blocks:
+            before = block.clone() if tolerance else block
+            left = torch.addmm(wanted, outside, V, alpha=-1)
+            for column, others, own in zip(block.unbind(), inside, left.unbind(), strict=True):
+                torch.clamp_min(torch.addmv(own, block.T, others, alpha=-1), 0, out=column)
             if tolerance:
-                largest = torch.maximum(largest, (new - V[start:stop]).abs().max())
-            V[start:stop] = new
+                largest = torch.maximum(largest, (block - before).abs().max())
         if tolerance and largest <= tolerance * V.max().clamp_min(torch.finfo(W.dtype).tiny):
             break
     return V.T.contiguous()

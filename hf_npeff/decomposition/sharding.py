@@ -135,3 +135,7 @@ class ShardedRows:
         if mine:
             directions[[place for place, _ in mine]] = self.local.top_directions([i for _, i in mine]).to(directions)
         return self.reduce(directions)
+
+    def within(self, Q: Tensor) -> ShardedRows:
+        """See `Rows`."""
+        return ShardedRows(self.local.within(Q), self.n, self.processes, self.like)

@@ -25,6 +25,9 @@ from hf_npeff.decomposition.objective import (
     total_energy,
 )
 
+_DAMPING = 1e-3  # the least λ of a step
+_DEPENDENT = 1e-6  # of the largest row or eigenvalue: below it, rows count as dependent on others
+
 
 class Rows(Protocol):
     """The rows of n examples as a solver uses them; sums run over all processes, W and N are this process's share."""
@@ -50,6 +53,12 @@ class Rows(Protocol):
     def top_directions(self, indices: list[int]) -> Tensor:
         """The top eigenvector of F_i for every index, (len, d), unit."""
 
+    def within(self, Q: Tensor) -> Rows:
+        """The rows as coordinates in the span of orthonormal rows Q (k, d); their `total` is that of these rows.
+
+        So the loss of G (·, k) there is that of G Q here.
+        """
+
 
 class DenseRows:
     """Rows held in one tensor.
@@ -57,11 +66,12 @@ class DenseRows:
     Args:
         A: (n, c, d).
         precision: of the products with A; in "bfloat16" A itself is kept so.
+        total: Σ_i ‖F_i‖² where it is not that of A.
     """
 
-    def __init__(self, A: Tensor, precision: Precision = "float32"):
+    def __init__(self, A: Tensor, precision: Precision = "float32", total: Tensor | None = None):
         self.A = A.bfloat16() if precision == "bfloat16" else A
-        self._total = total_energy(A) if precision == "bfloat16" else None  # before rounding
+        self._total = total_energy(A) if precision == "bfloat16" and total is None else total  # before rounding
         self.tf32 = precision == "tf32"
         self.n = len(A)
         self.dim = A.shape[-1]
@@ -98,6 +108,12 @@ class DenseRows:
         """See `Rows`."""
         A = self.A[indices]
         return top_directions(A.to(torch.promote_types(A.dtype, torch.float32)))
+
+    def within(self, Q: Tensor) -> DenseRows:
+        """See `Rows`."""
+        with _tf32(self.tf32):
+            coordinates = alignments(self.A, Q.to(self.A.dtype)).to(Q.dtype)
+        return DenseRows(coordinates, total=self.total())
 
 
 @contextmanager
@@ -139,69 +155,31 @@ Progress = Callable[[int, float], bool]
 """Called with the iteration and the relative loss; True stops the start."""
 
 
-def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tensor:
-    """k-means++ over PEFs: top eigenvectors of examples, drawn in proportion to what no chosen direction explains."""
-    first = int(torch.randint(rows.n, (1,), generator=generator))
-    chosen = [first]
-    G = rows.top_directions([first])
-    covered = rows.gather(rows.energies(G)[:, 0])
-    while len(chosen) < r:
-        left = (1 - covered).clamp_min(0).double().cpu() + 1e-9
-        left[chosen] = 0
-        if not bool((left > 0).any()):
-            left = torch.ones_like(left)
-        # Many components are drawn a few at a time: every draw reads all rows once.
-        several = min(max(1, r // 16), r - len(chosen), int((left > 0).sum()))
-        drawn = torch.multinomial(left, several, generator=generator).tolist()
-        chosen += drawn
-        g = rows.top_directions(drawn)
-        G = torch.cat([G, g])
-        covered = torch.maximum(covered, rows.gather(rows.energies(g).amax(1)))
-    empty = G.norm(dim=1) < 0.5  # a zero PEF has no direction
-    empty |= ((G @ G.T).abs() > 1 - 1e-6).tril(-1).any(1)  # copies of an example: equal components would stay equal
-    if bool(empty.any()):
-        noise = torch.randn(G.shape, generator=generator).to(G.device, G.dtype)
-        G[empty] = torch.nn.functional.normalize(noise, dim=1)[empty]
-    return G
+@dataclass
+class _State:
+    """G (r, d), W (n, r) and what follows from them: N (n, r), H (r, r), WᵀW (r, r), the loss; the last step."""
+
+    G: Tensor
+    N: Tensor
+    H: Tensor
+    W: Tensor
+    WtW: Tensor
+    loss: float
+    step: Tensor | None = None
 
 
-def start_from_surplus(
-    rows: Rows, r: int, generator: torch.Generator, *, max_iterations: int = 5
-) -> tuple[Tensor, Tensor | None]:
-    """G (r, d) and W to start from: twice as many components take a few iterations, and then the least needed go.
-
-    A direct start can leave two of r components on one true direction, and another without any, in an optimum that no
-    small step leaves; with more of them, every direction finds one, and those that double it are cheap to lose
-    (docs/decisions/2026-11-23-solver-experiments.md).
-    """
-    more = min(2 * r, rows.n)
-    G = start_from_examples(rows, max(r, more), generator)
-    if more <= r:
-        return G, None
-    fit = block_power(rows, G, max_iterations=max_iterations, tolerance=1e-3)
-    N, H, W = rows.energies(fit.G), overlaps(fit.G), fit.W
-    kept = torch.arange(more, device=W.device)
-    while len(kept) > r:
-        going = _least_needed(rows, W, H, count=-(-(len(kept) - r) // 2))
-        kept, N, H = kept[~going], N[:, ~going], H[~going][:, ~going]
-        W = coordinate_descent(W[:, ~going], N, H, 1)
-    return fit.G[kept], W
+def _state(rows: Rows, total: Tensor, G: Tensor, W: Tensor | None, sweeps: int) -> _State:
+    """The state at G, after sweeps of coordinate descent on W, which starts from zero where it is None."""
+    N, H = rows.energies(G), overlaps(G)
+    return _swept(rows, total, G, N, H, torch.zeros_like(N) if W is None else W.to(N.dtype), sweeps)
 
 
-def _least_needed(rows: Rows, W: Tensor, H: Tensor, count: int) -> Tensor:
-    """A mask (r,) of at most `count` components whose loss costs least, ‖W_j‖² (1 − max_l H_jl), but no two twins."""
-    others = H - torch.diag(H.diagonal())
-    nearest = others.argmax(1).tolist()
-    costs = rows.reduce(W.square().sum(0)) * (1 - others.amax(1))
-    going: set[int] = set()
-    spared: set[int] = set()
-    for j in torch.argsort(costs, stable=True).tolist():
-        if len(going) < count and j not in spared:
-            going.add(j)
-            spared.add(nearest[j])
-    mask = torch.zeros(len(H), dtype=torch.bool, device=H.device)
-    mask[list(going)] = True
-    return mask
+def _swept(rows: Rows, total: Tensor, G: Tensor, N: Tensor, H: Tensor, W: Tensor, sweeps: int) -> _State:
+    W = coordinate_descent(W, N, H, sweeps)
+    WtW = rows.reduce(W.T @ W)
+    gain = rows.reduce((W * N).sum(0, dtype=torch.float64).sum())
+    loss = total - 2 * gain + (WtW.double() * H.double()).sum()
+    return _State(G, N, H, W, WtW, float(loss / total.clamp_min(torch.finfo(torch.float64).tiny)))
 
 
 def block_power(
@@ -215,11 +193,12 @@ def block_power(
     patience: int = 3,
     progress: Progress | None = None,
 ) -> Fit:
-    """Alternate a sweep of coordinate descent on W with one shifted power step on every g_j; the loss never rises.
+    """Alternate a coupled power step on all g_j with a sweep of coordinate descent on W; the loss never rises.
 
-    With the others fixed, the best g_j is the top eigenvector of R_j = Σ_i W_ij F_i − Σ_{l≠j} (WᵀW)_jl g_l g_lᵀ, and
-    g_j ← normalise(R_j g_j + s (WᵀW)_jj g_j) is one step of power iteration towards it. All steps are taken at once,
-    which can raise the loss; then the shift s is raised and the step repeated from the same products.
+    The gradient is 4(MG − C) with C_j = Σ_i W_ij F_i g_j and M = (WᵀW)∘(GGᵀ). For one component alone C/M is a step of
+    power iteration. With several, M⁻¹C lets each step know of the others': its rows h_j are the least-squares solution
+    of Σ_j W_ij g_j h_jᵀ ≈ F_i. The step is G ← normalise(G + (M + λ diag M)⁻¹ (C − MG)), at two products with the rows,
+    as many as a gradient step. Where the loss rises, λ is raised and the step repeated from the same C.
 
     Args:
         rows: the PEFs.
@@ -232,72 +211,71 @@ def block_power(
         progress: may stop the start.
     """
     total = rows.total()
-    scale = total.clamp_min(torch.finfo(torch.float64).tiny)
-    N, H = rows.energies(G), overlaps(G)
-    W = coordinate_descent(torch.zeros_like(N) if W is None else W.to(N.dtype), N, H, 4)
-
-    def loss(W: Tensor, N: Tensor, H: Tensor) -> float:
-        value = rows.reduce(loss_of(torch.zeros((), dtype=torch.float64, device=N.device), W, N, H))
-        return float((total + value) / scale)
-
-    current = loss(W, N, H)
-    losses = [current]
-    shift, quiet, revived = 0.5, 0, 0
+    now = _state(rows, total, G, W, sweeps=2 if W is None else 1)
+    losses = [now.loss]
+    damping, quiet, revived = _DAMPING, 0, 0
     for iteration in range(max_iterations):
-        C = rows.pull(G, W)
-        WtW = rows.reduce(W.T @ W)
-        power = WtW.diagonal()
-        R = C - ((WtW - torch.diag(power)) * (G @ G.T)) @ G
-        before = current
-        dead = power <= 1e-12 * power.max().clamp_min(1e-300)
-        for _ in range(12):
-            stepped = R + shift * power[:, None] * G
-            norm = stepped.norm(dim=1, keepdim=True)
-            stepped = torch.where(dead[:, None] | (norm == 0), G, stepped / norm)
-            if fixed:
-                stepped[:fixed] = G[:fixed]
-            N_new, H_new = rows.energies(stepped), overlaps(stepped)
-            after = loss(W, N_new, H_new)
-            if after <= current:
-                G, N, H, current = stepped, N_new, H_new, after
-                shift *= 0.7
-                break
-            shift = max(3 * shift, 0.1)
-        W_new = coordinate_descent(W, N, H, 2)
-        after = loss(W_new, N, H)
-        if after <= current:
-            W, current = W_new, after
-        quiet = quiet + 1 if before - current <= tolerance * before else 0
+        before = now.loss
+        now, damping = _step(rows, total, now, fixed, damping)
+        quiet = quiet + 1 if before - now.loss <= tolerance * before else 0
+        dead = _dead(now)
         dead[:fixed] = False
         if bool(dead.any()) and revived < 3 and (iteration >= 5 or quiet >= patience):
-            alive = _revive(rows, G, W, N, H, dead)
             revived += 1
-            after = loss(alive[3], alive[1], alive[2])
-            if after <= current:
-                (G, N, H, W), current, quiet = alive, after, 0
-        losses.append(current)
-        if progress is not None and progress(iteration, current):
-            return Fit(W, G, losses, True)
-        if quiet >= patience:
-            return Fit(W, G, losses, True)
-    return Fit(W, G, losses, False)
+            alive = _revive(rows, total, now, dead)
+            if alive.loss <= now.loss:
+                now, quiet = alive, 0
+        losses.append(now.loss)
+        if (progress is not None and progress(iteration, now.loss)) or quiet >= patience:
+            return Fit(now.W, now.G, losses, True)
+    return Fit(now.W, now.G, losses, False)
 
 
-def _revive(
-    rows: Rows, G: Tensor, W: Tensor, N: Tensor, H: Tensor, dead: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dead(now: _State) -> Tensor:
+    """A mask (r,) of the components without weight."""
+    power = now.WtW.diagonal()
+    return power <= 1e-12 * power.max().clamp_min(1e-300)
+
+
+def _step(rows: Rows, total: Tensor, now: _State, fixed: int, damping: float) -> tuple[_State, float]:
+    """The next state, and the λ to begin the next step with."""
+    G, WtW = now.G, now.WtW
+    M = (WtW * (G @ G.T)).double()
+    gradient = (rows.pull(G, now.W) - M.to(G.dtype) @ G)[fixed:].double()
+    M = M[fixed:, fixed:]
+    diagonal = M.diagonal()
+    floor = 1e-9 * diagonal.max().clamp_min(1e-200)
+    rounding = 2 * torch.finfo(G.dtype).eps  # of a relative loss, whose terms cancel
+    while damping < 1e4:
+        factor = torch.linalg.cholesky(M + torch.diag(damping * diagonal + floor))
+        change = torch.cholesky_solve(gradient, factor).to(G.dtype)
+        if now.step is not None:  # two components that mix may swap sides for ever; half a step meets in the middle
+            against = (change * now.step).sum(1) < -0.5 * change.norm(dim=1) * now.step.norm(dim=1)
+            change = torch.where(against[:, None], 0.5 * change, change)
+        stepped = torch.nn.functional.normalize(G[fixed:] + change, dim=1)
+        stepped = torch.cat([G[:fixed], torch.where(_dead(now)[fixed:, None], G[fixed:], stepped)])
+        after = _state(rows, total, stepped, now.W, sweeps=1)
+        if after.loss <= now.loss:
+            after.step = stepped[fixed:] - G[fixed:]
+            return after, max(_DAMPING, 0.3 * damping)
+        if after.loss - now.loss <= rounding:
+            break
+        damping = max(4 * damping, 0.3)
+    after = _swept(rows, total, G, now.N, now.H, now.W, sweeps=1)
+    return (after if after.loss <= now.loss else now), _DAMPING
+
+
+def _revive(rows: Rows, total: Tensor, now: _State, dead: Tensor) -> _State:
     """Dead components restart from the worst-explained examples; their weight starts at 0, so the loss stays."""
-    explained = 2 * (W * N).sum(1) - ((W @ H) * W).sum(1)
+    explained = 2 * (now.W * now.N).sum(1) - ((now.W @ now.H) * now.W).sum(1)
     worst, wanted = torch.argsort(rows.gather(explained), stable=True).tolist(), int(dead.sum())
-    fresh = G[:0]
+    fresh = now.G[:0]
     while worst and len(fresh) < wanted:  # a zero PEF is never explained, and has no direction to offer
         found = rows.top_directions(worst[: wanted + 64])
         fresh, worst = torch.cat([fresh, found[found.norm(dim=1) > 0.5]])[:wanted], worst[wanted + 64 :]
-    G = G.clone()
-    where = dead.nonzero()[:, 0][: len(fresh)]
-    G[where] = fresh
-    N, H = rows.energies(G), overlaps(G)
-    return G, N, H, coordinate_descent(W, N, H, 1)
+    G = now.G.clone()
+    G[dead.nonzero()[:, 0][: len(fresh)]] = fresh
+    return _state(rows, total, G, now.W, sweeps=1)
 
 
 def reference(
@@ -355,27 +333,32 @@ def reference(
 def gram_space(A: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Rows (n, c, d) with n·c < d in at most n·c coordinates: the same objective, and the way back for G.
 
-    With K = AAᵀ = UΛUᵀ the coordinates are X = UΛ^½, and a unit g with coordinates y is Λ^(−½)Uᵀ A.
+    With K = AAᵀ = LLᵀ the coordinates are X = L, and a unit g with coordinates y is y L⁻¹ A. Where rows depend on one
+    another, K = UΛUᵀ gives X = UΛ^½ and y Λ^(−½)Uᵀ A in as many coordinates as they span.
     """
     n, c, _ = A.shape
     flat = A.flatten(0, 1)
     K = _gram(flat)
-    values, U = torch.linalg.eigh(K)
-    keep = values > values[-1].clamp_min(1e-300) * 1e-10
-    values, U = values[keep], U[:, keep]
-    X = (U * values.sqrt()).to(A.dtype).reshape(n, c, -1)
-    back = (U / values.sqrt()).to(A.dtype)
+    X, failed = torch.linalg.cholesky_ex(K)
+    if failed or bool(X.diagonal().square().min() <= _DEPENDENT * K.diagonal().max()):
+        values, U = torch.linalg.eigh(K)
+        keep = values > _DEPENDENT * values[-1].clamp_min(1e-300)  # what K is exact to
+        X, back = U[:, keep] * values[keep].sqrt(), (U[:, keep] / values[keep].sqrt()).T
+    else:
+        back = torch.linalg.solve_triangular(X, torch.eye(n * c, dtype=X.dtype, device=X.device), upper=False)
+    back = back.to(A.dtype)
 
     def to_rows(G: Tensor) -> Tensor:
-        return torch.nn.functional.normalize((G @ back.T) @ flat, dim=1)
+        return torch.nn.functional.normalize((G @ back) @ flat, dim=1)
 
-    return X, to_rows
+    return X.to(A.dtype).reshape(n, c, -1), to_rows
 
 
 def _gram(flat: Tensor) -> Tensor:
-    """AAᵀ in float64, accumulated over columns so that no float64 copy of A is made."""
+    """AAᵀ in float64: products of 2,048 columns in the precision of A, added up, lower half first."""
     K = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for part in flat.split(4096, dim=1):
-        wide = part.double()
-        K += wide @ wide.T
-    return K
+    for part in flat.split(2048, dim=1):
+        for start in range(0, len(flat), 256):
+            stop = start + 256
+            K[start:stop, :stop] += part[start:stop] @ part[:stop].T
+    return K.tril() + K.tril(-1).T

@@ -12,19 +12,20 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_npeff.config import is_count
 from hf_npeff.data import Example, Examples, batches_by_length
 from hf_npeff.errors import NPEFFError
 from hf_npeff.files import FORMAT_VERSION
 from hf_npeff.fisher.passes import FisherPass, NotFiniteError
-from hf_npeff.shards import StoreWriter, joined_columns, padded_cat
+from hf_npeff.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
 from hf_npeff.store import PEFs
 
 logger = logging.getLogger(__name__)
@@ -55,41 +56,97 @@ def dataset_hash(examples: Iterable[Example]) -> str:
     return digest.hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class ComputeRequest:
+    """How PEFs are to be computed; the arguments of `NPEFFAnalyzer.compute_pefs`.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+
+    output_dir: Path | None = None
+    batch_size: int | Literal["auto"] = 8
+    shard_size: int = 1024
+    on_error: Literal["raise", "skip"] = "raise"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', but it is {self.on_error!r}")
+        if self.batch_size != "auto" and not is_count(self.batch_size):
+            raise ValueError(f"batch_size must be a positive whole number or 'auto', but it is {self.batch_size!r}")
+        if not is_count(self.shard_size):
+            raise ValueError(f"shard_size must be a positive whole number, but it is {self.shard_size!r}")
+
+    @property
+    def skip(self) -> bool:
+        """Whether examples for which the model gives NaN are left out."""
+        return self.on_error == "skip"
+
+    def check_in_step(self) -> None:
+        """Refuse what lets one process do more passes than another: those of a sharded model do each one together.
+
+        Raises:
+            ValueError: if there is any of it.
+        """
+        apart = "would let the processes of a sharded model fall out of step"
+        if self.skip:
+            raise ValueError(f"on_error='skip' {apart}; use on_error='raise'")
+        if self.batch_size == "auto":
+            raise ValueError(f"batch_size='auto' {apart}; give a whole number")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which of several processes this is, and how it waits for the others.
+
+    Attributes:
+        index: of this process.
+        count: of all.
+        barrier: called where they wait for one another.
+    """
+
+    index: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+    def meet(self, output_dir: Path | None) -> None:
+        """The barrier, with an error for people where another process never comes.
+
+        Raises:
+            NPEFFError: if it does not.
+        """
+        try:
+            self.barrier()
+        except RuntimeError as error:  # torch.distributed's errors, time-outs among them
+            raise NPEFFError(
+                "another process died, or did not answer within the time-out of the process group; the shards that "
+                f"are finished stay in {output_dir}, and starting the run again goes on from them"
+            ) from error
+
+
 def compute(
     work: FisherPass,
     examples: Examples,
-    *,
     facts: Mapping[str, Any],
-    output_dir: Path | None,
-    batch_size: int | None,
-    shard_size: int,
-    shares: Sequence[range],
-    process: int,
-    barrier: Callable[[], None],
-    progress: bool,
-    skip: bool = False,
-) -> PEFs | None:
+    request: ComputeRequest,
+    worker: Worker | None = None,
+) -> PEFs:
     """Compute the PEFs of all examples; with several processes, this one's share.
 
     Args:
         work: the pass over a batch, prepared.
         examples: all of them.
         facts: model, revision, task, versions and data set for config.json.
-        output_dir: where the store is written; None keeps it in memory (one process only).
-        batch_size: the most examples of a batch; None finds one by halving when memory runs out.
-        shard_size: examples of a shard.
-        shares: every process's contiguous share.
-        process: which of them this is.
-        barrier: called where processes wait for one another.
-        progress: whether to show a progress bar.
-        skip: leave out examples for which the model gives NaN, instead of stopping at them.
+        request: where, and how.
+        worker: which process this is; the only one by default.
 
     Returns:
         The PEFs; the loaded store on every process.
 
     Raises:
-        ValueError: if the model gives NaN; with `skip`, if it does for every example. Without it, if the store was
-            begun with it and lacks examples.
+        ValueError: if the model gives NaN; with `on_error="skip"`, if it does for every example, or for none alone.
+            Without it, if the store was begun with it and lacks examples.
         NPEFFError: if memory runs out, or another process dies or does not answer in time.
     """
     assert work.sketch is not None and work.selftest is not None
@@ -102,65 +159,89 @@ def compute(
         "selftest": work.selftest.to_dict(),
         **facts,
     }
-    writer, done = None, {}
-    meet = _meeting(barrier, output_dir)
-    if output_dir is not None:
-        if process == 0:
-            writer = StoreWriter(output_dir, info)
-        meet()
-        if writer is None:
-            writer = StoreWriter(output_dir, info, write_info=False)
-        done = writer.done()
-        if not skip and (left_out := writer.skipped()):
-            raise ValueError(
-                f"{output_dir} was begun with on_error='skip', and {_these(left_out)} were left out; go on with "
-                "on_error='skip', or begin again with resume=False"
-            )
-        meet()
-    kept, left_out = [], []
-    sizer = _BatchSize(1 if work.one_at_a_time else batch_size)
-    parts = list(_missing(shares[process], done, shard_size))
-    already = len(shares[process]) - sum(map(len, parts))
+    if request.output_dir is None:
+        return _in_memory(work, examples, info, request)
+    return _in_folder(work, examples, info, request, request.output_dir, worker or Worker())
+
+
+def _in_memory(work: FisherPass, examples: Examples, info: dict[str, Any], request: ComputeRequest) -> PEFs:
+    shards: list[_Shard] = []
+    _make_shards(work, examples, range(len(examples)), {}, request, shards.append)
+    left_out = [one for shard in shards for one in shard.skipped]
+    info |= _told_of_skipped(left_out, len(examples))
+    kept = [shard for shard in shards if shard.tensors]
+    return PEFs({}, joined_columns([shard.columns for shard in kept]), info, [shard.tensors for shard in kept])
+
+
+def _in_folder(
+    work: FisherPass, examples: Examples, info: Mapping[str, Any], request: ComputeRequest, folder: Path, worker: Worker
+) -> PEFs:
+    """Write what no finished shard of the folder holds, and read the store when every process has done so."""
+    first = worker.index == 0
+    writer = None
+    if first:
+        writer = StoreWriter(folder, info)
+    worker.meet(folder)
+    writer = writer or StoreWriter(folder, info, write_info=False)
+    done = writer.done()
+    if not request.skip and (left_out := writer.skipped()):
+        raise ValueError(
+            f"{folder} was begun with on_error='skip', and {_these(left_out)} were left out; go on with "
+            "on_error='skip', or begin again with resume=False"
+        )
+    worker.meet(folder)
+
+    def write(shard: _Shard, into: StoreWriter = writer) -> None:
+        into.write_shard(shard.start, shard.tensors, shard.columns, shard.skipped)
+
+    _make_shards(work, examples, share_of(len(examples), worker.index, worker.count), done, request, write)
+    worker.meet(folder)
+    left_out = writer.skipped()
+    worker.meet(folder)
+    if first or len(left_out) == len(examples):
+        _told_of_skipped(left_out, len(examples))
+    if first:
+        writer.finish(len(examples))
+    worker.meet(folder)
+    return PEFs.load(folder, verify=False)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What is stored of a range of examples.
+
+    Attributes:
+        start: the first of them.
+        tensors: in the order of the examples; empty where all were left out.
+        columns: {name: values}.
+        skipped: {id, reason} of those left out.
+    """
+
+    start: int
+    tensors: dict[str, Tensor]
+    columns: dict[str, list[Any]]
+    skipped: list[dict[str, str]]
+
+
+def _make_shards(
+    work: FisherPass,
+    examples: Examples,
+    share: range,
+    done: Mapping[int, int],
+    request: ComputeRequest,
+    keep: Callable[[_Shard], None],
+) -> None:
+    """Hand over the shards of a share of the examples that are not done; idle while other processes need the model."""
+    sizer = _BatchSize(1 if work.batch_size(examples, 2) == 1 else request.batch_size)
+    parts = list(_missing(share, done, request.shard_size))
+    already = len(share) - sum(map(len, parts))
     idle = _idle_batches(work, parts, sizer)
-    bar = tqdm(total=len(shares[process]), initial=already, desc="PEFs", unit="example", disable=not progress)
-    with _interruption_told(output_dir), bar:
+    bar = tqdm(total=len(share), initial=already, desc="PEFs", unit="example", disable=not request.progress)
+    with _interruption_told(request.output_dir), bar:
         for part in parts:
-            tensors, columns, skipped = _shard(work, [examples[i] for i in part], sizer, bar, skip)
-            if writer is not None:
-                writer.write_shard(part.start, tensors, columns, skipped)
-                continue
-            left_out += skipped
-            if tensors:
-                kept.append((tensors, columns))
+            keep(_shard(work, part.start, [examples[i] for i in part], sizer, bar, request.skip))
         for _ in range(idle):
             work.rows([examples[0]])
-    if writer is None or output_dir is None:
-        info |= _told_of_skipped(left_out, len(examples))
-        return PEFs({}, joined_columns([columns for _, columns in kept]), info, [tensors for tensors, _ in kept])
-    meet()
-    left_out = writer.skipped()
-    meet()
-    if process == 0 or len(left_out) == len(examples):
-        _told_of_skipped(left_out, len(examples))
-    if process == 0:
-        writer.finish(len(examples))
-    meet()
-    return PEFs.load(output_dir, verify=False)
-
-
-def _meeting(barrier: Callable[[], None], output_dir: Path | None) -> Callable[[], None]:
-    """The barrier, with an error for people where another process never comes."""
-
-    def meet() -> None:
-        try:
-            barrier()
-        except RuntimeError as error:  # torch.distributed's errors, time-outs among them
-            raise NPEFFError(
-                "another process died, or did not answer within the time-out of the process group; the shards that "
-                f"are finished stay in {output_dir}, and starting the run again goes on from them"
-            ) from error
-
-    return meet
 
 
 @contextmanager
@@ -207,9 +288,9 @@ def _idle_batches(work: FisherPass, parts: Sequence[range], sizer: _BatchSize) -
 class _BatchSize:
     """The most examples of a batch: fixed, or bounded by padded tokens, which are halved when memory runs out."""
 
-    def __init__(self, fixed: int | None):
-        self.value = _AUTO_EXAMPLES if fixed is None else fixed
-        self.max_tokens = _AUTO_TOKENS if fixed is None else None
+    def __init__(self, size: int | Literal["auto"]):
+        self.value = _AUTO_EXAMPLES if size == "auto" else size
+        self.max_tokens = _AUTO_TOKENS if size == "auto" else None
 
     def halve(self, batch: int, length: int, error: BaseException) -> None:
         """Fewer tokens than those of a batch that was too large, or the error for people."""
@@ -225,9 +306,9 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _shard(
-    work: FisherPass, examples: Sequence[Example], sizer: _BatchSize, bar: Any, skip: bool
-) -> tuple[dict[str, Tensor], dict[str, list[Any]], list[dict[str, str]]]:
-    """The tensors and columns of one shard, in the order of the examples, and {id, reason} of those left out."""
+    work: FisherPass, start: int, examples: Sequence[Example], sizer: _BatchSize, bar: Any, skip: bool
+) -> _Shard:
+    """The examples from `start` on, in batches of similar length."""
     lengths = [e.length for e in examples]
     order: list[int] = []
     results: list[dict[str, Tensor]] = []
@@ -240,6 +321,7 @@ def _shard(
         try:
             rows = work.rows([examples[i] for i in batch])
         except NotFiniteError as error:
+            work.tell_padding([examples[i] for i in batch], error)
             if not skip:
                 raise
             reasons |= {batch[place]: error.reason for place in error.places}
@@ -259,29 +341,33 @@ def _shard(
         bar.update(len(batch))
     skipped = [{"id": examples[i].id, "reason": reasons[i]} for i in sorted(reasons)]
     if not results:
-        return {}, {}, skipped
+        return _Shard(start, {}, {}, skipped)
     tensors = _in_order(results, order)
-    examples = [example for i, example in enumerate(examples) if i not in reasons]
+    kept = [example for i, example in enumerate(examples) if i not in reasons]
+    return _Shard(start, tensors, _columns(work, kept, tensors), skipped)
+
+
+def _columns(work: FisherPass, examples: Sequence[Example], tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """What is kept beside the rows: ids, contents, the data set's own columns, and the predictions in words."""
     columns: dict[str, list[Any]] = {
-        "example_id": [e.id for e in examples],
+        ID: [e.id for e in examples],
         "content_hash": [e.content for e in examples],
     }
     kept = {name for e in examples for name in e.columns} - set(columns)
     columns |= {name: [e.columns.get(name) for e in examples] for name in sorted(kept)}
     if work.describe is not None and "prediction" not in columns:
         columns["prediction"] = work.describe(tensors["predictions"])
-    return tensors, columns, skipped
+    return columns
 
 
 def _in_order(results: Sequence[Mapping[str, Tensor]], order: Sequence[int]) -> dict[str, Tensor]:
     """The tensors of batches as those of one shard, its examples put back from `order`."""
     place = torch.argsort(torch.tensor(order))
-    fill = {"predictions": -1}
     tensors = {}
     for name in results[0]:
         values = [r[name] for r in results]
         if name == "cotangents":  # (B, c, t, s): batches differ in their number of terms
             values = [v.transpose(1, 2) for v in values]
-        joined = padded_cat(values, fill.get(name, 0))[place]
+        joined = padded_cat(values, FILL.get(name, 0))[place]
         tensors[name] = joined.transpose(1, 2).contiguous() if name == "cotangents" else joined
     return tensors

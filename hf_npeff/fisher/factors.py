@@ -28,7 +28,10 @@ from hf_npeff.fisher.heads import HeadJacobian, Outputs
 
 EXACT_LIMIT = 1024
 """`exact` diagonalises a k×k matrix an example: refused above this k."""
-_ROUNDS = 5
+_ROUNDS = 3
+"""Blocks of the Krylov space. With three, errors are at most 1.02 × the least possible ones, where rounding is not larger
+than those: random heads of k = 40 to 8,192 with flat and steep spectra, flat and peaked predictions, c = 1 to 32, and
+SmolLM2's (1.01). With two it is 1.10 there, with one 4.1."""
 _OVERSAMPLING = 2
 _CHUNK_NUMBERS = 2**26
 
@@ -219,8 +222,9 @@ def top_eigenpairs(
     root = None if metric is None else metric.root.to(logits)
     width = min(c + _OVERSAMPLING, h)
     start = torch.randn(h, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = (start / start.norm(dim=0)).to(logits.device, logits.dtype).expand(N, h, width)
-    basis = torch.linalg.qr(times(noise) + torch.finfo(logits.dtype).tiny * noise)[0]
+    shared = (start / start.norm(dim=0)).to(logits.device, logits.dtype)[None]  # through the head once for all
+    noise = shared.expand(N, h, width)
+    basis = torch.linalg.qr(times(shared) + torch.finfo(logits.dtype).tiny * noise)[0]
     images = times(basis)
     while basis.shape[-1] < min(h, rounds * width):
         block = images[..., -width:]
@@ -262,3 +266,14 @@ def reduce_rows(rows: Tensor, cotangents_of_rows: Tensor, c: int) -> tuple[Tenso
     reduced = (U.mT @ A).to(rows.dtype) * scale
     mixing = U.reshape(B, t, per_term, c).to(cotangents_of_rows.dtype)
     return reduced, mixing.mT @ cotangents_of_rows
+
+
+def normalise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, c, d) scaled to ‖AAᵀ‖_F = 1, and the norms before, float64 (n,). Zero stays zero."""
+    scale = rows.abs().amax((1, 2)).double()
+    safe = torch.where(scale > 0, scale, 1.0)
+    A = (rows.double() / safe[:, None, None]) if rows.numel() < 2**22 else rows / safe[:, None, None].to(rows.dtype)
+    gram = (A @ A.mT).double()
+    norms = gram.flatten(1).norm(dim=1)
+    unit = A / torch.where(norms > 0, norms, 1.0).sqrt()[:, None, None].to(A.dtype)
+    return unit.to(rows.dtype), norms * scale**2

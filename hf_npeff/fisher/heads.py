@@ -53,6 +53,13 @@ class Outputs:
         at_hidden: whether `source` is the hidden state.
         several: whether examples of the data set may have several terms; their rows are then reduced to `rank` in
             every batch, also in one whose examples have a single term each.
+
+    Example:
+        >>> from hf_npeff.fisher.distributions import Softmax
+        >>> logits = torch.tensor([[[0.0, 1.0, 2.0]]], requires_grad=True)  # one example, one term, three classes
+        >>> outputs = Outputs(logits, logits.detach(), torch.ones(1, 1, dtype=torch.bool), Softmax)
+        >>> outputs.distribution(outputs.logits[0]).predictions()[0]
+        tensor([2])
     """
 
     source: Tensor
@@ -70,14 +77,22 @@ class OutputHead(Protocol):
 
     `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts.
     `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds.
+
+    Example:
+        >>> from hf_npeff.fisher.distributions import Softmax
+        >>> class LastToken:
+        ...     def outputs(self, model, batch):
+        ...         logits = model(**batch).logits[:, -1:]
+        ...         valid = torch.ones(logits.shape[:2], dtype=torch.bool)
+        ...         return Outputs(logits, logits.detach(), valid, Softmax)
+        >>> analyzer = NPEFFAnalyzer(model, tokenizer, task=LastToken())
+        >>> len(analyzer.compute_pefs(["the cat sees the dog", "the dog sees the cat"]))
+        2
     """
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """Run the model on a batch."""
 
-
-HEADLESS = "sequence-classification, token-classification, question-answering, multiple-choice, masked-lm, causal-lm, \
-seq2seq-lm, image-classification"
 
 _TASK_OF_CLASS = {
     "ForSequenceClassification": "sequence-classification",
@@ -90,6 +105,7 @@ _TASK_OF_CLASS = {
     "ForConditionalGeneration": "seq2seq-lm",
     "ForImageClassification": "image-classification",
 }
+_KNOWN = ", ".join(dict.fromkeys(_TASK_OF_CLASS.values()))
 _VOCABULARY_TASKS = ("masked-lm", "causal-lm", "seq2seq-lm")
 _CLASSIFIER_NAMES = ("score", "classifier", "classification_head", "qa_outputs", "classifier.out_proj",
                      "classification_head.out_proj", "classifier.dense")  # fmt: skip
@@ -122,13 +138,13 @@ def head_of(model: nn.Module, task: str | OutputHead | None, positions: str, und
     """
     if task is not None and not isinstance(task, str):
         if not isinstance(task, OutputHead):
-            raise ValueError(f"task must be a name ({HEADLESS}) or an object with an `outputs` method, not {task!r}")
+            raise ValueError(f"task must be a name ({_KNOWN}) or an object with an `outputs` method, not {task!r}")
         return task
     base = base_of(model)
     found = task or task_of_class(type(base).__name__)
     if found is None or found not in _TASK_OF_CLASS.values():
         raise UnsupportedModelError(
-            f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {HEADLESS}). "
+            f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {_KNOWN}). "
             "Load the model with such a head, or pass as `task` an object with the hf_npeff.OutputHead protocol: "
             "outputs(model, batch) -> Outputs, which says where cotangents enter, the logits, and their distribution."
         )
@@ -227,8 +243,7 @@ class TransformersHead:
         arguments: dict[str, Any] = {k: v for k, v in batch.items() if k in self.takes and k != "labels"}
         if self.task == "seq2seq-lm" and "decoder_input_ids" not in arguments:
             if "labels" in batch:
-                base: Any = base_of(model)
-                arguments["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+                arguments["decoder_input_ids"] = _shifted(model, batch["labels"])
                 counted = (batch["labels"] != -100).long()
                 arguments["decoder_attention_mask"] = counted.flip(1).cummax(1).values.flip(1)
             else:
@@ -294,6 +309,11 @@ class TransformersHead:
         finally:
             for handle in handles:
                 handle.remove()
+        if "linear" not in seen:
+            raise UnsupportedModelError(
+                f"{type(base_of(model)).__name__} reads the weight of its output embedding without calling it, so its "
+                "logits cannot be followed; pass `task`, an object with a method outputs(model, batch)"
+            )
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         weight = _weight_of(self.embedding, wide)
         slope = None
@@ -330,9 +350,25 @@ def _logits_of(result: Any) -> Tensor:
     if logits is None:
         raise UnsupportedModelError(
             "the model returns no logits, so it predicts nothing that a Fisher could be taken of; load it with a head "
-            f"({HEADLESS}), or pass as `task` an object with the hf_npeff.OutputHead protocol"
+            f"({_KNOWN}), or pass as `task` an object with the hf_npeff.OutputHead protocol"
         )
     return logits
+
+
+def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder reads to predict labels (B, T): the start token, then the labels before each."""
+    base: Any = base_of(model)
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        read: Tensor = base.prepare_decoder_input_ids_from_labels(labels=labels)
+        return read
+    start, pad = base.config.decoder_start_token_id, base.config.pad_token_id
+    if start is None or pad is None:
+        raise UnsupportedModelError(
+            "the model's config names no decoder_start_token_id or pad_token_id, so its labels cannot be turned into "
+            "decoder inputs; set them, or give a column decoder_input_ids"
+        )
+    read = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return read.masked_fill(read == -100, pad)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_npeff.fisher.sharded import is_sharded
 from hf_npeff.fisher.sketches import Sketch
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SHARE_TO_NAME = 0.01
 
 
@@ -170,7 +171,7 @@ def fused_parameters(model: nn.Module, analysed: Mapping[str, object]) -> dict[s
     total = sum(parameter.numel() for parameter in model.parameters())
     shares: dict[str, float] = {}
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, _CONVOLUTIONS):
             continue
         for suffix, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() >= 3 and 1 not in parameter.shape and suffix not in analysed:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.data import Example, collate
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, reduce_rows, resolve, seeds_of
+from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, normalise, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks, LinearMap, RowCollector, find_linear_maps
 from hf_npeff.fisher.heads import OutputHead, Outputs
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
@@ -29,12 +29,13 @@ from hf_npeff.fisher.selftest import (
 )
 from hf_npeff.fisher.sharded import Sharding
 from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.store import normalise
 
 logger = logging.getLogger(__name__)
 _SELFTEST_EXAMPLES = 8
 _SELFTEST_TOKENS = 2048
+_PADDING_EXAMPLES = 64
 _SELFTEST_ROWS = 4
+_NO_LOGITS = "the model gives NaN or infinite logits"
 DEFAULT_DIMS = {"kronecker": 16, "countsketch": 16_384, "two-stage": 16_384, "identity": None}
 
 
@@ -52,6 +53,10 @@ class NotFiniteError(ValueError):
         self.reason = reason
 
 
+class PaddingError(ValueError):
+    """The model gives NaN for examples in a padded batch, and numbers for each of them alone."""
+
+
 class FisherPass:
     """Everything that turns a batch of examples into rows: the model, its head, the maps and the sketch.
 
@@ -65,6 +70,7 @@ class FisherPass:
         sketch: a fixed one; None to choose and measure one in `prepare`.
         describe: predictions of a batch → one string an example, kept as the column `prediction`.
         one_at_a_time: never put two examples into a batch.
+        feels_padding: whether padding changes what the model predicts; None where that was not tried.
         parameters: other parameters under analysis, as `find_parameters` returns them.
         sharding: how processes keep in step where the model's weights are sharded over them.
     """
@@ -80,6 +86,7 @@ class FisherPass:
         sketch: Sketch | None = None,
         describe: Callable[[Tensor], list[str]] | None = None,
         one_at_a_time: bool = False,
+        feels_padding: bool | None = None,
         parameters: Mapping[str, tuple[int, int]] | None = None,
         sharding: Sharding | None = None,
     ):
@@ -94,6 +101,7 @@ class FisherPass:
         self.metric: HiddenMetric | None = None
         self.describe = describe
         self.one_at_a_time = one_at_a_time
+        self.feels_padding = feels_padding
         self.parameters = dict(parameters or {})
         self.sharding = sharding or Sharding(model)
 
@@ -101,20 +109,70 @@ class FisherPass:
         """The inputs that the model takes, padded; a head of one's own gets all columns of lists."""
         return collate(examples, self.pad_token_id, device, getattr(self.head, "takes", None))
 
+    def batch_size(self, examples: Sequence[Example], wanted: int) -> int:
+        """`wanted`, or 1 where a batch would change rows: tried once, on the shortest and the longest of a few."""
+        if self.one_at_a_time or wanted == 1:
+            return 1
+        if self.feels_padding is None:
+            few = [examples[i] for i in range(min(len(examples), _PADDING_EXAMPLES))]
+            self.feels_padding = self._padding_changes(*(f(few, key=lambda e: e.length) for f in (min, max)))
+        return 1 if self.feels_padding else wanted
+
+    @torch.no_grad()
+    def _padding_changes(self, short: Example, long: Example) -> bool | None:
+        """Whether the model predicts otherwise for an example that is padded; None if none would be.
+
+        Transformers hide padding from attention, but a Fourier transform or a convolution over the tokens mixes it in.
+        """
+        if short.length == long.length:
+            return None
+        if self.sharding.active:
+            return False
+        try:
+            together, alone = self.outputs([short, long]), self.outputs([short])
+        except NotFiniteError:
+            return False  # whoever runs the batch says which example it is
+        padded, own = together.logits[0][together.valid[0]], alone.logits[0][alone.valid[0]]
+        padded, own = padded[padded.isfinite()], own[own.isfinite()]
+        if padded.shape != own.shape:
+            return False
+        change = float((padded - own).norm() / own.norm().clamp_min(torch.finfo(own.dtype).tiny))
+        if change <= self._tolerance:
+            return False
+        logger.warning(
+            "padding changes the model's logits by %.1f%%: going on with one example at a time", 100 * change
+        )
+        return True
+
+    @property
+    def _tolerance(self) -> float:
+        """How much rows and logits may differ by rounding, relative."""
+        narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
+        return ROW_TOLERANCE_16_BIT if narrow else ROW_TOLERANCE
+
     def outputs(self, examples: Sequence[Example]) -> Outputs:
         """One forward pass.
 
         Raises:
             NotFiniteError: if a logit is not finite (the examples are named).
+            UnsupportedModelError: if the model has no way to compute in the type of its weights.
         """
-        outputs = self.head.outputs(self.model, self.batch(examples, self.device))
+        try:
+            outputs = self.head.outputs(self.model, self.batch(examples, self.device))
+        except RuntimeError as error:
+            if "Double" not in str(error) or all(p.dtype != torch.float64 for p in self.model.parameters()):
+                raise
+            raise UnsupportedModelError(
+                f"the model does not run in float64 ({error}): load it in float32, or, where its experts are at fault, "
+                "with experts_implementation='eager'"
+            ) from error
         self.sharding.gather_head(outputs.source)
         finite = torch.isfinite(outputs.logits) | outputs.logits.isneginf()
         fine = (finite | ~outputs.valid[..., None]).flatten(1).all(1)
         if not bool(fine.all()):
             places = (~fine).nonzero()[:, 0].tolist()
             remedy = "leave them out (on_error='skip') or fix the model"
-            raise NotFiniteError(examples, places, "the model gives NaN or infinite logits", remedy)
+            raise NotFiniteError(examples, places, _NO_LOGITS, remedy)
         return outputs
 
     def factor(self, outputs: Outputs) -> OutputFactor:
@@ -125,9 +183,13 @@ class FisherPass:
         factor, seeds = self.factor(outputs), seeds_of([e.id for e in examples], self.config.seed)
         return cotangents(outputs, factor, self.config.rank, seeds, self.metric)
 
-    def _run(self, examples: Sequence[Example]) -> Run:
+    def run(self, examples: Sequence[Example]) -> Run:
         """A repeatable pass over a batch, with one row for every column of the cotangents of all terms together."""
-        outputs = self.outputs(examples)
+        try:
+            outputs = self.outputs(examples)
+        except NotFiniteError as error:
+            self.tell_padding(examples, error)
+            raise
         V = self._cotangents(outputs, examples).values.transpose(1, 2)
         singles = tuple(Run(functools.partial(self._source, [e]), V[i : i + 1]) for i, e in enumerate(examples))
         return Run(functools.partial(self._source, examples), V, singles)
@@ -148,50 +210,20 @@ class FisherPass:
             NotFiniteError: if the model gives NaN; with `skip`, if it does for all of them.
             UnsupportedModelError: if the rows from the hooks are not the model's gradients.
         """
-        few: list[Example] = []
-        for example in examples:
-            if len(few) == _SELFTEST_EXAMPLES:
-                break
-            fits = sum(e.length for e in few) + example.length <= _SELFTEST_TOKENS
-            if fits and not (skip and self._not_finite(example)):
-                few.append(example)
-        few = few or [min(examples, key=lambda e: e.length)]
+        few = self._first(examples, skip)
+        self.one_at_a_time = self.batch_size(few, 2) == 1
         error, unseen = self._check_rows(few[:2])
         total = self._size()
         self._warn_of_what_is_left_out(unseen, total)
         self.maps = [m for m in self.maps if m not in unseen]
-        shapes = {m.parameter: m.shape for m in self.maps} | self.parameters
-        if self.sketch is not None and self.sketch.shapes != shapes:
+        if self.sketch is not None and self.sketch.shapes != self.shapes:
             self.sketch = None
-        runs = [self._run([e]) for e in few] if self.one_at_a_time else [self._run(few)]
-        narrowest = min(_SELFTEST_ROWS, *(run.values.shape[1] for run in runs))
-        runs = [_narrowed(run, narrowest) for run in runs]
-        measure = functools.partial(measure_sketches, self.model, self.maps, self.parameters, runs)
-        tried: dict[str, float] = {}
-        if self.sketch is None:
-            if self.config.sketch == "auto":
-                tries = candidates(self.config, shapes)
-                if len(tries) == 1 or len(few) == 1:
-                    self.sketch = Sketch(shapes, *tries[-1], seed=self.config.seed)
-                else:
-                    self.sketch, tried = measure(tries, self.config.seed, self.config.sketch_tolerance)
-            else:
-                dim = self.config.sketch_dim or DEFAULT_DIMS[self.config.sketch]
-                self.sketch = Sketch(shapes, self.config.sketch, dim, self.config.seed)
-        measured: float | None = None
-        if self.sketch.kind == "identity":
-            measured = 0.0
-        elif len(few) > 1:
-            key = f"{self.sketch.kind} {self.sketch.setting}"
-            if key not in tried:
-                tried |= measure([(self.sketch.kind, self.sketch.setting)], self.sketch.seed, None)[1]
-            measured = tried[key]
+        self.sketch, measured, tried = self._measured_sketch(few)
         self.sketch.to(self.device)
-        covered = sum(a * b for a, b in shapes.values()) / max(total, 1)
+        covered = sum(a * b for a, b in self.shapes.values()) / max(total, 1)
         left_out = tuple(m.parameter for m in unseen)
         self.selftest = SelfTest(len(few), measured, error, min(covered, 1.0), tried, left_out)
-        narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
-        if error is not None and error > (ROW_TOLERANCE_16_BIT if narrow else ROW_TOLERANCE):
+        if error is not None and error > self._tolerance:
             much = "altogether" if error == float("inf") else f"by {error:.1%}"
             raise UnsupportedModelError(
                 f"the rows from hooks differ {much} from autograd's gradients: some module is used in a way that "
@@ -199,6 +231,47 @@ class FisherPass:
                 "model in float32."
             )
         return self.selftest
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """{parameter: (out, in)} of everything under analysis."""
+        return {m.parameter: m.shape for m in self.maps} | self.parameters
+
+    def _first(self, examples: Sequence[Example], skip: bool) -> list[Example]:
+        """The examples of the self-test: the first ones that are short enough together."""
+        few: list[Example] = []
+        for example in examples:
+            if len(few) == _SELFTEST_EXAMPLES:
+                break
+            fits = sum(e.length for e in few) + example.length <= _SELFTEST_TOKENS
+            if fits and not (skip and self._not_finite(example)):
+                few.append(example)
+        return few or [min(examples, key=lambda e: e.length)]
+
+    def _measured_sketch(self, few: Sequence[Example]) -> tuple[Sketch, float | None, dict[str, float]]:
+        """The sketch as it is given, set or chosen; its error, None where one example cannot tell; those tried."""
+        runs = [self.run([e]) for e in few] if self.one_at_a_time else [self.run(few)]
+        narrowest = min(_SELFTEST_ROWS, *(run.values.shape[1] for run in runs))
+        runs = [_narrowed(run, narrowest) for run in runs]
+        measure = functools.partial(measure_sketches, self.model, self.maps, self.parameters, runs)
+        config, sketch = self.config, self.sketch
+        tried: dict[str, float] = {}
+        if sketch is None and config.sketch != "auto":
+            sketch = Sketch(self.shapes, config.sketch, config.sketch_dim or DEFAULT_DIMS[config.sketch], config.seed)
+        elif sketch is None:
+            tries = candidates(config, self.shapes)
+            if len(tries) == 1 or len(few) == 1:
+                sketch = Sketch(self.shapes, *tries[-1], seed=config.seed)
+            else:
+                sketch, tried = measure(tries, config.seed, config.sketch_tolerance)
+        if sketch.kind == "identity":
+            return sketch, 0.0, tried
+        if len(few) == 1:
+            return sketch, None, tried
+        key = f"{sketch.kind} {sketch.setting}"
+        if key not in tried:
+            tried |= measure([(sketch.kind, sketch.setting)], sketch.seed, None)[1]
+        return sketch, tried[key], tried
 
     def choose_metric(self) -> None:
         """Decide in which metric spectral rows are the best, and measure that of the parameters; before `prepare`.
@@ -242,7 +315,7 @@ class FisherPass:
         return self._check_rows_of(few[-1:])
 
     def _check_rows_of(self, few: Sequence[Example]) -> tuple[float | None, list[LinearMap]]:
-        run = self._run(few)
+        run = self.run(few)
         self.sharding.release()  # a weight that is whole for the moment is not at hand
         return check_rows(self.model, self.maps, run, self.config.seed)
 
@@ -262,8 +335,7 @@ class FisherPass:
                 ", ".join(m.parameter for m in unseen),
                 100 * share,
             )
-        analysed = {m.parameter: m.shape for m in self.maps} | self.parameters
-        if fused := fused_parameters(self.model, analysed):
+        if fused := fused_parameters(self.model, self.shapes):
             logger.warning(
                 "%s are fused weights, not linear maps, and are left out: %.1f%% of the parameters. Name them in "
                 "FisherConfig(parameters=...) to analyse them",
@@ -271,11 +343,29 @@ class FisherPass:
                 100 * sum(fused.values()),
             )
 
+    def tell_padding(self, examples: Sequence[Example], error: NotFiniteError) -> None:
+        """Say so where it is the padding of a batch, and no example, for which the model gives NaN.
+
+        Raises:
+            PaddingError: if it is.
+        """
+        if len(examples) == 1 or self.sharding.active or error.reason != _NO_LOGITS:
+            return
+        named = [examples[i] for i in error.places]
+        try:
+            for example in named:
+                self.outputs([example])
+        except NotFiniteError:
+            return
+        raise PaddingError(
+            f"{error.reason}, for the examples {[e.id for e in named]} in a padded batch, and numbers for each of them "
+            "alone: use batch_size=1, or load the model in float32"
+        ) from error
+
     def _not_finite(self, example: Example) -> bool:
         """Whether the model gives NaN, in its logits or behind the narrowest of sketches."""
         sketch = self.sketch
-        shapes = {m.parameter: m.shape for m in self.maps} | self.parameters
-        self.sketch = Sketch(shapes, "kronecker", 1).to(self.device)
+        self.sketch = Sketch(self.shapes, "kronecker", 1).to(self.device)
         try:
             self.rows([example])
         except NotFiniteError:

@@ -63,9 +63,19 @@ class SelfTest:
         rows = "not checked" if self.row_error is None else f"{self.row_error:.1e}"
         return (
             f"self-test on {self.examples} examples: rows against autograd {rows}, {self.coverage:.1%} of the "
-            f"parameters, "
-            f"{sketch.kind} sketch of {sketch.dim:,} numbers, error of PEF inner products {error}"
+            f"parameters, {sketch.kind} sketch of {sketch.dim:,} numbers, error of PEF inner products {error}"
         )
+
+    def log(self, sketch: Sketch, tolerance: float) -> None:
+        """Tell people the result, and warn where the sketch is not as accurate as was asked for."""
+        logger.info("%s", self.line(sketch))
+        if self.sketch_error is not None and self.sketch_error > tolerance:
+            logger.warning(
+                "the sketch's error in PEF inner products is %.3f, above the tolerance %.3g: raise sketch_dim or "
+                "storage_limit, or use sketch='countsketch'",
+                self.sketch_error,
+                tolerance,
+            )
 
 
 @dataclass(frozen=True)
@@ -299,8 +309,8 @@ def check_rows(
 
     Returns:
         The relative error, None where nothing could be checked, infinite where the row of a single weight that
-        matters is wrong by more than half; and the
-        maps that hooks do not see: their modules are not called, and yet their weights matter.
+        matters is wrong by more than half; and the maps that hooks do not see: their modules are not called, and yet
+        their weights matter.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     known = [m for m in maps if is_at_hand(weights[m.parameter])]
@@ -312,29 +322,40 @@ def check_rows(
     if not known:
         return None, unknown
     silent = [m for m in known if m.parameter not in ran]
-    checked: list[LinearMap] = []
-    used = 0
-    for m in silent + sorted((m for m in known if m.parameter in ran), key=lambda m: m.shape[0] * m.shape[1]):
-        used += m.shape[0] * m.shape[1]
-        if used > _AUTOGRAD_NUMBERS and checked:
-            break
-        checked.append(m)
+    checked = _differentiable(silent, [m for m in known if m.parameter in ran])
     single = run.singles[-1]
     exact = autograd_rows(model, checked, single.forward, single()[1][:, 0])
     unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
     checked = [m for m in maps if m in checked and m not in unseen]
-    if not checked:
-        return 0.0, unseen
-    sketch = Sketch({m.parameter: m.shape for m in checked}, "kronecker", 8, seed).to(run.values.device)
+    return _row_error(model, checked, run, exact, seed), unseen
+
+
+def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> list[LinearMap]:
+    """The maps whose gradients fit into memory: those whose modules are not called first, then the smallest."""
+    checked: list[LinearMap] = []
+    used = 0
+    for m in [*silent, *sorted(ran, key=lambda m: m.shape[0] * m.shape[1])]:
+        used += m.shape[0] * m.shape[1]
+        if used > _AUTOGRAD_NUMBERS and checked:
+            break
+        checked.append(m)
+    return checked
+
+
+def _row_error(model: nn.Module, maps: Sequence[LinearMap], run: Run, exact: Mapping[str, Tensor], seed: int) -> float:
+    """Of the last example's first row, from hooks on these maps, relative; `exact` is autograd's."""
+    if not maps:
+        return 0.0
+    sketch = Sketch({m.parameter: m.shape for m in maps}, "kronecker", 8, seed).to(run.values.device)
     first = Run(run.forward, run.values[:, :1])
-    hooked = collect_rows(model, checked, {}, first, sketch)[-1, 0]
-    truth = sketch.apply({m.parameter: exact[m.parameter][None].float() for m in checked})[0].to(hooked)
+    hooked = collect_rows(model, maps, {}, first, sketch)[-1, 0]
+    truth = sketch.apply({m.parameter: exact[m.parameter][None].float() for m in maps})[0].to(hooked)
     norm = truth.norm()
     if norm == 0:
-        return float(hooked.norm()), unseen
+        return float(hooked.norm())
     assert sketch.blocks is not None
     for block in sketch.blocks.values():
         part = truth[block].norm()
         if part > 1e-3 * norm and (hooked[block] - truth[block]).norm() > 0.5 * part:
-            return float("inf"), unseen
-    return float((hooked - truth).norm() / norm), unseen
+            return float("inf")
+    return float((hooked - truth).norm() / norm)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,6 +36,8 @@ _FEW_SIGNS = 2**20
 """So many signs are kept as numbers of 32 bits, ready to multiply with; more of them as 8 bits."""
 _FEW_BLOCKS = 8
 """So many blocks are added one by one on a GPU as well."""
+_AT_ONCE = 2**20
+"""So many numbers of a batch's gradients are placed at a time on a CPU: they stay in its cache, in the same memory."""
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -203,8 +206,31 @@ class Sketch:
         """Zeros to accumulate into with `add`; `finish` turns them into rows."""
         return torch.zeros(batch, self.dim * 2 if self._summed else self.dim, device=device, dtype=dtype)
 
-    def add(self, rows: Tensor, name: str, values: Tensor) -> None:
-        """Add the placement of projected gradients `values` (batch, k_out, k_in) to `rows`, in place."""
+    def slices(self, name: str, batch: int, device: torch.device) -> list[slice]:
+        """Rows of a projected gradient (batch, k_out, k_in) that `add` may be given one after another.
+
+        Where modules are summed these are whole blocks of d, about `_AT_ONCE` numbers of them; elsewhere, and on a GPU,
+        all at once.
+        """
+        part = self._part(name)
+        outer, inner = part.sides
+        k_out = part.shape[0] if outer is None else len(outer)
+        k_in = part.shape[1] if inner is None else len(inner)
+        whole_blocks = self.dim // math.gcd(self.dim, k_in)
+        step = max(1, _AT_ONCE // (batch * k_in * whole_blocks)) * whole_blocks
+        if part.start is not None or device.type != "cpu":
+            step = k_out
+        return [slice(start, min(start + step, k_out)) for start in range(0, k_out, step)]
+
+    def add(self, rows: Tensor, name: str, values: Tensor, first: int = 0) -> None:
+        """Add the placement of projected gradients to `rows`, in place.
+
+        Args:
+            rows: (batch, ·), as `new_rows` made them.
+            name: of the parameter.
+            values: (batch, k_out, k_in), or one of its `slices`.
+            first: where that slice starts.
+        """
         part = self._part(name)
         flat = values.flatten(1)
         if part.start is not None:
@@ -216,10 +242,12 @@ class Sketch:
             rows[:, :d].add_(_shifted_sum(flat, part.signs, part.turns, d, rows.dtype))
             return
         flat = flat.to(rows.dtype)
-        for block, shift in enumerate(part.shifts):
-            segment = flat[:, block * d : (block + 1) * d]
+        before = first * values.shape[2]
+        for start in range(0, flat.shape[1], d):
+            segment = flat[:, start : start + d]
             width = segment.shape[1]
-            signs = part.signs[block * d : block * d + width].to(rows.device, rows.dtype)
+            signs = part.signs[before + start : before + start + width].to(rows.device, rows.dtype)
+            shift = part.shifts[(before + start) // d]
             rows[:, shift : shift + width].addcmul_(segment, signs)
 
     def finish(self, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hf_npeff import __version__
 from hf_npeff.decomposition.matching import matches, similarities
-from hf_npeff.hub import is_hub_id, text_columns
+from hf_npeff.hub import shown_model, text_columns
 from hf_npeff.report.columns import Column, columns_of
 from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_components, place
 from hf_npeff.report.modules import ModuleEnergies, by_layer, estimated_energies
@@ -114,7 +114,7 @@ def _add_decomposition(page: PageData, decomposition: Decomposition) -> None:
         "key": decomposition.key,
         "n": len(decomposition.example_ids),
         "r": len(decomposition),
-        "model": None if model is None else model if is_hub_id(model) else Path(model).name,
+        "model": None if model is None else shown_model(model),
         "revision": info.get("revision"),
         "architecture": info.get("architecture"),
         "task": info.get("task"),
@@ -235,7 +235,7 @@ def _add_comparison(page: PageData, first: Decomposition, second: Decomposition,
     model = second.info.get("model")
     page.facts["comparison"] = {
         "measure": measure,
-        "model": None if model is None else model if is_hub_id(model) else Path(model).name,
+        "model": None if model is None else shown_model(model),
         "revision": second.info.get("revision"),
         "explained": second.explained,
         "n": len(second.example_ids),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.decomposition.objective import overlaps
+from hf_npeff.extras import load
 
 Layout = Literal["tsne", "pca"]
 LANDMARKS = 4000
@@ -107,14 +108,13 @@ def place(W: Tensor, method: Layout = "tsne", seed: int = 0) -> np.ndarray:
 
 
 def _manifold() -> Any:
-    try:
-        import sklearn.manifold
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the map of examples needs scikit-learn: pip install 'hf_npeff[viz]'; or make it of principal components "
-            "(layout='pca', --map pca), or leave it out (layout=None, --map none)"
-        ) from error
-    return sklearn.manifold
+    return load(
+        "sklearn.manifold",
+        "the map of examples",
+        extra="viz",
+        instead="; or make it of principal components (layout='pca', --map pca), or leave it out (layout=None, "
+        "--map none)",
+    )
 
 
 def _principal(X: np.ndarray, k: int) -> np.ndarray:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_npeff.perturbation import PerturbationReport
 
 _ROWS, _EXAMPLES = 50, 10
+EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> str:
@@ -63,16 +64,19 @@ def of_component(component: Component) -> str:
     return table(repr(component), ("id", "coefficient", "example"), rows)
 
 
-def of_report(report: PerturbationReport) -> str:
-    """KL of every step, and the first answers that changed."""
+def effect_rows(report: PerturbationReport) -> list[tuple[str, ...]]:
+    """Every step that was measured, a row of `EFFECT_COLUMNS` each."""
     effects = [("this step", report.best), ("the other sign", report.opposite), ("a random direction", report.random)]
-    rows = [
+    return [
         (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", f"{e.top_flips:.0%}")
         for name, e in effects
         if e is not None
     ]
-    header = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")
-    shown = table(repr(report), header, rows)
+
+
+def of_report(report: PerturbationReport) -> str:
+    """KL of every step, and the first answers that changed."""
+    shown = table(repr(report), EFFECT_COLUMNS, effect_rows(report))
     if not report.changed:
         return shown
     answers = [

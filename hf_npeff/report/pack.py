@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_npeff.files import finite
+
 _TYPES = {"uint8": "|u1", "int8": "|i1", "uint16": "<u2", "uint32": "<u4", "float32": "<f4"}
 
 
@@ -34,7 +36,7 @@ def pack(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
         padding = -len(content) % 8
         parts += [content, bytes(padding)]
         at += len(content) + padding
-    text = json.dumps(plain({**facts, "arrays": described}), allow_nan=False, separators=(",", ":")).encode("ascii")
+    text = json.dumps(finite({**facts, "arrays": described}), allow_nan=False, separators=(",", ":")).encode("ascii")
     text += b" " * (-(len(text) + 4) % 8)
     whole = b"".join([len(text).to_bytes(4, "little"), text, *parts])
     return base64.b64encode(gzip.compress(whole, compresslevel=6, mtime=0)).decode("ascii")
@@ -51,17 +53,6 @@ def unpack(packed: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         count = math.prod(one["shape"])
         arrays[name] = np.frombuffer(whole, kind, count, 4 + length + one["at"]).reshape(one["shape"])
     return facts, arrays
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: numbers that are none are null, keys are strings."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def quantised(values: np.ndarray, axis: int | None = None) -> tuple[np.ndarray, np.ndarray]:

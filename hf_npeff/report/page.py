@@ -15,7 +15,7 @@ import yaml
 
 from hf_npeff import __version__
 from hf_npeff.files import write_atomically
-from hf_npeff.hub import is_hub_id, push_folder
+from hf_npeff.hub import is_hub_id, push_folder, shown_model
 from hf_npeff.report.data import Extras, PageData, gather
 from hf_npeff.report.examples import Layout
 from hf_npeff.report.pack import pack
@@ -67,9 +67,7 @@ def _line(text: str) -> str:
 def title_of(decomposition: Decomposition) -> str:
     """By the model's name."""
     model = decomposition.info.get("model")
-    if model is None:
-        return "Components"
-    return f"Components of {model if is_hub_id(model) else Path(str(model)).name}"
+    return "Components" if model is None else f"Components of {shown_model(model)}"
 
 
 def write(

@@ -15,6 +15,7 @@ import numpy as np
 
 from hf_npeff.component import ACTIVE_SHARE
 from hf_npeff.decomposition.matching import matches, similarities
+from hf_npeff.extras import load
 from hf_npeff.report.columns import CORRECT, Column, columns_of
 from hf_npeff.report.examples import Layout, explained_by, place
 from hf_npeff.report.modules import by_layer, estimated_energies
@@ -40,11 +41,7 @@ def _plotly() -> Any:
     Raises:
         ModuleNotFoundError: if plotly is not installed.
     """
-    try:
-        import plotly.graph_objects
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("figures need plotly: pip install 'hf_npeff[viz]'") from error
-    return plotly.graph_objects
+    return load("plotly.graph_objects", "a figure")
 
 
 def _figure(go: Any, *traces: Any, title: str = "", x: str = "", y: str = "", **layout: Any) -> go.Figure:
@@ -107,7 +104,7 @@ def by_column(component: Component, column: str = CORRECT) -> go.Figure:
         ValueError: if there is no such column of categories or numbers.
     """
     go = _plotly()
-    decomposition = component._decomposition
+    decomposition = component.decomposition
     found = _column(decomposition, column)
     total = decomposition.coefficients.sum(1)
     active = ((component.coefficients > ACTIVE_SHARE * total) & (total > 0)).numpy()
@@ -293,10 +290,9 @@ def tokens(alignments: Sequence[TokenAlignment]) -> go.Figure:
     """
     if not alignments:
         raise ValueError("no alignments are given; NPEFFAnalyzer.token_alignments makes them")
-    _plotly()
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=len(alignments), cols=1, subplot_titles=[f"example {a.example}" for a in alignments])
+    figure = load("plotly.subplots", "a figure").make_subplots(
+        rows=len(alignments), cols=1, subplot_titles=[f"example {a.example}" for a in alignments]
+    )
     for row, one in enumerate(alignments, 1):
         names = [f"{t} {token!r}" for t, token in enumerate(one.tokens or [""] * len(one.contributions))]
         colours = [OKABE_ITO[1] if c > 0 else OKABE_ITO[4] for c in one.contributions]

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time a name is imported when it is first asked for, as those of hf_npeff are
     from hf_npeff.studies.ablations import read_grid, run_ablations
+    from hf_npeff.studies.attributes import Attributes
     from hf_npeff.studies.comparison import fit_methods
     from hf_npeff.studies.detection import score_ratings
-    from hf_npeff.studies.factors import Attributes, run_factors
+    from hf_npeff.studies.factors import run_factors
     from hf_npeff.studies.in_context import run_in_context
     from hf_npeff.studies.planted import run_planted
     from hf_npeff.studies.prompted import load_task, make_prompts, run_task
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # at run time a name is imported when it is first asked for, 
     from hf_npeff.studies.selectivity import run_selectivity
 
 _MODULE_OF = {
-    "Attributes": "factors",
+    "Attributes": "attributes",
     "InferenceChat": "raters",
     "LocalChat": "raters",
     "RatingStudy": "ratings",

@@ -29,7 +29,8 @@ from hf_npeff.config import DecompositionConfig, FisherConfig
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.errors import NPEFFError
 from hf_npeff.store import PEFs
-from hf_npeff.studies.factors import Attributes, run_factors
+from hf_npeff.studies.attributes import Attributes
+from hf_npeff.studies.factors import run_factors
 from hf_npeff.studies.measures import agreement
 from hf_npeff.studies.result import StudyResult, markdown, model_name, number
 from hf_npeff.studies.settings import FactorsConfig
@@ -68,6 +69,11 @@ def read_grid(text: str, fisher: FisherConfig | None = None) -> list[Setting]:
 
     Raises:
         ValueError: if it is no grid, or a setting does not exist or is out of its range.
+
+    Example:
+        >>> grid = read_grid("{base: {decomposition.n_restarts: 1}, blocks: {rank: {fisher.rank: [1, 2]}}}")
+        >>> len(grid)
+        2
     """
     try:
         found = yaml.safe_load(text)
@@ -228,6 +234,10 @@ def run_ablations(
 
     Raises:
         ValueError: if the attributes are of other examples.
+
+    Example:
+        >>> grid = read_grid("{base: {decomposition.n_restarts: 1}, blocks: {rank: {fisher.rank: [1, 2]}}}")
+        >>> result = run_ablations(analyzer, dataset, grid)
     """
     if attributes is not None and len(attributes.values) != len(dataset):
         raise ValueError(f"the dataset has {len(dataset)} examples, and the attributes are of {len(attributes.values)}")
@@ -244,13 +254,12 @@ def run_ablations(
         except (ValueError, NPEFFError, FloatingPointError) as error:
             logger.warning("%s, %s: %s", point.block, point.varied, error)
             rows[i] = Ablation(point.block, point.varied, failed=str(error))
-    return AblationsResult([rows[i] for i in range(len(grid))], len(dataset), model_name(analyzer._facts()))
+    return AblationsResult([rows[i] for i in range(len(grid))], len(dataset), model_name(analyzer.facts()))
 
 
 def _pefs(analyzer: NPEFFAnalyzer, dataset: Any, fisher: FisherConfig, batch_size: int) -> tuple[PEFs, float]:
-    other = NPEFFAnalyzer(analyzer.model, analyzer.processing_class, fisher=fisher, task=analyzer._task)
     started = time.perf_counter()
-    pefs = other.compute_pefs(dataset, batch_size=batch_size)
+    pefs = analyzer.with_fisher(fisher).compute_pefs(dataset, batch_size=batch_size)
     return pefs, time.perf_counter() - started
 
 

@@ -25,8 +25,8 @@ from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
 from hf_npeff.components import Decomposition
 from hf_npeff.directions import ParameterDirection
 from hf_npeff.store import PEFs
-from hf_npeff.studies.factors import Attributes
-from hf_npeff.studies.measures import auroc, aurocs
+from hf_npeff.studies.attributes import Attributes
+from hf_npeff.studies.measures import aurocs
 from hf_npeff.studies.settings import ComparisonConfig
 
 
@@ -38,12 +38,14 @@ class Comparison:
         methods: a row each.
         seeds: {method: coefficients of its further fits}.
         pefs: of NPEFF, where it is among them.
-        decomposition: the same.
+        pefs_seconds: processor time that they took, 0 where they were given.
+        decomposition: the first of NPEFF's.
     """
 
     methods: list[MethodResult]
     seeds: dict[str, list[Tensor]] = field(default_factory=dict)
     pefs: PEFs | None = None
+    pefs_seconds: float = 0.0
     decomposition: Decomposition | None = None
 
 
@@ -60,6 +62,13 @@ def fit_methods(
 
     Raises:
         ValueError: if there are fewer examples than components.
+
+    Example:
+        >>> from hf_npeff.studies.settings import ComparisonConfig
+        >>> config = ComparisonConfig(n_components=3, methods=["npeff"], n_restarts=2, seeds=1)
+        >>> comparison = fit_methods(analyzer, dataset, config, pefs=pefs)
+        >>> [method.name for method in comparison.methods]
+        ['NPEFF']
     """
     config = config or ComparisonConfig()
     if hasattr(dataset, "__len__"):
@@ -97,15 +106,15 @@ def _add(found: Comparison, fits: Sequence[MethodResult]) -> None:
 
 
 def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, found: Comparison) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     pefs = found.pefs
     if pefs is None:
         pefs = found.pefs = analyzer.compute_pefs(dataset, batch_size=config.batch_size)
-    to_pefs = time.perf_counter() - started
+    found.pefs_seconds = time.process_time() - started
     if "npeff" in config.wanted:
         fits = []
         for seed in _seeds(config):
-            started = time.perf_counter()
+            started = time.process_time()
             decomposition = analyzer.decompose(
                 pefs,
                 config.n_components,
@@ -115,7 +124,7 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
                 seed=seed,
             )
             found.decomposition = found.decomposition or decomposition
-            seconds = to_pefs + time.perf_counter() - started
+            seconds = found.pefs_seconds + time.process_time() - started
             fits.append(MethodResult.of_decomposition(decomposition, seconds=seconds))
         kept = found.decomposition
         assert kept is not None
@@ -128,15 +137,15 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
 
         _add(found, [replace(fits[0], interventions=lift), *fits[1:]])
     if "gradient_clustering" in config.wanted:
-        started = time.perf_counter()
+        started = time.process_time()
         other, gradients = prediction_gradients(analyzer, dataset, like=pefs, batch_size=config.batch_size)
-        to_gradients = time.perf_counter() - started
+        to_gradients = time.process_time() - started
         soft, hard = [], []
         for seed in _seeds(config):
-            started = time.perf_counter()
+            started = time.process_time()
             estimator = GradientClustering(config.n_components, n_restarts=config.n_restarts, seed=seed)
             clusters = estimator.fit(gradients)
-            seconds = to_gradients + time.perf_counter() - started
+            seconds = to_gradients + time.process_time() - started
             settings: dict[str, Any] = {"seconds": seconds, "batch_size": config.batch_size}
             soft.append(clusters.result(other, dataset, **settings))
             hard.append(clusters.result(other, dataset, hard=True, **settings))
@@ -145,19 +154,19 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
 
 
 def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, found: Comparison) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     site = Site(analyzer.model, config.layer, _position(analyzer, config.position))
     states = hidden_states(analyzer, dataset, site, batch_size=config.batch_size)
-    to_states = time.perf_counter() - started
+    to_states = time.process_time() - started
     r = config.n_components
     if "sae" in config.wanted:
         for expansion in dict.fromkeys((1, config.sae_expansion)):
             fits = []
             name = "SAE" if expansion == 1 else f"SAE × {expansion}"
             for seed in _seeds(config):
-                started = time.perf_counter()
+                started = time.process_time()
                 sae = SparseAutoencoder.fit(states, _sae_config(config, r * expansion, seed))
-                seconds = to_states + time.perf_counter() - started
+                seconds = to_states + time.process_time() - started
                 fits.append(sae.result(states, site=site, name=name, seconds=seconds))
             _add(found, fits)
     if "kmeans" in config.wanted:
@@ -165,39 +174,6 @@ def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonCo
         _add(found, [activation_kmeans(states, r, seed=seed, **settings) for seed in _seeds(config)])
     if "nmf" in config.wanted:
         _add(found, [activation_nmf(states, r, site=site, seconds=to_states, seed=seed) for seed in _seeds(config)])
-
-
-def linear_probes(
-    analyzer: NPEFFAnalyzer,
-    dataset: Any,
-    attributes: Attributes,
-    layer: int,
-    config: ComparisonConfig,
-    *,
-    choose: Tensor,
-) -> dict[str, float]:
-    """How well a layer's hidden states tell each attribute when they are trained to: an upper bound, supervised.
-
-    Logistic regressions on standardised states, fitted on the examples `choose` (n,) bool, AUROC on the others; an
-    attribute with one class on either side is left out.
-
-    Raises:
-        ModuleNotFoundError: if scikit-learn is not installed.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    site = Site(analyzer.model, layer, _position(analyzer, config.position))
-    states = hidden_states(analyzer, dataset, site, batch_size=config.batch_size)
-    X = (states - states.mean(0)) / states.std(0).clamp_min(1e-6)
-    found = {}
-    for a, name in enumerate(attributes.names):
-        values = attributes.values[:, a]
-        here, there = choose & ~values.isnan(), ~choose & ~values.isnan()
-        if all(0 < int((values[part] == 1).sum()) < int(part.sum()) for part in (here, there)):
-            probe = LogisticRegression(C=0.1, max_iter=500).fit(X[here].numpy(), (values[here] == 1).numpy())
-            scores = torch.from_numpy(probe.decision_function(X[there].numpy()))
-            found[name] = auroc(scores, values[there] == 1)
-    return found
 
 
 def _sae_config(config: ComparisonConfig, features: int, seed: int) -> SAEConfig:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_npeff.extras import load
 from hf_npeff.studies.measures import bootstrap_interval
 from hf_npeff.studies.ratings import Answers, RatingStudy, RatingTask
 from hf_npeff.studies.result import StudyResult, markdown, number
@@ -114,13 +115,7 @@ def krippendorff_alpha(ratings: Sequence[Sequence[float]]) -> float | None:
     Raises:
         ModuleNotFoundError: if `krippendorff` is not installed.
     """
-    try:
-        import krippendorff
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "agreement is computed by krippendorff, which is not installed; run pip install 'hf-npeff[eval]'",
-            name="krippendorff",
-        ) from error
+    krippendorff = load("krippendorff", "agreement")
     matrix = torch.tensor([list(row) for row in ratings], dtype=torch.float64)
     paired = matrix[:, (~matrix.isnan()).sum(0) >= 2]
     known = paired[~paired.isnan()]
@@ -138,6 +133,11 @@ def score_ratings(study: RatingStudy, answers: Sequence[Answers]) -> RatingsResu
 
     Raises:
         ValueError: if there are none, two are of one rater, or they are of another study.
+
+    Example:
+        >>> from hf_npeff.studies.ratings import Answers
+        >>> answers = Answers(study.id, "a rater", themes={}, picked={task: [0, 1] for task in study.key})
+        >>> result = score_ratings(study, [answers])
     """
     names = [a.rater for a in answers]
     if not answers or len(set(names)) < len(names):

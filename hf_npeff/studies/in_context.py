@@ -197,6 +197,12 @@ def run_in_context(
 
     Raises:
         ValueError: if the model predicts no tokens, or a relation has too few pairs.
+
+    Example:
+        >>> from hf_npeff.studies.settings import InContextConfig
+        >>> pairs = {"comparative": [("big", "bigger"), ("small", "smaller"), ("good", "better"), ("bad", "worse")]}
+        >>> config = InContextConfig(queries=2, shots=(0, 2), n_components=2, n_restarts=1)
+        >>> result = run_in_context(analyzer, config, pairs=pairs)
     """
     if getattr(analyzer.head, "task", None) != "causal-lm" or analyzer.processing_class is None:
         raise ValueError("in-context learning needs a causal language model and its tokenizer")

@@ -8,6 +8,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from hf_npeff.extras import load
+
 
 def auroc(scores: Tensor, positives: Tensor) -> float:
     """P(score of a positive > score of a negative), ties counting a half (Mann–Whitney).
@@ -130,14 +132,13 @@ def agreement(W: Tensor, other: Tensor) -> float:
         ValueError: if they are of different numbers of examples.
         ModuleNotFoundError: if scipy is not installed.
     """
-    from scipy.optimize import linear_sum_assignment
-
     if len(W) != len(other):
         raise ValueError(f"agreement needs the same examples, but the fits have {len(W)} and {len(other)}")
     a, b = (x.double() - x.double().mean(0) for x in (W, other))
     a, b = (x / x.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny) for x in (a, b))
     correlations = (a.T @ b).abs()
-    rows, columns = linear_sum_assignment(correlations.numpy(), maximize=True)
+    optimize = load("scipy.optimize", "matching one to one")
+    rows, columns = optimize.linear_sum_assignment(correlations.numpy(), maximize=True)
     return float(correlations[rows, columns].mean())
 
 

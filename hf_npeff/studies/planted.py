@@ -19,8 +19,9 @@ from torch import nn
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.config import FisherConfig
+from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import best_layer, fit_methods
-from hf_npeff.studies.factors import Attributes, FactorsResult, first_half, run_factors
+from hf_npeff.studies.factors import FactorsResult, first_half, run_factors
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, PlantedConfig
 
@@ -173,6 +174,12 @@ def run_planted(
 
     Raises:
         ValueError: if there are no seeds.
+
+    Example:
+        >>> from hf_npeff.studies.settings import ComparisonConfig, PlantedConfig
+        >>> config = PlantedConfig(cues=4, labels=2, most=2, n_train=200, n=200, steps=5)
+        >>> few = ComparisonConfig(4, methods=["npeff"], n_restarts=1, seeds=1, sae_steps=5)
+        >>> result = run_planted(config, few, seeds=[0])
     """
     config, comparison = config or PlantedConfig(), comparison or COMPARISON
     if not seeds:

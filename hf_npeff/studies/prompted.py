@@ -17,8 +17,9 @@ import yaml
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.components import Decomposition
 from hf_npeff.data import records_of
+from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import fit_methods
-from hf_npeff.studies.factors import Attributes, FactorsResult, run_factors
+from hf_npeff.studies.factors import FactorsResult, run_factors
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig
 
@@ -75,6 +76,11 @@ def load_task(name: str) -> PromptTask:
 
     Raises:
         ValueError: if there is none of that name, or its file has unknown settings.
+
+    Example:
+        >>> task = load_task("sst2")
+        >>> task.dataset
+        'stanfordnlp/sst2'
     """
     if name not in task_names():
         raise ValueError(f"there is no task {name!r}; there are {', '.join(task_names())}")
@@ -118,6 +124,11 @@ def make_prompts(task: PromptTask, dataset: Any = None, *, max_examples: int | N
     Raises:
         ValueError: if a column is missing, a class has no word, or no row can be used.
         OSError: if the data set cannot be loaded.
+
+    Example:
+        >>> rows = [{"sentence": "the happy cat", "label": 1}, {"sentence": "the sad dog", "label": 0}]
+        >>> make_prompts(load_task("sst2"), rows).rows[0]["answers"]
+        [' positive']
     """
     if dataset is None:
         import datasets
@@ -251,6 +262,13 @@ def run_task(
 
     Raises:
         ValueError: if the model predicts no tokens, or there are fewer prompts than components.
+
+    Example:
+        >>> from hf_npeff.studies.settings import ComparisonConfig
+        >>> task = load_task("sst2")
+        >>> rows = [{"sentence": row["text"], "label": int(row["animal"])} for row in dataset]
+        >>> config = ComparisonConfig(3, methods="npeff", n_restarts=1)
+        >>> result = run_task(analyzer, make_prompts(task, rows), task, config)
     """
     if getattr(analyzer.head, "task", None) != "causal-lm":
         raise ValueError("prompts need a causal language model; load one with task='causal-lm'")

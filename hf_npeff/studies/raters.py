@@ -44,6 +44,11 @@ class InferenceChat:
         client: the client, with its token and provider.
         model: its id.
         max_tokens: of an answer.
+
+    Example:
+        >>> from huggingface_hub import InferenceClient
+        >>> chat = InferenceChat(InferenceClient(), "org/chat-model")
+        >>> answers = rate(study, chat, cache=Path("runs/answers"))  # doctest: +SKIP
     """
 
     def __init__(self, client: Any, model: str, *, max_tokens: int = 128):
@@ -71,6 +76,11 @@ class LocalChat:
 
     Raises:
         ValueError: if the tokenizer has no chat template.
+
+    Example:
+        >>> chat = LocalChat(model, tokenizer, name="tiny", max_tokens=4)
+        >>> isinstance(chat.complete([{"role": "user", "content": "the cat"}]), str)
+        True
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None, max_tokens: int = 48):
@@ -138,6 +148,11 @@ def rate(study: RatingStudy, chat: Chat, *, cache: Path | None = None, attempts:
     Raises:
         ValueError: if `attempts` is less than 1.
         OSError: if the model could not be reached in as many attempts.
+
+    Example:
+        >>> answers = rate(study, LocalChat(model, tokenizer, max_tokens=2), attempts=1)
+        >>> answers.study == study.id
+        True
     """
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, but it is {attempts}")

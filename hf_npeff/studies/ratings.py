@@ -87,6 +87,17 @@ class RatingStudy:
         tasks: in the order in which they are shown.
         key: {task: what it is of}.
         excluded: {method and feature: why it has no task}.
+
+    Example:
+        >>> from hf_npeff.baselines import MethodResult
+        >>> from hf_npeff.studies.settings import RatingsConfig
+        >>> texts = [row["text"] for row in dataset]
+        >>> methods = [MethodResult.of_decomposition(decomposition)]
+        >>> config = RatingsConfig(features=2, shown=3, members=2, distractors=2)
+        >>> study = RatingStudy.make(methods, texts, config)
+        >>> study.export(Path("runs/rating"))
+        >>> RatingStudy.load(Path("runs/rating")) == study
+        True
     """
 
     tasks: list[RatingTask]

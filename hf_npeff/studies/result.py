@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_npeff.files import write_atomically
+from hf_npeff.extras import load
+from hf_npeff.files import finite, write_atomically
+from hf_npeff.hub import shown_model
 
 
 class StudyResult(ABC):
@@ -45,33 +47,18 @@ class StudyResult(ABC):
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
         """
-        try:
-            import matplotlib
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "figures are drawn by matplotlib, which is not installed; run pip install 'hf-npeff[eval]'",
-                name="matplotlib",
-            ) from error
+        matplotlib = load("matplotlib", "a study's figure")
+        drawing = load("matplotlib.figure", "a study's figure")
         with matplotlib.rc_context({"svg.hashsalt": "hf_npeff", "font.size": 9}):
-            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            figure = drawing.Figure(figsize=(8, 4.5), layout="constrained")
             self.draw(figure)
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def model_name(info: Mapping[str, Any]) -> str:
     """The model of PEFs, without the path of a local folder."""
-    name = str(info.get("model") or "rows made elsewhere")
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def finite(value: Any) -> Any:
-    """A value as JSON has it: numbers that are none are null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+    model = info.get("model")
+    return "rows made elsewhere" if model is None else shown_model(model)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -20,8 +20,10 @@ from hf_npeff.baselines.method import Intervention, MethodResult
 from hf_npeff.data import Example, Examples
 from hf_npeff.directions import ParameterDirection
 from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.perturbation import Predictions, _norm_of, find_scale, predict
-from hf_npeff.studies.factors import Attributes, FactorsResult
+from hf_npeff.perturbation import find_scale
+from hf_npeff.predictions import Predictions, predict
+from hf_npeff.studies.attributes import Attributes
+from hf_npeff.studies.factors import FactorsResult
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import SelectivityConfig
 
@@ -157,6 +159,15 @@ def run_selectivity(
 
     Raises:
         ValueError: if the dataset is not of the attributes' length.
+
+    Example:
+        >>> from hf_npeff.baselines import Site, activation_kmeans, hidden_states
+        >>> from hf_npeff.studies.settings import SelectivityConfig
+        >>> attributes = Attributes.from_columns({"animal": [row["animal"] for row in dataset]}, min_count=5)
+        >>> site = Site(model)
+        >>> methods = [activation_kmeans(hidden_states(analyzer, dataset, site), 3, site=site)]
+        >>> config = SelectivityConfig(n_top=3, n_others=6)
+        >>> result = run_selectivity(analyzer, methods, dataset, attributes, run_factors(methods, attributes), config)
     """
     config = config or SelectivityConfig()
     examples = Examples(dataset, analyzer.processing_class)[:]
@@ -179,7 +190,7 @@ def run_selectivity(
         for attribute, feature in zip(chosen, features, strict=True):
             values = attributes.values[:, attributes.names.index(attribute)]
             top, others = draw_examples(values, factors.halves, config)
-            with analyzer._at_work() as work:
+            with analyzer.fisher_pass() as work:
                 switched = switch(
                     work, found[feature], [examples[i] for i in top], [examples[i] for i in others], config
                 )
@@ -224,7 +235,7 @@ def switch(
         return float(each(scale, before, examples).mean())
 
     along_weights = isinstance(intervention, ParameterDirection)
-    limit = _norm_of(work.model, intervention) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
+    limit = intervention.norm_in(work.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
     start = min(0.05, limit) if along_weights else 1.0
     ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
     back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)
@@ -237,8 +248,3 @@ def switch(
         measured.append({"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached, "moved": moved})
     best = max(measured, key=lambda m: (m["reached"], m["ratio"]))
     return {**best, "ablated": None if along_weights else kl(1.0, before_top, top)}
-
-
-def random_directions(direction: ParameterDirection, count: int, seed: int = 0) -> list[ParameterDirection]:
-    """Random directions over the same parameters: the floor of selectivity."""
-    return [direction.random_like(seed * 7919 + i) for i in range(count)]

@@ -101,7 +101,7 @@ class SelectivityConfig:
         n_others: examples that lack it.
         max_attributes: the most attributes, those with the most examples first.
         batch_size: examples of a forward pass.
-        seed: of the examples drawn, and of the random directions.
+        seed: of the examples drawn.
 
     Raises:
         ValueError: if a setting is out of its range.

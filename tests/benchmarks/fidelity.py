@@ -8,9 +8,9 @@ The truth is the exact Fisher: all h = 576 eigenpairs of the last hidden state's
 --truth the leading ones, for more prompts). Errors are ‖F̂ − F‖_F / ‖F‖_F of sketched PEFs, mean over prompts.
 Coefficients are compared with those of the exact PEFs: mean correlation of matched components, and mean best AUROC for
 the relations. Two fits of the exact PEFs from other starts say how large an agreement can be. Every time is that of the
-rows of all prompts, self-test included. --errors-only and --time-only need no GPU: Fisher
-errors of 6 prompts against their 64 leading rows; whole passes over 4 prompts at every c, in turn, as
-ratios within a round to spectral rows with c = 4.
+rows of all prompts, self-test included. --errors-only and --time-only need no GPU: Fisher errors of 6 prompts
+against their 64 leading rows; whole passes over 2 prompts, in turn, as ratios of processor time within a round to
+spectral rows with c = 4.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,25 @@ from torch import Tensor
 from hf_npeff import NPEFF, FisherConfig, NPEFFAnalyzer, PEFs
 from hf_npeff.data import Examples
 from hf_npeff.demo import TARGETS, load_model
+from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.sketches import Sketch
 from hf_npeff.studies.factors import best_components
 from hf_npeff.studies.tasks import word_relation_prompts
 from tests.benchmarks.measure import in_turn, keep, kept, machine, ratio
 
 RANKS = (1, 2, 4, 8, 16, 32)
+TIMED = [("spectral", 1), ("spectral", 4), ("spectral", 32), ("projection", 4), ("projection", 32), ("sampling", 32)]
 FACTORS = ("spectral", "projection", "sampling")
 BASE = FisherConfig(target_modules=TARGETS, sketch="two-stage", sketch_dim=16_384, sketch_tolerance=10.0)
 REDUCED = 64
 """The leading rows of an exact PEF that are decomposed: they hold all that a decomposition can see."""
 
 
-def fisher_error(pefs: PEFs, exact: Tensor, norms: Tensor) -> float:
-    """Mean of ‖F̂ − F‖ / ‖F‖ over examples, from inner products of rows; `exact` (n, C, d) has unit-norm PEFs."""
+def fisher_error(factors: Tensor, own_norms: Tensor, exact: Tensor, norms: Tensor) -> float:
+    """Mean of ‖F̂ − F‖ / ‖F‖ over examples, from inner products of rows; PEFs (n, c, d) and (n, C, d) of unit norm."""
     errors = []
-    for i in range(len(pefs)):
-        A = pefs.factors[i].to(exact.device) * (pefs.norms[i].item() / norms[i].item()) ** 0.5
+    for i in range(len(factors)):
+        A = factors[i].to(exact.device) * (own_norms[i].item() / norms[i].item()) ** 0.5
         own = (A @ A.T).double().square().sum()
         cross = (A @ exact[i].T).double().square().sum()
         errors.append(float((own - 2 * cross + 1).clamp_min(0).sqrt()))
@@ -70,22 +74,32 @@ def config(factor: str, rank: int) -> FisherConfig:
     return dataclasses.replace(BASE, output_factor=factor, rank=rank)  # type: ignore[arg-type]
 
 
+@contextlib.contextmanager
+def passes(model: Any, tokenizer: Any, examples: Any) -> Iterator[Callable[[str, int], FisherPass]]:
+    """What gives the pass of an output factor and c; all have the sketch that the first of them chose and tested."""
+    sketch: Sketch | None = None
+    with contextlib.ExitStack() as stack:
+
+        def make(factor: str, rank: int) -> FisherPass:
+            nonlocal sketch
+            work = stack.enter_context(NPEFFAnalyzer(model, tokenizer, fisher=config(factor, rank)).fisher_pass())
+            if sketch is None:
+                work.prepare(examples)
+                sketch = work.sketch
+            work.sketch = sketch
+            return work
+
+        yield make
+
+
 def times(rounds: int) -> dict[str, float]:
     """{"factor c": time over that of spectral rows with c = 4} on one thread, printed."""
     torch.set_num_threads(1)
     print(machine())
     model, tokenizer = load_model()
-    examples = Examples(word_relation_prompts(1), tokenizer)[:4]
-    with contextlib.ExitStack() as stack:
-        tries = {}
-        for factor, rank in [("spectral", c) for c in RANKS] + [("projection", c) for c in RANKS]:
-            analyzer = NPEFFAnalyzer(model, tokenizer, fisher=config(factor, rank))
-            work = stack.enter_context(analyzer._at_work())
-            if not tries:
-                work.prepare(examples)
-                sketch = work.sketch
-            work.sketch = sketch
-            tries[f"{factor} {rank}"] = functools.partial(work.rows, examples)
+    examples = Examples(word_relation_prompts(1), tokenizer)[:2]
+    with passes(model, tokenizer, examples) as make:
+        tries = {f"{factor} {c}": functools.partial(make(factor, c).rows, examples) for factor, c in TIMED}
         taken = in_turn(tries, rounds)
     found = {label: ratio(taken, label, "spectral 4") for label in taken}
     for label, value in found.items():
@@ -134,7 +148,7 @@ def fidelity(options: argparse.Namespace) -> dict[str, Any]:
             pefs, seconds = compute(factor, rank)
             found = components(pefs)
             row = {
-                "factor": factor, "c": rank, "error": fisher_error(pefs, exact, norms),
+                "factor": factor, "c": rank, "error": fisher_error(pefs.factors, pefs.norms, exact, norms),
                 "agreement": coefficient_agreement(W, found), "auroc": auroc(found, relations), "seconds": seconds,
             }  # fmt: skip
             figures["rows"].append(row)
@@ -148,22 +162,53 @@ def fidelity(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def errors(prompts: int, rows: int, ranks: list[int]) -> dict[str, Any]:
+def errors(prompts: int, rows: int, ranks: Sequence[int]) -> dict[str, Any]:
     """{"factor c": Fisher error} of a few prompts against the leading rows, printed: what a CPU can do."""
     torch.set_num_threads(1)
     model, tokenizer = load_model()
-    examples = word_relation_prompts(1)[:prompts]
+    examples = Examples(word_relation_prompts(1), tokenizer)[:prompts]
+    found: dict[str, float] = {}
+    with passes(model, tokenizer, examples) as make:
 
-    def compute(factor: str, rank: int) -> PEFs:
-        return NPEFFAnalyzer(model, tokenizer, fisher=config(factor, rank)).compute_pefs(examples, batch_size=prompts)
+        def compute(factor: str, rank: int) -> tuple[Tensor, Tensor]:
+            values = make(factor, rank).rows(examples)
+            return values["factors"], values["norms"]
 
-    truth = compute("spectral", rows)
-    found = {}
-    for factor in FACTORS:
-        for rank in ranks:
-            found[f"{factor} {rank}"] = fisher_error(compute(factor, rank), truth.factors, truth.norms)
-            print(f"{factor} {rank}: Fisher error {found[f'{factor} {rank}']:.3f}", flush=True)
+        truth = compute("spectral", rows)
+        for factor in FACTORS:
+            for rank in ranks:
+                found[f"{factor} {rank}"] = fisher_error(*compute(factor, rank), *truth)
+                print(f"{factor} {rank}: Fisher error {found[f'{factor} {rank}']:.3f}", flush=True)
     return {"prompts": prompts, "rows": rows, "values": found}
+
+
+def metrics(prompts: int, rows: int, ranks: Sequence[int]) -> dict[str, Any]:
+    """Fisher errors of spectral rows that are the best ones in either metric, and what that of the parameters takes."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_model()
+    examples = Examples(word_relation_prompts(1), tokenizer)[:prompts]
+    with passes(model, tokenizer, examples) as make:
+        values = make("spectral", rows).rows(examples)
+        truth = values["factors"], values["norms"]
+        measured = make("spectral", rows)
+        measured.config = dataclasses.replace(measured.config, spectral_metric="parameters")
+        begin = time.process_time()
+        measured.choose_metric()
+        taken = time.process_time() - begin
+        found: dict[str, float] = {}
+        for rank in ranks:
+            for name, metric in (("hidden", None), ("parameters", measured.metric)):
+                work = make("spectral", rank)
+                work.metric = metric
+                begin = time.process_time()
+                values = work.rows(examples)
+                seconds = (time.process_time() - begin) / prompts
+                found[f"{name} {rank}"] = fisher_error(values["factors"], values["norms"], *truth)
+                print(
+                    f"{name} {rank}: Fisher error {found[f'{name} {rank}']:.3f}, {seconds:.2f} s a prompt", flush=True
+                )
+    print(f"measuring the metric of the parameters: {taken:.0f} s, as much as {taken / seconds:.0f} prompts at that c")
+    return {"prompts": prompts, "rows": rows, "values": found, "as prompts": taken / seconds, "c": ranks[-1]}
 
 
 def main() -> None:
@@ -182,7 +227,8 @@ def main() -> None:
     parser.add_argument(
         "--errors-only", action="store_true", help="Fisher errors of 6 prompts against 64 rows, on a CPU"
     )
-    parser.add_argument("--keep", action="store_true", help="keep the times for the page")
+    parser.add_argument("--metric-only", action="store_true", help="the metric of the parameters; minutes on a CPU")
+    parser.add_argument("--keep", action="store_true", help="keep the figures for the page")
     options = parser.parse_args()
     if options.time_only:
         found = times(options.rounds)
@@ -192,6 +238,10 @@ def main() -> None:
         of_few = errors(6, 64, [1, 4, 32])
         if options.keep:
             keep("fidelity", {**kept("fidelity"), "errors": of_few})
+    elif options.metric_only:
+        of_metrics = metrics(6, 64, [1, 4])
+        if options.keep:
+            keep("fidelity", {**kept("fidelity"), "metrics": of_metrics})
     else:
         fidelity(options)
 

@@ -75,7 +75,8 @@ def scaling() -> str:
         for i, (letter, points) in enumerate(found.get(stage, {}).items()):
             sizes = [size / points["sizes"][0] for size in points["sizes"]]
             for row, (what, k) in enumerate((("seconds", 0), ("MiB", 1))):
-                label = f"{letter}: exponent {points['exponents'][k]:.2f}"
+                e = points["exponents"][k]
+                label = f"{letter}: " + ("flat" if e is None else f"exponent {e:.2f}")
                 axes[row][column].plot(sizes, points[what], "-o", color=INK[i], label=label, ms=4)
         for row, what in enumerate(("seconds of processor time", "MiB at the peak")):
             axes[row][column].set(xlabel="times the base size", ylabel=what, xscale="log", yscale="log")

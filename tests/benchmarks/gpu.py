@@ -21,10 +21,11 @@ import transformers
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
-from hf_npeff.decomposition.solvers import DenseRows, block_power, start_from_examples
+from hf_npeff.decomposition.solvers import DenseRows, block_power
+from hf_npeff.decomposition.starts import start_from_examples
 from hf_npeff.fisher.gradients import frozen
 from hf_npeff.fisher.selftest import collect_rows
-from tests.benchmarks.rows import floor
+from tests.benchmarks.ways import floor
 from tests.planted import planted, recovered
 
 SKETCHES: list[tuple[Any, int]] = [
@@ -82,10 +83,10 @@ def rows(rounds: int, quick: bool) -> None:
             for kind, dim in SKETCHES if c == 4 else SKETCHES[:-1]:
                 fisher = FisherConfig(rank=c, output_factor="spectral", sketch=kind, sketch_dim=dim)
                 analyzer = NPEFFAnalyzer(model, fisher=fisher)
-                with analyzer._at_work() as work:
+                with analyzer.fisher_pass() as work:
                     work.prepare(examples[:2])
-                    run = work._run(examples)
-                    base = floor(work, model, run)
+                    run = work.run(examples)
+                    base = floor(model, run)
 
                     def hooked(work: Any = work, run: Any = run) -> Any:
                         return collect_rows(model, work.maps, {}, run, work.sketch)

@@ -14,15 +14,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hf_npeff.decomposition.solvers import DenseRows, block_power
+from tests.benchmarks.cases import case
 from tests.benchmarks.measure import in_turn, keep, kept, machine, ratio
-from tests.benchmarks.rows import case, floor, ours
 from tests.benchmarks.solver import Problem, run_block_power, run_reference
+from tests.benchmarks.ways import floor, ours
 from tests.planted import planted
 
 ROUNDS, MOVED = 5, 0.2
@@ -33,7 +34,7 @@ def row_ratios() -> dict[str, float]:
     with case("BERT-like") as found:
         ways = ours(found)
         tries: dict[str, Callable[[], Any]] = {label: way.rows for label, way in ways.items()}
-        times = in_turn({"floor": floor(None, found.model, found.run)} | tries, ROUNDS)
+        times = in_turn({"floor": floor(found.model, found.run)} | tries, ROUNDS)
         ratios = {f"rows, {label} / floor": ratio(times, label, "floor") for label in ways}
         return ratios | {f"error, {label}": way.error(0) for label, way in ways.items() if way.error}
 
@@ -75,8 +76,24 @@ def import_ratio() -> dict[str, float]:
     def run(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    times = in_turn({code: functools.partial(run, code) for code in ("pass", "import hf_npeff")}, ROUNDS)
+    times = in_turn(
+        {code: functools.partial(run, code) for code in ("pass", "import hf_npeff")}, ROUNDS, time.perf_counter
+    )
     return {"import hf_npeff / python -c pass": ratio(times, "import hf_npeff", "pass")}
+
+
+def compared(found: Mapping[str, float], before: Mapping[str, float]) -> int:
+    """How many ratios moved by more than a fifth; all are printed."""
+    moved = 0
+    for name, value in found.items():
+        old = before.get(name)
+        change = "new" if old is None else f"{value / old - 1:+.0%}"
+        much = old is not None and abs(value / old - 1) > MOVED
+        moved += much
+        print(f"{name:40} {value:8.3f}  {change}{'   MOVED' if much else ''}")
+    for name in before.keys() - found.keys():
+        print(f"{name:40} is not measured any more")
+    return moved
 
 
 def main() -> None:
@@ -87,14 +104,7 @@ def main() -> None:
     print(machine())
     begin = time.perf_counter()
     found = {**import_ratio(), **solver_ratios(), **row_ratios()}
-    before = kept("guard").get("ratios", {})
-    moved = 0
-    for name, value in found.items():
-        old = before.get(name)
-        change = "new" if old is None else f"{value / old - 1:+.0%}"
-        much = old is not None and abs(value / old - 1) > MOVED
-        moved += much
-        print(f"{name:40} {value:8.3f}  {change}{'   MOVED' if much else ''}")
+    moved = compared(found, kept("guard").get("ratios", {}))
     print(f"{moved} of {len(found)} moved by more than {MOVED:.0%}; {time.perf_counter() - begin:.0f} s")
     if options.keep:
         keep("guard", {"ratios": found})

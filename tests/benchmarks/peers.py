@@ -30,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.rows import Case, Way, arguments, ours, run
+from tests.benchmarks.cases import Case
+from tests.benchmarks.rows import arguments, run
+from tests.benchmarks.ways import Way, ours
 
 SIDE = 16
 PEERS = ("bergson", "dattri", "dattri-llm")

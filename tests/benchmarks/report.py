@@ -5,12 +5,13 @@ python -m tests.benchmarks.report
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import figures
 from tests.benchmarks.measure import kept
+from tests.benchmarks.report_rows import fidelity_section, rows_section
+from tests.benchmarks.tables import image, machine_of, number, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 INTRODUCTION = """# How fast, against whom
@@ -22,24 +23,19 @@ section names the script that measures it. `make bench-quick` compares a few of 
 was tried to make the solver faster and fits steadier, and what did not win, is in
 [decisions](decisions/2026-11-23-solver-experiments.md).
 """
-ROWS = """## Rows: time, memory and fidelity together
-
-`python -m tests.benchmarks.rows`; bergson, dattri and dattri-llm by `make bench-peers`, in an environment of their own.
-
-c rows an example on all linear maps but the output embedding. The floor is one forward pass and c backward passes that
-form no weight gradient, in the same process. BERT-like and GPT-2-like: 4 layers, hidden size 256, 8 × 64 tokens, c = 8.
-SmolLM2-135M: 4 prompts, c = 4. The error is that of inner products of PEFs, ‖K̂ − K‖ / ‖K‖ over pairs of different
-examples, against rows that no sketch shortened: a fast row and a faithful row stand side by side. Examples a second are
-at the speed of one process. Memory is what one pass adds, in a process of its own. `auto` takes the cheapest sketch
-with an error of at most 0.1."""
 SOLVER = """## Solver
 
 `python -m tests.benchmarks.solver`: block_power against the paper's algorithm at the best of five learning rates, 400
-iterations at most, medians over five seeds, one start each, processor time with the start included; of two figures the
-first is ours. Planted: 2,000 examples, c = 4, d = 512. Real: 256 PEFs each, 16 components, in Gram space."""
-SOLVER_LIMIT = """A start spends its first five iterations on twice as many components. Where the reference stops early
-at a worse optimum (the planted problems without much overlap), that costs part of the lead on the way to *its* loss; it
-does not come to ours."""
+iterations at most, medians over five seeds, one start each, processor time; of two figures the first is ours. All that
+block_power does is in its time: its start, and the way to Gram space and back. Planted: 2,000 examples, c = 4, d = 512.
+Real: 256 PEFs each, 16 components."""
+SOLVER_AS_IT_IS = """### Against the algorithm as published, on the rows as they are"""
+SOLVER_GRAM = """### Against the paper's algorithm given our Gram space
+
+Both run in Gram space, and the way there is counted for neither. Starts of a fit share it: from the second start on,
+this is what a start saves."""
+SOLVER_LIMIT = """Where the reference does not come to our end from some seeds, its time to that loss is not
+known: it has stopped at a worse optimum. "Ours worse" counts seeds of one start against one start."""
 STABILITY = """## Stability: do two independent fits find the same components?
 
 `python -m tests.benchmarks.stability`: the share of components that have a partner of their own at |cosine| ≥ 0.9 in
@@ -48,200 +44,62 @@ another fit, mean over pairs of fits; a fit is the best of R starts. F^0.5 is `p
 k-means++ over examples; the default takes twice as many and gives up the least needed."""
 SCALING = """## Scaling
 
-`python -m tests.benchmarks.scaling`: each size doubled four times, the others at their base; exponents are slopes on
-log axes over all five points. Constant parts (the self-test, Python's own work) keep them below their limits, which are
-1 for time in n, c and d."""
+`python -m tests.benchmarks.scaling`: each size doubled four times, the others at their base. An exponent is the e of
+a + b·x^e (a, b ≥ 0), fitted to the five points; the constant is a as a share of the first point: the self-test,
+Python's own work. "Flat" is less than a quarter more for sixteen times the size: a countsketch reads every number of a
+gradient once, whatever d is."""
 LIFTING = """## Lifting
 
-`python -m tests.benchmarks.lifting`: a trained BERT classifier of 2 layers; cosine to the same component of an
-unsketched decomposition; time over exact lifting; KL on the top examples over KL on others where the step has moved the
-former by 0.1 nats."""
+`python -m tests.benchmarks.lifting`: a trained BERT classifier of 2 layers and a fine-tuned MiniLM; cosine to the same
+component of an unsketched decomposition; time over exact lifting; the length of the step that moves the top examples by
+0.1 nats over that of exact lifting, and KL on the top examples over KL on others there."""
+LIFTING_MEANS = """The KL ratio hardly tells the ways apart: what the adjoint has beside the component is a random
+direction, which moves no prediction. It shows in the length of the step, about 1 / cosine times that of exact lifting:
+all of the excess is noise in the weights, and an adapter of low rank would have to carry it."""
 STOPPING = """## Early stopping
 
 `python -m tests.benchmarks.stopping`: the same starts, stopped when an iteration improves the loss by less than the
 tolerance, against a tolerance of 1e-7. The default is 1e-5. Medians over five starts."""
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def image(path: str, text: str) -> str:
-    return f"![{text}]({path})"
-
-
-def machine_of(*names: str) -> str:
-    found = dict.fromkeys(record["machine"] for name in names if (record := kept(name)))
-    return "\n".join(f"*{line}*" for line in found)
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "**missed**"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None or value != value else f"{value:,.{digits}f}"
-
-
-def all_rows() -> dict[str, dict[str, Any]]:
-    """{model: {way: figures}} of ours, of torch.func and of the peers."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("rows", "peers"):
-        record = kept(name)
-        for model, measured in record.get("models", {}).items():
-            memory = record.get("memory", {}).get(model, {})
-            for way, values in measured["ways"].items():
-                values = values | {"MiB": memory.get(way)}
-                if "ratio" in values:  # at the speed of the process that measured our rows
-                    values["rate"] *= measured["floor"] / record_of_ours(model, measured)["floor"]
-                found.setdefault(model, {}).setdefault(way, values)
-    return found
-
-
-def record_of_ours(model: str, otherwise: dict[str, Any]) -> dict[str, Any]:
-    return kept("rows").get("models", {}).get(model, otherwise)
-
-
-def rows_section() -> str:
-    models = all_rows()
-    parts = [
-        ROWS,
-        machine_of("rows", "peers"),
-        "Versions: "
-        + ", ".join(f"{name} {version}" for name, version in kept("peers").get("versions", {}).items())
-        + ".",
-    ]
-    for model, ways in models.items():
-        base = kept("rows").get("models", {}).get(model, {})
-        adds = number(kept("rows").get("memory", {}).get(model, {}).get("floor"), 0)
-        head = f"### {model}\n\n`auto` took {base.get('auto takes', '–')}; the floor adds {adds} MiB."
-        lines = []
-        for way, values in ways.items():
-            if "failed" in values:
-                lines.append((way, "–", "–", "–", "–", f"fails: `{values['failed'][:110]}`"))
-                continue
-            covers = values.get("covers", 1.0)
-            note = "" if covers > 0.9999 else f"covers {covers:.1%} of the parameters"
-            if "dense" in way:
-                note = "time of 64 of its numbers and 2 examples, scaled up"
-            lines.append((
-                way, number(values["ratio"]), number(values["rate"], 1), number(values.get("error"), 3),
-                number(values.get("MiB"), 0), note,
-            ))  # fmt: skip
-        header = ("rows", "time / floor", "examples a second", "error", "MiB", "")
-        parts.append(head + "\n\n" + table(header, lines))
-    parts.append(image(figures.rows(models), "error of inner products against time, for every way to make rows"))
-    parts.append(rows_verdicts(models))
-    return "\n\n".join(parts)
-
-
-def rows_verdicts(models: dict[str, dict[str, Any]]) -> str:
-    def ratio_of(model: str, way: str) -> float:
-        return models[model].get(way, {}).get("ratio", float("nan"))
-
-    lines = []
-    for model in models:
-        kronecker, count = ratio_of(model, "kronecker 16"), ratio_of(model, "countsketch 4096")
-        lines.append(
-            f"- {model}: Kronecker at most 1.15 × the floor: {kronecker:.2f}, {verdict(kronecker <= 1.15)}; blocked "
-            f"countsketch at most 2.4 ×: {count:.2f}, {verdict(count <= 2.4)}."
-        )
-        ways = kept("peers").get("models", {}).get(model, {}).get("ways", {})
-        auto = ways.get("auto", {})
-        for peer in ("bergson", "dattri", "dattri-llm"):
-            other = ways.get(peer, {})
-            if "ratio" in other and "ratio" in auto:
-                faster, nearer = auto["ratio"] < other["ratio"], auto["error"] < other["error"]
-                lines.append(
-                    f"  `auto` against {peer}: {other['ratio'] / auto['ratio']:.1f} × as fast "
-                    f"({verdict(faster)}), error {auto['error']:.3f} against {other['error']:.3f} ({verdict(nearer)})."
-                )
-    return "Bars:\n\n" + "\n".join(lines)
-
-
-def fidelity_section() -> str:
-    parts = ["## Output factors: fidelity per cost\n"]
-    times = kept("fidelity").get("times", {})
-    if times:
-        ranks = sorted({int(label.split()[1]) for label in times})
-        lines = [(f, *(number(times.get(f"{f} {c}")) for c in ranks)) for f in ("spectral", "projection")]
-        parts.append(
-            "`python -m tests.benchmarks.fidelity --time-only`: a whole pass over 4 SmolLM2 prompts, over that "
-            "of spectral rows with c = 4.\n\n" + table(("rows", *(f"c = {c}" for c in ranks)), lines)
-        )
-        share = times["spectral 4"] / times["projection 32"]
-        parts.append(
-            f"Spectral c = 4 takes {share:.2f} of the time of projection c = 32 (bar 0.2): {verdict(share <= 0.2)}."
-        )
-    if few := kept("fidelity").get("errors"):
-        values = few["values"]
-        ranks = sorted({int(label.split()[1]) for label in values})
-        factors = ("spectral", "projection", "sampling")
-        lines = [(f, *(number(values.get(f"{f} {c}"), 3) for c in ranks)) for f in factors]
-        best, other = values["spectral 4"], values["projection 32"]
-        parts.append(
-            f"`python -m tests.benchmarks.fidelity --errors-only`: relative Fisher error, mean of {few['prompts']} "
-            f"prompts, against their leading {few['rows']} rows.\n\n"
-            + table(("rows", *(f"c = {c}" for c in ranks)), lines)
-            + f"\n\nSpectral c = 4 at least as faithful as projection c = 32: {best:.3f} against {other:.3f}, "
-            f"{verdict(best <= other)}."
-        )
-    for name in sorted(n for n in ("fidelity-exact", "fidelity-many") if kept(n)):
-        parts.append(fidelity_table(kept(name)))
-    return "\n\n".join(parts)
-
-
-def fidelity_table(found: dict[str, Any]) -> str:
-    lines = [
-        (
-            r["factor"],
-            str(r["c"]),
-            number(r["error"], 3),
-            number(r["agreement"]),
-            number(r["auroc"], 3),
-            number(r["seconds"], 1),
-        )
-        for r in found["rows"]
-    ]
-    command = f"--prompts {found['prompts']} --truth {found['truth']} --power {found['power']:g}"
-    text = (
-        f"`python -m tests.benchmarks.fidelity {command}` on {found['machine']}: relative Fisher error against the\n"
-        f"leading {found['truth']} of 576 rows, and agreement of the coefficients of {found['components']} components "
-        f"(F^{found['power']:g}) with those of that truth;\ntwo fits of the truth from other starts agree at "
-        f"{found['agreement of two fits']:.2f}, its AUROC is {found['auroc of the truth']:.3f}.\n\n"
-    )
-    text += table(("rows", "c", "Fisher error", "agreement", "AUROC", "seconds"), lines)
-    if len({r["factor"] for r in found["rows"] if r["seconds"]}) > 1:
-        text += "\n\n" + image(figures.fidelity(found["rows"]), "error and agreement against seconds; numbers are c")
-    return text
-
-
 def solver_section() -> str:
     problems = kept("solver").get("problems", {})
+    gram = {name: f for name, f in problems.items() if name.endswith("in Gram space")}
+    plain = {name: f for name, f in problems.items() if name not in gram}
+    parts = [SOLVER, machine_of("solver"), SOLVER_AS_IT_IS, solver_table(plain), solver_verdict(plain)]
+    if gram:
+        parts += [SOLVER_GRAM, solver_table(gram), solver_verdict(gram)]
+    return "\n\n".join([*parts, SOLVER_LIMIT])
+
+
+def solver_table(problems: dict[str, Any]) -> str:
     lines = []
     for name, f in problems.items():
-        n = f["seeds"]
-        best = f.get("best", (float("nan"),) * 2)
+        n, ends = f["seeds"], f["reached"]
         lines.append((
             name, f"1/{1 / f['share']:.1f}", f"1/{1 / f['slowest']:.1f}" if f["slowest"] else "never",
+            f"{number(f['seconds'][0])} and {number(f['seconds'][1])}",
             f"{f['iterations'][0]:g} and {f['iterations'][1]:g}", f"{f['loss']:.5f} and {f['reference']:.5f}",
-            f"{best[0]:.5f} and {best[1]:.5f}", f"{f['worse']} of {n}", f"{f['reached']} of {n}",
+            f"{f['best'][0]:.5f} and {f['best'][1]:.5f}", f"{f['worse']} of {n}",
+            f"{ends} of {n}" if ends else "never",
             "–" if f["found"] is None else f"{f['found'][0]:g} and {f['found'][1]:g} of {f['r']}",
             f"{f['MiB'][0]:.0f} and {f['MiB'][1]:.0f}",
         ))  # fmt: skip
     header = (
-        "problem", "time to the reference's loss", "slowest seed", "iterations", "loss, median", "loss, best of 5",
-        "ours worse", "it reaches ours", "directions found", "MiB",
+        "problem", "time to the reference's loss", "slowest seed", "seconds to each one's end", "iterations",
+        "loss, median", "loss, best of all seeds", "ours worse", "it reaches our end", "directions found", "MiB",
     )  # fmt: skip
+    return table(header, lines)
+
+
+def solver_verdict(problems: dict[str, Any]) -> str:
     fast = sum(f["share"] <= 0.2 for f in problems.values())
     good = sum(f["worse"] == 0 for f in problems.values())
-    ends = sum(f["best"][0] <= f["best"][1] * 1.0001 for f in problems.values() if "best" in f)
-    verdicts = (
-        f"Bars: at least 5 × faster on {fast} of {len(problems)} problems; no single start ends worse on {good}, and "
-        f"the best of five starts, which is what a fit keeps, ends no worse on {ends}.\n\n{SOLVER_LIMIT}"
+    ends = sum(f["best"][0] <= f["best"][1] * 1.0001 for f in problems.values())
+    return (
+        f"Bars: at least 5 × faster on {fast} of {len(problems)} problems; no single start ends worse on {good}; the "
+        f"best start, which is what a fit keeps, ends no worse than the reference's best on {ends}."
     )
-    return "\n\n".join([SOLVER, machine_of("solver"), table(header, lines), verdicts])
 
 
 def settings_of(row: dict[str, Any]) -> tuple[float, ...]:
@@ -269,36 +127,53 @@ def stability_section() -> str:
     return "\n\n".join(parts)
 
 
+def exponent(points: dict[str, Any], which: int) -> tuple[str, str]:
+    """The fitted exponent and the constant share of time (0) or memory (1)."""
+    e, a = points["exponents"][which], points["constants"][which]
+    return ("flat", "–") if e is None else (number(e), f"{a:.0%}")
+
+
 def scaling_section() -> str:
     found = kept("scaling")
     lines = [
         (
             {"rows": "computing PEFs", "fit": "fit"}[stage], letter, f"{p['sizes'][0]} … {p['sizes'][-1]}",
-            number(p["exponents"][0]), number(p["exponents"][1]), " ".join(f"{s:.3g}" for s in p["seconds"]),
+            *(exponent(p, 0)), *(exponent(p, 1)), " ".join(f"{s:.3g}" for s in p["seconds"]),
             " ".join(f"{m:.0f}" for m in p["MiB"]),
         )
         for stage in ("rows", "fit") for letter, p in found.get(stage, {}).items()
     ]  # fmt: skip
-    header = ("stage", "", "sizes", "exponent of time", "of memory", "seconds", "MiB")
+    header = ("stage", "", "sizes", "exponent of time", "constant", "of memory", "constant", "seconds", "MiB")
     return (
         SCALING + "\n\n" + machine_of("scaling") + "\n\n" + table(header, lines) + "\n\n"
         + image(figures.scaling(), "time and memory against n, c, d and r on log axes")
     )  # fmt: skip
 
 
+def lifted(ways: dict[str, dict[str, Any]], n: int) -> str:
+    lines = [
+        (
+            way, number(f["cosine"], 4), number(f["lowest"], 4), number(f["time"]), number(f.get("step"), 1),
+            number(f["KL ratio"], 1), f"{f['reached']} of {n}",
+        )
+        for way, f in ways.items()
+    ]  # fmt: skip
+    return table(
+        ("way", "cosine, median", "lowest", "time / exact", "step / exact", "KL ratio", "target reached"), lines
+    )
+
+
 def lifting_section() -> str:
     found = kept("lifting")
     parts = [LIFTING + "\n\n" + machine_of("lifting")]
-    for dim, figures_of in found.get("dims", {}).items():
-        lines = [
-            (
-                way, number(f["cosine"], 4), number(f["lowest"], 4), number(f["time"]), number(f["KL ratio"], 1),
-                str(f["reached"]),
-            )
-            for way, f in figures_of["ways"].items()
-        ]  # fmt: skip
-        header = ("way", "cosine, median", "lowest", "time / exact", "KL ratio", "target reached, of 6")
-        parts.append(f"{figures_of['parameters']:,} parameters in {int(dim):,} numbers:\n\n" + table(header, lines))
+    for dim, f in found.get("dims", {}).items():
+        parts.append(f"{f['parameters']:,} parameters in {int(dim):,} numbers:\n\n" + lifted(f["ways"], 6))
+    if real := found.get("real"):
+        parts.append(
+            f"MiniLM, {real['parameters']:,} parameters in {real['d']:,} numbers, cosine to exact lifting:\n\n"
+            + lifted(real["ways"], real["components"])
+        )
+    parts.append(LIFTING_MEANS)
     if memory := found.get("memory"):
         parts.append(
             f"Lifting one component of a larger model adds {memory['added']:.0f} MiB at its peak, where one copy of "

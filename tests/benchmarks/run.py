@@ -5,7 +5,8 @@
 
 Each script compares things in the same process, or in fresh processes that take turns. None of them is part of
 `make test`. `peers` runs in an environment of its own (`make bench-peers`), `gpu`, whole `fidelity` and `stability` of
-SmolLM2 want a GPU, and `sketches`, `memory`, `page` and `soak` print figures of other pages of docs/.
+SmolLM2 want a GPU, `fidelity --metric-only` takes minutes for one table, and `sketches`, `memory`, `page` and `soak`
+print figures of other pages of docs/.
 """
 
 from __future__ import annotations
@@ -31,24 +32,25 @@ SCRIPTS: list[tuple[str, ...]] = [
 ]
 
 
-def run(name: str, *arguments: str) -> bool:
-    """Whether the script ended well."""
-    print(f"\n== {name}", flush=True)
+def run(name: str, *arguments: str) -> tuple[bool, float]:
+    """Whether the script ended well, and its seconds."""
+    print(f"\n== {' '.join([name, *arguments])}", flush=True)
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", f"tests.benchmarks.{name}", *arguments], check=False)
-    print(f"-- {name}: {time.perf_counter() - begin:.0f} s", flush=True)
-    return done.returncode == 0
+    return done.returncode == 0, time.perf_counter() - begin
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     if parser.parse_args().quick:
-        return int(not run("guard"))
-    failed = [name for name, *arguments in SCRIPTS if not run(name, *arguments)]
-    if failed:
-        print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
-    return bool(failed)
+        return int(not run("guard")[0])
+    ended = {" ".join(script): run(*script) for script in SCRIPTS}
+    print()
+    for script, (well, seconds) in ended.items():
+        print(f"{script:32} {seconds:5.0f} s{'' if well else '   FAILED'}")
+    print(f"{'all':32} {sum(seconds for _, seconds in ended.values()):5.0f} s")
+    return int(not all(well for well, _ in ended.values()))
 
 
 if __name__ == "__main__":

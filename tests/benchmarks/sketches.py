@@ -59,9 +59,9 @@ def main() -> None:
     model, tokenizer = load_model()
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(rank=options.rank))
     examples = Examples(word_relation_prompts(8), tokenizer)[: options.prompts]
-    with analyzer._at_work() as work:
+    with analyzer.fisher_pass() as work:
         chosen = work.prepare(examples).line(work.sketch)
-        runs = [work._run(examples[i : i + 8]) for i in range(0, len(examples), 8)]
+        runs = [work.run(examples[i : i + 8]) for i in range(0, len(examples), 8)]
         tries = list(dict.fromkeys([(work.sketch.kind, work.sketch.setting), *SETTINGS]))
         _, errors = measure_sketches(model, work.maps, {}, runs, tries, 0, None)
         print("auto:", chosen)

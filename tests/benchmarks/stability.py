@@ -21,7 +21,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, PEFs
-from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, gram_space, start_from_surplus
+from hf_npeff.decomposition.solvers import DenseRows, Fit, gram_space
+from hf_npeff.decomposition.starts import solve
 from hf_npeff.decomposition.weighting import balanced
 from hf_npeff.demo import TARGETS, load_model
 from hf_npeff.studies.factors import best_components
@@ -41,11 +42,8 @@ def agreement(G: Tensor, other: Tensor, threshold: float = 0.9) -> float:
 
 
 def starts(rows: DenseRows, r: int, count: int) -> list[Fit]:
-    fits = []
-    for seed in range(count):
-        G, W = start_from_surplus(rows, r, torch.Generator().manual_seed(seed))
-        fits.append(block_power(rows, G, W=W, max_iterations=600, tolerance=TOLERANCE))
-    return fits
+    generators = (torch.Generator().manual_seed(seed) for seed in range(count))
+    return [solve(rows, r, generator, max_iterations=600, tolerance=TOLERANCE) for generator in generators]
 
 
 def agreements(fits: list[Fit]) -> dict[int, float]:

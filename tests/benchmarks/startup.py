@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def main() -> None:
     def run(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
-    times = in_turn({name: lambda code=code: run(code) for name, code in COMMANDS.items()}, ROUNDS)  # type: ignore[misc]
+    times = in_turn({name: lambda code=code: run(code) for name, code in COMMANDS.items()}, ROUNDS, time.perf_counter)  # type: ignore[misc]
     figures = {}
     for name, code in COMMANDS.items():
         figures[name] = {

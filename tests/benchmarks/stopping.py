@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power, start_from_surplus
+from hf_npeff.decomposition.solvers import DenseRows, Fit, block_power
+from hf_npeff.decomposition.starts import start_from_surplus
 from tests.benchmarks.measure import keep, machine
 from tests.benchmarks.solver import Problem, problems
 from tests.benchmarks.stability import agreement

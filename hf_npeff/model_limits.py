@@ -1,0 +1,93 @@
+"""What a model can take: its vocabulary, its positions, and the labels that the settings read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_npeff.data import Example
+from hf_npeff.fisher.heads import base_of
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What can be known of an example before the model runs.
+
+    Attributes:
+        vocabulary: {input: the ids that its embedding knows}; inputs without an embedding are not in it.
+        positions: the most tokens, or None.
+        needs_labels: whether every example brings the labels of its tokens.
+    """
+
+    vocabulary: Mapping[str, int]
+    positions: int | None
+    needs_labels: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, *, needs_labels: bool) -> ModelLimits:
+        """Those of a transformers model."""
+        base: Any = base_of(model)
+        decoder = base.get_decoder() if getattr(base.config, "is_encoder_decoder", False) else None
+        found = {"input_ids": _vocabulary(base), "decoder_input_ids": _vocabulary(decoder)}
+        vocabulary = {name: size for name, size in found.items() if size is not None}
+        return cls(vocabulary, _positions(base), needs_labels)
+
+    def check(self, example: Example) -> None:
+        """Refuse an example that the model cannot take.
+
+        Raises:
+            ValueError: if it has no tokens, more than the model has positions, ids that are no token of it, or no
+                labels where they are needed.
+        """
+        if example.length == 0:
+            raise ValueError(f"example {example.id!r} has no tokens, so nothing to predict from; leave it out")
+        for name, size in self.vocabulary.items():
+            ids = _flat(example.inputs.get(name, ()))
+            if ids and not 0 <= min(ids) <= max(ids) < size:
+                raise ValueError(
+                    f"example {example.id!r} has {name} from {min(ids)} to {max(ids)}, and the model's vocabulary "
+                    f"has {size}; encode it with the model's own tokenizer"
+                )
+        if self.positions is not None and example.length > self.positions:
+            raise ValueError(
+                f"example {example.id!r} has {example.length} tokens, and the model has {self.positions} positions; "
+                "shorten it"
+            )
+        if not self.needs_labels:
+            return
+        if "labels" not in example.inputs:
+            raise ValueError(
+                f"positions='labels' needs token labels, and example {example.id!r} has none; add a `labels` "
+                "column (−100 where nothing is counted)"
+            )
+        if all(label == -100 for label in example.inputs["labels"]):
+            raise ValueError(
+                f"positions='labels' finds nothing to predict in example {example.id!r}: all its labels are −100"
+            )
+
+
+def _flat(ids: Any) -> list[int]:
+    """Token ids of an example, of all its choices together where it has several."""
+    return [i for each in ids for i in (_flat(each) if isinstance(each, list) else [each])]
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Tokens that the input embedding knows; None where there is none."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _positions(model: Any) -> int | None:
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and limit <= 0:  # XLNet's way to say that there is none
+        return None
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if limit is not None and isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
+            limit = positions.num_embeddings - positions.padding_idx - 1  # RoBERTa counts from the one after padding
+    return limit

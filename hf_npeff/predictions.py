@@ -1,0 +1,50 @@
+"""What a model predicts for examples, and how far two sets of predictions are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_npeff.data import Example, batches_by_length
+from hf_npeff.fisher.distributions import Distribution
+from hf_npeff.fisher.passes import FisherPass
+
+
+@dataclass
+class Predictions:
+    """What a model predicts for some examples, kept on the CPU.
+
+    Attributes:
+        logits: one (t_i, k) tensor an example, its own terms only.
+        distribution: of every term.
+    """
+
+    logits: list[Tensor]
+    distribution: type[Distribution]
+
+    def kl_to(self, other: Predictions) -> Tensor:
+        """KL(self ‖ other) of every example, summed over its terms, in nats, float64 (n,)."""
+        pairs = zip(self.logits, other.logits, strict=True)
+        return torch.stack([self.distribution(a).kl(self.distribution(b)).sum() for a, b in pairs])
+
+    def answers(self) -> list[Tensor]:
+        """The likeliest outcome of every term, an example each."""
+        return [self.distribution(a).predictions()[0] for a in self.logits]
+
+
+@torch.no_grad()
+def predict(work: FisherPass, examples: Sequence[Example], batch_size: int) -> Predictions:
+    """What the model predicts for the examples, in their order."""
+    logits: dict[int, Tensor] = {}
+    distribution: type[Distribution] | None = None
+    size = work.batch_size(examples, batch_size)
+    for batch in batches_by_length([e.length for e in examples], size):
+        outputs = work.outputs([examples[i] for i in batch])
+        distribution = outputs.distribution
+        for row, i in enumerate(batch):
+            logits[i] = outputs.logits[row, outputs.valid[row]].detach().to("cpu", torch.float32)
+    assert distribution is not None
+    return Predictions([logits[i] for i in range(len(examples))], distribution)

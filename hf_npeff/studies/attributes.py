@@ -1,0 +1,119 @@
+"""Annotations of examples as yes-or-no attributes, which methods never see and are measured by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Annotations of n examples as yes-or-no attributes.
+
+    Attributes:
+        names: of a attributes, "column=value" or a column of booleans.
+        values: (n, a) of 1, 0 and NaN, which is "not annotated".
+        excluded: {attribute or column: why it is left out}.
+
+    Example:
+        >>> attributes = Attributes.from_columns({"animal": [True, False] * 12}, min_count=5)
+        >>> attributes.names
+        ['animal']
+    """
+
+    names: list[str]
+    values: Tensor
+    excluded: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_columns(
+        cls, columns: Mapping[str, Sequence[Any]], names: Sequence[str] | None = None, *, min_count: int = 10
+    ) -> Attributes:
+        """Attributes from columns.
+
+        A boolean column is one attribute; a column of strings or whole numbers has one for every value; so has a
+        column of lists, whose examples may have several values. None (and NaN) means "not annotated".
+
+        Args:
+            columns: {name: n values}.
+            names: which columns; all by default.
+            min_count: an attribute with fewer examples that have it, or that lack it, is excluded.
+
+        Raises:
+            ValueError: if a column does not exist, columns differ in length, or hold anything else.
+        """
+        wanted = list(columns if names is None else names)
+        if missing := [name for name in wanted if name not in columns]:
+            raise ValueError(f"there are no columns {missing}; there are {sorted(columns)}")
+        if len({len(columns[name]) for name in wanted}) > 1:
+            raise ValueError(f"columns differ in length: { {name: len(columns[name]) for name in wanted} }")
+        kept: dict[str, list[float]] = {}
+        excluded: dict[str, str] = {}
+        for name in wanted:
+            found = _binary(name, list(columns[name]))
+            if not found:
+                excluded[name] = "no example is annotated"
+            for attribute, values in found.items():
+                have, lack = values.count(1.0), values.count(0.0)
+                if min(have, lack) >= max(1, min_count):
+                    kept[attribute] = values
+                elif min(have, lack) == 0:
+                    excluded[attribute] = f"one class only: {have} examples have it, {lack} lack it"
+                else:
+                    excluded[attribute] = f"{have} examples have it, {lack} lack it: fewer than {min_count}"
+        n = len(columns[wanted[0]]) if wanted else 0
+        matrix = torch.tensor(list(kept.values()), dtype=torch.float64).T if kept else torch.empty(n, 0)
+        return cls(list(kept), matrix, excluded)
+
+    @property
+    def counts(self) -> Tensor:
+        """(n,) attributes that every example has."""
+        return (self.values == 1).sum(1)
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """{attribute: examples where it is not annotated}, where there are any."""
+        counts = self.values.isnan().sum(0).tolist()
+        return {name: count for name, count in zip(self.names, counts, strict=True) if count}
+
+    def restricted(self, mask: Tensor, min_count: int = 10) -> Attributes:
+        """The attributes of some examples (n,) bool; those that become too rare are excluded."""
+        kept, excluded = [], dict(self.excluded)
+        for a, name in enumerate(self.names):
+            values = self.values[mask, a]
+            have, lack = int((values == 1).sum()), int((values == 0).sum())
+            if min(have, lack) >= max(1, min_count):
+                kept.append(a)
+            else:
+                excluded[name] = f"of the {int(mask.sum())} examples measured, {have} have it and {lack} lack it"
+        return Attributes([self.names[a] for a in kept], self.values[mask][:, kept], excluded)
+
+
+def _binary(name: str, values: list[Any]) -> dict[str, list[float]]:
+    """One column as attributes: {attribute: n of 1, 0, NaN}."""
+    known = [v for v in values if not (v is None or (isinstance(v, float) and math.isnan(v)))]
+    if not known:
+        return {}
+    nothing = [v is None or (isinstance(v, float) and math.isnan(v)) for v in values]
+    if all(isinstance(v, bool) for v in known):
+        return {name: [math.nan if no else float(v) for v, no in zip(values, nothing, strict=True)]}
+    if all(isinstance(v, list | tuple | set | frozenset) for v in known):
+        each = sorted({str(x) for v in known for x in v})
+        sets = [set() if no else {str(x) for x in v} for v, no in zip(values, nothing, strict=True)]
+        return {
+            f"{name}={x}": [math.nan if no else float(x in s) for s, no in zip(sets, nothing, strict=True)]
+            for x in each
+        }
+    if all(isinstance(v, str | int) and not isinstance(v, bool) for v in known):
+        each = list(dict.fromkeys(map(str, known)))
+        return {
+            f"{name}={x}": [math.nan if no else float(str(v) == x) for v, no in zip(values, nothing, strict=True)]
+            for x in each
+        }
+    kinds = sorted({type(v).__name__ for v in known})
+    raise ValueError(f"the column {name!r} holds {kinds}; attributes are booleans, strings, whole numbers or lists")

@@ -1,0 +1,61 @@
+"""One table over the results of several data sets, from the files that the studies left."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_npeff.studies.result import markdown, number
+
+_COLUMNS = ("mean AUROC", "found", "at once", "purity", "stability", "KL ratio", "moved", "seconds")
+
+
+def overview(folders: Mapping[str, Path]) -> str:
+    """A row a method; every cell holds its value on each data set, in their order.
+
+    Args:
+        folders: {data set: folder with factors/result.json and selectivity/result.json}.
+
+    Raises:
+        ValueError: if there are no data sets.
+        FileNotFoundError: if a study was not run.
+    """
+    if not folders:
+        raise ValueError("a table over data sets needs at least one")
+    cells = [_cells(folder) for folder in folders.values()]
+    methods = dict.fromkeys(name for found in cells for name in found)
+    rows = []
+    for method in methods:
+        columns = [[found[method][i] if method in found else "–" for found in cells] for i in range(len(_COLUMNS))]
+        rows.append([method, *(" · ".join(column) for column in columns)])
+    return markdown(["method", *_COLUMNS], rows)
+
+
+def _cells(folder: Path) -> dict[str, list[str]]:
+    """{method: a cell for every column} of one data set."""
+    factors, selectivity = (_result(folder / study) for study in ("factors", "selectivity"))
+    return {row["method"]: _row(row, factors, selectivity) for row in factors["methods"]}
+
+
+def _row(row: Mapping[str, Any], factors: Mapping[str, Any], selectivity: Mapping[str, Any]) -> list[str]:
+    found_at = factors["config"]["found_at"]
+    found = sum(score["auroc"] >= found_at for score in row["attributes"])
+    moved = [r["moved"] for r in selectivity["rows"] if r["method"] == row["method"] and r["moved"] is not None]
+    return [
+        number(row["mean_auroc"]),
+        f"{found} of {len(row['attributes'])}",
+        f"{number(row['at_once'], 2)} of {number(row['possible'], 2)}",
+        number(row["purity"], 2),
+        number(row["stability"], 2),
+        number(selectivity["medians"].get(row["method"]), 1),
+        f"{statistics.median(moved):.0%}" if moved else "–",
+        number(row["seconds"], 0),
+    ]
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found

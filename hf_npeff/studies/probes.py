@@ -1,0 +1,165 @@
+"""Why a method finds an attribute or misses it: supervised probes, and the same features read in other ways.
+
+A method without supervision misses an attribute because the representation that it works on lacks it, because its
+features together lack it, or because no single feature is about it. Logistic regressions tell these apart: on hidden
+states or PEFs, on all coefficients of a method, and beside them the best single feature.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_npeff.baselines.activations import activation_kmeans
+from hf_npeff.baselines.method import MethodResult
+from hf_npeff.components import Decomposition
+from hf_npeff.extras import load
+from hf_npeff.store import PEFs
+from hf_npeff.studies.attributes import Attributes
+from hf_npeff.studies.factors import FactorsConfig, first_half, run_factors
+from hf_npeff.studies.measures import auroc
+from hf_npeff.studies.result import markdown, number
+
+_FOLDS = 3
+_PENALTIES = (1.0, 10.0, 100.0)
+"""C of scikit-learn, for features of unit size."""
+
+
+def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -> dict[str, float]:
+    """AUROC of a logistic regression for every attribute.
+
+    Features are centred and brought to a mean squared norm of 1; the regressions and their penalties (by three-fold
+    cross-validation) are fitted on the examples `choose`, and the AUROC is of the others.
+
+    Args:
+        features: (n, m).
+        attributes: of the n examples; those that fewer than 3 examples of `choose` have or lack, or that have one class
+            among the others, are left out.
+        choose: (n,) bool.
+
+    Raises:
+        ValueError: if they are of different numbers of examples.
+        ModuleNotFoundError: if scikit-learn is not installed.
+    """
+    exceptions, linear, selection = (
+        load(f"sklearn.{name}", "a probe") for name in ("exceptions", "linear_model", "model_selection")
+    )
+    if not len(features) == len(attributes.values) == len(choose):
+        raise ValueError(
+            f"the features are of {len(features)} examples, the attributes of {len(attributes.values)} and `choose` of "
+            f"{len(choose)}"
+        )
+    X = features.double() - features[choose].double().mean(0)
+    X = coordinates(X @ X.T) if X.shape[1] > len(X) else X
+    X = X / X[choose].square().sum(1).mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    found = {}
+    for a, name in enumerate(attributes.names):
+        values = attributes.values[:, a]
+        here, there = choose & ~values.isnan(), ~choose & ~values.isnan()
+        counts = [int((values[part] == v).sum()) for part in (here, there) for v in (0, 1)]
+        if min(counts[:2]) < _FOLDS or min(counts[2:]) < 1:
+            continue
+        probe = selection.GridSearchCV(
+            linear.LogisticRegression(max_iter=500), {"C": _PENALTIES}, scoring="roc_auc", cv=_FOLDS
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", exceptions.ConvergenceWarning
+            )  # the weakest penalties only, and they rarely win
+            probe.fit(X[here].numpy(), (values[here] == 1).numpy())
+        found[name] = auroc(torch.from_numpy(probe.decision_function(X[there].numpy())), values[there] == 1)
+    return found
+
+
+def coordinates(gram: Tensor) -> Tensor:
+    """Points (n, n) with these inner products (n, n), positive semi-definite up to rounding."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def pef_inner_products(factors: Tensor) -> Tensor:
+    """⟨F_i, F_j⟩ = ‖A_i A_jᵀ‖²_F of factors (n, c, d): (n, n)."""
+    n, c, _ = factors.shape
+    rows = factors.flatten(0, 1).to(torch.promote_types(factors.dtype, torch.float32))
+    return (rows @ rows.T).square().reshape(n, c, n, c).sum((1, 3))
+
+
+def diagnose(
+    states: Tensor,
+    pefs: PEFs,
+    decomposition: Decomposition,
+    attributes: Attributes,
+    config: FactorsConfig | None = None,
+    *,
+    probed: Mapping[str, Tensor] | None = None,
+    n_restarts: int = 4,
+) -> dict[str, dict[str, float]]:
+    """Every attribute's AUROC by the best single feature of several kinds, and by supervised probes.
+
+    The features are those of k-means on hidden states and on PEFs (points whose inner products are those of the PEFs),
+    as cosines and as plain assignments, and the components of a decomposition, as coefficients and as alignments
+    ‖A_i g_j‖². The probes see hidden states, PEFs, the cosines and the coefficients.
+
+    Args:
+        states: hidden states (n, h).
+        pefs: of the same examples.
+        decomposition: of these PEFs; its number of components is that of the clusters.
+        attributes: of the examples.
+        config: of the measurement, as for `run_factors`.
+        probed: {name: (n, m)}, further representations to probe.
+        n_restarts: of k-means.
+
+    Returns:
+        {what is read: {attribute: AUROC}}.
+
+    Raises:
+        ValueError: if they are of different numbers of examples.
+        ModuleNotFoundError: if scikit-learn is not installed.
+    """
+    config = config or FactorsConfig()
+    r = len(decomposition)
+    points = coordinates(pef_inner_products(pefs.factors)).float()
+    W, N = decomposition.explain(pefs)
+    cosines = activation_kmeans(states, r, n_restarts=n_restarts).coefficients
+    hard = torch.nn.functional.one_hot(cosines.argmax(1), r).float()
+    of_pefs = activation_kmeans(points, r, n_restarts=n_restarts).coefficients
+    single = {
+        "k-means on activations, cosines": cosines,
+        "k-means on activations, assignments": hard,
+        "k-means on PEFs, cosines": of_pefs,
+        "NPEFF, coefficients W": W.float(),
+        "NPEFF, alignments ‖A g‖²": N.float(),
+    }
+    measured = run_factors([MethodResult(name, found) for name, found in single.items()], attributes, config)
+    rows = {f"best of {r}: {row.method}": {s.attribute: s.auroc for s in row.attributes} for row in measured.methods}
+    kept = {s.attribute for s in measured.methods[0].attributes}
+    trained = {"activations": states, "PEFs": points, f"{r} cosines of k-means": cosines, f"{r} coefficients W": W}
+    for name, features in {**trained, **(probed or {})}.items():
+        found = linear_probes(features, attributes, choose=first_half(len(states), config.seed))
+        rows[f"probe of {name}"] = {attribute: value for attribute, value in found.items() if attribute in kept}
+    return rows
+
+
+def by_kind(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A table: a row each, mean AUROC over all attributes and over those of each kind ("kind=value")."""
+    names = dict.fromkeys(attribute for scores in rows.values() for attribute in scores)
+    kinds = list(dict.fromkeys(name.split("=")[0] for name in names))
+    body = []
+    for label, scores in rows.items():
+        parts = [[v for a, v in scores.items() if kind in (None, a.split("=")[0])] for kind in (None, *kinds)]
+        body.append([label, *(number(sum(part) / len(part) if part else None) for part in parts)])
+    counts = [f"{kind} ({sum(name.split('=')[0] == kind for name in names)})" for kind in kinds]
+    return markdown(["AUROC", f"mean ({len(names)})", *counts], body)
+
+
+def over_data_sets(diagnoses: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A table: of {data set: what `diagnose` returned}, a row for what is read, mean AUROC over the attributes."""
+    labels = dict.fromkeys(label for rows in diagnoses.values() for label in rows)
+    body = []
+    for label in labels:
+        found = [list(rows.get(label, {}).values()) for rows in diagnoses.values()]
+        body.append([label, *(number(sum(scores) / len(scores) if scores else None) for scores in found)])
+    return markdown(["mean AUROC", *(name.replace("_", " ") for name in diagnoses)], body)

@@ -1,0 +1,141 @@
+"""Models with a batch and cotangents that stay the same, for every script that times rows.
+
+BERT-like (3 classes) and GPT-2-like (vocabulary 8,192) have 4 layers and hidden size 256, and see 8 sequences of 64
+tokens, c = 8; SmolLM2 sees 4 word-relation prompts, c = 4. All linear maps but the output embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from hf_npeff import FisherConfig, NPEFFAnalyzer
+from hf_npeff.data import Examples
+from hf_npeff.fisher.gradients import LinearHooks, LinearMap, frozen
+from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.selftest import Captured, Run, exact_gram, off_diagonal_error, pef_inner_products
+from hf_npeff.fisher.sketches import Sketch
+
+LENGTH, BATCH, ROWS, VOCABULARY, DIM = 64, 8, 8, 8192, 4096
+MODELS = ("BERT-like", "GPT-2-like", "SmolLM2")
+SKETCHES: dict[str, tuple[Any, int | None]] = {
+    "kronecker 16": ("kronecker", 16), "auto": ("auto", None), f"countsketch {DIM}": ("countsketch", DIM),
+}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A frozen model on one batch, with cotangents that stay the same.
+
+    Attributes:
+        name: of the model.
+        model: frozen.
+        examples: of the batch.
+        work: a FisherPass with each sketch, by its label.
+        run: forward passes and cotangents (B, c, t, s).
+    """
+
+    name: str
+    model: Any
+    examples: Any
+    work: dict[str, FisherPass]
+    run: Run
+
+    @property
+    def chosen(self) -> str:
+        """What `auto` took."""
+        taken = self.work["auto"].sketch
+        assert taken is not None
+        return f"{taken.kind} {taken.setting}"
+
+    @property
+    def maps(self) -> Sequence[LinearMap]:
+        """The linear maps under analysis."""
+        return next(iter(self.work.values())).maps
+
+    @functools.cached_property
+    def grams(self) -> dict[tuple[str, bool], Tensor]:
+        """{(parameter, whether its bias is counted): inner products (B·c, B·c) of unsketched rows}."""
+        captured = Captured()
+        with LinearHooks(self.model, self.maps, captured) as hooks:
+            hooks.begin(len(self.run.values))
+            source, V = self.run()
+            for i in range(V.shape[1]):
+                hooks.backward(source, V[:, i], last=i == V.shape[1] - 1)
+        found = {}
+        modules = dict(self.model.named_modules())
+        for m in self.maps:
+            pair = captured.tensors(m.parameter)
+            assert pair is not None
+            x, delta = pair
+            found[m.parameter, False] = found[m.parameter, True] = exact_gram(x, delta)
+            if modules[m.modules[0]].bias is not None:
+                total = delta.sum(2).flatten(0, 1).double()
+                found[m.parameter, True] = found[m.parameter, False] + total @ total.T
+        return found
+
+    def error(self, rows: Tensor, parameters: Sequence[str] | None = None, bias: bool = False) -> float:
+        """Of the inner products of PEFs with these rows (B, c, d), over all parameters, or over those given."""
+        parameters = [m.parameter for m in self.maps] if parameters is None else parameters
+        exact = torch.stack([self.grams[name, bias] for name in parameters]).sum(0)
+        flat = rows.flatten(0, 1).double()
+        return off_diagonal_error(pef_inner_products(flat @ flat.T, len(rows)), pef_inner_products(exact, len(rows)))
+
+
+def small_models() -> dict[str, tuple[Any, str]]:
+    """{name: (model, output factor)}."""
+    torch.manual_seed(0)
+    bert = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
+        num_labels=3,
+    )  # fmt: skip
+    gpt2 = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=256, n_layer=4, n_head=4, bos_token_id=None, eos_token_id=None
+    )
+    return {
+        "BERT-like": (transformers.BertForSequenceClassification(bert), "projection"),
+        "GPT-2-like": (transformers.GPT2LMHeadModel(gpt2), "spectral"),
+    }
+
+
+@functools.cache
+def smollm2() -> tuple[Any, Any]:
+    """The model and its tokenizer, loaded once a process."""
+    from hf_npeff.demo import load_model
+
+    return load_model()
+
+
+@contextlib.contextmanager
+def case(name: str, labels: Sequence[str] = tuple(SKETCHES)) -> Iterator[Case]:
+    """The model, its batch and its cotangents, with these sketches."""
+    tokenizer = None
+    if name == "SmolLM2":
+        from hf_npeff.studies.tasks import word_relation_prompts
+
+        (model, tokenizer), factor, c = smollm2(), "spectral", 4
+        examples = Examples(word_relation_prompts(1), tokenizer)[:4]
+    else:
+        (model, factor), c = small_models()[name], ROWS
+        ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+        examples = Examples({"input_ids": ids})[:]
+    with frozen(model.eval()), contextlib.ExitStack() as stack:
+        work = {}
+        for label in labels:
+            kind, dim = SKETCHES[label]
+            fisher = FisherConfig(rank=c, output_factor=factor, sketch=kind, sketch_dim=dim, sketch_tolerance=0.1)  # type: ignore[arg-type]
+            work[label] = stack.enter_context(NPEFFAnalyzer(model, tokenizer, fisher=fisher).fisher_pass())
+            if label == "auto":
+                work[label].prepare(examples)
+            else:
+                shapes = {m.parameter: m.shape for m in work[label].maps}
+                work[label].sketch = Sketch(shapes, kind, dim, 0)
+        first = next(iter(work.values()))
+        yield Case(name, model, examples, work, first.run(examples))

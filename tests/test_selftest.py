@@ -1,0 +1,99 @@
+"""The self-test of an analyzer, and the sketch that it measures or chooses."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_npeff import (
+    UnsupportedModelError,
+)
+from tests.analyses import analyzer_of, brute_force, errors
+from tests.tiny import tiny_batch, tiny_model
+
+
+def test_the_self_test_is_kept_and_printed_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: coverage counted here, and the error of PEF inner products recomputed from brute-force rows."""
+    model = tiny_model("llama", "causal-lm")
+    examples = tiny_batch(model, 8, seed=11)
+    analyzer = analyzer_of(model, sketch="kronecker", sketch_dim=6, rank=2)
+    with caplog.at_level(logging.INFO):
+        pefs = analyzer.compute_pefs(examples)
+    lines = [r.getMessage() for r in caplog.records if "self-test" in r.getMessage()]
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
+    kept = pefs.info["selftest"]
+    covered = sum(p.numel() for n, p in model.named_parameters() if n in {m.parameter for m in analyzer.maps})
+    assert kept["coverage"] == pytest.approx(covered / sum(p.numel() for p in model.parameters()))
+    assert kept["row_error"] < 1e-5
+    full = analyzer_of(model, rank=2).compute_pefs(examples).factors
+    exact = torch.einsum("iap,jbp->iajb", full, full).square().sum((1, 3))
+    sketched = torch.einsum("iap,jbp->iajb", pefs.factors, pefs.factors).square().sum((1, 3))
+    off = ~torch.eye(8, dtype=torch.bool)
+    truth = float((sketched - exact)[off].norm() / exact[off].norm())
+    assert pefs.sketch_error == pytest.approx(truth, rel=1e-3)
+
+
+def test_a_sketch_above_the_tolerance_warns(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: a side of one number a module cannot be faithful; a generous tolerance does not warn."""
+    model = tiny_model("llama", "causal-lm", dtype=torch.float32)
+    examples = tiny_batch(model, 6, seed=12)
+    analyzer_of(model, sketch="kronecker", sketch_dim=1, sketch_tolerance=1e9).compute_pefs(examples)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    analyzer_of(model, sketch="kronecker", sketch_dim=1, sketch_tolerance=1e-3).compute_pefs(examples)
+    assert [r for r in caplog.records if r.levelno == logging.WARNING and "tolerance" in r.getMessage()]
+
+
+def test_auto_meets_the_tolerance_at_the_first_candidate_that_does() -> None:
+    """Oracle: the measured errors that are kept: all but the last are above the tolerance."""
+    model = tiny_model("llama", "causal-lm", dtype=torch.float32, hidden_size=32, intermediate_size=96)
+    examples = tiny_batch(model, 8, seed=13)
+    analyzer = analyzer_of(model, sketch="auto", sketch_tolerance=0.15, storage_dtype="float32")
+    pefs = analyzer.compute_pefs(examples)
+    tried = list(pefs.info["selftest"]["tried"].values())
+    assert len(tried) >= 1
+    assert all(error > 0.15 for error in tried[:-1])
+    assert pefs.sketch_error == tried[-1] <= 0.15
+    assert pefs.config.sketch != "auto"
+
+
+def test_auto_keeps_every_number_of_a_small_model() -> None:
+    """Oracle: fewer parameters than the identity's limit."""
+    model = tiny_model("bert")
+    pefs = analyzer_of(model, sketch="auto", target_modules=["query"]).compute_pefs(tiny_batch(model, 3, seed=1))
+    assert pefs.config.sketch == "identity"
+    assert pefs.sketch_error == 0
+
+
+def test_a_flat_classifier_passes_the_self_test() -> None:
+    """Oracle: brute force. A head of zeros predicts the uniform distribution, whose S has one eigenvalue repeated.
+
+    Its eigenvectors are arbitrary, so an example in a batch and alone may have other rows of the same Fisher.
+    """
+    model = tiny_model("bert", num_labels=4, dtype=torch.float32)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-4)
+        model.classifier.bias.zero_()
+    examples = tiny_batch(model, 6, seed=14)
+    analyzer = analyzer_of(model, rank=4)
+    pefs = analyzer.compute_pefs(examples, batch_size=6)
+    assert pefs.info["selftest"]["row_error"] < 1e-3
+    assert max(errors(analyzer, pefs, brute_force(analyzer, examples))) < 1e-3
+
+
+def test_wrong_rows_are_refused_by_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a model whose weight is also used behind the hooks' back."""
+    model = tiny_model("bert")
+    dense = model.bert.pooler.dense
+    original = type(model.bert.pooler).forward
+
+    def twice(self: Any, hidden: Tensor) -> Tensor:
+        return original(self, hidden) + torch.nn.functional.linear(hidden[:, 0], dense.weight)
+
+    monkeypatch.setattr(type(model.bert.pooler), "forward", twice)
+    with pytest.raises(UnsupportedModelError, match="hooks"):
+        analyzer_of(model).compute_pefs(tiny_batch(model, 3, seed=1))
