@@ -328,7 +328,7 @@ class AnalysedModel:
         """
         if self.sharding.active:
             raise UnsupportedModelError(
-                "moving weights is for one process, and these are sharded over several; load the whole model"
+                "the model's weights are sharded over processes; load the whole model in one process to move them"
             )
         made = None if direction is None else direction.info.get("revision")
         if made is not None and self.revision is not None and made != self.revision:

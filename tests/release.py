@@ -17,7 +17,6 @@ import tarfile
 import tempfile
 import venv
 import zipfile
-from email import message_from_bytes
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -128,10 +127,6 @@ def inspect(wheel: Path, sdist: Path) -> None:
         names = [name.partition("/")[2] for name in archive.getnames()]
     strange = [n for n in names if re.search(r"__pycache__|\.pyc$|^runs/|^\.venv|_cache/|^build/|^dist/", n)]
     step(f"the sdist has no caches and no runs, {len(names)} files", not strange, strange[:5])
-    metadata = message_from_bytes(next(v for k, v in inside.items() if k.endswith(".dist-info/METADATA")))
-    page = metadata.get_payload()
-    links = [link for link in re.findall(r"\]\(([^)]*)\)", str(page)) if not link.startswith("https://")]
-    step("PyPI's page has no link that leads nowhere", not links, links)
 
 
 def use(python: Path, folder: Path, block: str) -> None:
