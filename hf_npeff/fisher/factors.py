@@ -29,9 +29,9 @@ from hf_npeff.fisher.heads import HeadJacobian, Outputs
 EXACT_LIMIT = 1024
 """`exact` diagonalises a k×k matrix an example: refused above this k."""
 _ROUNDS = 3
-"""Blocks of the Krylov space. With three, errors are at most 1.02 × the least possible ones, where rounding is not larger
-than those: random heads of k = 40 to 8,192 with flat and steep spectra, flat and peaked predictions, c = 1 to 32, and
-SmolLM2's (1.01). With two it is 1.10 there, with one 4.1."""
+"""Blocks of the Krylov space. With three, errors are at most 1.02 × the least possible ones, where rounding is not
+larger than those: random heads of k = 40 to 8,192 with flat and steep spectra, flat and peaked predictions, c = 1 to
+32, and SmolLM2's (1.01). With two it is 1.10 there, with one 4.1."""
 _OVERSAMPLING = 2
 _CHUNK_NUMBERS = 2**26
 

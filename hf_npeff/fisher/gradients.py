@@ -287,7 +287,7 @@ class RowCollector:
             self.sketch.add(self._rows, name, values, part.start)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a b, (B, m, t) by (B, t, n), in memory that the next product takes over.
+        """Products of a (B, m, t) and b (B, t, n), in memory that the next call takes over.
 
         Fresh memory for every product costs page faults: a third of the time that a countsketch adds to the passes.
         """

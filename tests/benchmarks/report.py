@@ -46,14 +46,14 @@ SCALING = """## Scaling
 
 `python -m tests.benchmarks.scaling`: each size doubled four times, the others at their base. An exponent is the e of
 a + b·x^e (a, b ≥ 0), fitted to the five points; the constant is a as a share of the first point: the self-test,
-Python's own work. "Flat" is less than a quarter more for sixteen times the size: a countsketch reads every number of a
-gradient once, whatever d is."""
+Python's own work. "Flat" is less than a quarter more for sixteen times the size. A countsketch reads every number of a
+gradient once, whatever d is; in r, coordinate descent on W costs r² an example."""
 LIFTING = """## Lifting
 
 `python -m tests.benchmarks.lifting`: a trained BERT classifier of 2 layers and a fine-tuned MiniLM; cosine to the same
 component of an unsketched decomposition; time over exact lifting; the length of the step that moves the top examples by
 0.1 nats over that of exact lifting, and KL on the top examples over KL on others there."""
-LIFTING_MEANS = """The KL ratio hardly tells the ways apart: what the adjoint has beside the component is a random
+LIFTING_MEANS = """But for IHT, the KL ratio hardly tells the ways apart: what the adjoint adds is a random
 direction, which moves no prediction. It shows in the length of the step, about 1 / cosine times that of exact lifting:
 all of the excess is noise in the weights, and an adapter of low rank would have to carry it."""
 STOPPING = """## Early stopping

@@ -91,10 +91,10 @@ def rows_verdicts(models: dict[str, dict[str, Any]]) -> str:
     lines = []
     for model in models:
         kronecker, count = ratio_of(model, "kronecker 16"), ratio_of(model, "countsketch 4096")
-        lines.append(
-            f"- {model}: Kronecker at most 1.15 × the floor: {kronecker:.2f}, {verdict(kronecker <= 1.15)}; blocked "
-            f"countsketch at most 2.4 ×: {count:.2f}, {verdict(count <= 2.4)}."
-        )
+        line = f"- {model}: Kronecker at most 1.15 × the floor: {kronecker:.2f}, {verdict(kronecker <= 1.15)}"
+        if count == count:
+            line += f"; blocked countsketch at most 2.4 ×: {count:.2f}, {verdict(count <= 2.4)}"
+        lines.append(line + ".")
         ways = kept("peers").get("models", {}).get(model, {}).get("ways", {})
         auto = ways.get("auto", {})
         for peer in ("bergson", "dattri", "dattri-llm"):

@@ -19,7 +19,7 @@ import time
 SCRIPTS: list[tuple[str, ...]] = [
     ("sets",),
     ("startup", "--keep"),
-    ("rows", "--keep"),
+    ("rows", "--models", "BERT-like", "GPT-2-like", "--keep"),  # SmolLM2 is in `peers`
     ("fidelity", "--errors-only", "--keep"),
     ("fidelity", "--time-only", "--keep"),
     ("solver", "--keep"),
