@@ -101,8 +101,8 @@ def stopping() -> str:
     return save(figure, "stopping")
 
 
-def fidelity(table: list[dict[str, Any]]) -> str:
-    """Fisher error and agreement against seconds."""
+def fidelity(table: list[dict[str, Any]], prompts: int) -> str:
+    """Fisher error and agreement against seconds, of a truth from so many prompts."""
     figure, axes = plt.subplots(1, 2, figsize=(7.0, 3.0))
     for factor, ink in zip(("spectral", "projection", "sampling"), INK, strict=False):
         some = [row for row in table if row["factor"] == factor]
@@ -114,4 +114,4 @@ def fidelity(table: list[dict[str, Any]]) -> str:
     axes[0].set(xlabel="seconds", ylabel="relative Fisher error", xscale="log", yscale="log")
     axes[1].set(xlabel="seconds", ylabel="agreement of coefficients", xscale="log", ylim=(0, 1.03))
     axes[0].legend(fontsize=7)
-    return save(figure, "fidelity")
+    return save(figure, f"fidelity-{prompts}")
