@@ -3,7 +3,7 @@
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.demo import load_model
 from hf_npeff.studies.factors import best_components
-from hf_npeff.studies.tasks import word_relation_prompts
+from hf_npeff.studies.word_relations import word_relation_prompts
 
 
 def main(queries: int = 16, n_components: int = 12) -> None:

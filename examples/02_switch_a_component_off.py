@@ -5,7 +5,7 @@ from peft import PeftModel
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.demo import load_model
 from hf_npeff.studies.factors import purity
-from hf_npeff.studies.tasks import word_relation_prompts
+from hf_npeff.studies.word_relations import word_relation_prompts
 
 
 def main(queries: int = 16, n_components: int = 12, folder: str = "runs/adapter") -> None:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_npeff import FisherConfig, NPEFFCallback
-from hf_npeff.studies.tasks import package_folder
+from hf_npeff.studies.word_relations import package_folder
 
 WORDS = {"area": ["kitchen", "bedroom", "garage", "living room"], "name": ["lamp", "heater", "fan", "front door"]}
 

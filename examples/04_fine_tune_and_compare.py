@@ -32,7 +32,7 @@ from hf_npeff.studies.overview import overview
 from hf_npeff.studies.probes import by_kind, diagnose, over_data_sets
 from hf_npeff.studies.selectivity import SelectivityResult, run_selectivity
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, SelectivityConfig
-from hf_npeff.studies.tasks import package_folder
+from hf_npeff.studies.word_relations import package_folder
 
 ATTRIBUTES = {
     "home_assistant": ("intent", "slots", "language"),

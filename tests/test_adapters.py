@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_npeff import CorruptStoreError, ParameterDirection, UnsupportedModelError
-from hf_npeff.adapters import layout_of, load_delta, save_components
-from hf_npeff.lora import low_rank
+from hf_npeff.weights.adapters import layout_of, load_delta, save_components
+from hf_npeff.weights.lora import low_rank
 from tests.planted import planted
 from tests.tiny import collate, tiny_batch, tiny_model
 

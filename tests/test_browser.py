@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from hf_npeff import Decomposition, DecompositionConfig, FisherConfig
-from hf_npeff.positions import TokenAlignment
 from hf_npeff.report.data import Extras
 from hf_npeff.report.page import write
+from hf_npeff.weights.token_alignments import TokenAlignment
 from tests.benchmarks.page import made
 from tests.browser import Browser, Page, find_browser
 from tests.test_report import EVIL

@@ -17,10 +17,10 @@ import yaml
 from markdown_it import MarkdownIt
 
 from hf_npeff import Decomposition, PEFs
-from hf_npeff.cards import decomposition_card, pefs_card
 from hf_npeff.config import DecompositionConfig, FisherConfig
-from hf_npeff.direction_cards import DirectionFacts, adapter_card, direction_card
-from hf_npeff.markdown import escaped, plain
+from hf_npeff.sharing.cards import decomposition_card, pefs_card
+from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card, direction_card
+from hf_npeff.sharing.markdown import escaped, plain
 from tests.planted import planted
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.fisher.cost import numbers_of
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 from tests import tiny
 
 

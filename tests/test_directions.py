@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_npeff import CorruptStoreError, FormatVersionError, ParameterDirection
-from hf_npeff.adapters import layout_of
+from hf_npeff.weights.adapters import layout_of
 from tests.tiny import tiny_model
 
 

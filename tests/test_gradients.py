@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.gradients import LinearHooks, RowCollector, find_linear_maps, frozen, without_parameters
 from hf_npeff.fisher.parameters import find_parameters
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 from tests.tiny import tiny_batch, tiny_model
 
 B = 3

@@ -40,10 +40,12 @@ from hf_npeff import (
     ParameterDirection,
     PEFs,
 )
-from hf_npeff.adapters import save_components
-from hf_npeff.cards import metadata, said_on_card, write_card
 from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.files import (
+from hf_npeff.pefs.shards import StoreWriter
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.report.training import read_run
+from hf_npeff.sharing.cards import metadata, said_on_card, write_card
+from hf_npeff.sharing.files import (
     read_json,
     read_json_lines,
     read_table,
@@ -52,10 +54,8 @@ from hf_npeff.files import (
     write_atomically,
     write_together,
 )
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.hub import _checked_subfolder, is_hub_id
-from hf_npeff.report.training import read_run
-from hf_npeff.shards import StoreWriter
+from hf_npeff.sharing.hub import _checked_subfolder, is_hub_id
+from hf_npeff.weights.adapters import save_components
 from tests import workers
 from tests.test_cards import parts, skeleton
 from tests.test_faults import direction
@@ -650,7 +650,7 @@ NEUTRAL = "plain"
 
 
 def card_of(model: str, text: str, name: str) -> str:
-    from hf_npeff.cards import decomposition_card
+    from hf_npeff.sharing.cards import decomposition_card
 
     decomposition = small_decomposition()
     decomposition.info["model"] = model

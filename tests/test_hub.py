@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_npeff import CorruptStoreError, Decomposition, FormatVersionError, NPEFFError, PEFs
 from hf_npeff.config import DecompositionConfig
-from hf_npeff.files import sha256_of
-from hf_npeff.hub import clear_errors, is_hub_id, resolve_folder, text_columns
+from hf_npeff.sharing.files import sha256_of
+from hf_npeff.sharing.hub import clear_errors, is_hub_id, resolve_folder, text_columns
 from tests.hub_server import HubServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -23,29 +23,31 @@ ORDER = (
     "errors",
     "extras",  # libraries that only some functions need
     "config",
-    "parquet_footer",
-    "files",
-    "hub",  # folders to and from the Hub; knows nothing of what is in them
-    "pretrained",  # the methods of everything that is kept in a folder and published
-    "markdown",  # values that are shown as the text that they are
-    "cards",  # what README.md says of objects that it is handed
-    "direction_cards",
+    "sharing",
+    "sharing.parquet_footer",
+    "sharing.files",
+    "sharing.hub",  # folders to and from the Hub; knows nothing of what is in them
+    "sharing.pretrained",  # the methods of everything that is kept in a folder and published
+    "sharing.markdown",  # values that are shown as the text that they are
+    "sharing.cards",  # what README.md says of objects that it is handed
+    "sharing.direction_cards",
     "data",
     # examples -> PEFs
     "fisher",
     "fisher.distributions",
-    "fisher.sharded",  # weights in pieces over processes
+    "fisher.fsdp",  # weights in pieces over processes
     "fisher.heads",
     "fisher.factors",
-    "fisher.sketches",
+    "pefs",
+    "pefs.sketches",
     "fisher.parameters",  # by autograd, what hooks do not see
     "fisher.gradients",
     "fisher.metric",  # which rows are the best ones
     "fisher.cost",
     "fisher.selftest",
-    "manifest",  # what a store says of itself, checked
-    "shards",
-    "store",
+    "pefs.manifest",  # what a store says of itself, checked
+    "pefs.shards",
+    "pefs.store",
     "fisher.passes",
     "fisher.compute",  # writes stores
     # PEFs -> decomposition -> components
@@ -53,27 +55,28 @@ ORDER = (
     "decomposition.objective",
     "decomposition.solvers",
     "decomposition.starts",
-    "decomposition.sharding",
+    "decomposition.distributed",
     "decomposition.weighting",
     "decomposition.folder",
-    "component",
-    "components",
+    "decomposition.component",
+    "decomposition.decomposition",
     "decomposition.matching",
     "decomposition.drift",
     "decomposition.chunks",
     "decomposition.held_out",
     "decomposition.estimator",  # fit returns a Decomposition
     # components -> directions and adapters
-    "adapters",  # files of plain weight deltas
-    "lora",
-    "directions",  # a ParameterDirection knows how to become an adapter
-    "compressed_sensing",
-    "exact_lifting",
-    "lifting",
-    "positions",  # by the same replay of cotangents
-    "predictions",
-    "perturbation",
-    "model_limits",  # what examples must keep to
+    "weights",
+    "weights.adapters",  # files of plain weight deltas
+    "weights.lora",
+    "weights.directions",  # a ParameterDirection knows how to become an adapter
+    "weights.compressed_sensing",
+    "weights.exact_lifting",
+    "weights.lifting",
+    "weights.token_alignments",  # by the same replay of cotangents
+    "fisher.predictions",
+    "weights.perturbation",
+    "fisher.limits",  # what examples must keep to
     "analysed_model",
     "analyzer",
     # what it is compared with, and studied on
@@ -83,7 +86,7 @@ ORDER = (
     "baselines.gradient_clustering",
     "baselines.sparse_autoencoder",
     "studies",
-    "studies.tasks",
+    "studies.word_relations",
     "studies.settings",  # of all of them; the command line reads it, so nothing heavy
     "studies.measures",
     "studies.attributes",
@@ -115,7 +118,7 @@ ORDER = (
     # the ways in
     "callback",
     "demo",
-    "options",  # what the commands have in common
+    "commands.options",  # what the commands have in common
     "commands",
     "commands.making",
     "commands.looking",
@@ -130,13 +133,13 @@ ORDER = (
 # Imports against the order that we allow, each with its reason: a method on an early object that opens a late stage,
 # such as Decomposition.to_html. Only inside a function, and only while the code really does it.
 DOORWAYS: dict[tuple[str, str], str] = {
-    ("components", "report"): "the folder of the next two",
-    ("components", "report.page"): "Decomposition.to_html",
-    ("components", "report.notebook"): "what Jupyter shows of a Decomposition",
-    ("component", "report"): "the folder of the next",
-    ("component", "report.notebook"): "what Jupyter shows of a Component",
-    ("perturbation", "report"): "the folder of the next",
-    ("perturbation", "report.notebook"): "what Jupyter shows of a PerturbationReport",
+    ("decomposition.decomposition", "report"): "the folder of the next two",
+    ("decomposition.decomposition", "report.page"): "Decomposition.to_html",
+    ("decomposition.decomposition", "report.notebook"): "what Jupyter shows of a Decomposition",
+    ("decomposition.component", "report"): "the folder of the next",
+    ("decomposition.component", "report.notebook"): "what Jupyter shows of a Component",
+    ("weights.perturbation", "report"): "the folder of the next",
+    ("weights.perturbation", "report.notebook"): "what Jupyter shows of a PerturbationReport",
 }
 
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

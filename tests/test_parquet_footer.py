@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_npeff.parquet_footer import has_known_codecs
+from hf_npeff.sharing.parquet_footer import has_known_codecs
 
 TABLE = pa.table({"id": [str(i) for i in range(50)], "label": list(range(50)), "score": [i / 7 for i in range(50)]})
 

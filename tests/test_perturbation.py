@@ -18,7 +18,7 @@ from hf_npeff import (
     PerturbationReport,
     data,
 )
-from hf_npeff.perturbation import choose_examples, find_scale
+from hf_npeff.weights.perturbation import choose_examples, find_scale
 from tests import reference
 from tests.benchmarks.lifting import Case, case
 from tests.tiny import tiny_batch, tiny_model

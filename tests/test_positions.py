@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
-from hf_npeff.components import balanced
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.positions import in_pieces
+from hf_npeff.decomposition.decomposition import balanced
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.weights.token_alignments import in_pieces
 from tests.tiny import collate, tiny_batch, tiny_model, tiny_tokenizer
 
 

@@ -274,7 +274,7 @@ def test_a_fit_out_of_core_ends_where_a_fit_in_memory_ends(n: int, d: int, balan
 
 
 def pefs_fingerprint(pefs: PEFs) -> str:
-    from hf_npeff.fisher.sketches import Sketch
+    from hf_npeff.pefs.sketches import Sketch
 
     return Sketch.from_dict(pefs.info["sketch"]).fingerprint
 

@@ -24,11 +24,11 @@ import torch
 from transformers import TrainerCallback
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
-from hf_npeff.adapters import Adapter
 from hf_npeff.baselines import MethodResult
-from hf_npeff.pretrained import Publishable, Readable
+from hf_npeff.sharing.pretrained import Publishable, Readable
 from hf_npeff.studies import RatingStudy
 from hf_npeff.studies.settings import RatingsConfig
+from hf_npeff.weights.adapters import Adapter
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PACKAGES = ("hf_npeff", "hf_npeff.baselines", "hf_npeff.studies")

@@ -30,8 +30,6 @@ from hf_npeff import (
 from hf_npeff.cli import app
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
-from hf_npeff.perturbation import Effect
-from hf_npeff.positions import TokenAlignment
 from hf_npeff.report import examples, notebook, plots
 from hf_npeff.report.columns import CORRECT, as_column, columns_of, correctness
 from hf_npeff.report.data import Extras
@@ -39,6 +37,8 @@ from hf_npeff.report.modules import by_layer, energies_of, estimated_energies, p
 from hf_npeff.report.pack import pack, quantised, unpack
 from hf_npeff.report.page import write, write_space
 from hf_npeff.report.training import history_file, read_run
+from hf_npeff.weights.perturbation import Effect
+from hf_npeff.weights.token_alignments import TokenAlignment
 from tests import reference
 from tests.benchmarks.page import made
 from tests.hub_server import HubServer

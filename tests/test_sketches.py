@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_npeff.errors import FormatVersionError
 from hf_npeff.fisher import sketches
-from hf_npeff.fisher.sketches import Sketch, _shifted_sum
+from hf_npeff.pefs.sketches import Sketch, _shifted_sum
 from tests import reference
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (3, 9), "c.weight": (2, 2)}
@@ -188,7 +188,7 @@ def test_the_fingerprint_changes_with_every_ingredient() -> None:
 def test_another_process_makes_the_same_sketch() -> None:
     """Oracle: the same rows, to the bit, and the same fingerprint from a fresh interpreter."""
     program = (
-        "import torch; from hf_npeff.fisher.sketches import Sketch; torch.set_num_threads(1); torch.manual_seed(77)\n"
+        "import torch; from hf_npeff.pefs.sketches import Sketch; torch.set_num_threads(1); torch.manual_seed(77)\n"
         f"shapes = {SHAPES!r}\n"
         "for kind, dim in (('kronecker', 3), ('two-stage', 11)):\n"
         "    s = Sketch(shapes, kind, dim, 6)\n"

@@ -23,7 +23,7 @@ from hf_npeff.decomposition.solvers import (
     reference as paper,
 )
 from hf_npeff.decomposition.starts import solve, start_from_examples, start_from_surplus
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
 from tests import reference
 from tests.planted import planted, recovered
 

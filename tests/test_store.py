@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_npeff import CorruptStoreError, FormatVersionError, IncompatibleSketchError, PEFs
-from hf_npeff.shards import padded_cat
-from hf_npeff.store import normalise
+from hf_npeff.pefs.shards import padded_cat
+from hf_npeff.pefs.store import normalise
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -205,7 +205,7 @@ def test_wrong_contents_are_refused(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the folder before."""
-    from hf_npeff import files
+    from hf_npeff.sharing import files
 
     path = tmp_path / "a.json"
     files.write_json(path, {"x": 1})
@@ -228,7 +228,7 @@ def test_tensors_of_different_lengths_are_padded() -> None:
 
 def test_shards_with_different_columns_are_joined(tmp_path: Path) -> None:
     """Oracle: None where a shard lacks the column: only the records of the other shard have it."""
-    from hf_npeff.shards import StoreWriter
+    from hf_npeff.pefs.shards import StoreWriter
 
     first, second = pefs_of()[:3], pefs_of(extra=list("abcdefg"))[3:]
     writer = StoreWriter(tmp_path / "p", first.info)

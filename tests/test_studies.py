@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_npeff.studies.factors import auroc, best_components, purity
-from hf_npeff.studies.tasks import WORD_RELATIONS, package_folder, word_pairs, word_relation_prompts
+from hf_npeff.studies.word_relations import WORD_RELATIONS, package_folder, word_pairs, word_relation_prompts
 from tests import reference
 
 

@@ -203,7 +203,7 @@ def refused(folder: Path) -> None:
 
 def dies(folder: Path) -> None:
     """Process 1 is killed in its second shard; process 0 would go on for ever at the barrier."""
-    from hf_npeff.shards import StoreWriter
+    from hf_npeff.pefs.shards import StoreWriter
 
     write = StoreWriter.write_shard
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.data import Examples
-from hf_npeff.directions import ParameterDirection
 from hf_npeff.errors import IncompatibleSketchError
-from hf_npeff.exact_lifting import lift_exact
 from hf_npeff.extras import load
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.heads import Outputs
-from hf_npeff.lifting import align
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.exact_lifting import lift_exact
+from hf_npeff.weights.lifting import align
 
 
 @functools.cache

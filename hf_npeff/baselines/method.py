@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from hf_npeff.components import Decomposition
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import CorruptStoreError
-from hf_npeff.files import FORMAT_VERSION, json_bytes, read_json, read_tensors, write_atomically
+from hf_npeff.sharing.files import FORMAT_VERSION, json_bytes, read_json, read_tensors, write_atomically
 
 
 class Intervention(Protocol):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hf_npeff.options import (
+from hf_npeff.commands.options import (
     BatchSize,
     Data,
     DataOptions,
@@ -58,8 +58,8 @@ def perturb(
 
     Example: `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
     """
+    from hf_npeff.pefs.store import PEFs
     from hf_npeff.report.notebook import EFFECT_COLUMNS, effect_rows
-    from hf_npeff.store import PEFs
 
     found = read_decomposition(decomposition)
     component = found.index_of(component)
@@ -105,9 +105,9 @@ def push(
     - `hf-npeff push runs/components user/npeff-distilgpt2`
     - `hf-npeff push runs/off-3/adapter user/distilgpt2-without-3 --private`
     """
-    from hf_npeff.cards import said_on_card
-    from hf_npeff.hub import push_folder
-    from hf_npeff.store import PEFs
+    from hf_npeff.pefs.store import PEFs
+    from hf_npeff.sharing.cards import said_on_card
+    from hf_npeff.sharing.hub import push_folder
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_npeff.options import (
+from hf_npeff.commands.options import (
     BatchSize,
     Data,
     DataOptions,
@@ -26,7 +26,7 @@ from hf_npeff.options import (
 )
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 
 @command
@@ -74,7 +74,7 @@ def components(
 
 def _shown(texts: Sequence[Any] | None, ids: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[str]:
     """Examples on a line each, with what the model predicts."""
-    from hf_npeff.markdown import plain
+    from hf_npeff.sharing.markdown import plain
 
     lines = [plain(value) for value in (texts or ids)]
     predictions = columns.get("prediction") or [None] * len(lines)
@@ -83,7 +83,7 @@ def _shown(texts: Sequence[Any] | None, ids: Sequence[str], columns: Mapping[str
 
 def _save_again(decomposition: Decomposition, folder: Path) -> None:
     """Write a decomposition back, with what its card says of licence and data sets."""
-    from hf_npeff.cards import said_on_card
+    from hf_npeff.sharing.cards import said_on_card
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is on the Hub, and names are kept in a folder: download it, rename there and push")

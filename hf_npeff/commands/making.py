@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_npeff.config import DecompositionConfig, FisherConfig
-from hf_npeff.options import (
+from hf_npeff.commands.options import (
     Data,
     DataOptions,
     Fishers,
@@ -22,9 +21,10 @@ from hf_npeff.options import (
     command,
     read_data,
 )
+from hf_npeff.config import DecompositionConfig, FisherConfig
 
 if TYPE_CHECKING:
-    from hf_npeff.store import PEFs
+    from hf_npeff.pefs.store import PEFs
 
 
 @command
@@ -124,7 +124,7 @@ def decompose(
     from huggingface_hub.utils import are_progress_bars_disabled
 
     from hf_npeff.decomposition.estimator import NPEFF
-    from hf_npeff.store import PEFs
+    from hf_npeff.pefs.store import PEFs
 
     held_out = None if validation is None else PEFs.from_pretrained(validation)
     estimator = NPEFF.from_config(decomposition, progress=not are_progress_bars_disabled())

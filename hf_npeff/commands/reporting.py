@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hf_npeff.options import (
+from hf_npeff.commands.options import (
     BatchSize,
     DataOptions,
     Found,
@@ -24,8 +24,8 @@ from hf_npeff.options import (
 )
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
-    from hf_npeff.positions import TokenAlignment
+    from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.weights.token_alignments import TokenAlignment
 
 
 @dataclass
@@ -135,8 +135,8 @@ def _publish(
     private: bool,
 ) -> str:
     """Write the folder of a Space and push it; adapters that are on nobody else's disk are not mentioned."""
-    from hf_npeff.hub import is_hub_id
     from hf_npeff.report.page import push_space, write_space
+    from hf_npeff.sharing.hub import is_hub_id
 
     adapters = {j: where for j, where in measured.adapters.items() if is_hub_id(where)}
     public = replace(measured, adapters=adapters)
@@ -153,8 +153,8 @@ def _may_write(page: Path, space: str | None, force: bool) -> bool:
         FileExistsError: if nobody can be asked, or the answer is no.
         ValueError: if the Space's name is none.
     """
-    from hf_npeff.hub import is_hub_id
     from hf_npeff.report.page import check_free
+    from hf_npeff.sharing.hub import is_hub_id
 
     if space is not None and not is_hub_id(space):
         raise ValueError(f"--space takes the name of a repository on the Hub, user/name, but it is {space!r}")
@@ -173,10 +173,10 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
     Raises:
         OSError: if a folder is none of `perturb`.
     """
-    from hf_npeff.directions import ParameterDirection
     from hf_npeff.errors import CorruptStoreError
-    from hf_npeff.files import read_json
     from hf_npeff.report.modules import energies_of
+    from hf_npeff.sharing.files import read_json
+    from hf_npeff.weights.directions import ParameterDirection
 
     measured = _Measured()
     for folder in folders:
@@ -207,8 +207,8 @@ def _measure(
     batch_size: int,
 ) -> str | None:
     """Run the model over top examples, and lift components where their modules are wanted; the model's revision."""
+    from hf_npeff.pefs.store import PEFs
     from hf_npeff.report.modules import energies_of
-    from hf_npeff.store import PEFs
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
     analyzer = analyzer_for(model, loading, found)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_npeff.config import FisherConfig
-from hf_npeff.extras import require
-from hf_npeff.options import (
+from hf_npeff.commands.options import (
     Data,
     DataOptions,
     Model,
@@ -22,6 +20,8 @@ from hf_npeff.options import (
     command,
     read_data,
 )
+from hf_npeff.config import FisherConfig
+from hf_npeff.extras import require
 from hf_npeff.studies.settings import (
     ComparisonConfig,
     FactorsConfig,
@@ -42,7 +42,7 @@ Task = Annotated[str, typer.Argument(help="clinc150, snli, sst2, triviaqa or yah
 
 
 def _written(result: StudyResult, folder: Path) -> Result:
-    from hf_npeff.files import finite
+    from hf_npeff.sharing.files import finite
 
     result.write(folder)
     return Result(finite(result.to_dict()), f"{result.table()}\n\nin {folder}")
@@ -200,7 +200,7 @@ def _rating_study(names: list[str], rated: RatingsConfig) -> Any:
 def _read_methods(name: str) -> tuple[list[Any], list[str]]:
     """The methods that `study factors` left in a folder, or a decomposition as one, with the texts of the examples."""
     from hf_npeff.baselines.method import MethodResult, load_methods
-    from hf_npeff.options import read_decomposition
+    from hf_npeff.commands.options import read_decomposition
 
     if (kept := load_methods(Path(name))) is not None:
         return kept

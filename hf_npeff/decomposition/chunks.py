@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_npeff.config import Precision
 from hf_npeff.decomposition.solvers import DenseRows, Rows, top_directions
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
 
 
 class ChunkedRows:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_npeff.component import ACTIVE_SHARE
-from hf_npeff.components import Decomposition
+from hf_npeff.decomposition.component import ACTIVE_SHARE
+from hf_npeff.decomposition.decomposition import Decomposition
 
 
 def same_examples(a: Decomposition, b: Decomposition) -> bool:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_npeff.components import Decomposition
 from hf_npeff.config import Balance, DecompositionConfig, Precision, Solver
 from hf_npeff.decomposition.chunks import ChunkedRows
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.decomposition.distributed import Processes, ShardedRows
 from hf_npeff.decomposition.held_out import HeldOut, until_held_out_rises
 from hf_npeff.decomposition.objective import loss_of, overlaps
-from hf_npeff.decomposition.sharding import Processes, ShardedRows
 from hf_npeff.decomposition.solvers import (
     DenseRows,
     Fit,
@@ -27,7 +27,7 @@ from hf_npeff.decomposition.solvers import (
 )
 from hf_npeff.decomposition.starts import solve, start_from_surplus
 from hf_npeff.decomposition.weighting import balance_scales, balanced
-from hf_npeff.store import PEFs, check_pefs, check_same_sketch
+from hf_npeff.pefs.store import PEFs, check_pefs, check_same_sketch
 
 logger = logging.getLogger(__name__)
 _GRAM_LIMIT = 8000

@@ -12,11 +12,11 @@ from safetensors.torch import save as tensors_to_bytes
 
 from hf_npeff.config import DecompositionConfig
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
-from hf_npeff.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_table, read_tensors, table_bytes
-from hf_npeff.manifest import check_info, check_width
+from hf_npeff.pefs.manifest import check_info, check_width
+from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_table, read_tensors, table_bytes
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 TENSORS, EXAMPLES = "decomposition.safetensors", "examples.parquet"
 _ALWAYS = ("coefficients", "pseudo_fishers", "stability")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hf_npeff.components import Decomposition
+from hf_npeff.decomposition.decomposition import Decomposition
 
 
 def similarities(first: Decomposition, second: Decomposition) -> tuple[str, Tensor]:

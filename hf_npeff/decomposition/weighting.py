@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_npeff.decomposition.objective import module_scales
 from hf_npeff.fisher.factors import normalise
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
 
 
 def mixing_of(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:

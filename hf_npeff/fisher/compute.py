@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 from hf_npeff.config import is_count
 from hf_npeff.data import Example, Examples, batches_by_length
 from hf_npeff.errors import NPEFFError
-from hf_npeff.files import FORMAT_VERSION
 from hf_npeff.fisher.passes import FisherPass, NotFiniteError
-from hf_npeff.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.sharing.files import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
 _AUTO_EXAMPLES = 64

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.parameters import gradients
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 
 
 @dataclass(frozen=True)

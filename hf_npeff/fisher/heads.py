@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
-from hf_npeff.fisher.sharded import is_sharded
+from hf_npeff.fisher.fsdp import is_sharded
 
 
 @dataclass

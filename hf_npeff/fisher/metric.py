@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hf_npeff.data import Example
 from hf_npeff.fisher.factors import HiddenMetric
 from hf_npeff.fisher.gradients import LinearHooks, LinearMap, RowCollector
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 
 _PILOTS = 4
 _PILOT_TOKENS = 16

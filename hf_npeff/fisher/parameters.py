@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.fisher.sharded import is_sharded
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.pefs.sketches import Sketch
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SHARE_TO_NAME = 0.01

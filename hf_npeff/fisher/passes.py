@@ -14,6 +14,7 @@ from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.data import Example, collate
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, normalise, reduce_rows, resolve, seeds_of
+from hf_npeff.fisher.fsdp import Sharding
 from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks, LinearMap, RowCollector, find_linear_maps
 from hf_npeff.fisher.heads import OutputHead, Outputs
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
@@ -27,8 +28,7 @@ from hf_npeff.fisher.selftest import (
     check_rows,
     measure_sketches,
 )
-from hf_npeff.fisher.sharded import Sharding
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 
 logger = logging.getLogger(__name__)
 _SELFTEST_EXAMPLES = 8

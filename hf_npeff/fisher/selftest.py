@@ -24,7 +24,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.gradients import LinearHooks, LinearMap, RowCollector, autograd_rows
 from hf_npeff.fisher.parameters import gradients, is_at_hand, sketched_rows
-from hf_npeff.fisher.sketches import Kind, Sketch
+from hf_npeff.pefs.sketches import Kind, Sketch
 
 logger = logging.getLogger(__name__)
 ROW_TOLERANCE = 1e-2

@@ -11,17 +11,17 @@ import numpy as np
 
 from hf_npeff import __version__
 from hf_npeff.decomposition.matching import matches, similarities
-from hf_npeff.hub import shown_model, text_columns
 from hf_npeff.report.columns import Column, columns_of
 from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_components, place
 from hf_npeff.report.modules import ModuleEnergies, by_layer, estimated_energies
 from hf_npeff.report.pack import quantised
 from hf_npeff.report.training import Run, read_run
+from hf_npeff.sharing.hub import shown_model, text_columns
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
-    from hf_npeff.perturbation import PerturbationReport
-    from hf_npeff.positions import TokenAlignment
+    from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.weights.perturbation import PerturbationReport
+    from hf_npeff.weights.token_alignments import TokenAlignment
 
 SHOWN_ELSEWHERE = 5
 """Top examples of a component of the other decomposition in a comparison."""

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 _LAYER = re.compile(r"^(?P<prefix>.*?)\.?(?P<number>\d+)\.(?P<kind>.+?)(\.weight)?$")
 

@@ -6,12 +6,12 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_npeff.markdown import plain
+from hf_npeff.sharing.markdown import plain
 
 if TYPE_CHECKING:
-    from hf_npeff.component import Component
-    from hf_npeff.components import Decomposition
-    from hf_npeff.perturbation import PerturbationReport
+    from hf_npeff.decomposition.component import Component
+    from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.weights.perturbation import PerturbationReport
 
 _ROWS, _EXAMPLES = 50, 10
 EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_npeff.files import finite
+from hf_npeff.sharing.files import finite
 
 _TYPES = {"uint8": "|u1", "int8": "|i1", "uint16": "<u2", "uint32": "<u4", "float32": "<f4"}
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_npeff import __version__
-from hf_npeff.files import write_atomically
-from hf_npeff.hub import is_hub_id, push_folder, shown_model
 from hf_npeff.report.data import Extras, PageData, gather
 from hf_npeff.report.examples import Layout
 from hf_npeff.report.pack import pack
+from hf_npeff.sharing.files import write_atomically
+from hf_npeff.sharing.hub import is_hub_id, push_folder, shown_model
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 _FILES = Path(__file__).parent / "page_files"
 _SCRIPTS = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_npeff.component import ACTIVE_SHARE
+from hf_npeff.decomposition.component import ACTIVE_SHARE
 from hf_npeff.decomposition.matching import matches, similarities
 from hf_npeff.extras import load
 from hf_npeff.report.columns import CORRECT, Column, columns_of
@@ -24,10 +24,10 @@ from hf_npeff.report.training import read_run
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from hf_npeff.component import Component
-    from hf_npeff.components import Decomposition
-    from hf_npeff.perturbation import PerturbationReport
-    from hf_npeff.positions import TokenAlignment
+    from hf_npeff.decomposition.component import Component
+    from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.weights.perturbation import PerturbationReport
+    from hf_npeff.weights.token_alignments import TokenAlignment
 
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7a7a7a")
 """Eight colours that colour-blind readers tell apart (Okabe and Ito)."""

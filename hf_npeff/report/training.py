@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_npeff.errors import CorruptStoreError
-from hf_npeff.files import read_json_lines
+from hf_npeff.sharing.files import read_json_lines
 
 _HISTORY = "history.jsonl"
 _FOLDER = "npeff"

@@ -28,7 +28,7 @@ from hf_npeff.baselines.method import MethodResult
 from hf_npeff.config import DecompositionConfig, FisherConfig
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.errors import NPEFFError
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import run_factors
 from hf_npeff.studies.measures import agreement

@@ -22,12 +22,12 @@ from hf_npeff.baselines.activations import (
 from hf_npeff.baselines.gradient_clustering import GradientClustering, prediction_gradients
 from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
-from hf_npeff.components import Decomposition
-from hf_npeff.directions import ParameterDirection
-from hf_npeff.store import PEFs
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.measures import aurocs
 from hf_npeff.studies.settings import ComparisonConfig
+from hf_npeff.weights.directions import ParameterDirection
 
 
 @dataclass

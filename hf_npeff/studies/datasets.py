@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_npeff.studies.tasks import package_folder
+from hf_npeff.studies.word_relations import package_folder
 
 _WORDS = {
     "area": ["kitchen", "bedroom", "garage", "office"],

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.component import ACTIVE_SHARE
-from hf_npeff.components import Decomposition
+from hf_npeff.decomposition.component import ACTIVE_SHARE
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.studies.measures import purity
 from hf_npeff.studies.prompted import first_token
 from hf_npeff.studies.result import StudyResult, markdown, model_name, number
 from hf_npeff.studies.settings import InContextConfig
-from hf_npeff.studies.tasks import word_pairs
+from hf_npeff.studies.word_relations import word_pairs
 
 
 def in_context_prompts(

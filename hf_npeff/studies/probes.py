@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hf_npeff.baselines.activations import activation_kmeans
 from hf_npeff.baselines.method import MethodResult
-from hf_npeff.components import Decomposition
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.extras import load
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import FactorsConfig, first_half, run_factors
 from hf_npeff.studies.measures import auroc

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_npeff.files import write_atomically
+from hf_npeff.sharing.files import write_atomically
 from hf_npeff.studies.ratings import Answers, RatingStudy, RatingTask
 
 Messages = list[dict[str, str]]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hf_npeff.baselines.method import MethodResult
-from hf_npeff.files import write_atomically
+from hf_npeff.sharing.files import write_atomically
 from hf_npeff.studies.settings import RatingsConfig
 
 _FORMAT = 1

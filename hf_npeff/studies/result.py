@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_npeff.extras import load
-from hf_npeff.files import finite, write_atomically
-from hf_npeff.hub import shown_model
+from hf_npeff.sharing.files import finite, write_atomically
+from hf_npeff.sharing.hub import shown_model
 
 
 class StudyResult(ABC):

@@ -18,14 +18,14 @@ from torch import Tensor
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import Intervention, MethodResult
 from hf_npeff.data import Example, Examples
-from hf_npeff.directions import ParameterDirection
 from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.perturbation import find_scale
-from hf_npeff.predictions import Predictions, predict
+from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import FactorsResult
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import SelectivityConfig
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.perturbation import find_scale
 
 _LARGEST_ABLATION = 64.0
 _FLOOR = torch.finfo(torch.float32).eps

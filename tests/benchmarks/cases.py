@@ -21,7 +21,7 @@ from hf_npeff.data import Examples
 from hf_npeff.fisher.gradients import LinearHooks, LinearMap, frozen
 from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.fisher.selftest import Captured, Run, exact_gram, off_diagonal_error, pef_inner_products
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 
 LENGTH, BATCH, ROWS, VOCABULARY, DIM = 64, 8, 8, 8192, 4096
 MODELS = ("BERT-like", "GPT-2-like", "SmolLM2")
@@ -118,7 +118,7 @@ def case(name: str, labels: Sequence[str] = tuple(SKETCHES)) -> Iterator[Case]:
     """The model, its batch and its cotangents, with these sketches."""
     tokenizer = None
     if name == "SmolLM2":
-        from hf_npeff.studies.tasks import word_relation_prompts
+        from hf_npeff.studies.word_relations import word_relation_prompts
 
         (model, tokenizer), factor, c = smollm2(), "spectral", 4
         examples = Examples(word_relation_prompts(1), tokenizer)[:4]

@@ -34,9 +34,9 @@ from hf_npeff import NPEFF, FisherConfig, NPEFFAnalyzer, PEFs
 from hf_npeff.data import Examples
 from hf_npeff.demo import TARGETS, load_model
 from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.studies.factors import best_components
-from hf_npeff.studies.tasks import word_relation_prompts
+from hf_npeff.studies.word_relations import word_relation_prompts
 from tests.benchmarks.measure import in_turn, keep, kept, machine, ratio
 
 RANKS = (1, 2, 4, 8, 16, 32)

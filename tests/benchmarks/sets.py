@@ -20,7 +20,7 @@ import transformers
 from hf_npeff import FisherConfig, NPEFFAnalyzer, PEFs
 from hf_npeff.demo import TARGETS, load_model
 from hf_npeff.studies.datasets import home_assistant, split_by_group
-from hf_npeff.studies.tasks import package_folder, word_relation_prompts
+from hf_npeff.studies.word_relations import package_folder, word_relation_prompts
 
 FOLDER = Path("runs/benchmarks")
 ATTRIBUTES = {"SmolLM2": "relation", "MiniLM": "intent"}

@@ -21,8 +21,8 @@ from hf_npeff.data import Examples
 from hf_npeff.demo import load_model
 from hf_npeff.fisher.gradients import LinearHooks
 from hf_npeff.fisher.selftest import collect_rows, measure_sketches
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.studies.tasks import word_relation_prompts
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.studies.word_relations import word_relation_prompts
 
 SETTINGS = [
     ("kronecker", 8), ("kronecker", 16), ("kronecker", 32), ("two-stage", 4096), ("two-stage", 8192),

@@ -26,7 +26,7 @@ from hf_npeff.decomposition.starts import solve
 from hf_npeff.decomposition.weighting import balanced
 from hf_npeff.demo import TARGETS, load_model
 from hf_npeff.studies.factors import best_components
-from hf_npeff.studies.tasks import word_relation_prompts
+from hf_npeff.studies.word_relations import word_relation_prompts
 from tests.benchmarks import sets
 from tests.benchmarks.measure import keep
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
 from hf_npeff.fisher.selftest import collect_rows
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 from tests.benchmarks.cases import DIM, LENGTH, Case
 
 SLICE, FEW = 64, 2

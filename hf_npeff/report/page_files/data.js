@@ -1,7 +1,7 @@
 // The data of this page: unpacked once, read everywhere.
 
 const TOP = 12; // the top examples that purity and search look at
-const ACTIVE_SHARE = 0.05; // of an example's coefficients, as hf_npeff.components has it
+const ACTIVE_SHARE = 0.05; // of an example's coefficients, as hf_npeff.decomposition.decomposition has it
 const KINDS = {
   uint8: Uint8Array,
   int8: Int8Array,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 
 _Operator = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 

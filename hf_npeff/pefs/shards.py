@@ -24,7 +24,8 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from hf_npeff.errors import CorruptStoreError, FormatVersionError, IncompatibleSketchError
-from hf_npeff.files import (
+from hf_npeff.pefs.manifest import check_info, check_tensors, check_width, checked_entry, checked_skipped
+from hf_npeff.sharing.files import (
     FORMAT_VERSION,
     read_json,
     read_table,
@@ -34,7 +35,6 @@ from hf_npeff.files import (
     write_atomically,
     write_json,
 )
-from hf_npeff.manifest import check_info, check_tensors, check_width, checked_entry, checked_skipped
 
 ID = "example_id"
 """The column of the examples' ids, in every shard."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_npeff.cards import CITATION, fact_rows, fill, metadata, model_link
-from hf_npeff.hub import LIBRARY
-from hf_npeff.markdown import TITLE, escaped, literal, number, percent, plain
+from hf_npeff.sharing.cards import CITATION, fact_rows, fill, metadata, model_link
+from hf_npeff.sharing.hub import LIBRARY
+from hf_npeff.sharing.markdown import TITLE, escaped, literal, number, percent, plain
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from hf_npeff.cards import decomposition_card, write_card
-from hf_npeff.component import Component
 from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.decomposition.component import Component
 from hf_npeff.decomposition.folder import EXAMPLES, TENSORS, contents_of, read_folder, read_names
 from hf_npeff.decomposition.objective import alignments, energies, nonnegative_coefficients, overlaps
 from hf_npeff.decomposition.weighting import balanced
-from hf_npeff.files import write_together
-from hf_npeff.hub import text_columns
-from hf_npeff.pretrained import Readable, warn_of_local_model
-from hf_npeff.store import PEFs, check_same_sketch
+from hf_npeff.pefs.store import PEFs, check_same_sketch
+from hf_npeff.sharing.cards import decomposition_card, write_card
+from hf_npeff.sharing.files import write_together
+from hf_npeff.sharing.hub import text_columns
+from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 
 if TYPE_CHECKING:
-    from hf_npeff.perturbation import PerturbationReport
-    from hf_npeff.positions import TokenAlignment
+    from hf_npeff.weights.perturbation import PerturbationReport
+    from hf_npeff.weights.token_alignments import TokenAlignment
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.errors import CorruptStoreError
-from hf_npeff.fisher.sketches import Sketch
+from hf_npeff.pefs.sketches import Sketch
 
 _TEXTS = ("model", "revision", "architecture", "task")
 _MAPPINGS = ("sketch", "selftest", "versions", "dataset")

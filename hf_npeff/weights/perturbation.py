@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_npeff.adapters import check_scale
-from hf_npeff.component import ACTIVE_SHARE
-from hf_npeff.components import Decomposition
 from hf_npeff.data import Example
-from hf_npeff.directions import ParameterDirection
+from hf_npeff.decomposition.component import ACTIVE_SHARE
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.predictions import Predictions, predict
+from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.weights.adapters import check_scale
+from hf_npeff.weights.directions import ParameterDirection
 
 logger = logging.getLogger(__name__)
 _BOOTSTRAPS = 1000

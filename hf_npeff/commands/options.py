@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from hf_npeff.analyzer import NPEFFAnalyzer
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
 _NEVER_REPLAYED = ("trust_remote_code",)
@@ -198,7 +198,7 @@ def _show(result: Result, as_json: bool) -> None:
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    from hf_npeff.files import finite
+    from hf_npeff.sharing.files import finite
 
     return json.dumps(finite(values), indent=2, ensure_ascii=False)
 
@@ -209,7 +209,7 @@ def write_result(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from hf_npeff.files import write_atomically
+    from hf_npeff.sharing.files import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
@@ -220,7 +220,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     from rich.table import Table
     from rich.text import Text
 
-    from hf_npeff.markdown import plain
+    from hf_npeff.sharing.markdown import plain
 
     made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for name in columns:
@@ -277,7 +277,7 @@ def read_data(data: str, reading: DataOptions) -> Any:
         OSError: if it is not there.
         ValueError: if it is of no known type, cannot be read, or the split must be named.
     """
-    from hf_npeff.hub import is_hub_id
+    from hf_npeff.sharing.hub import is_hub_id
 
     path = Path(data).expanduser()
     kind = path.suffix.lower()
@@ -355,6 +355,6 @@ def analyzer_for(model: str, loading: ModelOptions, settings: FisherConfig | Dec
 
 def read_decomposition(name: str) -> Decomposition:
     """From a folder or the Hub."""
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
     return Decomposition.from_pretrained(name)

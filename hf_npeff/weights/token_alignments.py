@@ -18,15 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_npeff.components import Decomposition
 from hf_npeff.data import Example, batches_by_length
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.weighting import mixing_of
 from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks
 from hf_npeff.fisher.parameters import sketched_rows
 from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.lifting import check_decomposed, sketch_for
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.lifting import check_decomposed, sketch_for
 
 Decode = Callable[[list[int]], str]
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from hf_npeff.components import Decomposition
-from hf_npeff.compressed_sensing import sparse_preimage
 from hf_npeff.data import Example
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.objective import alignments
 from hf_npeff.decomposition.weighting import balanced, mixing_of
-from hf_npeff.exact_lifting import lift_exact
 from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.store import PEFs, check_same_sketch
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.store import PEFs, check_same_sketch
+from hf_npeff.weights.compressed_sensing import sparse_preimage
+from hf_npeff.weights.exact_lifting import lift_exact
 
 logger = logging.getLogger(__name__)
 _FAITHFUL = 0.9

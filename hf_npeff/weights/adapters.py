@@ -18,11 +18,11 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_npeff.cards import write_card
 from hf_npeff.config import is_count
-from hf_npeff.direction_cards import DirectionFacts, adapter_card
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.files import (
+from hf_npeff.sharing.cards import write_card
+from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card
+from hf_npeff.sharing.files import (
     FORMAT_VERSION,
     file_of,
     json_bytes,
@@ -31,10 +31,10 @@ from hf_npeff.files import (
     write_atomically,
     write_together,
 )
-from hf_npeff.pretrained import Publishable, warn_of_local_model
+from hf_npeff.sharing.pretrained import Publishable, warn_of_local_model
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 AdapterKind = Literal["lora", "shira", "delta"]
 Layout = Literal["linear", "conv1d", "embedding", "bias", "norm", "other"]

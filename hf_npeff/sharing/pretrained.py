@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from hf_npeff.hub import commit_of, is_hub_id, push_folder, resolve_folder
+from hf_npeff.sharing.hub import commit_of, is_hub_id, push_folder, resolve_folder
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 ACTIVE_SHARE = 0.05
 """A component is active on an example when it carries at least this share of its coefficients' sum."""

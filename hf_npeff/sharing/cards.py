@@ -1,7 +1,7 @@
 """Model cards: README.md of what is published, from the templates in `templates/`.
 
-Whatever a user, a data set or a model brought (names, texts, ids) is escaped by `hf_npeff.markdown`. Objects are read,
-never imported.
+Whatever a user, a data set or a model brought (names, texts, ids) is escaped by `hf_npeff.sharing.markdown`. Objects
+are read, never imported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hf_npeff.errors import CorruptStoreError
-from hf_npeff.files import write_atomically
-from hf_npeff.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id, shown_model
-from hf_npeff.markdown import TITLE, escaped, front_matter, literal, number, percent, plain, table
+from hf_npeff.sharing.files import write_atomically
+from hf_npeff.sharing.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id, shown_model
+from hf_npeff.sharing.markdown import TITLE, escaped, front_matter, literal, number, percent, plain, table
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
-    from hf_npeff.store import PEFs
+    from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.pefs.store import PEFs
 
 TAGS = ("npeff", "interpretability", "fisher-information")
 TOP_EXAMPLES = 3

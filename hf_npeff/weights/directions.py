@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from hf_npeff.adapters import Adapter, AdapterKind, Layout, check_scale, dense, load_delta, shira
-from hf_npeff.cards import write_card
-from hf_npeff.direction_cards import DirectionFacts, direction_card
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
-from hf_npeff.fisher.sharded import Sharding
-from hf_npeff.hub import LIBRARY, text_columns
-from hf_npeff.lora import lora
-from hf_npeff.pretrained import Readable, warn_of_local_model
+from hf_npeff.fisher.fsdp import Sharding
+from hf_npeff.sharing.cards import write_card
+from hf_npeff.sharing.direction_cards import DirectionFacts, direction_card
+from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
+from hf_npeff.sharing.hub import LIBRARY, text_columns
+from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
+from hf_npeff.weights.adapters import Adapter, AdapterKind, Layout, check_scale, dense, load_delta, shira
+from hf_npeff.weights.lora import lora
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
-    from hf_npeff.perturbation import PerturbationReport
+    from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.weights.perturbation import PerturbationReport
 
 _FILE = "direction.safetensors"
 

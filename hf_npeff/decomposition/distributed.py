@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_npeff.decomposition.solvers import Rows
 from hf_npeff.fisher.compute import share_of
-from hf_npeff.store import PEFs
+from hf_npeff.pefs.store import PEFs
 
 _Values = TypeVar("_Values", PEFs, Tensor)
 

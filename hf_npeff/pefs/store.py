@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from hf_npeff.cards import pefs_card, write_card
 from hf_npeff.config import FisherConfig
 from hf_npeff.errors import IncompatibleSketchError
-from hf_npeff.files import FORMAT_VERSION
 from hf_npeff.fisher.factors import normalise
-from hf_npeff.fisher.sketches import Sketch
-from hf_npeff.hub import text_columns
-from hf_npeff.pretrained import Readable, warn_of_local_model
-from hf_npeff.shards import ID, Shards, StoreWriter, read_store
+from hf_npeff.pefs.shards import ID, Shards, StoreWriter, read_store
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.sharing.cards import pefs_card, write_card
+from hf_npeff.sharing.files import FORMAT_VERSION
+from hf_npeff.sharing.hub import text_columns
+from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 
 if TYPE_CHECKING:
-    from hf_npeff.components import Decomposition
+    from hf_npeff.decomposition.decomposition import Decomposition
 
 
 class PEFs(Readable):
@@ -312,7 +312,7 @@ class PEFs(Readable):
     # On disk
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write a finished store (see `hf_npeff.shards`); `load` reads it.
+        """Write a finished store (see `hf_npeff.pefs.shards`); `load` reads it.
 
         Raises:
             ValueError: if the folder already holds a store.

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
-from hf_npeff.parquet_footer import has_known_codecs
+from hf_npeff.sharing.parquet_footer import has_known_codecs
 
 FORMAT_VERSION = 1
 _JSON_MARK = "\x00json:"

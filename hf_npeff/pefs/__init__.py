@@ -1,0 +1,1 @@
+"""What a PEF store holds and where it is kept."""

@@ -1,0 +1,1 @@
+"""Components as weight changes: directions, adapters, and what they do to predictions."""
