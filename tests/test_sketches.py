@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.errors import FormatVersionError
-from hf_npeff.fisher import sketches
+from hf_npeff.pefs import sketches
 from hf_npeff.pefs.sketches import Sketch, _shifted_sum
 from tests import reference
 
