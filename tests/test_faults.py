@@ -38,9 +38,9 @@ from hf_npeff.fisher.compute import ComputeRequest, compute
 from hf_npeff.fisher.gradients import RowCollector
 from hf_npeff.fisher.passes import FisherPass, NotFiniteError
 from hf_npeff.fisher.selftest import SelfTest
+from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import StoreWriter
 from hf_npeff.pefs.sketches import Sketch
-from hf_npeff.pefs.store import normalise
 from tests import workers
 from tests.benchmarks.soak import hooks_of, soak
 from tests.faulty_disk import FAULTS, Died, FaultyDisk

@@ -1,7 +1,8 @@
-"""Imports run one way, down the table below: a module may import only what stands above it.
+"""Imports run one way: a module may import from its own folder, and from the floors above it in the table below.
 
-The oracle is the source itself, read with ``ast``; nothing is executed. An import inside a function counts like any
-other, one under ``if TYPE_CHECKING:`` does not. To add a module, give it a line in ``ORDER``.
+The oracle is the source itself, read with ``ast``; nothing is executed. Two claims. Against the floors counts every
+import, those inside functions included, but for those under ``if TYPE_CHECKING:``. And no modules import each other in
+a circle, where those under ``if TYPE_CHECKING:`` count too. A new module in a folder needs no line; a new folder does.
 """
 
 import ast
@@ -15,122 +16,36 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "hf_npeff"
 
-# Each module after everything that it may import. A folder's name stands for its __init__.py: whoever imports one of
-# a folder's modules from outside runs that file too, so it stands with the folder's lowest users, not its highest.
-# Lines need not exist yet: the table is also the plan.
-ORDER = (
-    # bottom: no arithmetic, no models
+# Floors, each after everything that it may import: a folder with all that is in it, or a module at the top.
+FLOORS = (
     "errors",
     "extras",  # libraries that only some functions need
     "config",
-    "sharing",
-    "sharing.parquet_footer",
-    "sharing.files",
-    "sharing.hub",  # folders to and from the Hub; knows nothing of what is in them
-    "sharing.pretrained",  # the methods of everything that is kept in a folder and published
-    "sharing.markdown",  # values that are shown as the text that they are
-    "sharing.cards",  # what README.md says of objects that it is handed
-    "sharing.direction_cards",
     "data",
-    # examples -> PEFs
-    "fisher",
-    "fisher.distributions",
-    "fisher.fsdp",  # weights in pieces over processes
-    "fisher.heads",
-    "fisher.factors",
+    # Low, because all that is kept has its methods from sharing/pretrained.py and is written with sharing/files.py.
+    # What cards say of higher floors' objects they read through sharing/protocols.py.
+    "sharing",
     "pefs",
-    "pefs.sketches",
-    "fisher.parameters",  # by autograd, what hooks do not see
-    "fisher.gradients",
-    "fisher.metric",  # which rows are the best ones
-    "fisher.cost",
-    "fisher.selftest",
-    "pefs.manifest",  # what a store says of itself, checked
-    "pefs.shards",
-    "pefs.store",
-    "fisher.passes",
-    "fisher.compute",  # writes stores
-    # PEFs -> decomposition -> components
-    "decomposition",
-    "decomposition.objective",
-    "decomposition.solvers",
-    "decomposition.starts",
-    "decomposition.distributed",
-    "decomposition.weighting",
-    "decomposition.folder",
-    "decomposition.component",
-    "decomposition.decomposition",
-    "decomposition.matching",
-    "decomposition.drift",
-    "decomposition.chunks",
-    "decomposition.held_out",
-    "decomposition.estimator",  # fit returns a Decomposition
-    # components -> directions and adapters
-    "weights",
-    "weights.adapters",  # files of plain weight deltas
-    "weights.lora",
-    "weights.directions",  # a ParameterDirection knows how to become an adapter
-    "weights.compressed_sensing",
-    "weights.exact_lifting",
-    "weights.lifting",
-    "weights.token_alignments",  # by the same replay of cotangents
-    "fisher.predictions",
-    "weights.perturbation",
-    "fisher.limits",  # what examples must keep to
+    "fisher",  # examples -> PEFs
+    "decomposition",  # PEFs -> components
+    "weights",  # components -> directions and adapters
     "analysed_model",
     "analyzer",
     # what it is compared with, and studied on
-    "baselines",  # its names are imported when they are first asked for
-    "baselines.method",
-    "baselines.activations",
-    "baselines.gradient_clustering",
-    "baselines.sparse_autoencoder",
+    "baselines",
     "studies",
-    "studies.word_relations",
-    "studies.settings",  # of all of them; the command line reads it, so nothing heavy
-    "studies.measures",
-    "studies.attributes",
-    "studies.result",
-    "studies.factors",
-    "studies.selectivity",
-    "studies.overview",  # tables over several results
-    "studies.probes",  # why a method finds or misses
-    "studies.comparison",
-    "studies.planted",
-    "studies.ratings",
-    "studies.detection",
-    "studies.raters",
-    "studies.datasets",
-    "studies.prompted",
-    "studies.in_context",
-    "studies.ablations",
     # what people see
     "report",
-    "report.columns",
-    "report.examples",
-    "report.modules",
-    "report.training",
-    "report.pack",
-    "report.data",
-    "report.plots",
-    "report.notebook",
-    "report.page",
     # the ways in
     "callback",
     "demo",
-    "commands.options",  # what the commands have in common
     "commands",
-    "commands.making",
-    "commands.looking",
-    "commands.acting",
-    "commands.studying",
-    "commands.reporting",
     "cli",
     "__init__",
     "__main__",
 )
 
-# Imports against the order that we allow, each with its reason: a method on an early object that opens a late stage,
+# Imports against the floors that we allow, each with its reason: a method on an early object that opens a late stage,
 # such as Decomposition.to_html. Only inside a function, and only while the code really does it.
 DOORWAYS: dict[tuple[str, str], str] = {
     ("decomposition.decomposition", "report"): "the folder of the next two",
@@ -153,6 +68,8 @@ class Import(NamedTuple):
     imported: str
     line: int
     in_function: bool
+    for_types: bool
+    """Under ``if TYPE_CHECKING:``."""
 
 
 def modules_of(package: Path) -> dict[str, Path]:
@@ -168,11 +85,11 @@ def modules_of(package: Path) -> dict[str, Path]:
 
 def imports_of(name: str, modules: dict[str, Path]) -> list[Import]:
     """Every import of the package's own modules in one module, the folders' __init__ files that it runs included."""
-    found: list[Import] = []
+    imports: list[Import] = []
     is_folder = modules[name].name == "__init__.py"
     position = ([] if name == "__init__" else name.split(".")) if is_folder else name.split(".")[:-1]
 
-    def add(target: list[str], line: int, in_function: bool) -> None:
+    def add(target: list[str], line: int, in_function: bool, for_types: bool) -> None:
         """`target` is a path below the package; what follows the module in it (a class, a function) is cut off."""
         while target and ".".join(target) not in modules:
             target = target[:-1]
@@ -181,17 +98,19 @@ def imports_of(name: str, modules: dict[str, Path]) -> list[Import]:
         for module in runs:
             named = module == runs[-1]
             if module in modules and module != name and (named or module not in own_folders):
-                found.append(Import(name, module, line, in_function))
+                imports.append(Import(name, module, line, in_function, for_types))
 
-    def visit(node: ast.AST, in_function: bool) -> None:
+    def visit(node: ast.AST, in_function: bool, for_types: bool) -> None:
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for child in node.body:
+                visit(child, in_function, True)
             for child in node.orelse:
-                visit(child, in_function)
+                visit(child, in_function, for_types)
             return
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == PACKAGE:
-                    add(alias.name.split(".")[1:], node.lineno, in_function)
+                    add(alias.name.split(".")[1:], node.lineno, in_function, for_types)
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 base = position[: len(position) - (node.level - 1)]
@@ -203,45 +122,76 @@ def imports_of(name: str, modules: dict[str, Path]) -> list[Import]:
             for alias in node.names:
                 target = [part for part in [*base, *below, alias.name] if part]
                 if target != ["__version__"]:  # the one name that every module may take from the top
-                    add(target, node.lineno, in_function)
+                    add(target, node.lineno, in_function, for_types)
         enters = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):
-            visit(child, in_function or enters)
+            visit(child, in_function or enters, for_types)
 
-    visit(ast.parse(modules[name].read_text(encoding="utf-8")), False)
-    return found
+    visit(ast.parse(modules[name].read_text(encoding="utf-8")), False, False)
+    return imports
 
 
-def violations(package: Path, order: tuple[str, ...], doorways: dict[tuple[str, str], str]) -> list[str]:
+def violations(package: Path, floors: tuple[str, ...], doorways: dict[tuple[str, str], str]) -> list[str]:
     """What is wrong with the package's imports, a sentence each."""
-    rank = {name: position for position, name in enumerate(order)}
+    rank = {floor: height for height, floor in enumerate(floors)}
     modules = modules_of(package)
+    floor_of = {name: name.split(".")[0] for name in modules}
+    homeless = sorted({floor for floor in floor_of.values() if floor not in rank})
     wrong = [
-        f"{name} ({path.name}) has no place: put it into ORDER in tests/test_imports.py, below what it imports"
-        for name, path in modules.items()
-        if name not in rank
+        f"{floor} has no place: put it into FLOORS in tests/test_imports.py, after what it imports"
+        for floor in homeless
     ]
     used = set()
     for name in modules:
-        for found in imports_of(name, modules):
-            edge = (found.importer, found.imported)
-            if found.in_function and edge in doorways:
-                used.add(edge)
-            elif found.importer in rank and found.imported in rank and rank[found.imported] >= rank[found.importer]:
-                wrong.append(f"{found.importer}:{found.line} imports {found.imported}, which comes after it in ORDER")
+        for edge in imports_of(name, modules):
+            importer, imported = floor_of[edge.importer], floor_of[edge.imported]
+            if edge.in_function and edge[:2] in doorways:
+                used.add(edge[:2])
+            elif not edge.for_types and not {importer, imported} & {*homeless} and rank[imported] > rank[importer]:
+                wrong.append(f"{edge.importer}:{edge.line} imports {edge.imported}, whose floor comes later in FLOORS")
     wrong += [f"DOORWAYS still lists {edge}, which the code no longer uses" for edge in doorways.keys() - used]
     return wrong
 
 
-def test_the_table_names_each_module_once():
-    """Oracle: identity."""
-    assert len(set(ORDER)) == len(ORDER)
+def circles(package: Path, doorways: dict[tuple[str, str], str]) -> list[list[str]]:
+    """Sets of modules that import each other, directly or by way of others; type checking counts, doorways do not."""
+    modules = modules_of(package)
+    below: dict[str, set[str]] = {name: set() for name in modules}
+    for name in modules:
+        for edge in imports_of(name, modules):
+            if not (edge.in_function and edge[:2] in doorways):
+                below[name].add(edge.imported)
+
+    def reached(name: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(below[name])
+        while waiting:
+            other = waiting.pop()
+            if other not in seen:
+                seen.add(other)
+                waiting += below[other]
+        return seen
+
+    reach = {name: reached(name) for name in modules}
+    groups = {tuple(sorted(o for o in reach[name] if name in reach[o])) for name in modules if name in reach[name]}
+    return [list(group) for group in sorted(groups)]
+
+
+def test_the_table_names_each_floor_once_and_each_exists():
+    """Oracle: identity with the files."""
+    assert len(set(FLOORS)) == len(FLOORS)
+    assert set(FLOORS) == {name.split(".")[0] for name in modules_of(REPOSITORY / PACKAGE)}
 
 
 def test_imports_run_one_way():
-    """Oracle: the import graph of the source, against ORDER."""
-    wrong = violations(REPOSITORY / PACKAGE, ORDER, DOORWAYS)
+    """Oracle: the import graph of the source, against FLOORS."""
+    wrong = violations(REPOSITORY / PACKAGE, FLOORS, DOORWAYS)
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Oracle: the import graph of the source, with what type checkers and functions import."""
+    assert circles(REPOSITORY / PACKAGE, DOORWAYS) == []
 
 
 def test_no_module_has_a_vague_name():
@@ -308,7 +258,18 @@ def test_every_public_name_is_there_for_people_and_for_type_checkers():
         _ = hf_npeff.Nothing
 
 
-PLANTED_ORDER = ("low", "folder", "folder.first", "folder.second", "high", "__init__")
+PLANTED_FLOORS = ("low", "folder", "high", "__init__")
+
+
+def planted_package(tmp_path: Path, **sources: str) -> Path:
+    """A package of empty modules, but for those whose source is given by path."""
+    package = tmp_path / PACKAGE
+    (package / "folder").mkdir(parents=True)
+    for name in ("__init__", "low", "high", "folder/__init__", "folder/first", "folder/second"):
+        (package / f"{name}.py").write_text("")
+    for name, source in sources.items():
+        (package / f"{name}.py").write_text(source)
+    return package
 
 
 @pytest.mark.parametrize(
@@ -327,36 +288,63 @@ PLANTED_ORDER = ("low", "folder", "folder.first", "folder.second", "high", "__in
         ("high", "from hf_npeff.low import x\nfrom .folder import second", None),
         ("folder/first", "from ..low import x", None),
         ("folder/first", "from ..high import x", "folder.first:1 imports high"),
-        ("folder/first", "from .second import x", "folder.first:1 imports folder.second"),
+        ("folder/first", "from .second import x", None),
         ("folder/second", "from .first import x", None),
-        ("folder/__init__", "from .first import x", "folder:1 imports folder.first"),
+        ("folder/second", "def f():\n    import hf_npeff.high", "folder.second:2 imports high"),
+        ("folder/__init__", "from .first import x", None),
+        ("folder/__init__", "from ..high import x", "folder:1 imports high"),
         ("__init__", "from .high import x\nfrom hf_npeff.folder import second", None),
-        ("stray", "", "stray (stray.py) has no place"),
+        ("stray", "", "stray has no place"),
+        ("stray", "import hf_npeff.high", "stray has no place"),
     ],
 )
 def test_the_check_itself_finds_a_planted_import(tmp_path, module, source, expected):
     """Oracle: planted truth."""
-    package = tmp_path / PACKAGE
-    (package / "folder").mkdir(parents=True)
-    for name in ("__init__", "low", "high", "folder/__init__", "folder/first", "folder/second"):
-        (package / f"{name}.py").write_text("")
-    (package / f"{module}.py").write_text(source)
-    wrong = violations(package, PLANTED_ORDER, {})
+    wrong = violations(planted_package(tmp_path, **{module: source}), PLANTED_FLOORS, {})
     if expected is None:
         assert wrong == []
     else:
         assert wrong and expected in wrong[0]
 
 
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"folder/first": "from .second import x"}, []),
+        (
+            {"folder/first": "from .second import x", "folder/second": "from .first import x"},
+            [["folder.first", "folder.second"]],
+        ),
+        (
+            {"folder/first": "from .second import x", "folder/second": "if TYPE_CHECKING:\n    from .first import x"},
+            [["folder.first", "folder.second"]],
+        ),
+        (
+            {"low": "def f():\n    import hf_npeff.high", "high": "import hf_npeff.folder.first"}
+            | {"folder/first": "from hf_npeff.low import x"},
+            [["folder.first", "high", "low"]],
+        ),
+        (
+            {"folder/__init__": "from .first import x", "folder/first": "import hf_npeff.low"}
+            | {"low": "from hf_npeff.folder import second"},
+            [["folder", "folder.first", "low"]],
+        ),
+    ],
+)
+def test_the_check_itself_finds_a_planted_circle(tmp_path, sources, expected):
+    """Oracle: planted truth."""
+    assert circles(planted_package(tmp_path, **sources), {}) == expected
+
+
 def test_a_doorway_opens_inside_functions_only_and_must_be_used(tmp_path):
     """Oracle: planted truth."""
-    package = tmp_path / PACKAGE
-    package.mkdir()
-    (package / "high.py").write_text("")
     doorways = {("low", "high"): "a reason"}
-    (package / "low.py").write_text("def f():\n    from hf_npeff import high")
-    assert violations(package, PLANTED_ORDER, doorways) == []
+    inside = "def f():\n    from hf_npeff import high"
+    package = planted_package(tmp_path, low=inside, high="import hf_npeff.low")
+    assert violations(package, PLANTED_FLOORS, doorways) == [] and circles(package, doorways) == []
+    assert circles(package, {}) == [["high", "low"]]
     (package / "low.py").write_text("from hf_npeff import high")
-    assert any("low:1 imports high" in wrong for wrong in violations(package, PLANTED_ORDER, doorways))
+    assert any("low:1 imports high" in wrong for wrong in violations(package, PLANTED_FLOORS, doorways))
+    assert circles(package, doorways) == [["high", "low"]]
     (package / "low.py").write_text("")
-    assert any("no longer uses" in wrong for wrong in violations(package, PLANTED_ORDER, doorways))
+    assert any("no longer uses" in wrong for wrong in violations(package, PLANTED_FLOORS, doorways))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_npeff import CorruptStoreError, FormatVersionError, IncompatibleSketchError, PEFs
+from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import padded_cat
-from hf_npeff.pefs.store import normalise
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.sharing.protocols import DecompositionLike
 
 ACTIVE_SHARE = 0.05
 """A component is active on an example when it carries at least this share of its coefficients' sum."""
@@ -53,7 +52,7 @@ class Component:
         True
     """
 
-    def __init__(self, decomposition: Decomposition, index: int):
+    def __init__(self, decomposition: DecompositionLike, index: int):
         self.decomposition = decomposition
         self.index = index
 

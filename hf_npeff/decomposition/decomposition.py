@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,7 @@ from hf_npeff.sharing.cards import decomposition_card, write_card
 from hf_npeff.sharing.files import write_together
 from hf_npeff.sharing.hub import text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
-
-if TYPE_CHECKING:
-    from hf_npeff.weights.perturbation import PerturbationReport
-    from hf_npeff.weights.token_alignments import TokenAlignment
+from hf_npeff.sharing.protocols import ReportLike, TokenAlignmentLike
 
 logger = logging.getLogger(__name__)
 
@@ -179,9 +176,9 @@ class Decomposition(Readable):
         self,
         path: str | os.PathLike[str],
         *,
-        alignments: Sequence[TokenAlignment] = (),
+        alignments: Sequence[TokenAlignmentLike] = (),
         energies: Mapping[int, Mapping[str, float]] | None = None,
-        reports: Mapping[int, PerturbationReport | Mapping[str, Any]] | None = None,
+        reports: Mapping[int, ReportLike | Mapping[str, Any]] | None = None,
         adapters: Mapping[int, str] | None = None,
         compare: Decomposition | None = None,
         training: str | os.PathLike[str] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
@@ -14,16 +14,14 @@ from hf_npeff.config import DecompositionConfig
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
 from hf_npeff.pefs.manifest import check_info, check_width
 from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_table, read_tensors, table_bytes
-
-if TYPE_CHECKING:
-    from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.sharing.protocols import DecompositionLike
 
 TENSORS, EXAMPLES = "decomposition.safetensors", "examples.parquet"
 _ALWAYS = ("coefficients", "pseudo_fishers", "stability")
 _ID = "example_id"
 
 
-def contents_of(decomposition: Decomposition, columns: Sequence[str]) -> dict[str, bytes]:
+def contents_of(decomposition: DecompositionLike, columns: Sequence[str]) -> dict[str, bytes]:
     """{file name: content}, config.json with the checksums of the others last.
 
     Args:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.decomposition.objective import module_scales
-from hf_npeff.fisher.factors import normalise
+from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.store import PEFs
 
 

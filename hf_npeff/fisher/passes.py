@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.data import Example, collate
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, normalise, reduce_rows, resolve, seeds_of
+from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.fsdp import Sharding
 from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks, LinearMap, RowCollector, find_linear_maps
 from hf_npeff.fisher.heads import OutputHead, Outputs
@@ -28,6 +28,7 @@ from hf_npeff.fisher.selftest import (
     check_rows,
     measure_sketches,
 )
+from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.sketches import Sketch
 
 logger = logging.getLogger(__name__)

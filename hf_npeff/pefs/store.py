@@ -6,23 +6,21 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.errors import IncompatibleSketchError
-from hf_npeff.fisher.factors import normalise
+from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import ID, Shards, StoreWriter, read_store
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.sharing.cards import pefs_card, write_card
 from hf_npeff.sharing.files import FORMAT_VERSION
 from hf_npeff.sharing.hub import text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
-
-if TYPE_CHECKING:
-    from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.sharing.protocols import HasFingerprint
 
 
 class PEFs(Readable):
@@ -402,9 +400,7 @@ def check_pefs(value: object) -> None:
         )
 
 
-def check_same_sketch(
-    made: PEFs | Decomposition, pefs: PEFs, what: str = "the decomposition", remedy: str = ""
-) -> None:
+def check_same_sketch(made: HasFingerprint, pefs: PEFs, what: str = "the decomposition", remedy: str = "") -> None:
     """Refuse PEFs of another sketch than that of `made`, which the message calls `what`.
 
     Raises:

@@ -20,8 +20,7 @@ from hf_npeff.sharing.hub import shown_model, text_columns
 
 if TYPE_CHECKING:
     from hf_npeff.decomposition.decomposition import Decomposition
-    from hf_npeff.weights.perturbation import PerturbationReport
-    from hf_npeff.weights.token_alignments import TokenAlignment
+    from hf_npeff.sharing.protocols import ReportLike, TokenAlignmentLike
 
 SHOWN_ELSEWHERE = 5
 """Top examples of a component of the other decomposition in a comparison."""
@@ -48,9 +47,9 @@ class Extras:
         training: the folder of a training run with an NPEFFCallback.
     """
 
-    alignments: Sequence[TokenAlignment] = ()
+    alignments: Sequence[TokenAlignmentLike] = ()
     energies: Mapping[int, Mapping[str, float]] | None = None
-    reports: Mapping[int, PerturbationReport | Mapping[str, Any]] = field(default_factory=dict)
+    reports: Mapping[int, ReportLike | Mapping[str, Any]] = field(default_factory=dict)
     adapters: Mapping[int, str] = field(default_factory=dict)
     compare: Decomposition | None = None
     training: Path | None = None
@@ -167,7 +166,7 @@ def _column_facts(page: PageData, at: int, column: Column) -> dict[str, Any]:
     return {"name": column.name, "kind": column.kind, "values": column.values}
 
 
-def _add_alignments(page: PageData, alignments: Sequence[TokenAlignment], texts: bool) -> None:
+def _add_alignments(page: PageData, alignments: Sequence[TokenAlignmentLike], texts: bool) -> None:
     """{component: [example, alignment, tokens, contributions, unplaced]}; none where texts are to stay private."""
     found: dict[str, list[dict[str, Any]]] = {}
     for one in alignments if texts else ():
@@ -206,7 +205,7 @@ def _add_energies(
     page.arrays["energy"] = table.shares
 
 
-def _report_facts(report: PerturbationReport | Mapping[str, Any], texts: bool) -> dict[str, Any]:
+def _report_facts(report: ReportLike | Mapping[str, Any], texts: bool) -> dict[str, Any]:
     facts = dict(report if isinstance(report, Mapping) else report.to_dict())
     changed = [{k: v for k, v in row.items() if k != "text"} for row in facts.get("changed") or ()]
     kept = {k: facts.get(k) for k in ("target", "best", "opposite", "random", "reached")}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from hf_npeff.decomposition.component import Component
     from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.sharing.protocols import DecompositionLike
     from hf_npeff.weights.perturbation import PerturbationReport
     from hf_npeff.weights.token_alignments import TokenAlignment
 
@@ -58,7 +59,7 @@ def _figure(go: Any, *traces: Any, title: str = "", x: str = "", y: str = "", **
     return figure
 
 
-def _column(decomposition: Decomposition, name: str) -> Column:
+def _column(decomposition: DecompositionLike, name: str) -> Column:
     """A column that can colour.
 
     Raises:

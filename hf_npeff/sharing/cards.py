@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -19,10 +19,7 @@ from hf_npeff.errors import CorruptStoreError
 from hf_npeff.sharing.files import write_atomically
 from hf_npeff.sharing.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id, shown_model
 from hf_npeff.sharing.markdown import TITLE, escaped, front_matter, literal, number, percent, plain, table
-
-if TYPE_CHECKING:
-    from hf_npeff.decomposition.decomposition import Decomposition
-    from hf_npeff.pefs.store import PEFs
+from hf_npeff.sharing.protocols import DecompositionLike, PEFsLike
 
 TAGS = ("npeff", "interpretability", "fisher-information")
 TOP_EXAMPLES = 3
@@ -170,7 +167,7 @@ def _included(kept: Sequence[str], left_out: Sequence[str], file: str) -> str:
 
 
 def decomposition_card(
-    decomposition: Decomposition,
+    decomposition: DecompositionLike,
     *,
     repo_id: str | None = None,
     columns: Sequence[str] | None = None,
@@ -231,7 +228,7 @@ def decomposition_card(
     )
 
 
-def _component_lines(decomposition: Decomposition, column: str | None) -> tuple[str, bool]:
+def _component_lines(decomposition: DecompositionLike, column: str | None) -> tuple[str, bool]:
     """The table of components, and whether any KL ratio was measured."""
     ratios = {j: measured.get("ratio") for j, measured in decomposition.evaluations.items()}
     measured = any(number(ratio) != "–" for ratio in ratios.values())
@@ -274,7 +271,7 @@ def _explain(model: object, info: Mapping[str, Any]) -> str:
 
 
 def pefs_card(
-    pefs: PEFs,
+    pefs: PEFsLike,
     *,
     repo_id: str | None = None,
     left_out: Sequence[str] = (),

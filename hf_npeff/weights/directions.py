@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
+from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.fisher.fsdp import Sharding
 from hf_npeff.sharing.cards import write_card
@@ -21,12 +22,9 @@ from hf_npeff.sharing.direction_cards import DirectionFacts, direction_card
 from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
 from hf_npeff.sharing.hub import LIBRARY, text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
+from hf_npeff.sharing.protocols import ReportLike
 from hf_npeff.weights.adapters import Adapter, AdapterKind, Layout, check_scale, dense, load_delta, shira
 from hf_npeff.weights.lora import lora
-
-if TYPE_CHECKING:
-    from hf_npeff.decomposition.decomposition import Decomposition
-    from hf_npeff.weights.perturbation import PerturbationReport
 
 _FILE = "direction.safetensors"
 
@@ -173,7 +171,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         *,
         kind: AdapterKind = "lora",
         model: nn.Module | None = None,
-        report: PerturbationReport | None = None,
+        report: ReportLike | None = None,
         decomposition: Decomposition | None = None,
         include_texts: bool = False,
     ) -> Adapter:
@@ -208,7 +206,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         return adapter
 
     def _facts(
-        self, report: PerturbationReport | None, decomposition: Decomposition | None, include_texts: bool
+        self, report: ReportLike | None, decomposition: Decomposition | None, include_texts: bool
     ) -> DirectionFacts:
         """What cards say of the direction."""
         component = self.info.get("component")
@@ -231,7 +229,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         self,
         directory: str | os.PathLike[str],
         *,
-        report: PerturbationReport | None = None,
+        report: ReportLike | None = None,
         decomposition: Decomposition | None = None,
         include_texts: bool = False,
     ) -> None:
@@ -268,7 +266,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         folder: Path,
         repo_id: str,
         *,
-        report: PerturbationReport | None = None,
+        report: ReportLike | None = None,
         decomposition: Decomposition | None = None,
         include_texts: bool = False,
         datasets: Sequence[str] = (),
