@@ -6,9 +6,10 @@ lora_alpha equal to the rank, and the scale folded into B. Every adapter is a de
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ from hf_npeff.sharing.files import (
     write_together,
 )
 from hf_npeff.sharing.pretrained import Publishable, warn_of_local_model
+from hf_npeff.weights.activations import LinearDelta, changed_in_activations
 
 if TYPE_CHECKING:
     from hf_npeff.decomposition.decomposition import Decomposition
@@ -60,22 +62,41 @@ def layout_of(model: nn.Module, parameter: str) -> Layout:
     return "norm" if "norm" in type(module).__name__.lower() else "other"
 
 
-@dataclass
+def check_all_linear(layouts: Mapping[str, Layout]) -> None:
+    """Refuse a change of anything but linear maps' weights, where it is to be added in the activations.
+
+    Raises:
+        UnsupportedModelError: if a parameter is something else.
+    """
+    if wrong := [f"{name} ({layout})" for name, layout in layouts.items() if layout not in ("linear", "conv1d")]:
+        raise UnsupportedModelError(
+            f"{', '.join(wrong[:3])} cannot be changed in the activations, only the weights of linear maps can; use "
+            "ParameterDirection.applied_to, which moves the weights themselves, or load the adapter with PEFT"
+        )
+
+
+@dataclass(repr=False)
 class Adapter(Publishable):
-    """An adapter in memory, ready to be written.
+    """A change of the weights as an adapter: applied to a model, or written for PEFT.
 
     Attributes:
         kind: "lora", "shira" or "delta".
         tensors: what the safetensors file holds.
         config: adapter_config.json.
         retained_energy: share of ‖ΔW‖² that the adapter keeps, 0 to 1.
+        layouts: what every parameter is that it changes, by name.
         retained_by_weight: the same for every weight.
         about: the direction that it is made of, for the card; None writes none.
         architecture: transformers' class that loads the base model, for the card.
+        shapes: of the parameters, where the tensors do not tell them (SHiRA).
 
     Example:
         >>> adapter = direction.to_adapter(rank=2, scale=0.3)
         >>> 0 < adapter.retained_energy <= 1
+        True
+        >>> with adapter.applied_in_activations(model):
+        ...     moved = model(torch.tensor([[9, 10, 11]])).logits
+        >>> all(adapter.delta(name).shape == model.get_parameter(name).shape for name in adapter.layouts)
         True
         >>> adapter.card(license="apache-2.0").startswith("---")
         True
@@ -86,11 +107,74 @@ class Adapter(Publishable):
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     retained_energy: float
+    layouts: dict[str, Layout]
     retained_by_weight: dict[str, float] = field(default_factory=dict)
     about: DirectionFacts | None = None
     architecture: str = "AutoModel"
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     _KIND = "adapter"
+
+    def __repr__(self) -> str:
+        rank = f" of rank {self.config['r']}" if self.config.get("r") else ""
+        whose = "" if self.about is None or self.about.component is None else f"component {self.about.component}, "
+        kept = f"keeps {self.retained_energy:.0%} of the change"
+        return f"Adapter({whose}{_KINDS[self.kind]}{rank} in {len(self.layouts)} parameters, {kept})"
+
+    def linear_deltas(self) -> dict[str, LinearDelta]:
+        """{parameter: ΔW (out, in)}, in factors where it is a LoRA.
+
+        Raises:
+            UnsupportedModelError: if it changes anything but weights of linear maps.
+        """
+        check_all_linear(self.layouts)
+        return {name: self._linear_delta(name) for name in self.layouts}
+
+    def delta(self, name: str) -> Tensor:
+        """ΔW of one parameter, dense and shaped like it.
+
+        Raises:
+            KeyError: if the adapter does not change that parameter.
+            UnsupportedModelError: if it stores the parameter's new value, as PEFT does with norms.
+        """
+        if name not in self.layouts:
+            raise KeyError(f"{name!r} is not among this adapter's parameters: {list(self.layouts)[:3]} …")
+        layout = self.layouts[name]
+        if self.kind == "delta":
+            return self.tensors[name]
+        if layout == "norm":
+            raise UnsupportedModelError(f"the adapter stores what {name} becomes, and not by how much it changes")
+        if layout == "bias":
+            return self.tensors[f"{PREFIX}{name.removesuffix('bias')}lora_B.bias"]
+        matrix = self._linear_delta(name).matrix()
+        return matrix if layout == "linear" else matrix.mT
+
+    def _linear_delta(self, name: str) -> LinearDelta:
+        """ΔW (out, in) of a weight; of an embedding, transposed."""
+        stem = f"{PREFIX}{name.removesuffix('weight')}"
+        if self.kind == "delta":
+            return LinearDelta(self.tensors[name] if self.layouts[name] == "linear" else self.tensors[name].mT)
+        if self.kind == "shira":
+            rows, columns = self.tensors[f"{stem}shira_indices"].long()
+            values = self.tensors[f"{stem}shira_weight"]
+            return LinearDelta(values.new_zeros(self.shapes[name]).index_put((rows, columns), values))
+        # The scale is in B: lora_alpha is the rank.
+        names = "lora_embedding_{}" if self.layouts[name] == "embedding" else "lora_{}.weight"
+        return LinearDelta(self.tensors[stem + names.format("B")], self.tensors[stem + names.format("A")])
+
+    @contextlib.contextmanager
+    def applied_in_activations(self, model: nn.Module, scale: float = 1.0) -> Iterator[nn.Module]:
+        """The base model with scale·ΔW inside `with`, added behind its linear maps: no weight is touched.
+
+        So the weights may be quantised, offloaded or sharded. Hooks are gone on exit, exceptions included.
+
+        Raises:
+            UnsupportedModelError: if the adapter changes anything but linear maps; on exit, if the model reads one of
+                the weights without calling its module.
+            ValueError: if the scale is 0 or not finite, or the model lacks a parameter or has one of another shape.
+        """
+        with changed_in_activations(model, self.linear_deltas(), check_scale(scale)):
+            yield model
 
     def card(self, repo_id: str | None = None, *, datasets: Sequence[str] = (), license: str | None = None) -> str:
         """README.md; see `direction_cards.adapter_card`.
@@ -276,7 +360,8 @@ def shira(
         kept[name] = float(flat[where].double().square().sum()) / energy if energy else 1.0
         targets.append(module)
     config = {**peft_config("SHIRA", facts, rank, targets), "mask_type": "random"}
-    return Adapter("shira", tensors, config, retained(deltas, kept), kept)
+    shapes = {name: (delta.shape[0], delta.shape[1]) for name, delta in deltas.items()}
+    return Adapter("shira", tensors, config, retained(deltas, kept), dict(layouts), kept, shapes=shapes)
 
 
 def dense(
@@ -298,7 +383,8 @@ def dense(
         "layouts": dict(layouts),
         "info": dict(facts),
     }
-    return Adapter("delta", {name: value.float() * scale for name, value in deltas.items()}, config, 1.0)
+    tensors = {name: value.float() * scale for name, value in deltas.items()}
+    return Adapter("delta", tensors, config, 1.0, dict(layouts))
 
 
 def load_delta(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -23,7 +23,17 @@ from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_jso
 from hf_npeff.sharing.hub import LIBRARY, text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.sharing.protocols import ReportLike
-from hf_npeff.weights.adapters import Adapter, AdapterKind, Layout, check_scale, dense, load_delta, shira
+from hf_npeff.weights.activations import LinearDelta, changed_in_activations
+from hf_npeff.weights.adapters import (
+    Adapter,
+    AdapterKind,
+    Layout,
+    check_all_linear,
+    check_scale,
+    dense,
+    load_delta,
+    shira,
+)
 from hf_npeff.weights.lora import lora
 
 _FILE = "direction.safetensors"
@@ -163,6 +173,29 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             with torch.no_grad():
                 for name, kept in before.items():
                     parameters[name].copy_(kept)
+
+    def linear_deltas(self) -> dict[str, LinearDelta]:
+        """{parameter: ΔW (out, in)}.
+
+        Raises:
+            UnsupportedModelError: if the direction moves anything but weights of linear maps.
+        """
+        check_all_linear(self.layouts)
+        return {n: LinearDelta(v if self.layouts[n] == "linear" else v.mT) for n, v in self._deltas.items()}
+
+    @contextlib.contextmanager
+    def applied_in_activations(self, model: nn.Module, scale: float = 1.0) -> Iterator[nn.Module]:
+        """The model as θ + scale·direction would make it inside `with`, added behind linear maps: no weight is touched.
+
+        It costs a second product for every linear map. Hooks are gone on exit, exceptions included.
+
+        Raises:
+            UnsupportedModelError: if the direction moves anything but linear maps; on exit, if the model reads one of
+                the weights without calling its module.
+            ValueError: if the scale is 0 or not finite, or the model lacks a parameter or has one of another shape.
+        """
+        with changed_in_activations(model, self.linear_deltas(), check_scale(scale)):
+            yield model
 
     def to_adapter(
         self,

@@ -102,7 +102,7 @@ def lora(
         "modules_to_save": saved or None,
         "use_rslora": False,
     }
-    return Adapter("lora", tensors, config, retained(deltas, kept), kept)
+    return Adapter("lora", tensors, config, retained(deltas, kept), dict(layouts), kept)
 
 
 def _lora_pair(prefix: str, delta: Tensor, layout: Layout, rank: int, scale: float) -> tuple[dict[str, Tensor], float]:

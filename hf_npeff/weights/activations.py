@@ -1,0 +1,271 @@
+"""Weight changes measured in the activations: y ← y + s·ΔW x behind a linear map, and no weight is touched.
+
+A linear map with the weight W + s·ΔW gives W x + s·ΔW x, so adding the second term to what the module returns is the
+same as moving the weight. Every example of a batch may have a change and a scale of its own, weights of few bits lose
+nothing to rounding, and weights that are quantised, offloaded or sharded need not be at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.gradients import CalledOnceForAll
+
+
+@dataclass(frozen=True)
+class LinearDelta:
+    """ΔW (out, in) of one linear map, whole or in two factors.
+
+    Attributes:
+        left: ΔW itself, or B (out, r).
+        right: A (r, in) with ΔW = BA; None where `left` is whole.
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    def matrix(self) -> Tensor:
+        """ΔW (out, in)."""
+        return self.left if self.right is None else self.left @ self.right
+
+    def times(self, x: Tensor) -> Tensor:
+        """ΔW x for x (…, in): (…, out)."""
+        return F.linear(x if self.right is None else F.linear(x, self.right), self.left)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LinearDelta:
+        """On a device, in a type."""
+        right = self.right
+        return LinearDelta(self.left.to(device, dtype), None if right is None else right.to(device, dtype))
+
+    @property
+    def squared_norm(self) -> float:
+        """‖ΔW‖², in float64: of factors tr((BᵀB)(AAᵀ)), without forming ΔW."""
+        left = self.left.double()
+        if self.right is None:
+            return float(left.square().sum())
+        right = self.right.double()
+        return float(((left.T @ left) * (right @ right.T)).sum())
+
+
+def random_like(deltas: Mapping[str, LinearDelta], seed: int = 0) -> dict[str, LinearDelta]:
+    """A random change of equal norm in all and of the same ranks; a weight's share of ‖·‖² is its share of the numbers.
+
+    As a Gaussian change of all weights together would be, cut to the ranks of the given one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, LinearDelta] = {}
+    for name, delta in deltas.items():
+        left = torch.randn(delta.left.shape, generator=generator)
+        right = None if delta.right is None else torch.randn(delta.right.shape, generator=generator)
+        unit = LinearDelta(left, right)
+        size = (delta.shape[0] * delta.shape[1] / unit.squared_norm) ** 0.5
+        drawn[name] = LinearDelta(left * size, right)
+    wanted = sum(delta.squared_norm for delta in deltas.values())
+    ratio = (wanted / sum(delta.squared_norm for delta in drawn.values())) ** 0.5
+    return {name: LinearDelta(delta.left * ratio, delta.right) for name, delta in drawn.items()}
+
+
+def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[str, str]:
+    """{module: parameter} of the linear maps behind which the deltas are to be added, tied ones included.
+
+    Raises:
+        UnsupportedModelError: if a parameter is not the weight of linear maps alone.
+        ValueError: if the model lacks a parameter, or has one of another shape.
+    """
+    modules = dict(model.named_modules())
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if missing := [name for name in deltas if name not in known]:
+        raise ValueError(f"the model has no parameters named {missing[:3]}; is it the one the change was made for?")
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((path, module))
+    places: dict[str, str] = {}
+    for name, delta in deltas.items():
+        path, _, leaf = name.rpartition(".")
+        holders = owners[id(modules[path].get_parameter(leaf))]
+        if other := [p for p, m in holders if leaf != "weight" or not isinstance(m, nn.Linear | Conv1D)]:
+            raise UnsupportedModelError(
+                f"{name} is not the weight of linear maps alone ({other[0] or 'the model'} reads it too), so its change "
+                "is not one of a linear map's output; move the weights in place with ParameterDirection.applied_to"
+            )
+        if delta.shape != (shape := _shape_of(modules[path])):
+            raise ValueError(f"{name} is {shape} (out, in) in the model, and {delta.shape} in the change")
+        places |= {holder: name for holder, _ in holders}
+    return places
+
+
+def _shape_of(module: Any) -> tuple[int, int]:
+    """(out, in) of a linear map; a packed weight has another shape than its map."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    return module.out_features, module.in_features
+
+
+class ChangedActivations:
+    """A model as weight changes would make it, inside `with`; each example of a batch gets one of them at a scale.
+
+    After `assign`, forward passes of so many examples run with the changes. Hooks are gone on exit, exceptions included.
+
+    Args:
+        model: any model; its weights are not read.
+        changes: {parameter: delta} of every change.
+
+    Raises:
+        UnsupportedModelError: if a parameter is not the weight of linear maps alone; on exit, if a module that was
+            changed never ran although the module around it did: the model reads its weight in some other way.
+        ValueError: if the model lacks a parameter, or has one of another shape.
+    """
+
+    def __init__(self, model: nn.Module, changes: Sequence[Mapping[str, LinearDelta]]):
+        self._model = model
+        self._changes = changes
+        self._places: dict[str, str] = {}
+        for change in changes:
+            self._places |= check_linear(model, change)
+        self._cast: dict[tuple[int, str, torch.device, torch.dtype], LinearDelta] = {}
+        self._numbers: tuple[int, ...] = ()
+        self._scales: tuple[float, ...] = ()
+        self._handles: list[Any] = []
+        self._ran: set[str] = set()
+
+    def assign(self, numbers: Sequence[int], scales: Sequence[float]) -> None:
+        """Say which change each example of the coming batches gets, and at which scale; 0 leaves an example as it is.
+
+        Raises:
+            IndexError: if there is no such change.
+            ValueError: if the two are not equally many.
+        """
+        if len(numbers) != len(scales):
+            raise ValueError(f"there are {len(numbers)} numbers of changes and {len(scales)} scales")
+        if wrong := [k for k in numbers if not 0 <= k < len(self._changes)]:
+            raise IndexError(f"there is no change {wrong[0]}; there are {len(self._changes)}")
+        self._numbers, self._scales = tuple(numbers), tuple(map(float, scales))
+
+    def assign_all(self, number: int, scale: float) -> None:
+        """One change at one scale for every example, however many there are."""
+        self.assign([number], [scale])
+
+    def __enter__(self) -> ChangedActivations:
+        modules = dict(self._model.named_modules())
+        around = {path.rpartition(".")[0] for path in self._places}
+        for path in around - set(self._places):
+            self._handles.append(modules[path].register_forward_hook(self._watching(path)))
+        for path, parameter in self._places.items():
+            hook = self._adding(path, parameter)
+            self._handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._cast.clear()
+        unseen = [path for path in self._places if path not in self._ran and path.rpartition(".")[0] in self._ran]
+        if unseen and kind is None:
+            raise UnsupportedModelError(
+                f"the model reads the weight of {', '.join(unseen[:3])} without calling the module, so its change was "
+                "not measured; move the weights in place with ParameterDirection.applied_to"
+            )
+
+    def _watching(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._ran.add(path)
+
+        return hook
+
+    def _adding(self, path: str, parameter: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            self._ran.add(path)
+            x = args[0] if args else next(iter(kwargs.values()))
+            added = self._added(path, parameter, x)
+            if added is None:
+                return output
+            wide = torch.promote_types(output.dtype, torch.float32)
+            return (output.to(wide) + added.to(output.device, wide).reshape(output.shape)).to(output.dtype)
+
+        return hook
+
+    def _delta(self, number: int, parameter: str, x: Tensor) -> LinearDelta | None:
+        """A change's delta, where x is and in float32 or wider; kept for the next batch."""
+        delta = self._changes[number].get(parameter)
+        if delta is None:
+            return None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        key = number, parameter, x.device, wide
+        if key not in self._cast:
+            self._cast[key] = delta.to(x.device, wide)
+        return self._cast[key]
+
+    def _added(self, path: str, parameter: str, x: Tensor) -> Tensor | None:
+        """What is added to the module's output, shaped like it up to flattening; None for nothing."""
+        pairs = set(zip(self._numbers, self._scales, strict=True))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if len(pairs) <= 1:
+            for number, scale in pairs:
+                delta = self._delta(number, parameter, x)
+                return None if delta is None or scale == 0 else scale * delta.times(x.to(wide))
+            return None
+        each = _per_example(x, len(self._numbers), path).to(wide)
+        parts: list[tuple[Tensor, Tensor]] = []
+        for number in sorted(set(self._numbers)):
+            delta = self._delta(number, parameter, x)
+            where = [i for i, k in enumerate(self._numbers) if k == number and self._scales[i] != 0]
+            if delta is not None and where:
+                rows = torch.tensor(where, device=x.device)
+                scales = torch.tensor([self._scales[i] for i in where], device=x.device, dtype=wide)
+                chosen = each if len(where) == len(each) else each[rows]
+                parts.append((rows, delta.times(chosen) * scales.view(-1, *[1] * (each.dim() - 1))))
+        if not parts:
+            return None
+        if len(parts) == 1 and len(parts[0][0]) == len(each):
+            return parts[0][1]
+        total = parts[0][1].new_zeros(*each.shape[:-1], parts[0][1].shape[-1])
+        for rows, values in parts:
+            total[rows] = values
+        return total
+
+
+def _per_example(x: Tensor, batch: int, path: str) -> Tensor:
+    """(B, …, in), or flattened (B·t, in), → (B, …, in).
+
+    Raises:
+        CalledOnceForAll: if the module ran once for the whole batch.
+        UnsupportedModelError: if the inputs cannot be given to examples.
+    """
+    if x.shape[0] == batch:
+        return x
+    if x.shape[0] == 1:
+        raise CalledOnceForAll(f"{path} runs once for the whole batch; give all its examples one change and scale")
+    if x.dim() != 2 or x.shape[0] % batch:
+        raise UnsupportedModelError(
+            f"{path} received {tuple(x.shape)} for a batch of {batch} examples, so its inputs cannot be given to "
+            "examples (routed experts do this); give all examples of a batch one change and scale"
+        )
+    return x.reshape(batch, -1, x.shape[1])
+
+
+@contextlib.contextmanager
+def changed_in_activations(
+    model: nn.Module, deltas: Mapping[str, LinearDelta], scale: float = 1.0
+) -> Iterator[nn.Module]:
+    """The model as W + scale·ΔW would make it inside `with`, by hooks: see `ChangedActivations`, for one change."""
+    with ChangedActivations(model, [deltas]) as changed:
+        changed.assign_all(0, scale)
+        yield model
