@@ -36,7 +36,7 @@ def hooks_of(model: nn.Module) -> int:
 
 @pytest.mark.parametrize(("family", "task"), MODELS)
 def test_a_change_in_the_activations_is_the_change_of_the_weights(family: str, task: str) -> None:
-    """Oracle: logits of the model with W + ΔW in float64, for a direction and for its LoRA, SHiRA and dense adapters."""
+    """Oracle: logits of the model with W + ΔW in float64; a direction, and its adapters."""
     model = tiny_model(family, task)
     inputs = collate(tiny_batch(model, 3, seed=1), model)
     direction = direction_of(model)
@@ -137,9 +137,12 @@ def test_a_small_step_in_bfloat16_is_the_step_and_moved_weights_are_not() -> Non
     scale = 20.0
     with torch.no_grad(), direction.applied_in_activations(narrow, scale):
         got = module(x).float()
-    truth = x.float() @ (narrow.get_parameter(name).float() + scale * delta).mT + narrow.get_parameter(  # type: ignore[union-attr]
-        name.replace("weight", "bias")
-    ).float()
+    truth = (
+        x.float() @ (narrow.get_parameter(name).float() + scale * delta).mT
+        + narrow.get_parameter(  # type: ignore[union-attr]
+            name.replace("weight", "bias")
+        ).float()
+    )
     assert float((got - truth).norm() / truth.norm()) < 2**-8  # two roundings to 8 bits
 
 
