@@ -120,7 +120,7 @@ def _shape_of(module: Any) -> tuple[int, int]:
 class ChangedActivations:
     """A model as weight changes would make it, inside `with`; each example of a batch gets one of them at a scale.
 
-    After `assign`, forward passes of so many examples run with the changes. Hooks are gone on exit, exceptions included.
+    After `assign`, forward passes of so many examples run with the changes. No hook is left on exit.
 
     Args:
         model: any model; its weights are not read.
