@@ -101,8 +101,8 @@ def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[st
         holders = owners[id(modules[path].get_parameter(leaf))]
         if other := [p for p, m in holders if leaf != "weight" or not isinstance(m, nn.Linear | Conv1D)]:
             raise UnsupportedModelError(
-                f"{name} is not the weight of linear maps alone ({other[0] or 'the model'} reads it too), so its change "
-                "is not one of a linear map's output; move the weights in place with ParameterDirection.applied_to"
+                f"{name} is not the weight of linear maps alone ({other[0] or 'the model'} reads it too), so its "
+                "change is not one of a linear map's output; move the weights with ParameterDirection.applied_to"
             )
         if delta.shape != (shape := _shape_of(modules[path])):
             raise ValueError(f"{name} is {shape} (out, in) in the model, and {delta.shape} in the change")
