@@ -96,6 +96,8 @@ class Adapter(Publishable):
         True
         >>> with adapter.applied_in_activations(model):
         ...     moved = model(torch.tensor([[9, 10, 11]])).logits
+        >>> adapter.linear_deltas().keys() == adapter.layouts.keys()
+        True
         >>> all(adapter.delta(name).shape == model.get_parameter(name).shape for name in adapter.layouts)
         True
         >>> adapter.card(license="apache-2.0").startswith("---")

@@ -61,6 +61,11 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         True
         >>> with direction.applied_to(model, scale=0.3):
         ...     moved = model(torch.tensor([[9, 10, 11]])).logits
+        >>> with direction.applied_in_activations(model, scale=0.3):  # no weight is touched: quantised ones will do
+        ...     bool(torch.allclose(model(torch.tensor([[9, 10, 11]])).logits, moved, atol=1e-4))
+        True
+        >>> direction.linear_deltas().keys() == direction.keys()
+        True
         >>> direction.to_adapter(rank=1, scale=0.3).save_pretrained("runs/adapter")
         >>> direction.save_pretrained("runs/direction")
         >>> ParameterDirection.load("runs/direction").info["component"]
