@@ -53,7 +53,7 @@ class TokenAlignment:
     unplaced: float
 
 
-class PositionCollector:
+class TokenCollector:
     """A receiver that takes the inner product of every position's gradient with one direction g in the sketch.
 
     Args:
@@ -178,7 +178,7 @@ class _Replay:
         g = scaled(self.decomposition, j)
         seq2seq = bool(getattr(getattr(work.model, "config", None), "is_encoder_decoder", False))
         positions = _patches(work, batch) if mask is None else mask.shape[1]
-        collector = PositionCollector(self.sketch, g, positions, _Placed(seq2seq))
+        collector = TokenCollector(self.sketch, g, positions, _Placed(seq2seq))
         collector.start(len(batch))
         with LinearHooks(work.model, work.maps, collector) as hooks:
             hooks.begin(len(batch))
