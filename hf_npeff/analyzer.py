@@ -11,10 +11,22 @@ import torch
 from torch import nn
 
 from hf_npeff.analysed_model import AnalysedModel
+from hf_npeff.config import (
+    BATCH_SIZE,
+    SHADED,
+    ComputeRequest,
+    DecompositionConfig,
+    LiftForm,
+    LiftMethod,
+    LiftRequest,
+    OnError,
+    PerturbationRequest,
+    SparseSolver,
+)
 from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.fisher.compute import ComputeRequest, compute, dataset_hash
+from hf_npeff.fisher.compute import compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
 from hf_npeff.fisher.heads import base_of
 from hf_npeff.fisher.limits import ModelLimits
@@ -23,8 +35,8 @@ from hf_npeff.fisher.selftest import candidates
 from hf_npeff.pefs.shards import remove_store
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
-from hf_npeff.weights.lifting import Form, LiftRequest, Method, lift_components, select
-from hf_npeff.weights.perturbation import PerturbationReport, PerturbationRequest, evaluate
+from hf_npeff.weights.lifting import lift_components, select
+from hf_npeff.weights.perturbation import PerturbationReport, evaluate
 from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 
 _FIRST = 64
@@ -73,14 +85,14 @@ class NPEFFAnalyzer(AnalysedModel):
         dataset: Any,
         output_dir: str | os.PathLike[str] | None = None,
         *,
-        batch_size: int | Literal["auto"] = 8,
+        batch_size: int | Literal["auto"] = ComputeRequest.batch_size,
         max_examples: int | None = None,
         columns: Sequence[str] | None = None,
         resume: bool = True,
-        shard_size: int = 1024,
+        shard_size: int = ComputeRequest.shard_size,
         like: PEFs | Decomposition | None = None,
         progress: bool | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = ComputeRequest.on_error,
     ) -> PEFs:
         """Per-example Fishers of a data set.
 
@@ -113,7 +125,9 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         folder = None if output_dir is None else Path(output_dir)
         shown = _progress_wanted() if progress is None else progress
-        request = ComputeRequest(folder, batch_size, shard_size, on_error, shown)
+        request = ComputeRequest(
+            output_dir=folder, batch_size=batch_size, shard_size=shard_size, on_error=on_error, progress=shown
+        )
         analyzer = self if like is None else self.with_settings_of(like)
         examples = Examples(dataset, self.processing_class, max_examples=max_examples, columns=columns)
         return analyzer._compute(examples, request, resume)
@@ -145,7 +159,9 @@ class NPEFFAnalyzer(AnalysedModel):
             limits.check(example)
             yield example
 
-    def estimate(self, dataset: Any, *, tokens: float | None = None, n_components: int = 16) -> Estimate:
+    def estimate(
+        self, dataset: Any, *, tokens: float | None = None, n_components: int = DecompositionConfig.n_components
+    ) -> Estimate:
         """What an analysis will cost, without running anything; print it.
 
         Args:
@@ -188,7 +204,12 @@ class NPEFFAnalyzer(AnalysedModel):
     # PEFs → decomposition
 
     def decompose(
-        self, pefs: PEFs, n_components: int = 16, *, validation: PEFs | None = None, **settings: Any
+        self,
+        pefs: PEFs,
+        n_components: int = DecompositionConfig.n_components,
+        *,
+        validation: PEFs | None = None,
+        **settings: Any,
     ) -> Decomposition:
         """Decompose PEFs on the model's device: `NPEFF(n_components, **settings).fit(pefs, validation)`."""
         settings.setdefault("progress", _progress_wanted())
@@ -204,12 +225,12 @@ class NPEFFAnalyzer(AnalysedModel):
         pefs: PEFs,
         dataset: Any,
         *,
-        method: Method = "exact",
-        top_examples: int | None = None,
-        form: Form = "auto",
-        semi_orthogonal: bool = False,
-        solver: Literal["iht", "fista"] = "iht",
-        batch_size: int = 8,
+        method: LiftMethod = LiftRequest.method,
+        top_examples: int | None = LiftRequest.top_examples,
+        form: LiftForm = LiftRequest.form,
+        semi_orthogonal: bool = LiftRequest.semi_orthogonal,
+        solver: SparseSolver = LiftRequest.solver,
+        batch_size: int = LiftRequest.batch_size,
     ) -> Any:
         """Components as directions in the parameters.
 
@@ -238,7 +259,14 @@ class NPEFFAnalyzer(AnalysedModel):
             ValueError: if the dataset or the PEFs are others than were decomposed, the decomposition is far from
                 converged, or an argument is out of range.
         """
-        request = LiftRequest(method, top_examples, form, semi_orthogonal, solver, batch_size)
+        request = LiftRequest(
+            method=method,
+            top_examples=top_examples,
+            form=form,
+            semi_orthogonal=semi_orthogonal,
+            solver=solver,
+            batch_size=batch_size,
+        )
         wanted = select(decomposition, components)
         analyzer = self.for_decomposition(decomposition)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
@@ -284,8 +312,8 @@ class NPEFFAnalyzer(AnalysedModel):
         dataset: Any,
         components: Sequence[int] | None = None,
         *,
-        n_top: int = 12,
-        batch_size: int = 8,
+        n_top: int = SHADED,
+        batch_size: int = BATCH_SIZE,
     ) -> list[TokenAlignment]:
         """How much each token of a component's top examples contributes to their alignment with it, exactly.
 
@@ -325,12 +353,12 @@ class NPEFFAnalyzer(AnalysedModel):
         component: int,
         dataset: Any,
         *,
-        target_kl: float = 0.5,
-        scale: float | None = None,
-        n_top: int = 16,
-        n_others: int = 64,
-        batch_size: int = 16,
-        seed: int = 0,
+        target_kl: float = PerturbationRequest.target_kl,
+        scale: float | None = PerturbationRequest.scale,
+        n_top: int = PerturbationRequest.n_top,
+        n_others: int = PerturbationRequest.n_others,
+        batch_size: int = PerturbationRequest.batch_size,
+        seed: int = PerturbationRequest.seed,
     ) -> PerturbationReport:
         """What moving the parameters along a direction does to a component's top examples and to others.
 
@@ -355,7 +383,9 @@ class NPEFFAnalyzer(AnalysedModel):
             UnsupportedModelError: if the model's weights are sharded over processes.
             ValueError: if an argument is out of range, or the dataset or model does not fit.
         """
-        request = PerturbationRequest(target_kl, scale, n_top, n_others, batch_size, seed)
+        request = PerturbationRequest(
+            target_kl=target_kl, scale=scale, n_top=n_top, n_others=n_others, batch_size=batch_size, seed=seed
+        )
         self.check_movable(direction)
         component = decomposition.index_of(component)
         examples = self.examples_of(decomposition, dataset)

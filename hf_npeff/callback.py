@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.config import FisherConfig, is_count
+from hf_npeff.config import ComputeRequest, FisherConfig, is_count
 from hf_npeff.data import records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
@@ -114,7 +114,7 @@ class NPEFFCallback(TrainerCallback):
         include_texts: bool = False,
         processing_class: Any = None,
         task: Any = None,
-        batch_size: int | Literal["auto"] = 8,
+        batch_size: int | Literal["auto"] = ComputeRequest.batch_size,
         max_points: int | None = None,
         max_examples: int | None = None,
         on_start: bool = False,

@@ -1,9 +1,14 @@
-"""Settings of an analysis: frozen dataclasses that round-trip through JSON."""
+"""Settings of an analysis: frozen dataclasses, the only place in which a default stands.
+
+Those of what is kept, `FisherConfig` and `DecompositionConfig`, round-trip through JSON. Those of one call, `…Request`,
+are the arguments of a method of the analyzer. Methods and commands read their defaults here (tests/test_defaults.py).
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from hf_npeff.errors import FormatVersionError
@@ -16,6 +21,20 @@ StorageDtype = Literal["float64", "float32", "float16", "bfloat16"]
 Solver = Literal["block_power", "reference"]
 Balance = Literal["none", "module"]
 Precision = Literal["float32", "tf32", "bfloat16"]
+OnError = Literal["raise", "skip"]
+LiftMethod = Literal["exact", "adjoint", "compressed_sensing"]
+LiftForm = Literal["auto", "plain", "metric"]
+SparseSolver = Literal["iht", "fista"]
+
+BATCH_SIZE = 8
+"""Examples of a forward pass. Chosen: a batch of prompts of a 7B model fits beside its weights on one GPU, and smaller
+models gain little by more; the numbers do not depend on it beyond rounding."""
+
+SHADED = 12
+"""Top examples of a component whose tokens are shaded. Chosen: as many as a person reads on the page."""
+
+_NO_OPTION: dict[str, Any] = {"option": False}
+"""Metadata of a field that is no option of its own on the command line, which has another way to it."""
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
@@ -47,6 +66,17 @@ class _JsonConfig:
 def is_count(value: object) -> bool:
     """Whether a value is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_scale(scale: float) -> float:
+    """A step's length and sign.
+
+    Raises:
+        ValueError: if it is 0, or no finite number.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < math.inf or scale == 0:
+        raise ValueError(f"scale must be a finite number other than 0, but it is {scale!r}")
+    return float(scale)
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:
@@ -89,8 +119,8 @@ class FisherConfig(_JsonConfig):
             (kronecker) or 16,384.
         sketch_tolerance: relative error of the inner products of PEFs that "auto" must meet, and that warns above.
         storage_limit: the most numbers a row that "auto" may store.
-        seed: of the sketch and of random output factors.
-        storage_dtype: of the rows on disk and in memory.
+        seed: seed of the sketch and of random output factors.
+        storage_dtype: number type of the rows on disk and in memory.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -156,9 +186,10 @@ class DecompositionConfig(_JsonConfig):
         n_restarts: independent starts, of which the best is kept; the others tell how stable its components are.
         learning_rate: η of the reference solver; block_power has none.
         memory_budget: bytes of PEF rows held at once; more are read in chunks from the store. None: all in memory.
-        precision: of block_power's two products with the rows: "float32"; "tf32", on a CUDA device; "bfloat16", which
-            also halves the memory of the rows. The final coefficients and loss are always of float32 products.
-        seed: of the starts.
+        precision: of which numbers block_power's two products with the rows are: "float32"; "tf32", on a CUDA device;
+            "bfloat16", which also halves the memory of the rows. The final coefficients and loss are always of float32
+            products.
+        seed: seed of the starts.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -199,3 +230,127 @@ class DecompositionConfig(_JsonConfig):
         _check_choice("precision", self.precision, Precision)
         if self.solver == "reference" and self.precision != "float32":
             raise ValueError(f"the reference solver works in float32; precision={self.precision!r} is block_power's")
+
+
+@dataclass(frozen=True)
+class ComputeRequest:
+    """How the data set is gone through.
+
+    These are arguments of `NPEFFAnalyzer.compute_pefs`.
+
+    Attributes:
+        output_dir: where shards are written as they are ready; None keeps everything in memory.
+        batch_size: examples of a batch, or "auto" to halve it when memory runs out.
+        shard_size: examples of a shard, which is a file.
+        on_error: what happens to an example for which the model gives NaN or infinite numbers: "raise" stops there,
+            "skip" leaves it out.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    output_dir: Path | None = field(default=None, metadata=_NO_OPTION)
+    batch_size: int | Literal["auto"] = BATCH_SIZE
+    shard_size: int = 1024
+    on_error: OnError = "raise"
+    progress: bool = field(default=False, metadata=_NO_OPTION)
+
+    def __post_init__(self) -> None:
+        _check_choice("on_error", self.on_error, OnError)
+        if self.batch_size != "auto" and not is_count(self.batch_size):
+            raise ValueError(f"batch_size must be a positive whole number or 'auto', but it is {self.batch_size!r}")
+        if not is_count(self.shard_size):
+            raise ValueError(f"shard_size must be a positive whole number, but it is {self.shard_size!r}")
+
+    @property
+    def skip(self) -> bool:
+        """Whether examples for which the model gives NaN are left out."""
+        return self.on_error == "skip"
+
+    def check_in_step(self) -> None:
+        """Refuse what lets one process do more passes than another: those of a sharded model do each one together.
+
+        Raises:
+            ValueError: if there is any of it.
+        """
+        apart = "would let the processes of a sharded model fall out of step"
+        if self.skip:
+            raise ValueError(f"on_error='skip' {apart}; use on_error='raise'")
+        if self.batch_size == "auto":
+            raise ValueError(f"batch_size='auto' {apart}; give a whole number")
+
+
+@dataclass(frozen=True)
+class LiftRequest:
+    """How a component is lifted to the weights.
+
+    These are arguments of `NPEFFAnalyzer.lift`.
+
+    Attributes:
+        method: "exact" (one backward pass with the stored cotangents), "adjoint" (Pᵀg, noisy) or "compressed_sensing"
+            (the sparse direction whose sketch is g).
+        top_examples: lift from this many examples with the largest coefficients only; for the exact method.
+        form: form of a balanced decomposition's directions: "plain", the combination of unscaled rows, or "metric",
+            that times D², steepest in the balanced metric and the more selective by measurement; "auto" takes it.
+        semi_orthogonal: first take out of g its projection on the components nearly orthogonal to it.
+        solver: solver of compressed sensing: iterative hard thresholding ("iht") or "fista".
+        batch_size: examples of a forward pass.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    method: LiftMethod = "exact"
+    top_examples: int | None = None
+    form: LiftForm = "auto"
+    semi_orthogonal: bool = False
+    solver: SparseSolver = "iht"
+    batch_size: int = BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, LiftMethod)
+        _check_choice("form", self.form, LiftForm)
+        _check_choice("solver", self.solver, SparseSolver)
+        if self.top_examples is not None and self.top_examples < 1:
+            raise ValueError(f"top_examples must be at least 1, but it is {self.top_examples}")
+        if self.top_examples is not None and self.method != "exact":
+            raise ValueError("top_examples goes with method='exact' only: the other methods read no example")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but it is {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class PerturbationRequest:
+    """How a direction is measured.
+
+    These are arguments of `NPEFFAnalyzer.evaluate_direction`.
+
+    Attributes:
+        target_kl: mean KL on the top examples, in nats, that each sign's step is to reach.
+        scale: the step itself, instead of one that reaches `target_kl`.
+        n_top: top examples to measure.
+        n_others: others to measure, drawn from the examples on which the component is not active.
+        batch_size: examples of a forward pass.
+        seed: seed of the drawing of others, the random direction and the bootstrap.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    target_kl: float = 0.5
+    scale: float | None = None
+    n_top: int = 16
+    n_others: int = 64
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.n_top, self.n_others, self.batch_size) < 1:
+            raise ValueError(
+                "n_top, n_others and batch_size must be at least 1, but they are "
+                f"{self.n_top}, {self.n_others} and {self.batch_size}"
+            )
+        _check_positive("target_kl", self.target_kl)
+        if self.scale is not None:
+            check_scale(self.scale)

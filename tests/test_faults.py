@@ -33,8 +33,9 @@ from hf_npeff import (
     ParameterDirection,
     PEFs,
 )
+from hf_npeff.config import ComputeRequest
 from hf_npeff.data import Example
-from hf_npeff.fisher.compute import ComputeRequest, compute
+from hf_npeff.fisher.compute import compute
 from hf_npeff.fisher.gradients import RowCollector
 from hf_npeff.fisher.passes import FisherPass, NotFiniteError
 from hf_npeff.fisher.selftest import SelfTest

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from hf_npeff import FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
+from hf_npeff.config import LiftRequest
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.weights.compressed_sensing import fista, flat_operator, iterative_hard_thresholding
-from hf_npeff.weights.lifting import LiftRequest, combination, semi_orthogonal
+from hf_npeff.weights.lifting import combination, semi_orthogonal
 from tests import reference
 from tests.benchmarks.lifting import Case, case, continued, cosines, table
 from tests.tiny import tiny_batch, tiny_model

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult, check_enough
+from hf_npeff.config import BATCH_SIZE
 from hf_npeff.data import Examples
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.extras import load
@@ -217,7 +218,7 @@ class GradientClusters:
         return (self.hard.double() * weights[:, None]).T[..., None]
 
     def lift(
-        self, analyzer: NPEFFAnalyzer, clusters: Sequence[int], dataset: Any, *, batch_size: int = 8
+        self, analyzer: NPEFFAnalyzer, clusters: Sequence[int], dataset: Any, *, batch_size: int = BATCH_SIZE
     ) -> list[ParameterDirection]:
         """Centroids as unit directions in the parameters, exactly.
 
@@ -244,7 +245,7 @@ class GradientClusters:
         *,
         hard: bool = False,
         seconds: float = float("nan"),
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
     ) -> MethodResult:
         """The clusters as a row; with an analyzer and the dataset, centroids can be lifted."""
 
@@ -289,7 +290,7 @@ def gradient_clustering(
     like: PEFs | None = None,
     seed: int = 0,
     n_restarts: int = 10,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
 ) -> list[MethodResult]:
     """Gradients, clusters, and both rows of the table: soft and hard assignments."""
     started = time.process_time()

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hf_npeff.commands.options import (
-    BatchSize,
     Data,
     DataOptions,
     Fishers,
@@ -26,6 +25,7 @@ from hf_npeff.commands.options import (
     table,
     write_result,
 )
+from hf_npeff.config import LiftRequest, PerturbationRequest
 
 
 @command
@@ -34,22 +34,14 @@ def perturb(
     pefs: Fishers,
     model: Model,
     data: Data,
-    component: Annotated[int, typer.Option(help="Its number.")],
+    component: Annotated[int, typer.Option(help="Component number.")],
     output: Output,
     loading: ModelOptions,
     reading: DataOptions,
-    rank: Annotated[int, typer.Option(help="Of the adapter's matrices.")] = 1,
-    kind: Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Of adapter.")] = "lora",
-    method: Annotated[
-        Literal["exact", "adjoint", "compressed_sensing"], typer.Option(help="How the component is lifted.")
-    ] = "exact",
-    top_examples: Annotated[int | None, typer.Option(help="Lift from this many examples only.")] = None,
-    target_kl: Annotated[float, typer.Option(help="Nats on the top examples that the step is to reach.")] = 0.5,
-    scale: Annotated[float | None, typer.Option(help="A given step instead.")] = None,
-    n_top: Annotated[int, typer.Option(help="Top examples to measure.")] = 16,
-    n_others: Annotated[int, typer.Option(help="Others to measure.")] = 64,
-    batch_size: BatchSize = 8,
-    seed: Annotated[int, typer.Option(help="Of the others, the random direction and the bootstrap.")] = 0,
+    lifting: LiftRequest,
+    measuring: PerturbationRequest,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter's matrices.")] = 1,
+    kind: Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Kind of adapter.")] = "lora",
 ) -> Result:
     """Switch a component off: lift it to the weights, measure the step, and write it as an adapter.
 
@@ -65,13 +57,8 @@ def perturb(
     component = found.index_of(component)
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
     analyzer = analyzer_for(model, loading, found)
-    direction = analyzer.lift(
-        found, component, fishers, dataset, method=method, top_examples=top_examples, batch_size=batch_size
-    )
-    sizes: dict[str, Any] = {"n_top": n_top, "n_others": n_others, "batch_size": batch_size}
-    report = analyzer.evaluate_direction(
-        direction, found, component, dataset, target_kl=target_kl, scale=scale, seed=seed, **sizes
-    )
+    direction = analyzer.lift(found, component, fishers, dataset, **vars(lifting))
+    report = analyzer.evaluate_direction(direction, found, component, dataset, **vars(measuring))
     about: dict[str, Any] = {"report": report, "decomposition": found}
     adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)
     direction.save_pretrained(output / "direction", **about)
@@ -91,7 +78,7 @@ _PUBLISHED = {
 
 @command
 def push(
-    folder: Annotated[Path, typer.Argument(help="Of a decomposition, PEFs, a direction or an adapter.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a decomposition, PEFs, a direction or an adapter.")],
     repo: Annotated[str, typer.Argument(help="The repository on the Hub, user/name; made where it is missing.")],
     private: Annotated[bool, typer.Option("--private", help="Only in a private repository.")] = False,
     include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the examples' texts too.")] = False,

@@ -21,7 +21,7 @@ from hf_npeff.commands.options import (
     command,
     read_data,
 )
-from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.config import ComputeRequest, DecompositionConfig, FisherConfig
 
 if TYPE_CHECKING:
     from hf_npeff.pefs.store import PEFs
@@ -32,7 +32,7 @@ def demo(
     queries: Annotated[int, typer.Option(help="Prompts a relation; there are eight.")] = 28,
     rank: Annotated[int, typer.Option(help="Rows kept per example.")] = 8,
     components: Annotated[int, typer.Option(help="Components of the decomposition.")] = 14,
-    seed: Annotated[int, typer.Option(help="Of prompts, sketch and starts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, sketch and starts.")] = 0,
     output: Output = Path("runs/demo"),
 ) -> Result:
     """Find the components of SmolLM2 on word relations, and switch one of them off.
@@ -52,16 +52,12 @@ def compute(
     loading: ModelOptions,
     reading: DataOptions,
     fisher: FisherConfig,
+    request: ComputeRequest,
     output: MaybeOutput = None,
     columns: Annotated[
         list[str] | None, typer.Option(help="What to keep beside the rows; all by default. Repeat for several.")
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="Examples of a batch, or auto.")] = "8",
-    shard_size: Annotated[int, typer.Option(help="Examples of a file.")] = 1024,
     resume: Annotated[bool, typer.Option(help="Go on with what the folder holds.")] = True,
-    on_error: Annotated[
-        str, typer.Option(help="Examples for which the model gives NaN: raise stops, skip leaves them out.")
-    ] = "raise",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it will cost, and stop.")] = False,
 ) -> Result:
     """Compute the per-example Fishers (PEFs) of a data set, into a folder.
@@ -74,10 +70,6 @@ def compute(
     """
     if output is None and not dry_run:
         raise typer.BadParameter("PEFs need a folder", param_hint="--output")
-    if batch_size != "auto" and not batch_size.isdecimal():
-        raise typer.BadParameter("expected a whole number or auto", param_hint="--batch-size")
-    if on_error not in ("raise", "skip"):
-        raise typer.BadParameter("expected raise or skip", param_hint="--on-error")
     dataset = read_data(data, reading)
     analyzer = analyzer_for(model, loading, fisher)
     if dry_run:
@@ -86,11 +78,11 @@ def compute(
     pefs = analyzer.compute_pefs(
         dataset,
         output,
-        batch_size="auto" if batch_size == "auto" else int(batch_size),
+        batch_size=request.batch_size,
         columns=columns or None,
         resume=resume,
-        shard_size=shard_size,
-        on_error="skip" if on_error == "skip" else "raise",
+        shard_size=request.shard_size,
+        on_error=request.on_error,
     )
     values = {"output": str(output), "revision": analyzer.revision, **_told(pefs)}
     return Result(values, f"{pefs!r}\nin {output}", {"revision": analyzer.revision})

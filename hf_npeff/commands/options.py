@@ -15,9 +15,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
@@ -75,12 +75,39 @@ def attribute_docs(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
+def option_fields(cls: type) -> list[Field[Any]]:
+    """The fields of a dataclass that are options of the command line."""
+    return [field for field in fields(cls) if field.metadata.get("option", True)]
+
+
+def _number_or_word(hint: Any) -> Callable[[Any], Any] | None:
+    """How the text of an option becomes a number or one of some words, where both are allowed; else None."""
+    kinds = get_args(hint)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    number = next((kind for kind in kinds if kind in (int, float)), None)
+    if not words or number is None:
+        return None
+
+    def parse(value: Any) -> Any:
+        if value is None or value in words:
+            return value
+        try:
+            return number(value)
+        except ValueError:
+            called = "a whole number" if number is int else "a number"
+            raise typer.BadParameter(f"expected {called} or {' or '.join(words)}, but got {value!r}") from None
+
+    parse.__name__ = " or ".join([{int: "integer", float: "number"}[number], *words])  # shown in the help
+    return parse
+
+
 def _options_of(cls: type) -> Iterator[inspect.Parameter]:
     docs, hints = attribute_docs(cls), get_type_hints(cls)
     kind: Any
     panel = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0].rstrip(".")
-    for one in fields(cls):
+    for one in option_fields(cls):
         kind, default, text = hints[one.name], one.default, docs[one.name]
+        parse = _number_or_word(kind)
         if kind == tuple[int, ...]:
             kind, default = list[int], list(default)  # type: ignore[arg-type]
             text += " Repeat the option for a list."
@@ -89,13 +116,15 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
             text += " Repeat the option for a list."
         if re.match(r"\w\w", text):  # else a symbol comes first
             text = text[0].upper() + text[1:]
-        described = Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]
+        if parse is not None:
+            kind = Any
+        described = Annotated[kind, typer.Option(help=text, rich_help_panel=panel, parser=parse)]
         yield inspect.Parameter(one.name, _BY_NAME, default=default, annotation=described)
 
 
 def _gathered(cls: type, values: dict[str, Any]) -> Any:
     """An object of the dataclass, from the options of its fields."""
-    given = {one.name: values[one.name] for one in fields(cls)}
+    given = {one.name: values[one.name] for one in option_fields(cls)}
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = value[0] if len(value) == 1 else tuple(value) or None
@@ -160,7 +189,7 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
         settings = dict(values)
         try:
             grouped = {name: _gathered(cls, values) for name, cls in groups.items()}
-            for name in {one.name for cls in groups.values() for one in fields(cls)}:
+            for name in {one.name for cls in groups.values() for one in option_fields(cls)}:
                 del values[name]
             with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 result = function(**values, **grouped)
@@ -238,9 +267,9 @@ class ModelOptions:
     """How the model is loaded.
 
     Attributes:
-        task: of the head, where the model's architecture does not tell it, such as "causal-lm".
+        task: task of the head, where the model's architecture does not tell it, such as "causal-lm".
         revision: the model's branch, tag or commit.
-        dtype: of the weights, such as "float32"; "auto" is as they were saved.
+        dtype: number type of the weights, such as "float32"; "auto" takes them as they were saved.
         device_map: where the model goes, such as "cuda" or "auto"; the CPU by default.
         trust_remote_code: run code from the model's repository.
     """
@@ -257,8 +286,8 @@ class DataOptions:
     """How the data is read.
 
     Attributes:
-        split: of a data set on the Hub, such as "validation".
-        subset: of a data set on the Hub, its configuration, such as "mnli".
+        split: split of a data set on the Hub, such as "validation".
+        subset: configuration of a data set on the Hub, such as "mnli".
         max_examples: only the first ones.
     """
 

@@ -22,6 +22,7 @@ from hf_npeff.commands.options import (
     read_data,
     read_decomposition,
 )
+from hf_npeff.config import BATCH_SIZE, SHADED
 
 if TYPE_CHECKING:
     from hf_npeff.decomposition.decomposition import Decomposition
@@ -56,7 +57,7 @@ def report(
     layout: Annotated[
         Literal["tsne", "pca", "none"], typer.Option("--map", help="How the map of examples is made, if at all.")
     ] = "tsne",
-    title: Annotated[str | None, typer.Option(help="Of the page; by default it has the model's name.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page; by default it has the model's name.")] = None,
     compare: Annotated[str | None, typer.Option(help="Another decomposition, to compare with.")] = None,
     training: Annotated[Path | None, typer.Option(help="Folder of a training run with an NPEFFCallback.")] = None,
     perturbation: Annotated[
@@ -68,8 +69,8 @@ def report(
     modules: Annotated[
         bool, typer.Option("--modules", help="Lift every component, to see in which modules it lives.")
     ] = False,
-    top: Annotated[int, typer.Option(help="Top examples of each component to shade.")] = 12,
-    batch_size: BatchSize = 8,
+    top: Annotated[int, typer.Option(help="Top examples of each component to shade.")] = SHADED,
+    batch_size: BatchSize = BATCH_SIZE,
     space: Annotated[str | None, typer.Option(help="Push a static Space to this repository, user/name.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Only in a private Space.")] = False,
     include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the texts in the Space too.")] = False,

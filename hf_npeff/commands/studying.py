@@ -147,7 +147,7 @@ def planted(
 
 @command
 def ratings(
-    folder: Annotated[Path, typer.Argument(help="Of an exported rating study, or the one to write.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of an exported rating study, or the one to write.")],
     rated: RatingsConfig,
     export: Annotated[
         list[str] | None,

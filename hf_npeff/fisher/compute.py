@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_npeff.config import is_count
+from hf_npeff.config import ComputeRequest
 from hf_npeff.data import Example, Examples, batches_by_length
 from hf_npeff.errors import NPEFFError
 from hf_npeff.fisher.passes import FisherPass, NotFiniteError
@@ -54,46 +54,6 @@ def dataset_hash(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(f"{example.id}\0{example.content}\0".encode(errors="surrogatepass"))
     return digest.hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class ComputeRequest:
-    """How PEFs are to be computed; the arguments of `NPEFFAnalyzer.compute_pefs`.
-
-    Raises:
-        ValueError: if one is out of range.
-    """
-
-    output_dir: Path | None = None
-    batch_size: int | Literal["auto"] = 8
-    shard_size: int = 1024
-    on_error: Literal["raise", "skip"] = "raise"
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', but it is {self.on_error!r}")
-        if self.batch_size != "auto" and not is_count(self.batch_size):
-            raise ValueError(f"batch_size must be a positive whole number or 'auto', but it is {self.batch_size!r}")
-        if not is_count(self.shard_size):
-            raise ValueError(f"shard_size must be a positive whole number, but it is {self.shard_size!r}")
-
-    @property
-    def skip(self) -> bool:
-        """Whether examples for which the model gives NaN are left out."""
-        return self.on_error == "skip"
-
-    def check_in_step(self) -> None:
-        """Refuse what lets one process do more passes than another: those of a sharded model do each one together.
-
-        Raises:
-            ValueError: if there is any of it.
-        """
-        apart = "would let the processes of a sharded model fall out of step"
-        if self.skip:
-            raise ValueError(f"on_error='skip' {apart}; use on_error='raise'")
-        if self.batch_size == "auto":
-            raise ValueError(f"batch_size='auto' {apart}; give a whole number")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_npeff.config import is_count
+from hf_npeff.config import check_scale, is_count
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card
@@ -272,17 +272,6 @@ def save_components(
     decomposition.save_pretrained(directory, include_columns=include_columns)
     for j, adapter in chosen.items():
         adapter.save_pretrained(Path(directory) / "components" / f"{j:03d}")
-
-
-def check_scale(scale: float) -> float:
-    """A finite number other than 0.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < float("inf") or scale == 0:
-        raise ValueError(f"scale must be a finite number other than 0, but it is {scale!r}")
-    return float(scale)
 
 
 def retained(deltas: Mapping[str, Tensor], kept: Mapping[str, float]) -> float:

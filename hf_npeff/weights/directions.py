@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
+from hf_npeff.config import check_scale
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.fisher.fsdp import Sharding
@@ -29,7 +30,6 @@ from hf_npeff.weights.adapters import (
     AdapterKind,
     Layout,
     check_all_linear,
-    check_scale,
     dense,
     load_delta,
     shira,

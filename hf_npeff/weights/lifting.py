@@ -15,12 +15,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from hf_npeff.config import LiftRequest
 from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.objective import alignments
@@ -35,35 +36,6 @@ logger = logging.getLogger(__name__)
 _FAITHFUL = 0.9
 _CONVERGED = 0.8
 _SAME_MODEL = 0.5
-Method = Literal["exact", "adjoint", "compressed_sensing"]
-Form = Literal["auto", "plain", "metric"]
-
-
-@dataclass(frozen=True)
-class LiftRequest:
-    """How components are to be lifted; the arguments of `NPEFFAnalyzer.lift`.
-
-    Raises:
-        ValueError: if one is out of range.
-    """
-
-    method: Method = "exact"
-    top_examples: int | None = None
-    form: Form = "auto"
-    semi_orthogonal: bool = False
-    solver: Literal["iht", "fista"] = "iht"
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name, choices in (("method", Method), ("form", Form), ("solver", Literal["iht", "fista"])):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {get_args(choices)}, but it is {getattr(self, name)!r}")
-        if self.top_examples is not None and self.top_examples < 1:
-            raise ValueError(f"top_examples must be at least 1, but it is {self.top_examples}")
-        if self.top_examples is not None and self.method != "exact":
-            raise ValueError("top_examples goes with method='exact' only: the other methods read no example")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but it is {self.batch_size}")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_npeff.config import check_scale
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.weights.adapters import PREFIX, Adapter, Layout, check_rank, check_scale, peft_config, retained
+from hf_npeff.weights.adapters import PREFIX, Adapter, Layout, check_rank, peft_config, retained
 
 _EXACT_SVD = 1024
 

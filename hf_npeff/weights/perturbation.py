@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_npeff.config import PerturbationRequest
 from hf_npeff.data import Example
 from hf_npeff.decomposition.component import ACTIVE_SHARE
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.fisher.predictions import Predictions, predict
-from hf_npeff.weights.adapters import check_scale
 from hf_npeff.weights.directions import ParameterDirection
 
 logger = logging.getLogger(__name__)
@@ -161,33 +161,6 @@ def choose_examples(
         )
     drawn = torch.randperm(len(quiet), generator=torch.Generator().manual_seed(seed))[:n_others].tolist()
     return top, sorted(quiet[i] for i in drawn)
-
-
-@dataclass(frozen=True)
-class PerturbationRequest:
-    """How a direction is to be measured; the arguments of `NPEFFAnalyzer.evaluate_direction`.
-
-    Raises:
-        ValueError: if one is out of range.
-    """
-
-    target_kl: float = 0.5
-    scale: float | None = None
-    n_top: int = 16
-    n_others: int = 64
-    batch_size: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.n_top, self.n_others, self.batch_size) < 1:
-            raise ValueError(
-                "n_top, n_others and batch_size must be at least 1, but they are "
-                f"{self.n_top}, {self.n_others} and {self.batch_size}"
-            )
-        if not 0 < self.target_kl < math.inf:
-            raise ValueError(f"target_kl must be a positive number, but it is {self.target_kl!r}")
-        if self.scale is not None:
-            check_scale(self.scale)
 
 
 @dataclass(frozen=True)
