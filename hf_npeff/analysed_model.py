@@ -20,11 +20,11 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.distributed import on_cpu
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
 from hf_npeff.fisher.compute import Worker
-from hf_npeff.fisher.fsdp import Sharding
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_parameters
-from hf_npeff.fisher.heads import OutputHead, base_of, head_of, task_of_class
+from hf_npeff.fisher.heads import OutputHead, base_of, finds_last_by_padding, head_of, task_of_class, traits_of
 from hf_npeff.fisher.parameters import find_parameters, modules_of
-from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.sharing.files import read_json
@@ -60,7 +60,7 @@ class AnalysedModel:
         parameters: {name: shape} of other parameters under analysis.
         task: as it was given: None where the model's class tells it.
         revision: the model's commit, or None.
-        sharding: how processes keep in step where FSDP2 shards the weights over them.
+        fsdp: how processes keep in step where FSDP2 shards the weights over them.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class AnalysedModel:
                 f"{type(model).__name__} is no model of transformers: it has no config. Load one with its head through "
                 "NPEFFAnalyzer.from_pretrained or an Auto class"
             )
-        self.sharding = Sharding(model)
-        self.sharding.release()
+        self.fsdp = FSDPModel(model)
+        self.fsdp.release()
         self.model = model
         self.processing_class = processing_class
         self.fisher = fisher or FisherConfig()
@@ -94,16 +94,15 @@ class AnalysedModel:
         self.task = task
         self.revision: str | None = getattr(getattr(base_of(model), "config", None), "_commit_hash", None)
         self._sketch: Sketch | None = None
-        self._feels_padding: bool | None = None  # see FisherPass
+        self._feels_padding: bool | None = None  # see ForwardPass
         self._liked: tuple[str, Any] | None = None
         self.parameters = find_parameters(model, self.fisher.parameters)
         maps = find_linear_maps(model, self.fisher.target_modules, self.fisher.exclude_modules)
         self.maps = without_parameters(model, maps, self.parameters)
         modules = {name for m in self.maps for name in m.modules} | modules_of(model, self.parameters)
-        self.head = head_of(model, task, self.fisher.positions, modules)
-        if hasattr(self.head, "use_mask_token"):
-            self.head.use_mask_token(getattr(processing_class, "mask_token_id", None))
-        self.sharding.watch_head(getattr(self.head, "embedding", None), getattr(self.head, "metric", None))
+        mask_token = getattr(processing_class, "mask_token_id", None)
+        self.head = head_of(model, task, self.fisher.positions, modules, mask_token)
+        self.fsdp.watch_head(*traits_of(self.head).weights)
 
     @classmethod
     def from_pretrained(
@@ -208,45 +207,47 @@ class AnalysedModel:
     # How it is run
 
     @contextmanager
-    def fisher_pass(self, folder: Path | None = None) -> Iterator[FisherPass]:
-        """The pass over batches of the model, which is frozen inside `with` and handed back as it came.
-
-        Args:
-            folder: a store that a run goes on with: its sketch is used where the settings leave that open.
-        """
-        sketch = self._sketch
-        if folder is not None and (folder / "config.json").exists():
-            before = read_json(folder / "config.json").get("sketch")
-            if before is not None and self._could_make(Sketch.from_dict(before)):
-                sketch = Sketch.from_dict(before)  # else the comparison of configs will name the difference
+    def forward_pass(self) -> Iterator[ForwardPass]:
+        """The forward pass of the model, which is frozen inside `with` and handed back as it came."""
         base: Any = base_of(self.model)
         own_pad = getattr(base.config, "pad_token_id", None)
         pad = getattr(self.processing_class, "pad_token_id", None)
-        if pad is None or (own_pad is not None and hasattr(base, "score")):
-            pad = own_pad  # a decoder's classifier finds the last token by the padding that its config names
-        single = hasattr(base, "score") and own_pad is None
-        self.sharding.release()
+        by_padding = finds_last_by_padding(base)
+        if pad is None or (own_pad is not None and by_padding):
+            pad = own_pad  # the padding that the model looks for
+        single = by_padding and own_pad is None
+        self.fsdp.release()
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model))
-            stack.callback(self.sharding.release)
-            work = FisherPass(
+            stack.callback(self.fsdp.release)
+            forward = ForwardPass(
                 self.model,
                 self.head,
                 self.maps,
-                self.fisher,
                 pad,
                 self.device,
-                sketch,
-                self.describe,
+                parameters=self.parameters,
+                describe=self.describe,
                 one_at_a_time=single,
                 feels_padding=self._feels_padding,
-                parameters=self.parameters,
-                sharding=self.sharding,
+                fsdp=self.fsdp,
             )
             try:
-                yield work
+                yield forward
             finally:
-                self._feels_padding = work.feels_padding
+                self._feels_padding = forward.feels_padding
+
+    def sketch_for(self, folder: Path | None) -> Sketch | None:
+        """The sketch that is known before any is chosen: of earlier PEFs, or of a store that a run goes on with.
+
+        Args:
+            folder: the store; its sketch is used where the settings leave that open.
+        """
+        if folder is not None and (folder / "config.json").exists():
+            before = read_json(folder / "config.json").get("sketch")
+            if before is not None and self._could_make(Sketch.from_dict(before)):
+                return Sketch.from_dict(before)  # else the comparison of configs will name the difference
+        return self._sketch
 
     def _could_make(self, sketch: Sketch) -> bool:
         """Whether the settings leave this sketch open, so that a run may go on with it."""
@@ -276,7 +277,7 @@ class AnalysedModel:
             from accelerate import Accelerator
 
             self._accelerator = Accelerator(cpu=on_cpu())
-            if not hasattr(self.model, "hf_device_map") and not self.sharding.active:
+            if not hasattr(self.model, "hf_device_map") and not self.fsdp.active:
                 self.model.to(self._accelerator.device)
         if self._accelerator is None:
             return Worker()
@@ -326,7 +327,7 @@ class AnalysedModel:
             UnsupportedModelError: if they are sharded.
             ValueError: if the commits differ.
         """
-        if self.sharding.active:
+        if self.fsdp.active:
             raise UnsupportedModelError(
                 "the model's weights are sharded over processes; load the whole model in one process to move them"
             )
@@ -346,7 +347,7 @@ class AnalysedModel:
             "model": getattr(base, "name_or_path", None) or type(base).__name__,
             "revision": self.revision,
             "architecture": type(base).__name__,
-            "task": getattr(self.head, "task", type(self.head).__name__),
+            "task": traits_of(self.head).task,
             "label_names": self._label_names(),
             "versions": {name: _version(name) for name in ("hf_npeff", "torch", "transformers", "accelerate")},
         }
@@ -354,7 +355,7 @@ class AnalysedModel:
     def _label_names(self) -> dict[str, str] | None:
         """{number of a class: its name}; None of a language model."""
         base: Any = base_of(self.model)
-        if getattr(self.head, "embedding", None) is not None:
+        if traits_of(self.head).vocabulary:
             return None
         return {
             str(number): str(name) for number, name in (getattr(base.config, "id2label", None) or {}).items()
@@ -363,7 +364,7 @@ class AnalysedModel:
     def describe(self, predictions: Tensor) -> list[str]:
         """Predictions for people: tokens, class names, or numbers."""
         base: Any = base_of(self.model)
-        vocabulary = getattr(self.head, "embedding", None) is not None
+        vocabulary = traits_of(self.head).vocabulary
         names = getattr(base.config, "id2label", None) or {}
 
         def one(value: Any) -> str:

@@ -28,9 +28,9 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.fisher.compute import compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
-from hf_npeff.fisher.heads import base_of
+from hf_npeff.fisher.heads import base_of, traits_of
 from hf_npeff.fisher.limits import ModelLimits
-from hf_npeff.fisher.passes import DEFAULT_DIMS
+from hf_npeff.fisher.preparation import DEFAULT_DIMS, prepare
 from hf_npeff.fisher.selftest import candidates
 from hf_npeff.pefs.shards import remove_store
 from hf_npeff.pefs.store import PEFs
@@ -133,7 +133,7 @@ class NPEFFAnalyzer(AnalysedModel):
         return analyzer._compute(examples, request, resume)
 
     def _compute(self, examples: Examples, request: ComputeRequest, resume: bool) -> PEFs:
-        if self.sharding.active:
+        if self.fsdp.active:
             request.check_in_step()
         worker = self.worker()
         if worker.count > 1 and request.output_dir is None:
@@ -142,15 +142,14 @@ class NPEFFAnalyzer(AnalysedModel):
         if request.output_dir is not None and not resume and worker.index == 0:
             remove_store(request.output_dir)
         worker.barrier()
-        with self.fisher_pass(request.output_dir) as work:
-            work.one_at_a_time |= request.batch_size == 1
-            work.choose_metric()
-            tested = work.prepare(examples[:_FIRST], skip=request.skip)
-            assert work.sketch is not None
-            self._sketch, self.maps = work.sketch, list(work.maps)
+        known = self.sketch_for(request.output_dir)
+        with self.forward_pass() as forward:
+            forward.one_at_a_time |= request.batch_size == 1
+            maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=known, skip=request.skip)
+            self._sketch, self.maps = maker.sketch, list(maker.forward.maps)
             if worker.index == 0:
-                tested.log(work.sketch, self.fisher.sketch_tolerance)
-            return compute(work, examples, facts, request, worker)
+                maker.log(self.fisher.sketch_tolerance)
+            return compute(maker, examples, facts, request, worker)
 
     def _checked(self, examples: Examples) -> Iterator[Example]:
         """The examples, each refused here if the model cannot take it."""
@@ -184,7 +183,7 @@ class NPEFFAnalyzer(AnalysedModel):
         else:
             kind, dim = self.fisher.sketch, self.fisher.sketch_dim or DEFAULT_DIMS[self.fisher.sketch]
         embeddings = {id(p) for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        hidden = getattr(self.head, "at_hidden", False)
+        hidden = traits_of(self.head).at_hidden
         text = config.get_text_config()
         return estimate(
             self.maps,
@@ -301,8 +300,8 @@ class NPEFFAnalyzer(AnalysedModel):
     def _lift(
         self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, examples: list[Example], request: LiftRequest
     ) -> list[ParameterDirection]:
-        with self.fisher_pass() as work:
-            lifted = lift_components(work, decomposition, wanted, pefs, examples, request)
+        with self.forward_pass() as forward:
+            lifted = lift_components(forward, decomposition, wanted, pefs, examples, request, self._sketch)
         return [self.direction_of(one.deltas, {"fingerprint": pefs.fingerprint, **one.facts}) for one in lifted]
 
     def token_alignments(
@@ -343,8 +342,10 @@ class NPEFFAnalyzer(AnalysedModel):
         analyzer = self.for_decomposition(decomposition)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
         decode = getattr(self.processing_class, "decode", None)
-        with analyzer.fisher_pass() as work:
-            return token_alignments(work, decomposition, pefs, examples, chosen, decode, batch_size)
+        with analyzer.forward_pass() as forward:
+            return token_alignments(
+                forward, decomposition, pefs, examples, chosen, decode, batch_size, analyzer._sketch
+            )
 
     def evaluate_direction(
         self,
@@ -389,8 +390,8 @@ class NPEFFAnalyzer(AnalysedModel):
         self.check_movable(direction)
         component = decomposition.index_of(component)
         examples = self.examples_of(decomposition, dataset)
-        with self.fisher_pass() as work:
-            return evaluate(work, direction, decomposition, component, examples, request)
+        with self.forward_pass() as forward:
+            return evaluate(forward, direction, decomposition, component, examples, request)
 
     def evaluate_components(
         self,
@@ -422,8 +423,8 @@ class NPEFFAnalyzer(AnalysedModel):
         examples = analyzer.examples_of(decomposition, dataset, pefs)
         reports = []
         for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, lifting):
-            with self.fisher_pass() as work:
-                report = evaluate(work, direction, decomposition, j, examples, measuring)
+            with self.forward_pass() as forward:
+                report = evaluate(forward, direction, decomposition, j, examples, measuring)
             decomposition.evaluations[j] = report.summary()
             reports.append(report)
         return reports

@@ -18,7 +18,7 @@ from hf_npeff import (
     NPEFFAnalyzer,
     UnsupportedModelError,
 )
-from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.rows import RowMaker
 from tests import reference
 from tests.analyses import analyzer_of, brute_force, errors, in_parameters, small
 from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
@@ -174,7 +174,7 @@ def test_the_model_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch, failing
     analyzer = analyzer_of(model, sketch="kronecker", sketch_dim=4)
     before = snapshot(model)
     if failing is not None:
-        original = FisherPass.rows if failing == "forward" else torch.autograd.grad
+        original = RowMaker.rows if failing == "forward" else torch.autograd.grad
         calls = []
 
         def fail(*args: Any, **kwargs: Any) -> Any:
@@ -184,7 +184,7 @@ def test_the_model_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch, failing
             return original(*args, **kwargs)
 
         if failing == "forward":
-            monkeypatch.setattr(FisherPass, "rows", fail)
+            monkeypatch.setattr(RowMaker, "rows", fail)
         else:
             monkeypatch.setattr(torch.autograd, "grad", fail)
         with pytest.raises(RuntimeError, match="plug"):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.fisher.cost import numbers_of
+from hf_npeff.fisher.preparation import prepare
 from hf_npeff.pefs.sketches import Sketch
 from tests import tiny
 
@@ -30,10 +31,10 @@ def test_estimated_flops_are_those_that_are_counted(sketch: Any, dim: int) -> No
     examples = Examples({"input_ids": torch.randint(5, 100, (4, 32))})[:]
     fisher = FisherConfig(rank=3, sketch=sketch, sketch_dim=dim)
     analyzer = NPEFFAnalyzer(model(), fisher=fisher)
-    with analyzer.fisher_pass() as work:
-        work.prepare(examples)
+    with analyzer.forward_pass() as forward:
+        maker = prepare(forward, fisher, examples)
         with FlopCounterMode(display=False) as counter:
-            work.rows(examples)
+            maker.rows(examples)
     assert analyzer.estimate(4, tokens=32).flops == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 

@@ -5,6 +5,7 @@ The disks that fail are those of tests/faulty_disk.py; processes that are killed
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -36,8 +37,9 @@ from hf_npeff import (
 from hf_npeff.config import ComputeRequest
 from hf_npeff.data import Example
 from hf_npeff.fisher.compute import compute
+from hf_npeff.fisher.forward import NotFiniteError
 from hf_npeff.fisher.gradients import RowCollector
-from hf_npeff.fisher.passes import FisherPass, NotFiniteError
+from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import SelfTest
 from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import StoreWriter
@@ -102,20 +104,22 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
         return {"factors": unit, "norms": norms}
 
     sketch = Sketch({"w": (2, 2)}, "identity")
-    work: Any = SimpleNamespace(
+    forward = SimpleNamespace(
+        blaming_padding=lambda batch: contextlib.nullcontext(),
+        batch_size=lambda examples, wanted: wanted,
+        describe=None,
+        fsdp=SimpleNamespace(most=lambda n: n),
+    )
+    maker: Any = SimpleNamespace(
+        forward=forward,
         sketch=sketch,
         selftest=SelfTest(1, 0.0, 0.0, 1.0, {}),
         config=FisherConfig(),
         rows=rows,
-        tell_padding=lambda batch, error: None,
-        one_at_a_time=False,
-        batch_size=lambda examples, wanted: wanted,
-        describe=None,
-        sharding=SimpleNamespace(most=lambda n: n),
     )
     examples: Any = [Example(str(i), {"input_ids": [1]}, {"number": i}, f"c{i}") for i in range(5)]
     return compute(
-        work,
+        maker,
         examples,
         {"model": "m", "revision": None, "task": "t", "versions": {}, "dataset": {"examples": 5, "hash": "h"}},
         ComputeRequest(folder, batch_size=2, shard_size=shard_size, on_error="skip" if skip else "raise"),
@@ -358,10 +362,11 @@ def test_memory_that_runs_out_in_a_backward_pass_costs_one_batch(
     whole = workers.analyzer().compute_pefs(data, tmp_path / "whole", batch_size=2, shard_size=2)
     analyzer = workers.analyzer()
     before = hooks_and_modes(analyzer.model)
-    rows, finish, batches, calls = FisherPass.rows, RowCollector.finish, [], itertools.count()
+    rows, finish, batches, calls = RowMaker.rows, RowCollector.finish, [], itertools.count()
 
     def watched(self: Any, examples: Any) -> Any:
-        batches.append(examples)  # the self-test has none
+        if self.selftest is not None:  # not the self-test's own rows
+            batches.append(examples)
         return rows(self, examples)
 
     def sometimes(self: Any) -> Any:
@@ -370,7 +375,7 @@ def test_memory_that_runs_out_in_a_backward_pass_costs_one_batch(
         return finish(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FisherPass, "rows", watched)
+        patch.setattr(RowMaker, "rows", watched)
         patch.setattr(RowCollector, "finish", sometimes)
         if batch_size == "auto":
             analyzer.compute_pefs(data, tmp_path / "one", batch_size="auto", shard_size=2)
@@ -399,17 +404,17 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
     """Oracle: the bytes of a run that was left alone; the message names the folder; the model comes back."""
     data = workers.examples(6)
     workers.analyzer().compute_pefs(data, tmp_path / "whole", batch_size=2, shard_size=2)
-    rows, calls = FisherPass.rows, itertools.count()
+    rows, calls = RowMaker.rows, itertools.count()
 
     def interrupted(self: Any, examples: Any) -> Any:
-        if next(calls) == 2:
+        if self.selftest is not None and next(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return rows(self, examples)
 
     analyzer = workers.analyzer()
     before = hooks_and_modes(analyzer.model)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FisherPass, "rows", interrupted)
+        patch.setattr(RowMaker, "rows", interrupted)
         analyzer.compute_pefs(data, tmp_path / "one", batch_size=2, shard_size=2)
     assert f"interrupted: the finished shards are in {tmp_path / 'one'}; the same call again goes on" in caplog.text
     assert hooks_and_modes(analyzer.model) == before
@@ -417,7 +422,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
     workers.analyzer().compute_pefs(data, tmp_path / "one", batch_size=2, shard_size=2)
     assert _contents(tmp_path / "one") == _contents(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FisherPass, "rows", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(RowMaker, "rows", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         workers.analyzer().compute_pefs(data)
     assert "with an output_dir, a run can be resumed" in caplog.text
 
@@ -480,9 +485,11 @@ def test_a_run_that_skips_resumes(tmp_path: Path, monkeypatch: Any) -> None:
     analyzer, data = poisoned(8, {1, 2, 3, 7})
     arguments: dict[str, Any] = {"batch_size": 2, "shard_size": 2, "on_error": "skip"}
     analyzer.compute_pefs(data, tmp_path / "whole", **arguments)
-    rows, seen = FisherPass.rows, []
+    rows, seen = RowMaker.rows, []
 
     def stops(self: Any, examples: Any) -> Any:
+        if self.selftest is None:  # the self-test's own rows
+            return rows(self, examples)
         seen.append([example.id for example in examples])
         if "e6" in seen[-1] and len(seen[-1]) == 2:
             raise OSError("unplugged")
@@ -490,11 +497,11 @@ def test_a_run_that_skips_resumes(tmp_path: Path, monkeypatch: Any) -> None:
 
     analyzer, _ = poisoned(8, set())
     with monkeypatch.context() as patch, pytest.raises(OSError, match="unplugged"):
-        patch.setattr(FisherPass, "rows", stops)
+        patch.setattr(RowMaker, "rows", stops)
         analyzer.compute_pefs(data, tmp_path / "one", **arguments)
     seen.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(FisherPass, "rows", lambda self, few: seen.append([e.id for e in few]) or rows(self, few))
+        patch.setattr(RowMaker, "rows", lambda self, few: seen.append([e.id for e in few]) or rows(self, few))
         poisoned(8, set())[0].compute_pefs(data, tmp_path / "one", **arguments)
     tested = [["e0"], ["e4"], ["e5"], ["e6"]]
     assert [ids for ids in seen if len(ids) == 2] == [["e6", "e7"]], (seen, tested)

@@ -40,8 +40,8 @@ def test_the_spectral_factor_is_within_a_quarter_of_the_best_on_a_real_head(
 ) -> None:
     """Oracle: the eigenvalues of the dense M (576 × 576, float64), at c = 1, 2, 4, 8, for 4 prompts."""
     analyzer = NPEFFAnalyzer(*smollm2, fisher=FisherConfig(target_modules=r".*layers\.29\.mlp\.down_proj"))
-    with analyzer.fisher_pass() as work:
-        outputs = work.outputs(Examples(prompts, smollm2[1])[:4])
+    with analyzer.forward_pass() as forward:
+        outputs = forward.outputs(Examples(prompts, smollm2[1])[:4])
     assert outputs.jacobian is not None
     U = outputs.jacobian.weight
     for i in range(4):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from hf_npeff import (
     UnsupportedModelError,
 )
+from hf_npeff.data import Examples
+from hf_npeff.fisher.preparation import prepare
 from tests import reference
 from tests.analyses import analyzer_of, brute_force, errors, in_parameters
 from tests.tiny import collate, tiny_batch, tiny_model
@@ -52,15 +54,13 @@ def test_a_binary_classifier_costs_one_backward_pass(monkeypatch: pytest.MonkeyP
     model = tiny_model("bert", num_labels=2)
     examples = tiny_batch(model, 6, seed=2, min_length=6, max_length=6)
     analyzer = analyzer_of(model)
-    with analyzer.fisher_pass() as work:
-        from hf_npeff.data import Examples
-
-        encoded = list(Examples(examples))
-        work.prepare(encoded)
+    encoded = list(Examples(examples))
+    with analyzer.forward_pass() as forward:
+        maker = prepare(forward, analyzer.fisher, encoded)
         calls = []
         original = torch.autograd.grad
         monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or original(*a, **k))
-        rows = work.rows(encoded)
+        rows = maker.rows(encoded)
     assert len(calls) == 1
     assert rows["factors"].shape[1] == 1
 

@@ -127,8 +127,8 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
     examples = Examples(dataset, analyzer.processing_class)
     everything = examples[:]
     found: list[Tensor] = [torch.empty(0)] * len(everything)
-    with analyzer.fisher_pass() as work, torch.no_grad():
-        size = work.batch_size(examples, batch_size)
+    with analyzer.forward_pass() as forward, torch.no_grad():
+        size = forward.batch_size(examples, batch_size)
         for batch in batches_by_length([e.length for e in everything], size):
             seen: list[Tensor] = []
 
@@ -137,7 +137,7 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
                 return hidden
 
             with site.editing(read):
-                work.outputs([everything[i] for i in batch])
+                forward.outputs([everything[i] for i in batch])
             for i, state in zip(batch, seen[-1], strict=True):
                 found[i] = state
     return torch.stack(found)

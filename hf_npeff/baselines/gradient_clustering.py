@@ -24,7 +24,7 @@ from hf_npeff.data import Examples
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.extras import load
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
-from hf_npeff.fisher.heads import Outputs
+from hf_npeff.fisher.heads import HeadTraits, Outputs, traits_of
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.exact_lifting import lift_exact
@@ -59,10 +59,10 @@ class PredictionHead:
     def __init__(self, head: Any):
         self.head = head
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "head":  # not set yet, as while copying
-            raise AttributeError(name)
-        return getattr(self.head, name)
+    @property
+    def traits(self) -> HeadTraits:
+        """Those of the head that it wraps."""
+        return traits_of(self.head)
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """See `OutputHead`."""
@@ -277,8 +277,8 @@ def lift_combinations(
     if pefs.cotangents is None:
         raise ValueError("these rows were made elsewhere and hold no cotangents, so they cannot be lifted")
     examples = align(Examples(dataset, analyzer.processing_class), pefs.example_ids, pefs.content_hashes)
-    with analyzer.fisher_pass() as work:
-        found = lift_exact(work, examples, pefs.cotangents, coefficients, batch_size)
+    with analyzer.forward_pass() as forward:
+        found = lift_exact(forward, examples, pefs.cotangents, coefficients, batch_size)
     return [analyzer.direction_of(matrices, facts) for matrices in found]
 
 

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from hf_npeff.config import ComputeRequest
 from hf_npeff.data import Example, Examples, batches_by_length
 from hf_npeff.errors import NPEFFError
-from hf_npeff.fisher.passes import FisherPass, NotFiniteError
+from hf_npeff.fisher.forward import NotFiniteError
+from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.sharing.files import FORMAT_VERSION
@@ -86,18 +87,18 @@ class Worker:
 
 
 def compute(
-    work: FisherPass,
+    maker: RowMaker,
     examples: Examples,
-    facts: Mapping[str, Any],
+    origin: Mapping[str, Any],
     request: ComputeRequest,
     worker: Worker | None = None,
 ) -> PEFs:
     """Compute the PEFs of all examples; with several processes, this one's share.
 
     Args:
-        work: the pass over a batch, prepared.
+        maker: what makes the rows of a batch.
         examples: all of them.
-        facts: model, revision, task, versions and data set for config.json.
+        origin: model, revision, task, versions and data set for config.json.
         request: where, and how.
         worker: which process this is; the only one by default.
 
@@ -109,32 +110,31 @@ def compute(
             Without it, if the store was begun with it and lacks examples.
         NPEFFError: if memory runs out, or another process dies or does not answer in time.
     """
-    assert work.sketch is not None and work.selftest is not None
-    resolved = replace(work.config, sketch=work.sketch.kind, sketch_dim=work.sketch.setting)
+    resolved = replace(maker.config, sketch=maker.sketch.kind, sketch_dim=maker.sketch.setting)
     info = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": work.sketch.fingerprint,
+        "fingerprint": maker.sketch.fingerprint,
         "fisher": resolved.to_dict(),
-        "sketch": work.sketch.to_dict(),
-        "selftest": work.selftest.to_dict(),
-        **facts,
+        "sketch": maker.sketch.to_dict(),
+        "selftest": None if maker.selftest is None else maker.selftest.to_dict(),
+        **origin,
     }
     if request.output_dir is None:
-        return _in_memory(work, examples, info, request)
-    return _in_folder(work, examples, info, request, request.output_dir, worker or Worker())
+        return _in_memory(maker, examples, info, request)
+    return _in_folder(maker, examples, info, request, request.output_dir, worker or Worker())
 
 
-def _in_memory(work: FisherPass, examples: Examples, info: dict[str, Any], request: ComputeRequest) -> PEFs:
+def _in_memory(maker: RowMaker, examples: Examples, info: dict[str, Any], request: ComputeRequest) -> PEFs:
     shards: list[_Shard] = []
-    _make_shards(work, examples, range(len(examples)), {}, request, shards.append)
-    left_out = [one for shard in shards for one in shard.skipped]
-    info |= _told_of_skipped(left_out, len(examples))
+    _make_shards(maker, examples, range(len(examples)), {}, request, shards.append)
+    left_out = [skipped for shard in shards for skipped in shard.skipped]
+    info |= _report_skipped(left_out, len(examples))
     kept = [shard for shard in shards if shard.tensors]
     return PEFs({}, joined_columns([shard.columns for shard in kept]), info, [shard.tensors for shard in kept])
 
 
 def _in_folder(
-    work: FisherPass, examples: Examples, info: Mapping[str, Any], request: ComputeRequest, folder: Path, worker: Worker
+    maker: RowMaker, examples: Examples, info: Mapping[str, Any], request: ComputeRequest, folder: Path, worker: Worker
 ) -> PEFs:
     """Write what no finished shard of the folder holds, and read the store when every process has done so."""
     first = worker.index == 0
@@ -154,12 +154,12 @@ def _in_folder(
     def write(shard: _Shard, into: StoreWriter = writer) -> None:
         into.write_shard(shard.start, shard.tensors, shard.columns, shard.skipped)
 
-    _make_shards(work, examples, share_of(len(examples), worker.index, worker.count), done, request, write)
+    _make_shards(maker, examples, share_of(len(examples), worker.index, worker.count), done, request, write)
     worker.meet(folder)
     left_out = writer.skipped()
     worker.meet(folder)
     if first or len(left_out) == len(examples):
-        _told_of_skipped(left_out, len(examples))
+        _report_skipped(left_out, len(examples))
     if first:
         writer.finish(len(examples))
     worker.meet(folder)
@@ -184,7 +184,7 @@ class _Shard:
 
 
 def _make_shards(
-    work: FisherPass,
+    maker: RowMaker,
     examples: Examples,
     share: range,
     done: Mapping[int, int],
@@ -192,20 +192,20 @@ def _make_shards(
     keep: Callable[[_Shard], None],
 ) -> None:
     """Hand over the shards of a share of the examples that are not done; idle while other processes need the model."""
-    sizer = _BatchSize(1 if work.batch_size(examples, 2) == 1 else request.batch_size)
+    sizer = _BatchSize(1 if maker.forward.batch_size(examples, 2) == 1 else request.batch_size)
     parts = list(_missing(share, done, request.shard_size))
     already = len(share) - sum(map(len, parts))
-    idle = _idle_batches(work, parts, sizer)
+    idle = _idle_batches(maker, parts, sizer)
     bar = tqdm(total=len(share), initial=already, desc="PEFs", unit="example", disable=not request.progress)
-    with _interruption_told(request.output_dir), bar:
+    with _explaining_interruptions(request.output_dir), bar:
         for part in parts:
-            keep(_shard(work, part.start, [examples[i] for i in part], sizer, bar, request.skip))
+            keep(_shard(maker, part.start, [examples[i] for i in part], sizer, bar, request.skip))
         for _ in range(idle):
-            work.rows([examples[0]])
+            maker.rows([examples[0]])
 
 
 @contextmanager
-def _interruption_told(output_dir: Path | None) -> Iterator[None]:
+def _explaining_interruptions(output_dir: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -220,29 +220,29 @@ def _interruption_told(output_dir: Path | None) -> Iterator[None]:
 
 def _these(skipped: Sequence[Mapping[str, str]]) -> str:
     """Skipped examples in a few words."""
-    few = ", ".join(repr(one["id"]) for one in skipped[:5])
+    few = ", ".join(repr(example["id"]) for example in skipped[:5])
     return f"{len(skipped)} examples ({few}{', …' if len(skipped) > 5 else ''})"
 
 
-def _told_of_skipped(skipped: Sequence[Mapping[str, str]], n: int) -> dict[str, Any]:
-    """What `info` says of skipped examples, of which people are warned.
+def _report_skipped(skipped: Sequence[Mapping[str, str]], n: int) -> dict[str, Any]:
+    """Warn of skipped examples; returns what `info` says of them.
 
     Raises:
         ValueError: if nothing is left.
     """
     if not skipped:
         return {}
-    reasons = "; ".join(sorted({one["reason"] for one in skipped}))
+    reasons = "; ".join(sorted({example["reason"] for example in skipped}))
     if len(skipped) == n:
         raise ValueError(f"none of the {n} examples can be analysed: {reasons}")
     logger.warning("%s of %d were left out: %s", _these(skipped), n, reasons)
-    return {"skipped": [dict(one) for one in skipped]}
+    return {"skipped": [dict(example) for example in skipped]}
 
 
-def _idle_batches(work: FisherPass, parts: Sequence[range], sizer: _BatchSize) -> int:
+def _idle_batches(maker: RowMaker, parts: Sequence[range], sizer: _BatchSize) -> int:
     """How many batches another process has more: a sharded model needs all of them in every pass."""
     batches = sum(-(-len(part) // sizer.value) for part in parts)
-    return work.sharding.most(batches) - batches
+    return maker.forward.fsdp.most(batches) - batches
 
 
 class _BatchSize:
@@ -265,23 +265,21 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _shard(
-    work: FisherPass, start: int, examples: Sequence[Example], sizer: _BatchSize, bar: Any, skip: bool
-) -> _Shard:
+def _shard(maker: RowMaker, start: int, examples: Sequence[Example], sizer: _BatchSize, bar: Any, skip: bool) -> _Shard:
     """The examples from `start` on, in batches of similar length."""
     lengths = [e.length for e in examples]
     order: list[int] = []
     results: list[dict[str, Tensor]] = []
-    dtype = getattr(torch, work.config.storage_dtype)
+    dtype = getattr(torch, maker.config.storage_dtype)
     pending = list(range(len(examples)))
     reasons: dict[int, str] = {}
     while pending:
         left = [lengths[i] for i in pending]
         batch = [pending[i] for i in next(batches_by_length(left, sizer.value, sizer.max_tokens))]
         try:
-            rows = work.rows([examples[i] for i in batch])
+            with maker.forward.blaming_padding([examples[i] for i in batch]):
+                rows = maker.rows([examples[i] for i in batch])
         except NotFiniteError as error:
-            work.tell_padding([examples[i] for i in batch], error)
             if not skip:
                 raise
             reasons |= {batch[place]: error.reason for place in error.places}
@@ -304,10 +302,10 @@ def _shard(
         return _Shard(start, {}, {}, skipped)
     tensors = _in_order(results, order)
     kept = [example for i, example in enumerate(examples) if i not in reasons]
-    return _Shard(start, tensors, _columns(work, kept, tensors), skipped)
+    return _Shard(start, tensors, _columns(maker, kept, tensors), skipped)
 
 
-def _columns(work: FisherPass, examples: Sequence[Example], tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+def _columns(maker: RowMaker, examples: Sequence[Example], tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     """What is kept beside the rows: ids, contents, the data set's own columns, and the predictions in words."""
     columns: dict[str, list[Any]] = {
         ID: [e.id for e in examples],
@@ -315,8 +313,9 @@ def _columns(work: FisherPass, examples: Sequence[Example], tensors: Mapping[str
     }
     kept = {name for e in examples for name in e.columns} - set(columns)
     columns |= {name: [e.columns.get(name) for e in examples] for name in sorted(kept)}
-    if work.describe is not None and "prediction" not in columns:
-        columns["prediction"] = work.describe(tensors["predictions"])
+    describe = maker.forward.describe
+    if describe is not None and "prediction" not in columns:
+        columns["prediction"] = describe(tensors["predictions"])
     return columns
 
 

@@ -28,11 +28,11 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-class Sharding:
-    """How the processes of an FSDP2 model keep in step; for any other model it does nothing.
+class FSDPModel:
+    """How the processes of a model that FSDP2 shards keep in step; for any other model it does nothing.
 
     Attributes:
-        active: whether the model is sharded.
+        active: whether FSDP2 shards the model's weights.
 
     Args:
         model: any model.

@@ -13,14 +13,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.parameters import gradients
+from hf_npeff.fisher.parameters import fitted, gradients
 from hf_npeff.pefs.sketches import Sketch
 
 
@@ -152,14 +152,26 @@ def without_parameters(
     return left
 
 
-class Receiver(Protocol):
-    """What is done with the inputs and output gradients of the linear maps."""
+class Receiver:
+    """What is done with the inputs and output gradients of the linear maps; this one does nothing.
+
+    `take_input` and `take_gradient` are called by hooks (`LinearHooks`), the others by `backward_passes`.
+    """
 
     def take_input(self, name: str, x: Tensor) -> Any:
         """Called in the forward pass with x (B, t, in); what it returns comes back in `take_gradient`."""
 
     def take_gradient(self, name: str, saved: Any, delta: Tensor) -> None:
         """Called in every backward pass with δ (B, t, out)."""
+
+    def after_forward(self, source: Tensor, passes: int) -> None:
+        """Called with the source (B, t, s) and the number of backward passes that are to start from it."""
+
+    def before_backward(self, number: int) -> None:
+        """Called before backward pass `number`."""
+
+    def after_backward(self, number: int) -> None:
+        """Called after backward pass `number`."""
 
 
 class LinearHooks:
@@ -256,13 +268,90 @@ class LinearHooks:
         torch.autograd.grad(source, self.roots, cotangent.to(source.dtype), retain_graph=not last, allow_unused=True)
 
 
-class RowCollector:
-    """A receiver that sketches on the fly: one row (B, d) for every backward pass."""
+class MadeOneByOne(Sequence[Tensor]):
+    """Tensors that are made when they are asked for, so that only one takes memory at a time.
+
+    Args:
+        count: how many.
+        make: the number of one → the tensor.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Tensor]):
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self._count:
+            raise IndexError(i)
+        return self._make(i)
+
+
+def backward_passes(
+    model: nn.Module,
+    maps: Sequence[LinearMap],
+    receiver: Receiver,
+    batch: int,
+    forward: Callable[[], Tensor],
+    entering: Callable[[Tensor], Sequence[Tensor]],
+) -> frozenset[str]:
+    """One forward pass over a batch, and one backward pass for every cotangent that enters at its source.
+
+    Args:
+        model: frozen.
+        maps: the linear maps whose inputs and output gradients the receiver gets; without any, nothing runs backward.
+        receiver: what is done with them.
+        batch: examples of the forward pass.
+        forward: the forward pass; it returns the source (B, t, s).
+        entering: source → cotangents, one a backward pass; they are cut to the source's shape (see `fitted`).
+
+    Returns:
+        The parameters whose modules were called.
+
+    Raises:
+        UnsupportedModelError: if the output does not depend on any of the maps, or a map's inputs cannot be told
+            apart by example.
+    """
+    with LinearHooks(model, maps, receiver) as hooks:
+        hooks.begin(batch)
+        source = forward()
+        cotangents = entering(source)
+        receiver.after_forward(source, len(cotangents))
+        for number, cotangent in enumerate(cotangents):
+            receiver.before_backward(number)
+            if maps:
+                hooks.backward(source, fitted(cotangent, source), last=number == len(cotangents) - 1)
+            receiver.after_backward(number)
+        return frozenset(hooks.ran)
+
+
+class RowCollector(Receiver):
+    """A receiver that sketches on the fly: one row (B, d) for every backward pass.
+
+    Attributes:
+        sketch: what shortens the rows.
+        rows: (B, c, d), those of the backward passes that `backward_passes` has run.
+    """
 
     def __init__(self, sketch: Sketch):
         self.sketch = sketch
+        self.rows = torch.zeros(0, 0, sketch.dim)
         self._rows: Tensor | None = None
         self._scratch: Tensor | None = None
+
+    def after_forward(self, source: Tensor, passes: int) -> None:
+        """Make room for the rows, on the source's device, in float32 or wider."""
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        self.rows = torch.zeros(len(source), passes, self.sketch.dim, device=source.device, dtype=dtype)
+
+    def before_backward(self, number: int) -> None:
+        """Begin a row of every example."""
+        self.start(len(self.rows), self.rows.device, self.rows.dtype)
+
+    def after_backward(self, number: int) -> None:
+        """Keep it."""
+        self.rows[:, number] = self.finish()
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         """Begin the rows of one backward pass."""
@@ -328,7 +417,7 @@ def autograd_rows(
         model: frozen; the weights of `maps` require gradients inside only.
         maps: the linear maps to differentiate.
         forward: a forward pass that returns the source.
-        cotangent: shaped like the source.
+        cotangent: shaped like the source, or larger (see `fitted`).
     """
-    (found,) = gradients(model, [m.parameter for m in maps], forward, cotangent[None])
-    return {m.parameter: m.as_matrix(gradient) for m, gradient in zip(maps, found, strict=True)}
+    (by_map,) = gradients(model, [m.parameter for m in maps], forward, cotangent[None])
+    return {m.parameter: m.as_matrix(gradient) for m, gradient in zip(maps, by_map, strict=True)}

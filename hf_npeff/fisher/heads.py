@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,12 +71,32 @@ class Outputs:
     several: bool = False
 
 
+@dataclass(frozen=True)
+class HeadTraits:
+    """What is known of a head before it has run; the defaults are those of a head of one's own.
+
+    Attributes:
+        task: the task's name, or the head's class.
+        takes: names of the inputs that are of use to it, the others stay outside; None takes all.
+        at_hidden: whether cotangents enter at the hidden state that the output embedding reads.
+        vocabulary: whether it predicts tokens.
+        weights: modules whose weights are read outside the forward pass.
+    """
+
+    task: str
+    takes: Set[str] | None = None
+    at_hidden: bool = False
+    vocabulary: bool = False
+    weights: tuple[nn.Module, ...] = ()
+
+
 @runtime_checkable
 class OutputHead(Protocol):
     """The one protocol to implement for a head that hf_npeff does not know; pass the object as `task=`.
 
     `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts.
-    `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds.
+    `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds. A head may
+    have an attribute `traits`, a `HeadTraits`; without it the defaults hold (see `traits_of`).
 
     Example:
         >>> from hf_npeff.fisher.distributions import Softmax
@@ -92,6 +112,12 @@ class OutputHead(Protocol):
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """Run the model on a batch."""
+
+
+def traits_of(head: OutputHead) -> HeadTraits:
+    """What a head says of itself, or the defaults, with its class as the task."""
+    traits: HeadTraits | None = getattr(head, "traits", None)
+    return traits if traits is not None else HeadTraits(type(head).__name__)
 
 
 _TASK_OF_CLASS = {
@@ -123,7 +149,18 @@ def base_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def head_of(model: nn.Module, task: str | OutputHead | None, positions: str, under_analysis: set[str]) -> OutputHead:
+def finds_last_by_padding(model: nn.Module) -> bool:
+    """Whether a model finds an example's last token by the padding token of its config: decoders that classify do."""
+    return hasattr(base_of(model), "score")  # transformers' name for a decoder's classifier
+
+
+def head_of(
+    model: nn.Module,
+    task: str | OutputHead | None,
+    positions: str,
+    under_analysis: set[str],
+    mask_token: int | None = None,
+) -> OutputHead:
     """The output head of a transformers model.
 
     Args:
@@ -131,6 +168,7 @@ def head_of(model: nn.Module, task: str | OutputHead | None, positions: str, und
         task: None to read it off the model's class, its name, or an object with the `OutputHead` protocol.
         positions: see `FisherConfig`.
         under_analysis: modules whose gradients are wanted; cotangents enter behind all of them.
+        mask_token: the input id at whose positions a masked LM predicts; None reads `labels`.
 
     Raises:
         UnsupportedModelError: if the head is not one of the known ones.
@@ -141,30 +179,34 @@ def head_of(model: nn.Module, task: str | OutputHead | None, positions: str, und
             raise ValueError(f"task must be a name ({_KNOWN}) or an object with an `outputs` method, not {task!r}")
         return task
     base = base_of(model)
-    found = task or task_of_class(type(base).__name__)
-    if found is None or found not in _TASK_OF_CLASS.values():
+    name = task or task_of_class(type(base).__name__)
+    if name is None or name not in _TASK_OF_CLASS.values():
         raise UnsupportedModelError(
             f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {_KNOWN}). "
             "Load the model with such a head, or pass as `task` an object with the hf_npeff.OutputHead protocol: "
             "outputs(model, batch) -> Outputs, which says where cotangents enter, the logits, and their distribution."
         )
-    return TransformersHead(base, found, positions, under_analysis)
+    return TransformersHead(base, name, positions, under_analysis, mask_token)
 
 
 class TransformersHead:
     """`OutputHead` for the heads of transformers.
 
     Attributes:
-        takes: the inputs that are of use to it; others need not fit into a batch.
+        traits: see `HeadTraits`.
+        positions: see `FisherConfig`.
+        embedding: the output embedding, whose input is the last hidden state, or None.
+        classifier: the last linear map of a classifier, or None.
     """
 
-    def __init__(self, model: nn.Module, task: str, positions: str, under_analysis: set[str]):
+    def __init__(
+        self, model: nn.Module, task: str, positions: str, under_analysis: set[str], mask_token: int | None = None
+    ):
         config: Any = model.config
         self.task = task
         self.positions = positions
         self.config = config
         self.distribution: type[Distribution] = Softmax
-        self.takes = {*inspect.signature(model.forward).parameters, "labels"}
         self._names = {id(m): name for name, m in model.named_modules()}
         if task == "sequence-classification":
             kind = getattr(config, "problem_type", None)
@@ -182,9 +224,15 @@ class TransformersHead:
             and name.endswith(self._name(self.embedding))
             for name in under_analysis
         )
-        self.at_hidden = self.embedding is not None and not inside
-        self.metric = None if self.embedding is not None else self._classifier(model)
-        self._mask_token: int | None = None
+        self.classifier = None if self.embedding is not None else self._classifier(model)
+        self._mask_token = mask_token
+        self.traits = HeadTraits(
+            task,
+            takes=frozenset({*inspect.signature(model.forward).parameters, "labels"}),
+            at_hidden=self.embedding is not None and not inside,
+            vocabulary=self.embedding is not None,
+            weights=tuple(module for module in (self.embedding, self.classifier) if module is not None),
+        )
 
     def _name(self, module: nn.Module) -> str:
         return self._names.get(id(module), "")
@@ -201,10 +249,6 @@ class TransformersHead:
             if isinstance(module, nn.Linear) and module.out_features == getattr(self.config, "num_labels", None):
                 return module
         return None
-
-    def use_mask_token(self, token: int | None) -> None:
-        """Which input id marks the positions that a masked LM predicts."""
-        self._mask_token = token
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
         """Run the model and gather the logits of every term.
@@ -230,8 +274,8 @@ class TransformersHead:
             several = False
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         jacobian = None
-        if self.metric is not None and self.metric.out_features == wide.shape[-1]:
-            jacobian = HeadJacobian(_weight_of(self.metric, wide))
+        if self.classifier is not None and self.classifier.out_features == wide.shape[-1]:
+            jacobian = HeadJacobian(_weight_of(self.classifier, wide))
         return Outputs(logits, wide, valid, self.distribution, jacobian, several=several)
 
     @property
@@ -240,7 +284,8 @@ class TransformersHead:
         return self.positions in ("labels", "all") or self.task in ("masked-lm", "token-classification")
 
     def _arguments(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        arguments: dict[str, Any] = {k: v for k, v in batch.items() if k in self.takes and k != "labels"}
+        takes = self.traits.takes or frozenset()
+        arguments: dict[str, Any] = {k: v for k, v in batch.items() if k in takes and k != "labels"}
         if self.task == "seq2seq-lm" and "decoder_input_ids" not in arguments:
             if "labels" in batch:
                 arguments["decoder_input_ids"] = _shifted(model, batch["labels"])
@@ -249,9 +294,9 @@ class TransformersHead:
             else:
                 start = self.config.decoder_start_token_id
                 arguments["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
-        if "use_cache" in self.takes:
+        if "use_cache" in takes:
             arguments["use_cache"] = False
-        if "return_dict" in self.takes:
+        if "return_dict" in takes:
             arguments["return_dict"] = True
         return arguments
 
@@ -321,9 +366,15 @@ class TransformersHead:
             (slope,) = torch.autograd.grad(logits.sum(), seen["linear"], retain_graph=True)
             slope = slope.detach().to(wide.dtype).flatten(0, 1)
             slope = None if bool((slope == 1).all()) else slope
-        source = seen["hidden"] if self.at_hidden else logits
+        source = seen["hidden"] if self.traits.at_hidden else logits
         return Outputs(
-            source, wide, valid, self.distribution, HeadJacobian(weight, slope), self.at_hidden, self.several
+            source,
+            wide,
+            valid,
+            self.distribution,
+            HeadJacobian(weight, slope),
+            self.traits.at_hidden,
+            self.several,
         )
 
     def _answer_outputs(self, result: Any, batch: Mapping[str, Tensor]) -> Outputs:

@@ -18,22 +18,28 @@ over the best possible was 1.54 in the hidden state's own metric, 1.17 in this o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_npeff.data import Example
 from hf_npeff.fisher.factors import HiddenMetric
-from hf_npeff.fisher.gradients import LinearHooks, LinearMap, RowCollector
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.gradients import LinearMap, MadeOneByOne, RowCollector, backward_passes
 from hf_npeff.pefs.sketches import Sketch
 
 _PILOTS = 4
+"""Texts: their Cs hardly differ, and each costs h backward passes."""
 _PILOT_TOKENS = 16
+"""Tokens of a text: enough for attention to have something to look at."""
 _FREE = 256
+"""The widest hidden state whose h backward passes over each pilot nobody has to ask for."""
 _IDENTITY_LIMIT = 65_536
+"""Parameters up to which inner products of rows are taken without a sketch: h rows of them fit anywhere."""
 _SIDE = 16
+"""Of the Kronecker sketch that they are taken in otherwise."""
 
 
 def is_free(h: int) -> bool:
@@ -54,22 +60,25 @@ def pilot_examples(model: Any, seed: int) -> list[Example]:
 
 
 def measure_metric(
-    model: nn.Module, maps: Sequence[LinearMap], sources: Sequence[Callable[[], Tensor]], seed: int
+    forward: ForwardPass, maps: Sequence[LinearMap], pilots: Sequence[Example], seed: int
 ) -> HiddenMetric:
     """The mean metric of a few examples, from the rows of every direction of the hidden state.
 
     Args:
-        model: frozen.
+        forward: whose source is the last hidden state (B, t, h); the last of the t positions is taken.
         maps: the linear maps under analysis.
-        sources: forward passes over one example each, which return its hidden states (1, t, h); the last one is taken.
+        pilots: the examples.
         seed: of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
     """
     shapes = {m.parameter: m.shape for m in maps}
     small = sum(a * b for a, b in shapes.values()) <= _IDENTITY_LIMIT
     sketch = Sketch(shapes, "identity") if small else Sketch(shapes, "kronecker", _SIDE, seed)
+    sketch.to(forward.device)
     total = None
-    for forward in sources:
-        rows = _all_rows(model, maps, sketch, forward)
+    for pilot in pilots:
+        collector = RowCollector(sketch)
+        backward_passes(forward.model, maps, collector, 1, forward.source_of([pilot]), _every_direction)
+        (rows,) = collector.rows
         C = (rows @ rows.T).double()
         C = C / C.diagonal().sum().clamp_min(torch.finfo(C.dtype).tiny)
         total = C if total is None else total + C
@@ -77,19 +86,12 @@ def measure_metric(
     return HiddenMetric.of(total)
 
 
-def _all_rows(model: nn.Module, maps: Sequence[LinearMap], sketch: Sketch, forward: Callable[[], Tensor]) -> Tensor:
-    """The sketched rows (h, d) of every direction of one example's last hidden state."""
-    collector = RowCollector(sketch)
-    with LinearHooks(model, maps, collector) as hooks:
-        hooks.begin(1)
-        source = forward()
-        sketch.to(source.device)
-        h = source.shape[-1]
-        rows = source.new_zeros(h, sketch.dim, dtype=torch.promote_types(source.dtype, torch.float32))
-        for i in range(h):
-            cotangent = torch.zeros_like(source)
-            cotangent[0, -1, i] = 1
-            collector.start(1, source.device, source.dtype)
-            hooks.backward(source, cotangent, last=i == h - 1)
-            rows[i] = collector.finish()[0]
-    return rows
+def _every_direction(source: Tensor) -> MadeOneByOne:
+    """The h cotangents (1, t, h) that enter along one direction each of the last position's hidden state."""
+
+    def along(i: int) -> Tensor:
+        cotangent = torch.zeros_like(source)
+        cotangent[0, -1, i] = 1
+        return cotangent
+
+    return MadeOneByOne(source.shape[-1], along)

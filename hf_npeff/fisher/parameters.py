@@ -51,9 +51,9 @@ def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dic
     else:
         unknown = []
         for target in wanted:
-            found = {own for name, own in every.items() if name == target or name.endswith(f".{target}")}
-            chosen |= found
-            if not found:
+            named = {own for name, own in every.items() if name == target or name.endswith(f".{target}")}
+            chosen |= named
+            if not named:
                 unknown.append(target)
         if unknown:
             raise ValueError(f"the model has no parameters {unknown}{_close(unknown, every)}")
@@ -108,6 +108,14 @@ def requiring_gradients(model: nn.Module, names: Sequence[str]) -> Iterator[list
             tensor.requires_grad_(False)
 
 
+def fitted(cotangent: Tensor, source: Tensor) -> Tensor:
+    """A cotangent (B, t', s') cut to a source (B, t, s), on its device and in its dtype.
+
+    One that was made for a batch is longer than the source of a shorter example, and zero beyond it.
+    """
+    return cotangent[tuple(slice(size) for size in source.shape)].to(source.device, source.dtype)
+
+
 def gradients(
     model: nn.Module, names: Sequence[str], forward: Callable[[], Tensor], cotangents: Tensor
 ) -> Iterator[list[Tensor]]:
@@ -117,7 +125,7 @@ def gradients(
         model: frozen.
         names: of the parameters.
         forward: a forward pass that returns the source.
-        cotangents: (m, *source.shape).
+        cotangents: (m, *source.shape), or larger (see `fitted`).
 
     Yields:
         m lists of tensors shaped like the parameters; zeros where the source does not depend on one.
@@ -127,12 +135,10 @@ def gradients(
         for i, v in enumerate(cotangents):
             if source.requires_grad:
                 last = i == len(cotangents) - 1
-                found = torch.autograd.grad(
-                    source, tensors, v.to(source.dtype), retain_graph=not last, allow_unused=True
-                )
+                each = torch.autograd.grad(source, tensors, fitted(v, source), retain_graph=not last, allow_unused=True)
             else:
-                found = (None,) * len(tensors)  # type: ignore[assignment]
-            yield [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+                each = (None,) * len(tensors)  # type: ignore[assignment]
+            yield [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, each, strict=True)]
 
 
 def sketched_rows(
@@ -146,15 +152,15 @@ def sketched_rows(
 
     Args:
         model: frozen.
-        shapes: what `find_parameters` found.
+        shapes: as `find_parameters` returns them.
         sketch: of these parameters, and of others.
         forward: a forward pass over the example that returns the source.
-        cotangents: (m, *source.shape).
+        cotangents: (m, *source.shape), or larger (see `fitted`).
     """
     dtype = torch.promote_types(cotangents.dtype, torch.float32)
     rows = sketch.new_rows(len(cotangents), device=cotangents.device, dtype=dtype)
-    for i, found in enumerate(gradients(model, list(shapes), forward, cotangents)):
-        for (name, shape), gradient in zip(shapes.items(), found, strict=True):
+    for i, by_parameter in enumerate(gradients(model, list(shapes), forward, cotangents)):
+        for (name, shape), gradient in zip(shapes.items(), by_parameter, strict=True):
             value = sketch.project_input(name, gradient.to(rows.device, dtype).reshape(1, *shape))
             sketch.add(rows[i : i + 1], name, sketch.project_output(name, value.mT).mT)
     return sketch.finish(rows)

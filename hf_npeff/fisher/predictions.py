@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_npeff.data import Example, batches_by_length
 from hf_npeff.fisher.distributions import Distribution
-from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.forward import ForwardPass
 
 
 @dataclass
@@ -36,13 +36,13 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(work: FisherPass, examples: Sequence[Example], batch_size: int) -> Predictions:
+def predict(forward: ForwardPass, examples: Sequence[Example], batch_size: int) -> Predictions:
     """What the model predicts for the examples, in their order."""
     logits: dict[int, Tensor] = {}
     distribution: type[Distribution] | None = None
-    size = work.batch_size(examples, batch_size)
+    size = forward.batch_size(examples, batch_size)
     for batch in batches_by_length([e.length for e in examples], size):
-        outputs = work.outputs([examples[i] for i in batch])
+        outputs = forward.outputs([examples[i] for i in batch])
         distribution = outputs.distribution
         for row, i in enumerate(batch):
             logits[i] = outputs.logits[row, outputs.valid[row]].detach().to("cpu", torch.float32)

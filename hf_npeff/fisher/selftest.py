@@ -1,4 +1,4 @@
-"""The start-up self-test: are the rows right, how much of the model do they cover, and what does the sketch cost?
+"""The self-test: are the rows right, how much of the model do they cover, and what does the sketch cost?
 
 Measured on the first examples, before anything expensive starts:
 
@@ -6,31 +6,35 @@ Measured on the first examples, before anything expensive starts:
     coverage   the share of the model's parameters under analysis
     error      ‖K̂ − K‖ / ‖K‖ over pairs of different examples, K_ij = ⟨F_i, F_j⟩ of unit-norm PEFs, sketched and not
 
+Here are what it measures and the inner products K; `preparation.prepare` carries it out.
+
 The unsketched inner products need no gradient: ⟨δ_aᵀx_a, δ_bᵀx_b⟩ = Σ_ts ⟨δ_at, δ_bs⟩⟨x_at, x_bs⟩, module by module.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_npeff.config import FisherConfig
+from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.gradients import LinearHooks, LinearMap, RowCollector, autograd_rows
-from hf_npeff.fisher.parameters import gradients, is_at_hand, sketched_rows
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.gradients import LinearMap, Receiver, backward_passes
+from hf_npeff.fisher.parameters import gradients
 from hf_npeff.pefs.sketches import Kind, Sketch
 
 logger = logging.getLogger(__name__)
-ROW_TOLERANCE = 1e-2
-ROW_TOLERANCE_16_BIT = 1e-1
 _CAPTURE_BYTES = 2**30
-_AUTOGRAD_NUMBERS = 2**28
+"""Memory for what is captured of modules at once: little beside a model."""
+_CAPTURE_TOKENS = 2048
+"""Tokens of the examples of the self-test, at most (see `preparation`)."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +83,23 @@ class SelfTest:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A forward pass over B examples that can be repeated, with cotangents that stay the same.
+class KnownCotangents:
+    """A batch of examples with cotangents that stay the same, whatever the sketch.
 
     Attributes:
-        forward: the pass; it returns the source (B, t, s).
-        values: cotangents (B, c, t', s') with t' ≥ t and s' ≥ s; beyond the source they are zero.
-        singles: the same over each of the examples alone.
+        examples: B of them.
+        values: cotangents (B, c, t, s).
     """
 
-    forward: Callable[[], Tensor]
+    examples: Sequence[Example]
     values: Tensor
-    singles: tuple[Run, ...] = ()
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """Source (B, t, s) and cotangents (B, c, t, s)."""
-        source = self.forward()
-        return source, self.values[..., : source.shape[1], : source.shape[2]]
+    def narrowed(self, columns: int) -> KnownCotangents:
+        """The same with the first c cotangents only."""
+        return KnownCotangents(self.examples, self.values[:, :columns])
 
 
-class Captured:
+class Captured(Receiver):
     """A receiver that keeps inputs and output gradients of one batch, for a few modules."""
 
     def __init__(self) -> None:
@@ -170,87 +171,28 @@ def candidates(config: FisherConfig, shapes: Mapping[str, tuple[int, int]]) -> l
     return tries + [("two-stage", d) for d in dims] + [("countsketch", d) for d in dims]
 
 
-def measure_sketches(
-    model: nn.Module,
-    maps: Sequence[LinearMap],
-    parameters: Mapping[str, tuple[int, int]],
-    runs: Sequence[Run],
-    tries: Sequence[tuple[Kind, int | None]],
-    seed: int,
-    tolerance: float | None,
-) -> tuple[Sketch, dict[str, float]]:
-    """Measure sketches against unsketched rows; the first within `tolerance`, else the most faithful.
+def exact_inner_products(forward: ForwardPass, batches: Sequence[KnownCotangents]) -> Tensor:
+    """Inner products (n·c, n·c) of all unsketched rows, with a bounded number of captured modules and gradients.
 
     Args:
-        model: frozen.
-        maps: the linear maps under analysis.
-        parameters: the other parameters under analysis.
-        runs: forward passes over different examples.
-        tries: (kind, dim), cheapest first.
-        seed: of the sketches.
-        tolerance: stop at the first error at most this; None measures all.
+        forward: the forward pass.
+        batches: n examples in all, with the same c.
 
-    Returns:
-        The sketch, and {"kind dim": error} of all that were measured.
+    Raises:
+        UnsupportedModelError: if no module under analysis runs.
     """
-    shapes = {m.parameter: m.shape for m in maps} | dict(parameters)
-    gram = _exact_rows_gram(model, maps, parameters, runs)
-    n = sum(len(run.values) for run in runs)
-    exact = pef_inner_products(gram, n)
-    errors: dict[str, float] = {}
-    best: tuple[float, Sketch] | None = None
-    for kind, dim in tries:
-        sketch = Sketch(shapes, kind, dim, seed)
-        rows = torch.cat([collect_rows(model, maps, parameters, run, sketch) for run in runs])
-        flat = rows.flatten(0, 1).double()
-        error = off_diagonal_error(pef_inner_products(flat @ flat.T, n), exact.to(flat.device))
-        errors[f"{kind} {dim}" if dim else kind] = error
-        if best is None or error < best[0]:
-            best = (error, sketch)
-        if tolerance is not None and error <= tolerance:
-            best = (error, sketch)
-            break
-    assert best is not None
-    return best[1], errors
-
-
-def _exact_rows_gram(
-    model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]], runs: Sequence[Run]
-) -> Tensor:
-    """Inner products (n·c, n·c) of all unsketched rows, with a bounded number of captured modules and gradients."""
-    grams = []
-    groups: list[list[LinearMap]] = [[]]
-    used = 0
-    for m in maps:
-        cost = sum(m.shape) * 4 * max(1, len(m.modules))
-        if used + cost > _CAPTURE_BYTES / 2048 and groups[-1]:
-            groups.append([])
-            used = 0
-        groups[-1].append(m)
-        used += cost
-    for group in groups if maps else []:
-        captures = []
-        for run in runs:
-            captured = Captured()
-            with LinearHooks(model, group, captured) as hooks:
-                hooks.begin(len(run.values))
-                source, V = run()
-                for i in range(V.shape[1]):
-                    hooks.backward(source, V[:, i], last=i == V.shape[1] - 1)
-            captures.append(captured)
-        for m in group:
-            pairs = [c.tensors(m.parameter) if m.parameter in c.inputs else None for c in captures]
-            if any(pair is not None for pair in pairs):
-                grams.append(exact_gram(*_joined(pairs, runs)))
-    for name, shape in parameters.items():
-        singles = [single for run in runs for single in run.singles]
-        if len(singles) * singles[0].values.shape[1] * shape[0] * shape[1] * 4 > 4 * _CAPTURE_BYTES:
+    grams = [gram for group in _groups(forward.maps) for gram in _grams_of_maps(forward, group, batches)]
+    for name, shape in forward.parameters.items():
+        rows_at_once = sum(batch.values.shape[0] * batch.values.shape[1] for batch in batches)
+        if rows_at_once * shape[0] * shape[1] * 4 > 4 * _CAPTURE_BYTES:
             logger.info("%s is too large to be part of the sketch's measured error", name)
             continue
         rows = []
-        for single in singles:
-            V = single()[1].transpose(0, 1)
-            rows += [g.flatten().float() for (g,) in gradients(model, [name], single.forward, V)]
+        for batch in batches:
+            for i, example in enumerate(batch.examples):
+                V = batch.values[i : i + 1].transpose(0, 1)
+                each = gradients(forward.model, [name], forward.source_of([example]), V)
+                rows += [gradient.flatten().float() for (gradient,) in each]
         stacked = torch.stack(rows)
         grams.append((stacked @ stacked.T).double())
     if not grams:
@@ -258,104 +200,44 @@ def _exact_rows_gram(
     return torch.stack([gram.to(grams[0].device) for gram in grams]).sum(0)
 
 
-def _joined(pairs: Sequence[tuple[Tensor, Tensor] | None], runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-    """Inputs x (n, T, in) and δ (n, c, T, out) of all runs, padded with zeros; zeros where a module did not run."""
+def _groups(maps: Sequence[LinearMap]) -> list[list[LinearMap]]:
+    """Maps whose inputs and output gradients fit into `_CAPTURE_BYTES` together, at `_CAPTURE_TOKENS` tokens."""
+    groups: list[list[LinearMap]] = []
+    used = 0
+    for m in maps:
+        cost = sum(m.shape) * 4 * max(1, len(m.modules))
+        if not groups or used + cost > _CAPTURE_BYTES / _CAPTURE_TOKENS:
+            groups.append([])
+            used = 0
+        groups[-1].append(m)
+        used += cost
+    return groups
+
+
+def _grams_of_maps(
+    forward: ForwardPass, group: Sequence[LinearMap], batches: Sequence[KnownCotangents]
+) -> Iterator[Tensor]:
+    """Inner products (n·c, n·c) of the rows of each of these maps that runs at all."""
+    captures = []
+    for batch in batches:
+        captured = Captured()
+        source, values = forward.source_of(batch.examples), list(batch.values.unbind(1))
+        backward_passes(forward.model, group, captured, len(values[0]), source, lambda _, values=values: values)  # type: ignore[misc]
+        captures.append(captured)
+    for m in group:
+        pairs = [c.tensors(m.parameter) if m.parameter in c.inputs else None for c in captures]
+        if any(pair is not None for pair in pairs):
+            yield exact_gram(*_joined(pairs, batches))
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor] | None], batches: Sequence[KnownCotangents]) -> tuple[Tensor, Tensor]:
+    """Inputs x (n, T, in) and δ (n, c, T, out) of all batches, padded with zeros; zeros where a module did not run."""
     x0, d0 = next(pair for pair in pairs if pair is not None)
     T = max(pair[0].shape[1] for pair in pairs if pair is not None)
     xs, deltas = [], []
-    for pair, run in zip(pairs, runs, strict=True):
-        B, c = run.values.shape[:2]
+    for pair, batch in zip(pairs, batches, strict=True):
+        B, c = batch.values.shape[:2]
         x, delta = pair or (x0.new_zeros(B, 0, x0.shape[-1]), d0.new_zeros(B, c, 0, d0.shape[-1]))
         xs.append(F.pad(x, (0, 0, 0, T - x.shape[1])))
         deltas.append(F.pad(delta, (0, 0, 0, T - delta.shape[2])))
     return torch.cat(xs), torch.cat(deltas)
-
-
-def collect_rows(
-    model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]], run: Run, sketch: Sketch
-) -> Tensor:
-    """Sketched rows (B, c, d) of one batch."""
-    sketch.to(run.values.device)
-    rows = run.values.new_zeros(*run.values.shape[:2], sketch.dim)
-    if maps:
-        collector = RowCollector(sketch)
-        with LinearHooks(model, maps, collector) as hooks:
-            hooks.begin(len(run.values))
-            source, V = run()
-            for i in range(V.shape[1]):
-                collector.start(len(source), source.device, source.dtype)
-                hooks.backward(source, V[:, i], last=i == V.shape[1] - 1)
-                rows[:, i] = collector.finish()
-    if parameters:
-        for e, single in enumerate(run.singles):
-            rows[e] += sketched_rows(model, parameters, sketch, single.forward, single()[1].transpose(0, 1))
-    return rows
-
-
-def check_rows(
-    model: nn.Module, maps: Sequence[LinearMap], run: Run, seed: int
-) -> tuple[float | None, list[LinearMap]]:
-    """The first row of the last example, from the hooks in a batch, against autograd on that example alone.
-
-    As many maps as fit into memory beside the model are differentiated; an identity sketch would be as large as they,
-    so both sides go through a small Kronecker sketch. Weights that are offloaded, quantised or sharded are not checked;
-    where their modules are not called either, nobody can tell whether they matter, and they count as not seen.
-
-    Args:
-        model: frozen.
-        maps: the linear maps under analysis.
-        run: a forward pass over a batch.
-        seed: of the small sketch.
-
-    Returns:
-        The relative error, None where nothing could be checked, infinite where the row of a single weight that
-        matters is wrong by more than half; and the maps that hooks do not see: their modules are not called, and yet
-        their weights matter.
-    """
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    known = [m for m in maps if is_at_hand(weights[m.parameter])]
-    with LinearHooks(model, maps, Captured()) as hooks:
-        hooks.begin(len(run.values))
-        run.forward()
-        ran = set(hooks.ran)
-    unknown = [m for m in maps if m not in known and m.parameter not in ran]
-    if not known:
-        return None, unknown
-    silent = [m for m in known if m.parameter not in ran]
-    checked = _differentiable(silent, [m for m in known if m.parameter in ran])
-    single = run.singles[-1]
-    exact = autograd_rows(model, checked, single.forward, single()[1][:, 0])
-    unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
-    checked = [m for m in maps if m in checked and m not in unseen]
-    return _row_error(model, checked, run, exact, seed), unseen
-
-
-def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> list[LinearMap]:
-    """The maps whose gradients fit into memory: those whose modules are not called first, then the smallest."""
-    checked: list[LinearMap] = []
-    used = 0
-    for m in [*silent, *sorted(ran, key=lambda m: m.shape[0] * m.shape[1])]:
-        used += m.shape[0] * m.shape[1]
-        if used > _AUTOGRAD_NUMBERS and checked:
-            break
-        checked.append(m)
-    return checked
-
-
-def _row_error(model: nn.Module, maps: Sequence[LinearMap], run: Run, exact: Mapping[str, Tensor], seed: int) -> float:
-    """Of the last example's first row, from hooks on these maps, relative; `exact` is autograd's."""
-    if not maps:
-        return 0.0
-    sketch = Sketch({m.parameter: m.shape for m in maps}, "kronecker", 8, seed).to(run.values.device)
-    first = Run(run.forward, run.values[:, :1])
-    hooked = collect_rows(model, maps, {}, first, sketch)[-1, 0]
-    truth = sketch.apply({m.parameter: exact[m.parameter][None].float() for m in maps})[0].to(hooked)
-    norm = truth.norm()
-    if norm == 0:
-        return float(hooked.norm())
-    assert sketch.blocks is not None
-    for block in sketch.blocks.values():
-        part = truth[block].norm()
-        if part > 1e-3 * norm and (hooked[block] - truth[block]).norm() > 0.5 * part:
-            return float("inf")
-    return float((hooked - truth).norm() / norm)

@@ -23,6 +23,7 @@ from hf_npeff.baselines.gradient_clustering import GradientClustering, predictio
 from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.fisher.heads import finds_last_by_padding, traits_of
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.measures import aurocs
@@ -185,7 +186,7 @@ def _position(analyzer: NPEFFAnalyzer, position: str) -> Position:
     """Encoders with a classifier read their first token, everything else its last."""
     if position == "first" or position == "last":
         return position  # type: ignore[return-value]
-    decoder = hasattr(analyzer.model, "score") or getattr(analyzer.head, "embedding", None) is not None
+    decoder = finds_last_by_padding(analyzer.model) or traits_of(analyzer.head).vocabulary
     return "last" if decoder else "first"
 
 

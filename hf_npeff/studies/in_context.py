@@ -16,6 +16,7 @@ import torch
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.decomposition.component import ACTIVE_SHARE
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.fisher.heads import traits_of
 from hf_npeff.studies.measures import purity
 from hf_npeff.studies.prompted import first_token
 from hf_npeff.studies.result import StudyResult, markdown, model_name, number
@@ -204,7 +205,7 @@ def run_in_context(
         >>> config = InContextConfig(queries=2, shots=(0, 2), n_components=2, n_restarts=1)
         >>> result = run_in_context(analyzer, config, pairs=pairs)
     """
-    if getattr(analyzer.head, "task", None) != "causal-lm" or analyzer.processing_class is None:
+    if traits_of(analyzer.head).task != "causal-lm" or analyzer.processing_class is None:
         raise ValueError("in-context learning needs a causal language model and its tokenizer")
     config = config or InContextConfig()
     prompts = in_context_prompts(config, pairs)

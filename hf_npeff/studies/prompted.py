@@ -17,6 +17,7 @@ import yaml
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.data import records_of
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.fisher.heads import traits_of
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import fit_methods
 from hf_npeff.studies.factors import FactorsResult, run_factors
@@ -270,7 +271,7 @@ def run_task(
         >>> config = ComparisonConfig(3, methods="npeff", n_restarts=1)
         >>> result = run_task(analyzer, make_prompts(task, rows), task, config)
     """
-    if getattr(analyzer.head, "task", None) != "causal-lm":
+    if traits_of(analyzer.head).task != "causal-lm":
         raise ValueError("prompts need a causal language model; load one with task='causal-lm'")
     config = config or ComparisonConfig(methods=("npeff",))
     found = fit_methods(analyzer, [{"text": row["text"]} for row in prompts.rows], config)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import Intervention, MethodResult
 from hf_npeff.data import Example, Examples
-from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import FactorsResult
@@ -190,9 +190,9 @@ def run_selectivity(
         for attribute, feature in zip(chosen, features, strict=True):
             values = attributes.values[:, attributes.names.index(attribute)]
             top, others = draw_examples(values, factors.halves, config)
-            with analyzer.fisher_pass() as work:
+            with analyzer.forward_pass() as forward:
                 switched = switch(
-                    work, found[feature], [examples[i] for i in top], [examples[i] for i in others], config
+                    forward, found[feature], [examples[i] for i in top], [examples[i] for i in others], config
                 )
             rows.append(SwitchedFeature(method.name, attribute, feature, **switched))
     return SelectivityResult(rows, excluded, config)
@@ -214,7 +214,7 @@ def draw_examples(values: Tensor, half: Tensor, config: SelectivityConfig) -> tu
 
 
 def switch(
-    work: FisherPass,
+    forward: ForwardPass,
     intervention: Intervention,
     top: Sequence[Example],
     others: Sequence[Example],
@@ -225,17 +225,17 @@ def switch(
     Returns:
         The fields of `SwitchedFeature` from `scale` on.
     """
-    before_top, before_others = (predict(work, examples, config.batch_size) for examples in (top, others))
+    before_top, before_others = (predict(forward, examples, config.batch_size) for examples in (top, others))
 
     def each(scale: float, before: Predictions, examples: Sequence[Example]) -> Tensor:
-        with intervention.applied_to(work.model, scale):
-            return before.kl_to(predict(work, examples, config.batch_size))
+        with intervention.applied_to(forward.model, scale):
+            return before.kl_to(predict(forward, examples, config.batch_size))
 
     def kl(scale: float, before: Predictions, examples: Sequence[Example]) -> float:
         return float(each(scale, before, examples).mean())
 
     along_weights = isinstance(intervention, ParameterDirection)
-    limit = intervention.norm_in(work.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
+    limit = intervention.norm_in(forward.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
     start = min(0.05, limit) if along_weights else 1.0
     ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
     back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)

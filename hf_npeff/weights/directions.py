@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_npeff.config import check_scale
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.fisher.fsdp import Sharding
+from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, direction_card
 from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
@@ -150,7 +150,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             ValueError: if the scale is 0 or not finite, or the model lacks a parameter or has one of another shape.
         """
         scale = check_scale(scale)
-        if Sharding(model).active:
+        if FSDPModel(model).active:
             raise UnsupportedModelError(
                 "the model's weights are sharded over processes; load the whole model in one process to move them"
             )

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_npeff.data import Example, batches_by_length
-from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, Receiver, backward_passes
 from hf_npeff.fisher.parameters import gradients
-from hf_npeff.fisher.passes import FisherPass
 
 
-class GradientSum:
+class GradientSum(Receiver):
     """A receiver that adds up weight gradients Σ δᵀx over a batch, for the combination that is being sent back.
 
     Sums lie beside their weights, or on the CPU where the weights are not on the device that computes.
@@ -24,7 +24,11 @@ class GradientSum:
             {name: torch.zeros(shape, device=device, dtype=dtype) for name, (shape, device, dtype) in places.items()}
             for _ in range(combinations)
         ]
-        self.current = 0
+        self._current = 0
+
+    def before_backward(self, number: int) -> None:
+        """Combination `number` is sent back next."""
+        self._current = number
 
     def take_input(self, name: str, x: Tensor) -> Tensor:
         """The input, as it is."""
@@ -32,7 +36,7 @@ class GradientSum:
 
     def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
         """Add δᵀx, summed over examples and positions."""
-        total = self.sums[self.current][name]
+        total = self.sums[self._current][name]
         rows, columns = delta.flatten(0, 1), saved.to(delta.dtype).flatten(0, 1)
         if total.device == delta.device and total.dtype == delta.dtype:
             total.addmm_(rows.mT, columns)
@@ -48,12 +52,12 @@ def _place(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:
 
 
 def lift_exact(
-    work: FisherPass, examples: Sequence[Example], cotangents: Tensor, coefficients: Tensor, batch_size: int
+    forward: ForwardPass, examples: Sequence[Example], cotangents: Tensor, coefficients: Tensor, batch_size: int
 ) -> list[dict[str, Tensor]]:
     """Σ_i Σ_c coef_jic row_ic before the sketch, for several combinations j at once.
 
     Args:
-        work: the pass over the model that made the rows.
+        forward: the forward pass of the model that made the rows.
         examples: n of them, in the order of `cotangents`.
         cotangents: (n, c, t, s), as stored with the PEFs.
         coefficients: (m, n, c), of unscaled rows.
@@ -62,28 +66,28 @@ def lift_exact(
     Returns:
         For every combination {parameter: matrix (out, in)}.
     """
-    weights = dict(work.model.named_parameters(remove_duplicate=False))
-    places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in work.maps}
+    weights = dict(forward.model.named_parameters(remove_duplicate=False))
+    places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in forward.maps}
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
-    size = work.batch_size(examples, batch_size)
+    size = forward.batch_size(examples, batch_size)
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
     coefficients = coefficients / coefficients.abs().amax((1, 2), keepdim=True).clamp_min(
         torch.finfo(torch.float64).tiny
     )
     batches = [[used[i] for i in batch] for batch in batches_by_length([examples[i].length for i in used], size)]
     try:
-        sums = _summed(work, examples, cotangents, coefficients, batches, places)
+        sums = _summed(forward, examples, cotangents, coefficients, batches, places)
     except CalledOnceForAll:
         if size == 1:
             raise
         batches = [[i] for i in used]
-        sums = _summed(work, examples, cotangents, coefficients, batches, places)
-    _add_parameters(work, examples, batches, cotangents, coefficients, sums)
-    return [{name: total.cpu() for name, total in one.items()} for one in sums]
+        sums = _summed(forward, examples, cotangents, coefficients, batches, places)
+    _add_parameters(forward, examples, batches, cotangents, coefficients, sums)
+    return [{name: total.cpu() for name, total in combination.items()} for combination in sums]
 
 
 def _summed(
-    work: FisherPass,
+    forward: ForwardPass,
     examples: Sequence[Example],
     cotangents: Tensor,
     coefficients: Tensor,
@@ -92,21 +96,23 @@ def _summed(
 ) -> list[dict[str, Tensor]]:
     """The combinations for what hooks see."""
     receiver = GradientSum(places, len(coefficients))
-    with LinearHooks(work.model, work.maps, receiver) as hooks:
-        for indices in batches if work.maps else ():
-            hooks.begin(len(indices))
-            source = work.outputs([examples[i] for i in indices]).source
-            stored = cotangents[indices].to(source.device).double()
-            for j in range(len(coefficients)):
-                receiver.current = j
-                mixed = torch.einsum("ic,icts->its", coefficients[j, indices].to(source.device), stored)
-                mixed = mixed[:, : source.shape[1], : source.shape[2]]  # stored for the longest example
-                hooks.backward(source, mixed, last=j == len(coefficients) - 1)
+    for indices in batches if forward.maps else ():
+
+        def entering(source: Tensor, chosen: list[int] = indices) -> Sequence[Tensor]:
+            stored = cotangents[chosen].to(source.device).double()
+
+            def of(j: int) -> Tensor:
+                return torch.einsum("ic,icts->its", coefficients[j, chosen].to(stored.device), stored)
+
+            return MadeOneByOne(len(coefficients), of)
+
+        source = forward.source_of([examples[i] for i in indices])
+        backward_passes(forward.model, forward.maps, receiver, len(indices), source, entering)
     return receiver.sums
 
 
 def _add_parameters(
-    work: FisherPass,
+    forward: ForwardPass,
     examples: Sequence[Example],
     batches: Sequence[list[int]],
     cotangents: Tensor,
@@ -114,25 +120,18 @@ def _add_parameters(
     sums: list[dict[str, Tensor]],
 ) -> None:
     """The same combinations for parameters that hooks do not see, by plain autograd."""
-    names = list(work.parameters)
+    names = list(forward.parameters)
     if not names:
         return
-    weights = dict(work.model.named_parameters(remove_duplicate=False))
+    weights = dict(forward.model.named_parameters(remove_duplicate=False))
     for total in sums:
-        for name, shape in work.parameters.items():
+        for name, shape in forward.parameters.items():
             device, dtype = _place(weights.get(name))
             total[name] = torch.zeros(shape, device=device, dtype=dtype)
     for indices in batches:
-        with torch.no_grad():
-            source = work.outputs([examples[i] for i in indices]).source
-        stored = cotangents[indices].to(source.device).double()
-        mixed = torch.einsum("jic,icts->jits", coefficients[:, indices].to(source.device), stored)
-        mixed = mixed[:, :, : source.shape[1], : source.shape[2]]
-
-        def forward(chosen: list[int] = indices) -> Tensor:
-            return work.outputs([examples[i] for i in chosen]).source
-
-        for j, found in enumerate(gradients(work.model, names, forward, mixed)):
-            for name, gradient in zip(names, found, strict=True):
+        source = forward.source_of([examples[i] for i in indices])
+        mixed = torch.einsum("jic,icts->jits", coefficients[:, indices], cotangents[indices].double())
+        for j, each in enumerate(gradients(forward.model, names, source, mixed)):
+            for name, gradient in zip(names, each, strict=True):
                 into = sums[j][name]
                 into += gradient.reshape(into.shape).to(into.device, into.dtype)

@@ -26,7 +26,7 @@ from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.objective import alignments
 from hf_npeff.decomposition.weighting import balanced, mixing_of
-from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs, check_same_sketch
 from hf_npeff.weights.compressed_sensing import sparse_preimage
@@ -47,22 +47,24 @@ class Lifted:
 
 
 def lift_components(
-    work: FisherPass,
+    forward: ForwardPass,
     decomposition: Decomposition,
     wanted: Sequence[int],
     pefs: PEFs,
     examples: Sequence[Example],
     request: LiftRequest,
+    known: Sketch | None = None,
 ) -> list[Lifted]:
     """Components in parameter space.
 
     Args:
-        work: the pass over the model, with the sketch of `pefs`.
+        forward: the forward pass of the model that made the rows.
         decomposition: of `pefs`.
         wanted: components.
         pefs: those that were decomposed.
         examples: theirs, in their order.
         request: method and form.
+        known: a sketch that need not be rebuilt where it is that of `pefs`.
 
     Raises:
         ValueError: if the decomposition is far from a stationary point, or rows were made elsewhere.
@@ -74,12 +76,12 @@ def lift_components(
     check_decomposed(decomposition, pefs)
     mixtures = _mixtures(decomposition, wanted, request.semi_orthogonal)
     targets = normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
-    sketch = sketch_for(work, pefs)
+    sketch = sketch_of(pefs, known)
     facts: list[dict[str, Any]] = [
         {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
     ]
     if request.method == "exact":
-        found = _combined_rows(work, decomposition, wanted, mixtures, pefs, examples, request, facts)
+        found = _combined_rows(forward, decomposition, wanted, mixtures, pefs, examples, request, facts)
     else:
         found = [_from_sketch(sketch, unbalanced(g, scales).float(), request) for g in targets]
     # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
@@ -95,9 +97,8 @@ def lift_components(
     return [Lifted(deltas, fact) for deltas, fact in zip(found, facts, strict=True)]
 
 
-def sketch_for(work: FisherPass, pefs: PEFs) -> Sketch:
-    """The sketch of the PEFs, which need not be rebuilt where the pass has it."""
-    known = work.sketch
+def sketch_of(pefs: PEFs, known: Sketch | None) -> Sketch:
+    """The sketch of the PEFs, which need not be rebuilt where it is the one that is known."""
     return known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
 
 
@@ -114,7 +115,7 @@ def check_decomposed(decomposition: Decomposition, pefs: PEFs) -> None:
 
 
 def _combined_rows(
-    work: FisherPass,
+    forward: ForwardPass,
     decomposition: Decomposition,
     wanted: Sequence[int],
     mixtures: Tensor,
@@ -133,7 +134,7 @@ def _combined_rows(
         shares = _keep_top_rows(rows, decomposition, wanted, pefs, request.top_examples)
         for fact, share in zip(facts, shares, strict=True):
             fact |= {"top_examples": request.top_examples, "weight_share": share}
-    return lift_exact(work, examples, pefs.cotangents, rows, request.batch_size)
+    return lift_exact(forward, examples, pefs.cotangents, rows, request.batch_size)
 
 
 def _from_sketch(sketch: Sketch, g: Tensor, request: LiftRequest) -> dict[str, Tensor]:

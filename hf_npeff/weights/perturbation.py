@@ -19,7 +19,7 @@ from hf_npeff.config import PerturbationRequest
 from hf_npeff.data import Example
 from hf_npeff.decomposition.component import ACTIVE_SHARE
 from hf_npeff.decomposition.decomposition import Decomposition
-from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.weights.directions import ParameterDirection
 
@@ -199,25 +199,25 @@ class _Trial:
 
     def __init__(
         self,
-        work: FisherPass,
+        forward: ForwardPass,
         direction: ParameterDirection,
         top: Watched,
         others: Watched,
         request: PerturbationRequest,
     ):
-        self.work, self.direction, self.top, self.others, self.request = work, direction, top, others, request
+        self.forward, self.direction, self.top, self.others, self.request = forward, direction, top, others, request
         self.tried: dict[float, Predictions] = {}
 
     def _kl_on_top(self, step: float) -> float:
-        with self.direction.applied_to(self.work.model, step):
-            self.tried[step] = predict(self.work, self.top.examples, self.request.batch_size)
+        with self.direction.applied_to(self.forward.model, step):
+            self.tried[step] = predict(self.forward, self.top.examples, self.request.batch_size)
         return float(self.top.before.kl_to(self.tried[step]).mean())
 
     def steps(self) -> dict[float, bool]:
         """{step of each sign: whether it reaches the target}; the given one alone where the scale is."""
         if self.request.scale is not None:
             return {float(self.request.scale): True}
-        target, limit = self.request.target_kl, self.direction.norm_in(self.work.model)
+        target, limit = self.request.target_kl, self.direction.norm_in(self.forward.model)
         ahead, reached = find_scale(self._kl_on_top, target, min(0.02, limit), limit)
         back, reached_back = find_scale(lambda s: self._kl_on_top(-s), target, ahead, limit)
         return {ahead: reached, -back: reached_back}
@@ -225,14 +225,14 @@ class _Trial:
     def effect(self, along: ParameterDirection, step: float) -> tuple[Effect, Predictions, Predictions]:
         """A step, measured, and what is predicted after it for the top examples and for the others."""
         known = self.tried.get(step) if along is self.direction else None
-        with along.applied_to(self.work.model, step):
-            after_top = known or predict(self.work, self.top.examples, self.request.batch_size)
-            after_others = predict(self.work, self.others.examples, self.request.batch_size)
+        with along.applied_to(self.forward.model, step):
+            after_top = known or predict(self.forward, self.top.examples, self.request.batch_size)
+            after_others = predict(self.forward, self.others.examples, self.request.batch_size)
         return _effect(step, self.top, after_top, self.others, after_others, self.request.seed), after_top, after_others
 
 
 def evaluate(
-    work: FisherPass,
+    forward: ForwardPass,
     direction: ParameterDirection,
     decomposition: Decomposition,
     component: int,
@@ -242,7 +242,7 @@ def evaluate(
     """Measure a direction.
 
     Args:
-        work: the pass over the model.
+        forward: the forward pass.
         direction: unit norm.
         decomposition: whose component is followed.
         component: its number.
@@ -253,8 +253,8 @@ def evaluate(
         ValueError: if the component is active on no example, or all examples are among the top ones.
     """
     chosen = choose_examples(decomposition, component, request.n_top, request.n_others, request.seed)
-    top, others = (_watch(work, decomposition, examples, indices, request.batch_size) for indices in chosen)
-    trial = _Trial(work, direction, top, others, request)
+    top, others = (_watch(forward, decomposition, examples, indices, request.batch_size) for indices in chosen)
+    trial = _Trial(forward, direction, top, others, request)
     reached = trial.steps()
     measured = [trial.effect(direction, step) for step in reached]
     measured.sort(key=lambda m: (not reached[m[0].scale], -m[0].ratio))
@@ -268,34 +268,34 @@ def evaluate(
         top.indices,
         others.indices,
         [
-            *_changes(work, decomposition, top, after_top, is_top=True),
-            *_changes(work, decomposition, others, after_others, is_top=False),
+            *_changes(forward, decomposition, top, after_top, is_top=True),
+            *_changes(forward, decomposition, others, after_others, is_top=False),
         ],
         reached[best.scale],
     )
 
 
 def _watch(
-    work: FisherPass, decomposition: Decomposition, examples: Sequence[Example], indices: list[int], batch_size: int
+    forward: ForwardPass, decomposition: Decomposition, examples: Sequence[Example], indices: list[int], batch_size: int
 ) -> Watched:
     chosen = [examples[i] for i in indices]
     column = decomposition.columns.get("label")
     classes = column is not None and all(isinstance(x, int) and not isinstance(x, bool) for x in column)
     labels = [column[i] for i in indices] if column is not None and classes else None
-    return Watched(indices, chosen, predict(work, chosen, batch_size), labels)
+    return Watched(indices, chosen, predict(forward, chosen, batch_size), labels)
 
 
 def _changes(
-    work: FisherPass, decomposition: Decomposition, watched: Watched, after: Predictions, *, is_top: bool
+    forward: ForwardPass, decomposition: Decomposition, watched: Watched, after: Predictions, *, is_top: bool
 ) -> list[dict[str, Any]]:
     """The answers that changed, as `PerturbationReport.changed` holds them."""
-    assert work.describe is not None
+    assert forward.describe is not None
     texts = decomposition.columns[decomposition.text_column] if decomposition.text_column else None
     changed = []
     answers = zip(watched.indices, watched.examples, watched.before.answers(), after.answers(), strict=True)
     for i, example, *both in answers:
         if not torch.equal(*both):
-            before, now = ("".join(work.describe(answer)) for answer in both)
+            before, now = ("".join(forward.describe(answer)) for answer in both)
             text = None if texts is None else texts[i]
             changed.append({"index": i, "id": example.id, "text": text, "top": is_top, "before": before, "after": now})
     return changed

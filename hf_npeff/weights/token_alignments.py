@@ -21,12 +21,12 @@ from torch import Tensor
 from hf_npeff.data import Example, batches_by_length
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.weighting import mixing_of
-from hf_npeff.fisher.gradients import CalledOnceForAll, LinearHooks
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, backward_passes
 from hf_npeff.fisher.parameters import sketched_rows
-from hf_npeff.fisher.passes import FisherPass
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.weights.lifting import check_decomposed, sketch_for
+from hf_npeff.weights.lifting import check_decomposed, sketch_of
 
 Decode = Callable[[list[int]], str]
 
@@ -53,7 +53,7 @@ class TokenAlignment:
     unplaced: float
 
 
-class TokenCollector:
+class TokenCollector(Receiver):
     """A receiver that takes the inner product of every position's gradient with one direction g in the sketch.
 
     Args:
@@ -72,10 +72,10 @@ class TokenCollector:
         self.placed = torch.zeros(0, positions, dtype=torch.float64)
         self.unplaced = torch.zeros(0, dtype=torch.float64)
 
-    def start(self, batch: int) -> None:
-        """Begin the contributions of one backward pass."""
-        self.placed = torch.zeros(batch, self._positions, dtype=torch.float64)
-        self.unplaced = torch.zeros(batch, dtype=torch.float64)
+    def after_forward(self, source: Tensor, passes: int) -> None:
+        """Begin the contributions of every example."""
+        self.placed = torch.zeros(len(source), self._positions, dtype=torch.float64)
+        self.unplaced = torch.zeros(len(source), dtype=torch.float64)
 
     def take_input(self, name: str, x: Tensor) -> Tensor:
         """P_in x, once a forward pass."""
@@ -88,32 +88,34 @@ class TokenCollector:
             self._matrices[name] = self._sketch.placement_adjoint(name, self._g)
         dtype = torch.promote_types(delta.dtype, torch.float32)
         M = self._matrices[name].to(delta.device, dtype)
-        found = ((delta.to(dtype) @ M) * saved.to(dtype)).sum(-1, dtype=torch.float64).cpu()
-        if found.shape[1] == self._positions and self._is_placed(name):
-            self.placed += found
+        contributions = ((delta.to(dtype) @ M) * saved.to(dtype)).sum(-1, dtype=torch.float64).cpu()
+        if contributions.shape[1] == self._positions and self._is_placed(name):
+            self.placed += contributions
         else:
-            self.unplaced += found.sum(1)
+            self.unplaced += contributions.sum(1)
 
 
 def token_alignments(
-    work: FisherPass,
+    forward: ForwardPass,
     decomposition: Decomposition,
     pefs: PEFs,
     examples: Sequence[Example],
     chosen: Mapping[int, Sequence[int]],
     decode: Decode | None,
     batch_size: int,
+    known: Sketch | None = None,
 ) -> list[TokenAlignment]:
     """Alignments of chosen examples, position by position, from one backward pass for every example and component.
 
     Args:
-        work: the pass over the model that made the rows.
+        forward: the forward pass of the model that made the rows.
         decomposition: of `pefs`.
         pefs: those that were decomposed, with their cotangents.
         examples: theirs, in their order.
         chosen: {component: examples}; those on which a component's coefficient is zero are left out.
         decode: token ids → text; None where there is no tokenizer.
         batch_size: examples of a forward pass.
+        known: a sketch that need not be rebuilt where it is that of `pefs`.
 
     Raises:
         IncompatibleSketchError: if the PEFs are of another sketch than the decomposition.
@@ -122,17 +124,16 @@ def token_alignments(
     check_decomposed(decomposition, pefs)
     if pefs.cotangents is None:
         raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere), so no pass can be replayed")
-    replay = _Replay(
-        work, sketch_for(work, pefs).to(work.device), decomposition, pefs, pefs.cotangents, examples, decode
-    )
-    size = work.batch_size(examples, batch_size)
-    found: dict[tuple[int, int], TokenAlignment] = {}
+    sketch = sketch_of(pefs, known).to(forward.device)
+    replay = _Replay(forward, sketch, decomposition, pefs, pefs.cotangents, examples, decode)
+    size = forward.batch_size(examples, batch_size)
+    alignments: dict[tuple[int, int], TokenAlignment] = {}
     for j, given in chosen.items():
         wanted = [i for i in given if decomposition.coefficients[i, j] > 0]
         for batch in batches_by_length([examples[i].length for i in wanted], size):
-            for one in replay.run(j, [wanted[at] for at in batch]):
-                found[j, one.example] = one
-    return [found[j, i] for j, given in chosen.items() for i in given if (j, i) in found]
+            for alignment in replay.run(j, [wanted[at] for at in batch]):
+                alignments[j, alignment.example] = alignment
+    return [alignments[j, i] for j, given in chosen.items() for i in given if (j, i) in alignments]
 
 
 def scaled(decomposition: Decomposition, j: int) -> Tensor:
@@ -156,7 +157,7 @@ def mixed_rows(decomposition: Decomposition, pefs: PEFs, j: int, indices: Sequen
 class _Replay:
     """Passes over examples whose cotangents are known."""
 
-    work: FisherPass
+    forward: ForwardPass
     sketch: Sketch
     decomposition: Decomposition
     pefs: PEFs
@@ -169,49 +170,39 @@ class _Replay:
         try:
             return self._batch(j, indices)
         except CalledOnceForAll:
-            return [one for i in indices for one in self._batch(j, [i])]
+            return [alignment for i in indices for alignment in self._batch(j, [i])]
 
     def _batch(self, j: int, indices: list[int]) -> list[TokenAlignment]:
-        work, batch = self.work, [self.examples[i] for i in indices]
+        forward, batch = self.forward, [self.examples[i] for i in indices]
         N, weights = mixed_rows(self.decomposition, self.pefs, j, indices)
-        ids, mask = _input_positions(work, batch)
+        ids, mask = _input_positions(forward, batch)
         g = scaled(self.decomposition, j)
-        seq2seq = bool(getattr(getattr(work.model, "config", None), "is_encoder_decoder", False))
-        positions = _patches(work, batch) if mask is None else mask.shape[1]
+        seq2seq = bool(getattr(getattr(forward.model, "config", None), "is_encoder_decoder", False))
+        positions = _patches(forward, batch) if mask is None else mask.shape[1]
         collector = TokenCollector(self.sketch, g, positions, _Placed(seq2seq))
-        collector.start(len(batch))
-        with LinearHooks(work.model, work.maps, collector) as hooks:
-            hooks.begin(len(batch))
-            source = work.outputs(batch).source
-            # Of very small or large norms nothing is lost if the largest cotangent is 1 meanwhile.
-            V = torch.einsum("ic,icts->its", weights, self.cotangents[indices].double())
-            largest = V.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
-            V = (V / largest[:, None, None]).to(source.device)[:, : source.shape[1], : source.shape[2]]
-            if work.maps:
-                hooks.backward(source, V, last=True)
+        # Of very small or large norms nothing is lost if the largest cotangent is 1 meanwhile.
+        V = torch.einsum("ic,icts->its", weights, self.cotangents[indices].double())
+        largest = V.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+        V = V / largest[:, None, None]
+        source = forward.source_of(batch)
+        backward_passes(forward.model, forward.maps, collector, len(batch), source, lambda _: [V])
         placed = collector.placed * largest[:, None]
         unplaced = (collector.unplaced + self._by_autograd(batch, V, g)) * largest
-        found = []
+        alignments = []
         for row, i in enumerate(indices):
             keep = slice(None) if mask is None else mask[row]
             values, tokens = placed[row][keep].tolist(), None
             if ids is not None:
                 tokens, values = in_pieces(ids[row][keep].tolist(), values, self.decode)
-            found.append(TokenAlignment(j, i, float(N[row]), tokens, values, float(unplaced[row])))
-        return found
+            alignments.append(TokenAlignment(j, i, float(N[row]), tokens, values, float(unplaced[row])))
+        return alignments
 
     def _by_autograd(self, batch: Sequence[Example], V: Tensor, g: Tensor) -> Tensor:
         """The share (m,) of parameters that hooks do not see, for cotangents (m, t, s)."""
-        work, total = self.work, torch.zeros(len(batch), dtype=torch.float64)
-        for row, example in enumerate(batch if work.parameters else ()):
-
-            def forward(one: Example = example) -> Tensor:
-                return work.outputs([one]).source
-
-            with torch.no_grad():
-                shape = forward().shape
-            value = V[row : row + 1, : shape[1], : shape[2]]
-            rows = sketched_rows(work.model, work.parameters, self.sketch, forward, value[None])
+        forward, total = self.forward, torch.zeros(len(batch), dtype=torch.float64)
+        for row, example in enumerate(batch if forward.parameters else ()):
+            source, cotangent = forward.source_of([example]), V[None, row : row + 1].to(forward.device)
+            rows = sketched_rows(forward.model, forward.parameters, self.sketch, source, cotangent)
             total[row] = float(rows[0].double().cpu() @ g)
         return total
 
@@ -226,15 +217,15 @@ class _Placed:
         return not (self.seq2seq and "decoder" in name.split("."))
 
 
-def _input_positions(work: FisherPass, batch: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+def _input_positions(forward: ForwardPass, batch: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
     """Token ids (B, t) of the padded batch, and which of them are no padding; choices stand one after another."""
-    values = work.batch(batch, "cpu")
+    values = forward.batch(batch, "cpu")
     if "input_ids" not in values:
         return None, None
     return values["input_ids"].flatten(1), values["attention_mask"].flatten(1).bool()
 
 
-class _Counter:
+class _Counter(Receiver):
     """A receiver that only notes at how many positions linear maps run."""
 
     def __init__(self) -> None:
@@ -243,16 +234,11 @@ class _Counter:
     def take_input(self, name: str, x: Tensor) -> None:
         self.counts.append(x.shape[1])
 
-    def take_gradient(self, name: str, saved: None, delta: Tensor) -> None:
-        return None
 
-
-def _patches(work: FisherPass, batch: Sequence[Example]) -> int:
+def _patches(forward: ForwardPass, batch: Sequence[Example]) -> int:
     """Positions of an image: the most common number at which the model's linear maps run."""
     counter = _Counter()
-    with LinearHooks(work.model, work.maps, counter) as hooks:
-        hooks.begin(len(batch))
-        work.outputs(batch)
+    backward_passes(forward.model, forward.maps, counter, len(batch), forward.source_of(batch), lambda _: ())
     return max(set(counter.counts), key=lambda t: (counter.counts.count(t), t), default=1)
 
 

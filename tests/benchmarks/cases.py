@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
-from hf_npeff.fisher.gradients import LinearHooks, LinearMap, frozen
-from hf_npeff.fisher.passes import FisherPass
-from hf_npeff.fisher.selftest import Captured, Run, exact_gram, off_diagonal_error, pef_inner_products
+from hf_npeff.fisher.gradients import LinearMap, backward_passes, frozen
+from hf_npeff.fisher.preparation import known_cotangents, prepare
+from hf_npeff.fisher.rows import RowMaker
+from hf_npeff.fisher.selftest import Captured, KnownCotangents, exact_gram, off_diagonal_error, pef_inner_products
 from hf_npeff.pefs.sketches import Sketch
 
 LENGTH, BATCH, ROWS, VOCABULARY, DIM = 64, 8, 8, 8192, 4096
@@ -38,37 +39,40 @@ class Case:
         name: of the model.
         model: frozen.
         examples: of the batch.
-        work: a FisherPass with each sketch, by its label.
-        run: forward passes and cotangents (B, c, t, s).
+        makers: what makes rows with each sketch, by its label.
+        known: the cotangents (B, c, t, s).
     """
 
     name: str
     model: Any
     examples: Any
-    work: dict[str, FisherPass]
-    run: Run
+    makers: dict[str, RowMaker]
+    known: KnownCotangents
 
     @property
     def chosen(self) -> str:
         """What `auto` took."""
-        taken = self.work["auto"].sketch
-        assert taken is not None
+        taken = self.makers["auto"].sketch
         return f"{taken.kind} {taken.setting}"
 
     @property
     def maps(self) -> Sequence[LinearMap]:
         """The linear maps under analysis."""
-        return next(iter(self.work.values())).maps
+        return next(iter(self.makers.values())).forward.maps
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """A forward pass: the source (B, t, s), and the cotangents."""
+        forward = next(iter(self.makers.values())).forward
+        return forward.outputs(self.examples).source, self.known.values
 
     @functools.cached_property
     def grams(self) -> dict[tuple[str, bool], Tensor]:
         """{(parameter, whether its bias is counted): inner products (B·c, B·c) of unsketched rows}."""
         captured = Captured()
-        with LinearHooks(self.model, self.maps, captured) as hooks:
-            hooks.begin(len(self.run.values))
-            source, V = self.run()
-            for i in range(V.shape[1]):
-                hooks.backward(source, V[:, i], last=i == V.shape[1] - 1)
+        values = list(self.known.values.unbind(1))
+        backward_passes(
+            self.model, self.maps, captured, len(self.examples), lambda: self.run()[0], lambda source: values
+        )
         found = {}
         modules = dict(self.model.named_modules())
         for m in self.maps:
@@ -127,15 +131,14 @@ def case(name: str, labels: Sequence[str] = tuple(SKETCHES)) -> Iterator[Case]:
         ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
         examples = Examples({"input_ids": ids})[:]
     with frozen(model.eval()), contextlib.ExitStack() as stack:
-        work = {}
+        makers = {}
         for label in labels:
             kind, dim = SKETCHES[label]
             fisher = FisherConfig(rank=c, output_factor=factor, sketch=kind, sketch_dim=dim, sketch_tolerance=0.1)  # type: ignore[arg-type]
-            work[label] = stack.enter_context(NPEFFAnalyzer(model, tokenizer, fisher=fisher).fisher_pass())
+            forward = stack.enter_context(NPEFFAnalyzer(model, tokenizer, fisher=fisher).forward_pass())
             if label == "auto":
-                work[label].prepare(examples)
+                makers[label] = prepare(forward, fisher, examples)
             else:
-                shapes = {m.parameter: m.shape for m in work[label].maps}
-                work[label].sketch = Sketch(shapes, kind, dim, 0)
-        first = next(iter(work.values()))
-        yield Case(name, model, examples, work, first.run(examples))
+                makers[label] = RowMaker(forward, fisher, Sketch(forward.shapes, kind, dim, 0))
+        first = next(iter(makers.values()))
+        yield Case(name, model, examples, makers, known_cotangents(first.forward, first.config, first.metric, examples))

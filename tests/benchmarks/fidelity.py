@@ -33,7 +33,8 @@ from torch import Tensor
 from hf_npeff import NPEFF, FisherConfig, NPEFFAnalyzer, PEFs
 from hf_npeff.data import Examples
 from hf_npeff.demo import TARGETS, load_model
-from hf_npeff.fisher.passes import FisherPass
+from hf_npeff.fisher.preparation import choose_metric, prepare
+from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.studies.factors import best_components
 from hf_npeff.studies.word_relations import word_relation_prompts
@@ -75,19 +76,18 @@ def config(factor: str, rank: int) -> FisherConfig:
 
 
 @contextlib.contextmanager
-def passes(model: Any, tokenizer: Any, examples: Any) -> Iterator[Callable[[str, int], FisherPass]]:
+def passes(model: Any, tokenizer: Any, examples: Any) -> Iterator[Callable[[str, int], RowMaker]]:
     """What gives the pass of an output factor and c; all have the sketch that the first of them chose and tested."""
     sketch: Sketch | None = None
     with contextlib.ExitStack() as stack:
 
-        def make(factor: str, rank: int) -> FisherPass:
+        def make(factor: str, rank: int) -> RowMaker:
             nonlocal sketch
-            work = stack.enter_context(NPEFFAnalyzer(model, tokenizer, fisher=config(factor, rank)).fisher_pass())
+            fisher = config(factor, rank)
+            forward = stack.enter_context(NPEFFAnalyzer(model, tokenizer, fisher=fisher).forward_pass())
             if sketch is None:
-                work.prepare(examples)
-                sketch = work.sketch
-            work.sketch = sketch
-            return work
+                sketch = prepare(forward, fisher, examples).sketch
+            return RowMaker(forward, fisher, sketch)
 
         yield make
 
@@ -190,18 +190,17 @@ def metrics(prompts: int, rows: int, ranks: Sequence[int]) -> dict[str, Any]:
     with passes(model, tokenizer, examples) as make:
         values = make("spectral", rows).rows(examples)
         truth = values["factors"], values["norms"]
-        measured = make("spectral", rows)
-        measured.config = dataclasses.replace(measured.config, spectral_metric="parameters")
+        like = make("spectral", rows)
+        wanted = dataclasses.replace(like.config, spectral_metric="parameters")
         begin = time.process_time()
-        measured.choose_metric()
+        _, measured = choose_metric(like.forward, wanted)
         taken = time.process_time() - begin
         found: dict[str, float] = {}
         for rank in ranks:
-            for name, metric in (("hidden", None), ("parameters", measured.metric)):
-                work = make("spectral", rank)
-                work.metric = metric
+            for name, metric in (("hidden", None), ("parameters", measured)):
+                maker = dataclasses.replace(make("spectral", rank), metric=metric)
                 begin = time.process_time()
-                values = work.rows(examples)
+                values = maker.rows(examples)
                 seconds = (time.process_time() - begin) / prompts
                 found[f"{name} {rank}"] = fisher_error(values["factors"], values["norms"], *truth)
                 print(

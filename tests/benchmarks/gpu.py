@@ -24,7 +24,7 @@ from hf_npeff.data import Examples
 from hf_npeff.decomposition.solvers import DenseRows, block_power
 from hf_npeff.decomposition.starts import start_from_examples
 from hf_npeff.fisher.gradients import frozen
-from hf_npeff.fisher.selftest import collect_rows
+from hf_npeff.fisher.preparation import known_cotangents, prepare
 from tests.benchmarks.ways import floor
 from tests.planted import planted, recovered
 
@@ -83,23 +83,23 @@ def rows(rounds: int, quick: bool) -> None:
             for kind, dim in SKETCHES if c == 4 else SKETCHES[:-1]:
                 fisher = FisherConfig(rank=c, output_factor="spectral", sketch=kind, sketch_dim=dim)
                 analyzer = NPEFFAnalyzer(model, fisher=fisher)
-                with analyzer.fisher_pass() as work:
-                    work.prepare(examples[:2])
-                    run = work.run(examples)
-                    base = floor(model, run)
+                with analyzer.forward_pass() as forward:
+                    maker = prepare(forward, fisher, examples[:2])
+                    batch_known = known_cotangents(maker.forward, maker.config, maker.metric, examples)
+                    base = floor(model, lambda f=forward, k=batch_known: (f.outputs(examples).source, k.values))
 
-                    def hooked(work: Any = work, run: Any = run) -> Any:
-                        return collect_rows(model, work.maps, {}, run, work.sketch)
+                    def hooked(maker: Any = maker, known: Any = batch_known) -> Any:
+                        return maker.rows_of(examples, known.values)
 
-                    def whole(work: Any = work) -> Any:
-                        return work.rows(examples)
+                    def whole(maker: Any = maker) -> Any:
+                        return maker.rows(examples)
 
                     least = milliseconds(base, rounds)
                     hooks, total = milliseconds(hooked, rounds), milliseconds(whole, rounds)
                     if kind == SKETCHES[0][0] and dim == SKETCHES[0][1]:
                         print(f"| {c} | the floor | | 1 ({least:.0f} ms) | | | {peak(base):.2f} |")
                     print(
-                        f"| {c} | {kind} {dim} | {work.sketch.dim:,} | {hooks / least:.2f} | {total / least:.2f} | "
+                        f"| {c} | {kind} {dim} | {maker.sketch.dim:,} | {hooks / least:.2f} | {total / least:.2f} | "
                         f"{1000 * batch / total:.1f} | {peak(whole):.2f} |",
                         flush=True,
                     )

@@ -58,7 +58,7 @@ def one_pass_a_cotangent(case: Case, read: Callable[[], Sequence[Tensor]]) -> Te
     """Rows (B, c, d): `read` gives every module's (B, …) after each backward pass."""
     rows = []
     with leaf_at_embeddings(case.model) as seen:
-        for i in range(case.run.values.shape[1]):
+        for i in range(case.known.values.shape[1]):
             source, V = case.run()
             torch.autograd.grad(source, seen["leaf"], V[:, i])
             rows.append(torch.cat([part.flatten(1) for part in read()], 1))

@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import Any
-
-import torch
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.demo import load_model
-from hf_npeff.fisher.gradients import LinearHooks
-from hf_npeff.fisher.selftest import collect_rows, measure_sketches
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.gradients import Receiver, backward_passes
+from hf_npeff.fisher.preparation import known_cotangents, measure_sketches, prepare
+from hf_npeff.fisher.rows import RowMaker
+from hf_npeff.fisher.selftest import KnownCotangents
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.studies.word_relations import word_relation_prompts
 
@@ -30,23 +30,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-class Nothing:
-    """A receiver that keeps nothing."""
-
-    def take_input(self, name: str, x: torch.Tensor) -> None:
-        return None
-
-    def take_gradient(self, name: str, saved: Any, delta: torch.Tensor) -> None:
-        return None
-
-
-def floor_seconds(work: Any, run: Any) -> float:
+def floor_seconds(forward: ForwardPass, known: KnownCotangents) -> float:
     started = time.perf_counter()
-    with LinearHooks(work.model, work.maps, Nothing()) as hooks:
-        hooks.begin(len(run.values))
-        source, V = run()
-        for i in range(V.shape[1]):
-            hooks.backward(source, V[:, i], last=i == V.shape[1] - 1)
+    values, source = list(known.values.unbind(1)), forward.source_of(known.examples)
+    backward_passes(forward.model, forward.maps, Receiver(), len(known.examples), source, lambda _: values)
     return time.perf_counter() - started
 
 
@@ -59,24 +46,27 @@ def main() -> None:
     model, tokenizer = load_model()
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(rank=options.rank))
     examples = Examples(word_relation_prompts(8), tokenizer)[: options.prompts]
-    with analyzer.fisher_pass() as work:
-        chosen = work.prepare(examples).line(work.sketch)
-        runs = [work.run(examples[i : i + 8]) for i in range(0, len(examples), 8)]
-        tries = list(dict.fromkeys([(work.sketch.kind, work.sketch.setting), *SETTINGS]))
-        _, errors = measure_sketches(model, work.maps, {}, runs, tries, 0, None)
+    with analyzer.forward_pass() as forward:
+        maker = prepare(forward, analyzer.fisher, examples)
+        chosen = "" if maker.selftest is None else maker.selftest.line(maker.sketch)
+        groups = [examples[i : i + 8] for i in range(0, len(examples), 8)]
+        batches = [known_cotangents(maker.forward, maker.config, maker.metric, group) for group in groups]
+        tries = list(dict.fromkeys([(maker.sketch.kind, maker.sketch.setting), *SETTINGS]))
+        _, errors = measure_sketches(maker.forward, maker.config, batches, tries, 0, None)
         print("auto:", chosen)
         print(
             "| sketch | numbers a row | bytes an example | error | × floor | seconds an example |\n" + "|---" * 6 + "|"
         )
         for kind, dim in tries:
-            sketch = Sketch({m.parameter: m.shape for m in work.maps}, kind, dim, 0)
+            sketch = Sketch(maker.forward.shapes, kind, dim, 0)
+            with_sketch = RowMaker(maker.forward, maker.config, sketch)
             ratios, seconds = [], []
             for _ in range(options.rounds):
-                floor = floor_seconds(work, runs[0])
+                floor = floor_seconds(maker.forward, batches[0])
                 started = time.perf_counter()
-                collect_rows(model, work.maps, {}, runs[0], sketch)
-                seconds.append((time.perf_counter() - started) / len(runs[0].values))
-                ratios.append(seconds[-1] * len(runs[0].values) / floor)
+                with_sketch.rows_of(batches[0].examples, batches[0].values)
+                seconds.append((time.perf_counter() - started) / len(batches[0].examples))
+                ratios.append(seconds[-1] * len(batches[0].examples) / floor)
             print(
                 f"| {kind} {dim} | {sketch.dim:,} | {sketch.dim * options.rank * 4:,} | "
                 f"{errors[f'{kind} {dim}']:.3f} | "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
-from hf_npeff.fisher.selftest import collect_rows
+from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 from tests.benchmarks.cases import DIM, LENGTH, Case
 
@@ -70,17 +71,16 @@ def floor(model: Any, run: Any) -> Callable[[], None]:
 def ours(case: Case) -> dict[str, Way]:
     """Every sketch, and whole passes."""
     ways: dict[str, Way] = {}
-    for label, work in case.work.items():
-        assert work.sketch is not None
+    for label, maker in case.makers.items():
 
-        def error(seed: int, like: Sketch = work.sketch) -> float:
-            sketch = Sketch(like.shapes, like.kind, like.setting, seed)
-            return case.error(collect_rows(case.model, case.maps, {}, case.run, sketch))
+        def error(seed: int, maker: RowMaker = maker) -> float:
+            sketch = Sketch(maker.sketch.shapes, maker.sketch.kind, maker.sketch.setting, seed)
+            return case.error(dataclasses.replace(maker, sketch=sketch).rows_of(case.examples, case.known.values))
 
-        collect = functools.partial(collect_rows, case.model, work.maps, {}, case.run, work.sketch)
+        collect = functools.partial(maker.rows_of, case.examples, case.known.values)
         ways[label] = Way(collect, error, seeds=1 if case.name == "SmolLM2" else 3)
         if label == "kronecker 16" or (label == "auto" and case.name != "SmolLM2"):
-            ways[f"{label}, whole pass"] = Way(functools.partial(work.rows, case.examples))
+            ways[f"{label}, whole pass"] = Way(functools.partial(maker.rows, case.examples))
     return ways
 
 
@@ -114,7 +114,7 @@ class PerExampleGradients:
 
     def all_rows(self, n: int = FEW, together: int = 2) -> Iterator[dict[str, Tensor]]:
         """{parameter: (together, c, out, in)} of n examples."""
-        V = self.case.run.values[:, :, 0]
+        V = self.case.known.values[:, :, 0]
         for start in range(0, n, together):
             found = vmap(self._of)(self.ids[start : start + together], V[start : start + together])
             yield {m.parameter: m.as_matrix(found[m.parameter]) for m in self.case.maps}
@@ -164,7 +164,7 @@ def dense_error(case: Case, seed: int) -> float:
     values, U = torch.linalg.eigh(gram)
     rows = U * values.clamp_min(0).sqrt()
     normal = torch.randn(len(gram), DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return case.error((rows @ normal).unflatten(0, case.run.values.shape[:2]))
+    return case.error((rows @ normal).unflatten(0, case.known.values.shape[:2]))
 
 
 def all_ways(case: Case) -> dict[str, Way]:
