@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,15 +16,18 @@ import transformers
 from torch import Tensor, nn
 
 from hf_npeff.config import FisherConfig
-from hf_npeff.data import Example, Examples
+from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.distributed import on_cpu
+from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
 from hf_npeff.fisher.compute import Worker
+from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_parameters
 from hf_npeff.fisher.heads import OutputHead, base_of, finds_last_by_padding, head_of, task_of_class, traits_of
+from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
@@ -61,6 +65,7 @@ class AnalysedModel:
         task: as it was given: None where the model's class tells it.
         revision: the model's commit, or None.
         fsdp: how processes keep in step where FSDP2 shards the weights over them.
+        reading: which columns of data sets are read where a call leaves that open.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class AnalysedModel:
         self.fisher = fisher or FisherConfig()
         self._accelerator = accelerator
         self.task = task
+        self.reading = Reading()
         self.revision: str | None = getattr(getattr(base_of(model), "config", None), "_commit_hash", None)
         self._sketch: Sketch | None = None
         self._feels_padding: bool | None = None  # see ForwardPass
@@ -160,7 +166,7 @@ class AnalysedModel:
         """An analyzer of the same model with another Fisher config, and with another head where `task` is given."""
         task = self.task if task is None else task
         other = type(self)(self.model, self.processing_class, fisher=fisher, accelerator=self._accelerator, task=task)
-        other.revision = self.revision
+        other.revision, other.reading = self.revision, self.reading
         return other
 
     def with_settings_of(self: _Self, like: PEFs | Decomposition) -> _Self:
@@ -300,7 +306,59 @@ class AnalysedModel:
         if pefs is not None:
             check_decomposed(decomposition, pefs)
             contents = pefs.content_hashes  # a decomposition may have been saved without columns
-        return align(Examples(dataset, self.processing_class), decomposition.example_ids, contents)
+        info = decomposition.info if pefs is None else pefs.info
+        examples = self.read(dataset, like=info, positions=decomposition.fisher_config.positions)
+        return align(examples, decomposition.example_ids, contents)
+
+    def read(
+        self,
+        dataset: Any,
+        reading: Reading | None = None,
+        *,
+        like: Mapping[str, Any] | None = None,
+        positions: str | None = None,
+        max_examples: int | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> Examples:
+        """The examples of a data set, encoded for the model.
+
+        Args:
+            dataset: see `compute_pefs`.
+            reading: which columns are read; what it leaves open is as `self.reading` says, and then as `like` was read.
+            like: `info` of PEFs whose columns are read again, as far as the data set has them.
+            positions: where the prediction is taken; None: as the Fisher config says.
+            max_examples: only the first ones.
+            columns: what is kept beside the rows.
+
+        Raises:
+            ValueError: if the data is empty, cannot be encoded, it is not clear what to read, or the column of labels
+                that was asked for holds none.
+        """
+        records = records_of(dataset, max_examples)
+        asked = given = (reading or Reading()).or_of(self.reading)
+        known = None if like is None or len(records) == 0 else Encoded.of(like)
+        if known is not None:
+            asked = asked.or_of(known.reading.within(records[0]))
+        needs = self.needs if positions is None else replace(self.needs, positions=positions)
+        examples = Examples(
+            records, self.processing_class, max_examples=max_examples, columns=columns, reading=asked, needs=needs
+        )
+        if given.label_column is not None:
+            examples.check_labelled(given.label_column)
+        return examples
+
+    @property
+    def needs(self) -> ModelNeeds:
+        """What of the model decides how examples are encoded."""
+        base: Any = base_of(self.model)
+        task = getattr(self.head, "task", None) or task_of_class(type(base).__name__)
+        names = self._label_names()
+        return ModelNeeds(
+            task,
+            self.fisher.positions,
+            ModelLimits.of(self.model, needs_labels=False).positions,
+            None if names is None else {int(number): name for number, name in names.items()},
+        )
 
     def direction_of(self, matrices: dict[str, Tensor], info: Mapping[str, Any]) -> ParameterDirection:
         """What lifting found, as a direction in the parameters; the matrices are taken out of the dictionary.
@@ -351,6 +409,19 @@ class AnalysedModel:
             "label_names": self._label_names(),
             "versions": {name: _version(name) for name in ("hf_npeff", "torch", "transformers", "accelerate")},
         }
+
+    def rows_per_example(self, choices: int | None = None) -> int:
+        """c: the rows that an example of a data set will have, as far as that is known before the model runs.
+
+        Args:
+            choices: of multiple choice, whose classes they are.
+        """
+        config: Any = base_of(self.model).config
+        k = choices if getattr(self.head, "task", None) == "multiple-choice" else getattr(config, "num_labels", None)
+        once = not traits_of(self.head).vocabulary and not getattr(self.head, "several", True)
+        if getattr(self.head, "task", None) == "question-answering" or not once:
+            k = None  # classes are positions or tokens, or terms are many: then rows are reduced to `rank`
+        return rows_per_example(self.fisher, getattr(self.head, "distribution", None), k)
 
     def _label_names(self) -> dict[str, str] | None:
         """{number of a class: its name}; None of a language model."""

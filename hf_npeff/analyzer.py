@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from hf_npeff.config import (
 from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.encoding.record import Reading
 from hf_npeff.fisher.compute import compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
 from hf_npeff.fisher.heads import base_of, traits_of
@@ -39,6 +41,7 @@ from hf_npeff.weights.lifting import lift_components, select
 from hf_npeff.weights.perturbation import PerturbationReport, evaluate
 from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 
+logger = logging.getLogger(__name__)
 _FIRST = 64
 """Examples among which the self-test finds its own."""
 _LIFTED_TOGETHER = 4
@@ -93,6 +96,11 @@ class NPEFFAnalyzer(AnalysedModel):
         like: PEFs | Decomposition | None = None,
         progress: bool | None = None,
         on_error: OnError = ComputeRequest.on_error,
+        text_column: str | None = Reading.text_column,
+        text_pair_column: str | None = Reading.text_pair_column,
+        label_column: str | None = Reading.label_column,
+        truncation: bool = Reading.truncation,
+        max_length: int | None = Reading.max_length,
     ) -> PEFs:
         """Per-example Fishers of a data set.
 
@@ -111,12 +119,22 @@ class NPEFFAnalyzer(AnalysedModel):
             on_error: what happens to an example for which the model gives NaN or infinite numbers: "raise" stops there,
                 "skip" leaves it out. Who was left out, and why, is in `info["skipped"]` and in manifest.json, and a
                 warning says how many.
+            text_column: what is read: a column of texts, conversations or lists of words; "translation.en" reaches into
+                a column of dictionaries. None: found by names and contents (docs/datasets.md), or an error says why
+                not. What was read is in `info["dataset"]["encoded"]`.
+            text_pair_column: the second text of a pair; with multiple choice, the column of choices.
+            label_column: classes, numbers or tags; with positions="labels", the text that a language model is to
+                predict. None: `label` or `labels`.
+            truncation: cut examples that are too long; by default they are refused. How many were cut is in
+                `info["dataset"]["truncated"]`.
+            max_length: the most tokens of an example with truncation; None: the model's positions.
 
         Returns:
             PEFs in the data set's order.
 
         Raises:
-            ValueError: if the data is empty, cannot be encoded or is too long for the model; if the config asks for
+            ValueError: if the data is empty, cannot be encoded or is too long for the model; if it is not clear which
+                columns to read, or one that was asked for is missing; if the config asks for
                 what the model does not have; if the model gives NaN (the examples are named); if `like` is of rows
                 made elsewhere.
             UnsupportedModelError: if the model has no logits or uses a module in a way that hooks do not see.
@@ -129,7 +147,9 @@ class NPEFFAnalyzer(AnalysedModel):
             output_dir=folder, batch_size=batch_size, shard_size=shard_size, on_error=on_error, progress=shown
         )
         analyzer = self if like is None else self.with_settings_of(like)
-        examples = Examples(dataset, self.processing_class, max_examples=max_examples, columns=columns)
+        reading = Reading(text_column, text_pair_column, label_column, truncation, max_length)
+        known = None if like is None else like.info
+        examples = analyzer.read(dataset, reading, like=known, max_examples=max_examples, columns=columns)
         return analyzer._compute(examples, request, resume)
 
     def _compute(self, examples: Examples, request: ComputeRequest, resume: bool) -> PEFs:
@@ -138,7 +158,10 @@ class NPEFFAnalyzer(AnalysedModel):
         worker = self.worker()
         if worker.count > 1 and request.output_dir is None:
             raise ValueError("with several processes PEFs are gathered on disk: pass output_dir")
-        facts = {**self.facts(), "dataset": {"examples": len(examples), "hash": dataset_hash(self._checked(examples))}}
+        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+        hashed = dataset_hash(limits.checked(examples))
+        about = {"examples": len(examples), "hash": hashed, "encoded": examples.encoded.to_dict()}
+        facts = {**self.facts(), "dataset": {**about, "truncated": limits.truncated}}
         if request.output_dir is not None and not resume and worker.index == 0:
             remove_store(request.output_dir)
         worker.barrier()
@@ -148,18 +171,19 @@ class NPEFFAnalyzer(AnalysedModel):
             maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=known, skip=request.skip)
             self._sketch, self.maps = maker.sketch, list(maker.forward.maps)
             if worker.index == 0:
+                logger.log(logging.WARNING if examples.encoded.unread else logging.INFO, "%s", examples.encoded)
+                limits.tell_truncated(len(examples), examples.encoded.max_length)
                 maker.log(self.fisher.sketch_tolerance)
             return compute(maker, examples, facts, request, worker)
 
-    def _checked(self, examples: Examples) -> Iterator[Example]:
-        """The examples, each refused here if the model cannot take it."""
-        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
-        for example in examples:
-            limits.check(example)
-            yield example
-
     def estimate(
-        self, dataset: Any, *, tokens: float | None = None, n_components: int = DecompositionConfig.n_components
+        self,
+        dataset: Any,
+        *,
+        tokens: float | None = None,
+        n_components: int = DecompositionConfig.n_components,
+        max_examples: int | None = None,
+        **reading: Any,
     ) -> Estimate:
         """What an analysis will cost, without running anything; print it.
 
@@ -167,11 +191,16 @@ class NPEFFAnalyzer(AnalysedModel):
             dataset: what `compute_pefs` would get, or a number of examples.
             tokens: of an example; by default the mean of the first 256, or 128 where there is only a number.
             n_components: r.
+            max_examples: only the first ones.
+            **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
+
+        Raises:
+            ValueError: if the data is empty or cannot be encoded, or it is not clear what to read.
         """
-        n = dataset if isinstance(dataset, int) else 0
+        n, choices = dataset if isinstance(dataset, int) else 0, None
         if not isinstance(dataset, int):
-            examples = Examples(dataset, self.processing_class)
-            n = len(examples)
+            examples = self.read(dataset, Reading(**reading), max_examples=max_examples)
+            n, choices = len(examples), examples[0].choices
             lengths = [examples[i].length for i in range(min(n, 256))]
             tokens = sum(lengths) / len(lengths) if tokens is None else tokens
         config: Any = base_of(self.model).config
@@ -194,7 +223,7 @@ class NPEFFAnalyzer(AnalysedModel):
             chosen=self._sketch is not None or self.fisher.sketch != "auto",
             n=n,
             tokens=128.0 if tokens is None else tokens,
-            c=self.fisher.rank,
+            c=self.rows_per_example(choices),
             r=n_components,
             source=getattr(text, "hidden_size", 1) if hidden else getattr(config, "num_labels", 1),
             storage_bytes=getattr(torch, self.fisher.storage_dtype).itemsize,

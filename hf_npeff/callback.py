@@ -308,8 +308,8 @@ class NPEFFCallback(TrainerCallback):
     def _write(self, folder: Path, *, everything: bool) -> None:
         if self.decomposition_ is None:
             return
-        columns = self.decomposition_.columns
-        texts = () if everything or self.include_texts else text_columns(columns)
+        columns, info = self.decomposition_.columns, self.decomposition_.info
+        texts = () if everything or self.include_texts else text_columns(columns, info)
         self.decomposition_.save_pretrained(folder, include_columns=[name for name in columns if name not in texts])
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.history)
         write_atomically(folder / HISTORY, lines.encode())

@@ -1,8 +1,9 @@
 """Datasets in any shape → examples with stable ids, in order, encoded and padded for a model.
 
 Accepted are `datasets.Dataset`, `datasets.IterableDataset`, lists of strings, lists of dictionaries, dictionaries of
-tensors or lists, and DataLoaders. Padding that came with tensors is taken off again, and batches are padded on the
-right: at the positions that count, a model that honours its attention mask predicts the same.
+tensors or lists, and DataLoaders. Which columns are read, and how, is found in `hf_npeff.encoding`. Padding that came
+with tensors is taken off again, and batches are padded on the right: at the positions that count, a model that honours
+its attention mask predicts the same.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-_MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-_TEXT_COLUMNS = (
-    ("text",), ("prompt",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question", "context"),
-    ("question1", "question2"), ("sentence",), ("question",), ("content",),
-)  # fmt: skip
-_ID_COLUMNS = ("id", "example_id", "idx", "guid")
+from hf_npeff.encoding.encoders import Encoder, Inputs
+from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
+from hf_npeff.encoding.shapes import IDS, MODEL_INPUTS, SAMPLE, encoded_as
+from hf_npeff.encoding.values import as_number_or_text, as_python, at
+
 _SEQUENCES = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
     "decoder_input_ids", "decoder_attention_mask",
@@ -39,12 +39,20 @@ class Example:
         inputs: what the model receives, without padding and without a batch dimension.
         columns: strings, numbers and booleans kept beside the rows.
         content: hash of `inputs`.
+        truncated: whether it was cut, as was asked for.
     """
 
     id: str
     inputs: dict[str, Any]
     columns: dict[str, Any]
     content: str
+    truncated: bool = False
+
+    @property
+    def choices(self) -> int | None:
+        """How many choices it has in multiple choice, else None."""
+        ids = self.inputs.get("input_ids")
+        return len(ids) if isinstance(ids, list) and _is_nested(ids) else None
 
     @property
     def length(self) -> int:
@@ -64,11 +72,17 @@ class Examples(Sequence[Example]):
         dataset: see the module.
         processing_class: tokenizer, image processor or processor of the model; needed unless the data is encoded.
         max_examples: take only the first ones; required for an IterableDataset.
-        columns: names to keep beside the rows. None: every column of strings, numbers or booleans.
+        columns: names to keep beside the rows. None: every column of strings, numbers or booleans, the labels, and a
+            text of what was read where no column shows it.
+        reading: which columns are read, and whether long examples are cut.
+        needs: what of the model decides how examples are encoded.
+
+    Attributes:
+        encoded: the record of what is read.
 
     Raises:
-        ValueError: if the data set is empty, is iterable without `max_examples`, has no usable column, lacks one of
-            `columns`, or has text but there is no processing class.
+        ValueError: if the data set is empty, is iterable without `max_examples`, lacks one of `columns` or of what is
+            to be read, if it is not clear what to read, or has text but there is no processing class.
     """
 
     def __init__(
@@ -78,26 +92,32 @@ class Examples(Sequence[Example]):
         *,
         max_examples: int | None = None,
         columns: Sequence[str] | None = None,
+        reading: Reading | None = None,
+        needs: ModelNeeds | None = None,
     ):
         if max_examples is not None and max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, but it is {max_examples}")
-        self._processing_class = processing_class
         self._records = records_of(dataset, max_examples)
         self._n = len(self._records) if max_examples is None else min(len(self._records), max_examples)
         if self._n == 0:
             raise ValueError("the dataset is empty: there are no examples to analyse")
         first = self._records[0]
-        self._encoder = _encoder_for(first, processing_class)
+        heavy = any(name in first for name in (*MODEL_INPUTS, "image", "img"))
+        rows = [self._records[i] for i in range(1 if heavy else min(self._n, SAMPLE))]
+        names = _class_names(getattr(self._records, "features", None))
+        record = encoded_as(rows, reading or Reading(), needs or ModelNeeds(), names)
+        self._encoder = Encoder(record, processing_class, needs or ModelNeeds(), _tensor_inputs)
+        self.encoded: Encoded = self._encoder.record
         if columns is not None and (missing := [c for c in columns if c not in first]):
             raise ValueError(f"columns {missing} are not in the dataset; it has {sorted(first)}")
         self._columns = columns
         self._ids = self._ids_of(first)
 
     def _ids_of(self, first: Mapping[str, Any]) -> list[str]:
-        for name in _ID_COLUMNS:
-            if isinstance(first.get(name), str | int) and not isinstance(first.get(name), bool):
-                column = _column(self._records, name, self._n)
-                ids = [str(value) for value in column]
+        for name in IDS:
+            value = as_number_or_text(first.get(name))
+            if isinstance(value, str | int) and not isinstance(value, bool):
+                ids = [str(as_number_or_text(value)) for value in _column(self._records, name, self._n)]
                 if len(set(ids)) == len(ids):
                     return ids
         return [str(i) for i in range(self._n)]
@@ -112,16 +132,34 @@ class Examples(Sequence[Example]):
             raise IndexError(f"example {i} of {self._n}")
         i %= self._n
         record = self._records[i]
-        inputs = {k: v for k, v in self._encode(record, i).items() if v is not None}
-        names = self._columns if self._columns is not None else [k for k, v in record.items() if _is_plain(v)]
-        kept = {name: _plain(record.get(name)) for name in names}
-        return Example(self._ids[i], inputs, kept, _content_of(inputs))
+        encoded = self._encode(record, i)
+        inputs = {k: v for k, v in encoded.tensors.items() if v is not None}
+        kept = self._kept(record, encoded)
+        return Example(self._ids[i], inputs, kept, _content_of(inputs), encoded.truncated)
 
-    def _encode(self, record: Mapping[str, Any], i: int) -> dict[str, Any]:
+    def _kept(self, record: Mapping[str, Any], encoded: Inputs) -> dict[str, Any]:
+        if self._columns is not None:
+            return {name: _plain(record.get(name)) for name in self._columns}
+        label = self.encoded.label_column
+        kept = {name: _plain(v) for name, v in record.items() if _is_plain(v) or (name == label and _is_label(v))}
+        made = [name for name in self.encoded.shown if name not in record]
+        return {**kept, **dict.fromkeys(made, encoded.shown)}
+
+    def _encode(self, record: Mapping[str, Any], i: int) -> Inputs:
         try:
             return self._encoder(record)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"example {self._ids[i]!r} cannot be encoded: {error}") from error
+
+    def check_labelled(self, name: str) -> None:
+        """Refuse a column of labels that holds none.
+
+        Raises:
+            ValueError: if all its values are missing or −1.
+        """
+        values = (as_python(at(self._records[i], name)) for i in range(self._n))
+        if all(value in (None, [], -1) or value != value for value in values):
+            raise ValueError(f"label_column={name!r} holds no labels: all {self._n} values are missing or −1")
 
     @property
     def ids(self) -> list[str]:
@@ -143,6 +181,7 @@ def records_of(dataset: Any, max_examples: int | None) -> Any:
         return _unbatched(dataset, max_examples)
     if isinstance(dataset, Mapping):
         return _rows_of_columns(dataset)
+    dataset = _without_format(dataset)
     if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
         return dataset
     if isinstance(dataset, Sequence):
@@ -157,6 +196,31 @@ def records_of(dataset: Any, max_examples: int | None) -> Any:
         f"expected a datasets.Dataset, a list of strings or dictionaries, a dictionary of tensors or a DataLoader, "
         f"but got {type(dataset).__name__}"
     )
+
+
+_FORMATS = ("numpy", "torch", "pandas", "arrow", "polars", "jax", "tensorflow")
+
+
+def _without_format(dataset: Any) -> Any:
+    """A data set of `datasets` that gives Python's own types, whatever it was set to; transforms are kept."""
+    if not hasattr(dataset, "with_format"):
+        return dataset
+    known = getattr(dataset, "format", None)
+    if known is None:  # an IterableDataset does not tell, and has no transforms
+        return dataset.with_format(None)
+    if known["type"] not in _FORMATS:
+        return dataset
+    return dataset.with_format(None, columns=known["columns"])
+
+
+def _class_names(features: Any) -> dict[str, list[str]]:
+    """{column: names of its classes} of a data set of `datasets`, for single labels and for lists of them."""
+    names = {}
+    for column, feature in dict(features or {}).items():
+        inner = getattr(getattr(feature, "feature", feature), "names", None)
+        if inner:
+            names[column] = list(inner)
+    return names
 
 
 def _as_record(record: Any, i: int) -> Mapping[str, Any]:
@@ -210,56 +274,6 @@ def _unbatched(loader: DataLoader[Any], max_examples: int | None) -> list[dict[s
     return rows
 
 
-def _encoder_for(first: Mapping[str, Any], processing_class: Any) -> Any:
-    if any(name in first for name in _MODEL_INPUTS):
-        return _tensor_inputs
-    if "image" in first:
-        return lambda record: _image_inputs(record, _required(processing_class, "image"))
-    if "messages" in first:
-        return lambda record: _chat_inputs(record, _required(processing_class, "messages"))
-    strings = [name for name, value in first.items() if isinstance(value, str)]
-    for names in _TEXT_COLUMNS:
-        if all(name in strings for name in names):
-            return lambda record: _text_inputs(record, names, _required(processing_class, names[0]))
-    if len(strings) == 1:
-        return lambda record: _text_inputs(record, tuple(strings), _required(processing_class, strings[0]))
-    raise ValueError(
-        f"no column to read the inputs from: the dataset has {sorted(first)}. Expected one of {list(_MODEL_INPUTS)}, "
-        "'messages', 'image', or text in a column named 'text' (or a usual pair such as premise and hypothesis)"
-    )
-
-
-def _required(processing_class: Any, column: str) -> Any:
-    if processing_class is None:
-        raise ValueError(f"the column {column!r} has to be encoded: pass processing_class (the model's tokenizer)")
-    return processing_class
-
-
-def _targets(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Token labels go with the inputs, where positions='labels' reads them; class labels are columns only."""
-    labels = record.get("labels")
-    return {"labels": list(labels)} if isinstance(labels, list | tuple) else {}
-
-
-def _text_inputs(record: Mapping[str, Any], names: tuple[str, ...], tokenizer: Any) -> dict[str, Any]:
-    texts = [record[name] for name in names]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"the columns {names} must hold text, but they hold {[type(t).__name__ for t in texts]}")
-    return {**dict(tokenizer(*texts)), **_targets(record)}
-
-
-def _chat_inputs(record: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    encoded = tokenizer.apply_chat_template(
-        record["messages"], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return {**dict(encoded), **_targets(record)}
-
-
-def _image_inputs(record: Mapping[str, Any], processor: Any) -> dict[str, Any]:
-    encoded = processor(images=record["image"], return_tensors="pt")
-    return {name: value[0] for name, value in encoded.items()}
-
-
 def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
     """Whether real tokens follow padding: with it a model that counts positions from 0 predicts something else."""
     masks = [record.get(name) for name in ("attention_mask", "decoder_attention_mask")]
@@ -288,13 +302,19 @@ def _tensor_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 0
-    return isinstance(value, str | bool | int | float) or value is None
+    return isinstance(as_number_or_text(value), str | bool | int | float) or value is None
+
+
+def _is_label(value: Any) -> bool:
+    """Whether it is a list of numbers or names, as multi-label data has."""
+    value = as_python(value)
+    return isinstance(value, list) and all(isinstance(each, str | int | float) for each in value)
 
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # of torch, and of NumPy
         return value.item()
-    return value if _is_plain(value) else json.dumps(value, default=str)
+    return value if _is_plain(value) else json.dumps(as_python(value), default=str)
 
 
 def _content_of(inputs: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ FLOORS = (
     "errors",
     "extras",  # libraries that only some functions need
     "config",
+    "encoding",  # which columns are read, and how
     "data",
     # Low, because all that is kept has its methods from sharing/pretrained.py and is written with sharing/files.py.
     # What cards say of higher floors' objects they read through sharing/protocols.py.

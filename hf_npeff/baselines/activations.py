@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult, check_enough
-from hf_npeff.data import Examples, batches_by_length
+from hf_npeff.data import batches_by_length
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.extras import load
 
@@ -124,7 +124,7 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
         >>> hidden_states(analyzer, dataset, Site(model, layer=0)).shape
         torch.Size([24, 16])
     """
-    examples = Examples(dataset, analyzer.processing_class)
+    examples = analyzer.read(dataset)
     everything = examples[:]
     found: list[Tensor] = [torch.empty(0)] * len(everything)
     with analyzer.forward_pass() as forward, torch.no_grad():

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.config import BATCH_SIZE
-from hf_npeff.data import Examples
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.extras import load
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
@@ -276,7 +275,7 @@ def lift_combinations(
     """
     if pefs.cotangents is None:
         raise ValueError("these rows were made elsewhere and hold no cotangents, so they cannot be lifted")
-    examples = align(Examples(dataset, analyzer.processing_class), pefs.example_ids, pefs.content_hashes)
+    examples = align(analyzer.read(dataset, like=pefs.info), pefs.example_ids, pefs.content_hashes)
     with analyzer.forward_pass() as forward:
         found = lift_exact(forward, examples, pefs.cotangents, coefficients, batch_size)
     return [analyzer.direction_of(matrices, facts) for matrices in found]

@@ -56,7 +56,7 @@ def perturb(
     found = read_decomposition(decomposition)
     component = found.index_of(component)
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
-    analyzer = analyzer_for(model, loading, found)
+    analyzer = analyzer_for(model, loading, found, reading)
     direction = analyzer.lift(found, component, fishers, dataset, **vars(lifting))
     report = analyzer.evaluate_direction(direction, found, component, dataset, **vars(measuring))
     about: dict[str, Any] = {"report": report, "decomposition": found}

@@ -109,11 +109,11 @@ def explain(
     - `hf-npeff explain user/npeff-distilgpt2 distilbert/distilgpt2 new.txt --json`
     """
     found = read_decomposition(decomposition)
-    analyzer = analyzer_for(model, loading, found)
+    analyzer = analyzer_for(model, loading, found, reading)
     pefs = analyzer.compute_pefs(read_data(data, reading), like=found, batch_size=batch_size)
     coefficients = found.transform(pefs).tolist()
     labels = [one.label for one in found]
-    texts = next((pefs.columns[name] for name in (found.text_column, "text") if name in pefs.columns), None)
+    texts = pefs.texts
     rows = []
     for line, weights in zip(_shown(texts, pefs.example_ids, pefs.columns), coefficients, strict=True):
         leading = sorted(range(len(labels)), key=weights.__getitem__, reverse=True)[:3]

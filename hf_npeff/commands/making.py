@@ -71,7 +71,7 @@ def compute(
     if output is None and not dry_run:
         raise typer.BadParameter("PEFs need a folder", param_hint="--output")
     dataset = read_data(data, reading)
-    analyzer = analyzer_for(model, loading, fisher)
+    analyzer = analyzer_for(model, loading, fisher, reading)
     if dry_run:
         cost = analyzer.estimate(dataset)
         return Result(asdict(cost) | {"flops": cost.flops}, str(cost))
@@ -85,7 +85,15 @@ def compute(
         on_error=request.on_error,
     )
     values = {"output": str(output), "revision": analyzer.revision, **_told(pefs)}
-    return Result(values, f"{pefs!r}\nin {output}", {"revision": analyzer.revision})
+    return Result(values, f"{pefs!r}\n{_read_of(pefs)}\nin {output}", {"revision": analyzer.revision})
+
+
+def _read_of(pefs: PEFs) -> str:
+    """What the model was given, and how many examples were cut, in a line."""
+    from hf_npeff.encoding.record import Encoded
+
+    cut = (pefs.info.get("dataset") or {}).get("truncated")
+    return f"{Encoded.of(pefs.info)}" + (f"; {cut:,} examples were cut" if cut else "")
 
 
 def _told(pefs: PEFs) -> dict[str, Any]:
@@ -93,6 +101,7 @@ def _told(pefs: PEFs) -> dict[str, Any]:
         "model": pefs.info.get("model"),
         "examples": len(pefs),
         "skipped": pefs.info.get("skipped", []),
+        "dataset": pefs.info.get("dataset"),
         "rank": pefs.rank,
         "dim": pefs.dim,
         "bytes": pefs.nbytes,

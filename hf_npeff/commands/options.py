@@ -24,6 +24,7 @@ import yaml
 
 from hf_npeff import __version__
 from hf_npeff.config import FisherConfig
+from hf_npeff.encoding.record import Reading
 from hf_npeff.errors import NPEFFError
 
 if TYPE_CHECKING:
@@ -289,11 +290,30 @@ class DataOptions:
         split: split of a data set on the Hub, such as "validation".
         subset: configuration of a data set on the Hub, such as "mnli".
         max_examples: only the first ones.
+        text_column: what is read: a column of texts, conversations or words; found by names and contents by default.
+        text_pair_column: the second text of a pair; with multiple choice, the column of choices.
+        label_column: classes, numbers, tags, or the text that a language model is to predict.
+        truncation: cut examples that are too long; they are refused by default.
+        max_length: the most tokens of an example with --truncation; the model's positions by default.
     """
 
     split: str | None = None
     subset: str | None = None
     max_examples: int | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    truncation: bool = False
+    max_length: int | None = None
+
+    @property
+    def columns(self) -> Reading:
+        """Which columns are read.
+
+        Raises:
+            ValueError: if the options do not go together.
+        """
+        return Reading(self.text_column, self.text_pair_column, self.label_column, self.truncation, self.max_length)
 
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -363,12 +383,20 @@ def _limited(dataset: Any, limit: int | None) -> Any:
     return dataset[:limit] if isinstance(dataset, list) else dataset.select(range(limit))
 
 
-def analyzer_for(model: str, loading: ModelOptions, settings: FisherConfig | Decomposition) -> NPEFFAnalyzer:
-    """The model under analysis.
+def analyzer_for(
+    model: str, loading: ModelOptions, settings: FisherConfig | Decomposition, reading: DataOptions | None = None
+) -> NPEFFAnalyzer:
+    """The model under analysis, which reads the columns that the options name.
 
     For a decomposition it gets that one's Fisher config, and its commit unless a revision was asked for.
+
+    Raises:
+        OSError: if the model cannot be loaded.
+        ValueError: if the options do not go together.
     """
     from hf_npeff.analyzer import NPEFFAnalyzer
+
+    columns = Reading() if reading is None else reading.columns
 
     if isinstance(settings, FisherConfig):
         fisher = settings
@@ -377,9 +405,11 @@ def analyzer_for(model: str, loading: ModelOptions, settings: FisherConfig | Dec
         if loading.revision is None and settings.info.get("model") == model:
             loading = replace(loading, revision=settings.info.get("revision"))
     try:
-        return NPEFFAnalyzer.from_pretrained(model, fisher=fisher, **asdict(loading))
+        analyzer = NPEFFAnalyzer.from_pretrained(model, fisher=fisher, **asdict(loading))
     except OSError as error:
         raise OSError(f"the model {model} cannot be loaded: {error}") from error
+    analyzer.reading = columns
+    return analyzer
 
 
 def read_decomposition(name: str) -> Decomposition:

@@ -212,7 +212,7 @@ def _measure(
     from hf_npeff.report.modules import energies_of
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
-    analyzer = analyzer_for(model, loading, found)
+    analyzer = analyzer_for(model, loading, found, reading)
     measured.alignments = analyzer.token_alignments(found, fishers, dataset, n_top=top, batch_size=batch_size)
     left = [j for j in range(len(found)) if j not in measured.energies]
     if modules and left:

@@ -91,12 +91,12 @@ def factors(
 
     dataset = read_data(data, reading)
     annotated = _attributes(dataset, attributes, measured.min_count)
-    analyzer = analyzer_for(model, loading, fisher)
+    analyzer = analyzer_for(model, loading, fisher, reading)
     found = fit_methods(analyzer, dataset, comparison)
     result = run_factors(found.methods, annotated, measured, seeds=found.seeds)
     kept = found.decomposition
-    if kept is not None and kept.text_column is not None:  # for `study ratings`
-        save_methods(output, found.methods, kept.columns[kept.text_column])
+    if kept is not None and kept.texts is not None:  # for `study ratings`
+        save_methods(output, found.methods, kept.texts)
     return _written(result, output)
 
 
@@ -123,7 +123,7 @@ def selectivity(
 
     dataset = read_data(data, reading)
     annotated = _attributes(dataset, attributes, measured.min_count)
-    analyzer = analyzer_for(model, loading, fisher)
+    analyzer = analyzer_for(model, loading, fisher, reading)
     found = fit_methods(analyzer, dataset, comparison)
     scores = run_factors(found.methods, annotated, measured)
     return _written(run_selectivity(analyzer, found.methods, dataset, annotated, scores, switching), output)
@@ -205,10 +205,10 @@ def _read_methods(name: str) -> tuple[list[Any], list[str]]:
     if (kept := load_methods(Path(name))) is not None:
         return kept
     found = read_decomposition(name)
-    column = found.text_column
-    if column is None:
+    texts = found.texts
+    if texts is None:
         raise ValueError(f"{name} keeps no texts: raters need them")
-    return [MethodResult.of_decomposition(found, name=name)], found.columns[column]
+    return [MethodResult.of_decomposition(found, name=name)], texts
 
 
 def _chat(model: str, remote: bool) -> Any:
@@ -281,7 +281,7 @@ def ablations(
     points = read_grid((grid or default).read_text(encoding="utf-8"), fisher)
     dataset = read_data(data, reading)
     annotated = _attributes(dataset, attributes, measured.min_count) if attributes else None
-    analyzer = analyzer_for(model, loading, fisher)
+    analyzer = analyzer_for(model, loading, fisher, reading)
     result = run_ablations(analyzer, dataset, points, annotated, factors=measured, batch_size=batch_size)
     return _written(result, output)
 

@@ -100,12 +100,12 @@ class Component:
         values, order = torch.sort(self.coefficients, descending=True, stable=True)
         indices = order[:k].tolist()
         columns = {name: [v[i] for i in indices] for name, v in decomposition.columns.items()}
-        column = decomposition.text_column
+        texts = decomposition.texts
         return TopExamples(
             indices,
             values[:k].tolist(),
             [decomposition.example_ids[i] for i in indices],
-            None if column is None else columns[column],
+            None if texts is None else [texts[i] for i in indices],
             columns,
         )
 

@@ -17,6 +17,7 @@ from hf_npeff.decomposition.component import Component
 from hf_npeff.decomposition.folder import EXAMPLES, TENSORS, contents_of, read_folder, read_names
 from hf_npeff.decomposition.objective import alignments, energies, nonnegative_coefficients, overlaps
 from hf_npeff.decomposition.weighting import balanced
+from hf_npeff.encoding.record import shown_columns, shown_texts
 from hf_npeff.pefs.store import PEFs, check_same_sketch
 from hf_npeff.sharing.cards import decomposition_card, write_card
 from hf_npeff.sharing.files import write_together
@@ -109,11 +110,13 @@ class Decomposition(Readable):
 
     @property
     def text_column(self) -> str | None:
-        """The column that shows an example to a person: "text" or another text column, or None."""
-        for name in ("text", "prompt", "sentence", "premise", "question", "content"):
-            if name in self.columns:
-                return name
-        return None
+        """The column that shows an example to people, as the data was read, or None; of a pair the first."""
+        return next(iter(shown_columns(self.columns, self.info)), None)
+
+    @property
+    def texts(self) -> list[str] | None:
+        """What shows each example to people; the texts of a pair have " | " between them. None where none was kept."""
+        return shown_texts(self.columns, self.info)
 
     def __len__(self) -> int:
         return len(self.pseudo_fishers)
@@ -337,7 +340,7 @@ class Decomposition(Readable):
         license: str | None = None,
     ) -> None:
         """`push_to_hub`'s own arguments; the card says which columns were left out."""
-        texts = () if include_texts else text_columns(self.columns)
+        texts = () if include_texts else text_columns(self.columns, self.info)
         warn_of_local_model(repo_id, self.info.get("model"))
         self._save(folder, [name for name in self.columns if name not in texts], repo_id, datasets, license)
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_npeff.config import OutputFactor
+from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.fisher.distributions import Distribution
 from hf_npeff.fisher.heads import HeadJacobian, Outputs
 
@@ -94,6 +94,21 @@ def resolve(factor: OutputFactor, outputs: Outputs, rank: int) -> OutputFactor:
     if factor == "spectral" and rank > h:
         raise ValueError(f"rank={rank} exceeds the {h} dimensions that the model's head reads; lower it to {h}")
     return factor
+
+
+def rows_per_example(config: FisherConfig, distribution: type[Distribution] | None, k: int | None) -> int:
+    """C before the model runs: "exact" keeps all rows of one output term, everything else `rank`.
+
+    Args:
+        config: of the analysis.
+        distribution: of the model's output, or None where it is not known.
+        k: its classes, or None where they are not known or an example has several terms.
+    """
+    if distribution is None or k is None or k < 1 or config.output_factor not in ("auto", "exact"):
+        return config.rank
+    exact = max(1, distribution(torch.zeros(1, k)).rows_of_exact())
+    kept_by_auto = exact <= config.rank and k <= EXACT_LIMIT
+    return exact if config.output_factor == "exact" or kept_by_auto else config.rank
 
 
 def seeds_of(ids: Sequence[str], seed: int) -> list[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import nn
 from hf_npeff.data import Example
 from hf_npeff.fisher.heads import base_of
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
+
+@dataclass
 class ModelLimits:
     """What can be known of an example before the model runs.
 
@@ -20,11 +23,13 @@ class ModelLimits:
         vocabulary: {input: the ids that its embedding knows}; inputs without an embedding are not in it.
         positions: the most tokens, or None.
         needs_labels: whether every example brings the labels of its tokens.
+        truncated: how many of the examples that were checked had been cut.
     """
 
     vocabulary: Mapping[str, int]
     positions: int | None
     needs_labels: bool
+    truncated: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, *, needs_labels: bool) -> ModelLimits:
@@ -35,12 +40,37 @@ class ModelLimits:
         vocabulary = {name: size for name, size in found.items() if size is not None}
         return cls(vocabulary, _positions(base), needs_labels)
 
-    def check(self, example: Example) -> None:
-        """Refuse an example that the model cannot take.
+    def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The examples, each refused here if the model cannot take it; those that are too long together at the end.
 
         Raises:
-            ValueError: if it has no tokens, more than the model has positions, ids that are no token of it, or no
-                labels where they are needed.
+            ValueError: see `check`; and if examples have more tokens than the model has positions.
+        """
+        n, long, longest = 0, 0, None
+        for example in examples:
+            self.check(example)
+            n, self.truncated = n + 1, self.truncated + example.truncated
+            if self.positions is not None and example.length > self.positions:
+                long += 1
+                longest = example if longest is None or example.length > longest.length else longest
+            yield example
+        if longest is not None:
+            raise ValueError(
+                f"example {longest.id!r} has {longest.length} tokens, and the model has {self.positions} positions: "
+                f"{long:,} of {n:,} examples are too long, and this is the longest. Pass truncation=True to cut texts "
+                "(max_length= to how many tokens), or leave long examples out"
+            )
+
+    def tell_truncated(self, n: int, max_length: int | None) -> None:
+        """Warn of how many of n examples were cut."""
+        if self.truncated:
+            logger.warning("%d of %d examples were cut to %s tokens", self.truncated, n, max_length)
+
+    def check(self, example: Example) -> None:
+        """Refuse an example that the model cannot take, whatever its length.
+
+        Raises:
+            ValueError: if it has no tokens, ids that are no token of the model, or no labels where they are needed.
         """
         if example.length == 0:
             raise ValueError(f"example {example.id!r} has no tokens, so nothing to predict from; leave it out")
@@ -51,17 +81,12 @@ class ModelLimits:
                     f"example {example.id!r} has {name} from {min(ids)} to {max(ids)}, and the model's vocabulary "
                     f"has {size}; encode it with the model's own tokenizer"
                 )
-        if self.positions is not None and example.length > self.positions:
-            raise ValueError(
-                f"example {example.id!r} has {example.length} tokens, and the model has {self.positions} positions; "
-                "shorten it"
-            )
         if not self.needs_labels:
             return
         if "labels" not in example.inputs:
             raise ValueError(
                 f"positions='labels' needs token labels, and example {example.id!r} has none; add a `labels` "
-                "column (−100 where nothing is counted)"
+                "column (−100 where nothing is counted), or name the text to predict with label_column="
             )
         if all(label == -100 for label in example.inputs["labels"]):
             raise ValueError(

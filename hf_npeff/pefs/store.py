@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import FisherConfig
+from hf_npeff.encoding.record import Encoded, shown_columns, shown_texts
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import ID, Shards, StoreWriter, read_store
@@ -153,8 +154,21 @@ class PEFs(Readable):
 
     @property
     def labels(self) -> list[Any] | None:
-        """The column `label` or `labels`, where one was kept."""
+        """The column that was read as labels, else `label` or `labels`, where one was kept."""
+        record = Encoded.of(self.info)
+        if record is not None and record.label_column in self.columns:
+            return self.columns[record.label_column]
         return self.columns.get("label", self.columns.get("labels"))
+
+    @property
+    def text_column(self) -> str | None:
+        """The column that shows an example to a person, or None; of a pair the first."""
+        return next(iter(shown_columns(self.columns, self.info)), None)
+
+    @property
+    def texts(self) -> list[str] | None:
+        """What shows each example to people; the texts of a pair have " | " between them. None where none was kept."""
+        return shown_texts(self.columns, self.info)
 
     @property
     def example_ids(self) -> list[str]:
@@ -367,7 +381,7 @@ class PEFs(Readable):
         license: str | None = None,
     ) -> None:
         """`push_to_hub`'s own arguments. Rows are gradients, and tell something about their examples either way."""
-        texts = [] if include_texts else text_columns(self.columns)
+        texts = [] if include_texts else text_columns(self.columns, self.info)
         kept = {name: values for name, values in self.columns.items() if name not in texts}
         published = PEFs({}, kept, self.info, self._shards.parts)
         warn_of_local_model(repo_id, self.info.get("model"))

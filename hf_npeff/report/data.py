@@ -11,6 +11,7 @@ import numpy as np
 
 from hf_npeff import __version__
 from hf_npeff.decomposition.matching import matches, similarities
+from hf_npeff.encoding.record import shown_columns, shown_texts
 from hf_npeff.report.columns import Column, columns_of
 from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_components, place
 from hf_npeff.report.modules import ModuleEnergies, by_layer, estimated_energies
@@ -143,16 +144,17 @@ def _add_decomposition(page: PageData, decomposition: Decomposition) -> None:
 
 
 def _add_examples(page: PageData, decomposition: Decomposition, texts: bool, notes: list[str]) -> None:
-    private = [] if texts else text_columns(decomposition.columns)
+    private = [] if texts else text_columns(decomposition.columns, decomposition.info)
     kept = {name: values for name, values in decomposition.columns.items() if name not in private}
-    text = decomposition.text_column if decomposition.text_column in kept else None
+    read = shown_columns(kept, decomposition.info)
+    lines = shown_texts(kept, decomposition.info)
     page.facts["ids"] = decomposition.example_ids
-    page.facts["text"] = None if text is None else [None if t is None else str(t) for t in kept[text]]
+    page.facts["text"] = None if lines is None else [None if t is None else str(t) for t in lines]
     if private:
         notes.append(f"Left out because they may be private: {', '.join(private)}.")
-    elif text is None:
+    elif lines is None:
         notes.append("No text was kept with the examples, so they are shown by their ids.")
-    columns = columns_of({k: v for k, v in kept.items() if k != text}, decomposition.info.get("label_names"))
+    columns = columns_of({k: v for k, v in kept.items() if k not in read}, decomposition.info.get("label_names"))
     page.facts["columns"] = [_column_facts(page, at, column) for at, column in enumerate(columns)]
     found = explained_by(decomposition.coefficients, decomposition.pseudo_fishers)
     page.arrays["explained"] = found.total.astype(np.float32)
@@ -216,12 +218,13 @@ def _report_facts(report: ReportLike | Mapping[str, Any], texts: bool) -> dict[s
 def _add_comparison(page: PageData, first: Decomposition, second: Decomposition, texts: bool) -> None:
     measure, S = similarities(first, second)
     pairs = matches(S)
-    private = [] if texts else text_columns(second.columns)
-    column = second.text_column if second.text_column not in private else None
+    private = [] if texts else text_columns(second.columns, second.info)
+    kept = {name: values for name, values in second.columns.items() if name not in private}
+    shown = shown_texts(kept, second.info) or second.example_ids
     others = []
     for component in second:
         top = component.top_examples(SHOWN_ELSEWHERE)
-        lines = top.ids if column is None else [str(t) for t in top.columns[column]]
+        lines = [str(shown[i]) for i in top.indices]
         predictions = top.columns.get("prediction") or [None] * len(lines)
         others.append(
             {

@@ -203,7 +203,7 @@ def example_map(
     """
     go = _plotly()
     xy = place(decomposition.coefficients, layout, seed)
-    texts = decomposition.columns[decomposition.text_column] if decomposition.text_column else decomposition.example_ids
+    texts = decomposition.texts or decomposition.example_ids
     hover = np.array([str(text)[-120:].replace("<", "‹") for text in texts])
 
     def points(where: Any, **marker: Any) -> Any:

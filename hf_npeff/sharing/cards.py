@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from hf_npeff.encoding.record import Encoded, shown_texts
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.sharing.files import write_atomically
 from hf_npeff.sharing.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id, shown_model
@@ -136,10 +137,12 @@ def _source_facts(info: Mapping[str, Any]) -> list[tuple[str, object]]:
     sketch, tested = info.get("sketch") or {}, info.get("selftest") or {}
     error = tested.get("sketch_error")
     versions = info.get("versions") or {}
+    encoded = Encoded.of(info)
     return [
         ("Commit", info.get("revision")),
         ("Architecture", info.get("architecture")),
         ("Task", info.get("task")),
+        ("Read of the data", None if encoded is None else str(encoded)),
         ("Sketch", sketch.get("kind")),
         (
             "Error of the sketch",
@@ -188,9 +191,10 @@ def decomposition_card(
     """
     info = decomposition.info
     kept = [name for name in decomposition.columns if columns is None or name in columns]
-    text = decomposition.text_column
-    kind = "texts" if text in kept else "predictions" if "prediction" in kept else "ids"
-    shown = {"texts": text, "predictions": "prediction", "ids": None}[kind]
+    public = {name: decomposition.columns[name] for name in kept}
+    texts = shown_texts(public, info)
+    kind = "texts" if texts is not None else "predictions" if "prediction" in kept else "ids"
+    shown = {"texts": texts, "predictions": public.get("prediction"), "ids": decomposition.example_ids}[kind]
     model = info.get("model")
     where = "." if repo_id is None else repo_id
     load = ["from hf_npeff import Decomposition", ""]
@@ -207,7 +211,7 @@ def decomposition_card(
     ]
     configs = {"fisher": info.get("fisher"), "decomposition": decomposition.config.to_dict()}
     name = plain(shown_model(model), TITLE) if model else "rows made elsewhere"
-    lines, ratios = _component_lines(decomposition, shown)
+    lines, ratios = _component_lines(decomposition, shown or ())
     return fill(
         "decomposition",
         front_matter=metadata(DECOMPOSITION_TAG, model, _datasets(info, datasets), license),
@@ -228,16 +232,15 @@ def decomposition_card(
     )
 
 
-def _component_lines(decomposition: DecompositionLike, column: str | None) -> tuple[str, bool]:
-    """The table of components, and whether any KL ratio was measured."""
+def _component_lines(decomposition: DecompositionLike, lines: Sequence[Any]) -> tuple[str, bool]:
+    """The table of components, each example by its line, and whether any KL ratio was measured."""
     ratios = {j: measured.get("ratio") for j, measured in decomposition.evaluations.items()}
     measured = any(number(ratio) != "–" for ratio in ratios.values())
     head = ["component", "active on", "stability", *(["KL ratio"] if measured else []), "top examples"]
     rows: list[list[str]] = [head, ["---"] * len(head)]
     for component in list(decomposition)[:_LINES]:
         top = component.top_examples(TOP_EXAMPLES)
-        values = top.ids if column is None else top.columns[column]
-        shown = [escaped(v) or "–" for v, w in zip(values, top.coefficients, strict=True) if w > 0]
+        shown = [escaped(lines[i]) or "–" for i, w in zip(top.indices, top.coefficients, strict=True) if w > 0]
         title = (
             str(component.index) if component.name is None else f"{component.index}: {escaped(component.name, TITLE)}"
         )

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_npeff import __version__
+from hf_npeff.encoding.record import USUAL_TEXTS, Encoded
 
 LIBRARY = "hf_npeff"
 DECOMPOSITION_TAG = "npeff-decomposition"
@@ -313,22 +314,33 @@ def _shortly(error: Exception, token: str | bool | None) -> str:
 # What may leave
 
 _NEVER_TEXT = ("prediction", "content_hash", "id", "example_id", "idx", "guid")
-_ALWAYS_TEXT = (
-    "text", "prompt", "sentence", "sentence1", "sentence2", "premise", "hypothesis", "question", "question1",
-    "question2", "context", "content", "answer", "completion", "messages",
-)  # fmt: skip
+_ALWAYS_TEXT = {
+    *USUAL_TEXTS, "sentence2", "hypothesis", "question1", "question2", "context", "answer", "completion", "response",
+    "messages",
+}  # fmt: skip
 _LABEL_VALUES, _LABEL_LENGTH = 64, 64
 
 
-def text_columns(columns: Mapping[str, Sequence[Any]]) -> list[str]:
+def text_columns(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any] | None = None) -> list[str]:
     """The columns that count as texts, which leave for the Hub only with `include_texts=True`.
 
     Numbers, booleans and None are never texts. Neither are `prediction` and `content_hash`, which the library wrote,
     ids (`id`, `example_id`, `idx`, `guid`), nor label-like columns: at most 64 different values, none longer than 64
     characters, each used twice on average. All other columns are texts, and so is any column of anything but numbers
-    with one of the names under which data sets keep their inputs, such as `text` and `prompt`.
+    with one of the names under which data sets keep their inputs, such as `text` and `prompt`. What the model was given
+    is always a text.
+
+    Args:
+        columns: {name: values} kept beside the rows.
+        info: of the PEFs or the decomposition, whose record tells what the model was given.
     """
-    return [name for name, values in columns.items() if name not in _NEVER_TEXT and _holds_texts(name, values)]
+    record = Encoded.of(info or {})
+    given = set() if record is None else {*record.columns, *record.shown, record.target}
+    return [
+        name
+        for name, values in columns.items()
+        if name in given or (name not in _NEVER_TEXT and _holds_texts(name, values))
+    ]
 
 
 def _holds_texts(name: str, values: Sequence[Any]) -> bool:

@@ -27,6 +27,10 @@ class TopExamplesLike(Protocol):
     """`hf_npeff.decomposition.component.TopExamples`."""
 
     @property
+    def indices(self) -> Sequence[int]:
+        """Their places among the analysed examples."""
+
+    @property
     def coefficients(self) -> Sequence[float]:
         """W of each, descending."""
 
@@ -112,6 +116,10 @@ class DecompositionLike(Protocol):
     @property
     def text_column(self) -> str | None:
         """The column that shows an example to a person."""
+
+    @property
+    def texts(self) -> Sequence[Any] | None:
+        """What shows each example to a person."""
 
     @property
     def names(self) -> Mapping[int, str]:

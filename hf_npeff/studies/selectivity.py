@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import Intervention, MethodResult
-from hf_npeff.data import Example, Examples
+from hf_npeff.data import Example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.studies.attributes import Attributes
@@ -170,7 +170,7 @@ def run_selectivity(
         >>> result = run_selectivity(analyzer, methods, dataset, attributes, run_factors(methods, attributes), config)
     """
     config = config or SelectivityConfig()
-    examples = Examples(dataset, analyzer.processing_class)[:]
+    examples = analyzer.read(dataset)[:]
     if len(examples) != len(attributes.values):
         raise ValueError(
             f"the dataset has {len(examples)} examples, and the attributes are of {len(attributes.values)}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_npeff.config import check_scale
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.encoding.record import shown_texts
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.sharing.cards import write_card
@@ -366,9 +367,9 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
 def _example_lines(decomposition: Decomposition, component: int, include_texts: bool) -> list[str]:
     """A component's top examples for a card: texts where they may be shown, else ids, with the predictions."""
     top = decomposition[component].top_examples(10)
-    kept = set(top.columns) - (set() if include_texts else set(text_columns(decomposition.columns)))
-    column = decomposition.text_column if decomposition.text_column in kept else None
-    lines = [str(line) for line in (top.ids if column is None else top.columns[column])]
+    private = () if include_texts else text_columns(decomposition.columns, decomposition.info)
+    kept = {name: values for name, values in top.columns.items() if name not in private}
+    lines = [str(line) for line in shown_texts(kept, decomposition.info) or top.ids]
     if "prediction" in kept:
         lines = [f"{x} → {y}" for x, y in zip(lines, top.columns["prediction"], strict=True)]
     return lines

@@ -290,7 +290,7 @@ def _changes(
 ) -> list[dict[str, Any]]:
     """The answers that changed, as `PerturbationReport.changed` holds them."""
     assert forward.describe is not None
-    texts = decomposition.columns[decomposition.text_column] if decomposition.text_column else None
+    texts = decomposition.texts
     changed = []
     answers = zip(watched.indices, watched.examples, watched.before.answers(), after.answers(), strict=True)
     for i, example, *both in answers:

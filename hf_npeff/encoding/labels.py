@@ -1,0 +1,201 @@
+"""What the labels of a data set are among the classes of a model: by name where both have names, else by number.
+
+A label that is missing, −1 or no class of the model is no label: nothing is compared with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_GENERIC = re.compile(r"label_?\d+", re.IGNORECASE)
+"""transformers' own names of classes that have none."""
+_SHORTEST_PREFIX = 3
+"""Letters that two names must share at least for one to be short for the other, as "neg" is for "negative"."""
+NO_CLASS = -1
+"""Stands for a label that is no class of the model."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Labels that can be compared with predictions.
+
+    Attributes:
+        values: of each example: a class; 0 or 1 for each of k labels, in a list (multi-label); k numbers, in a list
+            (regression); None where there is no label.
+        why_none: why nothing can be compared, or None.
+    """
+
+    values: list[Any]
+    why_none: str | None = None
+
+    @property
+    def labelled(self) -> int:
+        """Examples with a label."""
+        return sum(value is not None for value in self.values)
+
+
+def truth_of(
+    column: Sequence[Any],
+    distribution: str,
+    k: int,
+    data_names: Sequence[str] | None = None,
+    model_names: Mapping[int, str] | None = None,
+) -> Truth:
+    """Labels as a model's classes, or as numbers for regression.
+
+    Args:
+        column: of the data set: numbers, names, lists, or lists as JSON.
+        distribution: what the model predicts: "softmax", "bernoulli" or "gaussian".
+        k: its classes, labels or numbers.
+        data_names: the data set's names of its classes.
+        model_names: {number: name} of the model's.
+    """
+    values = [_unpacked(value) for value in column]
+    if distribution == "gaussian":
+        numbers = [_real(value, k) for value in values]
+        return Truth(numbers, None if any(v is not None for v in numbers) else "the labels are no numbers")
+    numbering = class_numbers(data_names, model_names, k)
+    if isinstance(numbering, str):
+        return Truth([None] * len(values), numbering)
+    if distribution == "bernoulli":
+        return _multi_label(values, k, data_names, numbering, model_names)
+    classes = [_class(value, numbering, model_names, k) for value in values]
+    if any(value is not None for value in classes):
+        return Truth(classes)
+    return Truth(classes, "no label is a class of the model")
+
+
+def class_numbers(
+    data_names: Sequence[str] | None, model_names: Mapping[int, str] | None, k: int
+) -> list[int | None] | str:
+    """The model's class for every class of the data set, by name where both have names.
+
+    Names are compared without case and punctuation; one may be short for the other ("neg", "negative"). Where none is
+    found and there are equally many, numbers are taken as they are.
+
+    Returns:
+        A class or None for each of the data set's classes; why nothing can be matched, where that is so.
+    """
+    if data_names is None:
+        return list(range(k))
+    if not _named(model_names):
+        if len(data_names) == k:
+            return list(range(k))
+        return f"the data set has {len(data_names)} classes, and the model {k} without names"
+    found = [number_of_name(name, model_names or {}) for name in data_names]
+    if all(number is None for number in found):
+        if len(data_names) == k:
+            return list(range(k))
+        return f"the data set's classes {_few(data_names)} are not the model's {_few((model_names or {}).values())}"
+    chosen = [number for number in found if number is not None]
+    if len(set(chosen)) < len(chosen):  # two names of the data set are short for one of the model's
+        return f"the data set's classes {_few(data_names)} fit the model's {_few((model_names or {}).values())} twice"
+    left = sorted(set(range(k)) - set(chosen))
+    if len(data_names) == k and len(left) == 1:
+        found[found.index(None)] = left[0]
+    return found
+
+
+def number_of_name(name: str, model_names: Mapping[int, str]) -> int | None:
+    """The class of the model with this name, or the only one that it is short for, or that is short for it."""
+    wanted = _simple(name)
+    known = {number: _simple(each) for number, each in model_names.items()}
+    same = [number for number, each in known.items() if each == wanted]
+    if not same and len(wanted) >= _SHORTEST_PREFIX:
+        same = [
+            number
+            for number, each in known.items()
+            if len(each) >= _SHORTEST_PREFIX and (each.startswith(wanted) or wanted.startswith(each))
+        ]
+    return same[0] if len(same) == 1 else None
+
+
+def numbers_of_tags(
+    tags: Sequence[Any], data_names: Sequence[str] | None, model_names: Mapping[int, str] | None
+) -> list[int]:
+    """The model's classes of a row's tags; `NO_CLASS` for a tag that is none of them."""
+    k = len(model_names) if model_names else 1 + max((t for t in tags if isinstance(t, int)), default=0)
+    numbering = class_numbers(data_names, model_names, k)
+    if isinstance(numbering, str):
+        return [NO_CLASS] * len(tags)
+    found = (_class(tag, numbering, model_names, k) for tag in tags)
+    return [NO_CLASS if number is None else number for number in found]
+
+
+def _multi_label(
+    values: Sequence[Any],
+    k: int,
+    data_names: Sequence[str] | None,
+    numbering: Sequence[int | None],
+    model_names: Mapping[int, str] | None,
+) -> Truth:
+    """0 or 1 for each of k labels, from as many numbers or from lists of classes."""
+    lists = [value for value in values if isinstance(value, list)]
+    dense = data_names is None and all(len(v) == k and all(x in (0, 1) for x in v) for v in lists)
+    found: list[Any] = []
+    for value in values:
+        if not isinstance(value, list):
+            found.append(None)
+        elif dense:
+            found.append([int(x) for x in value])
+        else:
+            classes = [_class(x, numbering, model_names, k) for x in value]
+            known = None not in classes
+            found.append([int(j in classes) for j in range(k)] if known else None)
+    none = all(value is None for value in found)
+    return Truth(found, "a multi-label model needs a list of labels an example" if none else None)
+
+
+def _class(value: Any, numbering: Sequence[int | None], model_names: Mapping[int, str] | None, k: int) -> int | None:
+    """The model's class of one label, or None where it is no label."""
+    if isinstance(value, bool):
+        by_name = number_of_name(str(value), model_names or {}) if _named(model_names) else None
+        return by_name if by_name is not None else int(value) if k == 2 else None
+    if isinstance(value, float) and value.is_integer():  # pandas turns whole numbers into these where some are missing
+        value = int(value)
+    if isinstance(value, int):
+        number = numbering[value] if 0 <= value < len(numbering) else None
+        return number if number is not None and 0 <= number < k else None
+    if not isinstance(value, str):
+        return None
+    named = number_of_name(value, model_names or {})
+    if named is not None:
+        return named
+    if value.strip().isdecimal() and not _named(model_names):
+        return _class(int(value), numbering, model_names, k)
+    return None
+
+
+def _real(value: Any, k: int) -> list[float] | None:
+    """The k numbers that a regression head is to predict, or None where they are not there."""
+    values = value if isinstance(value, list) else [value]
+    numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)]
+    return numbers if len(numbers) == len(values) == k else None
+
+
+def _unpacked(value: Any) -> Any:
+    """A list that a store keeps as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _named(names: Mapping[int, str] | None) -> bool:
+    return bool(names) and not all(_GENERIC.fullmatch(str(name)) for name in (names or {}).values())
+
+
+def _simple(name: object) -> str:
+    return "".join(c for c in str(name).lower() if c.isalnum())
+
+
+def _few(names: Any) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:4])) + (", …" if len(names) > 4 else "")
