@@ -1,8 +1,15 @@
-"""One thread, no network, no progress bars, no GPU: what every test may rely on."""
+"""One thread, no network, no progress bars, no GPU: what every test may rely on, and the models that several share."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+import pytest
+from filelock import FileLock
+
+if TYPE_CHECKING:  # the module brings transformers, which has to see the settings below
+    from tests.trigger_words import TrainedCase
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -13,3 +20,23 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def trained_case(tmp_path_factory: pytest.TempPathFactory) -> TrainedCase:
+    """A trained classifier, analysed. It is trained once for all processes that share the test files out."""
+    from safetensors.torch import load_model, save_model
+
+    from tests import trigger_words
+
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each process has a folder of its own in there
+    weights = base / "trigger_words.safetensors"
+    with FileLock(weights.with_suffix(".lock")):
+        if not weights.exists():
+            save_model(trigger_words.trained(), weights)
+    with torch.random.fork_rng(devices=[]):
+        model = trigger_words.untrained()
+    load_model(model, weights)
+    return trigger_words.trained_case(model=model.eval())

@@ -372,9 +372,13 @@ def top_eigenvector(M: Tensor) -> Tensor:
 
 
 def nnls_coefficients(As: Factors, G: Tensor) -> Tensor:
-    """W (n, r): for each example the w ≥ 0 minimising ‖vec F_i − Σ_j w_j vec(g_j g_jᵀ)‖, by an active set method."""
-    design = torch.stack([torch.outer(g, g).flatten() for g in G.double()], 1).numpy()
-    rows = [scipy.optimize.nnls(design, _matrix(A).flatten().numpy())[0] for A in As]
+    """W (n, r): for each example the w ≥ 0 minimising ‖vec F_i − Σ_j w_j vec(g_j g_jᵀ)‖, by an active set method.
+
+    The d² × r design is QR: what of vec F_i is outside of Q's span adds the same to the norm for every w, so the active
+    set method sees ‖Qᵀ vec F_i − R w‖, with r rows.
+    """
+    Q, R = torch.linalg.qr(torch.stack([torch.outer(g, g).flatten() for g in G.double()], 1))
+    rows = [scipy.optimize.nnls(R.numpy(), (Q.mT @ _matrix(A).flatten()).numpy())[0] for A in As]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -20,8 +20,8 @@ from hf_npeff import Decomposition, DecompositionConfig, FisherConfig
 from hf_npeff.report.data import Extras
 from hf_npeff.report.page import write
 from hf_npeff.weights.token_alignments import TokenAlignment
-from tests.benchmarks.page import made
 from tests.browser import Browser, Page, find_browser
+from tests.random_decomposition import random_decomposition
 from tests.test_report import EVIL
 
 N, R = 48, 6
@@ -316,7 +316,7 @@ def test_components_are_searched_and_filtered(page: Page) -> None:
 
 def test_thousands_of_components_are_a_few_elements(browser: Browser, tmp_path: Path) -> None:
     """Oracle: the document: few cards at a time, the first and the last reachable, the scroll bar as long as all."""
-    opened = browser.open(write(made(40, 3000), tmp_path / "many.html", layout=None).as_uri())
+    opened = browser.open(write(random_decomposition(40, 3000), tmp_path / "many.html", layout=None).as_uri())
     assert opened.texts(".found") == ["3,000 components"]
     assert numbers(opened)[0] == 0 and len(numbers(opened)) < 100
     opened.run("scrollTo(0, document.body.scrollHeight)")

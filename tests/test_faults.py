@@ -45,8 +45,9 @@ from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import StoreWriter
 from hf_npeff.pefs.sketches import Sketch
 from tests import workers
-from tests.benchmarks.soak import hooks_of, soak
 from tests.faulty_disk import FAULTS, Died, FaultyDisk
+from tests.rounds import hooks_of, soak
+from tests.systems import linux_only
 from tests.test_directions import direction_for
 from tests.test_hub import small_decomposition
 
@@ -259,6 +260,7 @@ def _all_failures(place: Path) -> tuple[int, list[str], set[str]]:
     return points, wrong, kinds
 
 
+@linux_only("os.fork with torch's threads")
 def test_the_simulated_death_is_that_of_a_process_that_is_killed(tmp_path: Path) -> None:
     """Oracle: forked processes that SIGKILL themselves at the same points leave the same bytes."""
     case = CASES["a decomposition over another"]
@@ -408,7 +410,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
 
     def interrupted(self: Any, examples: Any) -> Any:
         if self.selftest is not None and next(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return rows(self, examples)
 
     analyzer = workers.analyzer()
@@ -600,6 +602,7 @@ def test_a_process_that_hangs_stops_the_others_within_the_time_out(processes: tu
     assert {name: (folder / "hangs" / name).read_bytes() for name in kept} == kept
 
 
+@linux_only("/proc/self/status, fd, maps and task")
 def test_rounds_of_all_stages_leave_nothing_behind(tmp_path: Path) -> None:
     """Invariant: hooks, tensors, open files, maps, threads and files after every round; 200 rounds run as a script."""
     found = soak(6, warm_up=3, folder=tmp_path)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import tempfile
@@ -57,6 +56,7 @@ from hf_npeff.sharing.files import (
 from hf_npeff.sharing.hub import _checked_subfolder, is_hub_id
 from hf_npeff.weights.adapters import save_components
 from tests import workers
+from tests.systems import linux_only
 from tests.test_cards import parts, skeleton
 from tests.test_faults import direction
 from tests.test_hub import small_decomposition
@@ -422,6 +422,8 @@ SECONDS = 20
 
 def within_bounds(read: Callable[[], Any]) -> str:
     """The class of the error that a call ends in, or "read", in a process with little room and time."""
+    import resource  # not on Windows, where no test calls this
+
     inside, outside = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -470,6 +472,7 @@ def table_bombs(folder: Path) -> Iterator[tuple[str, Path, str]]:
     yield "many columns of nothing", parquet(folder / "wide", wide), "CorruptStoreError"
 
 
+@linux_only("/proc/self/statm and RLIMIT_AS")
 def test_small_files_cannot_unfold_into_large_ones(tmp_path: Path) -> None:
     """Oracle: a process with half a gigabyte to spare refuses them, or reads them within it."""
     for name, path, expected in table_bombs(tmp_path):
@@ -488,6 +491,7 @@ def test_small_files_cannot_unfold_into_large_ones(tmp_path: Path) -> None:
     assert within_bounds(lambda: bytearray(2 * ROOM)) == "MemoryError"  # the bound itself
 
 
+@linux_only("/proc/self/statm and RLIMIT_AS")
 def test_what_is_no_file_is_not_read(sound: dict[str, Path], tmp_path: Path) -> None:
     """Oracle: a pipe, an endless device, a folder, a link in a circle in the place of every file, within a time."""
     for name, reader in READERS.items():

@@ -16,13 +16,10 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.weights.compressed_sensing import fista, flat_operator, iterative_hard_thresholding
 from hf_npeff.weights.lifting import combination, semi_orthogonal
 from tests import reference
-from tests.benchmarks.lifting import Case, case, continued, cosines, table
 from tests.tiny import tiny_batch, tiny_model
+from tests.trigger_words import TrainedCase, continued
 
-
-@pytest.fixture(scope="module")
-def trained_case() -> Case:
-    return case()
+METHODS = ("exact", "adjoint", "iht", "fista")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +43,35 @@ def as_row(analyzer: NPEFFAnalyzer, direction: ParameterDirection, pefs: PEFs) -
     maps = {m.parameter: m for m in analyzer.maps}
     parts = [maps[n].as_matrix(direction[n]) if n in maps else direction[n] for n in pefs.sketch().shapes]
     return torch.cat([p.double().flatten() for p in parts])
+
+
+def cosines(found: TrainedCase, truth: dict[str, Tensor]) -> dict[str, list[float]]:
+    """{method: |cosine| of every component to the truth}; ĝ and −ĝ are one component."""
+    wanted = list(range(len(found.decomposition)))
+    result = {}
+    for method in METHODS:
+        solver = method if method in ("iht", "fista") else "iht"
+        how = "compressed_sensing" if method in ("iht", "fista") else method
+        lifted = found.analyzer.lift(
+            found.decomposition,
+            wanted,
+            found.pefs,
+            found.data,
+            method=how,
+            solver=solver,  # type: ignore[arg-type]
+        )
+        result[method] = [
+            abs(d.cosine({name: truth[name][j] for name in d})) for j, d in zip(wanted, lifted, strict=True)
+        ]
+    return result
+
+
+def table(measured: dict[str, list[float]]) -> str:
+    """Median and minimum of every method."""
+    lines = ["method   median  minimum"]
+    for method, values in measured.items():
+        lines.append(f"{method:8} {float(torch.tensor(values).median()):.4f}   {min(values):.4f}")
+    return "\n".join(lines)
 
 
 # Exact lifting
@@ -74,7 +100,7 @@ def test_the_combination_is_the_oracles(tiny_case: tuple[NPEFFAnalyzer, list[Any
 
 
 def test_exact_lifting_of_a_trained_model_is_nearly_the_unsketched_component(
-    trained_case: Case, capsys: pytest.CaptureFixture[str]
+    trained_case: TrainedCase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Oracle: the decomposition continued without a sketch from the same coefficients, by dense eigenproblems."""
     shapes = trained_case.pefs.sketch().shapes.values()
@@ -88,7 +114,7 @@ def test_exact_lifting_of_a_trained_model_is_nearly_the_unsketched_component(
     assert max(max(measured[method]) for method in ("adjoint", "iht", "fista")) < 0.5
 
 
-def test_the_sketch_of_an_exactly_lifted_direction_is_the_component(trained_case: Case) -> None:
+def test_the_sketch_of_an_exactly_lifted_direction_is_the_component(trained_case: TrainedCase) -> None:
     """Oracle: the sketch applied to the direction; cosine ≥ 0.999 with g, as it reports itself."""
     c = trained_case
     for j, direction in enumerate(c.analyzer.lift(c.decomposition, [0, 3, 5], c.pefs, c.data)):
@@ -99,7 +125,7 @@ def test_the_sketch_of_an_exactly_lifted_direction_is_the_component(trained_case
         assert direction.info["estimated_cosine"] == pytest.approx(cosine, abs=1e-5)
 
 
-def test_components_share_the_forward_pass_and_are_those_lifted_alone(trained_case: Case) -> None:
+def test_components_share_the_forward_pass_and_are_those_lifted_alone(trained_case: TrainedCase) -> None:
     """Oracle: single lifts, and a count of the model's forward calls."""
     c = trained_case
     calls: list[int] = []
@@ -127,7 +153,7 @@ def test_lifting_a_few_at_a_time_is_lifting_together(tiny_case: tuple[NPEFFAnaly
     assert all(one.cosine(other) == pytest.approx(1, abs=1e-5) for (_, one), other in zip(each, together, strict=True))
 
 
-def test_top_examples_lift_from_a_few_and_report_the_share_of_the_weight(trained_case: Case) -> None:
+def test_top_examples_lift_from_a_few_and_report_the_share_of_the_weight(trained_case: TrainedCase) -> None:
     """Oracle: Σ coef² of unit rows over the examples with the largest W, from reference.lifting_coefficients."""
     c = trained_case
     d = c.decomposition
@@ -166,7 +192,7 @@ def test_balanced_components_lift_in_both_forms(kind: Any) -> None:
     assert metric.cosine(expected) > 1 - 1e-5
 
 
-def test_semi_orthogonal_lifting_takes_out_the_components_nearly_orthogonal_to_it(trained_case: Case) -> None:
+def test_semi_orthogonal_lifting_takes_out_the_components_nearly_orthogonal_to_it(trained_case: TrainedCase) -> None:
     """Oracle: the projection of g on the others by dense least squares; the sketch is orthogonal to them."""
     c = trained_case
     G = c.decomposition.pseudo_fishers.double()
@@ -211,7 +237,9 @@ def test_compressed_sensing_recovers_a_sparse_direction(solver: str, kind: Any, 
 # Bad input
 
 
-def test_lifting_refuses_what_does_not_belong_together(trained_case: Case, caplog: pytest.LogCaptureFixture) -> None:
+def test_lifting_refuses_what_does_not_belong_together(
+    trained_case: TrainedCase, caplog: pytest.LogCaptureFixture
+) -> None:
     """Oracle: the errors that the documentation promises; a dataset in another order is realigned by id."""
     c = trained_case
     d = c.decomposition
@@ -242,7 +270,7 @@ def test_lifting_refuses_what_does_not_belong_together(trained_case: Case, caplo
     assert newcomer.lift(d, 0, c.pefs, c.data).cosine(shuffled) > 1 - 1e-6
 
 
-def test_another_commit_of_the_model_is_refused(trained_case: Case) -> None:
+def test_another_commit_of_the_model_is_refused(trained_case: TrainedCase) -> None:
     """Oracle: the error, for lifting and for evaluating."""
     c = trained_case
     direction = c.analyzer.lift(c.decomposition, 0, c.pefs, c.data)

@@ -20,30 +20,25 @@ from hf_npeff import (
 )
 from hf_npeff.weights.perturbation import choose_examples, find_scale
 from tests import reference
-from tests.benchmarks.lifting import Case, case
 from tests.tiny import tiny_batch, tiny_model
+from tests.trigger_words import TrainedCase
 
 
 @pytest.fixture(scope="module")
-def trained_case() -> Case:
-    return case()
-
-
-@pytest.fixture(scope="module")
-def direction(trained_case: Case) -> ParameterDirection:
+def direction(trained_case: TrainedCase) -> ParameterDirection:
     c = trained_case
     found: ParameterDirection = c.analyzer.lift(c.decomposition, 0, c.pefs, c.data)
     return found
 
 
 @pytest.fixture(scope="module")
-def report(trained_case: Case, direction: ParameterDirection) -> PerturbationReport:
+def report(trained_case: TrainedCase, direction: ParameterDirection) -> PerturbationReport:
     c = trained_case
     return c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, n_top=8, n_others=24)
 
 
 def test_kl_flips_and_accuracy_are_the_oracles(
-    trained_case: Case, direction: ParameterDirection, report: PerturbationReport
+    trained_case: TrainedCase, direction: ParameterDirection, report: PerturbationReport
 ) -> None:
     """Oracle: one example at a time, reference.kl of the logits with θ and with θ + scale·direction."""
     c, model = trained_case, trained_case.analyzer.model
@@ -87,7 +82,7 @@ def test_kl_flips_and_accuracy_are_the_oracles(
 
 
 def test_the_best_sign_reaches_the_target_and_the_other_is_reported(
-    report: PerturbationReport, trained_case: Case, direction: ParameterDirection
+    report: PerturbationReport, trained_case: TrainedCase, direction: ParameterDirection
 ) -> None:
     """Oracle: the target, within 10%; the other sign only makes a sure model surer, and stops at the weights' norm."""
     assert report.reached and report.target == 0.5
@@ -113,7 +108,7 @@ def test_the_bootstrap_interval_holds_the_ratio(report: PerturbationReport) -> N
 
 
 def test_a_given_scale_is_used_and_the_order_of_the_data_does_not_matter(
-    trained_case: Case, direction: ParameterDirection
+    trained_case: TrainedCase, direction: ParameterDirection
 ) -> None:
     """Oracle: the report of the data in its own order; the model is untouched."""
     c = trained_case
@@ -126,7 +121,7 @@ def test_a_given_scale_is_used_and_the_order_of_the_data_does_not_matter(
     assert all(torch.equal(p, before[n]) for n, p in c.analyzer.model.named_parameters())
 
 
-def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_them(trained_case: Case) -> None:
+def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_them(trained_case: TrainedCase) -> None:
     """Oracle: single lifts and evaluations."""
     c = trained_case
     settings: dict[str, Any] = {"n_top": 6, "n_others": 12}
@@ -145,7 +140,9 @@ def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_t
     assert c.decomposition[4].top_examples(1).ids[0] in card and "Ratio" in card
 
 
-def test_a_data_set_is_encoded_once_for_all_components(trained_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_is_encoded_once_for_all_components(
+    trained_case: TrainedCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: a count of examples made; six components are lifted in two groups and measured one by one."""
     c, made, original = trained_case, [], data._content_of
     monkeypatch.setattr("hf_npeff.data._content_of", lambda inputs: made.append(1) or original(inputs))
@@ -153,7 +150,7 @@ def test_a_data_set_is_encoded_once_for_all_components(trained_case: Case, monke
     assert len(reports) == len(c.decomposition) > 4 and len(made) == len(c.data)
 
 
-def test_lifting_many_a_few_at_a_time_gives_what_lifting_together_gives(trained_case: Case) -> None:
+def test_lifting_many_a_few_at_a_time_gives_what_lifting_together_gives(trained_case: TrainedCase) -> None:
     """Oracle: `lift` of all components in one pass."""
     c = trained_case
     together = c.analyzer.lift(c.decomposition, range(len(c.decomposition)), c.pefs, c.data)
@@ -162,7 +159,7 @@ def test_lifting_many_a_few_at_a_time_gives_what_lifting_together_gives(trained_
     assert all(direction.cosine(together[j]) > 1 - 1e-6 for j, direction in zip(numbers, apart, strict=True))
 
 
-def test_tops_are_the_largest_coefficients_and_others_are_inactive(trained_case: Case) -> None:
+def test_tops_are_the_largest_coefficients_and_others_are_inactive(trained_case: TrainedCase) -> None:
     """Oracle: sorting, and the share of each example's coefficients."""
     d: Decomposition = trained_case.decomposition
     top, others = choose_examples(d, 2, 7, 20, 0)
@@ -206,7 +203,7 @@ def test_the_scale_is_found_within_five_percent_in_a_few_steps(power: float, fac
 # Bad input
 
 
-def test_what_cannot_be_evaluated_is_refused(trained_case: Case, direction: ParameterDirection) -> None:
+def test_what_cannot_be_evaluated_is_refused(trained_case: TrainedCase, direction: ParameterDirection) -> None:
     """Oracle: the errors."""
     c = trained_case
 

@@ -16,6 +16,7 @@ from hf_npeff import NPEFF, NPEFFError, PEFs
 from hf_npeff.fisher.compute import _missing
 from hf_npeff.fisher.rows import RowMaker
 from tests import planted, workers
+from tests.systems import linux_only
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,6 +165,7 @@ def test_a_worker_that_dies_stops_the_others_and_finished_shards_stay(tmp_path: 
     torch.testing.assert_close(pefs.factors, whole.factors, rtol=0, atol=1e-5)
 
 
+@linux_only("os.fork with torch's threads")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """Oracle: every file of a run that was left alone, after SIGKILL at 20 random moments and a second run each."""
     subprocess.run([sys.executable, "-m", "tests.workers", "kills", str(tmp_path)], cwd=ROOT, check=True, timeout=300)

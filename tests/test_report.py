@@ -40,9 +40,9 @@ from hf_npeff.report.training import history_file, read_run
 from hf_npeff.weights.perturbation import Effect
 from hf_npeff.weights.token_alignments import TokenAlignment
 from tests import reference
-from tests.benchmarks.page import made
 from tests.hub_server import HubServer
 from tests.planted import planted
+from tests.random_decomposition import random_decomposition
 from tests.tiny import WORDS, tiny_batch, tiny_model, tiny_tokenizer
 
 EVIL = [
@@ -360,7 +360,7 @@ def test_extras_that_do_not_fit_are_refused(tmp_path: Path, fitted: tuple[PEFs, 
     """Oracle: the message names what and which; nothing is written."""
     _, found = fitted
     path = tmp_path / "page.html"
-    elsewhere = made(4, 2)
+    elsewhere = random_decomposition(4, 2)
     elsewhere.example_ids = ["a", "b", "c", "d"]
     for extras, words in (
         (Extras(alignments=[TokenAlignment(9, 0, 1.0, None, [1.0], 0.0)]), "alignments.*9"),
@@ -417,7 +417,7 @@ def test_to_html_writes_the_page(tmp_path: Path, fitted: tuple[PEFs, Decompositi
 
 def test_a_page_is_small(tmp_path: Path) -> None:
     """Oracle: a bound for 2,000 examples × 64 dense components: 16 bits each in base64, and 210 bytes a text."""
-    path = write(made(2000, 64), tmp_path / "page.html", layout="pca")
+    path = write(random_decomposition(2000, 64), tmp_path / "page.html", layout="pca")
     assert path.stat().st_size < 1.1 * (2000 * 64 * 2 + 2000 * 210) * 4 / 3 + 120_000
 
 

@@ -12,6 +12,7 @@ import torch
 from hf_npeff import CorruptStoreError, FormatVersionError, IncompatibleSketchError, PEFs
 from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import padded_cat
+from tests.systems import linux_only
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -144,15 +145,13 @@ def test_columns_of_every_kind_come_back(tmp_path: Path, values: list[Any]) -> N
         assert PEFs.load(tmp_path / name).columns["thing"] == values
 
 
+@linux_only("/proc/self/maps")
 def test_rows_are_memory_mapped(tmp_path: Path) -> None:
     """Oracle: the process's own map of the file."""
     PEFs.from_factors(normal(50, 3, 5)).save(tmp_path / "p")
     loaded = PEFs.load(tmp_path / "p")
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("no /proc/self/maps on this system")
     assert len(loaded.factors) == 50
-    assert "pefs-00000.safetensors" in maps.read_text()
+    assert "pefs-00000.safetensors" in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("victim", ["pefs-00000.safetensors", "pefs-00002.parquet", "manifest.json", "config.json"])

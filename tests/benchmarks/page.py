@@ -9,46 +9,13 @@ the start of the navigation to the frame after the first cards are drawn, in Chr
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from hf_npeff import Decomposition, DecompositionConfig, FisherConfig
 from hf_npeff.report.page import write
 from tests.browser import Browser, find_browser
-
-WORDS = "the of a model answers weight moves city state verb plural past tense question because river".split()
-
-
-def made(n: int, r: int, seed: int = 0, *, dense: bool = True) -> Decomposition:
-    """A random decomposition with texts, a label, a prediction and a number."""
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    W = torch.rand(n, r, generator=generator) ** 8
-    if not dense:
-        W = torch.where(W > 0.2, W, 0.0)
-    G = torch.nn.functional.normalize(torch.randn(r, 64, generator=generator), dim=1)
-    texts = [" ".join(rng.choice(WORDS) + str(rng.randrange(1000)) for _ in range(30)) for _ in range(n)]
-    labels = [rng.randrange(6) for _ in range(n)]
-    columns = {
-        "text": texts,
-        "label": labels,
-        "prediction": [str(x if rng.random() < 0.8 else rng.randrange(6)) for x in labels],
-        "length": [len(text) + rng.random() for text in texts],
-    }
-    info = {"fingerprint": "random", "fisher": FisherConfig().to_dict(), "sketch": None, "model": None}
-    return Decomposition(
-        W,
-        G,
-        config=DecompositionConfig(n_components=r),
-        info=info,
-        example_ids=[str(i) for i in range(n)],
-        columns=columns,
-        stability=torch.rand(r, generator=generator),
-        loss_history=[1.0, 0.5, 0.3],
-    )
+from tests.random_decomposition import random_decomposition
 
 
 def main() -> None:
@@ -59,7 +26,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=("tsne", "pca", "none"), default="tsne")
     parser.add_argument("--keep", type=Path, help="Keep the page here.")
     given = parser.parse_args()
-    decomposition = made(given.examples, given.components)
+    decomposition = random_decomposition(given.examples, given.components)
     with tempfile.TemporaryDirectory() as folder:
         path = given.keep or Path(folder) / "page.html"
         started = time.perf_counter()
