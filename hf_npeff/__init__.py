@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from hf_npeff.pefs.store import PEFs
     from hf_npeff.sharing.hub import list_decompositions
     from hf_npeff.weights.directions import ParameterDirection
+    from hf_npeff.weights.measurement import Measurement
     from hf_npeff.weights.perturbation import PerturbationReport
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Component",
     "ParameterDirection",
     "PerturbationReport",
+    "Measurement",
     "NPEFFCallback",
     # the Hub
     "list_decompositions",
@@ -59,6 +61,7 @@ _MODULE_OF = {
     "FisherConfig": "config",
     "FormatVersionError": "errors",
     "IncompatibleSketchError": "errors",
+    "Measurement": "weights.measurement",
     "NPEFF": "decomposition.estimator",
     "NPEFFAnalyzer": "analyzer",
     "NPEFFCallback": "callback",

@@ -33,7 +33,7 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.sharing.files import read_json
 from hf_npeff.sharing.hub import commit_of_model, is_hub_id
-from hf_npeff.weights.adapters import layout_of
+from hf_npeff.weights.adapters import Adapter, layout_of
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import align, check_decomposed
 
@@ -378,23 +378,35 @@ class AnalysedModel:
         module = type(base_of(self.model)).__module__
         return ParameterDirection(deltas, layouts, {**self.facts(), "module": module, **info})
 
-    def check_movable(self, direction: ParameterDirection | None = None) -> None:
-        """Refuse to move weights that are sharded, or those of another commit than the direction's.
+    def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
+        """Refuse to move weights that are sharded, or those of another commit than the change's.
+
+        Args:
+            change: a direction or an adapter.
+            in_place: whether the weights themselves are to be moved.
 
         Raises:
-            UnsupportedModelError: if they are sharded.
+            UnsupportedModelError: if they are sharded, and are to be moved in place.
             ValueError: if the commits differ.
         """
-        if self.fsdp.active:
+        if in_place and self.fsdp.active:
             raise UnsupportedModelError(
                 "the model's weights are sharded over processes; load the whole model in one process to move them"
             )
-        made = None if direction is None else direction.info.get("revision")
+        info = {} if change is None else change.info if isinstance(change, ParameterDirection) else change.config
+        made = info.get("revision")
         if made is not None and self.revision is not None and made != self.revision:
             raise ValueError(
-                f"the direction was made for the model at commit {made}, and this model is at {self.revision}; load "
+                f"the change was made for the model at commit {made}, and this model is at {self.revision}; load "
                 "that revision"
             )
+
+    def truth_of(self, examples: Sequence[Example]) -> list[Any]:
+        """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers."""
+        if self.fisher.positions == "labels":
+            return [[token for token in e.inputs.get("labels", ()) if token != -100] or None for e in examples]
+        columns = [e.columns.get("label", e.columns.get("labels")) for e in examples]
+        return [v if isinstance(v, int | float) and not isinstance(v, bool) and v != -1 else None for v in columns]
 
     # What is known of it
 

@@ -20,6 +20,7 @@ from hf_npeff.config import (
     LiftForm,
     LiftMethod,
     LiftRequest,
+    MeasureRequest,
     OnError,
     PerturbationRequest,
     SparseSolver,
@@ -38,6 +39,7 @@ from hf_npeff.pefs.shards import remove_store
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import lift_components, select
+from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
 from hf_npeff.weights.perturbation import PerturbationReport, evaluate
 from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 
@@ -79,6 +81,9 @@ class NPEFFAnalyzer(AnalysedModel):
         >>> reports = analyzer.evaluate_components(decomposition, pefs, dataset, n_top=4)
         >>> sorted(decomposition.evaluations)
         [0, 1, 2]
+        >>> measured = analyzer.measure(direction, ["the cat saw the king", "rome is old"], scales=(report.scale,))
+        >>> measured.n, len(measured.steps)  # the change, and a random one
+        (2, 2)
     """
 
     # Examples → PEFs
@@ -457,6 +462,56 @@ class NPEFFAnalyzer(AnalysedModel):
             decomposition.evaluations[j] = report.summary()
             reports.append(report)
         return reports
+
+    def measure(
+        self,
+        change: Change,
+        dataset: Any,
+        *,
+        scales: Sequence[float] = MeasureRequest.scales,
+        ranks: Sequence[int | None] = MeasureRequest.ranks,
+        by: str | None = None,
+        both_signs: bool = False,
+        random: bool = True,
+        worst: int = MeasureRequest.worst,
+        batch_size: int = BATCH_SIZE,
+        max_examples: int | None = None,
+        seed: int = 0,
+    ) -> Measurement:
+        """What a weight change does to any data, analysed or not: its certificate.
+
+        A change of linear maps is added in the activations, so that weights may be quantised, offloaded or sharded;
+        a direction that moves something else moves the weights, and brings them back bit for bit.
+
+        Args:
+            change: a direction, or an adapter of linear maps.
+            dataset: anything that `compute_pefs` takes.
+            scales: steps along the change; 1 for an adapter or an edit as it is.
+            ranks: what every weight's change is cut to; None is the change as it is.
+            by: a column whose values make groups, beside that of all examples.
+            both_signs: measure every scale backwards too.
+            random: measure a random change of equal norm at every size.
+            worst: how many of the most changed examples of every group are named.
+            batch_size: examples of a forward pass.
+            max_examples: only the first ones.
+            seed: of the random change and the bootstrap.
+
+        Returns:
+            KL with quantiles, answers changed, share of each answer, and, where a column `label` or `labels` tells what
+            is right, accuracy and loss, or the error of a regression, before and after, of every group at every step.
+
+        Raises:
+            UnsupportedModelError: if an adapter, a direction to be cut to a rank, or a change of sharded weights is not
+                one of linear maps alone.
+            ValueError: if an argument is out of range, there is no column `by`, or the model is another than that of
+                the change.
+        """
+        request = MeasureRequest(tuple(scales), tuple(ranks), by, both_signs, random, worst, batch_size, seed)
+        self.check_movable(change, in_place=not is_linear(change))
+        examples = list(self._checked(Examples(dataset, self.processing_class, max_examples=max_examples)))
+        check_groups(examples, by)
+        with self.fisher_pass() as forward:
+            return measure(forward, change, examples, self.truth_of(examples), request)
 
 
 def _progress_wanted() -> bool:

@@ -354,3 +354,52 @@ class PerturbationRequest:
         _check_positive("target_kl", self.target_kl)
         if self.scale is not None:
             check_scale(self.scale)
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """How a weight change is measured on any data.
+
+    These are arguments of `NPEFFAnalyzer.measure`.
+
+    Attributes:
+        scales: steps along the change; 1 for an adapter or an edit as it is.
+        ranks: what every weight's change is cut to; None is the change as it is.
+        by: a column whose values make groups, beside that of all examples.
+        both_signs: measure every scale backwards too.
+        random: measure a random change of equal norm at every size.
+        worst: how many of the most changed examples of every group are named.
+        batch_size: examples of a forward pass.
+        seed: seed of the random change and of the bootstrap.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    ranks: tuple[int | None, ...] = (None,)
+    by: str | None = None
+    both_signs: bool = False
+    random: bool = True
+    worst: int = 5
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.scales or not self.ranks:
+            raise ValueError(f"scales and ranks must not be empty, but they are {self.scales} and {self.ranks}")
+        for scale in self.scales:
+            check_scale(scale)
+        for rank in self.ranks:
+            if rank is not None and not is_count(rank):
+                raise ValueError(f"ranks must be positive whole numbers or None, but one is {rank!r}")
+        if self.batch_size < 1 or self.worst < 0:
+            raise ValueError(
+                f"batch_size must be at least 1 and worst at least 0, but they are {self.batch_size} and {self.worst}"
+            )
+
+    @property
+    def steps(self) -> list[float]:
+        """The scales, with the opposite signs where those are asked for; each once, in order."""
+        signed = [s for scale in self.scales for s in ((scale, -scale) if self.both_signs else (scale,))]
+        return list(dict.fromkeys(map(float, signed)))

@@ -54,6 +54,9 @@ DOORWAYS: dict[tuple[str, str], str] = {
     ("decomposition.decomposition", "report.notebook"): "what Jupyter shows of a Decomposition",
     ("decomposition.component", "report"): "the folder of the next",
     ("decomposition.component", "report.notebook"): "what Jupyter shows of a Component",
+    ("weights.measurement", "report"): "the folder of the next two",
+    ("weights.measurement", "report.notebook"): "what Jupyter shows of a Measurement",
+    ("weights.measurement", "report.plots"): "Measurement.plot",
     ("weights.perturbation", "report"): "the folder of the next",
     ("weights.perturbation", "report.notebook"): "what Jupyter shows of a PerturbationReport",
 }

@@ -11,9 +11,11 @@ from hf_npeff.sharing.markdown import plain
 if TYPE_CHECKING:
     from hf_npeff.decomposition.component import Component
     from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.weights.measurement import Measurement
     from hf_npeff.weights.perturbation import PerturbationReport
 
 _ROWS, _EXAMPLES = 50, 10
+MEASURE_COLUMNS = ("step", "rank", "group", "n", "KL", "95%", "largest", "answers changed", "right before", "after")
 EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")
 
 
@@ -37,7 +39,7 @@ def _cell(value: Any) -> str:
 
 def of_decomposition(decomposition: Decomposition) -> str:
     """A row for each of the first components."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for component in list(decomposition)[:_ROWS]:
         top = component.top_examples(1)
         ratio = decomposition.evaluations.get(component.index, {}).get("ratio")
@@ -84,6 +86,32 @@ def of_report(report: PerturbationReport) -> str:
         for row in report.changed[:_EXAMPLES]
     ]
     return shown + table("Answers", ("", "example", "before", "after"), answers)
+
+
+def measure_rows(measurement: Measurement) -> list[tuple[str, ...]]:
+    """Every group at every step, a row of `MEASURE_COLUMNS` each."""
+    rows: list[tuple[str, ...]] = []
+    for step in measurement.steps:
+        size = f"{step.scale:.3g}" + (" (random change)" if step.random else "")
+        for group, e in step.groups.items():
+            score = ("", "")
+            if e.accuracy is not None:
+                score = (f"{e.accuracy[0]:.3f}", f"{e.accuracy[1]:.3f}")
+            elif e.error is not None:
+                score = (f"error {e.error[0]:.3g}", f"error {e.error[1]:.3g}")
+            spread = "{:.3g}–{:.3g}".format(*e.kl_interval)
+            rank = "whole" if step.rank is None else str(step.rank)
+            numbers = (str(e.n), f"{e.kl:.3g}", spread, f"{e.quantiles['100%']:.3g}", f"{e.flips:.1%}")
+            rows.append((size, rank, group, *numbers, *score))
+    return rows
+
+
+def of_measurement(measurement: Measurement) -> str:
+    """Every group at every step, and the examples that the first step moves most."""
+    shown = table(repr(measurement), MEASURE_COLUMNS, measure_rows(measurement))
+    worst = next(iter(measurement.steps[0].groups.values())).worst
+    rows = [(f"{w['kl']:.3g}", w["text"] or w["id"], w["before"], w["after"]) for w in worst]
+    return shown + (table("Moved most", ("KL", "example", "before", "after"), rows) if rows else "")
 
 
 def _shown(texts: Sequence[Any] | None, ids: Sequence[str], columns: Any) -> list[str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_npeff.decomposition.component import Component
     from hf_npeff.decomposition.decomposition import Decomposition
     from hf_npeff.sharing.protocols import DecompositionLike
+    from hf_npeff.weights.measurement import Measurement
     from hf_npeff.weights.perturbation import PerturbationReport
     from hf_npeff.weights.token_alignments import TokenAlignment
 
@@ -281,6 +282,47 @@ def perturbation(report: PerturbationReport) -> go.Figure:
     ]
     title = f"Component {report.component}: KL ratio {report.ratio:.3g}"
     return _figure(go, *bars, title=title, y="KL, nats", barmode="group")
+
+
+def doses(measurement: Measurement, rank: int | None = None) -> go.Figure:
+    """Mean KL of every group by the step's size, with 95% intervals; the other sign dotted, a random change dashed.
+
+    Args:
+        measurement: from `NPEFFAnalyzer.measure`.
+        rank: which of its ranks.
+
+    Raises:
+        ValueError: if nothing was measured at that rank.
+    """
+    go = _plotly()
+    steps = [step for step in measurement.steps if step.rank == rank]
+    if not steps:
+        raise ValueError(f"nothing was measured at rank {rank}; there are {[s.rank for s in measurement.steps]}")
+    kinds = {
+        ("", "solid"): [s for s in steps if not s.random and s.scale > 0],
+        (", other sign", "dot"): [s for s in steps if not s.random and s.scale < 0],
+        (", random change", "dash"): [s for s in steps if s.random],
+    }
+    traces = []
+    for number, group in enumerate(steps[0].groups):
+        colour = OKABE_ITO[number % len(OKABE_ITO)]
+        for (what, dash), measured in kinds.items():
+            line = sorted(measured, key=lambda step: abs(step.scale))
+            effects = [step.groups[group] for step in line]
+            spread = {
+                "array": [e.kl_interval[1] - e.kl for e in effects],
+                "arrayminus": [e.kl - e.kl_interval[0] for e in effects],
+            }
+            trace = go.Scatter(
+                x=[abs(step.scale) for step in line],
+                y=[e.kl for e in effects],
+                error_y={"type": "data", **spread},
+                name=group + what,
+                legendgroup=group,
+                line={"color": colour, "dash": dash},
+            )
+            traces += [trace] if line else []
+    return _figure(go, *traces, title=measurement.change, x="step", y="KL, nats", yaxis_type="log", xaxis_type="log")
 
 
 def tokens(alignments: Sequence[TokenAlignment]) -> go.Figure:

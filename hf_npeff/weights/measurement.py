@@ -1,0 +1,380 @@
+"""What a weight change does to any data: KL, answers, accuracy, by group and by dose, beside a random change.
+
+The certificate of a change. Nothing here needs a decomposition, or data that was analysed. Every step is one forward
+pass over the data, with the change added in the activations where it is one of linear maps, else with moved weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.config import MeasureRequest
+from hf_npeff.data import Example
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.weights.activations import LinearDelta, changed_in_activations, random_like
+from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.lora import low_rank
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Change: TypeAlias = ParameterDirection | Adapter
+ALL = "all"
+"""The group of all examples."""
+_BOOTSTRAPS = 1000
+_QUANTILES = (0.1, 0.5, 0.9, 0.99)
+_MOST_GROUPS = 100
+"""More groups than a person reads: a column of texts or of numbers was named by mistake."""
+_MOST_OUTCOMES = 20
+"""Outcomes whose share of the predictions is kept; a vocabulary has tens of thousands."""
+
+
+@dataclass(frozen=True)
+class GroupEffect:
+    """What a step does to a group of examples. KL is KL(as it is ‖ changed), in nats, summed over an example's terms.
+
+    Attributes:
+        n: examples.
+        kl: mean KL.
+        kl_interval: 95% bootstrap interval of that, over examples.
+        quantiles: {"10%", "50%", "90%", "99%": KL}, and "100%", the largest.
+        flips: share of the examples with an answer that changes.
+        flips_interval: 95% of that.
+        labelled: examples with a label, the only ones that the next five count.
+        accuracy: share of right answers before and after; None without labels of classes.
+        gain_interval: 95% of accuracy after − before.
+        loss: mean −log p(label) before and after, in nats a term; None without labels of classes.
+        error: root mean squared error before and after, of a regression; else None.
+        predicted: {outcome: its share of all answers before and after}, the most frequent ones.
+        worst: the examples with the largest KL: index, id, text, kl, before, after.
+    """
+
+    n: int
+    kl: float
+    kl_interval: tuple[float, float]
+    quantiles: dict[str, float]
+    flips: float
+    flips_interval: tuple[float, float]
+    labelled: int = 0
+    accuracy: tuple[float, float] | None = None
+    gain_interval: tuple[float, float] | None = None
+    loss: tuple[float, float] | None = None
+    error: tuple[float, float] | None = None
+    predicted: dict[str, tuple[float, float]] = field(default_factory=dict)
+    worst: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, measured.
+
+    Attributes:
+        scale: its size and sign.
+        rank: what every weight's change was cut to, or None for the change as it is.
+        random: whether it was a random change of equal norm instead.
+        groups: {group: effect}; "all" holds all examples.
+    """
+
+    scale: float
+    rank: int | None
+    random: bool
+    groups: dict[str, GroupEffect]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a weight change does to a data set.
+
+    Attributes:
+        change: what was measured, in words.
+        by: the column that makes the groups, or None.
+        n: examples.
+        steps: every scale at every rank, and after them random changes of equal norm, of the first rank.
+
+    Example:
+        >>> measured = analyzer.measure(direction, dataset, scales=(0.2, 0.4), ranks=(None, 2))
+        >>> [(step.scale, step.rank, step.random) for step in measured.steps][:3]
+        [(0.2, None, False), (0.4, None, False), (0.2, 2, False)]
+        >>> measured.at(0.4)["all"].kl > measured.at(0.4, random=True)["all"].kl
+        True
+        >>> sorted(measured.to_dict())
+        ['by', 'change', 'n', 'steps']
+        >>> figure = measured.plot()
+    """
+
+    change: str
+    by: str | None
+    n: int
+    steps: list[Step]
+
+    def at(self, scale: float = 1.0, rank: int | None = None, *, random: bool = False) -> dict[str, GroupEffect]:
+        """{group: effect} of one step.
+
+        Raises:
+            KeyError: if it was not measured.
+        """
+        for step in self.steps:
+            if (step.scale, step.rank, step.random) == (scale, rank, random):
+                return step.groups
+        known = [(s.scale, s.rank, s.random) for s in self.steps]
+        raise KeyError(f"nothing was measured at {(scale, rank, random)}; (scale, rank, random) are {known}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+    def plot(self, rank: int | None = None) -> go.Figure:
+        """KL by dose, a line a group, and that of a random change dashed; see `report.plots.doses`."""
+        from hf_npeff.report.plots import doses
+
+        return doses(self, rank)
+
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_measurement
+
+        return of_measurement(self)
+
+    def __repr__(self) -> str:
+        step = next(s for s in self.steps if not s.random)
+        effect = step.groups[ALL]
+        parts = [f"KL {effect.kl:.3g}, answers changed {effect.flips:.0%}"]
+        if effect.accuracy is not None:
+            parts.append("accuracy {:.3f} → {:.3f}".format(*effect.accuracy))
+        if effect.error is not None:
+            parts.append("error {:.3g} → {:.3g}".format(*effect.error))
+        more = f", {len(self.steps)} steps" if len(self.steps) > 1 else ""
+        return f"Measurement({', '.join(parts)} at scale {step.scale:.3g}, {self.n} examples{more})"
+
+
+def check_groups(examples: Sequence[Example], by: str | None) -> dict[str, list[int]]:
+    """{group: its examples}, in the order of their values; all of them first.
+
+    Raises:
+        ValueError: if there is no such column, or it has a value for nearly every example.
+    """
+    groups: dict[str, list[int]] = {ALL: list(range(len(examples)))}
+    if by is None:
+        return groups
+    if by not in examples[0].columns:
+        raise ValueError(f"by={by!r} is no column of the data; there are {sorted(examples[0].columns)}")
+    values = [None if (v := example.columns.get(by)) != v else v for example in examples]  # NaN is no value
+    if (count := len(set(values))) > _MOST_GROUPS:
+        raise ValueError(f"the column {by!r} has {count} values; by= wants one of at most {_MOST_GROUPS}")
+    for value in sorted(set(values), key=lambda v: (str(type(v)), v if v is not None else 0)):
+        groups[f"{by}={value}"] = [i for i, each in enumerate(values) if each == value and type(each) is type(value)]
+    return groups
+
+
+def cut(deltas: Mapping[str, LinearDelta], rank: int | None) -> dict[str, LinearDelta]:
+    """The best approximation of every weight's change of a rank; a change of no higher rank is left as it is."""
+    if rank is None:
+        return dict(deltas)
+    shorter = {}
+    for name, delta in deltas.items():
+        known = min(delta.shape) if delta.right is None else delta.right.shape[0]
+        shorter[name] = delta if known <= rank else LinearDelta(*low_rank(delta.matrix(), rank)[:2])
+    return shorter
+
+
+def applied(model: nn.Module, what: Change | Mapping[str, LinearDelta], scale: float) -> AbstractContextManager[Any]:
+    """The changed model inside `with`: in the activations, or in place for a direction that moves something else."""
+    if isinstance(what, Adapter):
+        return what.applied_in_activations(model, scale)
+    if isinstance(what, ParameterDirection):
+        return what.applied_to(model, scale)
+    return changed_in_activations(model, what, scale)
+
+
+def is_linear(change: Change) -> bool:
+    """Whether it changes weights of linear maps alone."""
+    return all(layout in ("linear", "conv1d") for layout in change.layouts.values())
+
+
+def measure(
+    forward: ForwardPass,
+    change: Change,
+    examples: Sequence[Example],
+    truth: Sequence[Any],
+    request: MeasureRequest,
+) -> Measurement:
+    """Measure a change.
+
+    Args:
+        forward: the forward pass.
+        change: a direction, or an adapter of linear maps.
+        examples: of any data.
+        truth: the label of each, as `Predictions.answers` gives answers, or None.
+        request: how.
+
+    Raises:
+        UnsupportedModelError: if an adapter, or a direction to be cut to a rank, changes anything but linear maps.
+        ValueError: if there is no column `by`, or the model lacks a parameter or has one of another shape.
+    """
+    groups = check_groups(examples, request.by)
+    whole: Any = change
+    if is_linear(change) or isinstance(change, Adapter) or any(rank is not None for rank in request.ranks):
+        whole = change.linear_deltas()
+    variants = {rank: whole if rank is None else cut(whole, rank) for rank in request.ranks}
+    before = predict(forward, examples, request.batch_size)
+    watching = _Watching(forward, examples, truth, groups, before, request)
+    steps = [
+        Step(scale, rank, False, watching.effects(what, scale))
+        for rank, what in variants.items()
+        for scale in request.steps
+    ]
+    if request.random:
+        first = request.ranks[0]
+        other: Any = variants[first]
+        other = random_like(other, request.seed) if isinstance(other, dict) else other.random_like(request.seed)
+        sizes = dict.fromkeys(abs(scale) for scale in request.steps)
+        steps += [Step(size, first, True, watching.effects(other, size)) for size in sizes]
+    return Measurement(repr(change), request.by, len(examples), steps)
+
+
+class _Watching:
+    """Examples whose predictions are compared with those of the model as it is."""
+
+    def __init__(
+        self,
+        forward: ForwardPass,
+        examples: Sequence[Example],
+        truth: Sequence[Any],
+        groups: Mapping[str, list[int]],
+        before: Predictions,
+        request: MeasureRequest,
+    ):
+        self.forward, self.examples, self.truth, self.groups = forward, examples, truth, groups
+        self.before, self.request = before, request
+        self.said = self._said(before)
+        self.scores = [score(before, i, label) for i, label in enumerate(truth)]
+
+    def _said(self, predictions: Predictions) -> list[list[str]]:
+        """The answer to every term of every example, in words."""
+        assert self.forward.describe is not None
+        return [self.forward.describe(answer) for answer in predictions.answers()]
+
+    def effects(self, what: Any, scale: float) -> dict[str, GroupEffect]:
+        """A step's effect on every group."""
+        with applied(self.forward.model, what, scale):
+            after = predict(self.forward, self.examples, self.request.batch_size)
+        kl, said = self.before.kl_to(after), self._said(after)
+        pairs = zip(self.before.answers(), after.answers(), strict=True)
+        flipped = torch.tensor([not torch.equal(a, b) for a, b in pairs], dtype=torch.float64)
+        scores = [score(after, i, label) for i, label in enumerate(self.truth)]
+        return {
+            name: self._effect(indices, kl[indices], flipped[indices], said, scores)
+            for name, indices in self.groups.items()
+        }
+
+    def _effect(
+        self, indices: list[int], kl: Tensor, flipped: Tensor, said: list[list[str]], scores: list[Score | None]
+    ) -> GroupEffect:
+        seed = self.request.seed
+        labelled = [i for i in indices if self.scores[i] is not None]
+        pairs = [(self.scores[i], scores[i]) for i in labelled]
+        quantiles = torch.quantile(kl, torch.tensor([*_QUANTILES, 1.0], dtype=torch.float64)).tolist()
+        names = [f"{share:.0%}" for share in (*_QUANTILES, 1.0)]
+        found: dict[str, Any] = {}
+        if pairs and all(a.right is not None for a, _ in pairs):  # type: ignore[union-attr]
+            right = torch.tensor([[a.right, b.right] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
+            found["accuracy"] = tuple(right.mean(0).tolist())
+            found["gain_interval"] = interval(right[:, 1] - right[:, 0], seed)
+            loss = torch.tensor([[a.loss, b.loss] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
+            found["loss"] = tuple(loss.mean(0).tolist())
+        elif pairs:
+            squared = torch.tensor([[a.squared, b.squared] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
+            found["error"] = tuple(squared.mean(0).sqrt().tolist())
+        return GroupEffect(
+            len(indices),
+            float(kl.mean()),
+            interval(kl, seed),
+            dict(zip(names, quantiles, strict=True)),
+            float(flipped.mean()),
+            interval(flipped, seed),
+            len(labelled),
+            predicted=self._shares(indices, said),
+            worst=self._worst(indices, kl, said),
+            **found,
+        )
+
+    def _shares(self, indices: list[int], said: list[list[str]]) -> dict[str, tuple[float, float]]:
+        if self.before.distribution.name == "gaussian":
+            return {}
+        counts = [Counter(word for i in indices for word in words[i]) for words in (self.said, said)]
+        totals = [sum(count.values()) or 1 for count in counts]
+        shares = {w: (counts[0][w] / totals[0], counts[1][w] / totals[1]) for w in counts[0] | counts[1]}
+        return dict(sorted(shares.items(), key=lambda item: -max(item[1]))[:_MOST_OUTCOMES])
+
+    def _worst(self, indices: list[int], kl: Tensor, said: list[list[str]]) -> list[dict[str, Any]]:
+        order = torch.argsort(kl, descending=True)[: self.request.worst].tolist()
+        return [
+            {
+                "index": (i := indices[place]),
+                "id": self.examples[i].id,
+                "text": text_of(self.examples[i]),
+                "kl": float(kl[place]),
+                "before": "".join(self.said[i]),
+                "after": "".join(said[i]),
+            }
+            for place in order
+        ]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How right an example's predictions are.
+
+    Attributes:
+        right: share of its terms that are answered right, or None for numbers.
+        loss: mean −log p(label) of its terms, in nats.
+        squared: mean squared error of numbers.
+    """
+
+    right: float | None
+    loss: float
+    squared: float = math.nan
+
+
+def score(predictions: Predictions, i: int, label: Any) -> Score | None:
+    """An example's predictions against its label; None without one, or where it does not fit."""
+    if label is None:
+        return None
+    logits = predictions.logits[i].double()
+    wanted = torch.as_tensor(label)
+    answers = predictions.distribution(logits).predictions()[0]
+    if wanted.numel() != answers.numel():
+        return None
+    if predictions.distribution.name == "gaussian":
+        squared = float((logits - wanted.reshape(logits.shape).double()).square().mean())
+        return Score(None, squared / 2, squared)
+    wanted = wanted.reshape(answers.shape).long()
+    right = float((answers == wanted).double().mean())
+    if predictions.distribution.name == "softmax":
+        loss = -logits.log_softmax(-1).gather(-1, wanted[:, None]).mean()
+    else:
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, wanted.double())
+    return Score(right, float(loss))
+
+
+def text_of(example: Example) -> str | None:
+    """What shows an example to a person: its longest column of text, or None."""
+    texts = [value for value in example.columns.values() if isinstance(value, str)]
+    return max(texts, key=len, default=None)
+
+
+def interval(values: Tensor, seed: int) -> tuple[float, float]:
+    """95% of the mean of values (n,), by drawing n of them with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = values[torch.randint(len(values), (_BOOTSTRAPS, len(values)), generator=generator)].mean(1)
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
