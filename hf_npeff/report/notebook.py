@@ -39,7 +39,7 @@ def _cell(value: Any) -> str:
 
 def of_decomposition(decomposition: Decomposition) -> str:
     """A row for each of the first components."""
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for component in list(decomposition)[:_ROWS]:
         top = component.top_examples(1)
         ratio = decomposition.evaluations.get(component.index, {}).get("ratio")
