@@ -510,7 +510,7 @@ class NPEFFAnalyzer(AnalysedModel):
         self.check_movable(change, in_place=not is_linear(change))
         examples = list(self._checked(Examples(dataset, self.processing_class, max_examples=max_examples)))
         check_groups(examples, by)
-        with self.fisher_pass() as forward:
+        with self.forward_pass() as forward:
             return measure(forward, change, examples, self.truth_of(examples), request)
 
 
