@@ -182,7 +182,7 @@ class AnalysedModel:
         other = self.with_fisher(FisherConfig.from_dict(like.info["fisher"]))
         left_out = (like.info.get("selftest") or {}).get("left_out") or ()
         other.maps = [m for m in other.maps if m.parameter not in left_out]
-        ours = {m.parameter: m.shape for m in other.maps} | other.parameters
+        ours = other.shapes
         if ours != sketch.shapes:
             differing = sorted(k for k in {*ours, *sketch.shapes} if ours.get(k) != sketch.shapes.get(k))
             raise IncompatibleSketchError(
@@ -209,6 +209,11 @@ class AnalysedModel:
         if self._liked is None or self._liked[0] != decomposition.fingerprint:
             self._liked = (decomposition.fingerprint, self.with_settings_of(decomposition))
         return self._liked[1]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """{parameter: (out, in)} of all that is under analysis."""
+        return {m.parameter: m.shape for m in self.maps} | self.parameters
 
     # How it is run
 

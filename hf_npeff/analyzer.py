@@ -209,7 +209,7 @@ class NPEFFAnalyzer(AnalysedModel):
             lengths = [examples[i].length for i in range(min(n, 256))]
             tokens = sum(lengths) / len(lengths) if tokens is None else tokens
         config: Any = base_of(self.model).config
-        shapes = {m.parameter: m.shape for m in self.maps} | self.parameters
+        shapes = self.shapes
         if self._sketch is not None:
             kind, dim = self._sketch.kind, self._sketch.setting
         elif self.fisher.sketch == "auto":

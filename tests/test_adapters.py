@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_npeff import CorruptStoreError, ParameterDirection, UnsupportedModelError
-from hf_npeff.weights.adapters import layout_of, load_delta, save_components
+from hf_npeff.weights.adapters import layout_of, load_delta
 from hf_npeff.weights.lora import low_rank
-from tests.planted import planted
 from tests.tiny import collate, tiny_batch, tiny_model
 
 FAMILIES = [("llama", "causal-lm"), ("bert", "sequence-classification"), ("gpt2", "causal-lm")]
@@ -180,24 +179,6 @@ def test_a_dense_delta_comes_back(scale: float, tmp_path: Path) -> None:
         truth = logits(model, inputs)
     with again.applied_to(model, again.info["scale"]):
         assert (logits(model, inputs) - truth).abs().max() < 1e-5
-
-
-def test_components_of_one_decomposition_share_a_folder(tmp_path: Path) -> None:
-    """Oracle: PEFT with `subfolder`, and the decomposition's own loader."""
-    from hf_npeff import NPEFF, Decomposition, PEFs
-
-    A, _, _ = planted(30, 2, 10, 4, overlap=0.1, noise=0.1, active=1, seed=0)
-    found = NPEFF(4, n_restarts=1, progress=False).fit(PEFs.from_factors(A))
-    model, inputs = setting("llama", "causal-lm")
-    adapters = {j: direction_of(model, seed=j).to_adapter(rank=16, decomposition=found) for j in (0, 3)}
-    save_components(found, adapters, tmp_path)
-    assert Decomposition.from_pretrained(tmp_path).example_ids == found.example_ids
-    with direction_of(model, seed=3).applied_to(model, 1.0):
-        truth = logits(model, inputs)
-    peft = PeftModel.from_pretrained(model, str(tmp_path), subfolder="components/003")
-    assert (logits(peft, inputs) - truth).abs().max() < 1e-4
-    with pytest.raises(IndexError):
-        save_components(found, {4: adapters[0]}, tmp_path)
 
 
 def test_the_card_says_what_an_adapter_disrupts(tmp_path: Path) -> None:

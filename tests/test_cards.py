@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from hf_npeff import Decomposition, PEFs
 from hf_npeff.config import DecompositionConfig, FisherConfig
-from hf_npeff.sharing.cards import decomposition_card, pefs_card
+from hf_npeff.sharing.cards import decomposition_card, pefs_card, point_card_to
 from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card, direction_card
 from hf_npeff.sharing.markdown import escaped, plain
 from tests.planted import planted
@@ -280,6 +280,17 @@ def _hostile_decomposition(text: str) -> str:
     return decomposition_card(decomposition, repo_id="a/b")
 
 
+def test_a_published_card_loads_from_its_repository_and_its_texts_stay(tmp_path: Path) -> None:
+    """Oracle: the card that is written for the repository in the first place, and a README that is not ours."""
+    about = DirectionFacts("org/model", component=1, top_examples=['it said "." and no more', "```python"])
+    (tmp_path / "README.md").write_text(adapter_card(about), encoding="utf-8")
+    point_card_to(tmp_path, "me/adapter")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == adapter_card(about, repo_id="me/adapter")
+    (tmp_path / "README.md").write_text('```python\nload(".")\n```\n', encoding="utf-8")
+    point_card_to(tmp_path, "me/adapter")
+    assert "me/adapter" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def _hostile_adapter(text: str) -> str:
     return adapter_card(
         DirectionFacts(f"/x/{text}/m", component=0, revision=text, name=text, top_examples=[text], lift=text)
@@ -287,9 +298,7 @@ def _hostile_adapter(text: str) -> str:
 
 
 def _hostile_direction(text: str) -> str:
-    return direction_card(
-        DirectionFacts(f"/x/{text}/m", revision=text, name=text, top_examples=[text], lift=text), kind=text
-    )
+    return direction_card(DirectionFacts(f"/x/{text}/m", revision=text, name=text, top_examples=[text], lift=text))
 
 
 def _hostile_pefs(text: str) -> str:

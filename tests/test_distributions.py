@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, OutputHead, Outputs, UnsupportedModelError
-from hf_npeff.fisher.distributions import DISTRIBUTIONS, Softmax
+from hf_npeff.fisher.distributions import Bernoulli, Gaussian, Softmax
 from hf_npeff.fisher.heads import HeadJacobian, head_of, task_of_class
 from tests import reference
 from tests.tiny import CASES, collate, tiny_batch, tiny_model
@@ -19,7 +19,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-KINDS = ["softmax", "bernoulli", "gaussian"]
+DISTRIBUTIONS = {"softmax": Softmax, "bernoulli": Bernoulli, "gaussian": Gaussian}
+KINDS = list(DISTRIBUTIONS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

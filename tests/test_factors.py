@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_npeff.fisher.distributions import DISTRIBUTIONS
+from hf_npeff.fisher.distributions import Bernoulli, Gaussian, Softmax
 from hf_npeff.fisher.factors import cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
 from hf_npeff.fisher.heads import HeadJacobian, Outputs
 from tests import reference
+
+DISTRIBUTIONS = {"softmax": Softmax, "bernoulli": Bernoulli, "gaussian": Gaussian}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

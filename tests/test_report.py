@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ from hf_npeff.report import examples, notebook, plots
 from hf_npeff.report.columns import CORRECT, as_column, columns_of, correctness
 from hf_npeff.report.data import Extras
 from hf_npeff.report.modules import by_layer, energies_of, estimated_energies, place_of
-from hf_npeff.report.pack import pack, quantised, unpack
+from hf_npeff.report.pack import pack, quantised
 from hf_npeff.report.page import write, write_space
 from hf_npeff.report.training import history_file, read_run
 from hf_npeff.weights.perturbation import Effect
@@ -54,6 +55,18 @@ EVIL = [
     "<!-- comment --> ]]> ${template} `tick` $title",
     "long " * 20_000,
 ]
+
+
+def unpack(packed: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `pack` was given, by its description alone: the facts, and the arrays."""
+    whole = gzip.decompress(base64.b64decode(packed))
+    length = int.from_bytes(whole[:4], "little")
+    facts = json.loads(whole[4 : 4 + length])
+    arrays = {}
+    for name, described in facts.pop("arrays").items():
+        kind, count = np.dtype(described["type"]).newbyteorder("<"), math.prod(described["shape"])
+        arrays[name] = np.frombuffer(whole, kind, count, 4 + length + described["at"]).reshape(described["shape"])
+    return facts, arrays
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -309,6 +322,8 @@ def test_texts_arrive_as_they_were(tmp_path: Path, fitted: tuple[PEFs, Decomposi
     assert facts["n"] == 60 and facts["r"] == 5 and facts["key"] == found.key
     W = arrays["W"] * (arrays["W_largest"][:, None] / 65535.0)
     assert np.abs(W.T - found.coefficients.numpy()).max() <= arrays["W_largest"].max() * (0.5 / 65535 + 1e-7)
+    shares = found.coefficients / found.coefficients.sum(1, keepdim=True).clamp_min(1e-30)
+    assert np.unpackbits(arrays["active"], axis=1)[:, :60].T.tolist() == (shares > 0.05).int().tolist()
 
 
 def test_the_same_decomposition_gives_the_same_bytes(tmp_path: Path, fitted: tuple[PEFs, Decomposition]) -> None:

@@ -93,7 +93,7 @@ def push(
     - `hf-npeff push runs/off-3/adapter user/distilgpt2-without-3 --private`
     """
     from hf_npeff.pefs.store import PEFs
-    from hf_npeff.sharing.cards import said_on_card
+    from hf_npeff.sharing.cards import point_card_to, said_on_card
     from hf_npeff.sharing.hub import push_folder
 
     if not folder.is_dir():
@@ -112,8 +112,6 @@ def push(
         with tempfile.TemporaryDirectory() as published:
             for path in filter(Path.is_file, (folder / name for name in _PUBLISHED[kind])):
                 shutil.copy(path, published)
-            card = Path(published) / "README.md"
-            if card.is_file():  # its code loads from the folder that it lies in
-                card.write_text(card.read_text(encoding="utf-8").replace('"."', f'"{repo}"'), encoding="utf-8")
+            point_card_to(Path(published), repo)
             url = push_folder(published, repo, **where)
     return Result({"kind": kind, "url": url}, url)

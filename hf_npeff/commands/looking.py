@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +23,7 @@ from hf_npeff.commands.options import (
     table,
     write_result,
 )
+from hf_npeff.config import BATCH_SIZE
 
 if TYPE_CHECKING:
     from hf_npeff.decomposition.decomposition import Decomposition
@@ -45,6 +45,8 @@ def components(
     - `hf-npeff components runs/components --component 3 --rename "past tense"`
     - `hf-npeff components runs/components --names names.json`
     """
+    from hf_npeff.sharing.markdown import plain
+
     found = read_decomposition(decomposition)
     if rename is not None:
         if component is None:
@@ -60,7 +62,7 @@ def components(
         best = one.top_examples(count)
         facts = {"index": one.index, "name": one.name, "active_share": one.active_share, "stability": one.stability}
         values.append({**facts, "evaluation": found.evaluations.get(one.index), "top": list(best)})
-        texts = _shown(best.texts, best.ids, best.columns)
+        texts = best.lines(plain)
         rows.append((one.label, f"{one.active_share:.0%}", f"{one.stability:.2f}", "\n".join(texts)))
         lines = [(f"{w:.3f}", i, text) for w, i, text in zip(best.coefficients, best.ids, texts, strict=True)]
     if component is None:
@@ -70,15 +72,6 @@ def components(
         title = "{}: active on {}, stability {}".format(*rows[0])
         shown = table(title, ("weight", "id", "example"), lines)
     return Result({"explained": found.explained, "components": values}, shown)
-
-
-def _shown(texts: Sequence[Any] | None, ids: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Examples on a line each, with what the model predicts."""
-    from hf_npeff.sharing.markdown import plain
-
-    lines = [plain(value) for value in (texts or ids)]
-    predictions = columns.get("prediction") or [None] * len(lines)
-    return [f"{a} → {plain(b)}" if b not in (None, "") else a for a, b in zip(lines, predictions, strict=True)]
 
 
 def _save_again(decomposition: Decomposition, folder: Path) -> None:
@@ -98,7 +91,7 @@ def explain(
     loading: ModelOptions,
     reading: DataOptions,
     output: MaybeOutput = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = BATCH_SIZE,
 ) -> Result:
     """Say which known components the model uses on new inputs.
 
@@ -108,6 +101,9 @@ def explain(
     - `hf-npeff explain runs/components distilbert/distilgpt2 new.txt`
     - `hf-npeff explain user/npeff-distilgpt2 distilbert/distilgpt2 new.txt --json`
     """
+    from hf_npeff.decomposition.component import example_lines
+    from hf_npeff.sharing.markdown import plain
+
     found = read_decomposition(decomposition)
     analyzer = analyzer_for(model, loading, found, reading)
     pefs = analyzer.compute_pefs(read_data(data, reading), like=found, batch_size=batch_size)
@@ -115,7 +111,8 @@ def explain(
     labels = [one.label for one in found]
     texts = pefs.texts
     rows = []
-    for line, weights in zip(_shown(texts, pefs.example_ids, pefs.columns), coefficients, strict=True):
+    lines = example_lines(texts or pefs.example_ids, pefs.columns.get("prediction"), plain)
+    for line, weights in zip(lines, coefficients, strict=True):
         leading = sorted(range(len(labels)), key=weights.__getitem__, reverse=True)[:3]
         total = sum(weights) or 1.0
         rows.append((line, ", ".join(f"{labels[j]} {weights[j] / total:.0%}" for j in leading if weights[j] > 0)))

@@ -43,10 +43,8 @@ class ChunkedRows:
         self._total = total
 
     def _parts(self) -> Iterator[tuple[slice, DenseRows]]:
-        start = 0
-        for part in self.pefs.chunks(self.chunk):
-            yield slice(start, start + len(part)), DenseRows(self.weighting(part), self.precision)
-            start += len(part)
+        for place, part in self.pefs.placed_chunks(self.chunk):
+            yield place, DenseRows(self.weighting(part), self.precision)
 
     def total(self) -> Tensor:
         """See `Rows`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,28 @@ from torch import Tensor
 from hf_npeff.sharing.protocols import DecompositionLike
 
 ACTIVE_SHARE = 0.05
-"""A component is active on an example when it carries at least this share of its coefficients' sum."""
+"""A component is active on an example when it carries more than this share of its coefficients' sum. Chosen: what
+people read depends on it (on how many examples a component is active, which are the others), no fit does."""
+
+
+def active_examples(coefficients: Tensor) -> Tensor:
+    """(n, r) bool: on which examples each component is active, from W (n, r)."""
+    return coefficients > ACTIVE_SHARE * coefficients.sum(1, keepdim=True)
+
+
+def example_lines(
+    shown: Sequence[Any], predictions: Sequence[Any] | None, as_text: Callable[[Any], str] = str
+) -> list[str]:
+    """Examples on a line each, with what the model predicts where that is known.
+
+    Args:
+        shown: texts or ids.
+        predictions: of the model, for people; None where they were not kept.
+        as_text: how a value is written.
+    """
+    lines = [as_text(value) for value in shown]
+    known = predictions or [None] * len(lines)
+    return [line if p in (None, "") else f"{line} → {as_text(p)}" for line, p in zip(lines, known, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,10 @@ class TopExamples:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def lines(self, as_text: Callable[[Any], str] = str) -> list[str]:
+        """Each on a line, its text or id with the prediction where it was kept."""
+        return example_lines(self.texts or self.ids, self.columns.get("prediction"), as_text)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for i in range(len(self)):
@@ -82,11 +107,14 @@ class Component:
         return float(self.decomposition.stability[self.index])
 
     @property
+    def active(self) -> Tensor:
+        """(n,) bool: the examples on which it is active."""
+        return active_examples(self.decomposition.coefficients)[:, self.index]
+
+    @property
     def active_share(self) -> float:
         """Share of the examples on which it is active."""
-        W = self.decomposition.coefficients
-        total = W.sum(1)
-        return float(((self.coefficients > ACTIVE_SHARE * total) & (total > 0)).float().mean())
+        return float(self.active.float().mean())
 
     def top_examples(self, k: int = 10) -> TopExamples:
         """The k examples with the largest coefficients.

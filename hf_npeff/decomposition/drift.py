@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_npeff.decomposition.component import ACTIVE_SHARE
+from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 
 
@@ -32,7 +32,7 @@ def drift(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict
     """
     W = now.coefficients.double()
     total = W.sum(1, keepdim=True)
-    active = ((ACTIVE_SHARE * total < W) & (total > 0)).any(0)
+    active = active_examples(W).any(0)
     leading = W.argmax(1)[total[:, 0] > 0]
     measures: dict[str, Any] = {
         "explained": now.explained,

@@ -13,7 +13,6 @@ A prediction of several terms (tokens, start and end of an answer) is a product 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +185,3 @@ class Gaussian(Distribution):
     def kl(self, other: Distribution) -> Tensor:
         """See `Distribution`."""
         return 0.5 * (self.logits.double() - other.logits.double()).square().sum(-1)
-
-
-DISTRIBUTIONS: Mapping[str, type[Distribution]] = {d.name: d for d in (Softmax, Bernoulli, Gaussian)}

@@ -253,10 +253,18 @@ class PEFs(Readable):
 
     def chunks(self, size: int) -> Iterator[PEFs]:
         """The examples in order, at most `size` at a time, without copying a shard."""
+        return (chunk for _, chunk in self.placed_chunks(size))
+
+    def placed_chunks(self, size: int) -> Iterator[tuple[slice, PEFs]]:
+        """`chunks`, each with its place: the slice of the examples that it holds.
+
+        Raises:
+            ValueError: if `size` is less than 1.
+        """
         if size < 1:
             raise ValueError(f"a chunk has at least one example, not {size}")
-        for where, tensors in self._shards.pieces(size):
-            yield PEFs(tensors, {name: values[where] for name, values in self.columns.items()}, self.info)
+        for place, tensors in self._shards.pieces(size):
+            yield place, PEFs(tensors, {name: values[place] for name, values in self.columns.items()}, self.info)
 
     @overload
     def __getitem__(self, which: slice) -> PEFs: ...

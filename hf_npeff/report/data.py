@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_npeff import __version__
+from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.matching import matches, similarities
 from hf_npeff.encoding.record import shown_columns, shown_texts
 from hf_npeff.report.columns import Column, columns_of
@@ -137,6 +138,8 @@ def _add_decomposition(page: PageData, decomposition: Decomposition) -> None:
     }
     W = decomposition.coefficients.float().cpu().numpy()
     page.arrays["W"], page.arrays["W_largest"] = quantised(np.ascontiguousarray(W.T), axis=1)
+    # A bit an example, a row a component: rounded coefficients would not tell at the very threshold.
+    page.arrays["active"] = np.packbits(active_examples(decomposition.coefficients).cpu().numpy().T, axis=1)
     if len(decomposition) > 1:
         near, cosines = nearest_components(G)
         page.arrays["near"] = near.astype(np.uint32)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from hf_npeff.weights.perturbation import PerturbationReport
 
 _ROWS, _EXAMPLES = 50, 10
+"""Components and examples of a table. Chosen: what one screen holds."""
+_SHOWN = 400
+"""Characters of a text that are looked at. Chosen: more than a cell shows (160)."""
 MEASURE_COLUMNS = ("step", "rank", "group", "n", "KL", "95%", "largest", "answers changed", "right before", "after")
 EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")
 
@@ -50,7 +53,7 @@ def of_decomposition(decomposition: Decomposition) -> str:
                 f"{component.active_share:.0%}",
                 f"{component.stability:.2f}",
                 "" if ratio is None else f"{ratio:.3g}",
-                _shown(top.texts, top.ids, top.columns)[0] if len(top) else "",
+                top.lines(_last_part)[0] if len(top) else "",
             )
         )
     more = f"and {len(decomposition) - _ROWS} more components; " if len(decomposition) > _ROWS else ""
@@ -61,7 +64,7 @@ def of_decomposition(decomposition: Decomposition) -> str:
 def of_component(component: Component) -> str:
     """Its top examples."""
     top = component.top_examples(_EXAMPLES)
-    lines = _shown(top.texts, top.ids, top.columns)
+    lines = top.lines(_last_part)
     rows = [(i, f"{w:.3f}", line) for i, w, line in zip(top.ids, top.coefficients, lines, strict=True)]
     return table(repr(component), ("id", "coefficient", "example"), rows)
 
@@ -114,7 +117,6 @@ def of_measurement(measurement: Measurement) -> str:
     return shown + (table("Moved most", ("KL", "example", "before", "after"), rows) if rows else "")
 
 
-def _shown(texts: Sequence[Any] | None, ids: Sequence[str], columns: Any) -> list[str]:
-    lines = [str(line)[-400:] for line in (texts or ids)]
-    predictions = columns.get("prediction") or [None] * len(lines)
-    return [line if p in (None, "") else f"{line} → {p}" for line, p in zip(lines, predictions, strict=True)]
+def _last_part(value: object) -> str:
+    """The end of a long text, where a prompt asks its question."""
+    return str(value)[-_SHOWN:]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,19 +39,6 @@ def pack(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     text += b" " * (-(len(text) + 4) % 8)
     whole = b"".join([len(text).to_bytes(4, "little"), text, *parts])
     return base64.b64encode(gzip.compress(whole, compresslevel=6, mtime=0)).decode("ascii")
-
-
-def unpack(packed: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `pack` was given: the facts, and the arrays."""
-    whole = gzip.decompress(base64.b64decode(packed))
-    length = int.from_bytes(whole[:4], "little")
-    facts = json.loads(whole[4 : 4 + length])
-    arrays = {}
-    for name, one in facts.pop("arrays").items():
-        kind = np.dtype(_TYPES[one["type"]])
-        count = math.prod(one["shape"])
-        arrays[name] = np.frombuffer(whole, kind, count, 4 + length + one["at"]).reshape(one["shape"])
-    return facts, arrays
 
 
 def quantised(values: np.ndarray, axis: int | None = None) -> tuple[np.ndarray, np.ndarray]:

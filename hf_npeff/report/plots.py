@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_npeff.decomposition.component import ACTIVE_SHARE
 from hf_npeff.decomposition.matching import matches, similarities
 from hf_npeff.extras import load
 from hf_npeff.report.columns import CORRECT, Column, columns_of
@@ -108,8 +107,7 @@ def by_column(component: Component, column: str = CORRECT) -> go.Figure:
     go = _plotly()
     decomposition = component.decomposition
     found = _column(decomposition, column)
-    total = decomposition.coefficients.sum(1)
-    active = ((component.coefficients > ACTIVE_SHARE * total) & (total > 0)).numpy()
+    active = component.active.numpy()
     assert found.data is not None
     if found.kind == "number":
         traces = [

@@ -28,6 +28,10 @@ _LINES = 256
 _CARD_LIMIT = 2**20
 _TEMPLATES = Path(__file__).parent / "templates"
 _TEXT_TASKS = ("causal-lm", "sequence-classification", "token-classification")
+_CODE = re.compile(r"^```python\n.*?^```$", re.MULTILINE | re.DOTALL)
+"""A block of code. No text that a user brought can begin one: `escaped` takes its backticks."""
+HERE = "."
+"""What the code of a card loads where the card lies in the folder itself."""
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _RATIO_NOTE = """
 *KL ratio*: how much more the predictions of its own top examples change than those of others when the weights move
@@ -77,6 +81,15 @@ def said_on_card(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(said.get("license", ""), str) or not named:
         raise CorruptStoreError(f"{path} has front matter that hf_npeff does not write: {str(said)[:200]}")
     return said
+
+
+def point_card_to(folder: Path, repo_id: str) -> None:
+    """Let the code of the card of ours in a folder load from a repository, not from the folder that it lies in."""
+    path = folder / "README.md"
+    if _is_ours(_read_card(path)):
+        text = path.read_text(encoding="utf-8")
+        pointed = _CODE.sub(lambda block: block[0].replace(literal(HERE), literal(repo_id)), text)
+        write_atomically(path, pointed.encode())
 
 
 def _read_card(path: Path) -> str:
@@ -196,7 +209,7 @@ def decomposition_card(
     kind = "texts" if texts is not None else "predictions" if "prediction" in kept else "ids"
     shown = {"texts": texts, "predictions": public.get("prediction"), "ids": decomposition.example_ids}[kind]
     model = info.get("model")
-    where = "." if repo_id is None else repo_id
+    where = HERE if repo_id is None else repo_id
     load = ["from hf_npeff import Decomposition", ""]
     load += [
         f"decomposition = Decomposition.from_pretrained({literal(where)})"
@@ -295,7 +308,7 @@ def pefs_card(
     """
     info = pefs.info
     model = info.get("model")
-    where = "." if repo_id is None else repo_id
+    where = HERE if repo_id is None else repo_id
     name = plain(shown_model(model), TITLE) if model else "rows made elsewhere"
     code = ["from hf_npeff import NPEFF, PEFs", "", f"pefs = PEFs.from_pretrained({literal(where)})", "print(pefs)"]
     r = max(1, min(16, len(pefs) // 4))

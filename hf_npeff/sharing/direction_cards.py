@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_npeff.sharing.cards import CITATION, fact_rows, fill, metadata, model_link
+from hf_npeff.sharing.cards import CITATION, HERE, fact_rows, fill, metadata, model_link
 from hf_npeff.sharing.hub import LIBRARY
 from hf_npeff.sharing.markdown import TITLE, escaped, literal, number, percent, plain
 
@@ -105,7 +105,7 @@ def adapter_card(
         model=model_link(about.base_model, about.revision),
         examples=_example_lines(about.top_examples),
         facts=fact_rows(facts),
-        load_code="\n".join(_adapter_code(about, kind, auto_class, "." if repo_id is None else repo_id)),
+        load_code="\n".join(_adapter_code(about, kind, auto_class, HERE if repo_id is None else repo_id)),
         citation=CITATION,
     )
 
@@ -137,7 +137,6 @@ def _adapter_code(about: DirectionFacts, kind: str, auto_class: str, where: str)
 def direction_card(
     about: DirectionFacts,
     *,
-    kind: str | None = None,
     repo_id: str | None = None,
     datasets: Sequence[str] = (),
     license: str | None = None,
@@ -146,7 +145,6 @@ def direction_card(
 
     Args:
         about: the direction.
-        kind: of direction, for people.
         repo_id: where it will be found; None for a folder, whose code runs in that folder.
         datasets: ids of the data sets that the examples are from.
         license: an identifier of the Hub.
@@ -157,9 +155,9 @@ def direction_card(
     code = [
         "from hf_npeff import ParameterDirection",
         "",
-        f"direction = ParameterDirection.from_pretrained({literal('.' if repo_id is None else repo_id)})",
+        f"direction = ParameterDirection.from_pretrained({literal(HERE if repo_id is None else repo_id)})",
     ]
-    facts = [("Commit of the base model", about.revision), ("Kind", kind), ("Lifted by", about.lift), *about.effects]
+    facts = [("Commit of the base model", about.revision), ("Lifted by", about.lift), *about.effects]
     label = about.label("direction" if about.component is None else f"component {about.component}")
     return fill(
         "direction",

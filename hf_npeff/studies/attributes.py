@@ -81,18 +81,6 @@ class Attributes:
         counts = self.values.isnan().sum(0).tolist()
         return {name: count for name, count in zip(self.names, counts, strict=True) if count}
 
-    def restricted(self, mask: Tensor, min_count: int = 10) -> Attributes:
-        """The attributes of some examples (n,) bool; those that become too rare are excluded."""
-        kept, excluded = [], dict(self.excluded)
-        for a, name in enumerate(self.names):
-            values = self.values[mask, a]
-            have, lack = int((values == 1).sum()), int((values == 0).sum())
-            if min(have, lack) >= max(1, min_count):
-                kept.append(a)
-            else:
-                excluded[name] = f"of the {int(mask.sum())} examples measured, {have} have it and {lack} lack it"
-        return Attributes([self.names[a] for a in kept], self.values[mask][:, kept], excluded)
-
 
 def _binary(name: str, values: list[Any]) -> dict[str, list[float]]:
     """One column as attributes: {attribute: n of 1, 0, NaN}."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.decomposition.component import ACTIVE_SHARE
+from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.heads import traits_of
 from hf_npeff.studies.measures import purity
@@ -232,7 +232,7 @@ def run_in_context(
                 float(right[here].double().mean()),
                 {name: sum(values) / len(values) for name, values in relations.items()},
                 shares[here].mean(0).tolist(),
-                (shares[here] > ACTIVE_SHARE).double().mean(0).tolist(),
+                active_examples(W)[here].double().mean(0).tolist(),
                 float(pefs.norms[here].double().mean()),
                 float("nan") if entropies is None else float(entropies.flatten()[here].double().mean()),
             )

@@ -36,7 +36,7 @@ from hf_npeff.sharing.pretrained import Publishable, warn_of_local_model
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations
 
 if TYPE_CHECKING:
-    from hf_npeff.decomposition.decomposition import Decomposition
+    pass
 
 AdapterKind = Literal["lora", "shira", "delta"]
 Layout = Literal["linear", "conv1d", "embedding", "bias", "norm", "other"]
@@ -240,38 +240,6 @@ def _check_replaceable(folder: Path, config: bytes) -> None:
             f"{folder} holds another adapter, with other settings or for another model; save to another folder, or "
             f"remove {_CONFIG} and {_WEIGHTS} there first"
         )
-
-
-def save_components(
-    decomposition: Decomposition,
-    adapters: Mapping[int, Adapter],
-    directory: str | os.PathLike[str],
-    *,
-    include_columns: bool | Sequence[str] = True,
-) -> None:
-    """A decomposition with adapters of several of its components, one in components/003 for instance.
-
-    PEFT loads one with `PeftModel.from_pretrained(model, directory, subfolder="components/003")`. `AutoPeftModel` takes
-    no subfolder: for it, save an adapter alone.
-
-    Args:
-        decomposition: written to the folder itself.
-        adapters: {component: its adapter}.
-        directory: made where it is missing.
-        include_columns: which of the decomposition's columns are written.
-
-    Raises:
-        IndexError: if a component does not exist.
-        ValueError: if a column does not exist, or a component's folder is a link to somewhere else.
-    """
-    chosen = {decomposition.index_of(j): adapter for j, adapter in adapters.items()}
-    for j in chosen:
-        place = Path(directory) / "components" / f"{j:03d}"
-        if not place.resolve().is_relative_to(Path(directory).resolve()):
-            raise ValueError(f"{place} leads out of the folder, to {place.resolve()}; remove that link first")
-    decomposition.save_pretrained(directory, include_columns=include_columns)
-    for j, adapter in chosen.items():
-        adapter.save_pretrained(Path(directory) / "components" / f"{j:03d}")
 
 
 def retained(deltas: Mapping[str, Tensor], kept: Mapping[str, float]) -> float:

@@ -15,6 +15,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from hf_npeff.config import check_scale
+from hf_npeff.decomposition.component import example_lines
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import shown_texts
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
@@ -104,11 +105,6 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
     def norm(self) -> float:
         """Over all parameters together: 1 to rounding."""
         return sum(map(_squared, self._deltas.values())) ** 0.5
-
-    @property
-    def energies(self) -> dict[str, float]:
-        """{parameter name: its share of the squared norm}."""
-        return {name: _squared(value) for name, value in self._deltas.items()}
 
     def cosine(self, other: Mapping[str, Tensor]) -> float:
         """⟨self, other⟩ / ‖other‖.
@@ -369,7 +365,4 @@ def _example_lines(decomposition: Decomposition, component: int, include_texts: 
     top = decomposition[component].top_examples(10)
     private = () if include_texts else text_columns(decomposition.columns, decomposition.info)
     kept = {name: values for name, values in top.columns.items() if name not in private}
-    lines = [str(line) for line in shown_texts(kept, decomposition.info) or top.ids]
-    if "prediction" in kept:
-        lines = [f"{x} → {y}" for x, y in zip(lines, top.columns["prediction"], strict=True)]
-    return lines
+    return example_lines(shown_texts(kept, decomposition.info) or top.ids, kept.get("prediction"))

@@ -176,7 +176,7 @@ def _keep_top_rows(
     """Restrict combinations (m, n, c) to the k top examples of each component, in place; the share of weight kept."""
     norms = pefs.norms.double().sqrt()[:, None]
     for row, j in enumerate(wanted):
-        kept, _, share = keep_top(rows[row] * norms, decomposition.coefficients[:, j], k)
+        kept, share = keep_top(rows[row] * norms, decomposition.coefficients[:, j], k)
         rows[row] = kept / norms.clamp_min(1e-300)
         yield share
 
@@ -215,12 +215,9 @@ def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tenso
     W, G = decomposition.coefficients.double(), decomposition.pseudo_fishers.double()
     M_inverse = torch.linalg.pinv((W.T @ W) * (G @ G.T), hermitian=True, rtol=1e-10)
     coefficients, combined = [], torch.zeros_like(G)
-    start = 0
-    for chunk in pefs.chunks(256):
+    for here, chunk in pefs.placed_chunks(256):
         raw = chunk.factors.to(torch.promote_types(chunk.factors.dtype, torch.float32))
         A = balanced(raw, decomposition.scales, decomposition.config.power)
-        here = slice(start, start + len(chunk))
-        start += len(chunk)
         B = alignments(A, decomposition.pseudo_fishers.to(A.dtype)).double()
         mixed = torch.einsum("jl,il,icl->jic", M_inverse, W[here], B)
         combined += mixed.flatten(1) @ A.double().flatten(0, 1)
@@ -245,7 +242,7 @@ def semi_orthogonal(decomposition: Decomposition, j: int, limit: float = 0.3) ->
     return weights
 
 
-def keep_top(coefficients: Tensor, scores: Tensor, k: int) -> tuple[Tensor, list[int], float]:
+def keep_top(coefficients: Tensor, scores: Tensor, k: int) -> tuple[Tensor, float]:
     """A combination (n, c) restricted to the k examples of the largest scores, and the share of its weight they carry.
 
     The weight of an example is Σ_c coef², in terms of unscaled rows times their norm, so of unit rows.
@@ -254,7 +251,7 @@ def keep_top(coefficients: Tensor, scores: Tensor, k: int) -> tuple[Tensor, list
     total = float(coefficients.square().sum())
     kept = torch.zeros_like(coefficients)
     kept[chosen] = coefficients[chosen]
-    return kept, chosen, float(kept.square().sum()) / total if total else 1.0
+    return kept, float(kept.square().sum()) / total if total else 1.0
 
 
 def unbalanced(g: Tensor, scales: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_npeff.config import PerturbationRequest
 from hf_npeff.data import Example
-from hf_npeff.decomposition.component import ACTIVE_SHARE
+from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
@@ -148,7 +148,8 @@ def choose_examples(
     if not top:
         raise ValueError(f"component {component} is active on no example")
     share = w / total.clamp_min(torch.finfo(w.dtype).tiny)
-    quiet = [i for i in range(len(w)) if float(share[i]) <= ACTIVE_SHARE and i not in set(top)]
+    active = active_examples(decomposition.coefficients)[:, component]
+    quiet = [i for i in range(len(w)) if not active[i] and i not in set(top)]
     if not quiet:
         quiet = sorted(set(range(len(w))) - set(top), key=lambda i: (float(share[i]), i))[:n_others]
         if not quiet:

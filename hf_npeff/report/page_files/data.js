@@ -1,7 +1,6 @@
 // The data of this page: unpacked once, read everywhere.
 
 const TOP = 12; // the top examples that purity and search look at
-const ACTIVE_SHARE = 0.05; // of an example's coefficients, as hf_npeff.decomposition.decomposition has it
 const KINDS = {
   uint8: Uint8Array,
   int8: Int8Array,
@@ -55,17 +54,8 @@ const stored = (j) => arrays.W.subarray(j * n, (j + 1) * n);
 const scaleOf = (j) => arrays.W_largest[j] / 65535;
 const coefficient = (j, i) => arrays.W[j * n + i] * scaleOf(j);
 
-const totals = once("totals", () => {
-  const sums = new Float64Array(n);
-  for (let j = 0; j < r; j++) {
-    const w = stored(j),
-      scale = scaleOf(j);
-    for (let i = 0; i < n; i++) sums[i] += w[i] * scale;
-  }
-  return sums;
-});
-
-const isActive = (j, i) => coefficient(j, i) > ACTIVE_SHARE * totals(0)[i];
+/** Whether component j is active on example i, as Python found: a bit each, the first in the highest place. */
+const isActive = (j, i) => (arrays.active[j * arrays.active.shape[1] + (i >> 3)] >> (7 - (i & 7))) & 1;
 
 /** The examples with the largest coefficients, at most TOP of them and none without any. */
 const topFew = once("topFew", (j) => {
