@@ -27,7 +27,7 @@ from hf_npeff.sharing.protocols import ReportLike, TokenAlignmentLike
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1024
-"""Examples whose rows are weighted at a time. Chosen: a few hundred MB of rows of 65,536 numbers; no number depends on it."""
+"""Examples whose rows are weighted at a time. Chosen: a few hundred MB at d = 65,536; no number depends on it."""
 
 
 class Decomposition(Readable):
