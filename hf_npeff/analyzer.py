@@ -508,7 +508,8 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         request = MeasureRequest(tuple(scales), tuple(ranks), by, both_signs, random, worst, batch_size, seed)
         self.check_movable(change, in_place=not is_linear(change))
-        examples = list(self._checked(Examples(dataset, self.processing_class, max_examples=max_examples)))
+        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+        examples = list(limits.checked(self.read(dataset, max_examples=max_examples)))
         check_groups(examples, by)
         with self.forward_pass() as forward:
             return measure(forward, change, examples, self.truth_of(examples), request)
