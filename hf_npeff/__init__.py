@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
         CorruptStoreError,
         FormatVersionError,
         IncompatibleSketchError,
+        IncompatibleWeightsError,
         NPEFFError,
         UnsupportedModelError,
     )
@@ -47,6 +48,7 @@ __all__ = [
     # errors
     "NPEFFError",
     "IncompatibleSketchError",
+    "IncompatibleWeightsError",
     "UnsupportedModelError",
     "CorruptStoreError",
     "FormatVersionError",
@@ -61,6 +63,7 @@ _MODULE_OF = {
     "FisherConfig": "config",
     "FormatVersionError": "errors",
     "IncompatibleSketchError": "errors",
+    "IncompatibleWeightsError": "errors",
     "Measurement": "weights.measurement",
     "NPEFF": "decomposition.estimator",
     "NPEFFAnalyzer": "analyzer",

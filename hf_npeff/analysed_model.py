@@ -21,16 +21,19 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.distributed import on_cpu
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
+from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.compute import Worker
 from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_parameters
-from hf_npeff.fisher.heads import OutputHead, base_of, finds_last_by_padding, head_of, task_of_class, traits_of
+from hf_npeff.fisher.heads import OutputHead, finds_last_by_padding, head_of, task_of_class, traits_of
 from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.parameters import find_parameters, modules_of
+from hf_npeff.fisher.weights_hash import identity_of
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
 from hf_npeff.sharing.files import read_json
 from hf_npeff.sharing.hub import commit_of_model, is_hub_id
 from hf_npeff.weights.adapters import Adapter, layout_of
@@ -370,8 +373,9 @@ class AnalysedModel:
 
         Args:
             matrices: {parameter: (out, in)}.
-            info: what is kept with it, beside the `facts` of the model.
+            info: what is kept with it, beside the `facts` of the model; `weights`, where they are known already.
         """
+        facts = self.facts(info.get("weights"))
         maps = {m.parameter: m for m in self.maps}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         deltas = {}
@@ -381,7 +385,7 @@ class AnalysedModel:
             deltas[name] = shaped.contiguous()
         layouts = {name: layout_of(self.model, name) for name in deltas}
         module = type(base_of(self.model)).__module__
-        return ParameterDirection(deltas, layouts, {**self.facts(), "module": module, **info})
+        return ParameterDirection(deltas, layouts, {**facts, "module": module, **info})
 
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
         """Refuse to move weights that are sharded, or those of another commit than the change's.
@@ -389,6 +393,8 @@ class AnalysedModel:
         Args:
             change: a direction or an adapter.
             in_place: whether the weights themselves are to be moved.
+
+        Warns where the weights are others than those that the direction was made with.
 
         Raises:
             UnsupportedModelError: if they are sharded, and are to be moved in place.
@@ -405,6 +411,33 @@ class AnalysedModel:
                 f"the change was made for the model at commit {made}, and this model is at {self.revision}; load "
                 "that revision"
             )
+        if direction is not None and (weights := direction.info.get("weights")) is not None:
+            warn_of_other_weights(
+                weights, self.weights(), "the direction was made with other weights than the model has"
+            )
+
+    def weights(self) -> dict[str, Any]:
+        """Which weights the model has at this moment: `WeightsIdentity` as JSON types."""
+        self.fsdp.release()
+        return identity_of(self.model).to_dict()
+
+    def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
+        """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.
+
+        Args:
+            decomposition: of `pefs`.
+            pefs: whose cotangents are replayed.
+            check_weights: False compares nothing.
+
+        Raises:
+            IncompatibleWeightsError: if they are others.
+        """
+        weights = self.weights()
+        if check_weights:
+            remedy = "Give the model those weights again, or compute PEFs with those that it has and decompose them."
+            check_same_weights(pefs.info.get("weights"), weights, "these PEFs", remedy)
+            check_same_weights(decomposition.info.get("weights"), weights, "the PEFs of this decomposition", remedy)
+        return weights
 
     def truth_of(self, examples: Sequence[Example]) -> list[Any]:
         """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers."""
@@ -415,12 +448,20 @@ class AnalysedModel:
 
     # What is known of it
 
-    def facts(self) -> dict[str, Any]:
-        """What is kept of the model with everything that is made from it: names, commit, task, classes, versions."""
+    def facts(self, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What is kept of the model with everything that is made from it.
+
+        Args:
+            weights: which it has, where that is known already: it takes reading all of them.
+
+        Returns:
+            Names, commit, weights, task, classes and versions.
+        """
         base: Any = base_of(self.model)
         return {
             "model": getattr(base, "name_or_path", None) or type(base).__name__,
             "revision": self.revision,
+            "weights": self.weights() if weights is None else dict(weights),
             "architecture": type(base).__name__,
             "task": traits_of(self.head).task,
             "label_names": self._label_names(),

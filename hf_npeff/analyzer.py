@@ -29,9 +29,10 @@ from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.encoding.record import Reading
-from hf_npeff.fisher.compute import compute, dataset_hash
+from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.fisher.compute import check_store, compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
-from hf_npeff.fisher.heads import base_of, traits_of
+from hf_npeff.fisher.heads import traits_of
 from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.preparation import DEFAULT_DIMS, prepare
 from hf_npeff.fisher.selftest import candidates
@@ -106,6 +107,7 @@ class NPEFFAnalyzer(AnalysedModel):
         label_column: str | None = Reading.label_column,
         truncation: bool = Reading.truncation,
         max_length: int | None = Reading.max_length,
+        check_weights: bool = ComputeRequest.check_weights,
     ) -> PEFs:
         """Per-example Fishers of a data set.
 
@@ -133,6 +135,7 @@ class NPEFFAnalyzer(AnalysedModel):
             truncation: cut examples that are too long; by default they are refused. How many were cut is in
                 `info["dataset"]["truncated"]`.
             max_length: the most tokens of an example with truncation; None: the model's positions.
+            check_weights: refuse to go on with PEFs of other weights than the model has now.
 
         Returns:
             PEFs in the data set's order.
@@ -145,11 +148,18 @@ class NPEFFAnalyzer(AnalysedModel):
             UnsupportedModelError: if the model has no logits or uses a module in a way that hooks do not see.
             IncompatibleSketchError: if `output_dir` holds PEFs of another model, config or data set, or the model does
                 not have the parameters of `like`.
+            IncompatibleWeightsError: if `output_dir` holds PEFs of other weights: the model was trained, merged or
+                edited since, or other adapters are active.
         """
         folder = None if output_dir is None else Path(output_dir)
         shown = _progress_wanted() if progress is None else progress
         request = ComputeRequest(
-            output_dir=folder, batch_size=batch_size, shard_size=shard_size, on_error=on_error, progress=shown
+            output_dir=folder,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            on_error=on_error,
+            check_weights=check_weights,
+            progress=shown,
         )
         analyzer = self if like is None else self.with_settings_of(like)
         reading = Reading(text_column, text_pair_column, label_column, truncation, max_length)
@@ -170,6 +180,8 @@ class NPEFFAnalyzer(AnalysedModel):
         if request.output_dir is not None and not resume and worker.index == 0:
             remove_store(request.output_dir)
         worker.barrier()
+        if request.output_dir is not None:
+            check_store(request, facts["weights"])  # before anything is computed
         known = self.sketch_for(request.output_dir)
         with self.forward_pass() as forward:
             forward.one_at_a_time |= request.batch_size == 1
@@ -264,6 +276,7 @@ class NPEFFAnalyzer(AnalysedModel):
         semi_orthogonal: bool = LiftRequest.semi_orthogonal,
         solver: SparseSolver = LiftRequest.solver,
         batch_size: int = LiftRequest.batch_size,
+        check_weights: bool = LiftRequest.check_weights,
     ) -> Any:
         """Components as directions in the parameters.
 
@@ -280,6 +293,7 @@ class NPEFFAnalyzer(AnalysedModel):
             semi_orthogonal: first take out of g its projection on the components nearly orthogonal to it.
             solver: of compressed sensing: iterative hard thresholding ("iht") or "fista".
             batch_size: examples of a forward pass.
+            check_weights: refuse PEFs and decompositions of other weights than the model has now.
 
         Returns:
             A unit `ParameterDirection`, or a list of them where several components were asked for. `info` holds the
@@ -289,6 +303,7 @@ class NPEFFAnalyzer(AnalysedModel):
         Raises:
             IndexError: if a component does not exist.
             IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
+            IncompatibleWeightsError: if the model's weights have changed since.
             ValueError: if the dataset or the PEFs are others than were decomposed, the decomposition is far from
                 converged, or an argument is out of range.
         """
@@ -299,11 +314,13 @@ class NPEFFAnalyzer(AnalysedModel):
             semi_orthogonal=semi_orthogonal,
             solver=solver,
             batch_size=batch_size,
+            check_weights=check_weights,
         )
         wanted = select(decomposition, components)
         analyzer = self.for_decomposition(decomposition)
+        weights = analyzer.weights_for(decomposition, pefs, check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
-        directions = analyzer._lift(decomposition, wanted, pefs, examples, request)
+        directions = analyzer._lift(decomposition, wanted, pefs, examples, request, weights)
         return directions[0] if hasattr(components, "__index__") else directions
 
     def lift_each(
@@ -321,22 +338,37 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         wanted = select(decomposition, components)
         analyzer = self.for_decomposition(decomposition)
+        request = LiftRequest(**settings)
+        weights = analyzer.weights_for(decomposition, pefs, request.check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
-        yield from analyzer._lift_each(decomposition, wanted, pefs, examples, LiftRequest(**settings))
+        yield from analyzer._lift_each(decomposition, wanted, pefs, examples, request, weights)
 
     def _lift_each(
-        self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, examples: list[Example], request: LiftRequest
+        self,
+        decomposition: Decomposition,
+        wanted: list[int],
+        pefs: PEFs,
+        examples: list[Example],
+        request: LiftRequest,
+        weights: Mapping[str, Any],
     ) -> Iterator[tuple[int, ParameterDirection]]:
         for start in range(0, len(wanted), _LIFTED_TOGETHER):
             group = wanted[start : start + _LIFTED_TOGETHER]
-            yield from zip(group, self._lift(decomposition, group, pefs, examples, request), strict=True)
+            yield from zip(group, self._lift(decomposition, group, pefs, examples, request, weights), strict=True)
 
     def _lift(
-        self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, examples: list[Example], request: LiftRequest
+        self,
+        decomposition: Decomposition,
+        wanted: list[int],
+        pefs: PEFs,
+        examples: list[Example],
+        request: LiftRequest,
+        weights: Mapping[str, Any],
     ) -> list[ParameterDirection]:
         with self.forward_pass() as forward:
             lifted = lift_components(forward, decomposition, wanted, pefs, examples, request, self._sketch)
-        return [self.direction_of(one.deltas, {"fingerprint": pefs.fingerprint, **one.facts}) for one in lifted]
+        kept = {"fingerprint": pefs.fingerprint, "weights": dict(weights)}
+        return [self.direction_of(one.deltas, {**kept, **one.facts}) for one in lifted]
 
     def token_alignments(
         self,
@@ -347,6 +379,7 @@ class NPEFFAnalyzer(AnalysedModel):
         *,
         n_top: int = SHADED,
         batch_size: int = BATCH_SIZE,
+        check_weights: bool = LiftRequest.check_weights,
     ) -> list[TokenAlignment]:
         """How much each token of a component's top examples contributes to their alignment with it, exactly.
 
@@ -360,6 +393,7 @@ class NPEFFAnalyzer(AnalysedModel):
             n_top: top examples of each, as `Component.top_examples` gives them; those with a coefficient of zero are
                 left out.
             batch_size: examples of a forward pass.
+            check_weights: refuse PEFs and decompositions of other weights than the model has now.
 
         Returns:
             One for every component and top example, for `Decomposition.to_html(alignments=…)`.
@@ -367,6 +401,7 @@ class NPEFFAnalyzer(AnalysedModel):
         Raises:
             IndexError: if a component does not exist.
             IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
+            IncompatibleWeightsError: if the model's weights have changed since.
             ValueError: if the dataset or the PEFs are others than were decomposed, or a number is below 1.
         """
         if min(n_top, batch_size) < 1:
@@ -374,6 +409,7 @@ class NPEFFAnalyzer(AnalysedModel):
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         chosen = {j: decomposition[j].top_examples(n_top).indices for j in wanted}
         analyzer = self.for_decomposition(decomposition)
+        analyzer.weights_for(decomposition, pefs, check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
         decode = getattr(self.processing_class, "decode", None)
         with analyzer.forward_pass() as forward:
@@ -444,7 +480,7 @@ class NPEFFAnalyzer(AnalysedModel):
             pefs: those that were decomposed.
             dataset: the one they came from.
             components: their numbers; None takes all.
-            lift: arguments of `lift`.
+            lift: arguments of `lift`, `check_weights` among them.
             **settings: arguments of `evaluate_direction`.
 
         Returns:
@@ -454,9 +490,10 @@ class NPEFFAnalyzer(AnalysedModel):
         lifting, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
         self.check_movable()
         analyzer = self.for_decomposition(decomposition)
+        weights = analyzer.weights_for(decomposition, pefs, lifting.check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
         reports = []
-        for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, lifting):
+        for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, lifting, weights):
             with self.forward_pass() as forward:
                 report = evaluate(forward, direction, decomposition, j, examples, measuring)
             decomposition.evaluations[j] = report.summary()

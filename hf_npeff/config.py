@@ -244,6 +244,7 @@ class ComputeRequest:
         shard_size: examples of a shard, which is a file.
         on_error: what happens to an example for which the model gives NaN or infinite numbers: "raise" stops there,
             "skip" leaves it out.
+        check_weights: refuse to go on with PEFs of other weights than the model has now.
         progress: show a progress bar.
 
     Raises:
@@ -254,6 +255,7 @@ class ComputeRequest:
     batch_size: int | Literal["auto"] = BATCH_SIZE
     shard_size: int = 1024
     on_error: OnError = "raise"
+    check_weights: bool = True
     progress: bool = field(default=False, metadata=_NO_OPTION)
 
     def __post_init__(self) -> None:
@@ -296,6 +298,7 @@ class LiftRequest:
         semi_orthogonal: first take out of g its projection on the components nearly orthogonal to it.
         solver: solver of compressed sensing: iterative hard thresholding ("iht") or "fista".
         batch_size: examples of a forward pass.
+        check_weights: refuse PEFs and decompositions of other weights than the model has now.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -307,6 +310,7 @@ class LiftRequest:
     semi_orthogonal: bool = False
     solver: SparseSolver = "iht"
     batch_size: int = BATCH_SIZE
+    check_weights: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, LiftMethod)

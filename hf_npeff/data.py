@@ -318,17 +318,38 @@ def _plain(value: Any) -> Any:
 
 
 def _content_of(inputs: Mapping[str, Any]) -> str:
+    """Hash of all that a model is given of an example, whether lists or tensors hold it."""
     digest = hashlib.sha256()
     for name in sorted(inputs):
-        if name in ("attention_mask", "special_tokens_mask"):
-            continue  # all ones without padding
         value = inputs[name]
+        if name == "special_tokens_mask" or (name.endswith("attention_mask") and _hides_nothing(value)):
+            continue  # no input of a model; and what is made where an example has no mask
         digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().to(torch.float32).numpy().tobytes())
-        else:
-            digest.update(json.dumps(value).encode())
+        numbers = _as_numbers(value)
+        if numbers is None or not numbers.is_floating_point():
+            digest.update(json.dumps(value if numbers is None else numbers.tolist()).encode())
+            continue
+        # Lists of numbers become float32 on their way to the model, and narrower types are exact in it.
+        numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        digest.update(f"{numbers.dtype}{tuple(numbers.shape)}".encode())
+        digest.update(numbers.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _hides_nothing(mask: Any) -> bool:
+    if isinstance(mask, list | tuple):
+        return all(map(_hides_nothing, mask))
+    return bool((torch.as_tensor(mask) == 1).all())
+
+
+def _as_numbers(value: Any) -> Tensor | None:
+    """A list or a tensor as a tensor on the CPU; None where lists are ragged or hold something else."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def batches_by_length(

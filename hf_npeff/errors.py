@@ -24,6 +24,18 @@ class IncompatibleSketchError(NPEFFError):
     """
 
 
+class IncompatibleWeightsError(IncompatibleSketchError):
+    """A model's weights are others than those that PEFs, a decomposition or a direction were made with.
+
+    Example:
+        >>> pefs = analyzer.compute_pefs(dataset, "runs/before")
+        >>> with direction.applied_to(model, scale=0.1):
+        ...     pefs = analyzer.compute_pefs(dataset, "runs/before")
+        Traceback (most recent call last):
+        hf_npeff.errors.IncompatibleWeightsError: the PEFs in runs/before were made ...
+    """
+
+
 class UnsupportedModelError(NPEFFError):
     """The model, its head or one of its modules is not handled; the message says what to implement or to leave out.
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from hf_npeff import FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
+from hf_npeff import (
+    FisherConfig,
+    IncompatibleSketchError,
+    IncompatibleWeightsError,
+    NPEFFAnalyzer,
+    ParameterDirection,
+    PEFs,
+)
 from hf_npeff.config import LiftRequest
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.weights.compressed_sensing import fista, flat_operator, iterative_hard_thresholding
@@ -356,5 +363,8 @@ def test_a_dataset_without_ids_may_come_in_another_order_and_another_models_weig
     assert first.cosine(again) > 1 - 1e-9
     with pytest.raises(ValueError, match="another content"):
         analyzer.lift(found, 0, pefs, [*data[1:], {"input_ids": [5, 6, 7]}])
+    other = NPEFFAnalyzer(tiny_model("bert", seed=1), fisher=fisher)
+    with pytest.raises(IncompatibleWeightsError, match="other weights than the model has now"):
+        other.lift(found, 0, pefs, data)
     with pytest.raises(ValueError, match="weights are not those"):
-        NPEFFAnalyzer(tiny_model("bert", seed=1), fisher=fisher).lift(found, 0, pefs, data)
+        other.lift(found, 0, pefs, data, check_weights=False)

@@ -25,6 +25,7 @@ from hf_npeff.extras import load
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.heads import HeadTraits, Outputs, traits_of
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.pefs.weights_identity import check_same_weights
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.exact_lifting import lift_exact
 from hf_npeff.weights.lifting import align
@@ -217,7 +218,13 @@ class GradientClusters:
         return (self.hard.double() * weights[:, None]).T[..., None]
 
     def lift(
-        self, analyzer: NPEFFAnalyzer, clusters: Sequence[int], dataset: Any, *, batch_size: int = BATCH_SIZE
+        self,
+        analyzer: NPEFFAnalyzer,
+        clusters: Sequence[int],
+        dataset: Any,
+        *,
+        batch_size: int = BATCH_SIZE,
+        check_weights: bool = True,
     ) -> list[ParameterDirection]:
         """Centroids as unit directions in the parameters, exactly.
 
@@ -226,16 +233,18 @@ class GradientClusters:
             clusters: their numbers.
             dataset: the one the gradients came from.
             batch_size: examples of a forward pass.
+            check_weights: refuse gradients of other weights than the model has now.
 
         Raises:
+            IncompatibleWeightsError: if the model's weights have changed since.
             IndexError: if a cluster does not exist.
             ValueError: if the dataset is another, or the gradients were made elsewhere.
         """
         if bad := [j for j in clusters if not 0 <= j < len(self.centroids)]:
             raise IndexError(f"there are {len(self.centroids)} clusters, numbered from 0; {bad} do not exist")
-        return lift_combinations(
-            analyzer, self.gradients, dataset, self.combination()[list(clusters)], batch_size, {"method": "centroid"}
-        )
+        chosen = self.combination()[list(clusters)]
+        facts = {"method": "centroid"}
+        return lift_combinations(analyzer, self.gradients, dataset, chosen, batch_size, facts, check_weights)
 
     def result(
         self,
@@ -267,18 +276,23 @@ def lift_combinations(
     coefficients: Tensor,
     batch_size: int,
     facts: Mapping[str, Any],
+    check_weights: bool = True,
 ) -> list[ParameterDirection]:
     """Combinations (m, n, c) of unscaled rows as unit directions in the parameters.
 
     Raises:
+        IncompatibleWeightsError: if the model's weights are others than those of the PEFs, and that is checked.
         ValueError: if the rows were made elsewhere, or the dataset is another.
     """
     if pefs.cotangents is None:
         raise ValueError("these rows were made elsewhere and hold no cotangents, so they cannot be lifted")
+    weights = analyzer.weights()
+    remedy = "Give the model those weights again, or cluster the gradients of those that it has."
+    check_same_weights(pefs.info.get("weights") if check_weights else weights, weights, "these PEFs", remedy)
     examples = align(analyzer.read(dataset, like=pefs.info), pefs.example_ids, pefs.content_hashes)
     with analyzer.forward_pass() as forward:
         found = lift_exact(forward, examples, pefs.cotangents, coefficients, batch_size)
-    return [analyzer.direction_of(matrices, facts) for matrices in found]
+    return [analyzer.direction_of(matrices, {**facts, "weights": weights}) for matrices in found]
 
 
 def gradient_clustering(

@@ -19,6 +19,7 @@ from hf_npeff.decomposition.objective import alignments, energies, nonnegative_c
 from hf_npeff.decomposition.weighting import balanced
 from hf_npeff.encoding.record import shown_columns, shown_texts
 from hf_npeff.pefs.store import PEFs, check_same_sketch
+from hf_npeff.pefs.weights_identity import warn_of_other_weights
 from hf_npeff.sharing.cards import decomposition_card, write_card
 from hf_npeff.sharing.files import write_together
 from hf_npeff.sharing.hub import text_columns
@@ -233,14 +234,15 @@ class Decomposition(Readable):
 
         return of_decomposition(self)
 
-    def transform(self, pefs: PEFs, *, device: str | torch.device | None = None) -> Tensor:
+    def transform(self, pefs: PEFs, *, device: str | torch.device | None = None, check_weights: bool = True) -> Tensor:
         """W (n′, r) of PEFs, G fixed: what these components explain of other examples.
 
-        Warns where the PEFs are of another commit of the model.
+        Warns where the PEFs are of another commit of the model, or of other weights.
 
         Args:
             pefs: made with the same sketch of the same model: `analyzer.compute_pefs(dataset, like=decomposition)`.
             device: where the products are taken; None: where the rows are.
+            check_weights: False says nothing of other weights, where comparing them is what is wanted.
 
         Raises:
             IncompatibleSketchError: if they were made with another sketch.
@@ -261,6 +263,12 @@ class Decomposition(Readable):
                 ours,
                 theirs,
                 ours,
+            )
+        elif check_weights:
+            warn_of_other_weights(
+                self.info.get("weights"),
+                pefs.info.get("weights"),
+                "the decomposition and these PEFs are of a model with different weights",
             )
         return self.explain(pefs, device=device)[0]
 

@@ -28,6 +28,7 @@ from hf_npeff.decomposition.solvers import (
 from hf_npeff.decomposition.starts import solve, start_from_surplus
 from hf_npeff.decomposition.weighting import balance_scales, balanced
 from hf_npeff.pefs.store import PEFs, check_pefs, check_same_sketch
+from hf_npeff.pefs.weights_identity import warn_of_other_weights
 
 logger = logging.getLogger(__name__)
 _GRAM_LIMIT = 8000
@@ -169,6 +170,8 @@ class NPEFF:
             raise ValueError(f"n_components={r} exceeds the {n_rows} rows of {len(pefs)} PEFs; use at most {n_rows}")
         if validation is not None:
             check_same_sketch(pefs, validation, "PEFs")
+            made, held_out = pefs.info.get("weights"), validation.info.get("weights")
+            warn_of_other_weights(made, held_out, "PEFs and validation PEFs are of a model with different weights")
             if self.config.solver == "reference":
                 raise ValueError("the reference solver does not watch validation PEFs; use solver='block_power'")
         device = self.device or pefs.device

@@ -27,7 +27,8 @@ from hf_npeff.fisher.forward import NotFiniteError
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.sharing.files import FORMAT_VERSION
+from hf_npeff.pefs.weights_identity import check_same_weights
+from hf_npeff.sharing.files import FORMAT_VERSION, read_json
 
 logger = logging.getLogger(__name__)
 _AUTO_EXAMPLES = 64
@@ -55,6 +56,19 @@ def dataset_hash(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(f"{example.id}\0{example.content}\0".encode(errors="surrogatepass"))
     return digest.hexdigest()[:32]
+
+
+def check_store(request: ComputeRequest, weights: Mapping[str, Any]) -> None:
+    """Refuse to go on with a store of other weights than the model has, where the request does not allow it.
+
+    Raises:
+        IncompatibleWeightsError: if there is one at `output_dir`.
+    """
+    path = None if request.output_dir is None else request.output_dir / "config.json"
+    if path is not None and request.check_weights and path.exists():
+        remedy = "Use another output_dir, or resume=False to begin again."
+        made = read_json(path, None).get("weights")
+        check_same_weights(made, weights, f"the PEFs in {request.output_dir}", remedy)
 
 
 @dataclass(frozen=True)

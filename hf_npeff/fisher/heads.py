@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.fsdp import is_sharded
 
@@ -140,13 +141,6 @@ _CLASSIFIER_NAMES = ("score", "classifier", "classification_head", "qa_outputs",
 def task_of_class(name: str) -> str | None:
     """The task that a model class's name tells, for instance "causal-lm" for LlamaForCausalLM."""
     return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT or data-parallel wrapper."""
-    while hasattr(model, "get_base_model") or hasattr(model, "module"):
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model.module  # type: ignore[operator,assignment]
-    return model
 
 
 def finds_last_by_padding(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_npeff.data import Example
-from hf_npeff.fisher.heads import base_of
+from hf_npeff.fisher.bare_model import base_of
 
 logger = logging.getLogger(__name__)
 

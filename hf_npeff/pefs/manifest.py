@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_npeff.config import FisherConfig
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.weights_identity import check_identity
 
 _TEXTS = ("model", "revision", "architecture", "task")
 _MAPPINGS = ("sketch", "selftest", "versions", "dataset")
@@ -30,6 +31,7 @@ def check_info(info: Mapping[str, Any], path: Path) -> None:
         wrong += [name for name in _MAPPINGS if not isinstance(info.get(name), dict | None)]
         if wrong or not isinstance(info["fingerprint"], str):
             raise TypeError(f"{wrong or 'fingerprint'}")
+        check_identity(info.get("weights"))
         tested = info.get("selftest") or {}
         if not all(isinstance(tested.get(name), float | int | None) for name in ("sketch_error", "coverage")):
             raise TypeError("selftest")

@@ -17,6 +17,7 @@ from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.pefs.norms import normalise
 from hf_npeff.pefs.shards import ID, Shards, StoreWriter, read_store
 from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.weights_identity import joined
 from hf_npeff.sharing.cards import pefs_card, write_card
 from hf_npeff.sharing.files import FORMAT_VERSION
 from hf_npeff.sharing.hub import text_columns
@@ -308,7 +309,7 @@ class PEFs(Readable):
 
     @staticmethod
     def concatenate(parts: Sequence[PEFs]) -> PEFs:
-        """One after the other.
+        """One after the other; with a warning where they are of a model with different weights.
 
         Raises:
             IncompatibleSketchError: if they were made with different sketches.
@@ -327,7 +328,8 @@ class PEFs(Readable):
         names = set.intersection(*(set(p._shards.names) for p in parts))
         shards = [{name: s[name] for name in names} for p in parts for s in p._shards.parts]
         columns = {k: [v for p in parts for v in p.columns[k]] for k in first.columns}
-        return PEFs({}, columns, first.info, shards)
+        weights = joined([part.info.get("weights") for part in parts])
+        return PEFs({}, columns, first.info if weights is None else {**first.info, "weights": weights}, shards)
 
     # On disk
 

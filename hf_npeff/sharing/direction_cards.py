@@ -26,6 +26,7 @@ class DirectionFacts:
         kl_others: the same on other examples.
         kl_random: the same for a random direction of the same size.
         ratio: kl_top / kl_others.
+        weights: hash of the base model's weights, and of the adapters that were active.
     """
 
     base_model: str
@@ -39,6 +40,7 @@ class DirectionFacts:
     kl_others: float | None = None
     kl_random: float | None = None
     ratio: float | None = None
+    weights: str | None = None
 
     @property
     def effects(self) -> list[tuple[str, object]]:
@@ -87,6 +89,7 @@ def adapter_card(
         raise ValueError(f"auto_class must be the name of a class of transformers, but it is {auto_class!r}")
     facts = [
         ("Commit of the base model", about.revision),
+        ("Hash of its weights", about.weights),
         ("Lifted by", about.lift),
         ("Kind", kind),
         ("Rank", rank),
@@ -157,7 +160,12 @@ def direction_card(
         "",
         f"direction = ParameterDirection.from_pretrained({literal(HERE if repo_id is None else repo_id)})",
     ]
-    facts = [("Commit of the base model", about.revision), ("Lifted by", about.lift), *about.effects]
+    facts = [
+        ("Commit of the base model", about.revision),
+        ("Hash of its weights", about.weights),
+        ("Lifted by", about.lift),
+        *about.effects,
+    ]
     label = about.label("direction" if about.component is None else f"component {about.component}")
     return fill(
         "direction",

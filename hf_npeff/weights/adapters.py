@@ -89,6 +89,7 @@ class Adapter(Publishable):
         about: the direction that it is made of, for the card; None writes none.
         architecture: transformers' class that loads the base model, for the card.
         shapes: of the parameters, where the tensors do not tell them (SHiRA).
+        weights: hash of the base model's weights, kept as `base_model_weights` in the safetensors file's metadata.
 
     Example:
         >>> adapter = direction.to_adapter(rank=2, scale=0.3)
@@ -114,6 +115,7 @@ class Adapter(Publishable):
     about: DirectionFacts | None = None
     architecture: str = "AutoModel"
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    weights: str | None = None
 
     _KIND = "adapter"
 
@@ -211,7 +213,9 @@ class Adapter(Publishable):
         """
         folder = Path(directory)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
-        weights, config = tensors_to_bytes(tensors, {"format": "pt"}), json_bytes(self.config)
+        # PEFT warns of settings that it does not know; what else is to be kept goes into the file of the weights.
+        metadata = {"format": "pt", **({} if self.weights is None else {"base_model_weights": self.weights})}
+        weights, config = tensors_to_bytes(tensors, metadata), json_bytes(self.config)
         card = None if self.about is None else self.card()
         if self.kind != "delta":
             _check_replaceable(folder, config)

@@ -20,6 +20,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import shown_texts
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.fisher.fsdp import FSDPModel
+from hf_npeff.pefs.weights_identity import check_identity, shown
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, direction_card
 from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
@@ -237,6 +238,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         else:
             raise ValueError(f"kind must be 'lora', 'shira' or 'delta', but it is {kind!r}")
         adapter.about = replace(self._facts(report, decomposition, include_texts), scale=scale)
+        adapter.weights = shown(self.info.get("weights"))
         adapter.architecture = str(self.info.get("architecture") or "AutoModel")
         return adapter
 
@@ -250,6 +252,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             revision=self.info.get("revision"),
             component=component,
             lift=self.info.get("method"),
+            weights=shown(self.info.get("weights")),
         )
         if decomposition is not None and component is not None:
             lines = _example_lines(decomposition, component, include_texts)
@@ -354,6 +357,7 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
     texts = ("model", "revision", "architecture", "module", "task", "method", "fingerprint")
     if wrong := [name for name in texts if not isinstance(info.get(name), str | None)]:
         raise ValueError(f"{wrong[0]} is {info[wrong[0]]!r}")
+    check_identity(info.get("weights"))
     component = info.get("component")
     if component is not None and (not isinstance(component, int) or isinstance(component, bool) or component < 0):
         raise ValueError(f"component is {component!r}")

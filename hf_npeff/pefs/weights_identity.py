@@ -1,0 +1,153 @@
+"""WeightsIdentity: which weights a model had when something was made with it, and what happens where two of them meet.
+
+A name and a commit say where weights came from. They do not say that somebody has trained, merged or edited them since,
+and rows of two sets of weights in one store, or cotangents replayed on other weights, give numbers that look right.
+`hf_npeff.fisher.weights_hash` reads a model's. In files an identity is JSON, as `to_dict` gives it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from hf_npeff.errors import IncompatibleWeightsError
+
+logger = logging.getLogger(__name__)
+SEVERAL = "PEFs of models with different weights were joined"
+"""Why joined PEFs have no hash."""
+
+
+@dataclass(frozen=True)
+class WeightsIdentity:
+    """Which weights a model has.
+
+    A copy in another type (bfloat16 of float32) has other weights: its predictions and gradients are others. The same
+    weights on another device, offloaded or sharded by FSDP2 are the same, and so are those of a model around which an
+    adapter was put that is disabled.
+
+    Attributes:
+        hash: of the weights and persistent buffers of the bare model, by the names that they have there, with shapes
+            and types; None where they cannot be read.
+        adapters: {name: hash of its weights and scalings} of those adapters of PEFT that act now. One that is merged is
+            in `hash`, and one that is disabled is nowhere.
+        quantization: the method, for instance "bitsandbytes", or None.
+        unknown: why there is no hash.
+    """
+
+    hash: str | None
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    quantization: str | None = None
+    unknown: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "hash": self.hash,
+            "adapters": dict(self.adapters),
+            "quantization": self.quantization,
+            **({} if self.unknown is None else {"unknown": self.unknown}),
+        }
+
+
+def difference(made: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str | None:
+    """How two identities, as JSON holds them, differ, in words; None where they are equal or one is not known."""
+    if not is_known(made) or not is_known(now):
+        return None
+    assert made is not None and now is not None
+    if made["quantization"] != now["quantization"]:
+        return f"quantised by {made['quantization'] or 'nothing'} then, by {now['quantization'] or 'nothing'} now"
+    if made["hash"] != now["hash"]:
+        return f"their hash was {made['hash'][:8]}…, and is {now['hash'][:8]}… now"
+    # A name is what somebody called an adapter; what it does is in its hash.
+    if sorted(made["adapters"].values()) != sorted(now["adapters"].values()):
+        return f"{_in_words(made['adapters'])} then, {_in_words(now['adapters'])} now"
+    return None
+
+
+def joined(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The identity of PEFs that are joined, with a warning where they are of different weights."""
+    first = parts[0]
+    if how := next(filter(None, (difference(first, other) for other in parts[1:])), None):
+        logger.warning("PEFs of models with different weights are joined (%s); they cannot be lifted", how)
+        return WeightsIdentity(None, unknown=SEVERAL).to_dict()
+    known = next((part for part in parts if part is not None), None)
+    return None if known is None else dict(known)
+
+
+def shown(identity: Mapping[str, Any] | None) -> str | None:
+    """An identity, as JSON holds it, in a line for people; None where it is not known."""
+    if identity is None or not is_known(identity):
+        return None
+    adapters = f", with {_in_words(identity['adapters'])}" if identity["adapters"] else ""
+    return f"{identity['hash']}{adapters}"
+
+
+def is_known(identity: Mapping[str, Any] | None) -> bool:
+    """Whether an identity, as JSON holds it, can be compared with another."""
+    return identity is not None and identity.get("hash") is not None
+
+
+def check_same_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any] | None, what: str, remedy: str) -> None:
+    """Refuse what was made with other weights than the model has now.
+
+    Args:
+        made: the identity that is kept with it; None of what older versions wrote.
+        now: the model's.
+        what: it is, to begin a sentence: "the PEFs in runs/pefs".
+        remedy: what to do, in a sentence.
+
+    Raises:
+        IncompatibleWeightsError: if they differ.
+    """
+    if made is None:
+        _say_once(what)
+    elif made.get("unknown") == SEVERAL:
+        raise IncompatibleWeightsError(
+            f"{what} are of models with different weights, joined by PEFs.concatenate. {remedy} check_weights=False "
+            "goes on all the same."
+        )
+    elif how := difference(made, now):
+        raise IncompatibleWeightsError(
+            f"{what} were made with other weights than the model has now ({how}). {remedy} check_weights=False goes on "
+            "all the same."
+        )
+
+
+def warn_of_other_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any] | None, what: str) -> None:
+    """Warn where two identities differ.
+
+    Args:
+        made: of one.
+        now: of the other.
+        what: is the matter, in a clause.
+    """
+    if how := difference(made, now):
+        logger.warning("%s (%s): numbers of the one are compared with those of the other", what, how)
+
+
+@lru_cache(maxsize=64)
+def _say_once(what: str) -> None:
+    logger.warning("%s do not say which weights they were made with, so that is not checked", what)
+
+
+def check_identity(value: object) -> None:
+    """Refuse an identity that is not as `WeightsIdentity.to_dict` writes it; None is what older versions wrote.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if value is None:
+        return
+    if not isinstance(value, dict) or not isinstance(value.get("adapters"), dict):
+        raise TypeError(f"weights: {value!r:.200}")
+    texts = [value.get("hash"), value.get("quantization"), value.get("unknown")]
+    named = [*value["adapters"], *value["adapters"].values()]
+    if not all(isinstance(text, str | None) for text in texts) or not all(isinstance(text, str) for text in named):
+        raise TypeError(f"weights: {value!r:.200}")
+
+
+def _in_words(adapters: Mapping[str, str]) -> str:
+    return ", ".join(f"adapter {name!r} ({kept[:8]}…)" for name, kept in sorted(adapters.items())) or "no adapter"
