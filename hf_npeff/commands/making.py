@@ -83,6 +83,7 @@ def compute(
         resume=resume,
         shard_size=request.shard_size,
         on_error=request.on_error,
+        check_weights=request.check_weights,
     )
     values = {"output": str(output), "revision": analyzer.revision, **_told(pefs)}
     return Result(values, f"{pefs!r}\n{_read_of(pefs)}\nin {output}", {"revision": analyzer.revision})
