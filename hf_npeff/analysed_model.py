@@ -390,11 +390,11 @@ class AnalysedModel:
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
         """Refuse to move weights that are sharded, or those of another commit than the change's.
 
+        Warns where the weights are others than those that a direction was made with.
+
         Args:
             change: a direction or an adapter.
             in_place: whether the weights themselves are to be moved.
-
-        Warns where the weights are others than those that the direction was made with.
 
         Raises:
             UnsupportedModelError: if they are sharded, and are to be moved in place.
@@ -411,10 +411,9 @@ class AnalysedModel:
                 f"the change was made for the model at commit {made}, and this model is at {self.revision}; load "
                 "that revision"
             )
-        if direction is not None and (weights := direction.info.get("weights")) is not None:
-            warn_of_other_weights(
-                weights, self.weights(), "the direction was made with other weights than the model has"
-            )
+        weights = info.get("weights")
+        if weights is not None:
+            warn_of_other_weights(weights, self.weights(), "the change was made with other weights than the model has")
 
     def weights(self) -> dict[str, Any]:
         """Which weights the model has at this moment: `WeightsIdentity` as JSON types."""

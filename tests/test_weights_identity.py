@@ -347,7 +347,7 @@ def test_weights_that_meet_are_warned_of(tmp_path: Path, caplog: Any) -> None:
     found.transform(other)
     assert "are of a model with different weights" in caplog.text
     analyzer.evaluate_direction(direction, found, 0, data, scale=0.1, n_top=2)
-    assert "the direction was made with other weights" in caplog.text
+    assert "the change was made with other weights" in caplog.text
     caplog.clear()
     both = PEFs.concatenate([pefs[:4], other[4:]])
     assert "different weights are joined" in caplog.text
