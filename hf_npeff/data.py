@@ -23,11 +23,7 @@ from hf_npeff.encoding.encoders import Encoder, Inputs
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.encoding.shapes import IDS, MODEL_INPUTS, SAMPLE, encoded_as
 from hf_npeff.encoding.values import as_number_or_text, as_python, at
-
-_SEQUENCES = (
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
-    "decoder_input_ids", "decoder_attention_mask",
-)  # fmt: skip
+from hf_npeff.padding import Batch, PaddedLabels, is_nested, padded, without_padding
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Example:
     def choices(self) -> int | None:
         """How many choices it has in multiple choice, else None."""
         ids = self.inputs.get("input_ids")
-        return len(ids) if isinstance(ids, list) and _is_nested(ids) else None
+        return len(ids) if isinstance(ids, list) and is_nested(ids) else None
 
     @property
     def length(self) -> int:
@@ -244,23 +240,8 @@ def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"a dictionary of columns needs columns of one length, but they have {lengths}")
     rows = []
     for i in range(next(iter(lengths.values()))):
-        rows.append(_without_padding({name: values[i] for name, values in columns.items()}))
+        rows.append(without_padding({name: values[i] for name, values in columns.items()}))
     return rows
-
-
-def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
-    for side in ("", "decoder_"):
-        mask = row.get(f"{side}attention_mask")
-        ids = row.get(f"{side}input_ids")
-        if mask is None or ids is None or torch.as_tensor(mask).dim() != 1:
-            continue
-        keep = torch.as_tensor(mask).bool()
-        for name in _SEQUENCES:
-            same_side = name.startswith("decoder_") == bool(side)
-            value = row.get(name)
-            if same_side and value is not None and torch.as_tensor(value).shape == keep.shape:
-                row[name] = torch.as_tensor(value)[keep]
-    return row
 
 
 def _unbatched(loader: DataLoader[Any], max_examples: int | None) -> list[dict[str, Any]]:
@@ -277,13 +258,13 @@ def _unbatched(loader: DataLoader[Any], max_examples: int | None) -> list[dict[s
 def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
     """Whether real tokens follow padding: with it a model that counts positions from 0 predicts something else."""
     masks = [record.get(name) for name in ("attention_mask", "decoder_attention_mask")]
-    flat = [torch.as_tensor(mask) for mask in masks if mask is not None and not _is_nested(mask)]
+    flat = [torch.as_tensor(mask) for mask in masks if mask is not None and not is_nested(mask)]
     return any(mask.dim() == 1 and bool((mask[1:] > mask[:-1]).any()) for mask in flat)
 
 
 def _tensor_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
     if _is_padded_on_the_left(record):
-        record = _without_padding(dict(record))
+        record = without_padding(dict(record))
     inputs = {}
     for name, value in record.items():
         if isinstance(value, Tensor):
@@ -321,7 +302,7 @@ def _content_of(inputs: Mapping[str, Any]) -> str:
     """Hash of all that a model is given of an example, whether lists or tensors hold it."""
     digest = hashlib.sha256()
     for name in sorted(inputs):
-        value = inputs[name]
+        value = inputs[name].whole if isinstance(inputs[name], PaddedLabels) else inputs[name]
         if name == "special_tokens_mask" or (name.endswith("attention_mask") and _hides_nothing(value)):
             continue  # no input of a model; and what is made where an example has no mask
         digest.update(name.encode())
@@ -380,7 +361,7 @@ def collate(
     pad_token_id: int | None,
     device: torch.device | str,
     takes: Set[str] | None = None,
-) -> dict[str, Tensor]:
+) -> Batch:
     """Examples → one batch, padded on the right.
 
     Args:
@@ -403,36 +384,9 @@ def collate(
             raise ValueError(
                 f"example {example.id!r} has the inputs {sorted(own)}, but {examples[0].id!r} has {sorted(names)}"
             )
-    batch = {}
-    for name in names:
-        values = [example.inputs[name] for example in examples]
-        fill = {"input_ids": pad_token_id or 0, "decoder_input_ids": pad_token_id or 0, "labels": -100}.get(name, 0)
-        batch[name] = _stack(values, fill, name).to(device)
-    for side in ("", "decoder_"):
-        if f"{side}input_ids" in batch and f"{side}attention_mask" not in batch:
-            ones = [_ones_like(example.inputs[f"{side}input_ids"]) for example in examples]
-            batch[f"{side}attention_mask"] = _stack(ones, 0, f"{side}attention_mask").to(device)
+    batch = padded(inputs, pad_token_id, encoder_decoder=takes is not None and "decoder_input_ids" in takes)
+    for name, value in batch.items():
+        batch[name] = value.to(device)
+    batch.real = None if batch.real is None else batch.real.to(device)
+    batch.decoder_real = None if batch.decoder_real is None else batch.decoder_real.to(device)
     return batch
-
-
-def _ones_like(value: Any) -> Any:
-    return [_ones_like(v) for v in value] if _is_nested(value) else [1] * len(value)
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
-
-
-def _stack(values: Sequence[Any], fill: int, name: str) -> Tensor:
-    if _is_nested(values[0]) and name in _SEQUENCES:  # multiple choice: (choices, tokens)
-        width = max(len(row) for value in values for row in value)
-        return torch.tensor([[list(row) + [fill] * (width - len(row)) for row in value] for value in values])
-    tensors = [torch.as_tensor(value) for value in values]
-    if tensors[0].dim() == 1 and name in _SEQUENCES:
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"the inputs {name!r} have different shapes: {sorted(shapes)[:4]}; give them one, or take the column out"
-        )
-    return torch.stack(tensors)

@@ -22,6 +22,7 @@ FLOORS = (
     "extras",  # libraries that only some functions need
     "config",
     "encoding",  # which columns are read, and how
+    "padding",  # taken off examples, put on batches
     "data",
     # Low, because all that is kept has its methods from sharing/pretrained.py and is written with sharing/files.py.
     # What cards say of higher floors' objects they read through sharing/protocols.py.

@@ -20,6 +20,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.gradients import LinearMap
 from hf_npeff.fisher.heads import OutputHead, Outputs, traits_of
+from hf_npeff.padding import Batch
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-2
@@ -112,7 +113,7 @@ class ForwardPass:
         narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
         return TOLERANCE_16_BIT if narrow else TOLERANCE
 
-    def batch(self, examples: Sequence[Example], device: torch.device | str) -> dict[str, Tensor]:
+    def batch(self, examples: Sequence[Example], device: torch.device | str) -> Batch:
         """The inputs that the model takes, padded; a head of one's own gets all columns of lists."""
         return collate(examples, self.pad_token_id, device, self.traits.takes)
 

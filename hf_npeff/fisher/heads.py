@@ -15,6 +15,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.padding import IGNORED, Batch
 
 
 @dataclass
@@ -261,7 +262,7 @@ class TransformersHead:
         logits = _logits_of(result)
         if logits.dim() == 3:
             index, valid = self._select(arguments, batch)
-            logits = _gather(logits, index)
+            logits = _gather(logits, index + self._virtual_tokens(model, logits, arguments))
             several = self.several
         else:
             logits, valid = logits[:, None], torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
@@ -282,9 +283,9 @@ class TransformersHead:
         arguments: dict[str, Any] = {k: v for k, v in batch.items() if k in takes and k != "labels"}
         if self.task == "seq2seq-lm" and "decoder_input_ids" not in arguments:
             if "labels" in batch:
-                arguments["decoder_input_ids"] = _shifted(model, batch["labels"])
-                counted = (batch["labels"] != -100).long()
-                arguments["decoder_attention_mask"] = counted.flip(1).cummax(1).values.flip(1)
+                arguments["decoder_input_ids"] = _shifted(model, batch["labels"].clone())  # some models write into it
+                if "decoder_attention_mask" in takes:
+                    arguments["decoder_attention_mask"] = _up_to_the_last(batch["labels"] != IGNORED).long()
             else:
                 start = self.config.decoder_start_token_id
                 arguments["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
@@ -300,8 +301,7 @@ class TransformersHead:
         ids = arguments.get("decoder_input_ids" if decoder else "input_ids")
         if ids is None:
             ids = arguments["inputs_embeds"][..., 0]
-        attention = arguments.get("decoder_attention_mask" if decoder else "attention_mask")
-        real = torch.ones_like(ids, dtype=torch.bool) if attention is None else attention.bool()
+        real = _real_of(batch, ids, decoder)
         rule = self.positions
         if rule == "auto":
             rule = {"masked-lm": "mask", "token-classification": "labels" if "labels" in batch else "all"}.get(
@@ -316,7 +316,7 @@ class TransformersHead:
         if rule == "labels":
             if "labels" not in batch:
                 raise ValueError("positions='labels' needs a `labels` column (−100 where nothing is counted)")
-            counted = batch["labels"] != -100
+            counted = batch["labels"] != IGNORED
             if self.task == "causal-lm":  # the label at t is predicted at t − 1
                 counted = F.pad(counted[:, 1:], (0, 1))
         elif rule == "mask":
@@ -326,6 +326,23 @@ class TransformersHead:
         counted = counted & real if not decoder else counted
         return _packed(counted, rule)
 
+    def _virtual_tokens(self, model: nn.Module, states: Tensor, arguments: Mapping[str, Any]) -> int:
+        """How many positions (B, T, ·) has before the first token: those that prompt tuning and p-tuning learn.
+
+        Raises:
+            UnsupportedModelError: if the model has another number of positions for a reason that is not known.
+        """
+        ids = arguments.get("decoder_input_ids" if self.task == "seq2seq-lm" else "input_ids")
+        if ids is None or states.shape[1] == ids.shape[1]:
+            return 0
+        settings = getattr(model, "active_peft_config", None)
+        if settings is not None and settings.is_prompt_learning and states.shape[1] > ids.shape[1]:
+            return states.shape[1] - ids.shape[1]
+        raise UnsupportedModelError(
+            f"{type(base_of(model)).__name__} gives {states.shape[1]} positions for {ids.shape[1]} tokens, and it is "
+            "not known which of them belongs to which token; pass `task`, an object with a method outputs(model, batch)"
+        )
+
     def _vocabulary_outputs(
         self, model: nn.Module, arguments: Mapping[str, Any], index: Tensor, valid: Tensor
     ) -> Outputs:
@@ -334,7 +351,8 @@ class TransformersHead:
         seen: dict[str, Tensor] = {}
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen["hidden"] = _gather(args[0], index.to(args[0].device))
+            virtual = self._virtual_tokens(model, args[0], arguments)
+            seen["hidden"] = _gather(args[0], index.to(args[0].device) + virtual)
             return (seen["hidden"], *args[1:])
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -375,8 +393,8 @@ class TransformersHead:
         """Two softmaxes over the real positions: where the answer starts and where it ends."""
         logits = torch.stack([result["start_logits"], result["end_logits"]], 1)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        if "attention_mask" in batch:
-            wide = wide.masked_fill(~batch["attention_mask"].bool()[:, None].to(wide.device), float("-inf"))
+        real = _real_of(batch, logits[:, 0], decoder=False)
+        wide = wide.masked_fill(~real[:, None].to(wide.device), float("-inf"))
         return Outputs(logits, wide, torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device), Softmax)
 
 
@@ -413,7 +431,23 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
             "decoder inputs; set them, or give a column decoder_input_ids"
         )
     read = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
-    return read.masked_fill(read == -100, pad)
+    return read.masked_fill(read == IGNORED, pad)
+
+
+def _up_to_the_last(counted: Tensor) -> Tensor:
+    """(B, T): True up to the last True of each row."""
+    return counted.long().flip(1).cummax(1).values.flip(1).bool()
+
+
+def _real_of(batch: Mapping[str, Tensor], ids: Tensor, decoder: bool) -> Tensor:
+    """Which of the ids (B, T) are tokens and not padding, whatever masks the model itself takes."""
+    if decoder and "decoder_input_ids" not in batch:
+        return _up_to_the_last(batch["labels"] != IGNORED) if "labels" in batch else torch.ones_like(ids).bool()
+    if isinstance(batch, Batch):
+        real = batch.decoder_real if decoder else batch.real
+    else:
+        real = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    return torch.ones_like(ids).bool() if real is None or real.shape != ids.shape else real.bool()
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

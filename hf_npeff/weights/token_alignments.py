@@ -222,7 +222,7 @@ def _input_positions(forward: ForwardPass, batch: Sequence[Example]) -> tuple[Te
     values = forward.batch(batch, "cpu")
     if "input_ids" not in values:
         return None, None
-    return values["input_ids"].flatten(1), values["attention_mask"].flatten(1).bool()
+    return values["input_ids"].flatten(1), None if values.real is None else values.real.flatten(1)
 
 
 class _Counter(Receiver):

@@ -1,0 +1,194 @@
+"""Padding: taken off single examples, and put on batches, along whatever has one entry for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TOKEN_COLUMNS = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
+    "decoder_input_ids", "decoder_attention_mask",
+)  # fmt: skip
+"""One number for every token; they are padded to the longest of a batch whatever their own length."""
+_NOT_OF_TOKENS = ("pixel_", "image_", "input_features", "input_values", "audio_", "video_")
+"""How names of inputs begin that have no entry for a token, even where a size is the number of tokens by chance."""
+IGNORED = -100
+"""The label of a position that is not counted, as everywhere in transformers."""
+
+
+class PaddedLabels(list[int]):
+    """Labels at the tokens of an example whose inputs came padded to the same width, where others are cut off.
+
+    In an encoder-decoder labels belong to the decoder, and the padding of the inputs says nothing of them; in any other
+    model they belong to the inputs. Which of the two it is, is known where the model is.
+
+    Attributes:
+        whole: as they were given.
+    """
+
+    def __init__(self, labels: Sequence[int], kept: slice):
+        super().__init__(labels[kept])
+        self.whole = list(labels)
+
+
+class Batch(dict[str, Tensor]):
+    """The inputs of a batch by name, and which of their positions are tokens.
+
+    Attributes:
+        real: (B, T) bool, False at padding and where an attention mask hides a token; None where there are no ids.
+        decoder_real: the same of the decoder's input ids.
+    """
+
+    real: Tensor | None = None
+    decoder_real: Tensor | None = None
+
+
+def without_padding(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a padded data set, cut to its tokens: from the first to the last that its attention mask shows.
+
+    A hole in the mask is no padding and stays.
+    """
+    for side in ("", "decoder_"):
+        mask, ids = row.get(f"{side}attention_mask"), row.get(f"{side}input_ids")
+        if mask is None or ids is None or torch.as_tensor(mask).dim() != 1 or len(ids) != len(mask):
+            continue
+        shown = torch.as_tensor(mask).bool().nonzero()[:, 0]
+        kept = slice(int(shown[0]), int(shown[-1]) + 1) if len(shown) else slice(0, 0)
+        for name in [name for name in row if name.startswith("decoder_") == bool(side)]:
+            if name == "labels" and _is_array(row[name]) and torch.as_tensor(row[name]).shape == (len(mask),):
+                labels = torch.as_tensor(row[name])
+                outside = bool((labels != IGNORED).sum() > (labels[kept] != IGNORED).sum())
+                row[name] = PaddedLabels(labels.tolist(), kept) if outside else labels[kept]
+            elif name != "labels":
+                row[name] = _cut(row[name], name, len(mask), kept)
+    return row
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is a tensor, an array, or a list of numbers or of lists of them."""
+    while isinstance(value, list | tuple):
+        if not len(value):
+            return False
+        value = value[0]
+    return isinstance(value, int | float | Tensor) or (hasattr(value, "dtype") and value.dtype.kind in "iufb")
+
+
+def _cut(value: Any, name: str, length: int, kept: slice) -> Any:
+    """An input cut along the tokens: in its first dimension, or in the last two of a mask over pairs of tokens."""
+    if name.startswith(_NOT_OF_TOKENS) or not _is_array(value):
+        return value
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError):  # ragged: no entry for every token
+        return value
+    if tensor.dim() >= 2 and tensor.shape[-2:] == (length, length) and name.endswith("mask"):
+        return tensor[..., kept, kept]
+    return tensor[kept] if tensor.dim() and len(tensor) == length else value
+
+
+def padded(values: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, encoder_decoder: bool) -> Batch:
+    """Inputs of examples → one batch on the CPU, padded on the right.
+
+    Args:
+        values: {name: input} of every example, with the same names.
+        pad_token_id: what input ids are padded with; 0 where it is None.
+        encoder_decoder: whether `labels` belong to a decoder with input ids of its own.
+
+    Returns:
+        Ids are padded with the pad token, labels with −100, masks that are added to scores with the lowest number,
+        everything else with 0. A mask of ones is made where the examples bring none, except where their position ids
+        begin anew: they are documents packed into one sequence, which transformers tells apart only without a mask.
+
+    Raises:
+        ValueError: if inputs of other shapes cannot be padded to one.
+    """
+    batch = Batch()
+    for name in values[0]:
+        column = [example[name] for example in values]
+        if name == "labels":
+            column = [_labels_of(labels, encoder_decoder, "decoder_input_ids" in values[0]) for labels in column]
+        ids = [example.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids") for example in values]
+        fill = {"input_ids": pad_token_id or 0, "decoder_input_ids": pad_token_id or 0, "labels": IGNORED}.get(name, 0)
+        batch[name] = _stacked(column, fill, name, [_tokens(own) for own in ids])
+    for side in ("", "decoder_"):
+        if f"{side}input_ids" not in batch:
+            continue
+        ones = [_ones_like(example[f"{side}input_ids"]) for example in values]
+        real = _stacked(ones, 0, "input_ids", [_tokens(own) for own in ones])
+        mask = batch.get(f"{side}attention_mask")
+        if mask is None and not (side == "" and _is_packed(values)):
+            batch[f"{side}attention_mask"] = real
+        shown = real.bool() if mask is None or mask.shape != real.shape else real.bool() & mask.bool()
+        if side:
+            batch.decoder_real = shown
+        else:
+            batch.real = shown
+    return batch
+
+
+def _labels_of(labels: Any, encoder_decoder: bool, aligned: bool) -> Any:
+    """Labels as the model counts them; those of a decoder end with the last that counts, unless its ids are given."""
+    if not encoder_decoder:
+        return labels
+    labels = labels.whole if isinstance(labels, PaddedLabels) else labels
+    if aligned or not _is_array(labels) or torch.as_tensor(labels).dim() != 1:
+        return labels
+    counted = (torch.as_tensor(labels) != IGNORED).nonzero()[:, 0]
+    return list(labels[: int(counted[-1]) + 1]) if len(counted) else labels
+
+
+def _is_packed(values: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the position ids of an example begin anew within it."""
+    for example in values:
+        positions = example.get("position_ids")
+        steps = torch.as_tensor([] if positions is None else positions)
+        if steps.dim() == 1 and bool((steps[1:] <= steps[:-1]).any()):
+            return True
+    return False
+
+
+def _tokens(ids: Any) -> int | None:
+    """Tokens of an example; None where it has no ids, or several choices."""
+    return None if ids is None or is_nested(ids) else len(ids)
+
+
+def _ones_like(value: Any) -> Any:
+    return [_ones_like(v) for v in value] if is_nested(value) else [1] * len(value)
+
+
+def is_nested(value: Any) -> bool:
+    """Whether a value is a list of lists, as ids of several choices are."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+
+
+def _stacked(values: Sequence[Any], fill: int, name: str, tokens: Sequence[int | None]) -> Tensor:
+    """(B, …): the inputs of one name, padded along dimensions that are the examples' numbers of tokens."""
+    if name in _TOKEN_COLUMNS and is_nested(values[0]) and tokens[0] is None:  # multiple choice: (choices, tokens)
+        width = max(len(row) for value in values for row in value)
+        return torch.tensor([[list(row) + [fill] * (width - len(row)) for row in value] for value in values])
+    tensors = [torch.as_tensor(value) for value in values]
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) == 1:
+        return torch.stack(tensors)
+    if tensors[0].dim() == 1 and name in _TOKEN_COLUMNS:
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
+    sizes = list(zip(*shapes, strict=True)) if len({len(shape) for shape in shapes}) == 1 else []
+    along = [[tensor.shape[d] for tensor in tensors] == list(tokens) for d in range(len(sizes))]
+    if not sizes or not all(of_tokens or len(set(size)) == 1 for size, of_tokens in zip(sizes, along, strict=True)):
+        raise ValueError(
+            f"the inputs {name!r} have different shapes: {sorted(shapes)[:4]}; give them one, or take the column out"
+        )
+    wide = [max(size) for size in sizes]
+    additive = tensors[0].is_floating_point() and name.endswith("mask")
+    filler = torch.finfo(tensors[0].dtype).min if additive else fill
+    short = [[w - n for w, n in zip(wide, tensor.shape, strict=True)] for tensor in tensors]
+    return torch.stack(
+        [
+            F.pad(tensor, [n for missing in reversed(by) for n in (0, missing)], value=filler)
+            for tensor, by in zip(tensors, short, strict=True)
+        ]
+    )
