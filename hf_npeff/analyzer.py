@@ -446,8 +446,9 @@ class NPEFFAnalyzer(AnalysedModel):
             seed: of the drawing, the random direction and the bootstrap.
 
         Returns:
-            KL on both, their ratio with a bootstrap interval, flips, accuracy where the column `label` holds classes,
-            answers that changed, for the more selective sign, the other, and a random direction of equal norm.
+            KL on both, their ratio with a bootstrap interval, flips, accuracy where there are labels (of regression the
+            errors, and no flips), answers that changed, for the more selective sign, the other, and a random direction
+            of equal norm.
 
         Raises:
             IndexError: if the component does not exist.

@@ -204,7 +204,7 @@ def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationR
             f"{best.others:.3f}",
             f"[bold]{best.ratio:.1f}[/] ({best.interval[0]:.0f}–{best.interval[1]:.0f})",
             f"{report.random.ratio:.1f} (KL {report.random.top:.4f})",
-            f"{best.top_flips:.0%}, {best.other_flips:.0%}",
+            f"{best.top_flips or 0:.0%}, {best.other_flips or 0:.0%}",
         )
     return table
 

@@ -11,11 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hf_npeff.encoding.labels import truth_of
+from hf_npeff.encoding.record import Encoded
+
 MOST_CATEGORIES = 2000
 _FEW_NUMBERS = 12
 _LONGEST_CATEGORY = 80
 _INTERNAL = ("content_hash", "example_id")
 _TRUTH = ("label", "labels", "answer", "target")
+_CLASSES = ("sequence-classification", "image-classification")
+_LANGUAGE = ("causal-lm", "seq2seq-lm", "masked-lm")
 CORRECT = "prediction correct"
 
 
@@ -80,30 +85,63 @@ def _in_order(counts: Counter[str | None], numeric: bool) -> list[str | None]:
     return [*known, *([None] if None in counts else [])]
 
 
-def correctness(columns: Mapping[str, Sequence[Any]], label_names: Mapping[str, str] | None = None) -> Column | None:
+def correctness(
+    columns: Mapping[str, Sequence[Any]],
+    label_names: Mapping[str, str] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> Column | None:
     """Whether each prediction is right, where the columns tell; None where they do not.
 
-    The truth is the column label, labels, answer or target. A class may be written as its number, as LABEL_number, or
-    by its name. A predicted token is right where the answer begins with it, since an answer may have several.
+    The truth is the column that was read as labels, else label, labels, answer or target. Classes are matched as
+    `hf_npeff.encoding.labels` says: by name where both have names; −1, missing and other labels are none. A predicted
+    token is right where the answer begins with it, since an answer may have several; numbers of classes are no tokens.
 
     Args:
         columns: {name: values}.
         label_names: {number of a class: its name}, where the model has names for them.
+        info: of the PEFs or the decomposition: its task, and the record of what was read.
     """
+    info = info or {}
     predictions = columns.get("prediction")
-    truth = next((columns[name] for name in _TRUTH if name in columns), None)
-    if predictions is None or truth is None:
+    record, task = Encoded.of(info), info.get("task")
+    known = (record.label_column, record.target) if record is not None else ()
+    name = next((name for name in (*known, *_TRUTH) if name in columns), None)
+    if predictions is None or name is None or task == "token-classification":
         return None
+    truth: Sequence[Any] = columns[name]
+    if task in _CLASSES:
+        return _class_correctness(predictions, truth, label_names, None if record is None else record.label_names)
+    if task in _LANGUAGE and name in ("label", "labels"):
+        truth = [value if isinstance(value, str) else None for value in truth]
     named = {str(k): str(v) for k, v in (label_names or {}).items()}
     first_tokens = "answer" in columns or "target" in columns
     right: list[bool | None] = []
     for predicted, true in zip(predictions, truth, strict=True):
         a, b = (shown(predicted) or "").strip(), (shown(true) or "").strip()
-        if not a or not b:
+        if not a or not b or (isinstance(true, int) and true < 0):  # −1 stands for no label
             right.append(None)
         else:
             same = a in (b, f"LABEL_{b}", named.get(b)) or named.get(a) == b
             right.append(same or (first_tokens and not isinstance(true, int | bool) and b.startswith(a)))
+    return _correct(right)
+
+
+def _class_correctness(
+    predictions: Sequence[Any],
+    truth: Sequence[Any],
+    label_names: Mapping[str, str] | None,
+    data_names: Sequence[str] | None,
+) -> Column | None:
+    names = {int(number): str(name) for number, name in (label_names or {}).items()}
+    number_of = {str(number): number for number in names} | {name: number for number, name in names.items()}
+    predicted = [number_of.get(str(value)) for value in predictions]
+    if not names or any(value is None for value in predicted):
+        return None  # numbers of a regression, or several labels an example
+    true = truth_of(truth, "softmax", len(names), data_names, names).values
+    return _correct([None if b is None else a == b for a, b in zip(predicted, true, strict=True)])
+
+
+def _correct(right: Sequence[bool | None]) -> Column | None:
     if not any(right):  # nothing in common: most likely two ways of writing the classes
         return None
     words: list[str | None] = [None if r is None else "right" if r else "wrong" for r in right]
@@ -111,10 +149,14 @@ def correctness(columns: Mapping[str, Sequence[Any]], label_names: Mapping[str, 
     return Column(CORRECT, "category", values, np.array([values.index(word) for word in words], dtype=np.uint16))
 
 
-def columns_of(columns: Mapping[str, Sequence[Any]], label_names: Mapping[str, str] | None = None) -> list[Column]:
+def columns_of(
+    columns: Mapping[str, Sequence[Any]],
+    label_names: Mapping[str, str] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> list[Column]:
     """Every column that is worth a look, with the derived `prediction correct`; those that can colour come first."""
     found = [as_column(name, values) for name, values in columns.items() if name not in _INTERNAL]
-    correct = None if CORRECT in columns else correctness(columns, label_names)
+    correct = None if CORRECT in columns else correctness(columns, label_names, info)
     if correct is not None:
         found.append(correct)
     rank = {"category": 0, "number": 1, "text": 2}

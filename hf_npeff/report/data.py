@@ -157,7 +157,8 @@ def _add_examples(page: PageData, decomposition: Decomposition, texts: bool, not
         notes.append(f"Left out because they may be private: {', '.join(private)}.")
     elif lines is None:
         notes.append("No text was kept with the examples, so they are shown by their ids.")
-    columns = columns_of({k: v for k, v in kept.items() if k not in read}, decomposition.info.get("label_names"))
+    others, info = {k: v for k, v in kept.items() if k not in read}, decomposition.info
+    columns = columns_of(others, info.get("label_names"), info)
     page.facts["columns"] = [_column_facts(page, at, column) for at, column in enumerate(columns)]
     found = explained_by(decomposition.coefficients, decomposition.pseudo_fishers)
     page.arrays["explained"] = found.total.astype(np.float32)

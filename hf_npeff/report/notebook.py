@@ -73,10 +73,14 @@ def effect_rows(report: PerturbationReport) -> list[tuple[str, ...]]:
     """Every step that was measured, a row of `EFFECT_COLUMNS` each."""
     effects = [("this step", report.best), ("the other sign", report.opposite), ("a random direction", report.random)]
     return [
-        (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", f"{e.top_flips:.0%}")
+        (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", _share(e.top_flips))
         for name, e in effects
         if e is not None
     ]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def of_report(report: PerturbationReport) -> str:

@@ -65,7 +65,9 @@ def _column(decomposition: DecompositionLike, name: str) -> Column:
     Raises:
         ValueError: if there is none of that name.
     """
-    known = {c.name: c for c in columns_of(decomposition.columns, decomposition.info.get("label_names"))}
+    known = {
+        c.name: c for c in columns_of(decomposition.columns, decomposition.info.get("label_names"), decomposition.info)
+    }
     usable = [c.name for c in known.values() if c.kind != "text"]
     if name not in usable:
         raise ValueError(f"there is no column {name!r} of categories or numbers; there are {usable}")

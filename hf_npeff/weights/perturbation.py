@@ -22,6 +22,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.outcomes import Watched, label_column, watch
 
 logger = logging.getLogger(__name__)
 _BOOTSTRAPS = 1000
@@ -41,10 +42,17 @@ class Effect:
         interval: 95% bootstrap interval of the ratio over examples.
         top_quantiles: 10%, 50% and 90% of the KL on the top examples.
         other_quantiles: the same on the others.
-        top_flips: share of the top examples whose likeliest outcome changes.
+        top_flips: share of the top examples whose likeliest outcome changes; None for regression.
         other_flips: the same on the others.
-        top_accuracy: before and after, where labels exist, else None.
+        top_accuracy: before and after, over the examples with a label; None where there is none, and for regression.
+            Of several labels an example, all have to be right; of tokens, each counts.
         other_accuracy: the same on the others.
+        top_labelled: how many of the top examples have a label.
+        other_labelled: the same of the others.
+        top_absolute_error: mean |prediction − label| before and after, for regression with labels, else None.
+        other_absolute_error: the same on the others.
+        top_squared_error: mean (prediction − label)² before and after.
+        other_squared_error: the same on the others.
     """
 
     scale: float
@@ -54,10 +62,16 @@ class Effect:
     interval: tuple[float, float]
     top_quantiles: tuple[float, float, float]
     other_quantiles: tuple[float, float, float]
-    top_flips: float
-    other_flips: float
+    top_flips: float | None
+    other_flips: float | None
     top_accuracy: tuple[float, float] | None = None
     other_accuracy: tuple[float, float] | None = None
+    top_labelled: int = 0
+    other_labelled: int = 0
+    top_absolute_error: tuple[float, float] | None = None
+    other_absolute_error: tuple[float, float] | None = None
+    top_squared_error: tuple[float, float] | None = None
+    other_squared_error: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class PerturbationReport:
         other_examples: indices of the others.
         changed: answers before and after at the best step: index, id, text, before, after, whether it is a top example.
         reached: whether the target was reached.
+        labels: over how many labels accuracies or errors are, or why there are none.
 
     Example:
         >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, target_kl=0.1, n_top=4)
@@ -90,6 +105,7 @@ class PerturbationReport:
     other_examples: list[int]
     changed: list[dict[str, Any]]
     reached: bool
+    labels: str = ""
 
     @property
     def scale(self) -> float:
@@ -162,37 +178,6 @@ def choose_examples(
         )
     drawn = torch.randperm(len(quiet), generator=torch.Generator().manual_seed(seed))[:n_others].tolist()
     return top, sorted(quiet[i] for i in drawn)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """Examples whose predictions are watched while the parameters move.
-
-    Attributes:
-        indices: theirs among all analysed ones.
-        examples: themselves.
-        before: what the model predicts for them as it is.
-        labels: the class of each, or None.
-    """
-
-    indices: list[int]
-    examples: list[Example]
-    before: Predictions
-    labels: list[int] | None
-
-    def flips(self, after: Predictions) -> list[bool]:
-        """Whether the likeliest outcome of every example has changed."""
-        return [not torch.equal(a, b) for a, b in zip(self.before.answers(), after.answers(), strict=True)]
-
-    def accuracy(self, after: Predictions) -> tuple[float, float] | None:
-        """Before and after; None without labels."""
-        if self.labels is None:
-            return None
-        a, b = (
-            sum(int(answer[0]) == label for answer, label in zip(predicted.answers(), self.labels, strict=True))
-            for predicted in (self.before, after)
-        )
-        return a / len(self.labels), b / len(self.labels)
 
 
 class _Trial:
@@ -273,17 +258,26 @@ def evaluate(
             *_changes(forward, decomposition, others, after_others, is_top=False),
         ],
         reached[best.scale],
+        _said_of_labels(top, others),
     )
+
+
+def _said_of_labels(top: Watched, others: Watched) -> str:
+    """Over how many labels accuracies or errors are, or why there are none."""
+    counted = sum(watched.truth.labelled for watched in (top, others))
+    if not counted:
+        return f"nothing is compared with labels: {top.truth.why_none or 'the watched examples have none'}"
+    what = "errors" if top.predicts_numbers else "accuracies"
+    of = [f"{w.truth.labelled} of {len(w.indices)} {name}" for w, name in ((top, "top examples"), (others, "others"))]
+    return f"{what} are over {' and '.join(of)}"
 
 
 def _watch(
     forward: ForwardPass, decomposition: Decomposition, examples: Sequence[Example], indices: list[int], batch_size: int
 ) -> Watched:
-    chosen = [examples[i] for i in indices]
-    column = decomposition.columns.get("label")
-    classes = column is not None and all(isinstance(x, int) and not isinstance(x, bool) for x in column)
-    labels = [column[i] for i in indices] if column is not None and classes else None
-    return Watched(indices, chosen, predict(forward, chosen, batch_size), labels)
+    chosen, info = [examples[i] for i in indices], decomposition.info
+    column = label_column(info, decomposition.columns)
+    return watch(forward, info, column, (indices, chosen), predict(forward, chosen, batch_size))
 
 
 def _changes(
@@ -295,8 +289,8 @@ def _changes(
     changed = []
     answers = zip(watched.indices, watched.examples, watched.before.answers(), after.answers(), strict=True)
     for i, example, *both in answers:
-        if not torch.equal(*both):
-            before, now = ("".join(forward.describe(answer)) for answer in both)
+        before, now = ("".join(forward.describe(answer)) for answer in both)
+        if not torch.equal(*both) and not (watched.predicts_numbers and before == now):
             text = None if texts is None else texts[i]
             changed.append({"index": i, "id": example.id, "text": text, "top": is_top, "before": before, "after": now})
     return changed
@@ -342,7 +336,7 @@ def _effect(
     step: float, top: Watched, after_top: Predictions, others: Watched, after_others: Predictions, seed: int
 ) -> Effect:
     a, b = top.before.kl_to(after_top), others.before.kl_to(after_others)
-    flips_top, flips_others = top.flips(after_top), others.flips(after_others)
+    errors, other_errors = top.errors(after_top), others.errors(after_others)
     return Effect(
         step,
         float(a.mean()),
@@ -351,10 +345,16 @@ def _effect(
         _ratio_interval(a, b, seed),
         _quantiles(a),
         _quantiles(b),
-        sum(flips_top) / len(flips_top),
-        sum(flips_others) / len(flips_others),
+        top.flipped(after_top),
+        others.flipped(after_others),
         top.accuracy(after_top),
         others.accuracy(after_others),
+        top.truth.labelled,
+        others.truth.labelled,
+        errors[0],
+        other_errors[0],
+        errors[1],
+        other_errors[1],
     )
 
 

@@ -1,0 +1,159 @@
+"""What a model answers for some examples before and after its weights move, against the labels that there are.
+
+Accuracy is the share of right answers among those with a label: the class of single-label classifiers and of multiple
+choice, all labels of an example at once (exact match) of multi-label ones, and tokens of token classifiers. A
+regression head has errors instead, and no flips: every number moves. A language model's tokens are no classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.data import Example
+from hf_npeff.encoding.encoders import IGNORED
+from hf_npeff.encoding.labels import NO_CLASS, Truth, truth_of
+from hf_npeff.encoding.record import Encoded
+from hf_npeff.fisher.distributions import Gaussian
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.heads import traits_of
+from hf_npeff.fisher.predictions import Predictions
+
+_CLASSES = ("sequence-classification", "image-classification", "multiple-choice")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Examples whose predictions are watched while the parameters move.
+
+    Attributes:
+        indices: theirs among all analysed ones.
+        examples: themselves.
+        before: what the model predicts for them as it is.
+        truth: their labels, as far as there are some.
+    """
+
+    indices: list[int]
+    examples: list[Example]
+    before: Predictions
+    truth: Truth
+
+    @property
+    def predicts_numbers(self) -> bool:
+        """Whether the model is of regression."""
+        return self.before.distribution is Gaussian
+
+    def flips(self, after: Predictions) -> list[bool]:
+        """Whether the likeliest outcome of every example has changed."""
+        return [not torch.equal(a, b) for a, b in zip(self.before.answers(), after.answers(), strict=True)]
+
+    def flipped(self, after: Predictions) -> float | None:
+        """The share whose likeliest outcome has changed; None for regression, where every number moves."""
+        flips = self.flips(after)
+        return None if self.predicts_numbers else sum(flips) / len(flips)
+
+    def accuracy(self, after: Predictions) -> tuple[float, float] | None:
+        """Before and after, over what has a label; None without labels, and for regression."""
+        if self.predicts_numbers or not self.truth.labelled:
+            return None
+        return _accuracy(self.before, self.truth), _accuracy(after, self.truth)
+
+    def errors(self, after: Predictions) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+        """The mean absolute and the mean squared error, each before and after; None but for regression with labels."""
+        if not self.predicts_numbers or not self.truth.labelled:
+            return None, None
+        before, now = (_differences(predicted, self.truth) for predicted in (self.before, after))
+        absolute = float(before.abs().mean()), float(now.abs().mean())
+        return absolute, (float(before.square().mean()), float(now.square().mean()))
+
+
+def watch(
+    forward: ForwardPass,
+    info: Mapping[str, Any],
+    column: Sequence[Any] | None,
+    watched: tuple[list[int], list[Example]],
+    before: Predictions,
+) -> Watched:
+    """Examples with what is predicted for them and their labels.
+
+    Args:
+        forward: the forward pass.
+        info: of the PEFs or the decomposition: the task, and names of classes.
+        column: the labels of all analysed examples, or None.
+        watched: the numbers of those that are watched, and themselves.
+        before: what the model predicts for them.
+    """
+    indices, examples = watched
+    task = info.get("task")
+    if task == "token-classification":
+        return Watched(indices, examples, before, _tags(examples, before))
+    if traits_of(forward.head).vocabulary:
+        why = "a language model's tokens are no classes"
+    elif column is None:
+        why = "the data has no labels"
+    elif any(len(logits) != 1 for logits in before.logits):
+        why = "an example has several answers"
+    else:
+        why = None
+    if why is not None or column is None:
+        return Watched(indices, examples, before, Truth([None] * len(examples), why))
+    values = _letters(column) if task == "multiple-choice" else column
+    record = Encoded.of(info)
+    names = {int(number): str(name) for number, name in (info.get("label_names") or {}).items()}
+    k = max(logits.shape[-1] for logits in before.logits)
+    truth = truth_of(values, before.distribution.name, k, None if record is None else record.label_names, names)
+    return Watched(indices, examples, before, Truth([truth.values[i] for i in indices], truth.why_none))
+
+
+def label_column(info: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Sequence[Any] | None:
+    """The labels that were kept beside the rows, by the record of what was read; None where there are none."""
+    record = Encoded.of(info)
+    if record is None:
+        return columns.get("label", columns.get("labels")) if info.get("task") in _CLASSES else None
+    return None if record.label_column is None else columns.get(record.label_column)
+
+
+def _letters(column: Sequence[Any]) -> list[Any]:
+    """Answers of multiple choice: A is 0. Digits in a text are not taken: some data sets count from 1."""
+    letters = (isinstance(value, str) and len(value) == 1 and "A" <= value <= "Z" for value in column)
+    return [
+        ord(value) - ord("A") if is_letter else None if isinstance(value, str) else value
+        for value, is_letter in zip(column, letters, strict=True)
+    ]
+
+
+def _tags(examples: Sequence[Example], before: Predictions) -> Truth:
+    """The tags of the counted tokens of every example; those that are no class count nowhere."""
+    values: list[Any] = []
+    for example, logits in zip(examples, before.logits, strict=True):
+        labels = list(example.inputs.get("labels", ()))
+        if len(labels) != len(logits):
+            labels = [label for label in labels if label != IGNORED]
+        k = logits.shape[-1]
+        tags = [int(label) if 0 <= label < k else NO_CLASS for label in labels]
+        values.append(tags if len(tags) == len(logits) and any(tag != NO_CLASS for tag in tags) else None)
+    return Truth(values, None if any(v is not None for v in values) else "the tokens have no labels")
+
+
+def _accuracy(predicted: Predictions, truth: Truth) -> float:
+    right = total = 0
+    for answer, label in zip(predicted.answers(), truth.values, strict=True):
+        if label is None:
+            continue
+        if isinstance(label, list) and answer.dim() == 1:  # tokens
+            pairs = [(a, b) for a, b in zip(answer.tolist(), label, strict=True) if b != NO_CLASS]
+            right, total = right + sum(a == b for a, b in pairs), total + len(pairs)
+        else:
+            right, total = right + (answer[0].tolist() == label), total + 1
+    return right / total
+
+
+def _differences(predicted: Predictions, truth: Truth) -> Tensor:
+    """Predicted minus true numbers of the examples that have some, float64."""
+    pairs = zip(predicted.answers(), truth.values, strict=True)
+    found = [answer[0].double() - torch.tensor(true, dtype=torch.float64) for answer, true in pairs if true is not None]
+    return torch.cat(found)
