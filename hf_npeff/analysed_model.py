@@ -23,6 +23,7 @@ from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.compute import Worker
+from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.fsdp import FSDPModel
@@ -39,6 +40,7 @@ from hf_npeff.sharing.hub import commit_of_model, is_hub_id
 from hf_npeff.weights.adapters import Adapter, layout_of
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import align, check_decomposed
+from hf_npeff.weights.outcomes import labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -438,12 +440,23 @@ class AnalysedModel:
             check_same_weights(decomposition.info.get("weights"), weights, "the PEFs of this decomposition", remedy)
         return weights
 
-    def truth_of(self, examples: Sequence[Example]) -> list[Any]:
-        """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers."""
-        if self.fisher.positions == "labels":
-            return [[token for token in e.inputs.get("labels", ()) if token != -100] or None for e in examples]
-        columns = [e.columns.get("label", e.columns.get("labels")) for e in examples]
-        return [v if isinstance(v, int | float) and not isinstance(v, bool) and v != -1 else None for v in columns]
+    def truth_of(self, examples: Sequence[Example], encoded: Encoded) -> list[Any]:
+        """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers.
+
+        Args:
+            examples: all of a data set.
+            encoded: the record of what was read of it.
+        """
+        task = traits_of(self.head).task
+        if self.fisher.positions == "labels" or task == "token-classification":
+            tokens = [[token for token in e.inputs.get("labels", ()) if token != -100] for e in examples]
+            return [each if each and min(each) >= 0 else None for each in tokens]
+        if encoded.label_column is None or traits_of(self.head).vocabulary:
+            return [None] * len(examples)
+        info = {**self.facts(), "dataset": {"encoded": encoded.to_dict()}}
+        column = [e.columns.get(encoded.label_column) for e in examples]
+        k = max((e.choices or 0 for e in examples), default=0) or int(getattr(base_of(self.model), "num_labels", 0))
+        return labels_of(info, column, getattr(self.head, "distribution", Softmax).name, k).values
 
     # What is known of it
 

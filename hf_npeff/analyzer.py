@@ -546,11 +546,12 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         request = MeasureRequest(tuple(scales), tuple(ranks), by, both_signs, random, worst, batch_size, seed)
         self.check_movable(change, in_place=not is_linear(change))
+        found = self.read(dataset, max_examples=max_examples)
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
-        examples = list(limits.checked(self.read(dataset, max_examples=max_examples)))
+        examples = list(limits.checked(found))
         check_groups(examples, by)
         with self.forward_pass() as forward:
-            return measure(forward, change, examples, self.truth_of(examples), request)
+            return measure(forward, change, examples, self.truth_of(examples, found.encoded), request)
 
 
 def _progress_wanted() -> bool:

@@ -36,6 +36,7 @@ class Example:
         columns: strings, numbers and booleans kept beside the rows.
         content: hash of `inputs`.
         truncated: whether it was cut, as was asked for.
+        text: what shows it to people, or None where no text is kept.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Example:
     columns: dict[str, Any]
     content: str
     truncated: bool = False
+    text: str | None = None
 
     @property
     def choices(self) -> int | None:
@@ -131,7 +133,9 @@ class Examples(Sequence[Example]):
         encoded = self._encode(record, i)
         inputs = {k: v for k, v in encoded.tensors.items() if v is not None}
         kept = self._kept(record, encoded)
-        return Example(self._ids[i], inputs, kept, _content_of(inputs), encoded.truncated)
+        shown = [str(kept[name]) for name in self.encoded.shown if kept.get(name) is not None]
+        text = " | ".join(shown) if shown else None
+        return Example(self._ids[i], inputs, kept, _content_of(inputs), encoded.truncated, text)
 
     def _kept(self, record: Mapping[str, Any], encoded: Inputs) -> dict[str, Any]:
         if self._columns is not None:

@@ -367,7 +367,9 @@ def score(predictions: Predictions, i: int, label: Any) -> Score | None:
 
 
 def text_of(example: Example) -> str | None:
-    """What shows an example to a person: its longest column of text, or None."""
+    """What shows an example to a person: what was read of it, else its longest column of text, or None."""
+    if example.text is not None:
+        return example.text
     texts = [value for value in example.columns.values() if isinstance(value, str)]
     return max(texts, key=len, default=None)
 

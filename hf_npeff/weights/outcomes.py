@@ -101,12 +101,23 @@ def watch(
         why = None
     if why is not None or column is None:
         return Watched(indices, examples, before, Truth([None] * len(examples), why))
-    values = _letters(column) if task == "multiple-choice" else column
+    truth = labels_of(info, column, before.distribution.name, max(logits.shape[-1] for logits in before.logits))
+    return Watched(indices, examples, before, Truth([truth.values[i] for i in indices], truth.why_none))
+
+
+def labels_of(info: Mapping[str, Any], column: Sequence[Any], distribution: str, k: int) -> Truth:
+    """A column of labels as the model's classes or numbers.
+
+    Args:
+        info: of the PEFs or the decomposition: the task, and names of classes.
+        column: the labels.
+        distribution: what the model predicts: "softmax", "bernoulli" or "gaussian".
+        k: its classes, labels, choices or numbers.
+    """
+    values = _letters(column) if info.get("task") == "multiple-choice" else column
     record = Encoded.of(info)
     names = {int(number): str(name) for number, name in (info.get("label_names") or {}).items()}
-    k = max(logits.shape[-1] for logits in before.logits)
-    truth = truth_of(values, before.distribution.name, k, None if record is None else record.label_names, names)
-    return Watched(indices, examples, before, Truth([truth.values[i] for i in indices], truth.why_none))
+    return truth_of(values, distribution, k, None if record is None else record.label_names, names)
 
 
 def label_column(info: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Sequence[Any] | None:
