@@ -161,7 +161,7 @@ def test_shira_carries_the_largest_entries(tmp_path: Path) -> None:
         truth = logits(model, inputs)
     peft = PeftModel.from_pretrained(model, str(tmp_path))
     assert (logits(peft, inputs) - truth).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="asks for"):
+    with pytest.raises(ValueError, match="rank=16"):
         direction.to_adapter(rank=16, kind="shira")
 
 
@@ -211,9 +211,9 @@ def test_what_cannot_be_carried_is_refused(tmp_path: Path) -> None:
         direction.to_adapter(kind="ia3")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match="SHiRA"):
         direction_of(model, r"LayerNorm\.weight").to_adapter(kind="shira")
-    with pytest.raises(ValueError, match="whole"):
+    with pytest.raises(ValueError, match=r"LayerNorm\.weight"):
         direction_of(model, r"(query|LayerNorm)\.weight").to_adapter()
-    with pytest.raises(ValueError, match="needs its module's weight"):
+    with pytest.raises(ValueError, match=r"key\.bias"):
         direction_of(model, r"(query\.weight|key\.bias)").to_adapter()
 
 
@@ -228,10 +228,10 @@ def test_a_folder_with_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> N
     path = tmp_path / "delta" / "adapter_model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(CorruptStoreError, match="not what was written"):
+    with pytest.raises(CorruptStoreError, match=r"adapter_model\.safetensors"):
         ParameterDirection.from_pretrained(tmp_path / "delta")
     path.unlink()
-    with pytest.raises(CorruptStoreError, match="missing"):
+    with pytest.raises(CorruptStoreError, match=r"adapter_model\.safetensors"):
         ParameterDirection.from_pretrained(tmp_path / "delta")
     with pytest.raises(OSError):
         ParameterDirection.from_pretrained(tmp_path / "nowhere")

@@ -30,7 +30,7 @@ def test_an_example_without_tokens_is_refused_by_its_id() -> None:
     """Oracle: the error names the example, before the model runs; a tokenizer that adds nothing makes none of ""."""
     analyzer = analyzer_of(tiny_model("llama"))
     for dataset in ([{"input_ids": [8, 9]}, {"input_ids": []}], {"input_ids": torch.zeros(2, 0, dtype=torch.long)}):
-        with pytest.raises(ValueError, match="has no tokens"):
+        with pytest.raises(ValueError, match=r"'[01]'"):
             analyzer.compute_pefs(dataset)
 
 
@@ -58,7 +58,7 @@ def test_an_example_longer_than_the_positions_is_named_before_the_model_runs(tmp
     for family, limit in (("bert", 48), ("gpt2", 48), ("roberta", 47)):
         model = tiny_model(family, "sequence-classification")
         long = {"id": "the long one", "input_ids": [9] * (limit + 1)}
-        with pytest.raises(ValueError, match=f"'the long one' has {limit + 1} tokens.*{limit} positions"):
+        with pytest.raises(ValueError, match=f"'the long one'.*{limit + 1}.*{limit}"):
             analyzer_of(model).compute_pefs([{"id": "fine", "input_ids": [9] * 4}, long], tmp_path / family)
         assert not (tmp_path / family).exists()
         analyzer_of(model).compute_pefs([{"id": "fine", "input_ids": [9] * limit}])
@@ -90,7 +90,7 @@ def test_a_rank_above_the_hidden_size_is_refused() -> None:
     """Oracle: the error names both numbers."""
     model = tiny_model("gpt2", "causal-lm", tie_word_embeddings=False)
     for target in ("all-linear", r".*(c_attn|lm_head)"):
-        with pytest.raises(ValueError, match="rank=17 exceeds the 16"):
+        with pytest.raises(ValueError, match=r"rank=17.*16"):
             analyzer_of(model, rank=17, target_modules=target).compute_pefs(tiny_batch(model, 2, seed=1))
 
 
@@ -99,7 +99,7 @@ def test_labels_that_are_missing_are_missed_before_the_model_runs() -> None:
     model = tiny_model("gpt2", "causal-lm")
     examples = tiny_batch(model, 3, seed=1, labels=True)
     del examples[1]["labels"]
-    with pytest.raises(ValueError, match=r"'1'.*labels|labels.*'1'"):
+    with pytest.raises(ValueError, match=r"positions='labels'.*'1'"):
         analyzer_of(model, positions="labels").compute_pefs(examples)
     examples[1]["labels"] = [-100] * len(examples[1]["input_ids"])
     with pytest.raises(ValueError, match="'1'"):
@@ -129,7 +129,7 @@ def test_what_is_no_model_no_config_and_no_token_is_named() -> None:
         NPEFFAnalyzer("org/model")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="FisherConfig"):
         NPEFFAnalyzer(model, fisher={"rank": 2})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"example '1' has input_ids from 5 to 100000.*vocabulary"):
+    with pytest.raises(ValueError, match=r"'1'.*input_ids.*100000.*58"):
         analyzer_of(model).compute_pefs([{"input_ids": [5, 6]}, {"input_ids": [5, 100_000]}])
     with pytest.raises(ValueError, match=r"PEFs\.from_factors"):
         NPEFF(2).fit(torch.zeros(3, 2, 4))  # type: ignore[arg-type]
@@ -138,23 +138,23 @@ def test_what_is_no_model_no_config_and_no_token_is_named() -> None:
 def test_what_lies_outside_a_vocabulary_is_named_in_every_input_that_has_one() -> None:
     """Oracle: the messages name example and input; the model's own error says "index out of range"."""
     choices = {"input_ids": [[5, 6, 100_000], [5, 6, 7]]}
-    with pytest.raises(ValueError, match=r"example '0' has input_ids from 5 to 100000"):
+    with pytest.raises(ValueError, match=r"'0'.* input_ids.*100000"):
         analyzer_of(tiny_model("bert", "multiple-choice")).compute_pefs([choices])
     decoded = {"input_ids": [5, 6], "decoder_input_ids": [1, 100_000]}
-    with pytest.raises(ValueError, match=r"example '0' has decoder_input_ids from 1 to 100000"):
+    with pytest.raises(ValueError, match=r"'0'.*decoder_input_ids.*100000"):
         analyzer_of(tiny_model("t5", "seq2seq-lm")).compute_pefs([decoded])
 
 
 def test_a_module_that_is_no_transformers_model_is_refused() -> None:
     """Oracle: the message says what it lacks; `nn.Linear` would be its own only module, without a name."""
-    with pytest.raises(UnsupportedModelError, match="no model of transformers"):
+    with pytest.raises(UnsupportedModelError, match="Linear"):
         NPEFFAnalyzer(torch.nn.Linear(3, 3))
 
 
 @pytest.mark.parametrize("place", ["/no/such/folder", "no/such/folder"])
 def test_a_model_folder_that_is_not_there_is_called_so(place: str) -> None:
     """Oracle: the message names the folder and what was expected, before anything asks the Hub."""
-    with pytest.raises(OSError, match=rf"'{place}' is neither a folder nor the id of a model"):
+    with pytest.raises(OSError, match=f"'{place}'"):
         NPEFFAnalyzer.from_pretrained(place)
 
 
@@ -164,7 +164,7 @@ def test_padding_that_a_model_does_not_bear_is_told_from_examples_that_it_does_n
     model = tiny_model("gemma2", "causal-lm", attn_implementation="eager")
     examples = tiny_batch(model, 4, seed=0, min_length=4, max_length=9)
     analyzer = analyzer_of(model, rank=2)
-    with pytest.raises(ValueError, match=r"in a padded batch.*use batch_size=1"):
+    with pytest.raises(ValueError, match="batch_size=1"):
         analyzer.compute_pefs(examples, on_error=on_error)
     assert len(analyzer.compute_pefs(examples, batch_size=1, on_error=on_error)) == 4
 
@@ -172,7 +172,7 @@ def test_padding_that_a_model_does_not_bear_is_told_from_examples_that_it_does_n
 def test_experts_without_a_kernel_for_float64_are_named() -> None:
     """Oracle: Mixtral's grouped product, which torch has in float32 and narrower only; the message has the way out."""
     model = tiny_model("mixtral", "causal-lm", experts_implementation="grouped_mm")
-    with pytest.raises(UnsupportedModelError, match=r"does not run in float64.*experts_implementation='eager'"):
+    with pytest.raises(UnsupportedModelError, match=r"float64.*experts_implementation='eager'"):
         analyzer_of(model, rank=2).compute_pefs(tiny_batch(model, 2, seed=0))
 
 
@@ -183,8 +183,8 @@ def test_arguments_in_the_wrong_order_are_named() -> None:
     analyzer = analyzer_of(model, rank=2)
     pefs = analyzer.compute_pefs(examples)
     decomposition = analyzer.decompose(pefs, 2, n_restarts=1)
-    with pytest.raises(ValueError, match="expected a Decomposition first, but got PEFs"):
+    with pytest.raises(ValueError, match=r"Decomposition.*PEFs"):
         analyzer.lift(pefs, 0, decomposition, examples)  # type: ignore[arg-type]
     for misused in (decomposition.transform, lambda rows: NPEFF(2).fit(pefs, rows)):
-        with pytest.raises(ValueError, match="expected PEFs, but got Tensor"):
+        with pytest.raises(ValueError, match=r"PEFs.*Tensor"):
             misused(pefs.factors)  # type: ignore[arg-type]

@@ -88,14 +88,14 @@ def test_gradients_share_the_sketch_of_the_pefs_and_another_model_is_refused() -
     _, gradients = prediction_gradients(analyzer, dataset, like=pefs)
     assert gradients.fingerprint == pefs.fingerprint and gradients.rank == 1
     elsewhere, dataset = analyzer_of("gpt2", "causal-lm")
-    with pytest.raises(IncompatibleSketchError, match="other parameters"):
+    with pytest.raises(IncompatibleSketchError, match="like="):
         prediction_gradients(elsewhere, dataset, like=pefs)
 
 
 def test_regression_has_no_gradient_to_cluster() -> None:
     """Oracle: the mode of a Gaussian is its mean."""
     analyzer, dataset = analyzer_of("bert", "sequence-classification", model={"problem_type": "regression"})
-    with pytest.raises(ValueError, match="zero for regression"):
+    with pytest.raises(ValueError, match="regression"):
         prediction_gradients(analyzer, dataset)
 
 
@@ -124,9 +124,9 @@ def test_opposite_gradients_are_different_clusters_and_a_zero_one_belongs_to_non
     assert clusters.assignments[-1] == -1 and clusters.excluded == ["6"] and not clusters.hard[-1].any()
     groups = clusters.assignments[:6].reshape(3, 2)
     assert torch.equal(groups[:, 0], groups[:, 1]) and len(set(groups[:, 0].tolist())) == 3
-    with pytest.raises(ValueError, match="between 1 and the number of examples, 6"):
+    with pytest.raises(ValueError, match=r"n_clusters=7.*6"):
         GradientClustering(7).fit(PEFs.from_factors(rows))
-    with pytest.raises(ValueError, match="one row an example"):
+    with pytest.raises(ValueError, match="prediction_gradients"):
         GradientClustering(2).fit(PEFs.from_factors(torch.rand(5, 2, 3)))
 
 
@@ -147,7 +147,7 @@ def test_a_centroid_lifts_to_the_sum_of_its_unit_gradients(family: str, task: st
         )
         assert float(cosine_similarity(flat, expected, dim=0)) > 1 - 1e-5
         assert direction.norm == pytest.approx(1, abs=1e-5)
-    with pytest.raises(IndexError, match="3 clusters"):
+    with pytest.raises(IndexError, match=r"3.*\[3\]"):
         clusters.lift(other, [3], dataset)
 
 
@@ -207,13 +207,13 @@ def test_an_ablation_takes_the_feature_out_and_leaves_no_hook() -> None:
 def test_layers_that_do_not_exist_are_refused() -> None:
     """Oracle: the messages."""
     model = tiny_model("bert")
-    with pytest.raises(ValueError, match="2 layers"):
+    with pytest.raises(ValueError, match=r"2.*layer 2"):
         Site(model, 2)
-    with pytest.raises(ValueError, match="no module named"):
+    with pytest.raises(ValueError, match=r"'encoder\.nowhere'"):
         Site(model, "encoder.nowhere")
     with pytest.raises(ValueError, match="position"):
         Site(model, 0, "middle")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match="stacks of layers"):
+    with pytest.raises(UnsupportedModelError, match=r"encoder\.block, decoder\.block"):
         Site(tiny_model("t5"), 0)
     assert Site(model, -1).name == "bert.encoder.layer.1"
 
@@ -267,9 +267,9 @@ def test_dead_features_are_revived() -> None:
 
 def test_bad_autoencoder_input_is_refused() -> None:
     """Oracle: the messages."""
-    with pytest.raises(ValueError, match="k must be between"):
+    with pytest.raises(ValueError, match=r"n_features=3.*4"):
         SAEConfig(n_features=3, k=4)
-    with pytest.raises(ValueError, match="at least 10"):
+    with pytest.raises(ValueError, match=r"10.*\(5, 3\)"):
         SparseAutoencoder.fit(torch.rand(5, 3))
     with pytest.raises(ValueError, match="not finite"):
         SparseAutoencoder.fit(torch.full((20, 3), torch.nan))
@@ -291,7 +291,7 @@ def test_an_autoencoder_of_a_model_ablates_its_features() -> None:
         after = hidden_states(analyzer, dataset, site)
     assert torch.allclose(states - after, ablation.contribution(states), atol=1e-4)  # type: ignore[attr-defined]
     assert float((states - after).abs().sum()) > 0
-    with pytest.raises(IndexError, match="6 features"):
+    with pytest.raises(IndexError, match=r"6.*\[6\]"):
         result.interventions([6])
 
 
@@ -306,7 +306,7 @@ def test_sanity_rows_find_planted_groups_and_random_ones_do_not() -> None:
     floor = random_coefficients(600, 3)
     assert all(abs(auroc(floor.coefficients[:, j], groups == 0) - 0.5) < 3 * 0.025 for j in range(3))
     for fit in (activation_kmeans, activation_nmf):
-        with pytest.raises(ValueError, match="between 1 and the number of examples, 4"):
+        with pytest.raises(ValueError, match=r"n_(clusters|components)=5.*4"):
             fit(states[:4], 5)
 
 
@@ -314,7 +314,7 @@ def test_a_methods_coefficients_must_be_numbers() -> None:
     """Oracle: the messages."""
     with pytest.raises(ValueError, match=r"floating-point \(n, r\)"):
         MethodResult("x", torch.ones(3))
-    with pytest.raises(ValueError, match="1 examples have NaN"):
+    with pytest.raises(ValueError, match=r"x: 1.*NaN"):
         MethodResult("x", torch.tensor([[0.0], [torch.nan]]))
 
 
@@ -326,11 +326,11 @@ def test_methods_are_kept_for_ratings(tmp_path: Path) -> None:
     assert read is not None and [m.name for m in read[0]] == ["a / b", "c"] and read[1] == ["x", "y", "z", "\u2028"]
     assert all(torch.equal(m.coefficients, n.coefficients) for m, n in zip(methods, read[0], strict=True))
     assert load_methods(tmp_path / "nothing") is None
-    with pytest.raises(ValueError, match="not of the 3 examples"):
+    with pytest.raises(ValueError, match=r"'a / b', 'c'.*3"):
         save_methods(tmp_path, methods, ["x", "y", "z"])
     save_methods(tmp_path / "other", methods[:1], ["x", "y", "z", "w"])
     (tmp_path / "methods.json").write_bytes((tmp_path / "other" / "methods.json").read_bytes())
-    with pytest.raises(CorruptStoreError, match="do not fit"):
+    with pytest.raises(CorruptStoreError, match=r"coefficients\.safetensors.*methods\.json"):
         load_methods(tmp_path)
 
 

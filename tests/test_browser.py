@@ -448,7 +448,7 @@ def test_names_are_typed_saved_and_read_back(page: Page, browser: Browser, tmp_p
     assert found.names == {1: "cities", 2: EVIL[0], 4: 'rivers "and" <b>seas</b>'}
     other = planted(names=False)
     other.pseudo_fishers = other.pseudo_fishers.flip(0)
-    with pytest.raises(ValueError, match="another decomposition"):
+    with pytest.raises(ValueError, match=r"names\.json"):
         other.rename(saved)
     page.go(page.run("location.href").split("#")[0] + "?again")
     assert 'rivers "and" <b>seas</b>' in page.texts(".card .title")

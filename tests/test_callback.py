@@ -297,17 +297,17 @@ def test_without_a_trainer_the_scalars_stay_in_the_state_with_a_warning(caplog: 
 @pytest.mark.parametrize(
     ("probe", "settings", "error", "words"),
     [
-        ([], {}, ValueError, "probe set is empty"),
+        ([], {}, ValueError, "probe"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, {}, ValueError, "empty"),
-        (iter([]), {"max_examples": 4}, ValueError, "probe set is empty"),
+        (iter([]), {"max_examples": 4}, ValueError, "probe"),
         (iter(["a"]), {}, ValueError, "max_examples"),
         (7, {}, ValueError, "int"),
-        (["a"], {"every": 0}, ValueError, "every must be"),
-        (["a"], {"every": True}, ValueError, "every must be"),
-        (["a"], {"every": "step"}, ValueError, "every must be"),
+        (["a"], {"every": 0}, ValueError, "every.*0"),
+        (["a"], {"every": True}, ValueError, "every.*True"),
+        (["a"], {"every": "step"}, ValueError, "every.*'step'"),
         (["a"], {"batch_size": 0}, ValueError, "batch_size"),
         (["a"], {"max_points": 0}, ValueError, "max_points"),
-        (["a"], {"n_components": 5}, ValueError, "exceeds the 4 rows"),
+        (["a"], {"n_components": 5}, ValueError, "n_components=5.*4"),
         (["a"], {"n_components": 1, "n_restarts": 0}, ValueError, "n_restarts"),
         (["a"], {"n_components": 1, "restarts": 1}, TypeError, "restarts"),
         (["a"], {"decomposition": "user/name"}, TypeError, "from_pretrained"),
@@ -323,9 +323,9 @@ def test_a_decomposition_of_another_model_is_refused_before_the_first_step(tmp_p
     """Oracle: no step was taken; settings that a decomposition brings itself are refused even earlier."""
     other = NPEFFAnalyzer(tiny.tiny_model("bert", vocab_size=20, num_labels=5, dtype=torch.float32), PAD, fisher=FISHER)
     given = other.decompose(other.compute_pefs(PROBE), R, n_restarts=1)
-    with pytest.raises(ValueError, match="brings its own settings"):
+    with pytest.raises(ValueError, match="n_components, fisher"):
         NPEFFCallback(PROBE, n_components=R, decomposition=given)
-    with pytest.raises(IncompatibleSketchError, match="differ"):
+    with pytest.raises(IncompatibleSketchError, match=r"classifier\.weight"):
         run(tmp_path, callback(decomposition=given))
 
 

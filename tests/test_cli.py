@@ -180,7 +180,7 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
     assert measure == "cosine of pseudo-Fishers"
     assert {i: j for i, j, _ in pairs} == {3: 0, 1: 1, 0: 2}
     other.info["fingerprint"] = "another"
-    with pytest.raises(ValueError, match="neither examples nor the sketch"):
+    with pytest.raises(ValueError, match=r"examples.*sketch"):
         similarities(found, other)
 
 

@@ -38,7 +38,7 @@ def test_top_examples_are_those_with_the_largest_coefficients(fitted: tuple[PEFs
         assert len(top) == len(rows) == 5
         assert rows[0]["text"] == f"text {top.indices[0]}"
     assert len(found[0].top_examples(1000)) == 40
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"k .*0"):
         found[0].top_examples(0)
 
 
@@ -57,7 +57,7 @@ def test_components_are_numbered_and_can_be_named(fitted: tuple[PEFs, Decomposit
     assert [c.index for c in found] == list(range(len(found))) == [0, 1, 2, 3]
     assert found[-1].index == 3
     for wrong in (4, -5):
-        with pytest.raises(IndexError, match="4 components"):
+        with pytest.raises(IndexError, match="4"):
             found[wrong]
     for strange in ("a", 1.0, True):
         with pytest.raises(TypeError):
@@ -167,7 +167,7 @@ def test_pefs_of_another_sketch_are_refused(fitted: tuple[PEFs, Decomposition]) 
     """Oracle: a fingerprint of the same size that differs."""
     pefs, found = fitted
     other = PEFs.from_factors(pefs.factors, fingerprint="another")
-    with pytest.raises(IncompatibleSketchError, match="another"):
+    with pytest.raises(IncompatibleSketchError, match=r"rows-of-12.*another"):
         found.transform(other)
 
 

@@ -145,7 +145,7 @@ def test_refit_goes_on_from_the_last_components_which_keep_their_numbers() -> No
     assert moved.explained > still.explained + 1e-4
     assert float((moved.pseudo_fishers * old.pseudo_fishers).sum(1).abs().min()) > 0.9
     assert moved.names == {2: "a name"} and model.decomposition_ is moved
-    with pytest.raises(ValueError, match="call fit first"):
+    with pytest.raises(ValueError, match="fit"):
         NPEFF(5).refit(pefs)
     with pytest.raises(ValueError, match="all PEFs are zero"):
         model.refit(PEFs.from_factors(torch.zeros(4, 3, 24)))
@@ -247,7 +247,7 @@ def test_misuse_is_refused_before_work_starts() -> None:
     def never(*_: Any) -> None:
         raise AssertionError("work started")
 
-    with pytest.raises(ValueError, match="n_components=13 exceeds the 12 rows"):
+    with pytest.raises(ValueError, match=r"n_components=13.*12"):
         NPEFF(13, callbacks=[never]).fit(pefs)
     with pytest.raises(ValueError, match="zero"):
         NPEFF(2, callbacks=[never]).fit(PEFs.from_factors(torch.zeros(3, 2, 4)))
@@ -261,12 +261,12 @@ def test_misuse_is_refused_before_work_starts() -> None:
     with pytest.raises(ValueError, match="memory_budget"):
         NPEFF(2, solver="reference", memory_budget=10, callbacks=[never]).fit(pefs)
     for unfitted in (lambda: NPEFF(2).transform(pefs), lambda: NPEFF(2).expand(pefs, 1)):
-        with pytest.raises(ValueError, match="fit first"):
+        with pytest.raises(ValueError, match="fit"):
             unfitted()
     fitted = NPEFF(2, n_restarts=1)
     fitted.fit(pefs)
     for n_new in (0, 11):
-        with pytest.raises(ValueError, match="between 1 and 10"):
+        with pytest.raises(ValueError, match=r"n_new.*10"):
             fitted.expand(pefs, n_new)
     for call in (lambda: fitted.transform(other), lambda: fitted.expand(other, 1)):
         with pytest.raises(IncompatibleSketchError):
@@ -290,7 +290,7 @@ def test_a_device_is_used_and_what_it_cannot_do_is_refused() -> None:
     pefs, _ = planted_pefs()
     there = NPEFF(4, n_restarts=2, device="cpu").fit(pefs)
     assert torch.equal(there.coefficients, NPEFF(4, n_restarts=2).fit(pefs).coefficients)
-    with pytest.raises(ValueError, match="precision='tf32' needs a CUDA device"):
+    with pytest.raises(ValueError, match="precision='tf32'"):
         NPEFF(4, precision="tf32").fit(pefs)
-    with pytest.raises(ValueError, match="reference solver works in float32"):
+    with pytest.raises(ValueError, match="precision='bfloat16'"):
         NPEFF(4, precision="bfloat16", solver="reference")

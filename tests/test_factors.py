@@ -214,8 +214,8 @@ def test_what_cannot_be_done_is_refused() -> None:
     big = outputs_of(normal(1, 1, 1100), weight=normal(1100, 6), hidden=True)
     with pytest.raises(ValueError, match="output_factor='spectral'"):
         resolve("exact", big, 4)
-    with pytest.raises(ValueError, match="rank=7 exceeds the 6 dimensions"):
+    with pytest.raises(ValueError, match=r"rank=7.*6"):
         resolve("spectral", big, 7)
     at_logits = outputs_of(normal(1, 1, 1100), weight=normal(1100, 6))
-    with pytest.raises(ValueError, match="rank=7 exceeds the 6 dimensions"):
+    with pytest.raises(ValueError, match=r"rank=7.*6"):
         resolve("auto", at_logits, 7)

@@ -698,5 +698,5 @@ def test_the_solver_refuses_rows_that_are_not_finite() -> None:
     """Oracle: rows put into PEFs past every check; the error names the examples."""
     pefs = PEFs.from_factors(torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0)))
     pefs.factors[4] = math.nan
-    with pytest.raises(ValueError, match=r"not finite.*4"):
+    with pytest.raises(ValueError, match=r"\[4\]"):
         NPEFF(2, n_restarts=1).fit(pefs)

@@ -451,11 +451,11 @@ def test_a_save_that_fails_leaves_what_was_there(saved: Path, tmp_path: Path) ->
     broken = small_decomposition()
     broken.evaluations = {0: {"ratio": float("nan")}}
     for folder in (saved, tmp_path / "new"):
-        with pytest.raises(ValueError, match="JSON"):
+        with pytest.raises(ValueError, match="nan"):
             broken.save_pretrained(folder)
     with pytest.raises(ValueError, match="license"):
         small_decomposition().save_pretrained(saved, license="free: [as in beer]")
-    with pytest.raises(ValueError, match="data sets"):
+    with pytest.raises(ValueError, match="datasets"):
         small_decomposition().save_pretrained(saved, datasets=["a\nb"])
     with pytest.raises(ValueError, match="'colour'"):
         small_decomposition().save_pretrained(saved, include_columns=["colour"])
@@ -487,9 +487,9 @@ def test_pefs_are_saved_with_a_card_and_read_through_links(tmp_path: Path) -> No
     flip(tmp_path / "pefs", "pefs-00000.safetensors")
     with pytest.raises(CorruptStoreError, match="SHA-256"):
         PEFs.from_pretrained(tmp_path / "links")
-    with pytest.raises(ValueError, match="already holds"):
+    with pytest.raises(ValueError, match="pefs"):
         pefs.save_pretrained(tmp_path / "pefs")
-    with pytest.raises(CorruptStoreError, match=re.escape("manifest.json is missing")):
+    with pytest.raises(CorruptStoreError, match=r"manifest\.json"):
         small_decomposition().save_pretrained(tmp_path / "decomposition")
         PEFs.from_pretrained(tmp_path / "decomposition")
 
@@ -504,7 +504,7 @@ def test_a_subfolder_stays_inside(saved: Path, subfolder: str) -> None:
 def test_a_path_that_is_missing_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     """No network is needed for the answer."""
     for name in (tmp_path / "none", str(tmp_path / "none"), "./none", "a/b/c", ""):
-        with pytest.raises(OSError, match="neither a folder"):
+        with pytest.raises(OSError, match=re.escape(f"'{name}'")):
             Decomposition.from_pretrained(name)
 
 

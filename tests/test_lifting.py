@@ -251,25 +251,25 @@ def test_lifting_refuses_what_does_not_belong_together(
     c = trained_case
     d = c.decomposition
     for missing in (6, -7):
-        with pytest.raises(IndexError, match="6 components"):
+        with pytest.raises(IndexError, match="6"):
             c.analyzer.lift(d, missing, c.pefs, c.data)
-    with pytest.raises(ValueError, match="no components"):
+    with pytest.raises(ValueError, match="components"):
         c.analyzer.lift(d, [], c.pefs, c.data)
     shuffled = c.analyzer.lift(d, 0, c.pefs, c.data[::-1])
     assert shuffled.cosine(c.analyzer.lift(d, 0, c.pefs, c.data)) > 1 - 1e-6
-    with pytest.raises(ValueError, match="not in this dataset"):
+    with pytest.raises(ValueError, match="'e0'"):
         c.analyzer.lift(d, 0, c.pefs, c.data[1:])
     changed = [{**c.data[0], "input_ids": c.data[1]["input_ids"]}, *c.data[1:]]
-    with pytest.raises(ValueError, match="another content"):
+    with pytest.raises(ValueError, match="'e0'"):
         c.analyzer.lift(d, 0, c.pefs, changed)
     rough = c.analyzer.decompose(c.pefs, 6, n_restarts=1, max_iterations=1, progress=False)
     rough.pseudo_fishers = torch.nn.functional.normalize(torch.randn(rough.pseudo_fishers.shape), dim=1)
-    with pytest.raises(ValueError, match="stationary point"):
+    with pytest.raises(ValueError, match=r"\[0\].*tolerance"):
         c.analyzer.lift(rough, 0, c.pefs, c.data)
     other = NPEFFAnalyzer(c.analyzer.model, fisher=FisherConfig(rank=2, sketch="countsketch", sketch_dim=512))
     with pytest.raises(IncompatibleSketchError):
         c.analyzer.lift(d, 0, other.compute_pefs(c.data), c.data)
-    with pytest.raises(IncompatibleSketchError, match="other parameters"):
+    with pytest.raises(IncompatibleSketchError, match=r"classifier\.weight|bert\."):
         NPEFFAnalyzer(tiny_model("bert", dtype=torch.float32)).lift(d, 0, c.pefs, c.data)
     with caplog.at_level(logging.WARNING):
         c.analyzer.lift(d, 0, c.pefs, c.data, top_examples=1)
@@ -284,9 +284,9 @@ def test_another_commit_of_the_model_is_refused(trained_case: TrainedCase) -> No
     c.decomposition.info["revision"], direction.info["revision"] = "a" * 40, "a" * 40
     c.analyzer.revision = "b" * 40
     try:
-        with pytest.raises(IncompatibleSketchError, match="commit"):
+        with pytest.raises(IncompatibleSketchError, match=r"a{40}.*b{40}"):
             c.analyzer.lift(c.decomposition, 0, c.pefs, c.data)
-        with pytest.raises(ValueError, match="commit"):
+        with pytest.raises(ValueError, match=r"a{40}.*b{40}"):
             c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data)
     finally:
         c.decomposition.info["revision"] = c.analyzer.revision = None
@@ -307,14 +307,14 @@ def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     """Oracle: the error."""
     with pytest.raises(ValueError):
         LiftRequest(**wrong)
-    with pytest.raises(ValueError, match="nonzero"):
+    with pytest.raises(ValueError, match=r"nonzero.*4"):
         iterative_hard_thresholding((lambda x: x, lambda x: x), torch.ones(3), 3, 4)
 
 
 def test_the_metric_form_needs_a_balanced_decomposition(tiny_case: tuple[NPEFFAnalyzer, list[Any], PEFs]) -> None:
     """Oracle: the message; without balancing there is no metric."""
     analyzer, data, pefs = tiny_case
-    with pytest.raises(ValueError, match="needs a balanced decomposition"):
+    with pytest.raises(ValueError, match="form='metric'"):
         analyzer.lift(fit(analyzer, pefs), 0, pefs, data, form="metric")
 
 
@@ -361,10 +361,10 @@ def test_a_dataset_without_ids_may_come_in_another_order_and_another_models_weig
     found = fit(analyzer, pefs, 2)
     first, again = (analyzer.lift(found, 0, pefs, order) for order in (data, data[::-1]))
     assert first.cosine(again) > 1 - 1e-9
-    with pytest.raises(ValueError, match="another content"):
+    with pytest.raises(ValueError, match="'0', '1', '2'"):
         analyzer.lift(found, 0, pefs, [*data[1:], {"input_ids": [5, 6, 7]}])
     other = NPEFFAnalyzer(tiny_model("bert", seed=1), fisher=fisher)
-    with pytest.raises(IncompatibleWeightsError, match="other weights than the model has now"):
+    with pytest.raises(IncompatibleWeightsError, match="weights"):
         other.lift(found, 0, pefs, data)
-    with pytest.raises(ValueError, match="weights are not those"):
+    with pytest.raises(ValueError, match="component 0"):
         other.lift(found, 0, pefs, data, check_weights=False)

@@ -139,7 +139,7 @@ def test_more_components_than_examples_and_one_example_alone(tmp_path: Path) -> 
     A = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(2))
     pefs = PEFs.from_factors(A)
     assert sound(NPEFF(6, n_restarts=2, max_iterations=200).fit(pefs), tmp_path / "a").explained > 0.99
-    with pytest.raises(ValueError, match="at most 6"):
+    with pytest.raises(ValueError, match=r"n_components=7.*6"):
         NPEFF(7).fit(pefs)
     alone = sound(NPEFF(1).fit(pefs[:1]), tmp_path / "b")
     assert alone.coefficients.shape == (1, 1)
@@ -153,7 +153,7 @@ def test_one_example_goes_through_all_stages(tmp_path: Path) -> None:
     found = sound(analyzer.decompose(pefs, 1), tmp_path / "d")
     assert found.explained == pytest.approx(1, abs=1e-4)
     assert analyzer.lift(found, 0, pefs, data).info["estimated_cosine"] == pytest.approx(1, abs=1e-3)
-    with pytest.raises(ValueError, match="example"):
+    with pytest.raises(ValueError, match="n_top"):
         analyzer.evaluate_direction(analyzer.lift(found, 0, pefs, data), found, 0, data)
 
 
@@ -179,7 +179,7 @@ def test_a_saturated_softmax_gives_finite_pefs_or_none(output_factor: str, facto
     if factor == 1e30:
         assert not pefs.norms.any() and not pefs.factors.any()
     if not pefs.norms.any():
-        with pytest.raises(ValueError, match="certain of every prediction"):
+        with pytest.raises(ValueError, match="PEFs"):
             analyzer.decompose(pefs, 2)
         return
     found = sound(analyzer.decompose(pefs, 2, n_restarts=1), tmp_path / "d")
@@ -193,7 +193,7 @@ def test_predictions_that_are_all_equal_are_no_trouble(tmp_path: Path) -> None:
     pefs = analyzer.compute_pefs(workers.examples(5))
     assert pefs.log_probs is not None
     torch.testing.assert_close(pefs.log_probs, torch.full((5,), pefs.log_probs[0].item()))
-    with pytest.raises(ValueError, match="PEFs are zero"):
+    with pytest.raises(ValueError, match="PEFs"):
         analyzer.decompose(pefs, 2)
     head = certain(0.0, target_modules=["classifier"])
     with torch.no_grad():

@@ -80,11 +80,11 @@ def test_the_measured_sketch_error_counts_other_parameters() -> None:
 def test_unknown_parameters_are_refused_with_close_matches() -> None:
     """Oracle: the model's own names."""
     model = tiny.tiny_model("bert")
-    with pytest.raises(ValueError, match=r"no parameters \['classifier.bais'\]; did you mean .*'classifier.bias'"):
+    with pytest.raises(ValueError, match=r"'classifier\.bais'.*'classifier\.bias'"):
         NPEFFAnalyzer(model, fisher=FisherConfig(parameters=["classifier.bais"]))
-    with pytest.raises(ValueError, match="matches none"):
+    with pytest.raises(ValueError, match="parameters='nothing'"):
         NPEFFAnalyzer(model, fisher=FisherConfig(parameters="nothing"))
-    with pytest.raises(ValueError, match="not a regular expression"):
+    with pytest.raises(ValueError, match=r"parameters='\('"):
         NPEFFAnalyzer(model, fisher=FisherConfig(parameters="("))
 
 

@@ -179,7 +179,7 @@ def test_a_component_active_everywhere_is_compared_with_where_it_carries_least(
         top, others = choose_examples(d, 0, 2, 2, 0)
     assert (top, sorted(others)) == ([0, 1], [2, 5])
     assert "active on every example" in caplog.text
-    with pytest.raises(ValueError, match="smaller n_top"):
+    with pytest.raises(ValueError, match="n_top"):
         choose_examples(d, 0, 6, 2, 0)
 
 
@@ -218,9 +218,9 @@ def test_what_cannot_be_evaluated_is_refused(trained_case: TrainedCase, directio
     for scale in (0.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="scale"):
             evaluate(scale=scale)
-    with pytest.raises(ValueError, match="not in this dataset"):
+    with pytest.raises(ValueError, match="'e79'"):
         evaluate(data=c.data[:-1])
-    with pytest.raises(ValueError, match="another content"):
+    with pytest.raises(ValueError, match="'e79'"):
         evaluate(data=[*c.data[:-1], {**c.data[-1], "input_ids": c.data[0]["input_ids"]}])
     other = tiny_model("bert", dtype=torch.float32)
     analyzer = NPEFFAnalyzer(other, fisher=FisherConfig(rank=1))

@@ -146,7 +146,7 @@ def test_an_accelerator_that_missed_the_other_processes_is_refused(monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     alone = workers.analyzer()
     alone._accelerator = SimpleNamespace(num_processes=1, process_index=0)
-    with pytest.raises(ValueError, match=r"2 processes were started.*Accelerator\(cpu=True\)"):
+    with pytest.raises(ValueError, match=r"2.*Accelerator\(cpu=True\)"):
         alone.compute_pefs(workers.examples(2))
 
 

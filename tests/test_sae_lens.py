@@ -58,16 +58,16 @@ def test_a_published_autoencoder_is_read_through_sae_lens(monkeypatch: pytest.Mo
     expected = published.encode(states)[:, 2, None] * published.sae.W_dec[2]
     assert torch.allclose(published.contribution(states, 2), expected, atol=1e-5)
     for hook in ("blocks.0.hook_resid_pre", "blocks.3.hook_mlp_out"):
-        with pytest.raises(ValueError, match="residual stream"):
+        with pytest.raises(ValueError, match=f"'{hook}'"):
             load_published("a-release", hook)
 
 
 def test_without_sae_lens_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Oracle: the messages; a folder without an autoencoder is noticed first."""
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install sae-lens"):
+    with pytest.raises(ModuleNotFoundError, match="sae-lens"):
         load_published("a", "blocks.1.hook_resid_pre")
-    with pytest.raises(FileNotFoundError, match=r"no cfg\.json"):
+    with pytest.raises(FileNotFoundError, match=r"cfg\.json"):
         load_published(str(tmp_path), "blocks.1.hook_resid_pre")
 
 

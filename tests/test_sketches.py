@@ -204,18 +204,18 @@ def test_another_process_makes_the_same_sketch() -> None:
 
 def test_misuse_is_refused() -> None:
     """Oracle: the documented errors."""
-    with pytest.raises(ValueError, match="unknown kind"):
+    with pytest.raises(ValueError, match="'fourier'"):
         Sketch(SHAPES, "fourier", 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at least one parameter"):
+    with pytest.raises(ValueError, match="target_modules"):
         Sketch({}, "identity")
-    with pytest.raises(ValueError, match="positive dim"):
+    with pytest.raises(ValueError, match=r"kronecker.*None"):
         Sketch(SHAPES, "kronecker", None)
     sketch = Sketch(SHAPES, "kronecker", 3)
-    with pytest.raises(ValueError, match="expected the parameters"):
+    with pytest.raises(ValueError, match=r"\['a\.weight', 'b\.weight', 'c\.weight'\].*\['a\.weight'\]"):
         sketch.apply({"a.weight": normal(6, 5)})
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(ValueError, match=r"\(5, 6\)"):
         sketch.apply({**split(normal(P)), "a.weight": normal(5, 6)})
-    with pytest.raises(ValueError, match="rows of"):
+    with pytest.raises(ValueError, match=r"22.*3"):
         sketch.adjoint(normal(3))
     for wrong in ({}, {"kind": "kronecker"}, {**sketch.to_dict(), "shapes": 3}, {**sketch.to_dict(), "kind": "x"}):
         with pytest.raises(FormatVersionError):

@@ -77,26 +77,26 @@ def test_taking_a_few_examples_does_not_join_the_shards() -> None:
 def test_misuse_is_refused() -> None:
     """Oracle: the documented errors."""
     pefs = pefs_of()
-    with pytest.raises(TypeError, match="one example"):
+    with pytest.raises(TypeError, match=r"pefs\[3\]"):
         pefs[3]  # type: ignore[call-overload]
     with pytest.raises(IndexError, match="7"):
         pefs[[7]]
-    with pytest.raises(ValueError, match="booleans"):
+    with pytest.raises(ValueError, match=r"torch\.bool.*\(1,\)"):
         pefs.filter([True])
-    with pytest.raises(ValueError, match="chunk"):
+    with pytest.raises(ValueError, match=r"chunk.*0"):
         list(pefs.chunks(0))
     with pytest.raises(ValueError, match=r"finite.*1"):
         PEFs.from_factors(torch.stack([torch.ones(1, 2), torch.full((1, 2), float("nan"))]))
     for wrong in (torch.ones(3), torch.ones(0, 2, 2), torch.ones(2, 2, 2, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="factors"):
+        with pytest.raises(ValueError, match=r"factors"):
             PEFs.from_factors(wrong)
     with pytest.raises(ValueError, match="label"):
         PEFs.from_factors(normal(3, 1, 2), label=[1])
-    with pytest.raises(ValueError, match=r"more than once: \['a'\]"):
+    with pytest.raises(ValueError, match=r"example_ids.*\['a'\]"):
         PEFs.from_factors(normal(3, 1, 2), example_ids=["a", "b", "a"])
-    with pytest.raises(ValueError, match="'label' needs a list"):
+    with pytest.raises(ValueError, match=r"'label'.*5"):
         PEFs.from_factors(normal(3, 1, 2), label=5)
-    with pytest.raises(ValueError, match="made elsewhere"):
+    with pytest.raises(ValueError, match="sketch"):
         pefs.sketch()
     with pytest.raises(ValueError, match="nothing"):
         PEFs.concatenate([])
@@ -119,7 +119,7 @@ def test_a_store_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, size
     assert loaded.columns == pefs.columns
     assert loaded.fingerprint == pefs.fingerprint
     assert loaded.nbytes == 7 * 3 * 5 * dtype.itemsize
-    with pytest.raises(ValueError, match="already holds"):
+    with pytest.raises(ValueError, match=r"p .*PEFs"):
         pefs.save(tmp_path / "p")
 
 

