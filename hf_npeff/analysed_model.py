@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
-from hf_npeff.decomposition.distributed import on_cpu
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
-from hf_npeff.fisher.compute import Worker
 from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
@@ -35,6 +33,7 @@ from hf_npeff.fisher.weights_hash import identity_of
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
+from hf_npeff.processes import Processes, on_cpu
 from hf_npeff.sharing.files import read_json
 from hf_npeff.sharing.hub import commit_of_model, is_hub_id
 from hf_npeff.weights.adapters import Adapter, layout_of
@@ -282,8 +281,8 @@ class AnalysedModel:
         devices = (getattr(hook, "execution_device", None) for hook in hooks)
         return next((torch.device(device) for device in devices if device is not None), own)
 
-    def worker(self) -> Worker:
-        """Which of several processes this is; the accelerator is made only where there are several.
+    def processes(self) -> Processes:
+        """The processes of a run, and which this is; the accelerator is made only where there are several.
 
         Raises:
             ValueError: if the accelerator knows of fewer processes than were started.
@@ -296,14 +295,13 @@ class AnalysedModel:
             if not hasattr(self.model, "hf_device_map") and not self.fsdp.active:
                 self.model.to(self._accelerator.device)
         if self._accelerator is None:
-            return Worker()
+            return Processes()
         if self._accelerator.num_processes < started:
             raise ValueError(
                 f"{started} processes were started, but the accelerator knows of {self._accelerator.num_processes}; "
                 "on CPUs make it with Accelerator(cpu=True)"
             )
-        known = self._accelerator
-        return Worker(known.process_index, known.num_processes, known.wait_for_everyone)
+        return Processes.of(self._accelerator)
 
     def examples_of(self, decomposition: Decomposition, dataset: Any, pefs: PEFs | None = None) -> list[Example]:
         """The data set's examples in the decomposition's order, each with the content that was analysed.

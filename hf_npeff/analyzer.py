@@ -170,16 +170,16 @@ class NPEFFAnalyzer(AnalysedModel):
     def _compute(self, examples: Examples, request: ComputeRequest, resume: bool) -> PEFs:
         if self.fsdp.active:
             request.check_in_step()
-        worker = self.worker()
-        if worker.count > 1 and request.output_dir is None:
+        processes = self.processes()
+        if processes.count > 1 and request.output_dir is None:
             raise ValueError("with several processes PEFs are gathered on disk: pass output_dir")
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
         hashed = dataset_hash(limits.checked(examples))
         about = {"examples": len(examples), "hash": hashed, "encoded": examples.encoded.to_dict()}
         facts = {**self.facts(), "dataset": {**about, "truncated": limits.truncated}}
-        if request.output_dir is not None and not resume and worker.index == 0:
+        if request.output_dir is not None and not resume and processes.index == 0:
             remove_store(request.output_dir)
-        worker.barrier()
+        processes.meet()
         if request.output_dir is not None:
             check_store(request, facts["weights"])  # before anything is computed
         known = self.sketch_for(request.output_dir)
@@ -187,11 +187,11 @@ class NPEFFAnalyzer(AnalysedModel):
             forward.one_at_a_time |= request.batch_size == 1
             maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=known, skip=request.skip)
             self._sketch, self.maps = maker.sketch, list(maker.forward.maps)
-            if worker.index == 0:
+            if processes.index == 0:
                 logger.log(logging.WARNING if examples.encoded.unread else logging.INFO, "%s", examples.encoded)
                 limits.tell_truncated(len(examples), examples.encoded.max_length)
                 maker.log(self.fisher.sketch_tolerance)
-            return compute(maker, examples, facts, request, worker)
+            return compute(maker, examples, facts, request, processes)
 
     def estimate(
         self,

@@ -27,6 +27,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.processes import Processes
 from hf_npeff.sharing.files import read_json_lines, write_atomically
 from hf_npeff.sharing.hub import text_columns
 
@@ -242,8 +243,8 @@ class NPEFFCallback(TrainerCallback):
 
     def _decompose(self, args: TrainingArguments, **kwargs: Any) -> Decomposition:
         """The decomposition of this point, the same in every process."""
-        analyzer, processes = self._analyzer(**kwargs), PartialState()
-        folder = _output(args) / _PROBE if processes.num_processes > 1 else None
+        analyzer, processes = self._analyzer(**kwargs), Processes.of(PartialState())
+        folder = _output(args) / _PROBE if processes.count > 1 else None
         old = self.fixed or self.decomposition_
         try:
             pefs = analyzer.compute_pefs(
@@ -257,9 +258,9 @@ class NPEFFCallback(TrainerCallback):
             )
             now = self._fit(pefs, old)
             if folder is not None:
-                processes.wait_for_everyone()  # nobody reads any more
+                processes.meet()  # nobody reads any more
         finally:
-            if folder is not None and processes.process_index == 0:
+            if folder is not None and processes.index == 0:
                 shutil.rmtree(folder, ignore_errors=True)
         return now
 

@@ -21,6 +21,7 @@ FLOORS = (
     "errors",
     "extras",  # libraries that only some functions need
     "config",
+    "processes",  # which of several this is
     "encoding",  # which columns are read, and how
     "padding",  # taken off examples, put on batches
     "data",

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hf_npeff.config import Balance, DecompositionConfig, Precision, Solver
 from hf_npeff.decomposition.chunks import ChunkedRows
 from hf_npeff.decomposition.decomposition import Decomposition
-from hf_npeff.decomposition.distributed import Processes, ShardedRows
+from hf_npeff.decomposition.distributed import ShardedRows
 from hf_npeff.decomposition.held_out import HeldOut, until_held_out_rises
 from hf_npeff.decomposition.objective import loss_of, overlaps
 from hf_npeff.decomposition.solvers import (
@@ -29,6 +29,7 @@ from hf_npeff.decomposition.starts import solve, start_from_surplus
 from hf_npeff.decomposition.weighting import balance_scales, balanced
 from hf_npeff.pefs.store import PEFs, check_pefs, check_same_sketch
 from hf_npeff.pefs.weights_identity import warn_of_other_weights
+from hf_npeff.processes import Processes
 
 logger = logging.getLogger(__name__)
 _GRAM_LIMIT = 8000
@@ -139,8 +140,8 @@ class NPEFF:
         config = self.config
         self._check_fit(pefs, validation)
         scales = balance_scales(pefs) if config.balance == "module" else None
-        processes = Processes()
-        shared = processes if config.solver == "block_power" else Processes(alone=True)  # else everyone does it all
+        processes = Processes.current()
+        shared = processes if config.solver == "block_power" else Processes()  # else everyone does it all
         rows, to_rows = self._rows(pefs, scales, shared)
         held_out = None
         if validation is not None:
@@ -277,7 +278,7 @@ class NPEFF:
             scales=scales,
             converged=fit.converged,
         )
-        processes = Processes()
+        processes = Processes.current()
         found = decomposition.explain(processes.share_of(pefs), device=self.device)
         W, N = (processes.gather(value, len(pefs)) for value in found)
         decomposition.coefficients = W
@@ -313,7 +314,7 @@ class NPEFF:
         old = self._last(pefs)
         if n_new < 1 or len(old) + n_new > len(pefs) * pefs.rank:
             raise ValueError(f"n_new must be between 1 and {len(pefs) * pefs.rank - len(old)}, but it is {n_new}")
-        processes = Processes()
+        processes = Processes.current()
         rows = self._plain_rows(pefs, old.scales, processes, self.config.precision)
         G = old.pseudo_fishers.to(self.device or pefs.device)
         W = old.transform(processes.share_of(pefs), device=self.device).to(G)
@@ -347,7 +348,7 @@ class NPEFF:
             IncompatibleSketchError: if the PEFs were made with another sketch.
         """
         old = self._last(pefs)
-        processes = Processes()
+        processes = Processes.current()
         rows = self._plain_rows(pefs, old.scales, processes, self.config.precision)
         G = old.pseudo_fishers.to(self.device or pefs.device)
         if move:

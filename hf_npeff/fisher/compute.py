@@ -28,16 +28,12 @@ from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights
+from hf_npeff.processes import Processes
 from hf_npeff.sharing.files import FORMAT_VERSION, read_json
 
 logger = logging.getLogger(__name__)
 _AUTO_EXAMPLES = 64
 _AUTO_TOKENS = 16_384
-
-
-def share_of(n: int, process: int, processes: int) -> range:
-    """The contiguous share of n examples of one of several processes; sizes differ by one at most."""
-    return range(n * process // processes, n * (process + 1) // processes)
 
 
 def _missing(share: range, done: Mapping[int, int], size: int) -> Iterator[range]:
@@ -71,33 +67,8 @@ def check_store(request: ComputeRequest, weights: Mapping[str, Any]) -> None:
         check_same_weights(made, weights, f"the PEFs in {request.output_dir}", remedy)
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Which of several processes this is, and how it waits for the others.
-
-    Attributes:
-        index: of this process.
-        count: of all.
-        barrier: called where they wait for one another.
-    """
-
-    index: int = 0
-    count: int = 1
-    barrier: Callable[[], None] = lambda: None
-
-    def meet(self, output_dir: Path | None) -> None:
-        """The barrier, with an error for people where another process never comes.
-
-        Raises:
-            NPEFFError: if it does not.
-        """
-        try:
-            self.barrier()
-        except RuntimeError as error:  # torch.distributed's errors, time-outs among them
-            raise NPEFFError(
-                "another process died, or did not answer within the time-out of the process group; the shards that "
-                f"are finished stay in {output_dir}, and starting the run again goes on from them"
-            ) from error
+def _goes_on(folder: Path) -> str:
+    return f"; the shards that are finished stay in {folder}, and starting the run again goes on from them"
 
 
 def compute(
@@ -105,7 +76,7 @@ def compute(
     examples: Examples,
     origin: Mapping[str, Any],
     request: ComputeRequest,
-    worker: Worker | None = None,
+    processes: Processes | None = None,
 ) -> PEFs:
     """Compute the PEFs of all examples; with several processes, this one's share.
 
@@ -114,7 +85,7 @@ def compute(
         examples: all of them.
         origin: model, revision, task, versions and data set for config.json.
         request: where, and how.
-        worker: which process this is; the only one by default.
+        processes: which process this is, and how it waits for the others; alone by default.
 
     Returns:
         The PEFs; the loaded store on every process.
@@ -135,7 +106,7 @@ def compute(
     }
     if request.output_dir is None:
         return _in_memory(maker, examples, info, request)
-    return _in_folder(maker, examples, info, request, request.output_dir, worker or Worker())
+    return _in_folder(maker, examples, info, request, request.output_dir, processes or Processes())
 
 
 def _in_memory(maker: RowMaker, examples: Examples, info: dict[str, Any], request: ComputeRequest) -> PEFs:
@@ -148,14 +119,19 @@ def _in_memory(maker: RowMaker, examples: Examples, info: dict[str, Any], reques
 
 
 def _in_folder(
-    maker: RowMaker, examples: Examples, info: Mapping[str, Any], request: ComputeRequest, folder: Path, worker: Worker
+    maker: RowMaker,
+    examples: Examples,
+    info: Mapping[str, Any],
+    request: ComputeRequest,
+    folder: Path,
+    processes: Processes,
 ) -> PEFs:
     """Write what no finished shard of the folder holds, and read the store when every process has done so."""
-    first = worker.index == 0
+    first = processes.index == 0
     writer = None
     if first:
         writer = StoreWriter(folder, info)
-    worker.meet(folder)
+    processes.meet(_goes_on(folder))
     writer = writer or StoreWriter(folder, info, write_info=False)
     done = writer.done()
     if not request.skip and (left_out := writer.skipped()):
@@ -163,20 +139,20 @@ def _in_folder(
             f"{folder} was begun with on_error='skip', and {_these(left_out)} were left out; go on with "
             "on_error='skip', or begin again with resume=False"
         )
-    worker.meet(folder)
+    processes.meet(_goes_on(folder))
 
     def write(shard: _Shard, into: StoreWriter = writer) -> None:
         into.write_shard(shard.start, shard.tensors, shard.columns, shard.skipped)
 
-    _make_shards(maker, examples, share_of(len(examples), worker.index, worker.count), done, request, write)
-    worker.meet(folder)
+    _make_shards(maker, examples, processes.share(len(examples)), done, request, write)
+    processes.meet(_goes_on(folder))
     left_out = writer.skipped()
-    worker.meet(folder)
+    processes.meet(_goes_on(folder))
     if first or len(left_out) == len(examples):
         _report_skipped(left_out, len(examples))
     if first:
         writer.finish(len(examples))
-    worker.meet(folder)
+    processes.meet(_goes_on(folder))
     return PEFs.load(folder, verify=False)
 
 

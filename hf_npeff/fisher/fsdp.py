@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.processes import Processes
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -78,9 +78,4 @@ class FSDPModel:
 
     def most(self, count: int) -> int:
         """The largest of all processes' counts; this one's own where the model is not sharded."""
-        if not self.active:
-            return count
-        device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-        carrier = torch.tensor(count, device=device)
-        dist.all_reduce(carrier, dist.ReduceOp.MAX)
-        return int(carrier)
+        return Processes.current().largest(count) if self.active else count
