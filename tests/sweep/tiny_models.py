@@ -1,0 +1,188 @@
+"""Tiny random models of every type and task, and examples that they can read; nothing here imports hf_npeff."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from tests.sweep.tiny_configs import ATTEMPTS, MASK, WORDS, tiny_config
+
+TASKS: dict[str, tuple[str, str]] = {
+    "causal-lm": ("CAUSAL_LM", "AutoModelForCausalLM"),
+    "sequence-classification": ("SEQUENCE_CLASSIFICATION", "AutoModelForSequenceClassification"),
+    "token-classification": ("TOKEN_CLASSIFICATION", "AutoModelForTokenClassification"),
+    "masked-lm": ("MASKED_LM", "AutoModelForMaskedLM"),
+    "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM"),
+    "image-classification": ("IMAGE_CLASSIFICATION", "AutoModelForImageClassification"),
+    "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", "AutoModelForImageTextToText"),
+}
+"""Task → its mapping in transformers, and the Auto class that reads the mapping."""
+LENGTHS = (5, 9, 6)
+"""Of the examples: none the same, the longest longer than every window of the tiny configs."""
+N_LABELS = 3
+
+
+class CannotBuildError(Exception):
+    """No tiny model of this type can be built or run here, and why."""
+
+
+@dataclass
+class TinyModel:
+    """A model with examples.
+
+    Attributes:
+        model: in eval mode, float32.
+        kind: what it predicts: a task of `TASKS`, where an image-text-to-text model is "causal-lm" or "seq2seq-lm".
+        examples: unpadded, as lists (tensors for images).
+    """
+
+    model: nn.Module
+    kind: str
+    examples: list[dict[str, Any]]
+
+
+def classes_of(task: str) -> dict[str, str]:
+    """{model type: name of its class} of a task, in the order of the names."""
+    mapping = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task][0]}_MAPPING_NAMES")
+    return {name: c if isinstance(c, str) else c[0] for name, c in sorted(mapping.items())}
+
+
+def every_case() -> Iterator[tuple[str, str]]:
+    """(model type, task) of every entry of the mappings, all tasks of a type together."""
+    mappings = {task: classes_of(task) for task in TASKS}
+    for model_type in sorted({t for mapping in mappings.values() for t in mapping}):
+        yield from ((model_type, task) for task in TASKS if model_type in mappings[task])
+
+
+def build(model_type: str, task: str) -> TinyModel:
+    """A tiny random model, with examples that it runs.
+
+    Raises:
+        CannotBuildError: if there is none, with the first reason.
+    """
+    reasons = []
+    for attempt in ATTEMPTS:
+        try:
+            return _built(model_type, task, attempt)
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise CannotBuildError(" ".join(reasons[0].split())[:300])
+
+
+def _built(model_type: str, task: str, attempt: dict[str, int]) -> TinyModel:
+    config = tiny_config(model_type, attempt)
+    if task in ("sequence-classification", "token-classification", "image-classification"):
+        config.num_labels = N_LABELS
+    torch.manual_seed(0)
+    mapping, auto = TASKS[task]
+    if isinstance(getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES")[model_type], str):
+        model = getattr(transformers, auto).from_config(config)
+    else:
+        model = getattr(transformers, classes_of(task)[model_type])(config)
+    model = model.float().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _randomise(model)
+    kind = _kind(model, model_type, task)
+    examples = _examples(model, kind)
+    if not _runs(model, kind, examples):
+        model.load_state_dict(before)  # some formulas hold near their own initial values only
+        if not _runs(model, kind, examples):
+            raise ValueError("the model gives no finite logits")
+    return TinyModel(model, kind, examples)
+
+
+def _kind(model: Any, model_type: str, task: str) -> str:
+    if task in ("image-text-to-text", "seq2seq-lm"):
+        return "seq2seq-lm" if model.config.is_encoder_decoder else "causal-lm"
+    if task == "causal-lm" and classes_of("masked-lm").get(model_type) == type(model).__name__:
+        return "masked-lm"  # XLM and FlauBERT have one class for both, and mask unless their config says otherwise
+    return task
+
+
+def _randomise(model: nn.Module) -> None:
+    """Weights for which predictions are not flat: initial ones are so small that nothing would show in a Fisher."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if not parameter.is_floating_point():
+                continue
+            if parameter.dim() < 2 or name.endswith("A_log"):
+                parameter.add_(noise, alpha=0.1)
+            elif id(parameter) in embeddings:
+                parameter.copy_(0.6 * noise)
+            else:
+                fan_in = math.prod(parameter.shape[1:]) if parameter.dim() != 3 else max(parameter.shape[1:])
+                parameter.copy_(noise * 1.2 / math.sqrt(max(fan_in, 16)))
+
+
+def _examples(model: Any, kind: str) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    if kind == "image-classification":
+        size = getattr(model.config, "image_size", 32)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(model.config, "num_channels", 3)
+        return [{"pixel_values": torch.randn(channels, height, width, generator=generator)} for _ in LENGTHS]
+    examples = []
+    for length in LENGTHS:
+        words = torch.randint(WORDS.start, WORDS.stop, (length,), generator=generator).tolist()
+        example: dict[str, Any] = {"input_ids": words}
+        if kind == "masked-lm":
+            words[1 + length % 3] = MASK
+        if kind == "seq2seq-lm":
+            example["labels"] = words[: 1 + length // 3]
+        examples.append(example)
+    if "bbox" in inspect.signature(model.forward).parameters and not _runs(model, kind, examples):
+        for example in examples:
+            example["bbox"] = [[t, 1, t + 2, 3] for t in range(len(example["input_ids"]))]
+    return examples
+
+
+def _runs(model: nn.Module, kind: str, examples: list[dict[str, Any]]) -> bool:
+    """Whether the model gives finite numbers for each example alone.
+
+    Raises:
+        Exception: whatever the model raises, but for the lack of boxes.
+    """
+    try:
+        with torch.no_grad():
+            return all(bool(logits_of(model, kind, example).isfinite().any()) for example in examples)
+    except ValueError as error:
+        if "bbox" in str(error) and "bbox" not in examples[0]:
+            return False
+        raise
+
+
+def logits_of(model: Any, kind: str, example: dict[str, Any]) -> Tensor:
+    """The logits of what an example predicts, one row a term (t, k), the model called directly on it alone."""
+    batch = {name: torch.as_tensor(value)[None] for name, value in example.items()}
+    if kind == "image-classification":
+        return model(**batch).logits
+    if kind == "seq2seq-lm":
+        logits = model(**batch).logits
+        return logits[0]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    taken = inspect.signature(model.forward).parameters
+    if "attention_mask" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        del batch["attention_mask"]
+    if "use_cache" in taken:
+        batch["use_cache"] = False
+    logits = model(**batch).logits
+    if kind == "sequence-classification":
+        return logits.reshape(1, -1)
+    if kind == "token-classification":
+        return logits[0]
+    if kind == "masked-lm":
+        return logits[0, batch["input_ids"][0] == MASK]
+    return logits[0, -1:]
+
+
