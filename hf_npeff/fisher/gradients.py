@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.linear_layers import behaviour, is_linear
 from hf_npeff.fisher.parameters import fitted, gradients
 from hf_npeff.pefs.sketches import Sketch
 
@@ -49,6 +50,13 @@ class LinearMap:
         return matrix.mT if self.transposed else matrix
 
 
+_CUT = (
+    "{name} cuts the gradient: {how}, so that all rows before it would be those of another network. Layers that quantise "
+    "their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a scheme that "
+    "quantises weights alone, or dequantised"
+)
+
+
 class CalledOnceForAll(UnsupportedModelError):  # noqa: N818
     """A module ran once for the whole batch, so its gradients cannot be told apart; single examples can."""
 
@@ -60,19 +68,31 @@ def _matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
-
-
 def _adapter_parts(model: nn.Module) -> set[str]:
     """Linear maps that belong to a PEFT adapter (its lora_A and lora_B): analysed only when they are named."""
     parts = set()
     for prefix, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
             for suffix, child in module.named_modules():
-                if suffix and _is_linear(child) and not suffix.startswith("base_layer"):
+                if suffix and is_linear(child) and not suffix.startswith("base_layer"):
                     parts.add(f"{prefix}.{suffix}")
     return parts
+
+
+def _identity(module: nn.Module) -> int:
+    """What tells one weight from another; a packed weight is the module's own until the first forward pass unpacks it."""
+    return id(getattr(module, "weight", module))
+
+
+def _check_that_none_rounds(model: nn.Module) -> None:
+    """Refuse a model one of whose linear maps, analysed or not, lets no gradient through to what comes before it.
+
+    Raises:
+        UnsupportedModelError: if one does.
+    """
+    for name, module in model.named_modules():
+        if is_linear(module) and behaviour(module) == "rounding":
+            raise UnsupportedModelError(_CUT.format(name=name, how="it rounds its input"))
 
 
 def find_linear_maps(
@@ -83,18 +103,20 @@ def find_linear_maps(
     """The linear maps (nn.Linear, Conv1D) under analysis, in the model's order; PEFT's meaning of `target_modules`.
 
     Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
-    model's output embedding and the parts of a loaded PEFT adapter. An empty list chooses none.
+    model's output embedding and the parts of a loaded PEFT adapter. An empty list chooses none. Modules whose forward
+    pass is not x Wᵀ + b are left out (`linear_layers.behaviour`).
 
     Raises:
         ValueError: if nothing matches, or a regular expression is not one.
+        UnsupportedModelError: if a linear map rounds its input.
     """
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         embedding = getattr(model, "get_output_embeddings", lambda: None)()
         skip = _adapter_parts(model) | {n for n, m in model.named_modules() if m is embedding}
-        chosen = [(n, m) for n, m in model.named_modules() if _is_linear(m) and n not in skip]
+        chosen = [(n, m) for n, m in model.named_modules() if is_linear(m) and n not in skip]
     else:
         try:
-            chosen = [(n, m) for n, m in model.named_modules() if _is_linear(m) and _matches(n, target_modules)]
+            chosen = [(n, m) for n, m in model.named_modules() if is_linear(m) and _matches(n, target_modules)]
         except re.error as error:
             raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
     if exclude_modules is not None:
@@ -103,19 +125,21 @@ def find_linear_maps(
         except re.error as error:
             raise ValueError(f"exclude_modules {exclude_modules!r} is not a regular expression: {error}") from error
     if not chosen and len(target_modules):
-        known = [n for n, m in model.named_modules() if _is_linear(m)]
+        known = [n for n, m in model.named_modules() if is_linear(m)]
         raise ValueError(
             f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) matches none of the model's "
             f"{len(known)} linear maps, for instance {known[:8]}"
         )
-    weights, names = {id(m.weight) for _, m in chosen}, {n for n, _ in chosen}
-    twins = [(n, m) for n, m in model.named_modules() if n not in names and _is_linear(m) and id(m.weight) in weights]
+    _check_that_none_rounds(model)
+    chosen = [(n, m) for n, m in chosen if behaviour(m) == "product"]
+    weights, names = {_identity(m) for _, m in chosen}, {n for n, _ in chosen}
+    twins = [(n, m) for n, m in model.named_modules() if n not in names and is_linear(m) and _identity(m) in weights]
     chosen += twins  # a tied weight's gradient is the sum over all its modules
     first_name: dict[int, str] = {}
     maps: dict[str, LinearMap] = {}
     for name, module in chosen:
         transposed = isinstance(module, Conv1D)
-        parameter = first_name.setdefault(id(module.weight), f"{name}.weight")
+        parameter = first_name.setdefault(_identity(module), f"{name}.weight")
         if transposed:
             shape = (int(module.weight.shape[1]), int(module.weight.shape[0]))
         else:
@@ -135,15 +159,15 @@ def without_parameters(
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     named = {id(weights[name]) for name in parameters}
-    left = [m for m in maps if id(weights[m.parameter]) not in named]
+    left = [m for m in maps if id(weights.get(m.parameter)) not in named]
     elsewhere = {
         id(parameter): name
         for prefix, module in model.named_modules()
-        if not _is_linear(module)
+        if not is_linear(module)
         for name, parameter in module.named_parameters(prefix, recurse=False)
     }
     for m in left:
-        if other := elsewhere.get(id(weights[m.parameter])):
+        if other := elsewhere.get(id(weights.get(m.parameter))):
             raise UnsupportedModelError(
                 f"{m.parameter} is the same weight as {other}, and hooks see only what passes through {m.modules[0]}. "
                 f"Leave it out with exclude_modules=[{m.modules[0]!r}], or name it in parameters=[{other!r}]: autograd "
@@ -228,7 +252,11 @@ class LinearHooks:
         parameter = linear_map.parameter
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output  # nothing that comes of it reaches the output's gradient (indices of sparse attention)
             x = args[0] if args else next(iter(kwargs.values()))
+            if x.requires_grad and not output.requires_grad:
+                raise UnsupportedModelError(_CUT.format(name=name, how="its input has one and its output has none"))
             self.ran.add(parameter)
             saved = self._receiver.take_input(parameter, self._per_example(x.detach(), name))
             if not output.requires_grad:
@@ -241,6 +269,10 @@ class LinearHooks:
                 # ends all backward passes, so they go to every map.
                 self._inputs_require_gradients = True
                 self.roots.append(output)
+            if output._is_view():
+                # The output of a linear layer is a view of a matrix, and PyTorch drops the hooks of a view that is
+                # changed in place (Longformer's queries /= √d). The same memory under another name is no view.
+                output = torch.ops.aten._unsafe_view(output, output.shape)
 
             def backward_hook(delta: Tensor | None) -> None:
                 if delta is None:

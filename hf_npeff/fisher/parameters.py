@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.pefs.sketches import Sketch
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -64,11 +64,6 @@ def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dic
             "them whole on a device"
         )
     return {name: _as_matrix(tensors[name].shape) for name in tensors if name in chosen}
-
-
-def is_at_hand(weight: Tensor) -> bool:
-    """Whether autograd can differentiate a weight: it is neither offloaded nor quantised nor sharded."""
-    return weight.is_floating_point() and weight.device.type != "meta" and not is_sharded(weight)
 
 
 def _close(unknown: Sequence[str], known: Mapping[str, str]) -> str:

@@ -22,8 +22,9 @@ from hf_npeff.fisher.gradients import (
     backward_passes,
     find_linear_maps,
 )
+from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
-from hf_npeff.fisher.parameters import fused_parameters, is_at_hand
+from hf_npeff.fisher.parameters import fused_parameters
 from hf_npeff.fisher.rows import RowMaker, choose_cotangents
 from hf_npeff.fisher.selftest import (
     KnownCotangents,
@@ -216,7 +217,7 @@ def check_rows(
     model, maps, single = forward.model, forward.maps, forward.source_of(few[-1:])
     forward.fsdp.release()  # a weight that is whole for the moment is not at hand
     weights = dict(model.named_parameters(remove_duplicate=False))
-    known = [m for m in maps if is_at_hand(weights[m.parameter])]
+    known = [m for m in maps if is_at_hand(weights.get(m.parameter))]
     ran = backward_passes(model, maps, Receiver(), len(few), forward.source_of(few), lambda _: ())
     unknown = [m for m in maps if m not in known and m.parameter not in ran]
     if not known:
@@ -358,7 +359,7 @@ def _size(model: nn.Module, maps: Sequence[LinearMap]) -> int:
     """Numbers in all weights, those of a 4-bit weight as it is used and not as it is packed."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     sizes = {id(weight): weight.numel() for weight in weights.values()}
-    sizes |= {id(weights[m.parameter]): m.shape[0] * m.shape[1] for m in maps}
+    sizes |= {id(weights.get(m.parameter, m)): m.shape[0] * m.shape[1] for m in maps}
     return sum(sizes.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, NPEFFError, PEFs
-from tests.sweep.tiny_configs import PAD
+from tests.sweep.tiny_configs import MASK, PAD
 from tests.sweep.tiny_models import CannotBuildError, TinyModel, build, logits_of
 
 RIGHT, ALONE, REFUSED, RAW, WRONG, UNBUILT = OUTCOMES = (
@@ -63,10 +64,8 @@ def _judged(tiny: TinyModel, padding: str, batch_size: int) -> dict[str, Any]:
     try:
         positions = "labels" if tiny.kind == "seq2seq-lm" else "auto"
         fisher = FisherConfig(rank=ROWS, output_factor="exact", sketch="identity", positions=positions)  # type: ignore[arg-type]
-        analyzer = NPEFFAnalyzer(tiny.model, fisher=fisher, task=_needs_task(tiny))
+        analyzer = NPEFFAnalyzer(tiny.model, fisher=fisher)
         if hasattr(analyzer.head, "use_mask_token"):
-            from tests.sweep.tiny_configs import MASK
-
             analyzer.head.use_mask_token(MASK)
         pefs = analyzer.compute_pefs(_padded(tiny.examples, padding), batch_size=batch_size, progress=False)
     except Exception as error:
@@ -80,27 +79,28 @@ def _judged(tiny: TinyModel, padding: str, batch_size: int) -> dict[str, Any]:
     finally:
         logger.removeHandler(warnings)
     result |= errors_of(tiny, pefs)
+    if result["error"] == math.inf:
+        return result | {"outcome": UNBUILT, "message": "the Fisher of this random model is zero"}
     fine = max(result["error"], result["norm_error"], result["log_prob_error"]) <= TOLERANCE
     alone = any("one example at a time" in text for text in warnings.texts)
     result["outcome"] = WRONG if not fine else ALONE if alone else RIGHT
     return result | {"coverage": coverage_of(tiny.model, pefs), "warnings": warnings.texts}
 
 
-def _needs_task(tiny: TinyModel) -> str | None:
-    return None
-
-
 def _padded(examples: Sequence[Mapping[str, Any]], side: str) -> Any:
     """A dictionary of padded tensors with their mask, as a tokenizer returns it; images are stacked."""
-    if "pixel_values" in examples[0]:
+    if "input_ids" not in examples[0]:
         return [dict(example) for example in examples]
     columns: dict[str, Tensor] = {}
-    for name, fill in (("input_ids", PAD), ("labels", -100), ("bbox", 0), ("attention_mask", 0)):
+    for name, fill in (("input_ids", PAD), ("labels", -100), ("bbox", 0), ("attention_mask", 0), ("pixel_values", 0)):
         if name == "attention_mask":
             values = [torch.ones(len(e["input_ids"]), dtype=torch.long) for e in examples]
         elif name in examples[0]:
             values = [torch.as_tensor(e[name]) for e in examples]
         else:
+            continue
+        if name == "pixel_values":
+            columns[name] = torch.stack(values)
             continue
         flip = side == "left" and name != "labels"
         if flip:
@@ -117,10 +117,9 @@ def errors_of(tiny: TinyModel, pefs: PEFs) -> dict[str, float]:
     for i, example in enumerate(tiny.examples):
         B, best = brute_force(tiny, example, shapes)
         A = torch.as_tensor(pefs.factors[i]).double() * float(pefs.norms[i]) ** 0.5
-        A = A[:, : B.shape[1]] if not A.shape[1] else A
         errors.append(relative_error(B, A))
         norm = float((B @ B.T).norm())
-        norms.append(abs(float(pefs.norms[i]) - norm) / norm)
+        norms.append(abs(float(pefs.norms[i]) - norm) / norm if norm else 0.0)
         given = torch.as_tensor(pefs.log_probs[i]).double().flatten()
         missing = given[len(best) :]
         log_probs.append(float((given[: len(best)] - best).abs().max()) + float(missing.abs().sum()))
@@ -160,7 +159,7 @@ def brute_force(tiny: TinyModel, example: Mapping[str, Any], shapes: Mapping[str
 def relative_error(B: Tensor, A: Tensor) -> float:
     """‖BᵀB − AᵀA‖ / ‖BᵀB‖ without a d×d matrix, from the inner products of rows."""
     own, both, other = (float((x @ y.T).square().sum()) for x, y in ((B, B), (B, A), (A, A)))
-    return (max(own - 2 * both + other, 0.0) / own) ** 0.5 if own else float(other > 0)
+    return (max(own - 2 * both + other, 0.0) / own) ** 0.5 if own else math.inf
 
 
 def coverage_of(model: Any, pefs: PEFs) -> float:

@@ -21,6 +21,7 @@ WIDTH, HEADS, HEAD = 16, 2, 8
 
 _RULES: list[tuple[str, int]] = [
     # fmt: off
+    (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 4),
     (r"(.*_)?(vocab_size|vocabulary_size)(_.*)?|src_vocab_size|tgt_vocab_size", VOCABULARY),
     (r"(.*_)?(max_position_embeddings|max_source_positions|max_target_positions)|n_positions|n_ctx|max_seq_len|"
      r"max_sequence_length|seq_length|context_length|num_position_embeddings|max_2d_position_embeddings", 64),
@@ -34,33 +35,37 @@ _RULES: list[tuple[str, int]] = [
     (r"(.*_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|n_inner|d_inner|mlp_dim|feed_forward_size|"
      r"intermediate_size_mlp|expert_dim)", 24),
     (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|hidden_dim|projection_dim|word_embed_proj_dim|"
-     r"proj_dim|output_dim|out_dim|pooler_output_size|hidden_size_per_layer_input|hidden_size_global|mid_dim)", WIDTH),
-    (r"dim|emb_size|lru_width|embedding_rank|d_latents|projector_input_dim|true_hidden_size|bottleneck_size|input_dim",
+     r"proj_dim|output_dim|out_dim|pooler_output_size|hidden_size_per_layer_input|hidden_size_global|mid_dim|bottleneck_size)", WIDTH),
+    (r"dim|emb_size|lru_width|embedding_rank|d_latents|projector_input_dim|input_dim",
      WIDTH),
     (r"(.*_)?(num_(local_|routed_)?experts|n_routed_experts|zero_expert_num)", 4),
     (r"(.*_)?(experts_per_tok|experts_per_token|moe_topk|top_k_experts|moe_k|moe_top_k|index_topk)", 2),
     (r"n_group|topk_group|num_expert_group", 1),
     (r"(.*_)?lora_rank|laurel_rank|adapter_rank|d_rel", 8),
-    (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 4),
-    (r"qk_head_dim", 8),
     (r"(.*_)?(state_size|d_state|time_step_rank|dt_rank|n_state)", 4),
     (r"(.*_)?(chunk_size|sliding_window|window_size|attention_window|sliding_window_size)|local_attention|block_size", 4),
     (r"(.*_)?(image_size|img_size|input_size)", 16),
     (r"(.*_)?patch_size", 4),
     (r"num_latents|(.*_)?num_query_tokens|latent_query_num|num_embeddings|codebook_size|resampler_n_latents", 4),
-    (r"num_filters|base_channels|latent_channels|.*_channels|num_mel_bins|codebook_dim", WIDTH),
+    (r"base_channels|latent_channels", 32),
+    (r"num_filters|.*_channels|num_mel_bins|codebook_dim|dim_model_base", WIDTH),
     # fmt: on
 ]
 _KEPT = {"num_channels", "in_channels", "out_channels"}
-_LISTS = {"depths": 1, "hidden_sizes": WIDTH, "embed_dims": WIDTH, "num_heads": HEADS, "num_attention_heads": HEADS}
+_LISTS = {
+    "depths": 1, "hidden_sizes": WIDTH, "embed_dims": WIDTH, "embed_dim": WIDTH, "num_heads": HEADS, "num_groups": HEADS,
+    "num_attention_heads": HEADS,
+}  # fmt: skip
 """A number for every stage of a vision model."""
 _ABOVE = range(13, 16)
 """Where the special tokens of images and sound go: a model looks for them in its texts, and must not find them."""
 
 
-ATTEMPTS: tuple[dict[str, int], ...] = ({}, {"num_key_value_heads": HEADS}, {"num_hidden_layers": 4, "num_layers": 4})
-"""Sizes that differ from the rules', tried one after another: not every attention shares keys among heads, and some
-patterns of layers are longer than two."""
+ATTEMPTS: tuple[dict[str, int], ...] = (
+    {}, {"num_key_value_heads": HEADS}, {"num_hidden_layers": 4, "num_layers": 4}, {"mrope_section": 1},
+)  # fmt: skip
+"""Sizes that differ from the rules', tried one after another: not every attention shares keys among heads, some patterns
+of layers are longer than two, and positions of several dimensions need their shares of a head."""
 
 
 def tiny_config(model_type: str, attempt: Mapping[str, int] | None = None) -> PretrainedConfig:
@@ -73,9 +78,7 @@ def tiny_config(model_type: str, attempt: Mapping[str, int] | None = None) -> Pr
     Raises:
         Exception: whatever the config's class raises for these sizes.
     """
-    cls = CONFIG_MAPPING[model_type]
-    needed = {n: v for n, v in _EXCEPTIONS.get(model_type, {}).items() if n in _NEEDED}
-    return _shrunk(cls(**needed), attempt or {})
+    return _shrunk(CONFIG_MAPPING[model_type](), attempt or {})
 
 
 def _shrunk(default: PretrainedConfig, attempt: Mapping[str, int]) -> PretrainedConfig:
@@ -102,6 +105,9 @@ def _smaller(name: str, value: Any, attempt: Mapping[str, int]) -> Any:
         return _WHERE_NONE.get(name)
     if isinstance(value, list | tuple) and name in _LISTS and value and isinstance(value[0], int):
         return type(value)([_LISTS[name]] * len(value))
+    if name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in {*value, *attempt}:
+        half = int(HEAD // 2 * value.get("partial_rotary_factor", 1.0))
+        return {**value, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
     if not isinstance(value, int):
         return None
     if name in attempt:
@@ -114,35 +120,63 @@ def _smaller(name: str, value: Any, attempt: Mapping[str, int]) -> Any:
     return None
 
 
-_WHERE_NONE = {"head_dim": HEAD, "vocab_size": VOCABULARY, "n_routed_experts": 4}
+_WHERE_NONE = {
+    "head_dim": HEAD, "vocab_size": VOCABULARY, "n_routed_experts": 4, "num_key_value_heads": HEADS, "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
 """Sizes that a default config leaves open and the model needs."""
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8}
-_NEEDED = {"hidden_size_per_layer_input"}
-"""Attributes of exceptions without which a type has no default config at all."""
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_STAGES = {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
     "bit": {"num_groups": 4},
     "blt": {"encoder_hash_byte_group_vocab": 8},
+    "bros": {"hidden_size": 64},
     "chameleon": {"vocabulary_map": {"<image>": 13, "IMGIMGA": 14}},
-    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "codegen": {"n_head": 4, "n_embd": 32},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {kind: {**_ROPE, "mrope_section": [2, 1, 1]} for kind in ("sliding_attention", "full_attention")},
+    },
+    "cosmos3_edge_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "cpmant": {"dim_ff": 24},
-    "cvt": {"embed_dim": (16, 16, 16), "num_heads": (1, 2, 2), "depth": (1, 1, 1)},
-    "dbrx": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "convnext": {"image_size": 64},
+    "convnextv2": {"image_size": 64},
+    "cvt": {"embed_dim": (16, 16, 16), "num_heads": (1, 2, 2), "depth": (1, 2, 3)},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 1, "clip_qkv": 8}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
-    "ernie4_5_vl_moe_text": {"moe_num_experts": [4, 4]},
-    "falcon_h1": _MAMBA,
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "deepseek_v2": {"head_dim": 4},
+    "donut-swin": _STAGES,
+    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "efficientnet": {"image_size": 64, "hidden_dim": 2560},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 24},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
-    "granitemoehybrid": _MAMBA,
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
+    "hgnet_v2": {"hidden_sizes": (256, 512, 1024, 2048)},
+    "layoutlmv2": {"coordinate_size": 2, "shape_size": 4},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4, "visual_embed": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 24},
+    "longcat_flash": {"head_dim": 4},
     "mamba2": {"num_heads": 4, "head_dim": 8},
+    "minicpm3": {"head_dim": 4},
+    "mistral4": {"head_dim": 4},
+    "mobilevitv2": {"image_size": 64},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
-    "swinv2": {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
+    "neomme": {"head_dim": 16},
+    "pvt": {"image_size": 64},
+    "reformer": {
+        "axial_pos_embds_dim": (8, 8), "axial_pos_shape": (8, 8), "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2,
+    },
+    "swin": _STAGES,
+    "swinv2": _STAGES,
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2},
+    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2, "num_hidden_layers": 6, "attention_hidden_size": 32},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2, "hybrid_layer_ids": [1]},
-}
+}  # fmt: skip
 """Model type → attributes that depend on one another."""
