@@ -51,14 +51,14 @@ class LinearMap:
 
 
 _CUT = (
-    "{name} cuts the gradient: {how}, so that all rows before it would be those of another network. Layers that quantise "
-    "their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a scheme that "
+    "{name} cuts the gradient: {how}, so that all rows before it would be those of another network. Layers that "
+    "quantise their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a scheme that "
     "quantises weights alone, or dequantised"
 )
 
 
 class CalledOnceForAll(UnsupportedModelError):  # noqa: N818
-    """A module ran once for the whole batch, so its gradients cannot be told apart; single examples can."""
+    """A module does not keep the examples of a batch apart (it ran once for all of them, or saw routed tokens)."""
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:
@@ -80,7 +80,7 @@ def _adapter_parts(model: nn.Module) -> set[str]:
 
 
 def _identity(module: nn.Module) -> int:
-    """What tells one weight from another; a packed weight is the module's own until the first forward pass unpacks it."""
+    """What tells one weight from another; one that the first forward pass unpacks is the module's own until then."""
     return id(getattr(module, "weight", module))
 
 
@@ -242,9 +242,9 @@ class LinearHooks:
         if x.shape[0] % self._batch or x.dim() < 2:
             if x.shape[0] == 1:
                 raise CalledOnceForAll(f"{name} runs once for the whole batch; use batch_size=1 for this model")
-            raise UnsupportedModelError(
+            raise CalledOnceForAll(
                 f"{name} received {tuple(x.shape)} for a batch of {self._batch} examples, so its rows cannot be given "
-                f"to examples (routed experts do this). Leave it out with exclude_modules, or use batch_size=1."
+                f"to examples (routed experts do this). Leave it out with exclude_modules, or use batch_size=1"
             )
         return x.reshape(self._batch, x.numel() // (self._batch * x.shape[-1]), x.shape[-1])
 

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.fisher.linear_layers import is_at_hand
+from hf_npeff.fisher.linear_layers import behaviour, is_at_hand, is_linear
 from hf_npeff.pefs.sketches import Sketch
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_SHARE_TO_NAME = 0.01
+_SHARE_TO_NAME = 0.05
+"""Of what is left out; biases and norms of models of a usual size have less than a hundredth."""
+_LAYER_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dict[str, tuple[int, int]]:
@@ -161,21 +162,48 @@ def sketched_rows(
     return sketch.finish(rows)
 
 
-def fused_parameters(model: nn.Module, analysed: Mapping[str, object]) -> dict[str, float]:
-    """Weights of three or more dimensions outside convolutions (fused experts) that nobody analyses.
+def left_out(
+    model: nn.Module, analysed: Mapping[str, tuple[int, int]], *, chosen_by_hand: bool = False
+) -> dict[str, float]:
+    """What nobody analyses, the largest first: fused experts, convolutions, layers with a forward pass of their own.
 
-    What has length 1 in a dimension (position embeddings, class tokens) is not among them.
+    Embeddings, also an output embedding, do not count, and neither do the parts of a PEFT adapter.
+
+    Args:
+        model: any module.
+        analysed: {parameter: shape} of everything under analysis.
+        chosen_by_hand: whether people chose the linear maps; those that they did not choose are no surprise then.
 
     Returns:
-        {name, layer numbers written as *: share of all parameters}, empty where they are 1% or less together.
+        {name, layer numbers written as *: share of the parameters outside the embeddings}; empty where the shares add
+        up to 5% or less, as those of biases and norms do in all but tiny models.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    shares: dict[str, float] = {}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(weights[name]) for name in analysed if name in weights} | _embeddings_and_adapters(model)
+    sizes: dict[str, int] = {}
+    total = sum(a * b for a, b in analysed.values())
     for prefix, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS):
-            continue
-        for suffix, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.dim() >= 3 and 1 not in parameter.shape and suffix not in analysed:
-                name = re.sub(r"\.\d+\.", ".*.", suffix)
-                shares[name] = shares.get(name, 0.0) + parameter.numel() / total
+        unchosen = chosen_by_hand and is_linear(module) and behaviour(module) == "product"
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if id(parameter) in known:
+                continue
+            known.add(id(parameter))
+            total += parameter.numel()
+            if not unchosen:
+                group = _LAYER_NUMBER.sub(".*", name)
+                sizes[group] = sizes.get(group, 0) + parameter.numel()
+    shares = {name: sizes[name] / total for name in sorted(sizes, key=sizes.__getitem__, reverse=True)}
     return shares if sum(shares.values()) > _SHARE_TO_NAME else {}
+
+
+def _embeddings_and_adapters(model: nn.Module) -> set[int]:
+    """Identities of the parameters of embeddings, of the output embedding, and of PEFT adapters."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is output]
+    parts = {id(p) for m in embeddings for p in m.parameters(recurse=False)}
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module) and hasattr(module, "adapter_layer_names"):
+            own = {id(p) for p in base.parameters()}
+            parts |= {id(p) for p in module.parameters() if id(p) not in own}
+    return parts

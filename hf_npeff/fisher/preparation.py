@@ -24,7 +24,7 @@ from hf_npeff.fisher.gradients import (
 )
 from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
-from hf_npeff.fisher.parameters import fused_parameters
+from hf_npeff.fisher.parameters import left_out
 from hf_npeff.fisher.rows import RowMaker, choose_cotangents
 from hf_npeff.fisher.selftest import (
     KnownCotangents,
@@ -51,6 +51,8 @@ _BLOCK_THAT_MATTERS = 1e-3
 """A weight's share of a row's norm, below which its own error is rounding."""
 _BLOCK_ERROR = 0.5
 """Relative error above which the row of one weight is wrong and not rounded, whatever the type."""
+_NAMED = 6
+"""Kinds of weights that a warning names, at most, the largest first."""
 DEFAULT_DIMS = {"kronecker": 16, "countsketch": 16_384, "two-stage": 16_384, "identity": None}
 """What `sketch_dim` is by default."""
 
@@ -84,21 +86,19 @@ def prepare(
     forward.one_at_a_time = forward.batch_size(few, 2) == 1
     rows = _check_rows(forward, config, metric, few[:2])
     total = _size(forward.model, forward.maps)
-    _warn_of_what_is_left_out(forward, rows.unseen, total)
     forward = forward.with_maps([m for m in forward.maps if m not in rows.unseen])
+    _warn_of_what_is_left_out(forward, config, rows.unseen, total)
     if sketch is not None and sketch.shapes != forward.shapes:
         sketch = None
     sketch, measured, tried = _measured_sketch(forward, config, metric, few, sketch)
     covered = sum(a * b for a, b in forward.shapes.values()) / max(total, 1)
-    left_out = tuple(m.parameter for m in rows.unseen)
-    if rows.error is not None and rows.error > forward.tolerance:
-        much = "altogether" if rows.error == float("inf") else f"by {rows.error:.1%}"
+    unseen = tuple(m.parameter for m in rows.unseen)
+    if not rows.right_within(forward.tolerance):
         raise UnsupportedModelError(
-            f"the rows from hooks differ {much} from autograd's gradients: some module is used in a way that "
-            "hooks do not see. Leave it out with exclude_modules, name its weight in `parameters`, or load the "
-            "model in float32."
+            f"{rows.difference}: the module is used in a way that hooks do not see. Leave it out with exclude_modules, "
+            "name its weight in `parameters`, or load the model in float32"
         )
-    selftest = SelfTest(len(few), measured, rows.error, min(covered, 1.0), tried, left_out)
+    selftest = SelfTest(len(few), measured, rows.error, min(covered, 1.0), tried, unseen)
     return RowMaker(forward, config, sketch.to(forward.device), metric, selftest)
 
 
@@ -178,25 +178,48 @@ class RowCheck:
         error: the relative error of a row; None where nothing could be checked, infinite where the row of a single
             weight that matters is wrong by more than half.
         unseen: maps that hooks do not see: their modules are not called, and yet their weights matter.
+        worst: the weight whose share of the row is the furthest off.
     """
 
     error: float | None
     unseen: Sequence[LinearMap]
+    worst: str = ""
+
+    def right_within(self, tolerance: float) -> bool:
+        """Whether the rows are autograd's, rounding aside; True where nothing could be checked."""
+        return self.error is None or self.error <= tolerance
+
+    @property
+    def difference(self) -> str:
+        """What is wrong, in words."""
+        much = "altogether" if self.error == float("inf") else f"by {self.error:.1%}"
+        return f"the rows from hooks differ {much} from autograd's gradients, at {self.worst} the most"
 
 
 def _check_rows(
     forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, few: Sequence[Example]
 ) -> RowCheck:
-    """The check on a batch, or on its last example where batches are out of the question."""
+    """The check on a batch, or on its last example where batches are out of the question.
+
+    Where rows are wrong in a batch and right alone (a module that does not keep its examples apart in its first
+    dimension), examples go one at a time.
+    """
     if not forward.maps:
         return RowCheck(None, [])
-    if not forward.one_at_a_time:
-        try:
-            return check_rows(forward, config, metric, few)
-        except CalledOnceForAll as error:
-            logger.warning("%s; going on with one example at a time", error)
-            forward.one_at_a_time = True
-    return check_rows(forward, config, metric, few[-1:])
+    if forward.one_at_a_time:
+        return check_rows(forward, config, metric, few[-1:])
+    try:
+        together = check_rows(forward, config, metric, few)
+        if together.right_within(forward.tolerance):
+            return together
+        why = f"{together.difference}, in a batch and not alone"
+    except CalledOnceForAll as error:
+        why = str(error)
+    alone = check_rows(forward, config, metric, few[-1:])
+    if alone.right_within(forward.tolerance):
+        logger.warning("%s; going on with one example at a time", why)
+        forward.one_at_a_time = True
+    return alone
 
 
 def check_rows(
@@ -231,7 +254,8 @@ def check_rows(
     exact = autograd_rows(model, checked, single, stored["cotangents"][-1:, 0])
     unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
     row = stored["factors"][-1, 0].double() * stored["norms"][-1].sqrt()
-    return RowCheck(_row_error(sketch, row, exact), unseen)
+    error, worst = _row_error(sketch, row, exact)
+    return RowCheck(error, unseen, worst)
 
 
 def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> list[LinearMap]:
@@ -246,20 +270,25 @@ def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> li
     return checked
 
 
-def _row_error(sketch: Sketch, row: Tensor, exact: Mapping[str, Tensor]) -> float:
-    """Of a sketched row (d,) against autograd's gradients, relative; infinite where a weight's share is wrong."""
+def _row_error(sketch: Sketch, row: Tensor, exact: Mapping[str, Tensor]) -> tuple[float, str]:
+    """Of a sketched row (d,) against autograd's gradients: the relative error, and the weight that is the furthest off.
+
+    The error is infinite where the row of a weight that matters is wrong by more than half.
+    """
     if not sketch.shapes:
-        return 0.0
+        return 0.0, ""
     truth = sketch.apply({name: exact[name][None].float() for name in sketch.shapes})[0].to(row)
-    norm = truth.norm()
-    if norm == 0:
-        return float(row.norm())
+    norm = float(truth.norm())
     assert sketch.blocks is not None
-    for block in sketch.blocks.values():
-        part = truth[block].norm()
-        if part > _BLOCK_THAT_MATTERS * norm and (row[block] - truth[block]).norm() > _BLOCK_ERROR * part:
-            return float("inf")
-    return float((row - truth).norm() / norm)
+    off = {name: float((row[block] - truth[block]).norm()) for name, block in sketch.blocks.items()}
+    worst = max(off, key=off.__getitem__)
+    if norm == 0:
+        return float(row.norm()), worst
+    for name, block in sketch.blocks.items():
+        part = float(truth[block].norm())
+        if part > _BLOCK_THAT_MATTERS * norm and off[name] > _BLOCK_ERROR * part:
+            return float("inf"), worst
+    return float((row - truth).norm()) / norm, worst
 
 
 # The sketch -----------------------------------------------------------------------------------------------------------
@@ -363,7 +392,9 @@ def _size(model: nn.Module, maps: Sequence[LinearMap]) -> int:
     return sum(sizes.values())
 
 
-def _warn_of_what_is_left_out(forward: ForwardPass, unseen: Sequence[LinearMap], total: int) -> None:
+def _warn_of_what_is_left_out(
+    forward: ForwardPass, config: FisherConfig, unseen: Sequence[LinearMap], total: int
+) -> None:
     if unseen:
         share = sum(m.shape[0] * m.shape[1] for m in unseen) / total
         logger.warning(
@@ -372,10 +403,13 @@ def _warn_of_what_is_left_out(forward: ForwardPass, unseen: Sequence[LinearMap],
             ", ".join(m.parameter for m in unseen),
             100 * share,
         )
-    if fused := fused_parameters(forward.model, forward.shapes):
+    chosen = config.target_modules != "all-linear" or config.exclude_modules is not None
+    if shares := left_out(forward.model, forward.shapes, chosen_by_hand=chosen):
+        named = [f"{name} ({share:.1%})" for name, share in shares.items()]
         logger.warning(
-            "%s are fused weights, not linear maps, and are left out: %.1f%% of the parameters. Name them in "
-            "FisherConfig(parameters=...) to analyse them",
-            ", ".join(fused),
-            100 * sum(fused.values()),
+            "%.1f%% of the parameters outside the embeddings are left out, because they are not the weight of a linear "
+            "layer that computes x Wᵀ + b: %s%s. Name them in FisherConfig(parameters=...) to analyse them",
+            100 * sum(shares.values()),
+            ", ".join(named[:_NAMED]),
+            f", and {len(named) - _NAMED} smaller ones" if len(named) > _NAMED else "",
         )

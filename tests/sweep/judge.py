@@ -6,6 +6,7 @@ import logging
 import math
 import traceback
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ RIGHT, ALONE, REFUSED, RAW, WRONG, UNBUILT = OUTCOMES = (
     "right", "right one at a time", "refused", "raw error", "silently wrong", "cannot be built",
 )  # fmt: skip
 TOLERANCE = 1e-3
-"""Of a Fisher, ‖F − AᵀA‖ / ‖F‖, and of norms and log-probabilities. Rounding in float32 is below 1e-4 here; what padding
-does to a model starts at several times this."""
+"""Of a Fisher, ‖F − AᵀA‖ / ‖F‖, and of norms and log-probabilities. Rounding in float32 is below 1e-4 here; what
+padding does to a model starts at several times this."""
 ROWS = 64
 """More than any example's Fisher has: nothing is cut off."""
+
+_TOKENS = SimpleNamespace(mask_token_id=MASK, pad_token_id=PAD)
+"""All of a tokenizer that encoded examples need."""
 
 
 def judge(model_type: str, task: str) -> dict[str, Any]:
@@ -64,9 +68,7 @@ def _judged(tiny: TinyModel, padding: str, batch_size: int) -> dict[str, Any]:
     try:
         positions = "labels" if tiny.kind == "seq2seq-lm" else "auto"
         fisher = FisherConfig(rank=ROWS, output_factor="exact", sketch="identity", positions=positions)  # type: ignore[arg-type]
-        analyzer = NPEFFAnalyzer(tiny.model, fisher=fisher)
-        if hasattr(analyzer.head, "use_mask_token"):
-            analyzer.head.use_mask_token(MASK)
+        analyzer = NPEFFAnalyzer(tiny.model, _TOKENS, fisher=fisher)
         pefs = analyzer.compute_pefs(_padded(tiny.examples, padding), batch_size=batch_size, progress=False)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1].filename

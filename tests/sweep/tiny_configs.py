@@ -23,27 +23,47 @@ _RULES: list[tuple[str, int]] = [
     # fmt: off
     (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 4),
     (r"(.*_)?(vocab_size|vocabulary_size)(_.*)?|src_vocab_size|tgt_vocab_size", VOCABULARY),
-    (r"(.*_)?(max_position_embeddings|max_source_positions|max_target_positions)|n_positions|n_ctx|max_seq_len|"
-     r"max_sequence_length|seq_length|context_length|num_position_embeddings|max_2d_position_embeddings", 64),
-    (r"(.*_)?(num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|num_blocks)|layers", 2),
-    (r"num_hidden_groups|num_feedforward_networks|num_nextn_predict_layers|depth|resampler_depth|first_k_dense_replace|"
-     r"num_global_layers", 1),
+    (
+        r"(.*_)?(max_position_embeddings|max_source_positions|max_target_positions)|n_positions|n_ctx|max_seq_len|"
+        r"max_sequence_length|seq_length|context_length|num_position_embeddings|max_2d_position_embeddings",
+        64,
+    ),
+    (
+        r"(.*_)?(num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|num_blocks)|layers",
+        2,
+    ),
+    (
+        r"num_hidden_groups|num_feedforward_networks|num_nextn_predict_layers|depth|resampler_depth|first_k_dense_replace|"
+        r"num_global_layers",
+        1,
+    ),
     (r"(.*_)?(num_attention_heads|num_heads|n_heads?|(en|de)coder_attention_heads|attention_heads|nhead)", HEADS),
-    (r"(.*_)?(num_key_value_heads|num_kv_heads|num_key_heads|n_kv_heads?|attention_groups|n_groups|num_query_groups)", 1),
+    (
+        r"(.*_)?(num_key_value_heads|num_kv_heads|num_key_heads|n_kv_heads?|attention_groups|n_groups|num_query_groups)",
+        1,
+    ),
     (r"(.*_)?num_value_heads", 2),
     (r"(.*_)?(head_dim|d_kv|d_head|attention_head_size|kv_channels|head_size|dim_head|headdim)", HEAD),
-    (r"(.*_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|n_inner|d_inner|mlp_dim|feed_forward_size|"
-     r"intermediate_size_mlp|expert_dim)", 24),
-    (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|hidden_dim|projection_dim|word_embed_proj_dim|"
-     r"proj_dim|output_dim|out_dim|pooler_output_size|hidden_size_per_layer_input|hidden_size_global|mid_dim|bottleneck_size)", WIDTH),
-    (r"dim|emb_size|lru_width|embedding_rank|d_latents|projector_input_dim|input_dim",
-     WIDTH),
+    (
+        r"(.*_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|n_inner|d_inner|mlp_dim|feed_forward_size|"
+        r"intermediate_size_mlp|expert_dim)",
+        24,
+    ),
+    (
+        r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|hidden_dim|projection_dim|word_embed_proj_dim|"
+        r"proj_dim|output_dim|out_dim|pooler_output_size|hidden_size_per_layer_input|hidden_size_global|mid_dim|bottleneck_size)",
+        WIDTH,
+    ),
+    (r"dim|emb_size|lru_width|embedding_rank|d_latents|projector_input_dim|input_dim", WIDTH),
     (r"(.*_)?(num_(local_|routed_)?experts|n_routed_experts|zero_expert_num)", 4),
     (r"(.*_)?(experts_per_tok|experts_per_token|moe_topk|top_k_experts|moe_k|moe_top_k|index_topk)", 2),
     (r"n_group|topk_group|num_expert_group", 1),
     (r"(.*_)?lora_rank|laurel_rank|adapter_rank|d_rel", 8),
     (r"(.*_)?(state_size|d_state|time_step_rank|dt_rank|n_state)", 4),
-    (r"(.*_)?(chunk_size|sliding_window|window_size|attention_window|sliding_window_size)|local_attention|block_size", 4),
+    (
+        r"(.*_)?(chunk_size|sliding_window|window_size|attention_window|sliding_window_size)|local_attention|block_size",
+        4,
+    ),
     (r"(.*_)?(image_size|img_size|input_size)", 16),
     (r"(.*_)?patch_size", 4),
     (r"num_latents|(.*_)?num_query_tokens|latent_query_num|num_embeddings|codebook_size|resampler_n_latents", 4),
@@ -53,8 +73,8 @@ _RULES: list[tuple[str, int]] = [
 ]
 _KEPT = {"num_channels", "in_channels", "out_channels"}
 _LISTS = {
-    "depths": 1, "hidden_sizes": WIDTH, "embed_dims": WIDTH, "embed_dim": WIDTH, "num_heads": HEADS, "num_groups": HEADS,
-    "num_attention_heads": HEADS,
+    "depths": 1, "hidden_sizes": WIDTH, "embed_dims": WIDTH, "embed_dim": WIDTH, "num_heads": HEADS,
+    "num_groups": HEADS, "num_attention_heads": HEADS,
 }  # fmt: skip
 """A number for every stage of a vision model."""
 _ABOVE = range(13, 16)
@@ -64,8 +84,8 @@ _ABOVE = range(13, 16)
 ATTEMPTS: tuple[dict[str, int], ...] = (
     {}, {"num_key_value_heads": HEADS}, {"num_hidden_layers": 4, "num_layers": 4}, {"mrope_section": 1},
 )  # fmt: skip
-"""Sizes that differ from the rules', tried one after another: not every attention shares keys among heads, some patterns
-of layers are longer than two, and positions of several dimensions need their shares of a head."""
+"""Sizes that differ from the rules', tried one after another: not every attention shares keys among heads, some
+patterns of layers are longer than two, and positions of several dimensions need their shares of a head."""
 
 
 def tiny_config(model_type: str, attempt: Mapping[str, int] | None = None) -> PretrainedConfig:
@@ -121,7 +141,8 @@ def _smaller(name: str, value: Any, attempt: Mapping[str, int]) -> Any:
 
 
 _WHERE_NONE = {
-    "head_dim": HEAD, "vocab_size": VOCABULARY, "n_routed_experts": 4, "num_key_value_heads": HEADS, "n_shared_experts": 1,
+    "head_dim": HEAD, "vocab_size": VOCABULARY, "n_routed_experts": 4, "num_key_value_heads": HEADS,
+    "n_shared_experts": 1,
     "num_experts_per_tok": 2,
 }  # fmt: skip
 """Sizes that a default config leaves open and the model needs."""
@@ -137,7 +158,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "codegen": {"n_head": 4, "n_embd": 32},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {kind: {**_ROPE, "mrope_section": [2, 1, 1]} for kind in ("sliding_attention", "full_attention")},
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), {**_ROPE, "mrope_section": [2, 1, 1]}),
     },
     "cosmos3_edge_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "cpmant": {"dim_ff": 24},
@@ -163,7 +184,6 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 24},
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"num_heads": 4, "head_dim": 8},
-    "minicpm3": {"head_dim": 4},
     "mistral4": {"head_dim": 4},
     "mobilevitv2": {"image_size": 64},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -176,7 +196,10 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "swin": _STAGES,
     "swinv2": _STAGES,
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
-    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2, "num_hidden_layers": 6, "attention_hidden_size": 32},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2, "num_hidden_layers": 6,
+        "attention_hidden_size": 32,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2, "hybrid_layer_ids": [1]},
 }  # fmt: skip
 """Model type → attributes that depend on one another."""

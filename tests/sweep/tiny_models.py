@@ -206,5 +206,3 @@ def logits_of(model: Any, kind: str, example: dict[str, Any]) -> Tensor:
     if kind == "masked-lm":
         return logits[0, batch["input_ids"][0] == MASK]
     return logits[0, -1:]
-
-
