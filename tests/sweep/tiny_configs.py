@@ -20,7 +20,6 @@ PAD, EOS, BOS, MASK = 0, 1, 2, 3
 WIDTH, HEADS, HEAD = 16, 2, 8
 
 _RULES: list[tuple[str, int]] = [
-    # fmt: off
     (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 4),
     (r"(.*_)?(vocab_size|vocabulary_size)(_.*)?|src_vocab_size|tgt_vocab_size", VOCABULARY),
     (
@@ -69,8 +68,7 @@ _RULES: list[tuple[str, int]] = [
     (r"num_latents|(.*_)?num_query_tokens|latent_query_num|num_embeddings|codebook_size|resampler_n_latents", 4),
     (r"base_channels|latent_channels", 32),
     (r"num_filters|.*_channels|num_mel_bins|codebook_dim|dim_model_base", WIDTH),
-    # fmt: on
-]
+]  # fmt: skip
 _KEPT = {"num_channels", "in_channels", "out_channels"}
 _LISTS = {
     "depths": 1, "hidden_sizes": WIDTH, "embed_dims": WIDTH, "embed_dim": WIDTH, "num_heads": HEADS,
@@ -147,7 +145,7 @@ _WHERE_NONE = {
 }  # fmt: skip
 """Sizes that a default config leaves open and the model needs."""
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8}
-_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _STAGES = {"depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
@@ -158,9 +156,9 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "codegen": {"n_head": 4, "n_embd": 32},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), {**_ROPE, "mrope_section": [2, 1, 1]}),
+        "rope_parameters": {"sliding_attention": _SECTIONS, "full_attention": _SECTIONS},
     },
-    "cosmos3_edge_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "cosmos3_edge_text": {"rope_parameters": _SECTIONS},
     "cpmant": {"dim_ff": 24},
     "convnext": {"image_size": 64},
     "convnextv2": {"image_size": 64},
