@@ -52,8 +52,8 @@ class LinearMap:
 
 _CUT = (
     "{name} cuts the gradient: {how}, so that all rows before it would be those of another network. Layers that "
-    "quantise their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a scheme "
-    "that quantises weights alone, or dequantised"
+    "quantise their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a "
+    "scheme that quantises weights alone, or dequantised"
 )
 
 
