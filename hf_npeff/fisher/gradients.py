@@ -108,7 +108,7 @@ def find_linear_maps(
 
     Raises:
         ValueError: if nothing matches, or a regular expression is not one.
-        UnsupportedModelError: if a linear map rounds its input.
+        UnsupportedModelError: if a linear map rounds its input, or none of those chosen computes x Wᵀ + b.
     """
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         embedding = getattr(model, "get_output_embeddings", lambda: None)()
@@ -131,7 +131,13 @@ def find_linear_maps(
             f"{len(known)} linear maps, for instance {known[:8]}"
         )
     _check_that_none_rounds(model)
-    chosen = [(n, m) for n, m in chosen if behaviour(m) == "product"]
+    known, chosen = chosen, [(n, m) for n, m in chosen if behaviour(m) == "product"]
+    if known and not chosen:
+        raise UnsupportedModelError(
+            f"none of the {len(known)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their rows "
+            f"(for instance {known[0][0]}, a {type(known[0][1]).__name__} whose forward pass is another). Weights that "
+            "are quantised anew in every pass do this: load the model as it was saved"
+        )
     weights, names = {_identity(m) for _, m in chosen}, {n for n, _ in chosen}
     twins = [(n, m) for n, m in model.named_modules() if n not in names and is_linear(m) and _identity(m) in weights]
     chosen += twins  # a tied weight's gradient is the sum over all its modules
