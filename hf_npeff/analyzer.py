@@ -23,6 +23,7 @@ from hf_npeff.config import (
     MeasureRequest,
     OnError,
     PerturbationRequest,
+    Ridge,
     SparseSolver,
 )
 from hf_npeff.data import Example, Examples
@@ -39,9 +40,10 @@ from hf_npeff.fisher.selftest import candidates
 from hf_npeff.pefs.shards import remove_store
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
-from hf_npeff.weights.lifting import lift_components, select
+from hf_npeff.weights.lifting import lift_components, plan, select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
 from hf_npeff.weights.perturbation import PerturbationReport, evaluate
+from hf_npeff.weights.plans import Plan
 from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 
 logger = logging.getLogger(__name__)
@@ -277,6 +279,10 @@ class NPEFFAnalyzer(AnalysedModel):
         solver: SparseSolver = LiftRequest.solver,
         batch_size: int = LiftRequest.batch_size,
         check_weights: bool = LiftRequest.check_weights,
+        selective: bool | None = LiftRequest.selective,
+        ridge: Ridge = LiftRequest.ridge,
+        keep: Any = LiftRequest.keep,
+        memory_budget: int | None = LiftRequest.memory_budget,
     ) -> Any:
         """Components as directions in the parameters.
 
@@ -294,6 +300,14 @@ class NPEFFAnalyzer(AnalysedModel):
             solver: of compressed sensing: iterative hard thresholding ("iht") or "fista".
             batch_size: examples of a forward pass.
             check_weights: refuse PEFs and decompositions of other weights than the model has now.
+            selective: the direction (O + λI)⁻¹ g, which moves the component most for what it does to the examples on
+                which it is not active.
+            ridge: λ as a share of the largest eigenvalue of O; "auto" cross-validates it on the examples to be left
+                alone, in the sketch.
+            keep: PEFs of other data with the same sketch and weights, which are to be left alone too
+                (`compute_pefs(other, like=pefs)`).
+            memory_budget: bytes for solving; with less than the span of all rows needs, its leading part is used, and
+                `info["captured"]` says how much of the rows that is.
 
         Returns:
             A unit `ParameterDirection`, or a list of them where several components were asked for. `info` holds the
@@ -315,12 +329,17 @@ class NPEFFAnalyzer(AnalysedModel):
             solver=solver,
             batch_size=batch_size,
             check_weights=check_weights,
+            selective=selective,
+            ridge=ridge,
+            keep=keep,
+            memory_budget=memory_budget,
         )
         wanted = select(decomposition, components)
         analyzer = self.for_decomposition(decomposition)
         weights = analyzer.weights_for(decomposition, pefs, check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
-        directions = analyzer._lift(decomposition, wanted, pefs, examples, request, weights)
+        plans = analyzer._planned(decomposition, wanted, pefs, request)
+        directions = analyzer._lift(decomposition, plans, pefs, examples, request, weights)
         return directions[0] if hasattr(components, "__index__") else directions
 
     def lift_each(
@@ -352,21 +371,26 @@ class NPEFFAnalyzer(AnalysedModel):
         request: LiftRequest,
         weights: Mapping[str, Any],
     ) -> Iterator[tuple[int, ParameterDirection]]:
+        plans = self._planned(decomposition, wanted, pefs, request)
         for start in range(0, len(wanted), _LIFTED_TOGETHER):
-            group = wanted[start : start + _LIFTED_TOGETHER]
-            yield from zip(group, self._lift(decomposition, group, pefs, examples, request, weights), strict=True)
+            group = slice(start, start + _LIFTED_TOGETHER)
+            directions = self._lift(decomposition, plans[group], pefs, examples, request, weights)
+            yield from zip(wanted[group], directions, strict=True)
+
+    def _planned(self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, request: LiftRequest) -> list[Plan]:
+        return plan(decomposition, wanted, pefs, request, self.device if self.device.type == "cuda" else None)
 
     def _lift(
         self,
         decomposition: Decomposition,
-        wanted: list[int],
+        plans: list[Plan],
         pefs: PEFs,
         examples: list[Example],
         request: LiftRequest,
         weights: Mapping[str, Any],
     ) -> list[ParameterDirection]:
         with self.forward_pass() as forward:
-            lifted = lift_components(forward, decomposition, wanted, pefs, examples, request, self._sketch)
+            lifted = lift_components(forward, decomposition, plans, pefs, examples, request, self._sketch)
         kept = {"fingerprint": pefs.fingerprint, "weights": dict(weights)}
         return [self.direction_of(one.deltas, {**kept, **one.facts}) for one in lifted]
 

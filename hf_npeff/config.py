@@ -25,6 +25,7 @@ OnError = Literal["raise", "skip"]
 LiftMethod = Literal["exact", "adjoint", "compressed_sensing"]
 LiftForm = Literal["auto", "plain", "metric"]
 SparseSolver = Literal["iht", "fista"]
+Ridge = float | Literal["auto"]
 
 BATCH_SIZE = 8
 """Examples of a forward pass. Chosen: a batch of prompts of a 7B model fits beside its weights on one GPU, and smaller
@@ -32,6 +33,20 @@ models gain little by more; the numbers do not depend on it beyond rounding."""
 
 SHADED = 12
 """Top examples of a component whose tokens are shaded. Chosen: as many as a person reads on the page."""
+
+
+def check_ridge(ridge: Any) -> None:
+    """Refuse what is no ridge.
+
+    Raises:
+        ValueError: if it is neither "auto" nor a positive number.
+    """
+    number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
+    if ridge != "auto" and not (number and 0 < ridge < math.inf):
+        raise ValueError(
+            f"ridge must be 'auto' or a positive number, a share of the largest eigenvalue, but it is {ridge!r}"
+        )
+
 
 _NO_OPTION: dict[str, Any] = {"option": False}
 """Metadata of a field that is no option of its own on the command line, which has another way to it."""
@@ -299,6 +314,13 @@ class LiftRequest:
         solver: solver of compressed sensing: iterative hard thresholding ("iht") or "fista".
         batch_size: examples of a forward pass.
         check_weights: refuse PEFs and decompositions of other weights than the model has now.
+        selective: take the direction (O + λI)⁻¹ g, which moves the component most for what it does to the examples on
+            which it is not active; O is the mean of their PEFs, of raw norms.
+        ridge: λ of a selective direction as a share of the largest eigenvalue of O; "auto" cross-validates it over the
+            examples, in the sketch.
+        keep: PEFs of other data, of the same sketch and weights, that a selective direction leaves alone too.
+        memory_budget: bytes that may be used to solve for a selective direction; with less than the span of all rows
+            needs, its leading part is used. None sets no bound.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -311,6 +333,10 @@ class LiftRequest:
     solver: SparseSolver = "iht"
     batch_size: int = BATCH_SIZE
     check_weights: bool = True
+    selective: bool | None = False
+    ridge: Ridge = "auto"
+    keep: Any = field(default=None, metadata=_NO_OPTION)
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, LiftMethod)
@@ -322,6 +348,21 @@ class LiftRequest:
             raise ValueError("top_examples goes with method='exact' only: the other methods read no example")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but it is {self.batch_size}")
+        check_ridge(self.ridge)
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, but it is {self.memory_budget}")
+        if self.selective and (self.method != "exact" or self.top_examples is not None):
+            raise ValueError(
+                "selective=True combines the rows of all examples: it goes with method='exact' and without top_examples"
+            )
+        if not self.may_be_selective and (self.ridge != "auto" or self.keep is not None):
+            raise ValueError("ridge and keep are of selective directions: they go with selective=True")
+
+    @property
+    def may_be_selective(self) -> bool:
+        """Whether selective directions are asked for, or left open (None) and nothing else rules them out."""
+        plain = self.method != "exact" or self.top_examples is not None or self.semi_orthogonal
+        return bool(self.selective) or (self.selective is None and not plain)
 
 
 @dataclass(frozen=True)

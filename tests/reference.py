@@ -476,6 +476,88 @@ def lift(rows: Tensor, sketched: Tensor, W: Tensor, G: Tensor) -> Tensor:
     )
 
 
+def orthonormal_basis(rows: Tensor) -> Tensor:
+    """Q (p, m) of the span of rows (n, c, p)."""
+    _, S, Vh = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
+    return Vh[S / S[0] > 1e-10].T
+
+
+def selective(
+    rows: Tensor, g: Tensor, alone: Sequence[bool] | Tensor, ridge: float, keep: Tensor | None = None
+) -> Tensor:
+    """δ (p,) that maximises (g·δ)² / (δᵀOδ + λ‖δ‖²) over combinations of the rows: (POP + λI)⁻¹ g.
+
+    P projects on the span of all rows, O = mean of F_i = A_iᵀA_i over the examples to be left alone and those of
+    `keep`, λ = ridge times the largest eigenvalue of POP.
+
+    Args:
+        rows: Unscaled ones, (n, c, p).
+        g: In their span, (p,).
+        alone: (n,), which are to be left alone.
+        ridge: A share.
+        keep: Further unscaled rows to be left alone, (n', c', p).
+    """
+    A, g = rows.double(), g.double()
+    Q = orthonormal_basis(A)
+    P = Q @ Q.T
+    factors = [a for a, left in zip(A, torch.as_tensor(alone).tolist(), strict=True) if left]
+    factors += [] if keep is None else list(keep.double())
+    O = P @ sum(a.T @ a for a in factors) @ P / len(factors)
+    top = torch.linalg.eigvalsh(O)[-1]
+    return torch.linalg.solve(O + ridge * top * torch.eye(len(O), dtype=O.dtype), g)
+
+
+def held_out_selectivity(
+    rows: Tensor,
+    beta: Tensor,
+    wanted: Tensor,
+    alone: Tensor,
+    folds: Sequence[Sequence[int]],
+    shift: float,
+    keep: Tensor | None = None,
+    keep_folds: Sequence[Sequence[int]] = (),
+) -> float:
+    """The mean of ‖A_i δ‖² over examples, weighted by `wanted`, over its mean over those to be left alone.
+
+    Every example is judged by the δ = (POP + λI)⁻¹ g that was made without the examples of its fold: they are out of
+    g = Σ β_ic A_ic, and out of the sum in O, which is divided by the number of all examples to be left alone.
+
+    Args:
+        rows: Unscaled ones, (n, c, p).
+        beta: (n, c).
+        wanted: (n,), weights; those of examples to be left alone do not count.
+        alone: (n,) bool.
+        folds: Examples of each fold.
+        shift: λ.
+        keep: Further rows to be left alone, (n', c', p).
+        keep_folds: Theirs.
+    """
+    A = rows.double()
+    n, _, p = A.shape
+    Q = orthonormal_basis(A)
+    P = Q @ Q.T
+    further = torch.zeros(0, 1, p).double() if keep is None else keep.double()
+    number = int(alone.sum()) + len(further)
+    target = weight = others = 0.0
+    for f, fold in enumerate(folds):
+        out = set(fold)
+        further_out = set(keep_folds[f]) if keep_folds else set()
+        O = sum((A[i].T @ A[i] for i in range(n) if alone[i] and i not in out), torch.zeros(p, p).double())
+        O = O + sum(
+            (further[i].T @ further[i] for i in range(len(further)) if i not in further_out), torch.zeros(p, p).double()
+        )
+        g = sum((A[i].T @ beta[i].double() for i in range(n) if i not in out), torch.zeros(p).double())
+        delta = torch.linalg.solve(P @ O @ P / number + shift * torch.eye(p).double(), g)
+        for i in out:
+            effect = float((A[i] @ delta).square().sum())
+            if alone[i]:
+                others += effect
+            else:
+                target, weight = target + float(wanted[i]) * effect, weight + float(wanted[i])
+        others += sum(float((further[i] @ delta).square().sum()) for i in further_out)
+    return (target / weight) / (others / number)
+
+
 # Measures -----------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ COMMANDS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
         compute,
         {"output_dir": "--output", "progress": "always shown, but for HF_HUB_DISABLE_PROGRESS_BARS"},
     ),
-    (LiftRequest, perturb, {}),
+    (LiftRequest, perturb, {"keep": "--keep, a folder"}),
     (PerturbationRequest, perturb, {}),
     (DecompositionConfig, decompose, {}),
 ]
@@ -49,10 +49,12 @@ VALUES = {
     "output_dir": Path("nowhere"),
     "balance": "module",
     "precision": "bfloat16",
+    "selective": True,
+    "ridge": 0.5,
 }
 """Values other than the defaults, where a number is none."""
 
-COMPANIONS: dict[str, dict[str, Any]] = {}
+COMPANIONS: dict[str, dict[str, Any]] = {"ridge": {"selective": True}}
 """{setting: others that it is allowed with only}."""
 
 

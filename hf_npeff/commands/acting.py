@@ -42,6 +42,9 @@ def perturb(
     measuring: PerturbationRequest,
     rank: Annotated[int, typer.Option(help="Rank of the adapter's matrices.")] = 1,
     kind: Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Kind of adapter.")] = "lora",
+    keep: Annotated[
+        str | None, typer.Option(help="PEFs of other data to be left alone: a folder, or a repository on the Hub.")
+    ] = None,
 ) -> Result:
     """Switch a component off: lift it to the weights, measure the step, and write it as an adapter.
 
@@ -57,7 +60,8 @@ def perturb(
     component = found.index_of(component)
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
     analyzer = analyzer_for(model, loading, found, reading)
-    direction = analyzer.lift(found, component, fishers, dataset, **vars(lifting))
+    left_alone = None if keep is None else PEFs.from_pretrained(keep)
+    direction = analyzer.lift(found, component, fishers, dataset, **{**vars(lifting), "keep": left_alone})
     report = analyzer.evaluate_direction(direction, found, component, dataset, **vars(measuring))
     about: dict[str, Any] = {"report": report, "decomposition": found}
     adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)

@@ -31,6 +31,7 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs, check_same_sketch
 from hf_npeff.weights.compressed_sensing import sparse_preimage
 from hf_npeff.weights.exact_lifting import lift_exact
+from hf_npeff.weights.plans import Plan, made_selective
 
 logger = logging.getLogger(__name__)
 _FAITHFUL = 0.9
@@ -46,10 +47,50 @@ class Lifted:
     facts: dict[str, Any]
 
 
+def plan(
+    decomposition: Decomposition,
+    wanted: Sequence[int],
+    pefs: PEFs,
+    request: LiftRequest,
+    device: torch.device | None = None,
+) -> list[Plan]:
+    """All of lifting that needs no model.
+
+    Args:
+        decomposition: of `pefs`.
+        wanted: components.
+        pefs: those that were decomposed.
+        request: method and form.
+        device: where selective directions are solved for; None takes that of the rows.
+
+    Raises:
+        ValueError: if the decomposition is far from a stationary point, rows were made elsewhere, or no examples are
+            left alone where a selective direction is asked for.
+        IncompatibleSketchError: if the PEFs are of another sketch.
+    """
+    scales = decomposition.scales
+    if request.form == "metric" and scales is None:
+        raise ValueError("form='metric' needs a balanced decomposition (balance='module'); this one is not")
+    check_decomposed(decomposition, pefs)
+    mixtures = _mixtures(decomposition, wanted, request.semi_orthogonal)
+    targets = normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
+    facts: list[dict[str, Any]] = [
+        {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
+    ]
+    if request.method != "exact":
+        return [Plan(j, g, None, fact) for j, g, fact in zip(wanted, targets, facts, strict=True)]
+    rows = _combined_rows(decomposition, wanted, mixtures, pefs, request, facts)
+    plans = [Plan(*parts) for parts in zip(wanted, targets, rows, facts, strict=True)]
+    if request.may_be_selective:
+        metric = scales if request.form != "plain" else None
+        return made_selective(decomposition, plans, pefs, request, metric, device)
+    return plans
+
+
 def lift_components(
     forward: ForwardPass,
     decomposition: Decomposition,
-    wanted: Sequence[int],
+    plans: Sequence[Plan],
     pefs: PEFs,
     examples: Sequence[Example],
     request: LiftRequest,
@@ -60,41 +101,36 @@ def lift_components(
     Args:
         forward: the forward pass of the model that made the rows.
         decomposition: of `pefs`.
-        wanted: components.
+        plans: as `plan` made them.
         pefs: those that were decomposed.
         examples: theirs, in their order.
         request: method and form.
         known: a sketch that need not be rebuilt where it is that of `pefs`.
 
     Raises:
-        ValueError: if the decomposition is far from a stationary point, or rows were made elsewhere.
-        IncompatibleSketchError: if the PEFs are of another sketch.
+        ValueError: if the gradients of the model do not add up to a component.
     """
     scales = decomposition.scales
-    if request.form == "metric" and scales is None:
-        raise ValueError("form='metric' needs a balanced decomposition (balance='module'); this one is not")
-    check_decomposed(decomposition, pefs)
-    mixtures = _mixtures(decomposition, wanted, request.semi_orthogonal)
-    targets = normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
     sketch = sketch_of(pefs, known)
-    facts: list[dict[str, Any]] = [
-        {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
-    ]
     if request.method == "exact":
-        found = _combined_rows(forward, decomposition, wanted, mixtures, pefs, examples, request, facts)
+        rows = torch.stack([p.coefficients for p in plans if p.coefficients is not None])
+        assert pefs.cotangents is not None
+        found = lift_exact(forward, examples, pefs.cotangents, rows, request.batch_size)
     else:
-        found = [_from_sketch(sketch, unbalanced(g, scales).float(), request) for g in targets]
+        found = [_from_sketch(sketch, unbalanced(p.target, scales).float(), request) for p in plans]
     # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
     metric = request.form != "plain" and scales is not None
-    for deltas, g, fact in zip(found, targets, facts, strict=True):
-        fact |= {
-            "estimated_cosine": _sketched_cosine(deltas, g, sketch, scales),
+    lifted = []
+    for deltas, one in zip(found, plans, strict=True):
+        fact = one.facts | {
+            "estimated_cosine": _sketched_cosine(deltas, one.target, sketch, scales),
             "form": "metric" if metric else "plain",
         }
         if request.method == "exact":
             _check_faithful(fact)
         scale_to_unit(in_metric(deltas, sketch, scales) if metric else deltas)
-    return [Lifted(deltas, fact) for deltas, fact in zip(found, facts, strict=True)]
+        lifted.append(Lifted(deltas, fact))
+    return lifted
 
 
 def sketch_of(pefs: PEFs, known: Sketch | None) -> Sketch:
@@ -115,16 +151,14 @@ def check_decomposed(decomposition: Decomposition, pefs: PEFs) -> None:
 
 
 def _combined_rows(
-    forward: ForwardPass,
     decomposition: Decomposition,
     wanted: Sequence[int],
     mixtures: Tensor,
     pefs: PEFs,
-    examples: Sequence[Example],
     request: LiftRequest,
     facts: Sequence[dict[str, Any]],
-) -> list[dict[str, Tensor]]:
-    """Exact lifting; what it keeps of the combinations is added to the facts."""
+) -> Tensor:
+    """Coefficients (m, n, c) of exact lifting; what is kept of the combinations is added to the facts."""
     if pefs.cotangents is None:
         raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere); use method='adjoint'")
     coefficients, cosines = combination(decomposition, pefs)
@@ -134,7 +168,7 @@ def _combined_rows(
         shares = _keep_top_rows(rows, decomposition, wanted, pefs, request.top_examples)
         for fact, share in zip(facts, shares, strict=True):
             fact |= {"top_examples": request.top_examples, "weight_share": share}
-    return lift_exact(forward, examples, pefs.cotangents, rows, request.batch_size)
+    return rows
 
 
 def _from_sketch(sketch: Sketch, g: Tensor, request: LiftRequest) -> dict[str, Tensor]:

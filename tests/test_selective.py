@@ -1,0 +1,264 @@
+"""Selective directions: against dense solutions of their equations, without a sketch and in float64."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_npeff import Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
+from hf_npeff.config import LiftRequest
+from hf_npeff.weights.krylov import lanczos, top_eigenvalue
+from hf_npeff.weights.lifting import combination
+from hf_npeff.weights.row_space import row_space, unscaled_rows
+from hf_npeff.weights.selective import RIDGES, Contrast, _folds, cross_validated, selective
+from tests import reference
+from tests.tiny import tiny_batch, tiny_model
+
+Case = tuple[NPEFFAnalyzer, list[Any], PEFs, Decomposition, PEFs]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    """A tiny BERT in float64 whose PEFs are not sketched, decomposed, and PEFs of other data with the same sketch."""
+    model = tiny_model("bert")
+    data = [{"id": f"e{i}", **e} for i, e in enumerate(tiny_batch(model, 16, seed=0))]
+    fisher = FisherConfig(rank=2, sketch="identity", storage_dtype="float64", target_modules=["query", "value"])
+    analyzer = NPEFFAnalyzer(model, fisher=fisher)
+    pefs = analyzer.compute_pefs(data)
+    found = analyzer.decompose(pefs, 4, n_restarts=4, max_iterations=3000, tolerance=1e-10, progress=False)
+    other = analyzer.compute_pefs([{"id": f"k{i}", **e} for i, e in enumerate(tiny_batch(model, 6, seed=7))], like=pefs)
+    return analyzer, data, pefs, found, other
+
+
+def raw(pefs: PEFs) -> Tensor:
+    """The unscaled rows (n, c, p)."""
+    return torch.cat(list(unscaled_rows(pefs, None)))
+
+
+def as_row(analyzer: NPEFFAnalyzer, direction: ParameterDirection, pefs: PEFs) -> Tensor:
+    maps = {m.parameter: m for m in analyzer.maps}
+    return torch.cat([maps[n].as_matrix(direction[n]).double().flatten() for n in pefs.sketch().shapes])
+
+
+def quiet(found: Decomposition, j: int) -> Tensor:
+    W = found.coefficients
+    return W[:, j] <= 0.05 * W.sum(1)
+
+
+def some_component(found: Decomposition) -> int:
+    """One that leaves at least four examples alone."""
+    return next(j for j in range(len(found)) if int(quiet(found, j).sum()) >= 4)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm()
+
+
+# Against the dense solution
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_a_selective_direction_is_the_dense_solution_of_its_equations(case: Case, ridge: float, kept: bool) -> None:
+    """Oracle: reference.selective on the stored unsketched rows; relative difference ≤ 1e-8."""
+    analyzer, data, pefs, found, other = case
+    j = some_component(found)
+    beta = combination(found, pefs)[0][j]
+    g = torch.einsum("nc,ncp->p", beta, raw(pefs))
+    truth = reference.selective(raw(pefs), g, quiet(found, j), ridge, raw(other) if kept else None)
+    direction = analyzer.lift(found, j, pefs, data, selective=True, ridge=ridge, keep=other if kept else None)
+    assert (as_row(analyzer, direction, pefs) - unit(truth)).norm() < 1e-8
+    assert direction.info["estimated_cosine"] > 0.999999
+    assert direction.info["left_alone"] == int(quiet(found, j).sum()) + (len(other) if kept else 0)
+    assert direction.info["cosine_with_component"] == pytest.approx(float(unit(truth) @ unit(g)), abs=1e-8)
+
+
+def test_the_solution_is_the_best_of_all_weight_changes(case: Case) -> None:
+    """Oracle: the objective itself, at the solution and at perturbations of it in the whole parameter space."""
+    analyzer, data, pefs, found, _ = case
+    j = some_component(found)
+    A, alone = raw(pefs), quiet(found, j)
+    g = torch.einsum("nc,ncp->p", combination(found, pefs)[0][j], A)
+    O = sum(a.T @ a for a in A[alone]) / int(alone.sum())
+    ridge = 1e-2 * torch.linalg.eigvalsh(O)[-1]
+    delta = as_row(analyzer, analyzer.lift(found, j, pefs, data, selective=True, ridge=1e-2), pefs)
+
+    def objective(x: Tensor) -> float:
+        return float((g @ x) ** 2 / (x @ O @ x + ridge * x.square().sum()))
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        step = unit(torch.randn(len(delta), generator=generator, dtype=torch.float64))
+        assert objective(delta + 0.05 * step) < objective(delta)
+
+
+def test_a_large_ridge_gives_the_component(case: Case) -> None:
+    """Oracle: the plain direction; cosine ≥ 1 − 1e-9 at a ridge of 1e6, and monotone on the way there."""
+    analyzer, data, pefs, found, _ = case
+    j = some_component(found)
+    plain = analyzer.lift(found, j, pefs, data, selective=False)
+    cosines = [
+        analyzer.lift(found, j, pefs, data, selective=True, ridge=r).cosine(plain) for r in (1e-3, 1e-1, 10.0, 1e6)
+    ]
+    assert cosines == sorted(cosines) and cosines[0] < 0.999 and cosines[-1] > 1 - 1e-9
+
+
+@pytest.mark.parametrize("form", ["plain", "metric"])
+def test_balanced_and_powered_components_are_selective_in_both_forms(form: Any) -> None:
+    """Oracle: reference.selective on rows times D ("metric") or as they are; the metric form is that times D."""
+    model = tiny_model("bert")
+    data = tiny_batch(model, 14, seed=3)
+    fisher = FisherConfig(rank=2, sketch="identity", storage_dtype="float64", target_modules=["query", "value"])
+    analyzer = NPEFFAnalyzer(model, fisher=fisher)
+    pefs = analyzer.compute_pefs(data)
+    found = analyzer.decompose(
+        pefs, 4, n_restarts=3, max_iterations=3000, tolerance=1e-10, balance="module", power=0.5, progress=False
+    )
+    j = some_component(found)
+    D = found.scales.double() if form == "metric" else torch.ones(pefs.dim).double()  # type: ignore[union-attr]
+    A = raw(pefs) * D
+    g = torch.einsum("nc,ncp->p", combination(found, pefs)[0][j], A)
+    truth = D * reference.selective(A, g, quiet(found, j), 1e-2)
+    direction = analyzer.lift(found, j, pefs, data, selective=True, ridge=1e-2, form=form)
+    assert (as_row(analyzer, direction, pefs) - unit(truth)).norm() < 1e-7
+    assert direction.info["estimated_cosine"] > 0.99999 and direction.info["form"] == form
+
+
+# Coordinates
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_coordinates_of_rows_keep_inner_products_and_come_back_as_combinations(tall: bool) -> None:
+    """Identities: XXᵀ = AAᵀ, and Aᵀβ = Q y for β = T y, with more rows than numbers and with fewer."""
+    n, c, d = (30, 2, 20) if tall else (6, 2, 20)
+    pefs = PEFs.from_factors(torch.randn(n, c, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    space = row_space(pefs)
+    A, X = raw(pefs).flatten(0, 1), space.rows.flatten(0, 1)
+    torch.testing.assert_close(X @ X.T, A @ A.T)
+    y = torch.randn(X.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(A.T @ space.coefficients(y).flatten(), space.basis @ y)
+    assert space.exact and space.info() == {"rows": n * c, "dimensions": min(n * c, d), "captured": 1.0}
+
+
+def test_within_a_memory_budget_the_leading_part_is_used_and_its_share_said() -> None:
+    """Oracle: the best possible share, from the singular values; directions that are asked about lie within."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(s, 60, generator=generator, dtype=torch.float64))[0] for s in (300, 200))
+    S = 0.8 ** torch.arange(60, dtype=torch.float64)
+    pefs = PEFs.from_factors(((U * S) @ V.T).reshape(150, 2, 200))
+    A = raw(pefs).flatten(0, 1)
+    best = torch.linalg.svdvals(A).square()
+    beta = torch.randn(1, 150, 2, generator=generator, dtype=torch.float64)
+    space = row_space(pefs, inside=beta, memory_budget=8 * (3 * 300 + 2 * 200) * 21)
+    m = space.rows.shape[-1]
+    assert m == 21 and not space.exact
+    assert 0.95 * float(best[: m - 1].sum() / best.sum()) < space.captured < 1
+    g = A.T @ beta.flatten()
+    assert (space.basis @ (space.basis.T @ g) - g).norm() < 1e-9 * g.norm()
+    torch.testing.assert_close(space.basis.T @ space.basis, torch.eye(m, dtype=torch.float64))
+    y = torch.randn(m, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(A.T @ space.coefficients(y).flatten(), space.basis @ y, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="too few"):
+        row_space(pefs, inside=beta, memory_budget=1000)
+
+
+def test_lanczos_solves_shifted_systems_side_by_side() -> None:
+    """Oracle: dense solutions; a start that is zero and one in a space of two dimensions go along."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 30, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(30)
+    M = X.T @ X
+    g = torch.randn(30, 3, generator=generator, dtype=torch.float64)
+    vectors = torch.linalg.eigh(M)[1]
+    g[:, 1], g[:, 2] = vectors[:, -1] + 2 * vectors[:, 3], 0
+    found = lanczos(lambda y: M @ y, g, steps=100)
+    for shift in (1.0, 1e-3):
+        truth = torch.linalg.solve(M + shift * torch.eye(30).double(), g)
+        torch.testing.assert_close(found.solution(shift), truth, rtol=1e-8, atol=1e-10)
+        assert float(found.residual(shift).max()) < 1e-9
+    assert top_eigenvalue(lambda y: M @ y, 30, M) == pytest.approx(float(torch.linalg.eigvalsh(M)[-1]), rel=1e-12)
+
+
+# Cross-validation
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_cross_validated_score_is_that_of_examples_that_were_left_out(case: Case, kept: bool) -> None:
+    """Oracle: reference.held_out_selectivity, a dense solution for every fold."""
+    _, _, pefs, found, other = case
+    j = some_component(found)
+    space = row_space(pefs)
+    alone, W = quiet(found, j), found.coefficients[:, j].double()
+    contrast = Contrast(space, W, alone, space.coordinates(other) if kept else None)
+    beta = combination(found, pefs)[0][j]
+    scores = cross_validated(contrast, beta, contrast.top())
+    number = min(5, contrast.number)
+    folds = [(_folds(alone, number) == f) for f in range(number)]
+    if int((~alone & (W > 0)).sum()) >= 2 * number:
+        folds = [fold | (_folds(~alone & (W > 0), number) == f) for f, fold in enumerate(folds)]
+    else:
+        pytest.fail("choose a case with enough active examples")
+    keep_folds = [(_folds(torch.ones(len(other), dtype=torch.bool), number) == f) for f in range(number)]
+    for share in (1.0, RIDGES[4]):
+        truth = reference.held_out_selectivity(
+            raw(pefs), beta, W, alone, [f.nonzero()[:, 0].tolist() for f in folds], share * contrast.top(),
+            raw(other) if kept else None, [f.nonzero()[:, 0].tolist() for f in keep_folds] if kept else (),
+        )  # fmt: skip
+        assert scores[share] == pytest.approx(truth, rel=1e-3)
+
+
+def test_auto_takes_the_ridge_of_the_best_score_and_says_so(case: Case) -> None:
+    """Oracle: the scores in `info`, and the direction of that ridge given as a number."""
+    analyzer, data, pefs, found, _ = case
+    j = some_component(found)
+    chosen = analyzer.lift(found, j, pefs, data, selective=True)
+    scores = chosen.info["cross_validation"]
+    assert chosen.info["cross_validated"] == max(scores.values()) and len(scores) == len(RIDGES)
+    assert scores[f"{chosen.info['ridge']:.2g}"] == chosen.info["cross_validated"]
+    again = analyzer.lift(found, j, pefs, data, selective=True, ridge=chosen.info["ridge"])
+    assert again.cosine(chosen) > 1 - 1e-9
+
+
+# Bad input
+
+
+def test_what_cannot_be_selective_is_refused(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: the errors that the documentation promises; left open, a component without others is lifted plainly."""
+    analyzer, data, pefs, found, other = case
+    whole = analyzer.decompose(pefs, 1, max_iterations=3000, tolerance=1e-10, progress=False)
+    with pytest.raises(ValueError, match="no examples are left alone"):
+        analyzer.lift(whole, 0, pefs, data, selective=True)
+    with caplog.at_level(logging.WARNING, logger="hf_npeff"):
+        plain = analyzer.lift(whole, 0, pefs, data, selective=None)
+    assert "active on every example" in caplog.text and "ridge" not in plain.info
+    assert analyzer.lift(whole, 0, pefs, data, selective=True, keep=other).info["left_alone"] == len(other)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"selective": True, "method": "adjoint"}, "selective"),
+        ({"selective": True, "top_examples": 3}, "selective"),
+        ({"selective": True, "ridge": 0.0}, "ridge"),
+        ({"selective": True, "ridge": "best"}, "ridge"),
+        ({"selective": True, "ridge": float("nan")}, "ridge"),
+        ({"selective": False, "ridge": 0.1}, "selective=True"),
+        ({"selective": False, "keep": other}, "selective=True"),
+        ({"selective": True, "memory_budget": 0}, "memory_budget"),
+    ]
+    for settings, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            LiftRequest(**settings)
+    alone = torch.zeros(len(pefs), dtype=torch.bool)
+    alone[0] = True
+    beta = torch.ones(len(pefs), pefs.rank)
+    with pytest.raises(ValueError, match="only one"):
+        selective(Contrast(row_space(pefs), torch.ones(len(pefs)), alone), beta, "auto")
+    rows = PEFs.from_factors(torch.randn(4, 2, 8))
+    with pytest.raises(IncompatibleSketchError):
+        analyzer.lift(found, 0, pefs, data, selective=True, keep=rows)
+    elsewhere = PEFs.concatenate([other])
+    elsewhere.info = {**other.info, "model": "another/model"}
+    with pytest.raises(IncompatibleSketchError, match="another model"):
+        analyzer.lift(found, 0, pefs, data, selective=True, keep=elsewhere)
+    with pytest.raises(ValueError, match="all rows are zero"):
+        row_space(PEFs.from_factors(torch.zeros(4, 2, 8)))
