@@ -16,6 +16,7 @@ from hf_npeff.decomposition.component import ACTIVE_SHARE
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.pefs.store import PEFs, check_same_sketch
+from hf_npeff.pefs.weights_identity import check_same_weights
 from hf_npeff.weights.row_space import row_space
 from hf_npeff.weights.selective import NONE_LEFT, Contrast, selective
 
@@ -97,13 +98,15 @@ def check_kept(pefs: PEFs, kept: PEFs) -> None:
     """Refuse PEFs to be left alone that do not belong to the same weights and sketch.
 
     Raises:
-        IncompatibleSketchError: if they do not.
+        IncompatibleSketchError: if they are of another sketch or model.
+        IncompatibleWeightsError: if they are of other weights.
     """
     check_same_sketch(pefs, kept, "PEFs")
-    for name in ("model", "revision", "weights"):
+    remedy = "Compute those of `keep` with the same model: analyzer.compute_pefs(other_data, like=pefs)."
+    for name in ("model", "revision"):
         ours, theirs = pefs.info.get(name), kept.info.get(name)
         if ours is not None and theirs is not None and ours != theirs:
             raise IncompatibleSketchError(
-                f"`keep` holds PEFs of another model: {name} {theirs!r}, and here it is {ours!r}. Compute them with "
-                "the same weights: analyzer.compute_pefs(other_data, like=pefs)"
+                f"`keep` holds PEFs of another model: {name} {theirs!r}, and here it is {ours!r}. {remedy}"
             )
+    check_same_weights(kept.info.get("weights"), pefs.info.get("weights"), "the PEFs of `keep`", remedy)
