@@ -2,14 +2,18 @@
 
 Of the examples, which run for minutes on real models, the parts that need none are tested here.
 
+What the pages for contributors name is there, and docs/api.md is what the docstrings say.
+
 The cards' code is run by tests/test_cards.py and tests/test_hub.py, docs/cli.md is compared by tests/test_cli.py.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +22,10 @@ import pytest
 import transformers
 
 from hf_npeff import demo
+from tests import api
 from tests.hub_server import HubServer
 from tests.test_hub import person
+from tests.test_imports import FLOORS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_HERE = {"README.md": 1, "docs/data.md": 1, "docs/report.md": 1}
@@ -126,3 +132,82 @@ def test_the_callback_examples_plot_shows_the_history(tmp_path: Path) -> None:
     page = (tmp_path / "runs" / "plot.html").read_text(encoding="utf-8")
     assert page.count('"y":[0.5,0.75]') == page.count('"y":[null,0.75]') == page.count('"y":[null,0.25]') == 1
     assert '"z":[[0.75,0.5],[0.25,0.5]]' in page and "1: second" in page and "<first>" not in page
+
+
+# Pages for contributors -----------------------------------------------------------------------------------------------
+
+PAGES = ("CONTRIBUTING.md", "ARCHITECTURE.md", "SECURITY.md", "docs/versions.md")
+PLACES = ("", "hf_npeff", "tests")
+"""Folders that a path in these pages may start from; it may also lie beside the path before it in the same line."""
+
+
+def names_of_files(line: str) -> list[str]:
+    """What a line of Markdown names as a file or a folder, in code or as a link."""
+    code = [span for span in re.findall(r"`([^`]+)`", line) if "YYYY" not in span]
+    names = [span for span in code if re.fullmatch(r"(?!\.)[\w./*-]+(\.(py|md|txt|toml|yaml)|/)", span)]
+    return names + [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", line) if "://" not in link]
+
+
+def missing_files(page: Path) -> Iterator[str]:
+    for line in page.read_text(encoding="utf-8").splitlines():
+        beside: list[Path] = [page.parent]
+        for name in names_of_files(line):
+            places = [*(REPOSITORY / place for place in PLACES), *beside]
+            hits = [hit for place in places for hit in sorted(place.glob(name.rstrip("/")))]
+            if not hits:
+                yield name
+            beside += [hit if hit.is_dir() else hit.parent for hit in hits]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_path_in_a_page_for_contributors_is_there(name: str) -> None:
+    """Oracle: the file system."""
+    page = REPOSITORY / name
+    assert sum(len(names_of_files(line)) for line in page.read_text(encoding="utf-8").splitlines()) > 2
+    assert list(missing_files(page)) == []
+
+
+def test_a_path_that_is_not_there_is_noticed(tmp_path: Path) -> None:
+    """Planted: two names that nothing has, among some that are there, as code and as links."""
+    page = tmp_path / "page.md"
+    page.write_text("`fisher/heads.py`, `gone.py`, `rows.py`\n[a](https://x.y/z) [b](gone.md#c) `--config run.yaml`\n")
+    assert list(missing_files(page)) == ["gone.py", "gone.md"]
+
+
+def test_every_command_in_a_page_for_contributors_can_be_given() -> None:
+    """Oracle: modules that run as scripts, and the Makefile's targets."""
+    text = "\n".join((REPOSITORY / name).read_text(encoding="utf-8") for name in PAGES)
+    for module in set(re.findall(r"python -m (tests[\w.]*\w)(?![\w.])", text)):
+        source = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        assert '__name__ == "__main__"' in source, module
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = {word for span in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"\bmake ([a-z-]+)", span)}
+    assert commands <= targets, commands - targets
+    assert targets <= commands, "CONTRIBUTING.md does not name them"
+
+
+def test_contributing_names_every_script_of_the_tests() -> None:
+    """Oracle: the modules whose docstrings say how they are called."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    spans = set(re.findall(r"`([^`\n]+)`", text))
+    for path in (REPOSITORY / "tests").rglob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        for module in re.findall(r"python -m tests\.([\w.]*\w)", docstring):
+            named = f"python -m tests.{module}"
+            assert any(span.startswith(named) for span in spans) or module.rpartition("benchmarks.")[2] in spans, module
+
+
+def test_the_floors_are_those_of_the_imports() -> None:
+    """Oracle: the table that tests/test_imports.py holds the imports to."""
+    text = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition("| floor |")[2].partition("\n\n")[0]
+    floors = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)/?`", row.split("|")[1])]
+    assert floors == [floor for floor in FLOORS if not floor.startswith("__")]
+
+
+def test_the_pages_that_are_made_from_the_code_are_up_to_date() -> None:
+    """Identity with what `python -m tests.api` writes: docs/api.md, and the table of files in ARCHITECTURE.md."""
+    for path, text in api.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: run python -m tests.api"
+    text = api.api_page()
+    assert "FisherConfig(" in text and "\n### NPEFFAnalyzer.compute_pefs\n" in text and "**Raises**" in text
