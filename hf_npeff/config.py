@@ -48,6 +48,9 @@ def check_ridge(ridge: Any) -> None:
         )
 
 
+GRAM_LIMIT = 8000
+"""Rows n·c up to which a fit writes them in Gram space. Chosen: their Gram matrix has 0.5 GB there, in float64."""
+
 _NO_OPTION: dict[str, Any] = {"option": False}
 """Metadata of a field that is no option of its own on the command line, which has another way to it."""
 

@@ -157,7 +157,7 @@ def test_gram_space_is_used_where_rows_are_long_and_agrees(monkeypatch: pytest.M
     """Oracle: the direct iteration from the same seeds: loss to 1e-5, |cosine| above 0.999."""
     pefs, _ = planted_pefs(n=30, d=300)
     inside = NPEFF(4, n_restarts=3, tolerance=0, max_iterations=150).fit(pefs)
-    monkeypatch.setattr(estimator, "_GRAM_LIMIT", 0)
+    monkeypatch.setattr(estimator, "GRAM_LIMIT", 0)
     monkeypatch.setattr(estimator, "gram_space", None)
     direct = NPEFF(4, n_restarts=3, tolerance=0, max_iterations=150).fit(pefs)
     assert abs(inside.loss_history[-1] - direct.loss_history[-1]) < 1e-5

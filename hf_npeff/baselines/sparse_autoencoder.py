@@ -106,7 +106,7 @@ class SparseAutoencoder:
             ValueError: if there are fewer than 10 examples, or states that are not finite or all equal.
         """
         config = config or SAEConfig()
-        if states.dim() != 2 or len(states) < 10:
+        if states.dim() != 2 or len(states) < 10:  # a tenth is held out: one at least
             raise ValueError(f"an autoencoder needs at least 10 hidden states (n, h), but got {tuple(states.shape)}")
         if not bool(torch.isfinite(states).all()):
             raise ValueError("the hidden states are not finite")
@@ -136,7 +136,7 @@ class SparseAutoencoder:
         parameters = [D, e, b] if config.tied else [D, E, e, b]
         optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))
         used = torch.zeros(m, dtype=torch.bool)
-        last = max(1, config.steps // 5)
+        last = max(1, config.steps // 5)  # the rate falls to 0 over the last fifth
         for step in range(config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * min(1.0, (config.steps - step) / last)
@@ -149,10 +149,10 @@ class SparseAutoencoder:
             loss.backward()
             optimiser.step()
             with torch.no_grad():
-                D /= D.norm(dim=1, keepdim=True).clamp_min(1e-8)
+                D /= D.norm(dim=1, keepdim=True).clamp_min(1e-8)  # no feature is divided by 0
                 used |= (f > 0).any(0)
                 ripe = config.revive_every and (step + 1) % config.revive_every == 0
-                if ripe and step < 0.8 * config.steps:
+                if ripe and step < 0.8 * config.steps:  # a feature needs the last fifth to settle
                     self._revive(X, D, E, e, b, ~used, optimiser, generator)
                     used[:] = False
         self.decoder, self.encoder, self.encoder_bias = D.detach(), E.detach(), e.detach()
@@ -173,7 +173,7 @@ class SparseAutoencoder:
         number = int(dead.sum())
         if not number:
             return
-        x = X[torch.randperm(len(X), generator=generator)[:4096]]
+        x = X[torch.randperm(len(X), generator=generator)[:4096]]  # bounds the memory
         residual = x - (self._activate((x - b) @ E.T + e) @ D + b)
         error = residual.square().sum(1)
         chosen = torch.multinomial(error + 1e-12, number, replacement=number > len(x), generator=generator)

@@ -53,5 +53,5 @@ def _correlations(W: Tensor, V: Tensor) -> list[float | None]:
     found: list[float | None] = []
     for w, v in zip((W - W.mean(0)).T, (V - V.mean(0)).T, strict=True):
         norm = float(w.norm() * v.norm())
-        found.append(max(-1.0, min(1.0, float(w @ v) / norm)) if norm > 1e-12 else None)
+        found.append(max(-1.0, min(1.0, float(w @ v) / norm)) if norm > 1e-12 else None)  # a column that does not vary
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_npeff.config import Balance, DecompositionConfig, Precision, Solver
+from hf_npeff.config import GRAM_LIMIT, Balance, DecompositionConfig, Precision, Solver
 from hf_npeff.decomposition.chunks import ChunkedRows
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.distributed import ShardedRows
@@ -32,8 +32,9 @@ from hf_npeff.pefs.weights_identity import warn_of_other_weights
 from hf_npeff.processes import Processes
 
 logger = logging.getLogger(__name__)
-_GRAM_LIMIT = 8000
 _NEAR = 0.02
+"""Restarts whose explained share is within this of the best one's tell how stable components are. Chosen: worse ones
+are in another optimum, and what they miss says nothing of the best; only `stability` depends on it."""
 Callback = Callable[[int, int, float], bool | None]
 """Called with (restart, iteration, relative loss); a true answer stops that restart."""
 
@@ -197,8 +198,8 @@ class NPEFF:
         """The rows as the solver will see them, and the way from its G back to rows of d numbers."""
         n, c, d = len(pefs), pefs.rank, pefs.dim
         budget = self.config.memory_budget
-        fits = budget is None or n * c * d * 4 <= budget
-        if not fits or n * c >= d or n * c > _GRAM_LIMIT:
+        fits = budget is None or n * c * d * 4 <= budget  # float32
+        if not fits or n * c >= d or n * c > GRAM_LIMIT:
             return self._plain_rows(pefs, scales, processes, self.config.precision), lambda G: G
         X, back = self._weighted(pefs[:1], scales).new_zeros(0, 0, 0), None
         if processes.index == 0:  # small: the first process alone finds the coordinates
@@ -227,6 +228,7 @@ class NPEFF:
 
     def _start(self, rows: Rows, restart: int, held_out: HeldOut | None, bar: Any) -> Fit:
         config = self.config
+        # No two seeds share a start, with fewer than a million restarts.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + restart)
 
         def progress(iteration: int, loss: float) -> bool:
@@ -370,7 +372,7 @@ def _check_not_zero(pefs: PEFs) -> None:
 
 def _check_finite(pefs: PEFs) -> None:
     """Refuse rows that no arithmetic gets through; one reading of the store, where a fit has hundreds."""
-    if all(bool(torch.isfinite(chunk.factors).all()) for chunk in pefs.chunks(256)):
+    if all(bool(torch.isfinite(chunk.factors).all()) for chunk in pefs.chunks(256)):  # bounds the memory
         return
     bad = [i for i in range(len(pefs)) if not bool(torch.isfinite(pefs[i : i + 1].factors).all())]
     raise ValueError(f"the rows of {len(bad)} PEFs are not finite, those of {bad[:10]} for instance; leave them out")

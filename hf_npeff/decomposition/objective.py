@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 32
+"""Columns of a sweep that are one matrix product to the others. Chosen by speed; sweeps are the same for any."""
 
 
 def total_energy(A: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ def coordinate_descent(W: Tensor, N: Tensor, H: Tensor, sweeps: int, tolerance: 
 def nonnegative_coefficients(N: Tensor, H: Tensor) -> Tensor:
     """W (n, r) ≥ 0 that minimises L for fixed G, to convergence, float64: what `transform` returns."""
     N, H = N.double(), H.double()
+    # To float64's convergence; the number of sweeps only bounds the time where components are almost equal.
     return coordinate_descent(torch.zeros_like(N), N, H, sweeps=5000, tolerance=1e-10)
 
 

@@ -220,6 +220,8 @@ def block_power(
         quiet = quiet + 1 if before - now.loss <= tolerance * before else 0
         dead = _dead(now)
         dead[:fixed] = False
+        # Chosen: not before weights have settled (a start may leave a component empty for a few iterations), and three
+        # times, since a component that dies again has nothing left to explain.
         if bool(dead.any()) and revived < 3 and (iteration >= 5 or quiet >= patience):
             revived += 1
             alive = _revive(rows, total, now, dead)
@@ -234,7 +236,7 @@ def block_power(
 def _dead(now: _State) -> Tensor:
     """A mask (r,) of the components without weight."""
     power = now.WtW.diagonal()
-    return power <= 1e-12 * power.max().clamp_min(1e-300)
+    return power <= 1e-12 * power.max().clamp_min(1e-300)  # squares: a millionth of the largest weight; 0/0 avoided
 
 
 def _step(rows: Rows, total: Tensor, now: _State, fixed: int, damping: float) -> tuple[_State, float]:
@@ -244,12 +246,13 @@ def _step(rows: Rows, total: Tensor, now: _State, fixed: int, damping: float) ->
     gradient = (rows.pull(G, now.W) - M.to(G.dtype) @ G)[fixed:].double()
     M = M[fixed:, fixed:]
     diagonal = M.diagonal()
-    floor = 1e-9 * diagonal.max().clamp_min(1e-200)
+    floor = 1e-9 * diagonal.max().clamp_min(1e-200)  # keeps M positive definite where a component is dead
     rounding = 2 * torch.finfo(G.dtype).eps  # of a relative loss, whose terms cancel
-    while damping < 1e4:
+    while damping < 1e4:  # beyond, G hardly moves: the iteration goes to W alone
         factor = torch.linalg.cholesky(M + torch.diag(damping * diagonal + floor))
         change = torch.cholesky_solve(gradient, factor).to(G.dtype)
         if now.step is not None:  # two components that mix may swap sides for ever; half a step meets in the middle
+            # "against": at more than 120°. Chosen: a swap comes at 180°, a step that still finds its way below 90°.
             against = (change * now.step).sum(1) < -0.5 * change.norm(dim=1) * now.step.norm(dim=1)
             change = torch.where(against[:, None], 0.5 * change, change)
         stepped = torch.nn.functional.normalize(G[fixed:] + change, dim=1)
@@ -257,10 +260,10 @@ def _step(rows: Rows, total: Tensor, now: _State, fixed: int, damping: float) ->
         after = _state(rows, total, stepped, now.W, sweeps=1)
         if after.loss <= now.loss:
             after.step = stepped[fixed:] - G[fixed:]
-            return after, max(_DAMPING, 0.3 * damping)
+            return after, max(_DAMPING, 0.3 * damping)  # down slower than up: a raise costs a whole step again
         if after.loss - now.loss <= rounding:
             break
-        damping = max(4 * damping, 0.3)
+        damping = max(4 * damping, 0.3)  # as Levenberg-Marquardt; less than .3 hardly changes the step
     after = _swept(rows, total, G, now.N, now.H, now.W, sweeps=1)
     return (after if after.loss <= now.loss else now), _DAMPING
 
@@ -271,8 +274,10 @@ def _revive(rows: Rows, total: Tensor, now: _State, dead: Tensor) -> _State:
     worst, wanted = torch.argsort(rows.gather(explained), stable=True).tolist(), int(dead.sum())
     fresh = now.G[:0]
     while worst and len(fresh) < wanted:  # a zero PEF is never explained, and has no direction to offer
-        found = rows.top_directions(worst[: wanted + 64])
-        fresh, worst = torch.cat([fresh, found[found.norm(dim=1) > 0.5]])[:wanted], worst[wanted + 64 :]
+        several = wanted + 64  # one reading of the rows serves, unless more than 64 of the worst are zero PEFs
+        offered = rows.top_directions(worst[:several])
+        exist = offered.norm(dim=1) > 0.5  # directions are unit vectors, or zero
+        fresh, worst = torch.cat([fresh, offered[exist]])[:wanted], worst[several:]
     G = now.G.clone()
     G[dead.nonzero()[:, 0][: len(fresh)]] = fresh
     return _state(rows, total, G, now.W, sweeps=1)
@@ -308,7 +313,7 @@ def reference(
     for iteration in range(max_iterations + warm_up):
         if iteration >= warm_up:
             N, H = rows.energies(G), overlaps(G)
-            W = W * N / (W @ H + 1e-12)
+            W = W * N / (W @ H + 1e-12)  # the paper's ε, against 0/0
         C = rows.pull(G, W)
         G = G - 4 * learning_rate * (((W.T @ W) * (G @ G.T)) @ G - C)
         loss = float(loss_of(total, W, rows.energies(G), overlaps(G)) / total)
@@ -357,8 +362,8 @@ def gram_space(A: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def _gram(flat: Tensor) -> Tensor:
     """AAᵀ in float64: products of 2,048 columns in the precision of A, added up, lower half first."""
     K = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for part in flat.split(2048, dim=1):
-        for start in range(0, len(flat), 256):
+    for part in flat.split(2048, dim=1):  # float32 sums of so many products, added in float64
+        for start in range(0, len(flat), 256):  # blocks that stay in a CPU's cache; the numbers do not depend on them
             stop = start + 256
             K[start:stop, :stop] += part[start:stop] @ part[:stop].T
     return K.tril() + K.tril(-1).T

@@ -26,7 +26,7 @@ def mixing_of(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
         unit = torch.eye(A.shape[1], dtype=torch.float64, device=A.device)
         return unit / torch.where(norm > 0, norm, 1.0).sqrt()[:, None, None] / scale
     values, U = torch.linalg.eigh((K + K.mT) / 2)
-    kept = values > values[:, -1:] * 1e-6
+    kept = values > values[:, -1:] * 1e-6  # below, an eigenvalue of float32 rows is rounding, which γ < 1 would raise
     safe = torch.where(kept, values, 1.0)
     norm = torch.where(kept, safe.pow(2 * power), 0.0).sum(1).sqrt()
     factors = torch.where(kept, safe.pow((power - 1) / 2), 0.0) / torch.where(norm > 0, norm, 1.0).sqrt()[:, None]
@@ -60,7 +60,7 @@ def balance_scales(pefs: PEFs) -> Tensor:
     order = list(blocks.values())
     total = torch.zeros(len(order), dtype=torch.float64)
     n = 0
-    for chunk in pefs.chunks(256):
+    for chunk in pefs.chunks(256):  # bounds the memory; sums are of float64
         A = chunk.factors.to(torch.promote_types(chunk.factors.dtype, torch.float32))
         total += module_scales(A, order, chunk.norms) * len(chunk)
         n += len(chunk)

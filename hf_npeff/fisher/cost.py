@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hf_npeff.config import GRAM_LIMIT
 from hf_npeff.fisher.gradients import LinearMap
 from hf_npeff.pefs.sketches import TWO_STAGE_SIDE, Kind
 
 _COLUMN_BYTES = 64
+"""Of an example's id, hash and prediction: an estimate, small beside its rows."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def estimate(
         each = 2 * tokens * out * k_out * (k_out < out) + 2 * tokens * k_out * k_in
         sketching += n * (once + c * (each + 2 * k_out * k_in * (kind in ("countsketch", "two-stage"))))
     d = numbers_of(kind, dim, shapes)
-    rows_in_gram_space = n * c if n * c < d and n * c <= 8000 else d
+    rows_in_gram_space = n * c if n * c < d and n * c <= GRAM_LIMIT else d
     return Estimate(
         n, tokens, c, d, sum(a * b for a, b in shapes.values()), r,
         kind if chosen else f"{kind}, at most",

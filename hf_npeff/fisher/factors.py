@@ -33,7 +33,9 @@ _ROUNDS = 3
 larger than those: random heads of k = 40 to 8,192 with flat and steep spectra, flat and peaked predictions, c = 1 to
 32, and SmolLM2's (1.01). With two it is 1.10 there, with one 4.1."""
 _OVERSAMPLING = 2
+"""Columns beyond c of a block. Chosen with `_ROUNDS`, whose errors were measured with two."""
 _CHUNK_NUMBERS = 2**26
+"""Numbers that terms may take together: bounds the memory at 256 MB of float32; the factors do not depend on it."""
 
 
 class Cotangents(NamedTuple):

@@ -99,5 +99,6 @@ def check_tensors(tensors: Mapping[str, Tensor], path: Path, *, finite: bool) ->
             raise CorruptStoreError(f"{path} holds {name!r} as {t.dtype} {tuple(t.shape)}")
     if not bool((torch.isfinite(tensors["norms"]) & (tensors["norms"] >= 0)).all()):
         raise CorruptStoreError(f"{path}: norms are finite and not negative, but these are not")
-    if finite and not all(bool(torch.isfinite(part).all()) for part in tensors["factors"].split(64)):
+    parts = tensors["factors"].split(64)  # bounds the memory
+    if finite and not all(bool(torch.isfinite(part).all()) for part in parts):
         raise CorruptStoreError(f"{path} holds rows that are not finite")

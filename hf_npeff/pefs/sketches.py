@@ -31,6 +31,8 @@ from hf_npeff.errors import FormatVersionError
 
 Kind = Literal["kronecker", "countsketch", "two-stage", "identity"]
 TWO_STAGE_SIDE = 128
+"""Side of a module's block after the first stage. Chosen: the second stage has 128² numbers of a module to place, not
+out·in; the self-test measures the error of both together."""
 _VERSION = 1
 _FEW_SIGNS = 2**20
 """So many signs are kept as numbers of 32 bits, ready to multiply with; more of them as 8 bits."""

@@ -15,8 +15,11 @@ from hf_npeff.encoding.labels import truth_of
 from hf_npeff.encoding.record import Encoded
 
 MOST_CATEGORIES = 2000
+"""Values up to which strings are categories. Chosen: lists of the page stay usable, as with words or answers."""
 _FEW_NUMBERS = 12
+"""Whole numbers of at most so many values are categories, as classes are. Chosen: so many colours can be told apart."""
 _LONGEST_CATEGORY = 80
+"""Characters of a category; longer strings are texts. Chosen: what a legend has room for."""
 _INTERNAL = ("content_hash", "example_id")
 _TRUTH = ("label", "labels", "answer", "target")
 _CLASSES = ("sequence-classification", "image-classification")

@@ -16,7 +16,9 @@ Layout = Literal["tsne", "pca"]
 LANDMARKS = 4000
 """The most examples that t-SNE places; others go to where their nearest neighbours among these lie."""
 _NEIGHBOURS = 5
+"""Landmarks between which an example is placed. Chosen: fewer put it on top of one, more into the middle."""
 _CHUNK = 1024
+"""Examples at a time: bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ def place(W: Tensor, method: Layout = "tsne", seed: int = 0) -> np.ndarray:
         return _within_unit(_principal(X, 2))
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(n)[:LANDMARKS])
-    few = _principal(X[chosen], min(50, r))
+    few = _principal(X[chosen], min(50, r))  # van der Maaten & Hinton 2008 reduce to 30; noise goes, distances stay
     # scikit-learn's own start from principal components divides by a deviation that may be zero.
     start = few[:, :2] + 1e-3 * rng.standard_normal((len(few), 2))
+    # 1e-4 and a perplexity of 30 are scikit-learn's; 500 iterations suffice for a map of 4,000.
     start = (start / start.std(0) * 1e-4).astype(np.float32)
     perplexity = min(30.0, (len(few) - 1) / 3)
     tsne = manifold.TSNE(2, init=start, perplexity=perplexity, max_iter=500, random_state=seed)
@@ -130,6 +133,7 @@ def _between_landmarks(X: np.ndarray, chosen: np.ndarray, landmarks: np.ndarray)
     for start in range(0, len(X), _CHUNK):
         cosines = X[start : start + _CHUNK] @ X[chosen].T
         near = np.argpartition(-cosines, _NEIGHBOURS, axis=1)[:, :_NEIGHBOURS]
+        # The fourth power lets near landmarks outweigh the others.
         weights = np.clip(np.take_along_axis(cosines, near, 1), 1e-6, None) ** 4
         xy[start : start + _CHUNK] = (landmarks[near] * weights[..., None]).sum(1) / weights.sum(1)[:, None]
     xy[chosen] = landmarks

@@ -38,6 +38,7 @@ def pack(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     text = json.dumps(finite({**facts, "arrays": described}), allow_nan=False, separators=(",", ":")).encode("ascii")
     text += b" " * (-(len(text) + 4) % 8)
     whole = b"".join([len(text).to_bytes(4, "little"), text, *parts])
+    # gzip's usual level; time 0, so that equal pages are equal bytes.
     return base64.b64encode(gzip.compress(whole, compresslevel=6, mtime=0)).decode("ascii")
 
 

@@ -34,6 +34,7 @@ OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "
 """Eight colours that colour-blind readers tell apart (Okabe and Ito)."""
 _OTHERS = "#9aa0a8"
 _MOST_VALUES = 12
+"""Bars of a column. Chosen: labels stay readable."""
 
 
 def _plotly() -> Any:

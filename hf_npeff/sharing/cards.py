@@ -24,8 +24,11 @@ from hf_npeff.sharing.protocols import DecompositionLike, PEFsLike
 
 TAGS = ("npeff", "interpretability", "fisher-information")
 TOP_EXAMPLES = 3
+"""Examples of a component in a card. Chosen: a line each."""
 _LINES = 256
+"""Components in a card's table. Chosen: the card stays readable; the files have all."""
 _CARD_LIMIT = 2**20
+"""Characters of a README.md that are read, whoever wrote it: bounds the memory."""
 _TEMPLATES = Path(__file__).parent / "templates"
 _TEXT_TASKS = ("causal-lm", "sequence-classification", "token-classification")
 _CODE = re.compile(r"^```python\n.*?^```$", re.MULTILINE | re.DOTALL)
@@ -311,7 +314,7 @@ def pefs_card(
     where = HERE if repo_id is None else repo_id
     name = plain(shown_model(model), TITLE) if model else "rows made elsewhere"
     code = ["from hf_npeff import NPEFF, PEFs", "", f"pefs = PEFs.from_pretrained({literal(where)})", "print(pefs)"]
-    r = max(1, min(16, len(pefs) // 4))
+    r = max(1, min(16, len(pefs) // 4))  # the default, or so few that a component has four examples
     code += [f"decomposition = NPEFF({r}).fit(pefs)"]
     return fill(
         "pefs",

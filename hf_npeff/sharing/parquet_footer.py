@@ -13,6 +13,7 @@ from typing import Any
 
 _TRUE, _FALSE, _I8, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 _DEPTH = 32
+"""Structures within structures. Chosen: more than any footer needs; it bounds the recursion."""
 _UNCOMPRESSED, _SNAPPY = 0, 1
 
 
@@ -63,7 +64,7 @@ class _Compact:
 
     def varint(self) -> int:
         value = 0
-        for shift in range(0, 70, 7):
+        for shift in range(0, 70, 7):  # Thrift: seven bits a byte, at most 64 bits
             byte = self.take(1)[0]
             value |= (byte & 0x7F) << shift
             if byte < 0x80:

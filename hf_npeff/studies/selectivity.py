@@ -28,8 +28,12 @@ from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.perturbation import find_scale
 
 _LARGEST_ABLATION = 64.0
+"""Multiples of a feature's own activation that are tried. Chosen: far beyond what a model meets, so that a feature that
+does nothing is told from one that needs more."""
 _FLOOR = torch.finfo(torch.float32).eps
+"""A KL below this is rounding."""
 _LARGE = 10_000
+"""Ratio at which the figure's axis ends; tables have the numbers."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def switch(
 
     along_weights = isinstance(intervention, ParameterDirection)
     limit = intervention.norm_in(forward.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
-    start = min(0.05, limit) if along_weights else 1.0
+    start = min(0.05, limit) if along_weights else 1.0  # where the search begins, no more
     ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
     back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)
     found = [(ahead, reached), (-back, reached_back)]

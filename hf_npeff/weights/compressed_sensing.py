@@ -24,6 +24,7 @@ def sparse_preimage(sketch: Sketch, g: Tensor, solver: str) -> dict[str, Tensor]
     p = sum(a * b for a, b in sketch.shapes.values())
     if solver == "fista":
         return unflatten(fista(operator, g, p))
+    # d/8 nonzero entries: d numbers tell k of p where d ≳ 2k log(p/k). Chosen: 30 rounds, which bound the time.
     return unflatten(iterative_hard_thresholding(operator, g, p, max(1, min(p, sketch.dim // 8)), iterations=30))
 
 
@@ -84,7 +85,7 @@ def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero:
         on_support[support] = gradient[support]
         image = apply(on_support)
         step = float(on_support.square().sum() / image.square().sum().clamp_min(1e-30))
-        for _ in range(20):
+        for _ in range(20):  # halvings: a millionth of the first step
             moved = x + step * gradient
             new_support = torch.topk(moved.abs(), nonzero).indices
             new = torch.zeros_like(x)
@@ -94,7 +95,7 @@ def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero:
             if step <= 0.99 * bound or set(new_support.tolist()) == set(support.tolist()):
                 break
             step /= 2
-        done = float((new - x).norm()) <= 1e-7 * float(x.norm().clamp_min(1e-30))
+        done = float((new - x).norm()) <= 1e-7 * float(x.norm().clamp_min(1e-30))  # float32's rounding
         x, support = new, new_support
         residual = y - apply(x)
         if done:
@@ -113,7 +114,7 @@ def fista(operator: _Operator, y: Tensor, p: int, penalty: float | None = None, 
         iterations: steps.
     """
     apply, adjoint = operator
-    smoothness = _operator_norm(operator, p) * 1.02
+    smoothness = _operator_norm(operator, p) * 1.02  # power iteration comes from below
     start = adjoint(y).to(y.dtype)
     λ = float(start.abs().max()) / 100 if penalty is None else penalty
     x = z = torch.zeros(p, dtype=y.dtype)

@@ -366,7 +366,7 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
 
 def _example_lines(decomposition: Decomposition, component: int, include_texts: bool) -> list[str]:
     """A component's top examples for a card: texts where they may be shown, else ids, with the predictions."""
-    top = decomposition[component].top_examples(10)
+    top = decomposition[component].top_examples(10)  # Chosen: what a card lists
     private = () if include_texts else text_columns(decomposition.columns, decomposition.info)
     kept = {name: values for name, values in top.columns.items() if name not in private}
     return example_lines(shown_texts(kept, decomposition.info) or top.ids, kept.get("prediction"))

@@ -35,8 +35,14 @@ from hf_npeff.weights.plans import Plan, made_selective
 
 logger = logging.getLogger(__name__)
 _FAITHFUL = 0.9
+"""Cosine of a lifted direction's sketch with its component below which a warning says so. Chosen: exact lifting of the
+model that made the rows gives 1 to rounding and sketch, so that less is worth a look; no number depends on it."""
 _CONVERGED = 0.8
+"""Cosine of a component with the combination of rows that would make it, below which it is refused. Chosen: 1 at a
+stationary point, which a fit that stopped at its tolerance comes near; a far one is another direction."""
 _SAME_MODEL = 0.5
+"""Cosine as of `_FAITHFUL` below which the weights are taken for another model's. Chosen: gradients of other weights
+are nearly orthogonal to the component; half-way between that and 1."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ def _keep_top_rows(
     norms = pefs.norms.double().sqrt()[:, None]
     for row, j in enumerate(wanted):
         kept, share = keep_top(rows[row] * norms, decomposition.coefficients[:, j], k)
-        rows[row] = kept / norms.clamp_min(1e-300)
+        rows[row] = kept / norms.clamp_min(1e-300)  # of zero PEFs, whose rows are zero
         yield share
 
 
@@ -247,9 +253,10 @@ def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tenso
     """
     check_decomposed(decomposition, pefs)
     W, G = decomposition.coefficients.double(), decomposition.pseudo_fishers.double()
+    # Below the tolerance, in float64, a component is a combination of others.
     M_inverse = torch.linalg.pinv((W.T @ W) * (G @ G.T), hermitian=True, rtol=1e-10)
     coefficients, combined = [], torch.zeros_like(G)
-    for here, chunk in pefs.placed_chunks(256):
+    for here, chunk in pefs.placed_chunks(256):  # bounds the memory
         raw = chunk.factors.to(torch.promote_types(chunk.factors.dtype, torch.float32))
         A = balanced(raw, decomposition.scales, decomposition.config.power)
         B = alignments(A, decomposition.pseudo_fishers.to(A.dtype)).double()

@@ -13,6 +13,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.weights.adapters import PREFIX, Adapter, Layout, check_rank, peft_config, retained
 
 _EXACT_SVD = 1024
+"""Smaller side up to which the decomposition is exact. Chosen: seconds at most, on a CPU."""
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -27,6 +28,7 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            # Eight directions more than are kept (Halko et al.: 5 to 10); four rounds for spectra that fall slowly.
             U, S, V = torch.svd_lowrank(wide, q=min(rank + 8, *wide.shape), niter=4)
         U, S, V = U[:, :rank], S[:rank], V[:, :rank]
     energy = float(wide.double().square().sum())

@@ -261,7 +261,7 @@ def in_pieces(ids: Sequence[int], values: Sequence[float], decode: Decode | None
         start, whole = decode(before) if before else "", decode(before + group)
         added = whole[len(start) :] if whole.startswith(start) else decode(group)
         if added.endswith("\ufffd") and number < len(ids) - 1 and len(group) < 8:
-            continue
+            continue  # part of a character: at most four bytes, and eight tokens even where each is half of one
         pieces.append(added)
         sums.append(total)
         before, group, total = group, [], 0.0
