@@ -485,10 +485,14 @@ class AnalysedModel:
             choices: of multiple choice, whose classes they are.
         """
         config: Any = base_of(self.model).config
-        k = choices if getattr(self.head, "task", None) == "multiple-choice" else getattr(config, "num_labels", None)
-        once = not traits_of(self.head).vocabulary and not getattr(self.head, "several", True)
-        if getattr(self.head, "task", None) == "question-answering" or not once:
-            k = None  # classes are positions or tokens, or terms are many: then rows are reduced to `rank`
+        traits = traits_of(self.head)
+        k = getattr(config, "num_labels", None)
+        if traits.task == "multiple-choice":
+            k = choices
+        elif traits.vocabulary:
+            k = getattr(config.get_text_config(), "vocab_size", None)
+        if traits.task == "question-answering" or getattr(self.head, "several", True):
+            k = None  # classes are positions, or terms are many: then rows are reduced to `rank`
         return rows_per_example(self.fisher, getattr(self.head, "distribution", None), k)
 
     def _label_names(self) -> dict[str, str] | None:

@@ -10,6 +10,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType, MethodType
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from hf_npeff.data import records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.encoding.record import Reading
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes
 from hf_npeff.sharing.files import read_json_lines, write_atomically
@@ -78,7 +80,8 @@ class NPEFFCallback(TrainerCallback):
         max_points: the most points; later ones are passed over.
         max_examples: only the first ones of the probe; needed for an `IterableDataset`.
         on_start: also make a point before the first step.
-        **settings: of `NPEFF`, without a decomposition.
+        **settings: text_column, text_pair_column, label_column, truncation, max_length, as in `compute_pefs`; without a
+            decomposition, also those of `NPEFF`.
 
     Attributes:
         history: one dictionary a point: step, epoch, and the scalars above, with lists of r for the components; None
@@ -127,6 +130,8 @@ class NPEFFCallback(TrainerCallback):
                 f"decomposition must be a Decomposition, but it is a {type(decomposition).__name__}; "
                 "load one with Decomposition.from_pretrained"
             )
+        read = {one.name: settings.pop(one.name) for one in fields(Reading) if one.name in settings}
+        self.reading = Reading(**read)
         if decomposition is not None and (n_components is not None or fisher is not None or settings):
             raise ValueError("a given decomposition brings its own settings: leave out n_components, fisher and others")
         self.probe = records_of(probe_dataset, max_examples)
@@ -144,7 +149,8 @@ class NPEFFCallback(TrainerCallback):
         self.on_start = on_start
         if decomposition is None:
             self._estimator = NPEFF(16 if n_components is None else n_components, **settings)
-            self._check_enough_rows()
+            if self.fisher.output_factor != "exact":  # which keeps more rows where the model has more classes
+                self._check_enough_rows(self.fisher.rank)
         else:
             self._estimator = NPEFF.from_config(decomposition.config)
         self.history: list[dict[str, Any]] = []
@@ -164,9 +170,9 @@ class NPEFFCallback(TrainerCallback):
         self._trainer = weakref.ref(trainer)
         return self
 
-    def _check_enough_rows(self) -> None:
+    def _check_enough_rows(self, each: int) -> None:
         examples = len(self.probe) if self.max_examples is None else min(len(self.probe), self.max_examples)
-        rows, wanted = examples * self.fisher.rank, self._estimator.config.n_components
+        rows, wanted = examples * each, self._estimator.config.n_components
         if wanted > rows:
             raise ValueError(
                 f"n_components={wanted} exceeds the {rows} rows that {examples} probe examples have at most; use fewer "
@@ -190,6 +196,8 @@ class NPEFFCallback(TrainerCallback):
         analyzer = self._analyzer(**kwargs)
         if self.fixed is not None:
             analyzer.for_decomposition(self.fixed)
+        elif self.fisher.output_factor == "exact":
+            self._check_enough_rows(analyzer.rows_per_example(analyzer.read(self.probe)[0].choices))
         self.history, self.decomposition_, self._seen, self._pushed = [], None, None, None
         if state.global_step > 0:
             self._resume(args, state)
@@ -217,13 +225,15 @@ class NPEFFCallback(TrainerCallback):
 
     def _analyzer(self, model: nn.Module, processing_class: Any = None, **_: Any) -> NPEFFAnalyzer:
         # PartialState and not a second Accelerator, which would take over Trainer's gradient accumulation.
-        return NPEFFAnalyzer(
+        analyzer = NPEFFAnalyzer(
             model,
             self.processing_class if self.processing_class is not None else processing_class,
             fisher=self.fisher,
             accelerator=PartialState(),
             task=self.task,
         )
+        analyzer.reading = self.reading
+        return analyzer
 
     def _point(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         weights = (state.global_step, sum(p._version for p in kwargs["model"].parameters()))

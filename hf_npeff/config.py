@@ -130,7 +130,7 @@ class FisherConfig(_JsonConfig):
             output embedding), a regular expression for the whole name, or a list of names or name endings.
         exclude_modules: left out of those, a regular expression or a list.
         parameters: further parameters (biases, norms, embeddings, fused experts): a regular expression for the whole
-            name, or a list of names. They are analysed through `torch.func`, at a higher cost.
+            name, or a list of names. They are analysed by `torch.autograd`, at a higher cost.
         sketch: how p numbers a row become d. "auto" takes the cheapest that meets `sketch_tolerance` on the first
             examples; "identity" keeps all p.
         sketch_dim: for "kronecker" the side of a module's block, otherwise d. None: chosen by "auto", else 16
@@ -198,7 +198,8 @@ class DecompositionConfig(_JsonConfig):
         solver: "block_power" (no learning rate, the loss never rises) or "reference" (the paper's gradient steps).
         max_iterations: the most iterations of one start.
         tolerance: a start ends when an iteration improves the loss by less than this share of it.
-        balance: "module" divides every module's block by its mean norm before the decomposition, "none" does not.
+        balance: "module" divides every module's block of the rows by the square root of its PEF's mean norm before the
+            decomposition, so that modules weigh alike; "none" does not.
         power: γ in (0, 1]. PEFs are replaced by their matrix powers F^γ at unit norm: 1 is the paper's, less
             keeps an example's leading row from drowning the others, of which examples share more.
         n_restarts: independent starts, of which the best is kept; the others tell how stable its components are.

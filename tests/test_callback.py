@@ -405,3 +405,21 @@ if __name__ == "__main__":
         pushing(Path(sys.argv[2]))
     else:
         two_processes(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize(("rank", "classes", "enough"), [(1, 5, 8), (4, 3, 4)])
+def test_exact_factors_have_as_many_rows_as_the_model_has_classes(
+    tmp_path: Path, rank: int, classes: int, enough: int
+) -> None:
+    """Oracle: k − 1 rows an example, above `rank` or below it: as many components train, and one more is refused."""
+    fisher = FisherConfig(rank=rank, output_factor="exact", sketch="kronecker", sketch_dim=4)
+    model = tiny.tiny_model("bert", "sequence-classification", num_labels=classes, vocab_size=20, dtype=torch.float32)
+    probe = [{"sentence": "a", "other": "the cat sees"}, {"sentence": "a dog", "other": "one two three"}]
+    settings: dict[str, Any] = {"fisher": fisher, "n_restarts": 1, "every": 1, "text_column": "other"}
+    words = tiny.tiny_tokenizer()
+    words_of = {"processing_class": words, **settings}
+    made = NPEFFCallback(probe, n_components=enough, **words_of)
+    run(tmp_path / "enough", made, tiny.tiny_model("bert", num_labels=classes, dtype=torch.float32), max_steps=1)
+    assert made.decomposition_ is not None and made.decomposition_.texts == ["the cat sees", "one two three"]
+    with pytest.raises(ValueError, match=f"exceeds the {enough} rows"):
+        run(tmp_path / "more", NPEFFCallback(probe, n_components=enough + 1, **words_of), model, max_steps=1)

@@ -67,3 +67,28 @@ def test_an_estimate_prints_and_runs_nothing() -> None:
     broken.forward = fails
     text = str(NPEFFAnalyzer(broken, tiny.tiny_tokenizer()).estimate(["a cat", "the big dog ran"]))
     assert "2 of 3 tokens" in text and "at most" in text and "store on disk" in text
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "settings", "rank"),
+    [
+        ("bert", "sequence-classification", {"num_labels": 2}, 4),
+        ("bert", "sequence-classification", {"num_labels": 4}, 4),
+        ("bert", "sequence-classification", {"num_labels": 9}, 4),
+        ("bert", "sequence-classification", {"num_labels": 3, "problem_type": "multi_label_classification"}, 4),
+        ("bert", "sequence-classification", {"num_labels": 1}, 4),
+        ("bert", "token-classification", {"num_labels": 3}, 4),
+        ("bert", "multiple-choice", {}, 4),
+        ("bert", "question-answering", {}, 4),
+        ("llama", "causal-lm", {}, 3),
+    ],
+)
+@pytest.mark.parametrize("factor", ["auto", "exact"])
+def test_the_estimated_rows_are_those_that_are_made(
+    family: str, task: str, settings: dict[str, Any], rank: int, factor: Any
+) -> None:
+    """Oracle: the number of rows of the PEFs."""
+    model = tiny.tiny_model(family, task, **settings)
+    fisher = FisherConfig(rank=rank, output_factor=factor, sketch="kronecker", sketch_dim=2)
+    analyzer, data = NPEFFAnalyzer(model, fisher=fisher), tiny.tiny_batch(model, 3, seed=1)
+    assert analyzer.estimate(data).c == analyzer.compute_pefs(data).rank
