@@ -212,6 +212,7 @@ class AnalysedModel:
             return self
         if self._liked is None or self._liked[0] != decomposition.fingerprint:
             self._liked = (decomposition.fingerprint, self.with_settings_of(decomposition))
+        self._liked[1].reading = self.reading
         return self._liked[1]
 
     @property

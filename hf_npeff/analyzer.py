@@ -190,7 +190,7 @@ class NPEFFAnalyzer(AnalysedModel):
             maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=known, skip=request.skip)
             self._sketch, self.maps = maker.sketch, list(maker.forward.maps)
             if processes.index == 0:
-                logger.log(logging.WARNING if examples.encoded.unread else logging.INFO, "%s", examples.encoded)
+                logger.log(logging.WARNING if examples.encoded.doubtful else logging.INFO, "%s", examples.encoded)
                 limits.tell_truncated(len(examples), examples.encoded.max_length)
                 maker.log(self.fisher.sketch_tolerance)
             return compute(maker, examples, facts, request, processes)

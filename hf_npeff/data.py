@@ -106,6 +106,7 @@ class Examples(Sequence[Example]):
         record = encoded_as(rows, reading or Reading(), needs or ModelNeeds(), names)
         self._encoder = Encoder(record, processing_class, needs or ModelNeeds(), _tensor_inputs)
         self.encoded: Encoded = self._encoder.record
+        self._encoder.warn_of_end(rows)
         if columns is not None and (missing := [c for c in columns if c not in first]):
             raise ValueError(f"columns {missing} are not in the dataset; it has {sorted(first)}")
         self._columns = columns

@@ -111,6 +111,10 @@ def test_columns_that_are_asked_for_are_read() -> None:
         ({"anchor": LONG, "positive": OTHER, "negative": "a b c d"}, CLASSIFIER, "negative"),
         ({"chosen": ANSWERED, "rejected": ANSWERED}, CAUSAL, "chosen"),
         ({"word": "cat", "definition": LONG}, CLASSIFIER, "word"),
+        ({"instruction": LONG, "context": "", "response": OTHER}, CAUSAL, "context"),
+        ({"document": LONG, "summary": OTHER, "label": 1}, CLASSIFIER, "summary"),
+        ({"paragraph": LONG, "question": OTHER, "answer": "a b c", "label": 1}, CLASSIFIER, "answer"),
+        ({"query": LONG, "passages": {"passage_text": [OTHER]}}, CLASSIFIER, "passages"),
         ({"dialog": [LONG, OTHER], "act": [1, 2]}, CLASSIFIER, "dialog"),
         ({"tokens": ["a"], "ner_tags": [1], "pos_tags": [2]}, ModelNeeds("token-classification"), "pos_tags"),
     ],
@@ -123,10 +127,14 @@ def test_what_is_not_clear_is_refused_with_the_columns(row: dict[str, Any], need
 
 
 def test_prose_beside_a_column_named_text_is_named_as_not_read() -> None:
-    """Oracle: the record of what was read; short attributes are no prose."""
+    """Oracle: the record of what was read; a few words are no prose, classes and parts of the text no texts."""
     rows = [{"text": LONG, "note": OTHER, "topic": "pets"}]
     record = Examples(rows, tiny_tokenizer()).encoded
-    assert record.columns == ("text",) and record.unread == ("note",) and "not read: 'note'" in str(record)
+    assert record.columns == ("text",) and record.unread == ("note", "topic") and record.doubtful
+    assert "not read: 'note', 'topic'" in str(record)
+    rows = [{"text": f"{LONG} {i}", "topic": "pets", "word": "cat", "name": f"n{i}"} for i in range(9)]
+    record = Examples(rows, tiny_tokenizer()).encoded
+    assert record.unread == ("name",) and not record.doubtful  # a class comes again, and the word is in the text
 
 
 @pytest.mark.parametrize("name", ["messages", "prompt", "conversation"])
@@ -341,3 +349,17 @@ def test_a_record_of_a_file_is_checked() -> None:
             Encoded.of({"dataset": {"encoded": wrong}})
     assert Encoded.of({"dataset": {"examples": 3}}) is None
     assert encoded_as([{"text": "a"}], Reading(), ModelNeeds()).columns == ("text",)
+
+
+def test_encoded_examples_that_end_with_the_end_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: one warning, for causal models that are asked what comes last, and no other."""
+    known = tiny_tokenizer()
+    for rows, needs, warned in (
+        ([{"input_ids": [8, 1]}], CAUSAL, 1),
+        ([{"input_ids": [8, 9]}], CAUSAL, 0),
+        ([{"input_ids": [8, 1]}], CLASSIFIER, 0),
+        ([{"input_ids": [8, 1]}], ModelNeeds("causal-lm", "all"), 0),
+    ):
+        caplog.clear()
+        Examples(rows, known, needs=needs)
+        assert len(caplog.records) == warned and known.eos_token_id == 1

@@ -7,6 +7,7 @@ twice, and what is too long is cut only where that was asked for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from hf_npeff.encoding.labels import numbers_of_tags
 from hf_npeff.encoding.record import Encoded, ModelNeeds
 from hf_npeff.encoding.values import as_python, at, is_words
 
+logger = logging.getLogger(__name__)
 IGNORED = -100
 """A label that counts nowhere, as in transformers."""
 
@@ -96,6 +98,18 @@ class Encoder:
             notes.append(f"{tokens}, which the tokenizer appends, is left off")
         return notes
 
+    def warn_of_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Warn where encoded data ends with the end of a sequence: a causal model is then asked what follows it."""
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        asked = self.record.kind == "tensors" and self.needs.continues and self.needs.positions in ("auto", "last")
+        last = [as_python(row.get("input_ids")) for row in rows] if asked and end is not None else []
+        if last and all(isinstance(ids, list) and ids and ids[-1] == end for ids in last):
+            logger.warning(
+                "the examples end with %s, so the prediction is taken of what follows the end; leave it off where the "
+                "model should go on with the text",
+                self.tokenizer.convert_ids_to_tokens(end),
+            )
+
     def __call__(self, row: Mapping[str, Any]) -> Inputs:
         """The inputs of a row.
 
@@ -142,14 +156,27 @@ class Encoder:
         words = as_python(at(row, self.record.columns[0]))
         if not is_words(words):
             raise ValueError(f"the column {self.record.columns[0]!r} must hold words, but it holds {str(words)[:80]!r}")
+        if self.record.label_column is None or self.needs.task != "token-classification":
+            tensors, truncated = self._tokens(" ".join(words))
+            return Inputs(tensors, " ".join(words), truncated)
         encoding = self.tokenizer(words, is_split_into_words=True)
+        self._check_apart(words, encoding)
         tensors, truncated = self._cut_by_tokenizer(encoding, words, is_split_into_words=True)
-        if self.record.label_column is not None and self.needs.task == "token-classification":
-            given = as_python(at(row, self.record.label_column))
-            if given is not None:
-                tensors["labels"] = self._labels_of_words(given, words, tensors)
+        given = as_python(at(row, self.record.label_column))
+        if given is not None:
+            tensors["labels"] = self._labels_of_words(given, words, tensors)
         tensors.pop("_word_ids", None)
-        return Inputs(self._without_appended(tensors), " ".join(words), truncated)
+        return Inputs(tensors, " ".join(words), truncated)
+
+    def _check_apart(self, words: Sequence[str], encoding: Any) -> None:
+        """Refuse a tokenizer that runs words together, as those of byte-level BPE do by themselves."""
+        if len(words) < 2 or not hasattr(self.tokenizer, "decode"):
+            return
+        text = self.tokenizer.decode(encoding["input_ids"], skip_special_tokens=True)
+        if not any(c.isspace() for c in text.strip()) and all(word.isascii() for word in words):
+            raise ValueError(
+                f"the tokenizer runs the words together ({text[:40]!r}); load it with add_prefix_space=True"
+            )
 
     def _labels_of_words(self, given: Any, words: Sequence[str], tensors: dict[str, Any]) -> list[int]:
         """The tag of each word at its first token; the others count nowhere."""

@@ -122,7 +122,8 @@ class Encoded:
         label_column: the column of class labels, numbers to predict or tags, where there is one.
         label_names: the data set's own names of the classes, where it has them.
         shown: the columns beside the PEFs that show an example to people, in order.
-        unread: columns of prose that are not read, of which people are warned.
+        unread: columns of text that are not read, and are no classes.
+        doubtful: whether there is prose among them, of which people are warned.
         truncation: whether long examples are cut.
         max_length: to how many tokens, or None.
         notes: what else was done, a sentence each, such as which special tokens were left off.
@@ -135,6 +136,7 @@ class Encoded:
     label_names: tuple[str, ...] | None = None
     shown: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    doubtful: bool = False
     truncation: bool = False
     max_length: int | None = None
     notes: tuple[str, ...] = field(default=())
@@ -161,7 +163,8 @@ class Encoded:
             if not isinstance(values.get(name), str | None):
                 raise CorruptStoreError(f"the record of what was encoded has {name} {str(values[name])[:200]}")
         length = values.get("max_length")
-        if not isinstance(values.get("truncation", False), bool) or not (length is None or is_count(length)):
+        flags = (values.get("truncation", False), values.get("doubtful", False))
+        if not all(isinstance(flag, bool) for flag in flags) or not (length is None or is_count(length)):
             raise CorruptStoreError(f"the record of what was encoded has max_length {str(length)[:200]}")
         return cls(**{**values, **{name: tuple(v) for name, v in lists.items() if v is not None}})
 

@@ -126,16 +126,26 @@ class _Shapes:
             everything = (*columns, *([target] if target is not None and kind == "completion" else []))
             shown = everything if all(name in self.strings for name in everything) else (self._free_name(),)
         label = self._label_column(kind) if target is None else None
-        read = {*columns, target, label}
-        unread = [n for n in self.strings if n not in read and not self._is_id(n) and self._is_prose(n)]
-        unread += [n for n in (*self.words, *self.conversations) if n not in read and n in (*_WORDS, *_CONVERSATIONS)]
-        unread = [n for n in unread if not (self.needs.generates and n in OUTPUTS)]
+        unread = () if kind == "tensors" else self._unread(columns, target, label)
         return Encoded(
             kind, columns, target, label,
             label_names=None if label is None or label not in self.class_names else tuple(self.class_names[label]),
-            shown=tuple(shown), unread=() if kind == "tensors" else tuple(unread),
+            shown=tuple(shown), unread=unread, doubtful=self.reading.text_column is None and any(map(self._is_doubtful, unread)),
             truncation=self.reading.truncation, max_length=self.reading.max_length,
         )  # fmt: skip
+
+    def _unread(self, columns: Sequence[str], target: str | None, label: str | None) -> tuple[str, ...]:
+        """Columns of text that are neither read nor classes, nor what is read said again."""
+        read = {*columns, target, label}
+        names = [n for n in self.strings if not self._is_id(n) and not self._is_category(n)]
+        names += [n for n in (*self.words, *self.conversations) if n in (*_WORDS, *_CONVERSATIONS)]
+        names = [n for n in names if n not in read and not (self.needs.generates and n in OUTPUTS)]
+        whole = [" ".join(_text_in(as_python(at(row, n))) for n in columns) for row in self.rows]
+        again = (all(str(row.get(n) or "") in text for row, text in zip(self.rows, whole, strict=True)) for n in names)
+        return tuple(n for n, is_again in zip(names, again, strict=True) if not is_again)
+
+    def _is_doubtful(self, name: str) -> bool:
+        return name not in self.strings or self._is_prose(name)
 
     def _shown_beside(self) -> tuple[str, ...]:
         """The columns of text that came along with encoded data, where it is clear which they are."""
@@ -268,10 +278,13 @@ class _Shapes:
             return self._of_pair(*pair)
         known = [name for name in self.strings if name in TEXTS]
         prose = [n for n in self.strings if n not in known and not self._is_id(n) and self._is_prose(n)]
-        if self.needs.generates or known:
+        if self.needs.generates:  # that writes the others itself
             prose = [n for n in prose if n not in OUTPUTS]
         if len(known) > 1:
             known = self._leading(known)
+        nested = [n for n in self.first if n.removesuffix("s") in _SECONDS and n not in self.strings]
+        if nested and known and known[0] in _FIRSTS:
+            raise self._unclear([*known, *nested], "what the text belongs to is nested")
         if len(known) == 1 and (not prose or known == ["text"]):  # the others are named in a warning
             return self._of_text(known[0])
         if len(known) + len(prose) > 1:
@@ -297,12 +310,14 @@ class _Shapes:
 
     def _of_pair(self, first: str, second: str) -> Encoded:
         if self.needs.generates:
-            if second in _ANSWERS:  # a language model is asked the first, and the second is what it should say
+            others = [n for n in self.strings if n in TEXTS and n != first and not self._is_category(n)]
+            if second in _ANSWERS and not others:  # a language model is asked the first, and should say the second
                 return self._of_text(first)
             raise self._unclear(
-                [first, second], "a language model reads one text, and how a pair becomes one is not known"
+                [first, second, *others], "a language model reads one text, and how these become one is not known"
             )
-        others = [n for n in self.strings if n not in (first, second) and (n in TEXTS and self._is_prose(n))]
+        given = TEXTS if self.needs.task == "question-answering" else (*TEXTS, *OUTPUTS)
+        others = [n for n in self.strings if n not in (first, second) and n in given and self._is_prose(n)]
         others += [n for n in self.strings if n not in (first, second) and n[:-1] == first[:-1] and n[-1].isalnum()]
         if others:
             raise self._unclear([first, second, *others], "more than two columns hold text")
@@ -391,6 +406,13 @@ class _Shapes:
             f"it is not clear what to read: {why} ({columns}; the dataset has {sorted(self.first)}). Pass {remedy}= to "
             f"name the one{pair}, or give one column named 'text'.{reach}"
         )
+
+
+def _text_in(value: Any) -> str:
+    """All the text in a value, of a conversation what was said."""
+    if isinstance(value, Mapping):
+        return " ".join(map(_text_in, value.values()))
+    return " ".join(map(_text_in, value)) if isinstance(value, list) else str(value)
 
 
 def _held(value: Any) -> str:
