@@ -130,7 +130,7 @@ class _Shapes:
         return Encoded(
             kind, columns, target, label,
             label_names=None if label is None or label not in self.class_names else tuple(self.class_names[label]),
-            shown=tuple(shown), unread=unread, doubtful=self.reading.text_column is None and any(map(self._is_doubtful, unread)),
+            shown=tuple(shown), unread=unread, doubtful=self._is_doubtful(unread),
             truncation=self.reading.truncation, max_length=self.reading.max_length,
         )  # fmt: skip
 
@@ -144,8 +144,11 @@ class _Shapes:
         again = (all(str(row.get(n) or "") in text for row, text in zip(self.rows, whole, strict=True)) for n in names)
         return tuple(n for n, is_again in zip(names, again, strict=True) if not is_again)
 
-    def _is_doubtful(self, name: str) -> bool:
-        return name not in self.strings or self._is_prose(name)
+    def _is_doubtful(self, unread: Sequence[str]) -> bool:
+        """Whether a column that nobody decided about may be more than an attribute."""
+        if self.reading.text_column is not None:
+            return False
+        return any(name not in self.strings or self._is_prose(name) for name in unread)
 
     def _shown_beside(self) -> tuple[str, ...]:
         """The columns of text that came along with encoded data, where it is clear which they are."""
