@@ -17,7 +17,7 @@ PEERS := .venv-peers
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test check lint format release-check bench bench-quick bench-peers study browser clean
+.PHONY: help demo test check lint format release-check bench bench-quick bench-peers sweep study browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-quick: $(VENV)/ready-for-test ## A few ratios against the kept ones, and w
 
 bench-peers: $(PEERS)/ready ## Other libraries on the same rows, in an environment of their own
 	@PYTHONPATH=. $(PEERS)/bin/python -m tests.benchmarks.peers --keep $(ARGS)
+
+sweep: $(VENV)/ready-for-test ## Every model type of transformers by brute force; goes on where it stopped (20 minutes; docs/models.md)
+	@$(BIN)/python -m tests.sweep.run --pages $(ARGS)
 
 study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
 	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison $(ARGS)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType, MethodType
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -240,7 +240,7 @@ class NPEFFCallback(TrainerCallback):
         if weights == self._seen or (self.max_points is not None and len(self.history) >= self.max_points):
             return
         self._seen = weights
-        with _undisturbed(kwargs["model"]):
+        with _undisturbed():
             now = self._decompose(args, **kwargs)
         before = self.decomposition_
         if before is not None and not same_examples(before, now):
@@ -361,23 +361,12 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model's own forward pass, and the random state of Python, NumPy and torch as it was.
-
-    Under mixed precision Accelerate puts autocast around the forward pass of the model itself; it is taken off
-    meanwhile, so that PEFs are those of the weights. `compute_pefs` sees to mode, gradients and hooks.
-    """
+def _undisturbed() -> Iterator[None]:
+    """The random state of Python, NumPy and torch as it was; `compute_pefs` sees to the model."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    wrapped = None
-    if "_original_forward" in vars(model) and not hasattr(model, "_hf_hook"):
-        wrapped = vars(model).get("forward")
     try:
-        if wrapped is not None:
-            model.forward = MethodType(type(model).forward, model)
         yield
     finally:
-        if wrapped is not None:
-            model.forward = wrapped
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

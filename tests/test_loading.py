@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import accelerate
@@ -206,3 +207,41 @@ def test_a_data_parallel_wrapper_is_taken_off() -> None:
     ours, theirs = wrapped_up.compute_pefs(examples), plain.compute_pefs(examples)
     assert ours.fingerprint == theirs.fingerprint
     assert torch.equal(ours.factors, theirs.factors)
+
+
+def trained_in_bfloat16(model: Any) -> Any:
+    """The model as Accelerate leaves it: autocast around its forward pass, the weights still in float32."""
+    # prepare_model does this with `model.forward`; an Accelerator would set the mixed precision of the whole process.
+    forward = model.forward
+    model._original_forward = forward
+    model.forward = MethodType(torch.autocast("cpu", torch.bfloat16)(forward.__func__), model)
+    return model
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_model_fresh_from_bfloat16_training_gives_the_rows_of_its_weights(times: int) -> None:
+    """Oracle: the same weights without Accelerate's autocast around the forward pass, which is handed back."""
+    plain, model = (tiny.tiny_model("llama", dtype=torch.float32, vocab_size=20) for _ in range(2))
+    for _ in range(times):
+        model = trained_in_bfloat16(model)
+    wrapper = model.forward
+    examples = tiny.tiny_batch(plain, 3, seed=1)
+    with torch.no_grad():
+        ids = torch.tensor([examples[0]["input_ids"]])
+        assert not torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    pefs, expected = (NPEFFAnalyzer(m, tiny.tiny_tokenizer()).compute_pefs(examples) for m in (model, plain))
+    assert torch.equal(pefs.norms, expected.norms)
+    assert torch.equal(pefs.factors, expected.factors)
+    assert model.forward is wrapper
+
+
+def test_an_autocast_around_the_analysis_changes_no_row() -> None:
+    """Oracle: the rows without it."""
+    model = tiny.tiny_model("bert", dtype=torch.float32, vocab_size=20)
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    expected = NPEFFAnalyzer(model, tiny.tiny_tokenizer()).compute_pefs(examples)
+    with torch.autocast("cpu", torch.bfloat16):
+        pefs = NPEFFAnalyzer(model, tiny.tiny_tokenizer()).compute_pefs(examples)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(pefs.norms, expected.norms)
+    assert torch.equal(pefs.factors, expected.factors)

@@ -30,7 +30,7 @@ _TOKENS = SimpleNamespace(mask_token_id=MASK, pad_token_id=PAD)
 """All of a tokenizer that encoded examples need."""
 
 
-def judge(model_type: str, task: str) -> dict[str, Any]:
+def judge(model_type: str, task: str, paddings: Sequence[str] = ("right", "left")) -> dict[str, Any]:
     """One line of the results: the outcome, errors, coverage, warnings, the message of an error."""
     try:
         tiny = build(model_type, task)
@@ -39,7 +39,7 @@ def judge(model_type: str, task: str) -> dict[str, Any]:
     name = type(tiny.model).__name__
     result: dict[str, Any] = {"class": name, "kind": tiny.kind}
     outcomes = []
-    for padding in ("right",) if tiny.kind == "image-classification" else ("right", "left"):
+    for padding in paddings[:1] if tiny.kind == "image-classification" else paddings:
         outcomes.append(_judged(tiny, padding, batch_size=len(tiny.examples)))
         if outcomes[-1]["outcome"] in (REFUSED, RAW):
             break

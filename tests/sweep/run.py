@@ -7,6 +7,7 @@ process (memory, a crash of the interpreter) is its own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -22,31 +23,28 @@ import torch
 import transformers
 
 from tests.sweep.judge import RAW, judge
+from tests.sweep.table import main as write_pages
+from tests.sweep.table import counts, read
 from tests.sweep.tiny_models import every_case
 
 RESULTS = Path("runs/sweep/results.jsonl")
 TIMEOUT_S = 240
 """Of one model type with all of its tasks: ten times what the slowest one takes."""
+THIRD = 3
+"""The tests run one of so many parts: a minute on two cores."""
 MEMORY = 8 * 2**30
 """Bytes of address space beyond what the parent has: a tiny model needs a few hundred million."""
 
 
-def finished(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(model type, task): result} of what a file holds; a line that was cut off is left out."""
-    results = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue
-        results[result["type"], result["task"]] = result
-    return results
+def in_third(model_type: str) -> bool:
+    """Whether a type is in the fixed third that the tests run: by a hash of its name, so that new types join it."""
+    return int(hashlib.sha256(model_type.encode()).hexdigest(), 16) % THIRD == 0
 
 
-def sweep(cases: Iterable[tuple[str, str]], path: Path, jobs: int, timeout: float = TIMEOUT_S) -> None:
+def sweep(cases: Iterable[tuple[str, str]], path: Path, jobs: int, paddings: Sequence[str] = ("right", "left")) -> None:
     """Judge the cases that `path` does not hold, a forked process for every model type, and append to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = finished(path)
+    done = read(path)
     groups = [list(group) for _, group in groupby((c for c in cases if c not in done), key=lambda c: c[0])]
     running: dict[int, tuple[float, list[tuple[str, str]]]] = {}
     while groups or running:
@@ -54,21 +52,21 @@ def sweep(cases: Iterable[tuple[str, str]], path: Path, jobs: int, timeout: floa
             group = groups.pop(0)
             pid = os.fork()
             if pid == 0:
-                _child(group, path)
+                _child(group, path, paddings)
             running[pid] = (time.monotonic(), group)
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             _, group = running.pop(pid)
             if status:
-                _tell_unfinished(group, path, f"the process ended with status {status}")
+                _tell_unread(group, path, f"the process ended with status {status}")
             continue
         for pid, (start, _) in running.items():
-            if time.monotonic() - start > timeout:
+            if time.monotonic() - start > TIMEOUT_S:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
 
 
-def _child(group: Sequence[tuple[str, str]], path: Path) -> None:
+def _child(group: Sequence[tuple[str, str]], path: Path, paddings: Sequence[str]) -> None:
     try:
         with open("/proc/self/statm") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
@@ -77,7 +75,7 @@ def _child(group: Sequence[tuple[str, str]], path: Path) -> None:
         for model_type, task in group:
             start = time.monotonic()
             try:
-                result = judge(model_type, task)
+                result = judge(model_type, task, paddings)
             except Exception:
                 result = {"outcome": RAW, "message": "the sweep itself failed", "place": traceback.format_exc()[-700:]}
             result["seconds"] = round(time.monotonic() - start, 2)
@@ -94,8 +92,8 @@ def _append(path: Path, model_type: str, task: str, result: dict[str, Any]) -> N
         file.write(line + "\n")
 
 
-def _tell_unfinished(group: Sequence[tuple[str, str]], path: Path, why: str) -> None:
-    done = finished(path)
+def _tell_unread(group: Sequence[tuple[str, str]], path: Path, why: str) -> None:
+    done = read(path)
     for model_type, task in group:
         if (model_type, task) not in done:
             _append(path, model_type, task, {"outcome": RAW, "message": why})
@@ -108,18 +106,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--types", nargs="*", help="only these model types")
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
+    parser.add_argument("--third", action="store_true", help="only the fixed third that the tests run")
+    parser.add_argument("--right-only", action="store_true", help="no left padding: half of the time")
+    parser.add_argument("--pages", action="store_true", help="write the table of docs/models.md and the README's count")
     parser.add_argument("--again", nargs="*", metavar="OUTCOME", help="judge those with these outcomes again")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if arguments.again is not None:
-        kept = [r for r in finished(arguments.results).values() if r["outcome"] not in arguments.again]
+        kept = [r for r in read(arguments.results).values() if r["outcome"] not in arguments.again]
         arguments.results.write_text("".join(json.dumps(r) + "\n" for r in kept))
     judge("bert", "sequence-classification")  # imports, once for all children, what the first call imports
     cases = [
         (t, task) for t, task in every_case()
         if (not arguments.types or t in arguments.types) and (not arguments.tasks or task in arguments.tasks)
+        and (not arguments.third or in_third(t))
     ]  # fmt: skip
-    sweep(cases, arguments.results, arguments.jobs)
+    sweep(cases, arguments.results, arguments.jobs, ("right",) if arguments.right_only else ("right", "left"))
+    print(counts(read(arguments.results)))
+    if arguments.pages:
+        write_pages([str(arguments.results)])
 
 
 if __name__ == "__main__":
