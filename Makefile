@@ -52,7 +52,7 @@ bench-quick: $(VENV)/ready-for-test ## A few ratios against the kept ones, and w
 bench-peers: $(PEERS)/ready ## Other libraries on the same rows, in an environment of their own
 	@PYTHONPATH=. $(PEERS)/bin/python -m tests.benchmarks.peers --keep $(ARGS)
 
-sweep: $(VENV)/ready-for-test ## Every model type of transformers by brute force; goes on where it stopped (20 minutes; docs/models.md)
+sweep: $(VENV)/ready-for-test ## Every model type of transformers by brute force; goes on where it stopped
 	@$(BIN)/python -m tests.sweep.run --pages $(ARGS)
 
 study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")

@@ -74,9 +74,8 @@ def page(results: Results) -> str:
         if rows := [(key, r) for key, r in sorted(results.items()) if r["outcome"] == outcome]:
             parts.append(f"**{outcome.capitalize()}**\n\n| type | task | why |\n|---|---|---|")
             parts[-1] += "".join(f"\n| {t} | {task} | {_cell(r.get('message', ''))} |" for (t, task), r in rows)
-    partly = [
-        f"{t} ({task}) {r['coverage']:.0%}" for (t, task), r in sorted(results.items()) if r.get("coverage", 1) < _COVERED
-    ]  # fmt: skip
+    covered = [(t, task, r["coverage"]) for (t, task), r in sorted(results.items()) if "coverage" in r]
+    partly = [f"{t} ({task}) {share:.0%}" for t, task, share in covered if share < _COVERED]
     parts.append(
         "**Covered in part**: tiny models, whose biases, norms and convolutions weigh more than a real model's; "
         f"{'; '.join(partly)}."
