@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from tests.sweep.judge import RAW, judge
-from tests.sweep.table import main as write_pages
 from tests.sweep.table import counts, read
+from tests.sweep.table import main as write_pages
 from tests.sweep.tiny_models import every_case
 
 RESULTS = Path("runs/sweep/results.jsonl")
