@@ -20,15 +20,16 @@ from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
-from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.fisher.bare_model import bare_parameters, base_of
 from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_parameters
-from hf_npeff.fisher.heads import OutputHead, finds_last_by_padding, head_of, task_of_class, traits_of
+from hf_npeff.fisher.heads import OutputHead, finds_last_by_padding, head_of, traits_of
 from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.parameters import find_parameters, modules_of
+from hf_npeff.fisher.tasks import AUTO_CLASSES, loader_of, task_of
 from hf_npeff.fisher.weights_hash import identity_of
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
@@ -36,7 +37,7 @@ from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_wei
 from hf_npeff.processes import Processes, on_cpu
 from hf_npeff.sharing.files import read_json
 from hf_npeff.sharing.hub import commit_of_model, is_hub_id
-from hf_npeff.weights.adapters import Adapter, layout_of
+from hf_npeff.weights.adapters import Adapter, layouts_of
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import align, check_decomposed
 from hf_npeff.weights.outcomes import labels_of
@@ -44,16 +45,6 @@ from hf_npeff.weights.outcomes import labels_of
 logger = logging.getLogger(__name__)
 
 _Self = TypeVar("_Self", bound="AnalysedModel")
-_AUTO_CLASSES = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "multiple-choice": "AutoModelForMultipleChoice",
-    "masked-lm": "AutoModelForMaskedLM",
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-}
 
 
 class AnalysedModel:
@@ -147,17 +138,17 @@ class AnalysedModel:
         commit = commit_of_model(model_id, revision=revision, **where)
         hub = {"revision": commit or revision or "main", **where, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(model_id, **hub)
-        architectures = getattr(config, "architectures", None) or []
-        name = task if isinstance(task, str) else next(filter(None, map(task_of_class, architectures)), None)
-        if name not in _AUTO_CLASSES:
+        loader = loader_of(config, task if isinstance(task, str) else None)
+        if loader is None:
             raise UnsupportedModelError(
-                f"{model_id} has the architectures {architectures}, and none has a head that hf_npeff knows; pass "
-                f"task=, one of {', '.join(_AUTO_CLASSES)}"
+                f"{model_id} has the architectures {getattr(config, 'architectures', None) or []}, and none has a head "
+                f"that hf_npeff knows; pass task=, one of {', '.join(AUTO_CLASSES)}"
             )
+        name, class_name = loader
         arguments: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **hub}
         if quantization_config is not None:
             arguments["quantization_config"] = quantization_config
-        model = getattr(transformers, _AUTO_CLASSES[name]).from_pretrained(model_id, **arguments)
+        model = getattr(transformers, class_name).from_pretrained(model_id, **arguments)
         if processing_class is None:
             processing_class = _processing_class(model_id, name, hub)
         analyzer = cls(model, processing_class, fisher=fisher, accelerator=accelerator, task=task)
@@ -187,6 +178,14 @@ class AnalysedModel:
         left_out = (like.info.get("selftest") or {}).get("left_out") or ()
         other.maps = [m for m in other.maps if m.parameter not in left_out]
         ours = other.shapes
+        if (
+            any(name.startswith("base_model.model.") for name in sketch.shapes)
+            and not sketch.shapes.keys() & ours.keys()
+        ):
+            raise IncompatibleSketchError(
+                "like= was made by an older version of hf_npeff, which named weights as PEFT's wrappers do; a sketch "
+                "depends on names, so compute those PEFs again"
+            )
         if ours != sketch.shapes:
             differing = sorted(k for k in {*ours, *sketch.shapes} if ours.get(k) != sketch.shapes.get(k))
             raise IncompatibleSketchError(
@@ -360,7 +359,7 @@ class AnalysedModel:
     def needs(self) -> ModelNeeds:
         """What of the model decides how examples are encoded."""
         base: Any = base_of(self.model)
-        task = getattr(self.head, "task", None) or task_of_class(type(base).__name__)
+        task = getattr(self.head, "task", None) or task_of(base)
         names = self._label_names()
         return ModelNeeds(
             task,
@@ -378,13 +377,13 @@ class AnalysedModel:
         """
         facts = self.facts(info.get("weights"))
         maps = {m.parameter: m for m in self.maps}
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = bare_parameters(self.model)
         deltas = {}
         for name in list(matrices):  # one at a time: what is transposed is copied
             value = matrices.pop(name)
             shaped = maps[name].as_weight(value) if name in maps else value.reshape(parameters[name].shape)
             deltas[name] = shaped.contiguous()
-        layouts = {name: layout_of(self.model, name) for name in deltas}
+        layouts = layouts_of(self.model, deltas)
         module = type(base_of(self.model)).__module__
         return ParameterDirection(deltas, layouts, {**facts, "module": module, **info})
 
@@ -526,10 +525,13 @@ class AnalysedModel:
 
 
 def _processing_class(model_id: Any, task: str, hub: Mapping[str, Any]) -> Any:
-    loader = transformers.AutoImageProcessor if task == "image-classification" else transformers.AutoTokenizer
+    """What encodes a model's inputs; a language model's tokenizer where it takes images or sounds as well."""
+    name = {"image-classification": "AutoImageProcessor", "audio-classification": "AutoFeatureExtractor"}.get(task)
+    loader = getattr(transformers, name or "AutoTokenizer")
     try:
         return loader.from_pretrained(model_id, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # TypeError: where files are missing, some tokenizers hand None on as a path.
         logger.warning("%s has no processing class that loads (%s); pass encoded data", model_id, error)
         return None
 

@@ -97,6 +97,17 @@ def bare_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`bare_parameters`, each also under the name that it has in `model`: directions of older versions have those."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **bare_parameters(model)}
+
+
+def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """{name in the bare model: module that stands there now}, without PEFT's wrappers."""
+    modules = dict(model.named_modules())
+    return {bare: modules[name] for name, bare in bare_module_names(model).items() if not is_wrapper(modules[name])}
+
+
 def bare_name(name: str, modules: dict[str, str]) -> str:
     """A parameter's name in the bare model, or its own where an adapter adds it.
 

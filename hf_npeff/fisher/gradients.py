@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters, base_of, is_wrapper
 from hf_npeff.fisher.linear_layers import behaviour, is_linear
 from hf_npeff.fisher.parameters import fitted, gradients
 from hf_npeff.pefs.sketches import Sketch
@@ -30,8 +31,8 @@ class LinearMap:
     """One weight under analysis and the modules that apply it (several where a weight is tied).
 
     Attributes:
-        parameter: the weight's name in `model.named_parameters()`.
-        modules: names of the modules.
+        parameter: the weight's name in the bare model.
+        modules: names of the modules, in the model as it is.
         shape: (out, in).
         transposed: the weight is stored (in, out), as GPT-2's Conv1D does.
     """
@@ -68,17 +69,6 @@ def _matches(name: str, targets: str | Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _adapter_parts(model: nn.Module) -> set[str]:
-    """Linear maps that belong to a PEFT adapter (its lora_A and lora_B): analysed only when they are named."""
-    parts = set()
-    for prefix, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
-            for suffix, child in module.named_modules():
-                if suffix and is_linear(child) and not suffix.startswith("base_layer"):
-                    parts.add(f"{prefix}.{suffix}")
-    return parts
-
-
 def _identity(module: nn.Module) -> int:
     """What tells one weight from another; one that the first forward pass unpacks is the module's own until then."""
     return id(getattr(module, "weight", module))
@@ -103,49 +93,45 @@ def find_linear_maps(
     """The linear maps (nn.Linear, Conv1D) under analysis, in the model's order; PEFT's meaning of `target_modules`.
 
     Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
-    model's output embedding and the parts of a loaded PEFT adapter. An empty list chooses none. Modules whose forward
-    pass is not x Wᵀ + b are left out (`linear_layers.behaviour`).
+    model's output embedding, the vision tower of one that takes images, and the parts of a loaded PEFT adapter. Inside
+    PEFT's wrappers modules and weights go by the names of the bare model. An empty list chooses none.
+    Modules whose forward pass is not x Wᵀ + b are left out (`linear_layers.behaviour`).
 
     Raises:
         ValueError: if nothing matches, or a regular expression is not one.
         UnsupportedModelError: if a linear map rounds its input, or none of those chosen computes x Wᵀ + b.
     """
+    bare = bare_module_names(model)
+    linear = [(n, m) for n, m in model.named_modules() if is_linear(m) and not is_wrapper(m)]
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        embedding = getattr(model, "get_output_embeddings", lambda: None)()
-        skip = _adapter_parts(model) | {n for n, m in model.named_modules() if m is embedding}
-        chosen = [(n, m) for n, m in model.named_modules() if is_linear(m) and n not in skip]
+        skip = _beside_the_language_model(model)
+        chosen = [(n, m) for n, m in linear if n in bare and id(m) not in skip]
     else:
-        try:
-            chosen = [(n, m) for n, m in model.named_modules() if is_linear(m) and _matches(n, target_modules)]
-        except re.error as error:
-            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
+        chosen = [(n, m) for n, m in linear if _is_named(n, bare, target_modules, "target_modules")]
     if exclude_modules is not None:
-        try:
-            chosen = [(n, m) for n, m in chosen if not _matches(n, exclude_modules)]
-        except re.error as error:
-            raise ValueError(f"exclude_modules {exclude_modules!r} is not a regular expression: {error}") from error
+        chosen = [(n, m) for n, m in chosen if not _is_named(n, bare, exclude_modules, "exclude_modules")]
     if not chosen and len(target_modules):
-        known = [n for n, m in model.named_modules() if is_linear(m)]
+        known = [bare.get(n, n) for n, _ in linear]
         raise ValueError(
             f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) matches none of the model's "
             f"{len(known)} linear maps, for instance {known[:8]}"
         )
     _check_that_none_rounds(model)
-    known, chosen = chosen, [(n, m) for n, m in chosen if behaviour(m) == "product"]
-    if known and not chosen:
+    candidates, chosen = chosen, [(n, m) for n, m in chosen if behaviour(m) == "product"]
+    if candidates and not chosen:
         raise UnsupportedModelError(
-            f"none of the {len(known)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their rows "
-            f"(for instance {known[0][0]}, a {type(known[0][1]).__name__} whose forward pass is another). Weights that "
-            "are quantised anew in every pass do this: load the model as it was saved"
+            f"none of the {len(candidates)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their "
+            f"rows (for instance {candidates[0][0]}, a {type(candidates[0][1]).__name__} whose forward pass is "
+            "another). Weights that are quantised anew in every pass do this: load the model as it was saved"
         )
     weights, names = {_identity(m) for _, m in chosen}, {n for n, _ in chosen}
-    twins = [(n, m) for n, m in model.named_modules() if n not in names and is_linear(m) and _identity(m) in weights]
-    chosen += twins  # a tied weight's gradient is the sum over all its modules
+    # A tied weight's gradient is the sum over all its modules.
+    chosen += [(n, m) for n, m in linear if n not in names and _identity(m) in weights]
     first_name: dict[int, str] = {}
     maps: dict[str, LinearMap] = {}
     for name, module in chosen:
         transposed = isinstance(module, Conv1D)
-        parameter = first_name.setdefault(_identity(module), f"{name}.weight")
+        parameter = first_name.setdefault(_identity(module), bare_name(f"{name}.weight", bare))
         if transposed:
             shape = (int(module.weight.shape[1]), int(module.weight.shape[0]))
         else:
@@ -153,6 +139,27 @@ def find_linear_maps(
         before = maps[parameter].modules if parameter in maps else ()
         maps[parameter] = LinearMap(parameter, (*before, name), shape, transposed)
     return list(maps.values())
+
+
+def _is_named(name: str, bare: Mapping[str, str], targets: str | Sequence[str], setting: str) -> bool:
+    """Whether a setting names a module, by its name in the bare model or inside PEFT's wrappers."""
+    try:
+        return any(_matches(known, targets) for known in {name, bare.get(name, name)})
+    except re.error as error:
+        raise ValueError(f"{setting} {targets!r} is not a regular expression: {error}") from error
+
+
+def _beside_the_language_model(model: nn.Module) -> set[int]:
+    """Modules of a language model that "all-linear" leaves out: its output embedding, and what makes images tokens."""
+    base: Any = base_of(model)
+    embedding = getattr(base, "get_output_embeddings", lambda: None)()
+    skip = set() if embedding is None else {id(part) for part in embedding.modules()}
+    config: Any = getattr(base, "config", None)
+    if hasattr(config, "get_text_config") and not getattr(config, "is_encoder_decoder", False):
+        decoder = base.get_decoder() if config.get_text_config() is not config else None
+        if decoder is not None and decoder is not base:
+            skip |= {id(part) for part in base.modules()} - {id(part) for part in decoder.modules()}
+    return skip
 
 
 def without_parameters(
@@ -163,7 +170,7 @@ def without_parameters(
     Raises:
         UnsupportedModelError: if a map's weight is also a part of something else, such as the input embedding.
     """
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights = bare_parameters(model)
     named = {id(weights[name]) for name in parameters}
     left = [m for m in maps if id(weights.get(m.parameter)) not in named]
     elsewhere = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.fisher.bare_model import acting_adapters, bare_module_names, base_of, is_wrapper, wrapped_by
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.fisher.tasks import AUTO_CLASSES, task_of
 from hf_npeff.padding import IGNORED, Batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -122,26 +126,10 @@ def traits_of(head: OutputHead) -> HeadTraits:
     return traits if traits is not None else HeadTraits(type(head).__name__)
 
 
-_TASK_OF_CLASS = {
-    "ForSequenceClassification": "sequence-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMultipleChoice": "multiple-choice",
-    "ForMaskedLM": "masked-lm",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForConditionalGeneration": "seq2seq-lm",
-    "ForImageClassification": "image-classification",
-}
-_KNOWN = ", ".join(dict.fromkeys(_TASK_OF_CLASS.values()))
+_KNOWN = ", ".join(AUTO_CLASSES)
 _VOCABULARY_TASKS = ("masked-lm", "causal-lm", "seq2seq-lm")
 _CLASSIFIER_NAMES = ("score", "classifier", "classification_head", "qa_outputs", "classifier.out_proj",
                      "classification_head.out_proj", "classifier.dense")  # fmt: skip
-
-
-def task_of_class(name: str) -> str | None:
-    """The task that a model class's name tells, for instance "causal-lm" for LlamaForCausalLM."""
-    return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
 
 
 def finds_last_by_padding(model: nn.Module) -> bool:
@@ -174,14 +162,15 @@ def head_of(
             raise ValueError(f"task must be a name ({_KNOWN}) or an object with an `outputs` method, not {task!r}")
         return task
     base = base_of(model)
-    name = task or task_of_class(type(base).__name__)
-    if name is None or name not in _TASK_OF_CLASS.values():
+    name = task or task_of(base)
+    if name is None or name not in AUTO_CLASSES:
         raise UnsupportedModelError(
             f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {_KNOWN}). "
             "Load the model with such a head, or pass as `task` an object with the hf_npeff.OutputHead protocol: "
             "outputs(model, batch) -> Outputs, which says where cotangents enter, the logits, and their distribution."
         )
-    return TransformersHead(base, name, positions, under_analysis, mask_token)
+    modules = dict(model.named_modules())
+    return TransformersHead(base, name, positions, {id(modules[path]) for path in under_analysis}, mask_token)
 
 
 class TransformersHead:
@@ -195,14 +184,13 @@ class TransformersHead:
     """
 
     def __init__(
-        self, model: nn.Module, task: str, positions: str, under_analysis: set[str], mask_token: int | None = None
+        self, model: nn.Module, task: str, positions: str, under_analysis: set[int], mask_token: int | None = None
     ):
         config: Any = model.config
         self.task = task
         self.positions = positions
         self.config = config
         self.distribution: type[Distribution] = Softmax
-        self._names = {id(m): name for name, m in model.named_modules()}
         if task == "sequence-classification":
             kind = getattr(config, "problem_type", None)
             if kind == "regression" or (kind is None and config.num_labels == 1):
@@ -214,35 +202,31 @@ class TransformersHead:
         if positions == "last" and task in ("masked-lm", "token-classification"):
             raise ValueError(f"positions='last' makes no sense for {task}; use 'auto', 'labels' or 'all'")
         self.embedding = self._embedding(model) if task in _VOCABULARY_TASKS else None
-        inside = self.embedding is not None and any(
-            name.split(".")[-1:] == self._name(self.embedding).split(".")[-1:]
-            and name.endswith(self._name(self.embedding))
-            for name in under_analysis
-        )
+        parts = () if self.embedding is None else self.embedding.modules()
+        analysed = any(id(part) in under_analysis for part in parts)
         self.classifier = None if self.embedding is not None else self._classifier(model)
         self._mask_token = mask_token
         self.traits = HeadTraits(
             task,
             takes=frozenset({*inspect.signature(model.forward).parameters, "labels"}),
-            at_hidden=self.embedding is not None and not inside,
+            at_hidden=self.embedding is not None and not analysed,
             vocabulary=self.embedding is not None,
             weights=tuple(module for module in (self.embedding, self.classifier) if module is not None),
         )
 
-    def _name(self, module: nn.Module) -> str:
-        return self._names.get(id(module), "")
-
     @staticmethod
-    def _embedding(model: nn.Module) -> nn.Linear | None:
-        embedding = getattr(model, "get_output_embeddings", lambda: None)()
-        return embedding if isinstance(embedding, nn.Linear) else None
+    def _embedding(model: nn.Module) -> nn.Module | None:
+        embedding: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+        return embedding if embedding is not None and isinstance(_inside(embedding), nn.Linear) else None
 
-    def _classifier(self, model: nn.Module) -> nn.Linear | None:
-        modules = dict(model.named_modules())
+    def _classifier(self, model: nn.Module) -> nn.Module | None:
+        modules: dict[str, nn.Module] = {}
+        for name, place in bare_module_names(model).items():  # of what bears one name, a wrapper comes first
+            modules.setdefault(place, model.get_submodule(name))
         for name in _CLASSIFIER_NAMES:
-            module = modules.get(name)
-            if isinstance(module, nn.Linear) and module.out_features == getattr(self.config, "num_labels", None):
-                return module
+            linear = _inside(modules[name]) if name in modules else None
+            if isinstance(linear, nn.Linear) and linear.out_features == getattr(self.config, "num_labels", None):
+                return modules[name]
         return None
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
@@ -269,8 +253,9 @@ class TransformersHead:
             several = False
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         jacobian = None
-        if self.classifier is not None and self.classifier.out_features == wide.shape[-1]:
-            jacobian = HeadJacobian(_weight_of(self.classifier, wide))
+        weight = None if self.classifier is None else _weight_of(self.classifier, wide)
+        if weight is not None and len(weight) == wide.shape[-1]:
+            jacobian = HeadJacobian(weight)
         return Outputs(logits, wide, valid, self.distribution, jacobian, several=several)
 
     @property
@@ -367,12 +352,14 @@ class TransformersHead:
             for handle in handles:
                 handle.remove()
         if "linear" not in seen:
-            raise UnsupportedModelError(
-                f"{type(base_of(model)).__name__} reads the weight of its output embedding without calling it, so its "
-                "logits cannot be followed; pass `task`, an object with a method outputs(model, batch)"
-            )
+            read = "reads the weight of its output embedding without calling it"  # as MobileBERT does
+            return self._at_logits(_gather(logits, index), valid, read)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         weight = _weight_of(self.embedding, wide)
+        if weight is None:
+            return self._at_logits(
+                logits, valid, "has an adapter around its output embedding that does not only add to it"
+            )
         slope = None
         if logits is not seen["linear"] and torch.is_grad_enabled():
             (slope,) = torch.autograd.grad(logits.sum(), seen["linear"], retain_graph=True)
@@ -389,6 +376,16 @@ class TransformersHead:
             self.several,
         )
 
+    def _at_logits(self, logits: Tensor, valid: Tensor, why: str) -> Outputs:
+        """Cotangents that enter at the logits (B, t, k): right for every model, with k numbers where h would do."""
+        if self.traits.at_hidden:
+            logger.warning(
+                "the model %s, so cotangents enter at the logits, with %d numbers each", why, logits.shape[-1]
+            )
+        self.traits = replace(self.traits, at_hidden=False)
+        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        return Outputs(logits, wide, valid, self.distribution, None, several=self.several)
+
     def _answer_outputs(self, result: Any, batch: Mapping[str, Tensor]) -> Outputs:
         """Two softmaxes over the real positions: where the answer starts and where it ends."""
         logits = torch.stack([result["start_logits"], result["end_logits"]], 1)
@@ -398,14 +395,39 @@ class TransformersHead:
         return Outputs(logits, wide, torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device), Softmax)
 
 
-def _weight_of(module: nn.Linear, like: Tensor) -> Tensor:
-    """The weight of a head, wherever it is, with the dtype and device of its logits."""
-    weight = module.weight
+def _inside(module: nn.Module) -> Any:
+    """The module that a wrapper of PEFT's stands around, or the module itself."""
+    return wrapped_by(module) if is_wrapper(module) else module
+
+
+def _weight_of(module: nn.Module, like: Tensor) -> Tensor | None:
+    """The weight (k, h) that a head acts with, wherever it is, with the dtype and device of its logits.
+
+    What PEFT's adapters add to it is in it; None where they do something else than add.
+    """
+    linear = _inside(module)
+    weight = linear.weight
     if weight.device.type == "meta":  # offloaded by Accelerate
-        weight = module._hf_hook.weights_map["weight"]  # type: ignore[union-attr,index]
+        weight = linear._hf_hook.weights_map["weight"]
     if is_sharded(weight):
-        weight = weight.full_tensor()  # type: ignore[attr-defined]
-    return weight.detach().to(like.device, like.dtype)
+        weight = weight.full_tensor()
+    weight = weight.detach().to(like.device, like.dtype)
+    around: Any = module
+    acting = acting_adapters(module) if is_wrapper(module) else []
+    if not acting or hasattr(around, "modules_to_save"):  # of those the inner module is the adapter's own
+        return weight
+    if hasattr(around, "token_adapter"):
+        merged: Tensor = around.token_adapter.get_merged_weights(acting)
+        return merged.detach().to(weight)
+    known = getattr(around, "scaling", {})
+    scaled_otherwise = getattr(around, "use_dora", None) or {}
+    if not hasattr(around, "get_delta_weight") or any(scaled_otherwise.get(name) for name in acting):
+        return None
+    with torch.no_grad():
+        for name in acting:
+            if name in known:
+                weight = weight + around.get_delta_weight(name).to(weight)
+    return weight
 
 
 def _logits_of(result: Any) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters
 from hf_npeff.fisher.linear_layers import behaviour, is_at_hand, is_linear
 from hf_npeff.pefs.sketches import Sketch
 
@@ -38,7 +39,7 @@ def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dic
         return {}
     first: dict[int, str] = {}
     every = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in bare_parameters(model).items():
         if parameter.is_floating_point():
             every[name] = first.setdefault(id(parameter), name)
     chosen = set()
@@ -58,7 +59,7 @@ def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dic
                 unknown.append(target)
         if unknown:
             raise ValueError(f"the model has no parameters {unknown}{_close(unknown, every)}")
-    tensors = dict(model.named_parameters())
+    tensors = bare_parameters(model)
     if away := sorted(name for name in chosen if not is_at_hand(tensors[name])):
         raise ValueError(
             f"the parameters {away[:5]} are offloaded, quantised or sharded, so they cannot be differentiated; load "
@@ -82,7 +83,7 @@ def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 def modules_of(model: nn.Module, names: Mapping[str, tuple[int, int]]) -> set[str]:
     """Names of the modules that hold these parameters, by any of their names."""
-    tensors = dict(model.named_parameters())
+    tensors = bare_parameters(model)
     chosen = {id(tensors[name]) for name in names}
     return {
         prefix for prefix, module in model.named_modules()
@@ -93,7 +94,7 @@ def modules_of(model: nn.Module, names: Mapping[str, tuple[int, int]]) -> set[st
 @contextlib.contextmanager
 def requiring_gradients(model: nn.Module, names: Sequence[str]) -> Iterator[list[nn.Parameter]]:
     """The named parameters, requiring gradients inside `with` only; the model is frozen otherwise."""
-    every = dict(model.named_parameters(remove_duplicate=False))
+    every = bare_parameters(model)
     tensors = [every[name] for name in names]
     try:
         for tensor in tensors:
@@ -178,11 +179,13 @@ def left_out(
         {name, layer numbers written as *: share of the parameters outside the embeddings}; empty where the shares add
         up to 5% or less, as those of biases and norms do in all but tiny models.
     """
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights, bare = bare_parameters(model), bare_module_names(model)
     known = {id(weights[name]) for name in analysed if name in weights} | _embeddings_and_adapters(model)
     sizes: dict[str, int] = {}
     total = sum(a * b for a, b in analysed.values())
     for prefix, module in model.named_modules():
+        if prefix not in bare:
+            continue
         unchosen = chosen_by_hand and is_linear(module) and behaviour(module) == "product"
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if id(parameter) in known:
@@ -190,7 +193,7 @@ def left_out(
             known.add(id(parameter))
             total += parameter.numel()
             if not unchosen:
-                group = _LAYER_NUMBER.sub(".*", name)
+                group = _LAYER_NUMBER.sub(".*", bare_name(name, bare))
                 sizes[group] = sizes.get(group, 0) + parameter.numel()
     shares = {name: sizes[name] / total for name in sorted(sizes, key=sizes.__getitem__, reverse=True)}
     return shares if sum(shares.values()) > _SHARE_TO_NAME else {}
@@ -199,7 +202,8 @@ def left_out(
 def _embeddings_and_adapters(model: nn.Module) -> set[int]:
     """Identities of the parameters of embeddings, of the output embedding, and of PEFT adapters."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is output]
+    around = set() if output is None else {id(m) for m in output.modules()}  # a wrapper of PEFT's, with what is inside
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) or id(m) in around]
     parts = {id(p) for m in embeddings for p in m.parameters(recurse=False)}
     for module in model.modules():
         base = getattr(module, "base_layer", None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.factors import HiddenMetric, resolve
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import (
@@ -239,7 +240,7 @@ def check_rows(
     """
     model, maps, single = forward.model, forward.maps, forward.source_of(few[-1:])
     forward.fsdp.release()  # a weight that is whole for the moment is not at hand
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights = bare_parameters(model)
     known = [m for m in maps if is_at_hand(weights.get(m.parameter))]
     ran = backward_passes(model, maps, Receiver(), len(few), forward.source_of(few), lambda _: ())
     unknown = [m for m in maps if m not in known and m.parameter not in ran]
@@ -386,7 +387,7 @@ def _measured_sketch(
 
 def _size(model: nn.Module, maps: Sequence[LinearMap]) -> int:
     """Numbers in all weights, those of a 4-bit weight as it is used and not as it is packed."""
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights = bare_parameters(model)
     sizes = {id(weight): weight.numel() for weight in weights.values()}
     sizes |= {id(weights.get(m.parameter, m)): m.shape[0] * m.shape[1] for m in maps}
     return sum(sizes.values())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.gradients import CalledOnceForAll
 
 
@@ -88,7 +89,7 @@ def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[st
         ValueError: if the model lacks a parameter, or has one of another shape.
     """
     modules = dict(model.named_modules())
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = bare_parameters(model)
     if missing := [name for name in deltas if name not in known]:
         raise ValueError(f"the model has no parameters named {missing[:3]}; is it the one the change was made for?")
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -97,14 +98,14 @@ def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[st
             owners.setdefault(id(parameter), []).append((path, module))
     places: dict[str, str] = {}
     for name, delta in deltas.items():
-        path, _, leaf = name.rpartition(".")
-        holders = owners[id(modules[path].get_parameter(leaf))]
+        leaf = name.rpartition(".")[2]
+        holders = owners[id(known[name])]
         if other := [p for p, m in holders if leaf != "weight" or not isinstance(m, nn.Linear | Conv1D)]:
             raise UnsupportedModelError(
                 f"{name} is not the weight of linear maps alone ({other[0] or 'the model'} reads it too), so its "
                 "change is not one of a linear map's output; move the weights with ParameterDirection.applied_to"
             )
-        if delta.shape != (shape := _shape_of(modules[path])):
+        if delta.shape != (shape := _shape_of(holders[0][1])):
             raise ValueError(f"{name} is {shape} (out, in) in the model, and {delta.shape} in the change")
         places |= {holder: name for holder, _ in holders}
     return places

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.config import check_scale, is_count
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_modules
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card
 from hf_npeff.sharing.files import (
@@ -48,9 +49,19 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def layout_of(model: nn.Module, parameter: str) -> Layout:
-    """What a parameter is to PEFT."""
-    path, _, leaf = parameter.rpartition(".")
-    module = model.get_submodule(path)
+    """What a parameter, by its name in the bare model, is to PEFT."""
+    return layouts_of(model, [parameter])[parameter]
+
+
+def layouts_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, Layout]:
+    """`layout_of` several parameters."""
+    modules = bare_modules(model)
+    places = {name: name.rpartition(".") for name in parameters}
+    # What an adapter adds has no place in the bare model.
+    return {n: _layout(modules.get(p) or model.get_submodule(p), leaf) for n, (p, _, leaf) in places.items()}
+
+
+def _layout(module: nn.Module, leaf: str) -> Layout:
     if leaf == "bias" and isinstance(module, nn.Linear | Conv1D):
         return "bias"
     if isinstance(module, nn.Linear):

@@ -19,6 +19,7 @@ from hf_npeff.decomposition.component import example_lines
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import shown_texts
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
+from hf_npeff.fisher.bare_model import named_weights
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.pefs.weights_identity import check_identity, shown
 from hf_npeff.sharing.cards import write_card
@@ -123,7 +124,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
 
     def norm_in(self, model: nn.Module) -> float:
         """‖θ‖ of the model's parameters that the direction moves, the longest sensible step; 1 where that is 0."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_weights(model)
         known = (parameters[name].detach() for name in self if name in parameters)
         return sum(_squared(p.float()) for p in known) ** 0.5 or 1.0
 
@@ -152,7 +153,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             raise UnsupportedModelError(
                 "the model's weights are sharded over processes; load the whole model in one process to move them"
             )
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_weights(model)
         if missing := [name for name in self if name not in parameters]:
             raise ValueError(
                 f"the model has no parameters named {missing[:3]}; is it the one the direction was made for?"
@@ -229,7 +230,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         if kind == "lora":
             absolute = None
             if model is not None:
-                absolute = {n: p.detach().cpu() for n, p in model.named_parameters() if n in self}
+                absolute = {n: p.detach().cpu() for n, p in named_weights(model).items() if n in self}
             adapter = lora(self, self.layouts, rank=rank, scale=scale, facts=self.info, absolute=absolute)
         elif kind == "shira":
             adapter = shira(self, self.layouts, rank=rank, scale=scale, facts=self.info)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.data import Example, batches_by_length
+from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, Receiver, backward_passes
 from hf_npeff.fisher.parameters import gradients
@@ -66,7 +67,7 @@ def lift_exact(
     Returns:
         For every combination {parameter: matrix (out, in)}.
     """
-    weights = dict(forward.model.named_parameters(remove_duplicate=False))
+    weights = bare_parameters(forward.model)
     places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in forward.maps}
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
     size = forward.batch_size(examples, batch_size)
@@ -123,7 +124,7 @@ def _add_parameters(
     names = list(forward.parameters)
     if not names:
         return
-    weights = dict(forward.model.named_parameters(remove_duplicate=False))
+    weights = bare_parameters(forward.model)
     for total in sums:
         for name, shape in forward.parameters.items():
             device, dtype = _place(weights.get(name))
