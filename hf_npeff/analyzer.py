@@ -539,6 +539,7 @@ class NPEFFAnalyzer(AnalysedModel):
         batch_size: int = BATCH_SIZE,
         max_examples: int | None = None,
         seed: int = 0,
+        **reading: Any,
     ) -> Measurement:
         """What a weight change does to any data, analysed or not: its certificate.
 
@@ -557,6 +558,7 @@ class NPEFFAnalyzer(AnalysedModel):
             batch_size: examples of a forward pass.
             max_examples: only the first ones.
             seed: of the random change and the bootstrap.
+            **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
 
         Returns:
             KL with quantiles, answers changed, share of each answer, and, where a column `label` or `labels` tells what
@@ -570,7 +572,7 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         request = MeasureRequest(tuple(scales), tuple(ranks), by, both_signs, random, worst, batch_size, seed)
         self.check_movable(change, in_place=not is_linear(change))
-        found = self.read(dataset, max_examples=max_examples)
+        found = self.read(dataset, Reading(**reading), max_examples=max_examples)
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
         examples = list(limits.checked(found))
         check_groups(examples, by)

@@ -21,14 +21,15 @@ from typing import Any
 import pytest
 import transformers
 
-from hf_npeff import demo
+from hf_npeff import FisherConfig, NPEFFAnalyzer, demo
 from tests import api
 from tests.hub_server import HubServer
 from tests.test_hub import person
 from tests.test_imports import FLOORS
+from tests.tiny import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RUN_HERE = {"README.md": 1, "docs/data.md": 1, "docs/report.md": 1}
+RUN_HERE = {"README.md": 1, "docs/data.md": 1, "docs/datasets.md": 1, "docs/report.md": 1}
 """How many Python blocks of each file are run, by the tests below and, of docs/report.md, in tests/test_report.py."""
 
 
@@ -101,6 +102,17 @@ def test_the_data_pages_way_to_load_the_demos_model_is_the_demos(monkeypatch: py
     exec(block, space)
     assert (space["model"], space["tokenizer"]) == demo.load_model()
     assert len(calls) == 4 and calls[:2] == calls[2:]
+
+
+def test_the_page_on_data_sets_says_what_was_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: a pair, as the page's table has it."""
+    analyzer = NPEFFAnalyzer(tiny_model("bert"), tiny_tokenizer(), fisher=FisherConfig(sketch="identity"))
+    rows = [{"question": "the cat", "sentence": "a dog", "label": 1}, {"question": "a", "sentence": "two", "label": 0}]
+    (block,) = python_blocks("docs/datasets.md")
+    exec(block, {"analyzer": analyzer, "dataset": rows})
+    record, texts = capsys.readouterr().out.splitlines()
+    assert ast.literal_eval(record)["columns"] == ["question", "sentence"]
+    assert ast.literal_eval(texts) == ["the cat | a dog", "a | two"]
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.py")), ids=lambda path: path.stem)
