@@ -476,13 +476,14 @@ class NPEFFAnalyzer(AnalysedModel):
 
         Raises:
             IndexError: if the component does not exist.
-            UnsupportedModelError: if the model's weights are sharded over processes.
+            UnsupportedModelError: if the model's weights are sharded over processes, and the direction moves more than
+                those of linear maps.
             ValueError: if an argument is out of range, or the dataset or model does not fit.
         """
         request = PerturbationRequest(
             target_kl=target_kl, scale=scale, n_top=n_top, n_others=n_others, batch_size=batch_size, seed=seed
         )
-        self.check_movable(direction)
+        self.check_movable(direction, in_place=not is_linear(direction))
         component = decomposition.index_of(component)
         examples = self.examples_of(decomposition, dataset)
         with self.forward_pass() as forward:
@@ -513,14 +514,14 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         lifting, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
-        self.check_movable()
         analyzer = self.for_decomposition(decomposition)
         weights = analyzer.weights_for(decomposition, pefs, lifting.check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
         reports = []
         for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, lifting, weights):
+            self.check_movable(direction, in_place=not is_linear(direction))
             with self.forward_pass() as forward:
-                report = evaluate(forward, direction, decomposition, j, examples, measuring)
+                report = evaluate(forward, direction, decomposition, j, examples, measuring, (pefs.sketch(), pefs))
             decomposition.evaluations[j] = report.summary()
             reports.append(report)
         return reports

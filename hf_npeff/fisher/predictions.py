@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +36,26 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(forward: ForwardPass, examples: Sequence[Example], batch_size: int) -> Predictions:
-    """What the model predicts for the examples, in their order."""
+def predict(
+    forward: ForwardPass,
+    examples: Sequence[Example],
+    batch_size: int,
+    before_batch: Callable[[Sequence[int]], None] | None = None,
+) -> Predictions:
+    """What the model predicts for the examples, in their order.
+
+    Args:
+        forward: the forward pass.
+        examples: in any order; those of similar length share a batch.
+        batch_size: the most examples of a batch.
+        before_batch: called with the numbers of a batch's examples, in the batch's order, before the model runs.
+    """
     logits: dict[int, Tensor] = {}
     distribution: type[Distribution] | None = None
     size = forward.batch_size(examples, batch_size)
     for batch in batches_by_length([e.length for e in examples], size):
+        if before_batch is not None:
+            before_batch(batch)
         outputs = forward.outputs([examples[i] for i in batch])
         distribution = outputs.distribution
         for row, i in enumerate(batch):

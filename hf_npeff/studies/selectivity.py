@@ -25,7 +25,7 @@ from hf_npeff.studies.factors import FactorsResult
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import SelectivityConfig
 from hf_npeff.weights.directions import ParameterDirection
-from hf_npeff.weights.perturbation import find_scale
+from hf_npeff.weights.steps import find_scale
 
 _LARGEST_ABLATION = 64.0
 """Multiples of a feature's own activation that are tried. Chosen: far beyond what a model meets, so that a feature that

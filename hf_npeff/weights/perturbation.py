@@ -7,8 +7,7 @@ each at the step whose mean KL on the top examples reaches a target, always besi
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,14 +20,17 @@ from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.outcomes import Watched, label_column, watch
+from hf_npeff.weights.steps import FLOOR, Steps, StepSearch, longest_step, predicted_step
 
 logger = logging.getLogger(__name__)
 _BOOTSTRAPS = 1000
 """Draws of an interval. Chosen: 25 of them lie beyond each end, which then varies by a few per cent of its width."""
-_FLOOR = torch.finfo(torch.float32).eps
-"""A KL below this is rounding."""
+_FIRST_STEP = 0.02
+"""The first step to try where stored rows do not predict one: short beside the norm of any model's weights."""
 
 
 @dataclass(frozen=True)
@@ -192,29 +194,46 @@ class _Trial:
         others: Watched,
         request: PerturbationRequest,
     ):
-        self.forward, self.direction, self.top, self.others, self.request = forward, direction, top, others, request
+        self.direction, self.top, self.others, self.request = direction, top, others, request
+        self.steps = Steps(forward, direction, request.batch_size)
+        self.limit = longest_step(direction, forward.model)
         self.tried: dict[float, Predictions] = {}
 
-    def _kl_on_top(self, step: float) -> float:
-        with self.direction.applied_to(self.forward.model, step):
-            self.tried[step] = predict(self.forward, self.top.examples, self.request.batch_size)
-        return float(self.top.before.kl_to(self.tried[step]).mean())
+    def search(self, start: float | None) -> dict[float, bool]:
+        """{step of each sign: whether it reaches the target}; the given one alone where the scale is.
 
-    def steps(self) -> dict[float, bool]:
-        """{step of each sign: whether it reaches the target}; the given one alone where the scale is."""
+        Args:
+            start: the first step to try; None where nothing predicts one.
+        """
         if self.request.scale is not None:
             return {float(self.request.scale): True}
-        target, limit = self.request.target_kl, self.direction.norm_in(self.forward.model)
-        ahead, reached = find_scale(self._kl_on_top, target, min(0.02, limit), limit)  # where it begins, no more
-        back, reached_back = find_scale(lambda s: self._kl_on_top(-s), target, ahead, limit)
-        return {ahead: reached, -back: reached_back}
+        first = min(_FIRST_STEP if start is None else start, self.limit)
+        searches = {sign: StepSearch(self.request.target_kl, first, self.limit) for sign in (1, -1)}
+        while open_ones := {sign: search for sign, search in searches.items() if not search.done}:
+            steps = [sign * search.step for sign, search in open_ones.items()]
+            predicted = self.steps.predict([(self.top.examples, step) for step in steps])
+            for search, step, after in zip(open_ones.values(), steps, predicted, strict=True):
+                self.tried[step] = after
+                search.tell(float(self.top.before.kl_to(after).mean()))
+        return {sign * search.nearest: search.reached for sign, search in searches.items()}
 
-    def effect(self, along: ParameterDirection, step: float) -> tuple[Effect, Predictions, Predictions]:
-        """A step, measured, and what is predicted after it for the top examples and for the others."""
-        known = self.tried.get(step) if along is self.direction else None
-        with along.applied_to(self.forward.model, step):
-            after_top = known or predict(self.forward, self.top.examples, self.request.batch_size)
-            after_others = predict(self.forward, self.others.examples, self.request.batch_size)
+    def effects(self, steps: Sequence[float]) -> list[tuple[Effect, Predictions, Predictions]]:
+        """Steps, measured, each with what is predicted after it for the top examples and for the others."""
+        missing = [step for step in steps if step not in self.tried]
+        jobs = [(self.top.examples, step) for step in missing] + [(self.others.examples, step) for step in steps]
+        predicted = self.steps.predict(jobs)
+        self.tried |= dict(zip(missing, predicted, strict=False))
+        pairs = zip(steps, predicted[len(missing) :], strict=True)
+        return [self._effect(step, self.tried[step], after) for step, after in pairs]
+
+    def random(self, step: float) -> Effect:
+        """A random direction at a step."""
+        random = self.steps.random(self.request.seed)
+        return self._effect(step, *random.predict([(self.top.examples, step), (self.others.examples, step)]))[0]
+
+    def _effect(
+        self, step: float, after_top: Predictions, after_others: Predictions
+    ) -> tuple[Effect, Predictions, Predictions]:
         return _effect(step, self.top, after_top, self.others, after_others, self.request.seed), after_top, after_others
 
 
@@ -225,6 +244,7 @@ def evaluate(
     component: int,
     examples: Sequence[Example],
     request: PerturbationRequest,
+    rows: tuple[Sketch, PEFs] | None = None,
 ) -> PerturbationReport:
     """Measure a direction.
 
@@ -235,6 +255,7 @@ def evaluate(
         component: its number.
         examples: all analysed ones, in the decomposition's order.
         request: how.
+        rows: the sketch and the PEFs of the decomposition, which predict the first step to try.
 
     Raises:
         ValueError: if the component is active on no example, or all examples are among the top ones.
@@ -242,8 +263,11 @@ def evaluate(
     chosen = choose_examples(decomposition, component, request.n_top, request.n_others, request.seed)
     top, others = (_watch(forward, decomposition, examples, indices, request.batch_size) for indices in chosen)
     trial = _Trial(forward, direction, top, others, request)
-    reached = trial.steps()
-    measured = [trial.effect(direction, step) for step in reached]
+    start = None
+    if rows is not None and trial.steps.deltas is not None and request.scale is None:
+        start = predicted_step(*rows, top.indices, trial.steps.deltas, request.target_kl)
+    reached = trial.search(start)
+    measured = trial.effects(list(reached))
     measured.sort(key=lambda m: (not reached[m[0].scale], -m[0].ratio))
     best, after_top, after_others = measured[0]
     return PerturbationReport(
@@ -251,7 +275,7 @@ def evaluate(
         None if request.scale is not None else request.target_kl,
         best,
         measured[1][0] if len(measured) > 1 else None,
-        trial.effect(direction.random_like(request.seed), abs(best.scale))[0],
+        trial.random(abs(best.scale)),
         top.indices,
         others.indices,
         [
@@ -297,45 +321,6 @@ def _changes(
     return changed
 
 
-def find_scale(
-    kl: Callable[[float], float], target: float, start: float = 0.02, limit: float = 64.0, rounds: int = 16
-) -> tuple[float, bool]:
-    """The step at which `kl` reaches `target` within 5%, by interpolation: it grows about as the square.
-
-    Args:
-        kl: mean KL at a step.
-        target: what it is to be.
-        start: the first step to try.
-        limit: the longest step to try.
-        rounds: steps to try.
-
-    Returns:
-        The step and True; the nearest step found and False where the target is out of reach.
-    """
-    low: tuple[float, float] | None = None
-    high: tuple[float, float] | None = None
-    nearest, miss = start, math.inf
-    step = min(start, limit)
-    for number in range(rounds):
-        value = kl(step)
-        value = max(value, _FLOOR) if math.isfinite(value) else 1e6 * target  # far too long a step
-        if abs(math.log(value / target)) < miss:
-            nearest, miss = step, abs(math.log(value / target))
-        # Within 5%: intervals over 16 examples are several times as wide.
-        if abs(value - target) <= 0.05 * target or (value < target and step >= limit):
-            break
-        low, high = ((step, value), high) if value < target else (low, (step, value))
-        if low is None or high is None:
-            # KL grows with the square of a short step; a tenth beyond that brackets the target instead of creeping up.
-            step = min(limit, step * min(max((target / value) ** 0.5, 0.1), 10.0) * (1.1 if high is None else 0.9))
-            continue
-        share = math.log(target / low[1]) / math.log(high[1] / low[1])
-        # Interpolated away from the ends, then bisected: KL may jump, and interpolation would stay at one end.
-        share = 0.5 if number > rounds // 2 else min(max(share, 0.05), 0.95)
-        step = low[0] * (high[0] / low[0]) ** share
-    return nearest, miss <= 0.1  # within about 10% counts as reached
-
-
 def _effect(
     step: float, top: Watched, after_top: Predictions, others: Watched, after_others: Predictions, seed: int
 ) -> Effect:
@@ -345,7 +330,7 @@ def _effect(
         step,
         float(a.mean()),
         float(b.mean()),
-        float((a.mean() + _FLOOR) / (b.mean() + _FLOOR)),
+        float((a.mean() + FLOOR) / (b.mean() + FLOOR)),
         _ratio_interval(a, b, seed),
         _quantiles(a),
         _quantiles(b),
@@ -367,7 +352,7 @@ def _ratio_interval(a: Tensor, b: Tensor, seed: int) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(seed)
     draws_a = a[torch.randint(len(a), (_BOOTSTRAPS, len(a)), generator=generator)].mean(1)
     draws_b = b[torch.randint(len(b), (_BOOTSTRAPS, len(b)), generator=generator)].mean(1)
-    ratios = (draws_a + _FLOOR) / (draws_b + _FLOOR)
+    ratios = (draws_a + FLOOR) / (draws_b + FLOOR)
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 

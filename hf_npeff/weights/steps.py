@@ -1,0 +1,216 @@
+"""Steps along a weight change: several of them in one forward pass, and the search for the one with a wanted KL."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from hf_npeff.data import Example
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.parameters import is_at_hand
+from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.activations import ChangedActivations, LinearDelta
+from hf_npeff.weights.directions import ParameterDirection
+
+logger = logging.getLogger(__name__)
+FLOOR = torch.finfo(torch.float32).eps
+"""A KL below this is rounding."""
+_TRIED = 2
+"""Examples of each of two steps, on which it is tried whether steps can share a forward pass."""
+_LONGEST = 64.0
+"""The longest step where the weights' norm is not known, since none of them is at hand."""
+
+Job = tuple[Sequence[Example], float]
+"""Examples, and the step at which they are to be predicted."""
+
+
+class Steps:
+    """What a model predicts after steps along one direction.
+
+    A direction of linear maps alone is added in the activations, and all steps of a call share their forward passes,
+    unless the model gives something else then than it does for each alone. Any other direction moves the weights.
+
+    Args:
+        forward: the forward pass.
+        direction: of unit norm.
+        batch_size: examples of a forward pass.
+    """
+
+    def __init__(self, forward: ForwardPass, direction: ParameterDirection, batch_size: int):
+        self._forward, self._direction, self._batch_size = forward, direction, batch_size
+        linear = all(layout in ("linear", "conv1d") for layout in direction.layouts.values())
+        self.deltas: dict[str, LinearDelta] | None = direction.linear_deltas() if linear else None
+        self._shared: bool | None = None if linear and not forward.one_at_a_time else False
+
+    def random(self, seed: int) -> Steps:
+        """The same along a random direction of equal norm."""
+        other = Steps(self._forward, self._direction.random_like(seed), self._batch_size)
+        other._shared = self._shared
+        return other
+
+    def predict(self, jobs: Sequence[Job]) -> list[Predictions]:
+        """What is predicted for the examples of every job, after its step.
+
+        Raises:
+            UnsupportedModelError: if the model reads a weight that is changed without calling its module.
+        """
+        if self.deltas is None:
+            found = []
+            for examples, step in jobs:
+                with self._direction.applied_to(self._forward.model, step):
+                    found.append(predict(self._forward, examples, self._batch_size))
+            return found
+        with ChangedActivations(self._forward.model, [self.deltas]) as changed:
+            if len(jobs) > 1 and self._shared is None:
+                self._shared = self._can_share(changed, jobs)
+            if len(jobs) > 1 and self._shared:
+                return self._together(changed, jobs)
+            return [self._alone(changed, *job) for job in jobs]
+
+    def _alone(self, changed: ChangedActivations, examples: Sequence[Example], step: float) -> Predictions:
+        changed.assign_all(0, step)
+        return predict(self._forward, examples, self._batch_size)
+
+    def _together(self, changed: ChangedActivations, jobs: Sequence[Job]) -> list[Predictions]:
+        examples = [example for some, _ in jobs for example in some]
+        steps = [step for some, step in jobs for _ in some]
+
+        def assign(batch: Sequence[int]) -> None:
+            changed.assign([0] * len(batch), [steps[i] for i in batch])
+
+        every = predict(self._forward, examples, self._batch_size, before_batch=assign)
+        found, start = [], 0
+        for some, _ in jobs:
+            found.append(Predictions(every.logits[start : start + len(some)], every.distribution))
+            start += len(some)
+        return found
+
+    def _can_share(self, changed: ChangedActivations, jobs: Sequence[Job]) -> bool:
+        """Whether a model gives for steps in one batch what it gives for each: routed experts, say, mix examples."""
+        few = [(examples[:_TRIED], step) for examples, step in jobs[:2]]
+        try:
+            together = self._together(changed, few)
+        except UnsupportedModelError as error:
+            logger.info("every step has its own forward passes: %s", error)
+            return False
+        alone = [self._alone(changed, *job) for job in few]
+        for a, b in zip(together, alone, strict=True):
+            for x, y in zip(a.logits, b.logits, strict=True):
+                x, y = x[x.isfinite() & y.isfinite()], y[x.isfinite() & y.isfinite()]
+                if float((x - y).norm()) > self._forward.tolerance * float(y.norm()):
+                    logger.info("every step has its own forward passes: in one batch they give something else")
+                    return False
+        return True
+
+
+def longest_step(direction: ParameterDirection, model: nn.Module) -> float:
+    """‖θ‖ of the parameters that a unit direction moves, as far as they are at hand: the longest sensible step."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    at_hand = all(name in parameters and is_at_hand(parameters[name]) for name in direction)
+    return direction.norm_in(model) if at_hand else _LONGEST
+
+
+def predicted_step(
+    sketch: Sketch, pefs: PEFs, indices: Sequence[int], deltas: Mapping[str, LinearDelta], target: float
+) -> float | None:
+    """The step at which the stored rows predict a mean KL: KL_i ≈ ½ step² Σ_c ⟨A_ic, δ⟩².
+
+    Args:
+        sketch: of the PEFs.
+        pefs: the rows A_ic.
+        indices: of the examples.
+        deltas: δ.
+        target: mean KL, in nats.
+
+    Returns:
+        The step; None where the rows predict nothing, or δ is over other parameters than they are.
+    """
+    if set(deltas) != set(sketch.shapes):
+        return None
+    matrices = {name: deltas[name].matrix().float() for name in sketch.shapes}
+    along = sketch.apply(matrices).cpu()
+    few = pefs[list(indices)]
+    slopes = few.factors.cpu().float() @ along
+    kl = float(0.5 * (few.norms.cpu().float() * slopes.square().sum(1)).mean())
+    return math.sqrt(target / kl) if math.isfinite(kl) and kl > FLOOR * target else None
+
+
+class StepSearch:
+    """The step at which a KL reaches a target within 5%, by interpolation: it grows about as the square.
+
+    Try `step`, `tell` the KL there, and so on until it is `done`.
+
+    Args:
+        target: what the KL is to be.
+        start: the first step to try.
+        limit: the longest step to try.
+        rounds: steps to try.
+
+    Attributes:
+        step: to be tried next.
+        nearest: the step with the KL nearest to the target.
+        done: whether there is nothing more to try.
+    """
+
+    def __init__(self, target: float, start: float = 0.02, limit: float = 64.0, rounds: int = 16):
+        self.step = min(start, limit)
+        self.nearest = start
+        self.done = False
+        self._target, self._limit, self._rounds = target, limit, rounds
+        self._miss, self._number = math.inf, 0
+        self._low: tuple[float, float] | None = None
+        self._high: tuple[float, float] | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether the nearest is near."""
+        return self._miss <= 0.1  # within about 10% counts as reached
+
+    def tell(self, value: float) -> None:
+        """The KL at `step`."""
+        target, step = self._target, self.step
+        value = max(value, FLOOR) if math.isfinite(value) else 1e6 * target  # far too long a step
+        if abs(math.log(value / target)) < self._miss:
+            self.nearest, self._miss = step, abs(math.log(value / target))
+        late = self._number > self._rounds // 2
+        self._number += 1
+        # Within 5%: intervals over 16 examples are several times as wide.
+        if abs(value - target) <= 0.05 * target or (value < target and step >= self._limit):
+            self.done = True
+            return
+        self.done = self._number >= self._rounds
+        if value < target:
+            self._low = (step, value)
+        else:
+            self._high = (step, value)
+        low, high = self._low, self._high
+        if low is None or high is None:
+            # KL grows with the square of a short step; a tenth beyond that brackets the target instead of creeping up.
+            grown = step * min(max((target / value) ** 0.5, 0.1), 10.0) * (1.1 if high is None else 0.9)
+            self.step = min(self._limit, grown)
+            return
+        share = math.log(target / low[1]) / math.log(high[1] / low[1])
+        # Interpolated away from the ends, then bisected: KL may jump, and interpolation would stay at one end.
+        share = 0.5 if late else min(max(share, 0.05), 0.95)
+        self.step = low[0] * (high[0] / low[0]) ** share
+
+
+def find_scale(
+    kl: Callable[[float], float], target: float, start: float = 0.02, limit: float = 64.0, rounds: int = 16
+) -> tuple[float, bool]:
+    """The step at which `kl` reaches `target`; see `StepSearch`.
+
+    Returns:
+        The step and True; the nearest step found and False where the target is out of reach.
+    """
+    search = StepSearch(target, start, limit, rounds)
+    while not search.done:
+        search.tell(kl(search.step))
+    return search.nearest, search.reached
