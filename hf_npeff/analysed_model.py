@@ -373,9 +373,9 @@ class AnalysedModel:
 
         Args:
             matrices: {parameter: (out, in)}.
-            info: what is kept with it, beside the `facts` of the model; `weights`, where they are known already.
+            info: what is kept with it, beside the `provenance` of the model; `weights`, where they are known already.
         """
-        facts = self.facts(info.get("weights"))
+        model_info = self.provenance(info.get("weights"))
         maps = {m.parameter: m for m in self.maps}
         parameters = bare_parameters(self.model)
         deltas = {}
@@ -385,7 +385,7 @@ class AnalysedModel:
             deltas[name] = shaped.contiguous()
         layouts = layouts_of(self.model, deltas)
         module = type(base_of(self.model)).__module__
-        return ParameterDirection(deltas, layouts, {**facts, "module": module, **info})
+        return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info})
 
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
         """Refuse to move weights that are sharded, or those of another commit than the change's.
@@ -451,14 +451,14 @@ class AnalysedModel:
             return [each if each and min(each) >= 0 else None for each in tokens]
         if encoded.label_column is None or traits_of(self.head).vocabulary:
             return [None] * len(examples)
-        info = {**self.facts(), "dataset": {"encoded": encoded.to_dict()}}
+        info = {**self.provenance(), "dataset": {"encoded": encoded.to_dict()}}
         column = [e.columns.get(encoded.label_column) for e in examples]
         k = max((e.choices or 0 for e in examples), default=0) or int(getattr(base_of(self.model), "num_labels", 0))
         return labels_of(info, column, getattr(self.head, "distribution", Softmax).name, k).values
 
     # What is known of it
 
-    def facts(self, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def provenance(self, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is kept of the model with everything that is made from it.
 
         Args:

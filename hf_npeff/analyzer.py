@@ -178,12 +178,12 @@ class NPEFFAnalyzer(AnalysedModel):
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
         hashed = dataset_hash(limits.checked(examples))
         about = {"examples": len(examples), "hash": hashed, "encoded": examples.encoded.to_dict()}
-        facts = {**self.facts(), "dataset": {**about, "truncated": limits.truncated}}
+        origin = {**self.provenance(), "dataset": {**about, "truncated": limits.truncated}}
         if request.output_dir is not None and not resume and processes.index == 0:
             remove_store(request.output_dir)
         processes.meet()
         if request.output_dir is not None:
-            check_store(request, facts["weights"])  # before anything is computed
+            check_store(request, origin["weights"])  # before anything is computed
         known = self.sketch_for(request.output_dir)
         with self.forward_pass() as forward:
             forward.one_at_a_time |= request.batch_size == 1
@@ -193,7 +193,7 @@ class NPEFFAnalyzer(AnalysedModel):
                 logger.log(logging.WARNING if examples.encoded.doubtful else logging.INFO, "%s", examples.encoded)
                 limits.tell_truncated(len(examples), examples.encoded.max_length)
                 maker.log(self.fisher.sketch_tolerance)
-            return compute(maker, examples, facts, request, processes)
+            return compute(maker, examples, origin, request, processes)
 
     def estimate(
         self,
@@ -392,7 +392,7 @@ class NPEFFAnalyzer(AnalysedModel):
         with self.forward_pass() as forward:
             lifted = lift_components(forward, decomposition, plans, pefs, examples, request, self._sketch)
         kept = {"fingerprint": pefs.fingerprint, "weights": dict(weights)}
-        return [self.direction_of(one.deltas, {**kept, **one.facts}) for one in lifted]
+        return [self.direction_of(direction.deltas, {**kept, **direction.facts}) for direction in lifted]
 
     def token_alignments(
         self,
@@ -573,12 +573,12 @@ class NPEFFAnalyzer(AnalysedModel):
         """
         request = MeasureRequest(tuple(scales), tuple(ranks), by, both_signs, random, worst, batch_size, seed)
         self.check_movable(change, in_place=not is_linear(change))
-        found = self.read(dataset, Reading(**reading), max_examples=max_examples)
+        examples_read = self.read(dataset, Reading(**reading), max_examples=max_examples)
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
-        examples = list(limits.checked(found))
+        examples = list(limits.checked(examples_read))
         check_groups(examples, by)
         with self.forward_pass() as forward:
-            return measure(forward, change, examples, self.truth_of(examples, found.encoded), request)
+            return measure(forward, change, examples, self.truth_of(examples, examples_read.encoded), request)
 
 
 def _progress_wanted() -> bool:

@@ -391,6 +391,6 @@ def _caller(callback: NPEFFCallback) -> Any:
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {"npeff/explained": record["explained"], "npeff/active": record["active"]}
     for name in ("cosine", "correlation", "share"):
-        found = enumerate(record[name] or ())
-        values |= {f"npeff/{name}/{j}": value for j, value in found if value is not None}
+        numbered = enumerate(record[name] or ())
+        values |= {f"npeff/{name}/{j}": value for j, value in numbered if value is not None}
     return values

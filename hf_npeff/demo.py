@@ -112,10 +112,10 @@ def run(
     decomposition = analyzer.decompose(pefs, components, power=0.5, n_restarts=16, seed=seed)
     decomposition.save_pretrained(folder / "decomposition")
     console.print(_component_table(decomposition))
-    found = best_components(decomposition.coefficients, decomposition.columns["relation"])
-    console.print(_relation_table(found))
+    purest = best_components(decomposition.coefficients, decomposition.columns["relation"])
+    console.print(_relation_table(purest))
     # One of each relation: its best component, where most of the top examples are the relation's.
-    named = {j: str(relation) for relation, (j, _) in found.items() if _purity(decomposition, j)[0] == relation}
+    named = {j: str(relation) for relation, (j, _) in purest.items() if _purity(decomposition, j)[0] == relation}
     pure = {j: named[j] for j in sorted(named) if _purity(decomposition, j)[1] >= _PURE}
     if pure:
         _perturb(console, analyzer, prompts, pefs, decomposition, pure, folder)
@@ -176,12 +176,12 @@ def _component_table(decomposition: Decomposition) -> Table:
     return table
 
 
-def _relation_table(found: dict[Any, tuple[int, float]]) -> Table:
-    mean = sum(score for _, score in found.values()) / len(found)
+def _relation_table(purest: dict[Any, tuple[int, float]]) -> Table:
+    mean = sum(score for _, score in purest.values()) / len(purest)
     table = Table(title=f"Best component for each relation: mean AUROC {mean:.3f}")
     for header in ("relation", "component", "AUROC"):
         table.add_column(header)
-    for relation, (j, score) in sorted(found.items(), key=lambda item: -item[1][1]):
+    for relation, (j, score) in sorted(purest.items(), key=lambda item: -item[1][1]):
         table.add_row(str(relation), str(j), f"{score:.3f}")
     return table
 

@@ -137,7 +137,7 @@ def test_code_of_a_models_repository_runs_only_when_the_user_says_so(with_code: 
     assert not canary.exists()
     analyzer = NPEFFAnalyzer.from_pretrained(folder, trust_remote_code=True)
     assert canary.exists()
-    assert "trust_remote_code" not in json.dumps(analyzer.facts()) + json.dumps(analyzer.fisher.to_dict())
+    assert "trust_remote_code" not in json.dumps(analyzer.provenance()) + json.dumps(analyzer.fisher.to_dict())
 
 
 def test_a_replayed_run_does_not_bring_its_trust_along(with_code: tuple[Path, Path], tmp_path: Path) -> None:

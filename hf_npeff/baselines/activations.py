@@ -126,7 +126,7 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
     """
     examples = analyzer.read(dataset)
     everything = examples[:]
-    found: list[Tensor] = [torch.empty(0)] * len(everything)
+    states: list[Tensor] = [torch.empty(0)] * len(everything)
     with analyzer.forward_pass() as forward, torch.no_grad():
         size = forward.batch_size(examples, batch_size)
         for batch in batches_by_length([e.length for e in everything], size):
@@ -139,8 +139,8 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
             with site.editing(read):
                 forward.outputs([everything[i] for i in batch])
             for i, state in zip(batch, seen[-1], strict=True):
-                found[i] = state
-    return torch.stack(found)
+                states[i] = state
+    return torch.stack(states)
 
 
 class FeatureAblation:
@@ -203,8 +203,8 @@ def activation_kmeans(
     started = time.process_time()
     mean = states.mean(0)
     X = states - mean
-    found = cluster.KMeans(n_clusters, n_init=n_restarts, random_state=seed).fit(X.numpy())
-    C = nn.functional.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=1)
+    clusters = cluster.KMeans(n_clusters, n_init=n_restarts, random_state=seed).fit(X.numpy())
+    C = nn.functional.normalize(torch.from_numpy(clusters.cluster_centers_).float(), dim=1)
     soft = nn.functional.normalize(X, dim=1) @ C.T
 
     def part(h: Tensor, c: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def activation_kmeans(
         soft,
         seconds + time.process_time() - started,
         _ablations(site, [functools.partial(part, c=c) for c in C]),
-        {"inertia": float(found.inertia_)},
+        {"inertia": float(clusters.inertia_)},
     )
 
 

@@ -162,12 +162,12 @@ class GradientClustering:
         return GradientClusters(centroids[order], soft[:, order], assignments, gradients)
 
     def _start(self, X: Tensor, restart: int) -> Tensor:
-        found = (
+        fitted = (
             load("sklearn.cluster", "k-means")
             .KMeans(self.n_clusters, n_init=1, random_state=self.seed * 1009 + restart)
             .fit(X.numpy())
         )
-        C = nn.functional.normalize(torch.from_numpy(found.cluster_centers_).to(X.dtype), dim=1)
+        C = nn.functional.normalize(torch.from_numpy(fitted.cluster_centers_).to(X.dtype), dim=1)
         before = torch.full((len(X),), -1)
         for _ in range(self.max_iterations):
             cosines, now = (X @ C.T).max(1)
@@ -243,8 +243,8 @@ class GradientClusters:
         if bad := [j for j in clusters if not 0 <= j < len(self.centroids)]:
             raise IndexError(f"there are {len(self.centroids)} clusters, numbered from 0; {bad} do not exist")
         chosen = self.combination()[list(clusters)]
-        facts = {"method": "centroid"}
-        return lift_combinations(analyzer, self.gradients, dataset, chosen, batch_size, facts, check_weights)
+        origin = {"method": "centroid"}
+        return lift_combinations(analyzer, self.gradients, dataset, chosen, batch_size, origin, check_weights)
 
     def result(
         self,
@@ -263,9 +263,9 @@ class GradientClusters:
 
         sizes = torch.bincount(self.assignments[self.assignments >= 0], minlength=len(self.centroids)).tolist()
         name = f"gradient clustering, {'hard' if hard else 'soft'}"
-        facts = {"sizes": sizes, "zero_gradients": self.excluded}
+        diagnostics = {"sizes": sizes, "zero_gradients": self.excluded}
         return MethodResult(
-            name, self.hard if hard else self.soft, seconds, None if analyzer is None else lifted, facts
+            name, self.hard if hard else self.soft, seconds, None if analyzer is None else lifted, diagnostics
         )
 
 
@@ -275,7 +275,7 @@ def lift_combinations(
     dataset: Any,
     coefficients: Tensor,
     batch_size: int,
-    facts: Mapping[str, Any],
+    origin: Mapping[str, Any],
     check_weights: bool = True,
 ) -> list[ParameterDirection]:
     """Combinations (m, n, c) of unscaled rows as unit directions in the parameters.
@@ -291,8 +291,8 @@ def lift_combinations(
     check_same_weights(pefs.info.get("weights") if check_weights else weights, weights, "these PEFs", remedy)
     examples = align(analyzer.read(dataset, like=pefs.info), pefs.example_ids, pefs.content_hashes)
     with analyzer.forward_pass() as forward:
-        found = lift_exact(forward, examples, pefs.cotangents, coefficients, batch_size)
-    return [analyzer.direction_of(matrices, {**facts, "weights": weights}) for matrices in found]
+        lifted = lift_exact(forward, examples, pefs.cotangents, coefficients, batch_size)
+    return [analyzer.direction_of(matrices, {**origin, "weights": weights}) for matrices in lifted]
 
 
 def gradient_clustering(

@@ -75,13 +75,13 @@ class MethodResult:
         interventions: Interventions | None = None,
     ) -> MethodResult:
         """A decomposition as a row."""
-        facts = {
+        diagnostics = {
             "explained": decomposition.explained,
             "stability": decomposition.stability.tolist(),
             "config": decomposition.config.to_dict(),
             "fisher": decomposition.info.get("fisher"),
         }
-        return cls(name, decomposition.coefficients.float(), seconds, interventions, facts)
+        return cls(name, decomposition.coefficients.float(), seconds, interventions, diagnostics)
 
 
 _FILES = ("coefficients.safetensors", "methods.json")

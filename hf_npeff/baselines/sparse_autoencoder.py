@@ -216,8 +216,8 @@ class SparseAutoencoder:
         self, states: Tensor, *, site: Site | None = None, name: str = "SAE", seconds: float = float("nan")
     ) -> MethodResult:
         """Features as coefficients; with a site, features can be ablated there."""
-        facts = {**asdict(self.config), "fvu": self.fvu, "dead": len(self.dead), "revived": self.revived}
-        return MethodResult(name, self.encode(states), seconds, _ablations(self, site, len(self.decoder)), facts)
+        diagnostics = {**asdict(self.config), "fvu": self.fvu, "dead": len(self.dead), "revived": self.revived}
+        return MethodResult(name, self.encode(states), seconds, _ablations(self, site, len(self.decoder)), diagnostics)
 
 
 class PublishedAutoencoder:
@@ -292,13 +292,13 @@ def load_published(release: str, sae_id: str, *, device: str = "cpu") -> Publish
 
 def _layer_of(hook: str) -> int:
     """The layer of transformers whose output a hook of TransformerLens reads."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
-    if found is None or hook == "blocks.0.hook_resid_pre":
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+    if match is None or hook == "blocks.0.hook_resid_pre":
         raise ValueError(
             f"this autoencoder reads {hook!r}; only the residual stream after a layer can be read here: "
             "blocks.N.hook_resid_post, or blocks.N.hook_resid_pre with N of at least 1"
         )
-    return int(found[1]) - (found[2] == "pre")
+    return int(match[1]) - (match[2] == "pre")
 
 
 def _ablations(sae: Any, site: Site | None, m: int) -> Any:

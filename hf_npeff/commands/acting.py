@@ -12,11 +12,11 @@ import typer
 from hf_npeff.commands.options import (
     Data,
     DataOptions,
-    Fishers,
-    Found,
+    DecompositionArgument,
     Model,
     ModelOptions,
     Output,
+    PEFsArgument,
     Result,
     analyzer_for,
     command,
@@ -30,8 +30,8 @@ from hf_npeff.config import LiftRequest, PerturbationRequest
 
 @command
 def perturb(
-    decomposition: Found,
-    pefs: Fishers,
+    decomposition: DecompositionArgument,
+    pefs: PEFsArgument,
     model: Model,
     data: Data,
     component: Annotated[int, typer.Option(help="Component number.")],
@@ -56,21 +56,21 @@ def perturb(
     from hf_npeff.pefs.store import PEFs
     from hf_npeff.report.notebook import EFFECT_COLUMNS, effect_rows
 
-    found = read_decomposition(decomposition)
-    component = found.index_of(component)
+    components = read_decomposition(decomposition)
+    component = components.index_of(component)
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
-    analyzer = analyzer_for(model, loading, found, reading)
+    analyzer = analyzer_for(model, loading, components, reading)
     left_alone = None if keep is None else PEFs.from_pretrained(keep)
-    direction = analyzer.lift(found, component, fishers, dataset, **{**vars(lifting), "keep": left_alone})
-    report = analyzer.evaluate_direction(direction, found, component, dataset, **vars(measuring))
-    about: dict[str, Any] = {"report": report, "decomposition": found}
+    direction = analyzer.lift(components, component, fishers, dataset, **{**vars(lifting), "keep": left_alone})
+    report = analyzer.evaluate_direction(direction, components, component, dataset, **vars(measuring))
+    about: dict[str, Any] = {"report": report, "decomposition": components}
     adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)
     direction.save_pretrained(output / "direction", **about)
     adapter.save_pretrained(output / "adapter")
     write_result(output / "report.json", report.to_dict())
     kept = adapter.retained_energy
     values = {"output": str(output), "retained_energy": kept, **report.to_dict()}
-    title = f"{found[component].label}: in {output}; the adapter keeps {kept:.0%} of the direction"
+    title = f"{components[component].label}: in {output}; the adapter keeps {kept:.0%} of the direction"
     return Result(values, table(title, EFFECT_COLUMNS, effect_rows(report)), {"revision": analyzer.revision})
 
 

@@ -11,7 +11,7 @@ from hf_npeff.commands.options import (
     BatchSize,
     Data,
     DataOptions,
-    Found,
+    DecompositionArgument,
     MaybeOutput,
     Model,
     ModelOptions,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @command
 def components(
-    decomposition: Found,
+    decomposition: DecompositionArgument,
     component: Annotated[int | None, typer.Option(help="Only this one, with more of its examples.")] = None,
     top: Annotated[int | None, typer.Option(help="Examples to show: 3, or 20 of a single component.")] = None,
     rename: Annotated[str | None, typer.Option(help="Name the component, in its folder.")] = None,
@@ -47,31 +47,37 @@ def components(
     """
     from hf_npeff.sharing.markdown import plain
 
-    found = read_decomposition(decomposition)
+    decomposed = read_decomposition(decomposition)
     if rename is not None:
         if component is None:
             raise typer.BadParameter("which one? add --component", param_hint="--rename")
-        found.rename(component, rename)
+        decomposed.rename(component, rename)
     if names is not None:
-        found.rename(names)
+        decomposed.rename(names)
     if rename is not None or names is not None:
-        _save_again(found, Path(decomposition))
+        _save_again(decomposed, Path(decomposition))
     count = (3 if component is None else 20) if top is None else top
     values, rows, lines = [], [], []
-    for one in found if component is None else [found[component]]:
-        best = one.top_examples(count)
-        facts = {"index": one.index, "name": one.name, "active_share": one.active_share, "stability": one.stability}
-        values.append({**facts, "evaluation": found.evaluations.get(one.index), "top": list(best)})
+    for each in decomposed if component is None else [decomposed[component]]:
+        best = each.top_examples(count)
+        summary = {
+            "index": each.index,
+            "name": each.name,
+            "active_share": each.active_share,
+            "stability": each.stability,
+        }
+        values.append({**summary, "evaluation": decomposed.evaluations.get(each.index), "top": list(best)})
         texts = best.lines(plain)
-        rows.append((one.label, f"{one.active_share:.0%}", f"{one.stability:.2f}", "\n".join(texts)))
+        rows.append((each.label, f"{each.active_share:.0%}", f"{each.stability:.2f}", "\n".join(texts)))
         lines = [(f"{w:.3f}", i, text) for w, i, text in zip(best.coefficients, best.ids, texts, strict=True)]
     if component is None:
-        title = f"{decomposition}: {found.explained:.1%} of {len(found.example_ids):,} examples' PEFs explained"
+        n = len(decomposed.example_ids)
+        title = f"{decomposition}: {decomposed.explained:.1%} of {n:,} examples' PEFs explained"
         shown = table(title, ("component", "active", "stable", "top examples"), rows)
     else:
         title = "{}: active on {}, stability {}".format(*rows[0])
         shown = table(title, ("weight", "id", "example"), lines)
-    return Result({"explained": found.explained, "components": values}, shown)
+    return Result({"explained": decomposed.explained, "components": values}, shown)
 
 
 def _save_again(decomposition: Decomposition, folder: Path) -> None:
@@ -85,7 +91,7 @@ def _save_again(decomposition: Decomposition, folder: Path) -> None:
 
 @command
 def explain(
-    decomposition: Found,
+    decomposition: DecompositionArgument,
     model: Model,
     data: Data,
     loading: ModelOptions,
@@ -104,11 +110,11 @@ def explain(
     from hf_npeff.decomposition.component import example_lines
     from hf_npeff.sharing.markdown import plain
 
-    found = read_decomposition(decomposition)
-    analyzer = analyzer_for(model, loading, found, reading)
-    pefs = analyzer.compute_pefs(read_data(data, reading), like=found, batch_size=batch_size)
-    coefficients = found.transform(pefs).tolist()
-    labels = [one.label for one in found]
+    decomposed = read_decomposition(decomposition)
+    analyzer = analyzer_for(model, loading, decomposed, reading)
+    pefs = analyzer.compute_pefs(read_data(data, reading), like=decomposed, batch_size=batch_size)
+    coefficients = decomposed.transform(pefs).tolist()
+    labels = [component.label for component in decomposed]
     texts = pefs.texts
     rows = []
     lines = example_lines(texts or pefs.example_ids, pefs.columns.get("prediction"), plain)
@@ -127,7 +133,7 @@ def explain(
 
 
 @command
-def compare(first: Found, second: Found, output: MaybeOutput = None) -> Result:
+def compare(first: DecompositionArgument, second: DecompositionArgument, output: MaybeOutput = None) -> Result:
     """Match the components of two decompositions.
 
     Of the same examples they are compared by the correlation of their coefficients, otherwise by the cosine of their

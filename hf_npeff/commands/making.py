@@ -11,11 +11,11 @@ import typer
 from hf_npeff.commands.options import (
     Data,
     DataOptions,
-    Fishers,
     MaybeOutput,
     Model,
     ModelOptions,
     Output,
+    PEFsArgument,
     Result,
     analyzer_for,
     command,
@@ -114,7 +114,7 @@ def _told(pefs: PEFs) -> dict[str, Any]:
 
 @command
 def decompose(
-    pefs: Fishers,
+    pefs: PEFsArgument,
     output: Output,
     decomposition: DecompositionConfig,
     validation: Annotated[str | None, typer.Option(help="Held-out PEFs, to stop early.")] = None,
@@ -130,14 +130,14 @@ def decompose(
 
     held_out = None if validation is None else PEFs.from_pretrained(validation)
     estimator = NPEFF.from_config(decomposition, progress=not are_progress_bars_disabled())
-    found = estimator.fit(PEFs.from_pretrained(pefs), held_out)
-    found.save_pretrained(output)
+    fitted = estimator.fit(PEFs.from_pretrained(pefs), held_out)
+    fitted.save_pretrained(output)
     values = {
         "output": str(output),
-        "examples": len(found.example_ids),
-        "components": len(found),
-        "explained": found.explained,
-        "converged": found.converged,
-        "stability": found.stability.tolist(),
+        "examples": len(fitted.example_ids),
+        "components": len(fitted),
+        "explained": fitted.explained,
+        "converged": fitted.converged,
+        "stability": fitted.stability.tolist(),
     }
-    return Result(values, f"{found!r}\nin {output}; look at it with: hf-npeff components {output}")
+    return Result(values, f"{fitted!r}\nin {output}; look at it with: hf-npeff components {output}")

@@ -59,8 +59,8 @@ class Result:
 
 Model = Annotated[str, typer.Argument(help="The model's id on the Hub, or its folder.")]
 Data = Annotated[str, typer.Argument(help="A file (.jsonl, .csv, .parquet, .txt), or a data set's id on the Hub.")]
-Fishers = Annotated[str, typer.Argument(help="PEFs: a folder, or a repository on the Hub.")]
-Found = Annotated[str, typer.Argument(help="A decomposition: a folder, or a repository on the Hub.")]
+PEFsArgument = Annotated[str, typer.Argument(help="PEFs: a folder, or a repository on the Hub.")]
+DecompositionArgument = Annotated[str, typer.Argument(help="A decomposition: a folder, or a repository on the Hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 MaybeOutput = Annotated[Path | None, typer.Option("--output", "-o", help="A folder to write.")]
 BatchSize = Annotated[int, typer.Option(help="Examples of a forward pass.")]
@@ -106,8 +106,8 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
     docs, hints = attribute_docs(cls), get_type_hints(cls)
     kind: Any
     panel = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0].rstrip(".")
-    for one in option_fields(cls):
-        kind, default, text = hints[one.name], one.default, docs[one.name]
+    for setting in option_fields(cls):
+        kind, default, text = hints[setting.name], setting.default, docs[setting.name]
         parse = _number_or_word(kind)
         if kind == tuple[int, ...]:
             kind, default = list[int], list(default)  # type: ignore[arg-type]
@@ -120,12 +120,12 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
         if parse is not None:
             kind = Any
         described = Annotated[kind, typer.Option(help=text, rich_help_panel=panel, parser=parse)]
-        yield inspect.Parameter(one.name, _BY_NAME, default=default, annotation=described)
+        yield inspect.Parameter(setting.name, _BY_NAME, default=default, annotation=described)
 
 
 def _gathered(cls: type, values: dict[str, Any]) -> Any:
     """An object of the dataclass, from the options of its fields."""
-    given = {one.name: values[one.name] for one in option_fields(cls)}
+    given = {setting.name: values[setting.name] for setting in option_fields(cls)}
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = value[0] if len(value) == 1 else tuple(value) or None
@@ -176,8 +176,8 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
         kind = parameter.annotation
         if isinstance(kind, type) and is_dataclass(kind):
             groups[parameter.name] = kind
-            known = {one.name for one in parameters}
-            parameters += [one for one in _options_of(kind) if one.name not in known]
+            known = {option.name for option in parameters}
+            parameters += [option for option in _options_of(kind) if option.name not in known]
         else:
             parameters.append(parameter.replace(kind=_BY_NAME))
     for name, (kind, default) in _COMMON.items():
@@ -190,7 +190,7 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
         settings = dict(values)
         try:
             grouped = {name: _gathered(cls, values) for name, cls in groups.items()}
-            for name in {one.name for cls in groups.values() for one in option_fields(cls)}:
+            for name in {option.name for cls in groups.values() for option in option_fields(cls)}:
                 del values[name]
             with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 result = function(**values, **grouped)
@@ -340,12 +340,12 @@ def read_data(data: str, reading: DataOptions) -> Any:
         raise FileNotFoundError(f"{data} is neither a file nor the id of a data set on the Hub")
     import datasets
 
-    found = datasets.load_dataset(data, reading.subset, split=reading.split)
-    if isinstance(found, dict):
-        if len(found) > 1:
-            raise ValueError(f"{data} has the splits {', '.join(map(str, found))}; choose one with --split")
-        found = next(iter(found.values()))
-    return _limited(found, reading.max_examples)
+    dataset = datasets.load_dataset(data, reading.subset, split=reading.split)
+    if isinstance(dataset, dict):
+        if len(dataset) > 1:
+            raise ValueError(f"{data} has the splits {', '.join(map(str, dataset))}; choose one with --split")
+        dataset = next(iter(dataset.values()))
+    return _limited(dataset, reading.max_examples)
 
 
 def _read_file(path: Path, kind: str) -> Any:

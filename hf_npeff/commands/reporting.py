@@ -14,7 +14,7 @@ import typer
 from hf_npeff.commands.options import (
     BatchSize,
     DataOptions,
-    Found,
+    DecompositionArgument,
     ModelOptions,
     Result,
     analyzer_for,
@@ -45,7 +45,7 @@ class _Measured:
 
 @command
 def report(
-    decomposition: Found,
+    decomposition: DecompositionArgument,
     loading: ModelOptions,
     reading: DataOptions,
     page: Annotated[
@@ -94,17 +94,17 @@ def report(
     folder = Path(decomposition) if Path(decomposition).is_dir() else Path()
     page = folder / "report.html" if page is None else page
     force = _may_write(page, space, force)
-    found = read_decomposition(decomposition)
+    decomposed = read_decomposition(decomposition)
     settings: dict[str, Any] = {"layout": None if layout == "none" else layout, "title": title}
     settings["compare"] = None if compare is None else read_decomposition(compare)
-    settings["training"] = None if training is None else _checked_run(training, len(found))
+    settings["training"] = None if training is None else _checked_run(training, len(decomposed))
     measured, revision = _of_perturbations(perturbation or ()), None
     if pefs is not None and model is not None and data is not None:
-        revision = _measure(measured, found, pefs, model, data, loading, reading, modules, top, batch_size)
-    found.to_html(page, **settings, **measured.arguments(), texts=texts, force=force)
+        revision = _measure(measured, decomposed, pefs, model, data, loading, reading, modules, top, batch_size)
+    decomposed.to_html(page, **settings, **measured.arguments(), texts=texts, force=force)
     if space is None:
         return _written(page, None, revision)
-    url = _publish(found, page.parent / "space", space, measured, settings, texts and include_texts, private)
+    url = _publish(decomposed, page.parent / "space", space, measured, settings, texts and include_texts, private)
     return _written(page, url, revision)
 
 
@@ -127,7 +127,7 @@ def _checked_run(folder: Path, r: int) -> Path:
 
 
 def _publish(
-    found: Decomposition,
+    decomposition: Decomposition,
     place: Path,
     repo: str,
     measured: _Measured,
@@ -142,8 +142,8 @@ def _publish(
     adapters = {j: where for j, where in measured.adapters.items() if is_hub_id(where)}
     public = replace(measured, adapters=adapters)
     with tempfile.TemporaryDirectory() as temporary:
-        page = found.to_html(Path(temporary) / "index.html", **settings, **public.arguments(), texts=texts)
-        write_space(place, page, found, settings["title"])
+        page = decomposition.to_html(Path(temporary) / "index.html", **settings, **public.arguments(), texts=texts)
+        write_space(place, page, decomposition, settings["title"])
     return push_space(place, repo, private=private or None)
 
 
@@ -183,11 +183,11 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
     for folder in folders:
         if not (folder / "report.json").is_file():
             raise FileNotFoundError(f"{folder} holds no report.json; give a folder that `hf-npeff perturb` wrote")
-        found = read_json(folder / "report.json", None)
-        j = found.get("component")
+        content = read_json(folder / "report.json", None)
+        j = content.get("component")
         if not isinstance(j, int):
             raise CorruptStoreError(f"{folder / 'report.json'} is no report of a component")
-        measured.reports[j] = found
+        measured.reports[j] = content
         if (folder / "direction").is_dir():
             measured.energies[j] = energies_of(ParameterDirection.load(folder / "direction"))
         if (folder / "adapter").is_dir():
@@ -197,7 +197,7 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
 
 def _measure(
     measured: _Measured,
-    found: Decomposition,
+    decomposition: Decomposition,
     pefs: str,
     model: str,
     data: str,
@@ -212,10 +212,10 @@ def _measure(
     from hf_npeff.report.modules import energies_of
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
-    analyzer = analyzer_for(model, loading, found, reading)
-    measured.alignments = analyzer.token_alignments(found, fishers, dataset, n_top=top, batch_size=batch_size)
-    left = [j for j in range(len(found)) if j not in measured.energies]
+    analyzer = analyzer_for(model, loading, decomposition, reading)
+    measured.alignments = analyzer.token_alignments(decomposition, fishers, dataset, n_top=top, batch_size=batch_size)
+    left = [j for j in range(len(decomposition)) if j not in measured.energies]
     if modules and left:
-        for j, direction in analyzer.lift_each(found, left, fishers, dataset, batch_size=batch_size):
+        for j, direction in analyzer.lift_each(decomposition, left, fishers, dataset, batch_size=batch_size):
             measured.energies[j] = energies_of(direction)
     return analyzer.revision

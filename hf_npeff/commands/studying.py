@@ -92,11 +92,11 @@ def factors(
     dataset = read_data(data, reading)
     annotated = _attributes(dataset, attributes, measured.min_count)
     analyzer = analyzer_for(model, loading, fisher, reading)
-    found = fit_methods(analyzer, dataset, comparison)
-    result = run_factors(found.methods, annotated, measured, seeds=found.seeds)
-    kept = found.decomposition
+    compared = fit_methods(analyzer, dataset, comparison)
+    result = run_factors(compared.methods, annotated, measured, seeds=compared.seeds)
+    kept = compared.decomposition
     if kept is not None and kept.texts is not None:  # for `study ratings`
-        save_methods(output, found.methods, kept.texts)
+        save_methods(output, compared.methods, kept.texts)
     return _written(result, output)
 
 
@@ -124,9 +124,9 @@ def selectivity(
     dataset = read_data(data, reading)
     annotated = _attributes(dataset, attributes, measured.min_count)
     analyzer = analyzer_for(model, loading, fisher, reading)
-    found = fit_methods(analyzer, dataset, comparison)
-    scores = run_factors(found.methods, annotated, measured)
-    return _written(run_selectivity(analyzer, found.methods, dataset, annotated, scores, switching), output)
+    compared = fit_methods(analyzer, dataset, comparison)
+    scores = run_factors(compared.methods, annotated, measured)
+    return _written(run_selectivity(analyzer, compared.methods, dataset, annotated, scores, switching), output)
 
 
 @study
@@ -204,11 +204,11 @@ def _read_methods(name: str) -> tuple[list[Any], list[str]]:
 
     if (kept := load_methods(Path(name))) is not None:
         return kept
-    found = read_decomposition(name)
-    texts = found.texts
+    decomposition = read_decomposition(name)
+    texts = decomposition.texts
     if texts is None:
         raise ValueError(f"{name} keeps no texts: raters need them")
-    return [MethodResult.of_decomposition(found, name=name)], texts
+    return [MethodResult.of_decomposition(decomposition, name=name)], texts
 
 
 def _chat(model: str, remote: bool) -> Any:

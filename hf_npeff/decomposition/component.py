@@ -138,8 +138,8 @@ class Component:
         )
 
     def __repr__(self) -> str:
-        facts = f"active on {self.active_share:.0%}, stability {self.stability:.2f}"
-        return f"Component({self.index}, {self.label!r}, {facts})"
+        summary = f"active on {self.active_share:.0%}, stability {self.stability:.2f}"
+        return f"Component({self.index}, {self.label!r}, {summary})"
 
     def _repr_html_(self) -> str:
         from hf_npeff.report.notebook import of_component

@@ -50,8 +50,9 @@ def drift(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict
 
 def _correlations(W: Tensor, V: Tensor) -> list[float | None]:
     """Pearson's, column by column; None where a column does not vary."""
-    found: list[float | None] = []
+    correlations: list[float | None] = []
     for w, v in zip((W - W.mean(0)).T, (V - V.mean(0)).T, strict=True):
         norm = float(w.norm() * v.norm())
-        found.append(max(-1.0, min(1.0, float(w @ v) / norm)) if norm > 1e-12 else None)  # a column that does not vary
-    return found
+        varies = norm > 1e-12  # beyond the rounding of float64
+        correlations.append(max(-1.0, min(1.0, float(w @ v) / norm)) if varies else None)
+    return correlations

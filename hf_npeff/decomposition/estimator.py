@@ -281,8 +281,8 @@ class NPEFF:
             converged=fit.converged,
         )
         processes = Processes.current()
-        found = decomposition.explain(processes.share_of(pefs), device=self.device)
-        W, N = (processes.gather(value, len(pefs)) for value in found)
+        explained = decomposition.explain(processes.share_of(pefs), device=self.device)
+        W, N = (processes.gather(value, len(pefs)) for value in explained)
         decomposition.coefficients = W
         total = rows.total().cpu()
         final = float(loss_of(total, W.to(N.dtype), N, overlaps(decomposition.pseudo_fishers)) / total)

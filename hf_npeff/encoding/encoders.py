@@ -194,7 +194,7 @@ class Encoder:
         first, begun = parts[0], " ".join(parts[1:])
         pairs = [(first, f"{begun} {option}".strip()) for option in options]
         encoded = [self._tokens(*pair) for pair in pairs]
-        tensors = {name: [one[name] for one, _ in encoded] for name in encoded[0][0]}
+        tensors = {name: [tensors_of_choice[name] for tensors_of_choice, _ in encoded] for name in encoded[0][0]}
         return Inputs(tensors, " | ".join([*parts, *options]), any(cut for _, cut in encoded))
 
     def _parts_and_options(self, row: Mapping[str, Any]) -> list[Any]:

@@ -87,18 +87,18 @@ def class_numbers(
         if len(data_names) == k:
             return list(range(k))
         return f"the data set has {len(data_names)} classes, and the model {k} without names"
-    found = [number_of_name(name, model_names or {}) for name in data_names]
-    if all(number is None for number in found):
+    numbers = [number_of_name(name, model_names or {}) for name in data_names]
+    if all(number is None for number in numbers):
         if len(data_names) == k:
             return list(range(k))
         return f"the data set's classes {_few(data_names)} are not the model's {_few((model_names or {}).values())}"
-    chosen = [number for number in found if number is not None]
+    chosen = [number for number in numbers if number is not None]
     if len(set(chosen)) < len(chosen):  # two names of the data set are short for one of the model's
         return f"the data set's classes {_few(data_names)} fit the model's {_few((model_names or {}).values())} twice"
     left = sorted(set(range(k)) - set(chosen))
     if len(data_names) == k and len(left) == 1:
-        found[found.index(None)] = left[0]
-    return found
+        numbers[numbers.index(None)] = left[0]
+    return numbers
 
 
 def number_of_name(name: str, model_names: Mapping[int, str]) -> int | None:
@@ -123,8 +123,8 @@ def numbers_of_tags(
     numbering = class_numbers(data_names, model_names, k)
     if isinstance(numbering, str):
         return [NO_CLASS] * len(tags)
-    found = (_class(tag, numbering, model_names, k) for tag in tags)
-    return [NO_CLASS if number is None else number for number in found]
+    numbers = (_class(tag, numbering, model_names, k) for tag in tags)
+    return [NO_CLASS if number is None else number for number in numbers]
 
 
 def _multi_label(
@@ -137,18 +137,18 @@ def _multi_label(
     """0 or 1 for each of k labels, from as many numbers or from lists of classes."""
     lists = [value for value in values if isinstance(value, list)]
     dense = data_names is None and all(len(v) == k and all(x in (0, 1) for x in v) for v in lists)
-    found: list[Any] = []
+    numbers: list[Any] = []
     for value in values:
         if not isinstance(value, list):
-            found.append(None)
+            numbers.append(None)
         elif dense:
-            found.append([int(x) for x in value])
+            numbers.append([int(x) for x in value])
         else:
             classes = [_class(x, numbering, model_names, k) for x in value]
             known = None not in classes
-            found.append([int(j in classes) for j in range(k)] if known else None)
-    none = all(value is None for value in found)
-    return Truth(found, "a multi-label model needs a list of labels an example" if none else None)
+            numbers.append([int(j in classes) for j in range(k)] if known else None)
+    none = all(value is None for value in numbers)
+    return Truth(numbers, "a multi-label model needs a list of labels an example" if none else None)
 
 
 def _class(value: Any, numbering: Sequence[int | None], model_names: Mapping[int, str] | None, k: int) -> int | None:

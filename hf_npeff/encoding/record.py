@@ -152,7 +152,7 @@ class Encoded:
         Raises:
             CorruptStoreError: if it is none.
         """
-        known = {one.name for one in fields(cls)}
+        known = {setting.name for setting in fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known or values.get("kind") not in get_args(Kind):
             raise CorruptStoreError(f"expected a record of what was encoded, but found {str(values)[:200]}")
         lists = {name: values.get(name) for name in ("columns", "label_names", "shown", "unread", "notes")}

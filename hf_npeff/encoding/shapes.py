@@ -193,15 +193,15 @@ class _Shapes:
     # Conversations
 
     def _conversation(self) -> Encoded | None:
-        found = [name for name in self.conversations if name not in OUTPUTS]
-        if not found:
+        columns = [name for name in self.conversations if name not in OUTPUTS]
+        if not columns:
             if self.conversations:
                 raise self._unclear(self.conversations, "several conversations stand side by side")
             return None
-        known = [name for name in _CONVERSATIONS if name in found]
-        name = found[0] if len(found) == 1 else known[0] if len(known) == 1 else None
+        known = [name for name in _CONVERSATIONS if name in columns]
+        name = columns[0] if len(columns) == 1 else known[0] if len(known) == 1 else None
         if name is None:
-            raise self._unclear(found, "several conversations stand side by side")
+            raise self._unclear(columns, "several conversations stand side by side")
         return self._of_conversation(name)
 
     def _of_conversation(self, name: str) -> Encoded:
@@ -220,10 +220,10 @@ class _Shapes:
             return self.reading.label_column if isinstance(holds, str) or is_conversation(holds) else None
         same = self.conversations if name in self.conversations else self.strings
         likely = ("completion",) if self.needs.continues else OUTPUTS
-        found = [one for one in likely if one in same and one != name]
-        if len(found) > 1:
-            raise self._unclear(found, "several columns may be what is to be predicted", "label_column")
-        return found[0] if found else None
+        targets = [column for column in likely if column in same and column != name]
+        if len(targets) > 1:
+            raise self._unclear(targets, "several columns may be what is to be predicted", "label_column")
+        return targets[0] if targets else None
 
     # Words
 
@@ -328,16 +328,16 @@ class _Shapes:
 
     def _pair(self) -> tuple[str, str] | None:
         strings = self.strings
-        found = [pair for pair in _PAIRS if set(pair) <= set(strings)] or self._numbered_pairs()
-        if not found:
-            found = [(a, b) for a in _FIRSTS for b in _SECONDS if a in strings and b in strings and a != b]
+        pairs = [pair for pair in _PAIRS if set(pair) <= set(strings)] or self._numbered_pairs()
+        if not pairs:
+            pairs = [(a, b) for a in _FIRSTS for b in _SECONDS if a in strings and b in strings and a != b]
             if self.needs.generates:  # what a language model reads is called `text`, whatever stands beside it
-                found = [(a, b) for a, b in found if b != "text" or self._is_prose(a)]
-        if not found:
-            found = [(a, b) for a in _PROMPTS for b in _ANSWERS if a in strings and b in strings]
-        if len(found) > 1:
-            raise self._unclear(sorted({name for pair in found for name in pair}), "several pairs of texts are there")
-        return found[0] if found else None
+                pairs = [(a, b) for a, b in pairs if b != "text" or self._is_prose(a)]
+        if not pairs:
+            pairs = [(a, b) for a in _PROMPTS for b in _ANSWERS if a in strings and b in strings]
+        if len(pairs) > 1:
+            raise self._unclear(sorted({name for pair in pairs for name in pair}), "several pairs of texts are there")
+        return pairs[0] if pairs else None
 
     def _numbered_pairs(self) -> list[tuple[str, str]]:
         """Columns whose names differ in their last character alone: 1 and 2, or a and b."""
@@ -385,13 +385,13 @@ class _Shapes:
             return next(
                 (name for name in LABELS if name in self.first and not isinstance(self.first[name], list)), None
             )
-        found = [name for name in _TAGS if isinstance(self.first.get(name), list)]
-        if len(found) > 1 and self.needs.label_names:
+        columns = [name for name in _TAGS if isinstance(self.first.get(name), list)]
+        if len(columns) > 1 and self.needs.label_names:
             ours = {name.lower() for name in self.needs.label_names.values()}
-            found = [n for n in found if {name.lower() for name in self.class_names.get(n, ())} == ours] or found
-        if len(found) > 1:
-            raise self._unclear(found, "several columns tag the words", "label_column")
-        return found[0] if found else None
+            columns = [n for n in columns if {name.lower() for name in self.class_names.get(n, ())} == ours] or columns
+        if len(columns) > 1:
+            raise self._unclear(columns, "several columns tag the words", "label_column")
+        return columns[0] if columns else None
 
     def _unclear(self, names: Sequence[str], why: str, remedy: str = "text_column") -> ValueError:
         """The error that says what is unclear and what to pass."""

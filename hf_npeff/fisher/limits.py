@@ -36,8 +36,8 @@ class ModelLimits:
         """Those of a transformers model."""
         base: Any = base_of(model)
         decoder = base.get_decoder() if getattr(base.config, "is_encoder_decoder", False) else None
-        found = {"input_ids": _vocabulary(base), "decoder_input_ids": _vocabulary(decoder)}
-        vocabulary = {name: size for name, size in found.items() if size is not None}
+        vocabularies = {"input_ids": _vocabulary(base), "decoder_input_ids": _vocabulary(decoder)}
+        vocabulary = {name: size for name, size in vocabularies.items() if size is not None}
         return cls(vocabulary, _positions(base), needs_labels)
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:

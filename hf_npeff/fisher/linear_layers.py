@@ -54,8 +54,8 @@ def behaviour(module: nn.Module) -> Behaviour:
         return "product"
     if not is_at_hand(getattr(module, "weight", None)):
         return "product"
-    found = {_probed(module, scale) for scale in _PROBES}
-    return found.pop() if len(found) == 1 else "rounding" if found == {"product", "rounding"} else "other"
+    kinds = {_probed(module, scale) for scale in _PROBES}
+    return kinds.pop() if len(kinds) == 1 else "rounding" if kinds == {"product", "rounding"} else "other"
 
 
 @torch.enable_grad()

@@ -154,9 +154,9 @@ def _read(model: nn.Module, path: str, leaf: str, tensor: Tensor) -> Tensor:
 
 def _offload_maps(module: nn.Module) -> Iterator[Any]:
     hook: Any = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "weights_map", None) is not None:
-            yield one.weights_map
+    for inner in getattr(hook, "hooks", (hook,)):
+        if getattr(inner, "weights_map", None) is not None:
+            yield inner.weights_map
 
 
 def _line_of(tensor: Tensor, module: nn.Module | None) -> str:

@@ -72,12 +72,12 @@ def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
 def checked_skipped(values: Any, folder: Path) -> list[dict[str, str]]:
     """The {id, reason} of skipped examples, or a CorruptStoreError."""
     try:
-        found = [{"id": one["id"], "reason": one["reason"]} for one in values]
+        skipped = [{"id": entry["id"], "reason": entry["reason"]} for entry in values]
     except (KeyError, TypeError) as error:
         raise CorruptStoreError(f"{folder}: the manifest's skipped examples are none: {error!r}") from error
-    if not isinstance(values, list) or not all(isinstance(text, str) for one in found for text in one.values()):
+    if not isinstance(values, list) or not all(isinstance(text, str) for entry in skipped for text in entry.values()):
         raise CorruptStoreError(f"{folder}: the manifest's skipped examples are none")
-    return found
+    return skipped
 
 
 _DIMS = {

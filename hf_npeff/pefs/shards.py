@@ -267,19 +267,19 @@ class StoreWriter:
 
     def skipped(self) -> list[dict[str, str]]:
         """{id, reason} of every example that was skipped, in order."""
-        return [one for _, entry in sorted(self._entries().items()) for one in entry["skipped"]]
+        return [example for _, entry in sorted(self._entries().items()) for example in entry["skipped"]]
 
     def _entries(self) -> dict[int, dict[str, Any]]:
         """{first example: entry}: what a finished store's manifest says, and over it what was written since."""
-        found: list[Any] = []
+        entries_read: list[Any] = []
         with contextlib.suppress(CorruptStoreError, FormatVersionError):
             shards = read_json(self.folder / "manifest.json").get("shards")
-            found += shards if isinstance(shards, list) else []
+            entries_read += shards if isinstance(shards, list) else []
         for path in self.folder.glob("pefs-*.json"):
             with contextlib.suppress(CorruptStoreError):
-                found.append(read_json(path, None))
+                entries_read.append(read_json(path, None))
         entries = {}
-        for entry in found:
+        for entry in entries_read:
             with contextlib.suppress(CorruptStoreError):
                 checked = checked_entry(entry, self.folder)
                 entries[checked["start"]] = checked
@@ -311,7 +311,7 @@ class StoreWriter:
             entry["sha256"] = hashlib.sha256(content).hexdigest()
             entry["columns_sha256"] = hashlib.sha256(kept).hexdigest()
         if skipped:
-            entry |= {"covers": entry["examples"] + len(skipped), "skipped": [dict(one) for one in skipped]}
+            entry |= {"covers": entry["examples"] + len(skipped), "skipped": [dict(example) for example in skipped]}
         write_json(self._entry_path(start), entry)
 
     def finish(self, n: int, skipped: Sequence[Mapping[str, str]] = ()) -> None:
@@ -324,14 +324,14 @@ class StoreWriter:
         Raises:
             CorruptStoreError: if the shards do not cover the examples.
         """
-        found = self._entries()
+        entries_by_start = self._entries()
         entries, at = [], 0
-        while at in found:
-            entries.append(found.pop(at))
+        while at in entries_by_start:
+            entries.append(entries_by_start.pop(at))
             at += entries[-1]["covers"]
         if at != n:
             raise CorruptStoreError(f"{self.folder}: the shards hold {at} of {n} examples without a gap")
-        left_out = [*map(dict, skipped), *(one for entry in entries for one in entry["skipped"])]
+        left_out = [*map(dict, skipped), *(example for entry in entries for example in entry["skipped"])]
         manifest = {
             "format_version": FORMAT_VERSION,
             "finished": True,
@@ -340,11 +340,11 @@ class StoreWriter:
             **({"skipped": left_out} if left_out else {}),
         }
         write_json(self.folder / "manifest.json", manifest)
-        for start in (*found, *(entry["start"] for entry in entries)):
+        for start in (*entries_by_start, *(entry["start"] for entry in entries)):
             self._entry_path(start).unlink(missing_ok=True)
         for path in self.folder.glob(".*.tmp"):  # left by a run that was killed
             path.unlink(missing_ok=True)
-        for start in found:  # left by a run with another shard_size
+        for start in entries_by_start:  # left by a run with another shard_size
             for suffix in ("safetensors", "parquet"):
                 (self.folder / f"pefs-{start:05d}.{suffix}").unlink(missing_ok=True)
 

@@ -158,9 +158,9 @@ def columns_of(
     info: Mapping[str, Any] | None = None,
 ) -> list[Column]:
     """Every column that is worth a look, with the derived `prediction correct`; those that can colour come first."""
-    found = [as_column(name, values) for name, values in columns.items() if name not in _INTERNAL]
+    kept = [as_column(name, values) for name, values in columns.items() if name not in _INTERNAL]
     correct = None if CORRECT in columns else correctness(columns, label_names, info)
     if correct is not None:
-        found.append(correct)
+        kept.append(correct)
     rank = {"category": 0, "number": 1, "text": 2}
-    return sorted(found, key=lambda column: rank[column.kind])
+    return sorted(kept, key=lambda column: rank[column.kind])

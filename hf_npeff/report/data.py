@@ -100,7 +100,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
 
 def _mentioned(extras: Extras) -> dict[str, list[int]]:
     return {
-        "alignments": [one.component for one in extras.alignments],
+        "alignments": [alignment.component for alignment in extras.alignments],
         "energies": list(extras.energies or ()),
         "reports": list(extras.reports),
         "adapters": list(extras.adapters),
@@ -160,10 +160,10 @@ def _add_examples(page: PageData, decomposition: Decomposition, texts: bool, not
     others, info = {k: v for k, v in kept.items() if k not in read}, decomposition.info
     columns = columns_of(others, info.get("label_names"), info)
     page.facts["columns"] = [_column_facts(page, at, column) for at, column in enumerate(columns)]
-    found = explained_by(decomposition.coefficients, decomposition.pseudo_fishers)
-    page.arrays["explained"] = found.total.astype(np.float32)
-    page.arrays["part_component"] = found.components.astype(np.uint32)
-    page.arrays["part"] = found.parts.astype(np.float32)
+    explained = explained_by(decomposition.coefficients, decomposition.pseudo_fishers)
+    page.arrays["explained"] = explained.total.astype(np.float32)
+    page.arrays["part_component"] = explained.components.astype(np.uint32)
+    page.arrays["part"] = explained.parts.astype(np.float32)
 
 
 def _column_facts(page: PageData, at: int, column: Column) -> dict[str, Any]:
@@ -174,18 +174,18 @@ def _column_facts(page: PageData, at: int, column: Column) -> dict[str, Any]:
 
 def _add_alignments(page: PageData, alignments: Sequence[TokenAlignmentLike], texts: bool) -> None:
     """{component: [example, alignment, tokens, contributions, unplaced]}; none where texts are to stay private."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for one in alignments if texts else ():
-        found.setdefault(str(one.component), []).append(
+    shading: dict[str, list[dict[str, Any]]] = {}
+    for alignment in alignments if texts else ():
+        shading.setdefault(str(alignment.component), []).append(
             {
-                "example": one.example,
-                "alignment": _short(one.alignment),
-                "tokens": one.tokens or [f"[{t}]" for t in range(len(one.contributions))],
-                "contributions": [_short(c) for c in one.contributions],
-                "unplaced": _short(one.unplaced),
+                "example": alignment.example,
+                "alignment": _short(alignment.alignment),
+                "tokens": alignment.tokens or [f"[{t}]" for t in range(len(alignment.contributions))],
+                "contributions": [_short(c) for c in alignment.contributions],
+                "unplaced": _short(alignment.unplaced),
             }
         )
-    page.facts["shading"] = found
+    page.facts["shading"] = shading
 
 
 def _short(value: float) -> float:
@@ -212,10 +212,10 @@ def _add_energies(
 
 
 def _report_facts(report: ReportLike | Mapping[str, Any], texts: bool) -> dict[str, Any]:
-    facts = dict(report if isinstance(report, Mapping) else report.to_dict())
-    changed = [{k: v for k, v in row.items() if k != "text"} for row in facts.get("changed") or ()]
-    kept = {k: facts.get(k) for k in ("target", "best", "opposite", "random", "reached")}
-    counts = {"n_top": len(facts.get("top_examples") or ()), "n_others": len(facts.get("other_examples") or ())}
+    content = dict(report if isinstance(report, Mapping) else report.to_dict())
+    changed = [{k: v for k, v in row.items() if k != "text"} for row in content.get("changed") or ()]
+    kept = {k: content.get(k) for k in ("target", "best", "opposite", "random", "reached")}
+    counts = {"n_top": len(content.get("top_examples") or ()), "n_others": len(content.get("other_examples") or ())}
     return {**kept, **counts, "changed": changed}
 
 

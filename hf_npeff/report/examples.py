@@ -53,9 +53,9 @@ def explained_by(W: Tensor, G: Tensor, k: int = 8) -> Explained:
     for w in W.double().split(_CHUNK):
         parts = w * (w @ H)
         totals.append(parts.sum(1))
-        found = torch.sort(parts, dim=1, descending=True, stable=True)
-        indices.append(found.indices[:, :k])
-        values.append(found.values[:, :k])
+        leading = torch.sort(parts, dim=1, descending=True, stable=True)
+        indices.append(leading.indices[:, :k])
+        values.append(leading.values[:, :k])
     return Explained(*(torch.cat(x).numpy() for x in (totals, indices, values)))
 
 
@@ -124,8 +124,8 @@ def _principal(X: np.ndarray, k: int) -> np.ndarray:
     """The first k principal components (n, k), each with its largest entry positive."""
     centred = X - X.mean(0)
     _, vectors = np.linalg.eigh(centred.T @ centred)
-    found = centred @ vectors[:, ::-1][:, :k]
-    return found * np.sign(found[np.abs(found).argmax(0), np.arange(k)])
+    projected = centred @ vectors[:, ::-1][:, :k]
+    return projected * np.sign(projected[np.abs(projected).argmax(0), np.arange(k)])
 
 
 def _between_landmarks(X: np.ndarray, chosen: np.ndarray, landmarks: np.ndarray) -> np.ndarray:

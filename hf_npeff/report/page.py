@@ -132,7 +132,7 @@ def write_space(folder: Path, page: Path, decomposition: Decomposition, title: s
         title: of the Space.
     """
     model = decomposition.info.get("model")
-    facts: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "title": _line(title or title_of(decomposition))[:80],
         "emoji": "🧭",
         "colorFrom": "blue",
@@ -142,14 +142,14 @@ def write_space(folder: Path, page: Path, decomposition: Decomposition, title: s
         "tags": ["npeff", "interpretability"],
     }
     if model is not None and is_hub_id(model):
-        facts["models"] = [model]
+        settings["models"] = [model]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "index.html", page.read_bytes())
-    write_atomically(folder / "README.md", _space_card(facts).encode())
+    write_atomically(folder / "README.md", _space_card(settings).encode())
 
 
-def _space_card(facts: Mapping[str, Any]) -> str:
-    header = yaml.safe_dump(dict(facts), sort_keys=False, allow_unicode=True)
+def _space_card(settings: Mapping[str, Any]) -> str:
+    header = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     return f"---\n{header}---\n\nThe components of a model, found with hf_npeff; everything is in index.html.\n"
 
 

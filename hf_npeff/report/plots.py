@@ -109,18 +109,18 @@ def by_column(component: Component, column: str = CORRECT) -> go.Figure:
     """
     go = _plotly()
     decomposition = component.decomposition
-    found = _column(decomposition, column)
+    shown = _column(decomposition, column)
     active = component.active.numpy()
-    assert found.data is not None
-    if found.kind == "number":
+    assert shown.data is not None
+    if shown.kind == "number":
         traces = [
             go.Histogram(x=values, name=name, histnorm="probability")
-            for name, values in (("active", found.data[active]), ("all", found.data))
+            for name, values in (("active", shown.data[active]), ("all", shown.data))
         ]
         return _figure(go, *traces, title=component.label, x=column, y="share", yaxis_tickformat=".0%")
-    counts, everywhere = Counter(found.data[active].tolist()), Counter(found.data.tolist())
+    counts, everywhere = Counter(shown.data[active].tolist()), Counter(shown.data.tolist())
     codes = [code for code, _ in counts.most_common(_MOST_VALUES)]
-    names = [found.values[code] or "no value" for code in codes]
+    names = [shown.values[code] or "no value" for code in codes]
     bars = [
         go.Bar(x=names, y=[c[code] / max(sum(c.values()), 1) for code in codes], name=name)
         for name, c in (("where it is active", counts), ("all examples", everywhere))
@@ -173,13 +173,13 @@ def example(decomposition: Decomposition, i: int, k: int = 8) -> go.Figure:
     if not -n <= i < n:
         raise IndexError(f"there are {n} examples, numbered from 0; {i} does not exist")
     i %= n
-    found = explained_by(decomposition.coefficients[i : i + 1], decomposition.pseudo_fishers, k)
+    explained = explained_by(decomposition.coefficients[i : i + 1], decomposition.pseudo_fishers, k)
     parts = [
         (decomposition[int(j)].label, float(share), OKABE_ITO[at % len(OKABE_ITO)])
-        for at, (j, share) in enumerate(zip(found.components[0], found.parts[0], strict=True))
+        for at, (j, share) in enumerate(zip(explained.components[0], explained.parts[0], strict=True))
         if share > 0
     ]
-    total = float(found.total[0])
+    total = float(explained.total[0])
     parts.append(("other components", max(total - sum(share for _, share, _ in parts), 0.0), _OTHERS))
     parts.append(("not explained", max(1 - total, 0.0), "#e5e5e5"))
     bars = [go.Bar(x=[share], y=[""], name=name, orientation="h", marker_color=color) for name, share, color in parts]
@@ -337,9 +337,9 @@ def tokens(alignments: Sequence[TokenAlignment]) -> go.Figure:
     figure = load("plotly.subplots", "a figure").make_subplots(
         rows=len(alignments), cols=1, subplot_titles=[f"example {a.example}" for a in alignments]
     )
-    for row, one in enumerate(alignments, 1):
-        names = [f"{t} {token!r}" for t, token in enumerate(one.tokens or [""] * len(one.contributions))]
-        colours = [OKABE_ITO[1] if c > 0 else OKABE_ITO[4] for c in one.contributions]
-        figure.add_bar(x=names, y=one.contributions, marker_color=colours, row=row, col=1, showlegend=False)
+    for row, alignment in enumerate(alignments, 1):
+        names = [f"{t} {token!r}" for t, token in enumerate(alignment.tokens or [""] * len(alignment.contributions))]
+        colours = [OKABE_ITO[1] if c > 0 else OKABE_ITO[4] for c in alignment.contributions]
+        figure.add_bar(x=names, y=alignment.contributions, marker_color=colours, row=row, col=1, showlegend=False)
     figure.update_layout(template="plotly_white", height=260 * len(alignments), title="Contributions to the alignment")
     return figure

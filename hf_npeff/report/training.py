@@ -48,16 +48,16 @@ def history_file(folder: Path) -> Path:
     for place in (folder, folder / _FOLDER):
         if (place / _HISTORY).is_file():
             return place / _HISTORY
-    found = {}
+    histories = {}
     for path in folder.glob(f"checkpoint-*/{_FOLDER}/{_HISTORY}"):
         number = re.fullmatch(r"checkpoint-(\d+)", path.parent.parent.name)
         if number is not None:
-            found[int(number[1])] = path
-    if not found:
+            histories[int(number[1])] = path
+    if not histories:
         raise FileNotFoundError(
             f"{folder} holds no run of an NPEFFCallback: expected checkpoint-N/{_FOLDER}/{_HISTORY} in it"
         )
-    return found[max(found)]
+    return histories[max(histories)]
 
 
 def read_run(folder: Path, r: int) -> Run:

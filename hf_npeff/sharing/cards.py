@@ -75,13 +75,13 @@ def said_on_card(folder: Path) -> dict[str, Any]:
     if not _is_ours(text):
         return {}
     try:
-        found = yaml.safe_load(text.split("---\n")[1])
+        head = yaml.safe_load(text.split("---\n")[1])
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CorruptStoreError(f"{path} has front matter that cannot be read ({type(error).__name__})") from None
-    said = {name: found[name] for name in ("license", "datasets") if name in found} if isinstance(found, dict) else {}
+    said = {name: head[name] for name in ("license", "datasets") if name in head} if isinstance(head, dict) else {}
     datasets = said.get("datasets", [])
     named = isinstance(datasets, list) and all(isinstance(name, str) for name in datasets)
-    if not isinstance(found, dict) or not isinstance(said.get("license", ""), str) or not named:
+    if not isinstance(head, dict) or not isinstance(said.get("license", ""), str) or not named:
         raise CorruptStoreError(f"{path} has front matter that hf_npeff does not write: {str(said)[:200]}")
     return said
 

@@ -87,7 +87,7 @@ def adapter_card(
     """
     if not auto_class.isidentifier():
         raise ValueError(f"auto_class must be the name of a class of transformers, but it is {auto_class!r}")
-    facts = [
+    table_rows = [
         ("Commit of the base model", about.revision),
         ("Hash of its weights", about.weights),
         ("Lifted by", about.lift),
@@ -107,7 +107,7 @@ def adapter_card(
         kind=f"a {escaped(kind)} adapter",
         model=model_link(about.base_model, about.revision),
         examples=_example_lines(about.top_examples),
-        facts=fact_rows(facts),
+        facts=fact_rows(table_rows),
         load_code="\n".join(_adapter_code(about, kind, auto_class, HERE if repo_id is None else repo_id)),
         citation=CITATION,
     )
@@ -160,7 +160,7 @@ def direction_card(
         "",
         f"direction = ParameterDirection.from_pretrained({literal(HERE if repo_id is None else repo_id)})",
     ]
-    facts = [
+    table_rows = [
         ("Commit of the base model", about.revision),
         ("Hash of its weights", about.weights),
         ("Lifted by", about.lift),
@@ -174,7 +174,7 @@ def direction_card(
         what=escaped(label[0].upper() + label[1:]),
         model=model_link(about.base_model, about.revision),
         examples=_example_lines(about.top_examples),
-        facts=fact_rows(facts),
+        facts=fact_rows(table_rows),
         load_code="\n".join(code),
         citation=CITATION,
     )

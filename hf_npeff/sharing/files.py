@@ -199,10 +199,10 @@ def _json_of(content: bytes, path: Path) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError("an object has one name twice")
-    return found
+    return unique
 
 
 def _finite(text: str) -> float:
@@ -284,9 +284,10 @@ def _check_table(file: pq.ParquetFile, schema: pa.Schema, path: Path) -> None:
     """Refuse what `table_bytes` does not write before it is unpacked: other types, codecs, sizes, names twice."""
     if len(set(schema.names)) != len(schema.names) or any(kind not in _TABLE_TYPES for kind in schema.types):
         raise CorruptStoreError(f"{path} has columns that hf_npeff does not write: {str(schema)[:300]}")
-    facts = file.metadata
-    if facts.num_rows < 0 or facts.num_rows * facts.num_columns * 8 > _TABLE_LIMIT + _TABLE_RATIO * path.stat().st_size:
-        raise CorruptStoreError(f"{path} claims {facts.num_rows:,} rows of {facts.num_columns:,} columns")
+    metadata = file.metadata
+    most = _TABLE_LIMIT + _TABLE_RATIO * path.stat().st_size
+    if metadata.num_rows < 0 or metadata.num_rows * metadata.num_columns * 8 > most:
+        raise CorruptStoreError(f"{path} claims {metadata.num_rows:,} rows of {metadata.num_columns:,} columns")
     if not has_known_codecs(path):
         raise CorruptStoreError(f"{path} is compressed in a way that hf_npeff does not write")
 

@@ -100,10 +100,10 @@ def resolve_folder(
 
 
 def _within(folder: Path, inner: PurePosixPath | None, name: str) -> Path:
-    found = folder if inner is None else folder / inner
-    if not found.is_dir():
+    place = folder if inner is None else folder / inner
+    if not place.is_dir():
         raise OSError(f"{name} holds no files of hf_npeff" + ("" if inner is None else f" in a folder {str(inner)!r}"))
-    return found
+    return place
 
 
 def _checked_subfolder(subfolder: str | None) -> PurePosixPath | None:
@@ -256,17 +256,17 @@ def clear_errors(
         LocalTokenNotFoundError,
         HfHubHTTPError,
     ) as error:
-        told: Exception = _told(error, name, at, local_files_only=local_files_only, writing=writing)
+        clearer: Exception = _told(error, name, at, local_files_only=local_files_only, writing=writing)
     except Exception as error:
         if type(error).__module__.startswith(_NETWORK) or isinstance(error, ConnectionError | TimeoutError):
-            told = OSError(f"{at}: the Hub cannot be reached ({_shortly(error, token)}); check the connection")
+            clearer = OSError(f"{at}: the Hub cannot be reached ({_shortly(error, token)}); check the connection")
         elif isinstance(error, OSError | ValueError | RuntimeError):
-            told = OSError(f"{at}: the transfer failed: {_shortly(error, token)}")
+            clearer = OSError(f"{at}: the transfer failed: {_shortly(error, token)}")
         else:
             raise
     else:
         return
-    raise told from None
+    raise clearer from None
 
 
 def _told(error: Exception, name: str, at: str, *, local_files_only: bool, writing: bool) -> Exception:

@@ -23,8 +23,8 @@ def has_known_codecs(path: Path) -> bool:
     Raises:
         ValueError: if the file does not end with a footer that can be read.
     """
-    facts = _Compact(_footer(path)).struct(0)
-    groups = _of(facts, 4, _LIST)
+    metadata = _Compact(_footer(path)).struct(0)
+    groups = _of(metadata, 4, _LIST)
     columns = [_of(column, 3, _STRUCT) for group in groups for column in _of(group, 1, _LIST)]
     return all(_of(column, 4, _I32) in (_UNCOMPRESSED, _SNAPPY) for column in columns)
 
@@ -42,10 +42,10 @@ def _footer(path: Path) -> bytes:
 
 
 def _of(fields: Any, number: int, kind: int) -> Any:
-    found = fields.get(number) if isinstance(fields, dict) else None
-    if found is None or found[0] != kind:
+    value = fields.get(number) if isinstance(fields, dict) else None
+    if value is None or value[0] != kind:
         raise ValueError(f"its footer has no field {number} of the type {kind}")
-    return found[1]
+    return value[1]
 
 
 class _Compact:

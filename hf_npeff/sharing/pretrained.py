@@ -138,9 +138,9 @@ class Readable(Publishable):
             subfolder=subfolder,
             allow_patterns=cls._FILES,
         )
-        found = cls.load(folder)
-        found.commit = commit_of(folder)
-        return found
+        loaded = cls.load(folder)
+        loaded.commit = commit_of(folder)
+        return loaded
 
 
 def warn_of_local_model(repo_id: str, model: object) -> None:

@@ -76,14 +76,15 @@ def read_grid(text: str, fisher: FisherConfig | None = None) -> list[Setting]:
         2
     """
     try:
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the grid is no YAML: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("blocks"), dict) or set(found) - {"base", "blocks"}:
+    known = isinstance(content, dict) and not set(content) - {"base", "blocks"}
+    if not known or not isinstance(content.get("blocks"), dict):
         raise ValueError("a grid has `blocks`, {name: {setting: [values]}}, and may have `base`, {setting: value}")
-    base = dict(found.get("base") or {})
+    base = dict(content.get("base") or {})
     settings = []
-    for block, axes in found["blocks"].items():
+    for block, axes in content["blocks"].items():
         if not isinstance(axes, dict) or not all(isinstance(v, list) and v for v in axes.values()):
             raise ValueError(f"the block {block!r} must have a list of values for every setting, but it is {axes!r}")
         for values in itertools.product(*axes.values()):
@@ -254,7 +255,7 @@ def run_ablations(
         except (ValueError, NPEFFError, FloatingPointError) as error:
             logger.warning("%s, %s: %s", point.block, point.varied, error)
             rows[i] = Ablation(point.block, point.varied, failed=str(error))
-    return AblationsResult([rows[i] for i in range(len(grid))], len(dataset), model_name(analyzer.facts()))
+    return AblationsResult([rows[i] for i in range(len(grid))], len(dataset), model_name(analyzer.provenance()))
 
 
 def _pefs(analyzer: NPEFFAnalyzer, dataset: Any, fisher: FisherConfig, batch_size: int) -> tuple[PEFs, float]:
@@ -284,10 +285,10 @@ def _measure(
         fits.append(NPEFF(**config).fit(train, validation))
         seconds = seconds or time.perf_counter() - started
     W = [fit.transform(used) for fit in fits]
-    mean_auroc, found, measured = float("nan"), 0, 0
+    mean_auroc, n_found, measured = float("nan"), 0, 0
     if attributes is not None:
         row = run_factors([MethodResult("NPEFF", W[0].float())], attributes, factors).methods[0]
-        mean_auroc, found, measured = row.mean_auroc, row.found, len(row.attributes)
+        mean_auroc, n_found, measured = row.mean_auroc, row.found, len(row.attributes)
     return Ablation(
         point.block,
         point.varied,
@@ -300,7 +301,7 @@ def _measure(
         float(fits[0].stability.nanmean()),
         agreement(W[0], W[1]),
         mean_auroc,
-        found,
+        n_found,
         measured,
     )
 

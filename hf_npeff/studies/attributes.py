@@ -55,10 +55,10 @@ class Attributes:
         kept: dict[str, list[float]] = {}
         excluded: dict[str, str] = {}
         for name in wanted:
-            found = _binary(name, list(columns[name]))
-            if not found:
+            attributes = _binary(name, list(columns[name]))
+            if not attributes:
                 excluded[name] = "no example is annotated"
-            for attribute, values in found.items():
+            for attribute, values in attributes.items():
                 have, lack = values.count(1.0), values.count(0.0)
                 if min(have, lack) >= max(1, min_count):
                     kept[attribute] = values

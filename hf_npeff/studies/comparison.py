@@ -74,16 +74,16 @@ def fit_methods(
     config = config or ComparisonConfig()
     if hasattr(dataset, "__len__"):
         check_enough(len(dataset), config.n_components, "n_components")
-    found = Comparison([], pefs=pefs)
+    comparison = Comparison([], pefs=pefs)
     wanted = config.wanted
     if "npeff" in wanted or "gradient_clustering" in wanted:
-        _fit_gradients(analyzer, dataset, config, found)
+        _fit_gradients(analyzer, dataset, config, comparison)
     if {"sae", "kmeans", "nmf"} & set(wanted):
-        _fit_activations(analyzer, dataset, config, found)
+        _fit_activations(analyzer, dataset, config, comparison)
     if "random" in wanted:
-        n = len(found.methods[0].coefficients) if found.methods else len(dataset)
+        n = len(comparison.methods[0].coefficients) if comparison.methods else len(dataset)
         fits = [random_coefficients(n, config.n_components, seed=s) for s in _seeds(config)]
-        first = next((m for m in found.methods if m.name == "NPEFF"), None)
+        first = next((m for m in comparison.methods if m.name == "NPEFF"), None)
         if first is not None and first.interventions is not None:
             lift = first.interventions
 
@@ -93,25 +93,25 @@ def fit_methods(
                 return [direction.random_like(j) for j in features]
 
             fits[0] = replace(fits[0], interventions=random)
-        _add(found, fits)
-    return found
+        _add(comparison, fits)
+    return comparison
 
 
 def _seeds(config: ComparisonConfig) -> range:
     return range(config.seed, config.seed + config.seeds)
 
 
-def _add(found: Comparison, fits: Sequence[MethodResult]) -> None:
-    found.methods.append(fits[0])
-    found.seeds[fits[0].name] = [fit.coefficients for fit in fits[1:]]
+def _add(comparison: Comparison, fits: Sequence[MethodResult]) -> None:
+    comparison.methods.append(fits[0])
+    comparison.seeds[fits[0].name] = [fit.coefficients for fit in fits[1:]]
 
 
-def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, found: Comparison) -> None:
+def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, comparison: Comparison) -> None:
     started = time.process_time()
-    pefs = found.pefs
+    pefs = comparison.pefs
     if pefs is None:
-        pefs = found.pefs = analyzer.compute_pefs(dataset, batch_size=config.batch_size)
-    found.pefs_seconds = time.process_time() - started
+        pefs = comparison.pefs = analyzer.compute_pefs(dataset, batch_size=config.batch_size)
+    comparison.pefs_seconds = time.process_time() - started
     if "npeff" in config.wanted:
         fits = []
         for seed in _seeds(config):
@@ -124,10 +124,10 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
                 n_restarts=config.n_restarts,
                 seed=seed,
             )
-            found.decomposition = found.decomposition or decomposition
-            seconds = found.pefs_seconds + time.process_time() - started
+            comparison.decomposition = comparison.decomposition or decomposition
+            seconds = comparison.pefs_seconds + time.process_time() - started
             fits.append(MethodResult.of_decomposition(decomposition, seconds=seconds))
-        kept = found.decomposition
+        kept = comparison.decomposition
         assert kept is not None
 
         def lift(components: Sequence[int]) -> list[ParameterDirection]:
@@ -136,7 +136,7 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
             )
             return directions
 
-        _add(found, [replace(fits[0], interventions=lift), *fits[1:]])
+        _add(comparison, [replace(fits[0], interventions=lift), *fits[1:]])
     if "gradient_clustering" in config.wanted:
         started = time.process_time()
         other, gradients = prediction_gradients(analyzer, dataset, like=pefs, batch_size=config.batch_size)
@@ -150,11 +150,11 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
             settings: dict[str, Any] = {"seconds": seconds, "batch_size": config.batch_size}
             soft.append(clusters.result(other, dataset, **settings))
             hard.append(clusters.result(other, dataset, hard=True, **settings))
-        _add(found, soft)
-        _add(found, hard)
+        _add(comparison, soft)
+        _add(comparison, hard)
 
 
-def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, found: Comparison) -> None:
+def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, comparison: Comparison) -> None:
     started = time.process_time()
     site = Site(analyzer.model, config.layer, _position(analyzer, config.position))
     states = hidden_states(analyzer, dataset, site, batch_size=config.batch_size)
@@ -169,12 +169,13 @@ def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonCo
                 sae = SparseAutoencoder.fit(states, _sae_config(config, r * expansion, seed))
                 seconds = to_states + time.process_time() - started
                 fits.append(sae.result(states, site=site, name=name, seconds=seconds))
-            _add(found, fits)
+            _add(comparison, fits)
     if "kmeans" in config.wanted:
         settings: dict[str, Any] = {"site": site, "seconds": to_states, "n_restarts": config.n_restarts}
-        _add(found, [activation_kmeans(states, r, seed=seed, **settings) for seed in _seeds(config)])
+        _add(comparison, [activation_kmeans(states, r, seed=seed, **settings) for seed in _seeds(config)])
     if "nmf" in config.wanted:
-        _add(found, [activation_nmf(states, r, site=site, seconds=to_states, seed=seed) for seed in _seeds(config)])
+        factored = [activation_nmf(states, r, site=site, seconds=to_states, seed=seed) for seed in _seeds(config)]
+        _add(comparison, factored)
 
 
 def _sae_config(config: ComparisonConfig, features: int, seed: int) -> SAEConfig:

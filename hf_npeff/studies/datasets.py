@@ -127,7 +127,7 @@ def first_names(per_country: int = 150, seed: int = 0) -> list[dict[str, Any]]:
     if per_country < 2:
         raise ValueError(f"per_country must be at least 2, but it is {per_country}")
     path = package_folder("gender_guesser", "run pip install gender-guesser") / "data" / "nam_dict.txt"
-    found: dict[tuple[str, str], list[str]] = {}
+    listed: dict[tuple[str, str], list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         kind, name = line[:3].strip(), line[3:29].strip()
         if kind not in ("M", "F") or "+" in name or len(name) < 3:
@@ -136,10 +136,10 @@ def first_names(per_country: int = 150, seed: int = 0) -> list[dict[str, Any]]:
         best = max(frequency, key=lambda c: frequency[c])
         others = max(f for c, f in frequency.items() if c != best)
         if frequency[best] >= max(2, others + 2):
-            found.setdefault((best, kind), []).append(name)
+            listed.setdefault((best, kind), []).append(name)
     rng = random.Random(seed)
     rows = []
-    for (country, kind), names in sorted(found.items()):
+    for (country, kind), names in sorted(listed.items()):
         for name in rng.sample(names, min(len(names), per_country // 2)):
             gender = "female" if kind == "F" else "male"
             row = {"text": name, "label": COUNTRIES.index(country), "country": country, "gender": gender}
@@ -175,8 +175,8 @@ def human_rights(
     for language in languages:
         page = _declaration(source, language)
         for position, article in enumerate(articles):
-            found = re.search(rf'<article data-number="{article}">(.*?)</article>', page, re.DOTALL)
-            paragraphs = re.findall(r"<p>(.*?)</p>", found[1], re.DOTALL) if found else []
+            match = re.search(rf'<article data-number="{article}">(.*?)</article>', page, re.DOTALL)
+            paragraphs = re.findall(r"<p>(.*?)</p>", match[1], re.DOTALL) if match else []
             if not paragraphs:
                 raise ValueError(f"the translation {language} has no article {article}")
             for number, paragraph in enumerate(paragraphs):

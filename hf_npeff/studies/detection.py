@@ -142,8 +142,8 @@ def score_ratings(study: RatingStudy, answers: Sequence[Answers]) -> RatingsResu
     names = [a.rater for a in answers]
     if not answers or len(set(names)) < len(names):
         raise ValueError(f"expected answers of different raters, but got {names or 'none'}")
-    for found in answers:
-        study.check(found, f"the answers of {found.rater}")
+    for rater in answers:
+        study.check(rater, f"the answers of {rater.rater}")
     methods = list(dict.fromkeys(sorted(key.method for key in study.key.values())))
     rows = []
     for method in methods:

@@ -228,8 +228,8 @@ def run_factors(
         _score(method, attributes, usable, first, second, config, (seeds or {}).get(method.name, ()))
         for method in methods
     ]
-    facts = {method.name: method.facts for method in methods}
-    return FactorsResult(rows, excluded, attributes.missing, n, other_half, config, facts)
+    diagnostics = {method.name: method.facts for method in methods}
+    return FactorsResult(rows, excluded, attributes.missing, n, other_half, config, diagnostics)
 
 
 def first_half(n: int, seed: int) -> Tensor:

@@ -123,13 +123,13 @@ class InContextResult(StudyResult):
         the fewest; one fades in the reverse case.
         """
         plain = [c for c in self.conditions if not c.shuffled]
-        found: dict[str, list[int]] = {"appear": [], "fade": [], "stay": []}
+        groups: dict[str, list[int]] = {"appear": [], "fade": [], "stay": []}
         for j, (before, after) in enumerate(zip(plain[0].active, plain[-1].active, strict=True)):
             # Chosen, for the sentence alone: twice, and by five hundredths; the table has every number.
             grown = after >= max(2 * before, before + 0.05)
             shrunk = before >= max(2 * after, after + 0.05)
-            found["appear" if grown else "fade" if shrunk else "stay"].append(j)
-        return found
+            groups["appear" if grown else "fade" if shrunk else "stay"].append(j)
+        return groups
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON types."""

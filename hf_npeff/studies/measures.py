@@ -103,12 +103,12 @@ def best_components(W: Tensor, values: Sequence[Hashable]) -> dict[Hashable, tup
     Raises:
         ValueError: if the attribute has a single value.
     """
-    found: dict[Hashable, tuple[int, float]] = {}
+    best_of: dict[Hashable, tuple[int, float]] = {}
     for value in dict.fromkeys(values):
         scores = aurocs(W, torch.tensor([v == value for v in values])).tolist()
         best = max(range(len(scores)), key=scores.__getitem__)
-        found[value] = (best, scores[best])
-    return found
+        best_of[value] = (best, scores[best])
+    return best_of
 
 
 def purity(values: Sequence[Hashable]) -> tuple[Hashable, float]:

@@ -26,10 +26,10 @@ def overview(folders: Mapping[str, Path]) -> str:
     if not folders:
         raise ValueError("a table over data sets needs at least one")
     cells = [_cells(folder) for folder in folders.values()]
-    methods = dict.fromkeys(name for found in cells for name in found)
+    methods = dict.fromkeys(name for row in cells for name in row)
     rows = []
     for method in methods:
-        columns = [[found[method][i] if method in found else "–" for found in cells] for i in range(len(_COLUMNS))]
+        columns = [[row[method][i] if method in row else "–" for row in cells] for i in range(len(_COLUMNS))]
         rows.append([method, *(" · ".join(column) for column in columns)])
     return markdown(["method", *_COLUMNS], rows)
 
@@ -42,11 +42,11 @@ def _cells(folder: Path) -> dict[str, list[str]]:
 
 def _row(row: Mapping[str, Any], factors: Mapping[str, Any], selectivity: Mapping[str, Any]) -> list[str]:
     found_at = factors["config"]["found_at"]
-    found = sum(score["auroc"] >= found_at for score in row["attributes"])
+    n_found = sum(score["auroc"] >= found_at for score in row["attributes"])
     moved = [r["moved"] for r in selectivity["rows"] if r["method"] == row["method"] and r["moved"] is not None]
     return [
         number(row["mean_auroc"]),
-        f"{found} of {len(row['attributes'])}",
+        f"{n_found} of {len(row['attributes'])}",
         f"{number(row['at_once'], 2)} of {number(row['possible'], 2)}",
         number(row["purity"], 2),
         number(row["stability"], 2),
@@ -57,5 +57,5 @@ def _row(row: Mapping[str, Any], factors: Mapping[str, Any], selectivity: Mappin
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return content

@@ -142,22 +142,22 @@ class PlantedResult(StudyResult):
     def table(self) -> str:
         """A row a method, a column a seed."""
         rows = []
-        for i, (name, found) in enumerate(self.found().items()):
+        for i, (name, counts) in enumerate(self.found().items()):
             scores = [f.methods[i] for f in self.factors]
             aurocs = sum(s.mean_auroc for s in scores) / len(scores)
             at_once = sum(s.at_once for s in scores) / len(scores)
             wrong = sum(s.wrong for s in scores) / len(scores)
-            mean = sum(found) / len(found)
-            rows.append([name, *found, number(mean, 1), number(aurocs), number(at_once, 2), number(wrong, 2)])
+            mean = sum(counts) / len(counts)
+            rows.append([name, *counts, number(mean, 1), number(aurocs), number(at_once, 2), number(wrong, 2)])
         seeds = [f"seed {seed}" for seed in self.seeds]
         return markdown(["method", *seeds, "mean found", "mean AUROC", "at once", "wrong"], rows)
 
     def draw(self, figure: Any) -> None:
         """Cues found, a dot a seed."""
         axes = figure.add_subplot()
-        for position, (_, found) in enumerate(self.found().items()):
-            axes.bar(position, sum(found) / len(found), color=f"C{position}", alpha=0.4)
-            axes.scatter([position] * len(found), found, color=f"C{position}", s=14)
+        for position, (_, counts) in enumerate(self.found().items()):
+            axes.bar(position, sum(counts) / len(counts), color=f"C{position}", alpha=0.4)
+            axes.scatter([position] * len(counts), counts, color=f"C{position}", s=14)
         axes.set_xticks(range(len(self.found())), list(self.found()), rotation=20, ha="right")
         axes.set(ylabel=f"cues found, of {self.config.cues}", ylim=(0, self.config.cues + 0.5))
 
@@ -205,5 +205,5 @@ def _one_seed(config: PlantedConfig, comparison: ComparisonConfig, found_at: flo
     if {"sae", "kmeans", "nmf"} & set(comparison.wanted):
         choose = first_half(config.n, config.seed) & (attributes.counts >= 2)
         layer = best_layer(analyzer, dataset, attributes, comparison, choose=choose)
-    found = fit_methods(analyzer, dataset, replace(comparison, layer=layer))
-    return run_factors(found.methods, attributes, measured), error, layer
+    compared = fit_methods(analyzer, dataset, replace(comparison, layer=layer))
+    return run_factors(compared.methods, attributes, measured), error, layer

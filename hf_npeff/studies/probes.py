@@ -55,7 +55,7 @@ def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -
     X = features.double() - features[choose].double().mean(0)
     X = coordinates(X @ X.T) if X.shape[1] > len(X) else X
     X = X / X[choose].square().sum(1).mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    found = {}
+    scores = {}
     for a, name in enumerate(attributes.names):
         values = attributes.values[:, a]
         here, there = choose & ~values.isnan(), ~choose & ~values.isnan()
@@ -70,8 +70,8 @@ def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -
                 "ignore", exceptions.ConvergenceWarning
             )  # the weakest penalties only, and they rarely win
             probe.fit(X[here].numpy(), (values[here] == 1).numpy())
-        found[name] = auroc(torch.from_numpy(probe.decision_function(X[there].numpy())), values[there] == 1)
-    return found
+        scores[name] = auroc(torch.from_numpy(probe.decision_function(X[there].numpy())), values[there] == 1)
+    return scores
 
 
 def coordinates(gram: Tensor) -> Tensor:
@@ -133,13 +133,14 @@ def diagnose(
         "NPEFF, coefficients W": W.float(),
         "NPEFF, alignments ‖A g‖²": N.float(),
     }
-    measured = run_factors([MethodResult(name, found) for name, found in single.items()], attributes, config)
+    methods = [MethodResult(name, coefficients) for name, coefficients in single.items()]
+    measured = run_factors(methods, attributes, config)
     rows = {f"best of {r}: {row.method}": {s.attribute: s.auroc for s in row.attributes} for row in measured.methods}
     kept = {s.attribute for s in measured.methods[0].attributes}
     trained = {"activations": states, "PEFs": points, f"{r} cosines of k-means": cosines, f"{r} coefficients W": W}
     for name, features in {**trained, **(probed or {})}.items():
-        found = linear_probes(features, attributes, choose=first_half(len(states), config.seed))
-        rows[f"probe of {name}"] = {attribute: value for attribute, value in found.items() if attribute in kept}
+        coefficients = linear_probes(features, attributes, choose=first_half(len(states), config.seed))
+        rows[f"probe of {name}"] = {attribute: value for attribute, value in coefficients.items() if attribute in kept}
     return rows
 
 
@@ -160,6 +161,6 @@ def over_data_sets(diagnoses: Mapping[str, Mapping[str, Mapping[str, float]]]) -
     labels = dict.fromkeys(label for rows in diagnoses.values() for label in rows)
     body = []
     for label in labels:
-        found = [list(rows.get(label, {}).values()) for rows in diagnoses.values()]
-        body.append([label, *(number(sum(scores) / len(scores) if scores else None) for scores in found)])
+        by_data_set = [list(rows.get(label, {}).values()) for rows in diagnoses.values()]
+        body.append([label, *(number(sum(scores) / len(scores) if scores else None) for scores in by_data_set)])
     return markdown(["mean AUROC", *(name.replace("_", " ") for name in diagnoses)], body)

@@ -95,10 +95,10 @@ def read_task(name: str, text: str) -> PromptTask:
     Raises:
         ValueError: if a setting is missing or unknown.
     """
-    found = yaml.safe_load(text)
-    if not isinstance(found, dict) or set(found) - _FIELDS or not {"dataset", "template"} <= set(found):
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict) or set(content) - _FIELDS or not {"dataset", "template"} <= set(content):
         raise ValueError(f"the task {name} must have `dataset` and `template`, and nothing but {sorted(_FIELDS)}")
-    return PromptTask(name, **found)
+    return PromptTask(name, **content)
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,12 @@ def _row(task: PromptTask, record: Mapping[str, Any], words: list[str] | None) -
     text = task.template.format(**{name: record[name] for name in task.fields})
     row: dict[str, Any] = {"text": text}
     if task.label is None:
-        found: Any = record
+        value: Any = record
         for part in str(task.answers).split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        if not found:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if not value:
             return "no accepted answer"
-        return {**row, "answers": [f" {answer}" for answer in found]}
+        return {**row, "answers": [f" {answer}" for answer in value]}
     label = record[task.label]
     if label is None or label == -1:
         return "no label"
@@ -274,21 +274,21 @@ def run_task(
     if traits_of(analyzer.head).task != "causal-lm":
         raise ValueError("prompts need a causal language model; load one with task='causal-lm'")
     config = config or ComparisonConfig(methods=("npeff",))
-    found = fit_methods(analyzer, [{"text": row["text"]} for row in prompts.rows], config)
-    if found.decomposition is None or found.pefs is None:
+    compared = fit_methods(analyzer, [{"text": row["text"]} for row in prompts.rows], config)
+    if compared.decomposition is None or compared.pefs is None:
         raise ValueError("the study of a task is of NPEFF's components: keep npeff among the methods")
     columns = {name: [row[name] for row in prompts.rows] for name in (task.columns or {})}
     reason, measured = None, None
     if columns:
         attributes = Attributes.from_columns(columns)
         try:
-            measured = run_factors(found.methods, attributes, factors, seeds=found.seeds)
+            measured = run_factors(compared.methods, attributes, factors, seeds=compared.seeds)
         except ValueError as error:
             reason = str(error)
     else:
         reason = "the task annotates no columns"
-    accuracy = first_token_accuracy(analyzer, found.pefs.predictions, [row["answers"] for row in prompts.rows])
-    return TaskResult(task, len(prompts.rows), prompts.excluded, accuracy, found.decomposition, measured, reason)
+    accuracy = first_token_accuracy(analyzer, compared.pefs.predictions, [row["answers"] for row in prompts.rows])
+    return TaskResult(task, len(prompts.rows), prompts.excluded, accuracy, compared.decomposition, measured, reason)
 
 
 def first_token_accuracy(analyzer: NPEFFAnalyzer, predictions: Any, answers: Sequence[Sequence[str]]) -> float:

@@ -59,10 +59,10 @@ class InferenceChat:
 
     def complete(self, messages: Messages) -> str:
         """See `Chat`."""
-        found = self.client.chat_completion(
+        answer = self.client.chat_completion(
             messages=messages, model=self.model, max_tokens=self.max_tokens, temperature=0.0, seed=0
         )
-        return found.choices[0].message.content or ""
+        return answer.choices[0].message.content or ""
 
 
 class LocalChat:
@@ -161,11 +161,11 @@ def rate(study: RatingStudy, chat: Chat, *, cache: Path | None = None, attempts:
     picked: dict[str, list[int]] = {}
     refused: dict[str, str] = {}
     for task in study.tasks:
-        found = _one_task(task, asked, attempts)
-        if isinstance(found, str):
-            refused[task.id] = found
+        answered = _one_task(task, asked, attempts)
+        if isinstance(answered, str):
+            refused[task.id] = answered
         else:
-            themes[task.id], picked[task.id] = found
+            themes[task.id], picked[task.id] = answered
     return Answers(study.id, chat.name, themes, picked, refused)
 
 
@@ -184,9 +184,9 @@ def _one_task(task: RatingTask, chat: Chat, attempts: int) -> tuple[str, list[in
     answer = ""
     for _ in range(attempts):
         answer = _reached(chat, messages, attempts)
-        found = read_numbers(answer, len(task.choices))
-        if found is not None:
-            return theme, [i - 1 for i in found]
+        numbers = read_numbers(answer, len(task.choices))
+        if numbers is not None:
+            return theme, [i - 1 for i in numbers]
         again = prompt("again", count=str(len(task.choices)))
         messages = [
             *messages,
@@ -212,11 +212,11 @@ def read_numbers(answer: str, count: int) -> list[int] | None:
     if len(lists) != 1:
         return None
     try:
-        found = json.loads(lists[0])
+        values = json.loads(lists[0])
     except ValueError:
         return None
-    numbers = [i for i in found if isinstance(i, int) and not isinstance(i, bool) and 1 <= i <= count]
-    return numbers if len(numbers) == len(found) == len(set(numbers)) else None
+    numbers = [i for i in values if isinstance(i, int) and not isinstance(i, bool) and 1 <= i <= count]
+    return numbers if len(numbers) == len(values) == len(set(numbers)) else None
 
 
 def prompt(name: str, **values: str) -> str:

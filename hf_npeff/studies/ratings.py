@@ -75,7 +75,7 @@ class Answers:
 
     def to_dict(self) -> dict[str, Any]:
         """As the form saves it."""
-        answers = {task: {"theme": self.themes.get(task, ""), "picked": found} for task, found in self.picked.items()}
+        answers = {task: {"theme": self.themes.get(task, ""), "picked": picked} for task, picked in self.picked.items()}
         return {"study": self.study, "rater": self.rater, "answers": answers, "refused": self.refused}
 
 
@@ -139,11 +139,11 @@ class RatingStudy:
             for feature in rng.sample(features, len(features)):
                 if count == config.features:
                     break
-                found = _task(method, feature, texts, config, rng)
-                if isinstance(found, str):
-                    excluded[f"{method.name}, feature {feature}"] = found
+                drawn = _task(method, feature, texts, config, rng)
+                if isinstance(drawn, str):
+                    excluded[f"{method.name}, feature {feature}"] = drawn
                 else:
-                    made.append(found)
+                    made.append(drawn)
                     count += 1
         if not made:
             raise ValueError(f"no feature has enough examples for a task: {excluded}")
@@ -156,7 +156,7 @@ class RatingStudy:
         lines = [json.dumps({"study": self.id, **asdict(task)}, ensure_ascii=False) for task in self.tasks]
         write_atomically(folder / "tasks.jsonl", ("\n".join(lines) + "\n").encode())
         key = {"format": _FORMAT, "study": self.id, "excluded": self.excluded}
-        key["key"] = {task: asdict(found) for task, found in self.key.items()}
+        key["key"] = {task: asdict(entry) for task, entry in self.key.items()}
         write_atomically(folder / "key.json", (json.dumps(key, indent=1, ensure_ascii=False) + "\n").encode())
         write_atomically(folder / "form.html", self.form().encode())
 
@@ -181,10 +181,10 @@ class RatingStudy:
         rows = [json.loads(line) for line in lines if line]
         key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
         tasks = [RatingTask(row["id"], row["shown"], row["choices"]) for row in rows]
-        found = cls(tasks, {task: RatingKey(**entry) for task, entry in key["key"].items()}, key["excluded"])
-        if found.id != key["study"] or {task.id for task in tasks} != set(found.key):
+        study = cls(tasks, {task: RatingKey(**entry) for task, entry in key["key"].items()}, key["excluded"])
+        if study.id != key["study"] or {task.id for task in tasks} != set(study.key):
             raise ValueError(f"tasks.jsonl and key.json in {folder} are of different studies")
-        return found
+        return study
 
     def read_answers(self, path: Path) -> Answers:
         """A rater's file, checked.
@@ -216,10 +216,10 @@ class RatingStudy:
             raise ValueError(f"{where}: the rater has no name")
         if unknown := sorted(set(answers.picked) - set(self.key)):
             raise ValueError(f"{where}: unknown tasks {unknown[:3]}")
-        for task, found in answers.picked.items():
+        for task, picked in answers.picked.items():
             count = len(self.key[task].members)
-            if any(not 0 <= i < count for i in found) or len(set(found)) < len(found):
-                raise ValueError(f"{where}: task {task} has {count} choices, and {found} were picked")
+            if any(not 0 <= i < count for i in picked) or len(set(picked)) < len(picked):
+                raise ValueError(f"{where}: task {task} has {count} choices, and {picked} were picked")
 
 
 def _task(

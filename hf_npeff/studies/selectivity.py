@@ -91,7 +91,7 @@ class SelectivityResult(StudyResult):
 
     def medians(self) -> dict[str, float]:
         """{method: median ratio over the attributes on which it reached the target}; none where it never did."""
-        return {m: statistics.median(found) for m in self.methods if (found := self.ratios(m))}
+        return {m: statistics.median(ratios) for m in self.methods if (ratios := self.ratios(m))}
 
     def _moved(self, method: str) -> str:
         shares = [row.moved for row in self.rows if row.method == method and row.moved is not None]
@@ -113,10 +113,10 @@ class SelectivityResult(StudyResult):
         cells = {(row.attribute, row.method): row for row in self.rows}
         body = []
         for attribute in attributes:
-            found = [cells.get((attribute, method)) for method in self.methods]
+            measured = [cells.get((attribute, method)) for method in self.methods]
             body.append(
                 [attribute]
-                + ["–" if r is None else _shown(r.ratio) if r.reached else f"({_shown(r.ratio)})" for r in found]
+                + ["–" if r is None else _shown(r.ratio) if r.reached else f"({_shown(r.ratio)})" for r in measured]
             )
         reached = [f"{len(self.ratios(m))} of {sum(row.method == m for row in self.rows)}" for m in self.methods]
         medians = self.medians()
@@ -190,13 +190,13 @@ def run_selectivity(
         scores = next(row for row in factors.methods if row.method == method.name)
         features = [scores.feature_of(attribute) for attribute in chosen]
         distinct = sorted(set(features))
-        found = dict(zip(distinct, method.interventions(distinct), strict=True))
+        interventions = dict(zip(distinct, method.interventions(distinct), strict=True))
         for attribute, feature in zip(chosen, features, strict=True):
             values = attributes.values[:, attributes.names.index(attribute)]
             top, others = draw_examples(values, factors.halves, config)
             with analyzer.forward_pass() as forward:
                 switched = switch(
-                    forward, found[feature], [examples[i] for i in top], [examples[i] for i in others], config
+                    forward, interventions[feature], [examples[i] for i in top], [examples[i] for i in others], config
                 )
             rows.append(SwitchedFeature(method.name, attribute, feature, **switched))
     return SelectivityResult(rows, excluded, config)
@@ -243,9 +243,9 @@ def switch(
     start = min(0.05, limit) if along_weights else 1.0  # where the search begins, no more
     ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
     back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)
-    found = [(ahead, reached), (-back, reached_back)]
+    steps = [(ahead, reached), (-back, reached_back)]
     measured = []
-    for scale, reached in found:
+    for scale, reached in steps:
         on_top = each(scale, before_top, top)
         a, b = float(on_top.mean()), kl(scale, before_others, others)
         ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((on_top >= config.target_kl / 10).double().mean())

@@ -274,29 +274,29 @@ def check_rank(rank: int) -> None:
         raise ValueError(f"rank must be a positive whole number, but it is {rank!r}")
 
 
-def peft_config(peft_type: str, facts: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
+def peft_config(peft_type: str, info: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
     """What every adapter_config.json of PEFT holds."""
     return {
         "peft_type": peft_type,
-        "task_type": _TASK_TYPES.get(str(facts.get("task"))),
-        "base_model_name_or_path": facts.get("model"),
-        "revision": facts.get("revision"),
+        "task_type": _TASK_TYPES.get(str(info.get("task"))),
+        "base_model_name_or_path": info.get("model"),
+        "revision": info.get("revision"),
         "inference_mode": True,
         "r": rank,
         "target_modules": list(targets),
-        "auto_mapping": _auto_mapping(facts),
+        "auto_mapping": _auto_mapping(info),
     }
 
 
-def _auto_mapping(facts: Mapping[str, Any]) -> dict[str, str] | None:
+def _auto_mapping(info: Mapping[str, Any]) -> dict[str, str] | None:
     """What AutoPeftModel needs where the task has no type of PEFT's that loads without a saved head."""
-    if str(facts.get("task")) in _TASK_TYPES or not facts.get("architecture"):
+    if str(info.get("task")) in _TASK_TYPES or not info.get("architecture"):
         return None
-    return {"base_model_class": str(facts["architecture"]), "parent_library": str(facts.get("module"))}
+    return {"base_model_class": str(info["architecture"]), "parent_library": str(info.get("module"))}
 
 
 def shira(
-    deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], *, rank: int, scale: float, facts: Mapping[str, Any]
+    deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], *, rank: int, scale: float, info: Mapping[str, Any]
 ) -> Adapter:
     """A sparse SHiRA adapter: the r·(in + out) largest entries of every linear weight's delta.
 
@@ -305,7 +305,7 @@ def shira(
         layouts: all "linear": PEFT's SHiRA takes nothing else.
         rank: r, PEFT's measure of how many entries a module has.
         scale: the deltas are multiplied with it.
-        facts: `model`, `revision` and `task`.
+        info: `model`, `revision` and `task`.
 
     Raises:
         UnsupportedModelError: if a parameter is not a linear map's weight.
@@ -333,13 +333,13 @@ def shira(
         energy = float(flat.double().square().sum())
         kept[name] = float(flat[where].double().square().sum()) / energy if energy else 1.0
         targets.append(module)
-    config = {**peft_config("SHIRA", facts, rank, targets), "mask_type": "random"}
+    config = {**peft_config("SHIRA", info, rank, targets), "mask_type": "random"}
     shapes = {name: (delta.shape[0], delta.shape[1]) for name, delta in deltas.items()}
     return Adapter("shira", tensors, config, retained(deltas, kept), dict(layouts), kept, shapes=shapes)
 
 
 def dense(
-    deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], *, scale: float, facts: Mapping[str, Any]
+    deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], *, scale: float, info: Mapping[str, Any]
 ) -> Adapter:
     """The whole delta, for `ParameterDirection.from_pretrained`.
 
@@ -351,11 +351,11 @@ def dense(
         "format_version": FORMAT_VERSION,
         "library_name": "hf_npeff",
         "kind": "delta",
-        "base_model_name_or_path": facts.get("model"),
-        "revision": facts.get("revision"),
+        "base_model_name_or_path": info.get("model"),
+        "revision": info.get("revision"),
         "scale": scale,
         "layouts": dict(layouts),
-        "info": dict(facts),
+        "info": dict(info),
     }
     tensors = {name: value.float() * scale for name, value in deltas.items()}
     return Adapter("delta", tensors, config, 1.0, dict(layouts))

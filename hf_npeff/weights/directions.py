@@ -231,11 +231,11 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             absolute = None
             if model is not None:
                 absolute = {n: p.detach().cpu() for n, p in named_weights(model).items() if n in self}
-            adapter = lora(self, self.layouts, rank=rank, scale=scale, facts=self.info, absolute=absolute)
+            adapter = lora(self, self.layouts, rank=rank, scale=scale, info=self.info, absolute=absolute)
         elif kind == "shira":
-            adapter = shira(self, self.layouts, rank=rank, scale=scale, facts=self.info)
+            adapter = shira(self, self.layouts, rank=rank, scale=scale, info=self.info)
         elif kind == "delta":
-            adapter = dense(self, self.layouts, scale=scale, facts=self.info)
+            adapter = dense(self, self.layouts, scale=scale, info=self.info)
         else:
             raise ValueError(f"kind must be 'lora', 'shira' or 'delta', but it is {kind!r}")
         adapter.about = replace(self._facts(report, decomposition, include_texts), scale=scale)
@@ -248,7 +248,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
     ) -> DirectionFacts:
         """What cards say of the direction."""
         component = self.info.get("component")
-        facts = DirectionFacts(
+        about = DirectionFacts(
             base_model=str(self.info.get("model") or "unknown"),
             revision=self.info.get("revision"),
             component=component,
@@ -257,12 +257,12 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         )
         if decomposition is not None and component is not None:
             lines = _example_lines(decomposition, component, include_texts)
-            facts = replace(facts, name=decomposition[component].name, top_examples=lines)
+            about = replace(about, name=decomposition[component].name, top_examples=lines)
         if report is not None:
             measured = report.summary()
             names = ("scale", "kl_top", "kl_others", "kl_random", "ratio")
-            facts = replace(facts, **{name: measured[name] for name in names})
-        return facts
+            about = replace(about, **{name: measured[name] for name in names})
+        return about
 
     def save_pretrained(
         self,
@@ -313,8 +313,8 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
     ) -> None:
         """`push_to_hub`'s own arguments: those of `save_pretrained`, and of the card."""
         warn_of_local_model(repo_id, self.info.get("model"))
-        facts = self._facts(report, decomposition, include_texts)
-        write_card(folder, direction_card(facts, repo_id=repo_id, datasets=datasets, license=license))
+        about = self._facts(report, decomposition, include_texts)
+        write_card(folder, direction_card(about, repo_id=repo_id, datasets=datasets, license=license))
         self._write(folder)
 
     @classmethod

@@ -52,7 +52,7 @@ def lora(
     *,
     rank: int,
     scale: float,
-    facts: Mapping[str, Any],
+    info: Mapping[str, Any],
     absolute: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """A LoRA adapter by truncated SVD of every weight's delta.
@@ -62,7 +62,7 @@ def lora(
         layouts: what every parameter is.
         rank: of every module; smaller matrices are zero-padded.
         scale: the deltas are multiplied with it.
-        facts: `model`, `revision` and `task`.
+        info: `model`, `revision` and `task`.
         absolute: the norms' weights in the model: PEFT stores those whole.
 
     Raises:
@@ -96,7 +96,7 @@ def lora(
             raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
     tensors |= _lora_biases(biases, targets, saved, tensors)
     config = {
-        **peft_config("LORA", facts, rank, targets),
+        **peft_config("LORA", info, rank, targets),
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -126,10 +126,10 @@ def _lora_biases(
     """
     if alone := [module for module in biases if module not in targets and module not in saved]:
         raise ValueError(f"the bias {alone[0]}.bias needs its module's weight in the direction; use kind='delta'")
-    found = {}
+    padded = {}
     for module in targets if biases else ():
         out = tensors.get(f"{PREFIX}{module}.lora_B.weight")
         if module in biases or out is not None:
             zero = torch.zeros(0 if out is None else len(out))
-            found[f"{PREFIX}{module}.lora_B.bias"] = biases.get(module, zero)
-    return found
+            padded[f"{PREFIX}{module}.lora_B.bias"] = biases.get(module, zero)
+    return padded

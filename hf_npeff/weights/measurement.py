@@ -284,16 +284,16 @@ class _Watching:
         pairs = [(self.scores[i], scores[i]) for i in labelled]
         quantiles = torch.quantile(kl, torch.tensor([*_QUANTILES, 1.0], dtype=torch.float64)).tolist()
         names = [f"{share:.0%}" for share in (*_QUANTILES, 1.0)]
-        found: dict[str, Any] = {}
+        outcomes: dict[str, Any] = {}
         if pairs and all(a.right is not None for a, _ in pairs):  # type: ignore[union-attr]
             right = torch.tensor([[a.right, b.right] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
-            found["accuracy"] = tuple(right.mean(0).tolist())
-            found["gain_interval"] = interval(right[:, 1] - right[:, 0], seed)
+            outcomes["accuracy"] = tuple(right.mean(0).tolist())
+            outcomes["gain_interval"] = interval(right[:, 1] - right[:, 0], seed)
             loss = torch.tensor([[a.loss, b.loss] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
-            found["loss"] = tuple(loss.mean(0).tolist())
+            outcomes["loss"] = tuple(loss.mean(0).tolist())
         elif pairs:
             squared = torch.tensor([[a.squared, b.squared] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
-            found["error"] = tuple(squared.mean(0).sqrt().tolist())
+            outcomes["error"] = tuple(squared.mean(0).sqrt().tolist())
         return GroupEffect(
             len(indices),
             float(kl.mean()),
@@ -304,7 +304,7 @@ class _Watching:
             len(labelled),
             predicted=self._shares(indices, said),
             worst=self._worst(indices, kl, said),
-            **found,
+            **outcomes,
         )
 
     def _shares(self, indices: list[int], said: list[list[str]]) -> dict[str, tuple[float, float]]:

@@ -166,5 +166,6 @@ def _accuracy(predicted: Predictions, truth: Truth) -> float:
 def _differences(predicted: Predictions, truth: Truth) -> Tensor:
     """Predicted minus true numbers of the examples that have some, float64."""
     pairs = zip(predicted.answers(), truth.values, strict=True)
-    found = [answer[0].double() - torch.tensor(true, dtype=torch.float64) for answer, true in pairs if true is not None]
-    return torch.cat(found)
+    known = [(answer[0].double(), true) for answer, true in pairs if true is not None]
+    differences = [answer - torch.tensor(true, dtype=torch.float64) for answer, true in known]
+    return torch.cat(differences)
