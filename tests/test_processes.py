@@ -32,7 +32,7 @@ def torchrun(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two processes compute and fit."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun("both", folder)
+    done = torchrun("everything", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -91,12 +91,9 @@ def test_accelerate_starts_two_processes_on_cpus_by_this_config_file(two: Path, 
 
 
 @pytest.fixture(scope="module")
-def in_pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def in_pieces(two: Path) -> Path:
     """What two processes compute with half of every weight each."""
-    folder = tmp_path_factory.mktemp("sharded")
-    done = torchrun("sharded", folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return two / "sharded"
 
 
 @pytest.mark.parametrize("name", workers.SHARDED)

@@ -86,10 +86,12 @@ def fit_all(folder: Path) -> None:
                    folder / f"{name}-{os.environ.get('RANK', 'alone')}.pt")  # fmt: skip
 
 
-def both(folder: Path) -> None:
+def everything(folder: Path) -> None:
+    """All that two processes do without an accident, since most of a run's time is that it starts."""
     compute_all(folder)
     fit_all(folder)
     wrapped_models(folder)
+    sharded(folder / "sharded")
 
 
 def wrapped_models(folder: Path) -> None:
@@ -143,7 +145,7 @@ def sharded(folder: Path) -> None:
     """Compute and lift with every process holding half of every weight."""
     from hf_npeff import NPEFFAnalyzer
 
-    torch.distributed.init_process_group("gloo")
+    folder.mkdir(exist_ok=True)
     for name, problem in SHARDED.items():
         plain, data = sharded_problem(name)
         before = [p.clone() for p in plain.model.parameters()]
