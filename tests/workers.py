@@ -138,7 +138,8 @@ def shard(model: Any, problem: dict[str, Any]) -> Any:
                 fully_shard(layer, mesh=mesh)
     if problem.get("together"):
         fully_shard([model.model.norm, model.lm_head], mesh=mesh)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=problem.get("reshard_after_forward"))
+    options = {name: problem[name] for name in ("reshard_after_forward",) if name in problem}  # torch 2.6 takes no None
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def sharded(folder: Path) -> None:
