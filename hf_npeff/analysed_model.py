@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 
+from hf_npeff.checkpoints import load_checkpoint
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
@@ -29,14 +29,13 @@ from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_paramete
 from hf_npeff.fisher.heads import OutputHead, finds_last_by_padding, head_of, traits_of
 from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.parameters import find_parameters, modules_of
-from hf_npeff.fisher.tasks import AUTO_CLASSES, loader_of, task_of
+from hf_npeff.fisher.tasks import task_of
 from hf_npeff.fisher.weights_hash import identity_of
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
 from hf_npeff.processes import Processes, on_cpu
 from hf_npeff.sharing.files import read_json
-from hf_npeff.sharing.hub import commit_of_model, is_hub_id
 from hf_npeff.weights.adapters import Adapter, layouts_of
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import align, check_decomposed
@@ -123,36 +122,31 @@ class AnalysedModel:
         local_files_only: bool = False,
         trust_remote_code: bool = False,
     ) -> _Self:
-        """Load a model and its processing class from the Hub or a folder.
+        """Load a model and its processing class from the Hub or a folder, or an adapter of PEFT with its base model.
 
-        The Auto class comes from `config.architectures`; `task` overrides it. The other arguments are those of
-        transformers' `from_pretrained`.
+        The class comes from `config.architectures`, of an adapter from its task; `task` overrides it. The other
+        arguments are those of transformers' `from_pretrained`; `revision` is an adapter's own, which names that of its
+        base model.
 
         Raises:
-            UnsupportedModelError: if the architecture has no head that is known.
+            UnsupportedModelError: if the architecture has no head that is known, or an adapter names no base model.
             OSError: if there is no such model.
         """
-        if not os.path.isdir(model_id) and not is_hub_id(model_id):
-            raise OSError(f"{os.fspath(model_id)!r} is neither a folder nor the id of a model on the Hub (user/name)")
-        where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        commit = commit_of_model(model_id, revision=revision, **where)
-        hub = {"revision": commit or revision or "main", **where, "trust_remote_code": trust_remote_code}
-        config = transformers.AutoConfig.from_pretrained(model_id, **hub)
-        loader = loader_of(config, task if isinstance(task, str) else None)
-        if loader is None:
-            raise UnsupportedModelError(
-                f"{model_id} has the architectures {getattr(config, 'architectures', None) or []}, and none has a head "
-                f"that hf_npeff knows; pass task=, one of {', '.join(AUTO_CLASSES)}"
-            )
-        name, class_name = loader
-        arguments: dict[str, Any] = {"dtype": dtype, "device_map": device_map, **hub}
+        settings = {"dtype": dtype, "device_map": device_map}
         if quantization_config is not None:
-            arguments["quantization_config"] = quantization_config
-        model = getattr(transformers, class_name).from_pretrained(model_id, **arguments)
-        if processing_class is None:
-            processing_class = _processing_class(model_id, name, hub)
-        analyzer = cls(model, processing_class, fisher=fisher, accelerator=accelerator, task=task)
-        analyzer.revision = commit
+            settings["quantization_config"] = quantization_config
+        checkpoint = load_checkpoint(
+            model_id,
+            task=task if isinstance(task, str) else None,
+            processing_class=processing_class,
+            revision=revision,
+            where={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
+            trust_remote_code=trust_remote_code,
+            settings=settings,
+        )
+        processing_class = checkpoint.processing_class
+        analyzer = cls(checkpoint.model, processing_class, fisher=fisher, accelerator=accelerator, task=task)
+        analyzer.revision = checkpoint.commit
         return analyzer
 
     # The same model with other settings
@@ -522,18 +516,6 @@ class AnalysedModel:
             return str(names.get(value, value)) if predictions.dim() == 1 else str(value)
 
         return [one(value) for value in predictions.tolist()]
-
-
-def _processing_class(model_id: Any, task: str, hub: Mapping[str, Any]) -> Any:
-    """What encodes a model's inputs; a language model's tokenizer where it takes images or sounds as well."""
-    name = {"image-classification": "AutoImageProcessor", "audio-classification": "AutoFeatureExtractor"}.get(task)
-    loader = getattr(transformers, name or "AutoTokenizer")
-    try:
-        return loader.from_pretrained(model_id, **hub)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # TypeError: where files are missing, some tokenizers hand None on as a path.
-        logger.warning("%s has no processing class that loads (%s); pass encoded data", model_id, error)
-        return None
 
 
 def _version(name: str) -> str:

@@ -32,6 +32,7 @@ FLOORS = (
     "fisher",  # examples -> PEFs
     "decomposition",  # PEFs -> components
     "weights",  # components -> directions and adapters
+    "checkpoints",
     "analysed_model",
     "analyzer",
     # what it is compared with, and studied on

@@ -1,0 +1,159 @@
+"""Checkpoints, of a model or of an adapter of PEFT, in a folder or on the Hub → the model and what encodes for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.tasks import AUTO_CLASSES, loader_of
+from hf_npeff.sharing.files import read_json
+from hf_npeff.sharing.hub import commit_of_model, is_hub_id
+
+logger = logging.getLogger(__name__)
+_TASK_OF_ADAPTER = {
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
+"""{PEFT's name of a task: ours}."""
+_CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+"""How the names of a classifier's last weight end that an adapter saves: its rows are the classes."""
+_PROCESSING_CLASSES = {"image-classification": "AutoImageProcessor", "audio-classification": "AutoFeatureExtractor"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was loaded.
+
+    Attributes:
+        model: wrapped by PEFT where the checkpoint is an adapter.
+        processing_class: what encodes its inputs, or None.
+        commit: the model's on the Hub, of an adapter the base model's; None of a folder.
+        task: the model's.
+    """
+
+    model: nn.Module
+    processing_class: Any
+    commit: str | None
+    task: str
+
+
+def load_checkpoint(
+    model_id: str | os.PathLike[str],
+    *,
+    task: str | None,
+    processing_class: Any,
+    revision: str | None,
+    where: Mapping[str, Any],
+    trust_remote_code: bool,
+    settings: Mapping[str, Any],
+) -> Checkpoint:
+    """Load a model, or an adapter with the base model that it names.
+
+    Args:
+        model_id: a folder, or an id on the Hub.
+        task: the one that is wanted; None takes what the checkpoint says.
+        processing_class: the one to use; None loads one.
+        revision: of the checkpoint. An adapter names that of its base model itself.
+        where: `token`, `cache_dir` and `local_files_only` of every download.
+        trust_remote_code: as of transformers.
+        settings: further arguments of transformers' `from_pretrained`.
+
+    Raises:
+        OSError: if there is no such model, or an adapter's base model is not there.
+        UnsupportedModelError: if the architecture has no head that is known, or the adapter names no base model.
+    """
+    _check_place(model_id)
+    path = transformers.utils.find_adapter_config_file(os.fspath(model_id), revision=revision, **where)
+    if path is None:
+        return _load_model(model_id, task, processing_class, revision, where, trust_remote_code, settings)
+    adapter = read_json(Path(path), None)
+    base, pinned = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    if not isinstance(base, str) or not base or not isinstance(pinned, str | None):
+        raise UnsupportedModelError(
+            f"{model_id} is an adapter that names no base model; load that and the adapter yourself "
+            "(peft.PeftModel.from_pretrained) and hand the model to NPEFFAnalyzer"
+        )
+    _check_place(base, f"the adapter {os.fspath(model_id)!r} is of the base model {base!r}, which")
+    if task is None:
+        task = _TASK_OF_ADAPTER.get(str(adapter.get("task_type")))
+    from peft import PeftModel  # takes a second, and an adapter alone needs it
+
+    commit = commit_of_model(model_id, revision=revision, **where)
+    of_adapter = {**where, "revision": commit or revision or "main"}
+    classes = (
+        _number_of_classes(model_id, of_adapter)
+        if task in ("sequence-classification", "token-classification")
+        else None
+    )
+    settings = dict(settings) if classes is None else {**settings, "num_labels": classes}
+    checkpoint = _load_model(base, task, processing_class, pinned, where, trust_remote_code, settings)
+    model = PeftModel.from_pretrained(checkpoint.model, os.fspath(model_id), **of_adapter)
+    return Checkpoint(model.eval(), checkpoint.processing_class, checkpoint.commit, checkpoint.task)
+
+
+def _check_place(model_id: str | os.PathLike[str], what: str | None = None) -> None:
+    if not os.path.isdir(model_id) and not is_hub_id(model_id):
+        what = repr(os.fspath(model_id)) if what is None else what
+        raise OSError(f"{what} is neither a folder nor the id of a model on the Hub (user/name)")
+
+
+def _load_model(
+    model_id: str | os.PathLike[str],
+    task: str | None,
+    processing_class: Any,
+    revision: str | None,
+    where: Mapping[str, Any],
+    trust_remote_code: bool,
+    settings: Mapping[str, Any],
+) -> Checkpoint:
+    commit = commit_of_model(model_id, revision=revision, **where)
+    hub = {"revision": commit or revision or "main", **where, "trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(model_id, **hub)
+    loader = loader_of(config, task)
+    if loader is None:
+        raise UnsupportedModelError(
+            f"{model_id} has the architectures {getattr(config, 'architectures', None) or []}, and none has a head "
+            f"that hf_npeff knows; pass task=, one of {', '.join(AUTO_CLASSES)}"
+        )
+    found, class_name = loader
+    model = getattr(transformers, class_name).from_pretrained(model_id, **settings, **hub)
+    if processing_class is None:
+        processing_class = _processing_class(model_id, found, hub)
+    return Checkpoint(model, processing_class, commit, found)
+
+
+def _number_of_classes(model_id: str | os.PathLike[str], where: Mapping[str, Any]) -> int | None:
+    """Of the classifier that an adapter saves, which its base model does not have; None where it saves none."""
+    from safetensors import safe_open
+
+    # PEFT also reads pickled files; of those nothing is looked at here.
+    path = transformers.utils.cached_file(
+        os.fspath(model_id), "adapter_model.safetensors", _raise_exceptions_for_missing_entries=False, **where
+    )
+    if path is None:
+        return None
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.endswith(_CLASSIFIERS)]  # noqa: SIM118
+        return int(file.get_slice(names[0]).get_shape()[0]) if names else None
+
+
+def _processing_class(model_id: Any, task: str, hub: Mapping[str, Any]) -> Any:
+    """What encodes a model's inputs; a language model's tokenizer where it takes images or sounds as well."""
+    loader = getattr(transformers, _PROCESSING_CLASSES.get(task, "AutoTokenizer"))
+    try:
+        return loader.from_pretrained(model_id, **hub)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # TypeError: where files are missing, some tokenizers hand None on as a path.
+        logger.warning("%s has no processing class that loads (%s); pass encoded data", model_id, error)
+        return None
