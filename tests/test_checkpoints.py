@@ -156,7 +156,7 @@ def test_a_folder_of_an_adapter_loads_with_its_base(task: str, tmp_path: Path) -
     ids = torch.tensor([data[0]["input_ids"]])
     torch.testing.assert_close(loaded.model(ids).logits, wrapped(ids).logits, atol=0, rtol=0)
     assert loaded.weights() == direct.weights()
-    assert loaded.facts()["model"] == str(tmp_path / "base")
+    assert loaded.provenance()["model"] == str(tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="is of the base model"):
         NPEFFAnalyzer.from_pretrained(tmp_path / "adapter")
