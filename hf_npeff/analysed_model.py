@@ -362,12 +362,15 @@ class AnalysedModel:
             None if names is None else {int(number): name for number, name in names.items()},
         )
 
-    def direction_of(self, matrices: dict[str, Tensor], info: Mapping[str, Any]) -> ParameterDirection:
+    def direction_of(
+        self, matrices: dict[str, Tensor], info: Mapping[str, Any], *, unit: bool = True
+    ) -> ParameterDirection:
         """What lifting found, as a direction in the parameters; the matrices are taken out of the dictionary.
 
         Args:
             matrices: {parameter: (out, in)}.
             info: what is kept with it, beside the `provenance` of the model; `weights`, where they are known already.
+            unit: False keeps its length.
         """
         model_info = self.provenance(info.get("weights"))
         maps = {m.parameter: m for m in self.maps}
@@ -379,7 +382,7 @@ class AnalysedModel:
             deltas[name] = shaped.contiguous()
         layouts = layouts_of(self.model, deltas)
         module = type(base_of(self.model)).__module__
-        return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info})
+        return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info}, unit=unit)
 
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
         """Refuse to move weights that are sharded, or those of another commit than the change's.

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hf_npeff.analysed_model import AnalysedModel
 from hf_npeff.config import (
     BATCH_SIZE,
     SHADED,
@@ -29,6 +28,7 @@ from hf_npeff.config import (
 from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.edited_model import EditedModel
 from hf_npeff.encoding.record import Reading
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.compute import check_store, compute, dataset_hash
@@ -53,7 +53,7 @@ _LIFTED_TOGETHER = 4
 """Components that share forward passes in `lift_each`."""
 
 
-class NPEFFAnalyzer(AnalysedModel):
+class NPEFFAnalyzer(EditedModel):
     """A model under analysis.
 
     The model is used in eval mode without parameter gradients, and is handed back as it came (mode, requires_grad,

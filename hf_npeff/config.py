@@ -370,6 +370,59 @@ class LiftRequest:
 
 
 @dataclass(frozen=True)
+class EditRequest:
+    """How log-odds are moved by a weight change.
+
+    These are arguments of `NPEFFAnalyzer.edit`.
+
+    Attributes:
+        change: {example id: nats by which the log-odds of its outcome are to change}, or, of a regression, by how much
+            the predicted number is; all other examples are to stay as they are.
+        remove: column whose influence is to be taken out, instead: the mean log-odds of the examples with each of its
+            values move to the mean of all, which stays.
+        given: column within each value of which `remove` compares examples; None compares all.
+        outcome: whose log-odds: the number of a class, label, token or output; the name of a class; a text of one
+            token; or a column that holds one for every example. None where there is one only, or two classes.
+        keep: PEFs of other data, of the same sketch and weights, that are to be left alone too.
+        ridge: size of the change against what it misses, as a share of the largest eigenvalue of the rows' Gram matrix;
+            "auto" takes the one of the least error on examples that are held out, in the sketch.
+        iterations: how often to solve: again with rows computed at the new weights, for what is still missing. `keep`
+            stays as it was computed.
+        memory_budget: bytes that may be used to solve; with less than the span of all rows needs, its leading part is
+            used. None sets no bound.
+        batch_size: examples of a forward pass.
+        check_weights: refuse PEFs of other weights than the model has now.
+
+    Raises:
+        ValueError: if a setting is out of its range, or not exactly one of `change` and `remove` is given.
+    """
+
+    change: Any = field(default=None, metadata=_NO_OPTION)
+    remove: str | None = None
+    given: str | None = "label"
+    outcome: int | str | None = field(default=None, metadata=_NO_OPTION)
+    keep: Any = field(default=None, metadata=_NO_OPTION)
+    ridge: Ridge = "auto"
+    iterations: int = 1
+    memory_budget: int | None = None
+    batch_size: int = BATCH_SIZE
+    check_weights: bool = True
+
+    def __post_init__(self) -> None:
+        check_ridge(self.ridge)
+        if (self.change is None) == (self.remove is None):
+            raise ValueError(
+                "give either change={example id: nats} or remove=, the name of a column"
+                + ("" if self.change is None else "; both were given")
+            )
+        if min(self.iterations, self.batch_size) < 1 or (self.memory_budget is not None and self.memory_budget < 1):
+            raise ValueError(
+                "iterations, batch_size and memory_budget must be at least 1, but they are "
+                f"{self.iterations}, {self.batch_size} and {self.memory_budget}"
+            )
+
+
+@dataclass(frozen=True)
 class PerturbationRequest:
     """How a direction is measured.
 

@@ -558,6 +558,50 @@ def held_out_selectivity(
     return (target / weight) / (others / number)
 
 
+def generalised_eigenvector(T: Tensor, O: Tensor, shift: float) -> tuple[float, Tensor]:
+    """The largest μ, and its y, of T y = μ (O + shift·1) y."""
+    values, vectors = torch.linalg.eig(torch.linalg.solve(O + shift * torch.eye(len(O), dtype=O.dtype), T))
+    best = int(values.real.argmax())
+    return float(values.real[best]), vectors[:, best].real
+
+
+def log_odds(logits: Tensor, kind: str, y: int) -> Tensor:
+    """log p_y − log(1 − p_y) of a class or a label; of a regression the predicted number itself."""
+    if kind != "softmax":
+        return logits[y]
+    return logits[y] - torch.cat([logits[:y], logits[y + 1 :]]).logsumexp(0)
+
+
+def log_odds_of(
+    model: PreTrainedModel, batch_of_one: Batch, parameters: Sequence[str], terms: TermsOf, y: int
+) -> tuple[float, Tensor]:
+    """The mean log-odds of an outcome over an example's terms, and their gradient (p,) by plain autograd."""
+    with _differentiable(model, parameters) as tensors:
+        outputs = terms(model, batch_of_one)
+        value = torch.stack([log_odds(term.logits, term.kind, y) for term in outputs]).mean()
+        return float(value.detach()), _row(value, tensors)
+
+
+def edit(rows: Tensor, targets: Tensor, ridge: float, keep: Tensor | None = None) -> Tensor:
+    """δ (p,) that minimises Σ(A_ic·δ − t_ic)² + Σ(B_ic·δ)² + λ‖δ‖² over combinations of the rows A.
+
+    λ = ridge times the largest eigenvalue of P(ΣAᵀA + ΣBᵀB)P, where P projects on the span of the rows.
+
+    Args:
+        rows: Unscaled ones, (n, c, p).
+        targets: (n, c).
+        ridge: A share.
+        keep: Further unscaled rows, B (n', c', p), that are not to move.
+    """
+    A = rows.double().flatten(0, 1)
+    Q = orthonormal_basis(rows.double())
+    P = Q @ Q.T
+    M = A.T @ A if keep is None else A.T @ A + keep.double().flatten(0, 1).T @ keep.double().flatten(0, 1)
+    M = P @ M @ P
+    shift = ridge * torch.linalg.eigvalsh(M)[-1]
+    return torch.linalg.solve(M + shift * torch.eye(len(M), dtype=M.dtype), A.T @ targets.double().flatten())
+
+
 # Measures -----------------------------------------------------------------------------------------------------------
 
 

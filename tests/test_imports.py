@@ -34,6 +34,7 @@ FLOORS = (
     "weights",  # components -> directions and adapters
     "checkpoints",
     "analysed_model",
+    "edited_model",  # what changes it, without a decomposition
     "analyzer",
     # what it is compared with, and studied on
     "baselines",

@@ -14,7 +14,7 @@ from hf_npeff.config import LiftRequest
 from hf_npeff.weights.krylov import lanczos, top_eigenvalue
 from hf_npeff.weights.lifting import combination
 from hf_npeff.weights.row_space import row_space, unscaled_rows
-from hf_npeff.weights.selective import RIDGES, Contrast, _folds, cross_validated, selective
+from hf_npeff.weights.selective import RIDGES, Contrast, cross_validated, folds_of, selective
 from tests import reference
 from tests.tiny import tiny_batch, tiny_model
 
@@ -196,12 +196,12 @@ def test_the_cross_validated_score_is_that_of_examples_that_were_left_out(case: 
     beta = combination(found, pefs)[0][j]
     scores = cross_validated(contrast, beta, contrast.top())
     number = min(5, contrast.number)
-    folds = [(_folds(alone, number) == f) for f in range(number)]
+    folds = [(folds_of(alone, number) == f) for f in range(number)]
     if int((~alone & (W > 0)).sum()) >= 2 * number:
-        folds = [fold | (_folds(~alone & (W > 0), number) == f) for f, fold in enumerate(folds)]
+        folds = [fold | (folds_of(~alone & (W > 0), number) == f) for f, fold in enumerate(folds)]
     else:
         pytest.fail("choose a case with enough active examples")
-    keep_folds = [(_folds(torch.ones(len(other), dtype=torch.bool), number) == f) for f in range(number)]
+    keep_folds = [(folds_of(torch.ones(len(other), dtype=torch.bool), number) == f) for f in range(number)]
     for share in (1.0, RIDGES[4]):
         truth = reference.held_out_selectivity(
             raw(pefs), beta, W, alone, [f.nonzero()[:, 0].tolist() for f in folds], share * contrast.top(),

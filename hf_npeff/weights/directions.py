@@ -48,12 +48,14 @@ def _squared(value: Tensor) -> float:
 
 
 class ParameterDirection(Readable, Mapping[str, Tensor]):
-    """{parameter name: ΔW}, of unit norm over all parameters together.
+    """{parameter name: ΔW}, of unit norm over all parameters together, or of the length that the change has.
 
     Args:
         deltas: shaped like the parameters; scaled here to unit norm where they are not of it.
         layouts: what every parameter is: "linear", "conv1d", "embedding", "bias" or "norm".
         info: how it was made: model, revision, task, component, method, estimated cosine, …
+        unit: False keeps the deltas as long as they are, so that a scale of 1 makes the whole change; `info` then says
+            `natural_scale`.
 
     Raises:
         ValueError: if there are no deltas, or they are zero or not finite.
@@ -80,19 +82,24 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
     _FILES = (_FILE, "config.json", "adapter_config.json", "adapter_model.safetensors", "README.md")
 
     def __init__(
-        self, deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], info: Mapping[str, Any] | None = None
+        self,
+        deltas: Mapping[str, Tensor],
+        layouts: Mapping[str, Layout],
+        info: Mapping[str, Any] | None = None,
+        *,
+        unit: bool = True,
     ):
         if not deltas or set(deltas) != set(layouts):
             raise ValueError("a direction needs deltas, and a layout for each of them")
         squared = sum(_squared(value) for value in deltas.values())
         if not 0 < squared < float("inf"):
             raise ValueError("a direction must be finite and not zero")
-        if abs(squared - 1) < 1e-6:  # as lifting hands them over: no second copy
+        if not unit or abs(squared - 1) < 1e-6:  # as lifting hands them over: no second copy
             self._deltas = {name: value.detach() for name, value in deltas.items()}
         else:
             self._deltas = {name: value.detach() / squared**0.5 for name, value in deltas.items()}
         self.layouts: dict[str, Layout] = dict(layouts)
-        self.info: dict[str, Any] = dict(info or {})
+        self.info: dict[str, Any] = dict(info or {}) | ({} if unit else {"natural_scale": 1.0})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._deltas[name]
@@ -105,7 +112,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
 
     @property
     def norm(self) -> float:
-        """Over all parameters together: 1 to rounding."""
+        """Over all parameters together: 1 to rounding, or the length of a change whose natural scale is 1."""
         return sum(map(_squared, self._deltas.values())) ** 0.5
 
     def cosine(self, other: Mapping[str, Tensor]) -> float:
@@ -123,16 +130,19 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         return inner / norm / self.norm
 
     def norm_in(self, model: nn.Module) -> float:
-        """‖θ‖ of the model's parameters that the direction moves, the longest sensible step; 1 where that is 0."""
+        """The longest sensible scale: ‖θ‖ of the moved parameters over the direction's length; 1 where that is 0."""
         parameters = named_weights(model)
         known = (parameters[name].detach() for name in self if name in parameters)
-        return sum(_squared(p.float()) for p in known) ** 0.5 or 1.0
+        return sum(_squared(p.float()) for p in known) ** 0.5 / self.norm or 1.0
 
     def random_like(self, seed: int = 0) -> ParameterDirection:
         """A Gaussian random direction over the same parameters, of equal norm."""
         generator = torch.Generator().manual_seed(seed)
         deltas = {n: torch.randn(v.shape, generator=generator).to(v.device) for n, v in self._deltas.items()}
-        return ParameterDirection(deltas, self.layouts, {"method": "random", "seed": seed})
+        random = ParameterDirection(deltas, self.layouts, {"method": "random", "seed": seed})
+        if "natural_scale" not in self.info:
+            return random
+        return ParameterDirection({n: v * self.norm for n, v in random.items()}, self.layouts, random.info, unit=False)
 
     def __repr__(self) -> str:
         what = f"component {self.info['component']}" if "component" in self.info else "a direction"
@@ -331,14 +341,15 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             try:
                 scale = check_scale(config.get("scale"))  # type: ignore[arg-type]
                 layouts, info = _checked(deltas, config.get("layouts"), config.get("info"))
-                return cls({name: deltas[name] / scale for name in layouts}, layouts, {**info, "scale": scale})
+                shorter = {name: deltas[name] / scale for name in layouts}
+                return cls(shorter, layouts, {**info, "scale": scale}, unit="natural_scale" not in info)
             except (TypeError, ValueError) as error:
                 raise CorruptStoreError(f"{folder / 'adapter_config.json'} is not a delta's: {error!r}") from error
         config = read_json(folder / "config.json")
         tensors = read_tensors(file_of(folder, _FILE, config.get("sha256")))
         try:
             layouts, info = _checked(tensors, config.get("layouts"), config.get("info"))
-            return cls({name: tensors[name] for name in layouts}, layouts, info)
+            return cls({name: tensors[name] for name in layouts}, layouts, info, unit="natural_scale" not in info)
         except (TypeError, ValueError) as error:
             raise CorruptStoreError(f"{folder / 'config.json'} does not fit {_FILE}: {error}") from error
 

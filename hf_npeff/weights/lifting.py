@@ -144,6 +144,47 @@ def sketch_of(pefs: PEFs, known: Sketch | None) -> Sketch:
     return known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
 
 
+def lift_combination(
+    forward: ForwardPass,
+    pefs: PEFs,
+    examples: Sequence[Example],
+    coefficients: Tensor,
+    aim: Tensor,
+    sketch: Sketch,
+    batch_size: int,
+) -> tuple[dict[str, Tensor], float]:
+    """One combination of unscaled rows in parameter space, of the length that it has.
+
+    Args:
+        forward: of the model that made the rows.
+        pefs: theirs.
+        examples: theirs, in their order.
+        coefficients: (n, c).
+        aim: (d,), the same combination of the sketched rows.
+        sketch: that of the PEFs.
+        batch_size: examples of a forward pass.
+
+    Returns:
+        {parameter: matrix (out, in)}, and the cosine of its sketch with `aim`.
+
+    Raises:
+        ValueError: if rows were made elsewhere, or the model's gradients do not add up to `aim`.
+    """
+    if pefs.cotangents is None:
+        raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere), so they cannot be lifted")
+    (deltas,) = lift_exact(forward, examples, pefs.cotangents, coefficients[None], batch_size)
+    largest = float(coefficients.abs().max())  # by which lift_exact divides
+    for value in deltas.values():
+        value.mul_(largest)
+    cosine = _sketched_cosine(deltas, aim, sketch, None)
+    if cosine < _SAME_MODEL:
+        raise ValueError(
+            f"the gradients of this model do not add up to the change (cosine {cosine:.3f}): its weights are not those "
+            "that the PEFs were computed with; load the model that they came from"
+        )
+    return deltas, cosine
+
+
 def check_decomposed(decomposition: Decomposition, pefs: PEFs) -> None:
     """Refuse PEFs that are not those of a decomposition.
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import Ridge, check_ridge
-from hf_npeff.weights.krylov import Krylov, lanczos, top_eigenvalue
+from hf_npeff.weights.krylov import Krylov, lanczos, top_eigenpair, top_eigenvalue
 from hf_npeff.weights.row_space import RowSpace
 
 RIDGES = tuple(10 ** (-k / 2) for k in range(9))
@@ -152,11 +152,11 @@ def cross_validated(contrast: Contrast, coefficients: Tensor, top: float) -> dic
     X, kept = contrast.space.rows, contrast.kept
     active = contrast.wanted.to(X) * ~contrast.alone
     folds = min(_FOLDS, contrast.number)
-    out = torch.stack([_folds(contrast.alone, folds) == f for f in range(folds)], 1)
+    out = torch.stack([folds_of(contrast.alone, folds) == f for f in range(folds)], 1)
     if int((active > 0).sum()) >= 2 * folds:  # else g itself would be another one without them
-        out |= torch.stack([_folds(active > 0, folds) == f for f in range(folds)], 1)
+        out |= torch.stack([folds_of(active > 0, folds) == f for f in range(folds)], 1)
     everywhere = torch.ones(0 if kept is None else len(kept), dtype=torch.bool, device=X.device)
-    kept_out = torch.stack([_folds(everywhere, folds) == f for f in range(folds)], 1)
+    kept_out = torch.stack([folds_of(everywhere, folds) == f for f in range(folds)], 1)
     beta = coefficients[:, None] * (~out).to(X)[..., None]  # (n, folds, c)
     g = torch.einsum("ncm,nfc->mf", X, beta)
     smallest = min(RIDGES) * (top or 1.0)
@@ -198,10 +198,98 @@ class _Effects:
         return sum(float(w @ e.square().sum(1)) for w, e in zip(self.weights, effects, strict=True))
 
 
-def _folds(among: Tensor, folds: int) -> Tensor:
+def folds_of(among: Tensor, folds: int) -> Tensor:
     """(n,): the fold of every example that is marked, −1 elsewhere; the same for the same examples, in any process."""
     found = torch.full(among.shape, -1, dtype=torch.int64, device=among.device)
     places = among.nonzero()[:, 0]
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0)).to(places.device)
     found[places[order]] = torch.arange(len(places), device=places.device) % folds
     return found
+
+
+def most_different(contrast: Contrast, ridge: Ridge) -> tuple[Tensor, dict[str, Any]]:
+    """What moves the wanted examples most for what it does to those to be left alone, without a component.
+
+    The generalised eigenvector of the largest eigenvalue of T y = μ (M + λI) y, with T the mean of F_i over the wanted
+    examples: with M + λI = LLᵀ it is y = L⁻ᵀ z for the top eigenvector z of L⁻¹ T L⁻ᵀ.
+
+    Args:
+        contrast: what is to move (`wanted` is 1 or 0) and what is not.
+        ridge: λ over the largest eigenvalue of M, or "auto": that of the best ratio on examples that are held out.
+
+    Returns:
+        y (m,), of a sign that means nothing, and what is kept of it with the direction.
+
+    Raises:
+        ValueError: if `ridge` is "auto" and either side has fewer than two examples.
+    """
+    check_ridge(ridge)
+    X, moving = contrast.space.rows, contrast.wanted > 0
+    top = contrast.top() or 1.0
+    M = _dense(contrast)
+    scores: dict[float, float] = {}
+    if isinstance(ridge, str):
+        scores = _ratios(contrast, moving, M, top)
+        share = max(scores, key=lambda tried: scores[tried])
+    else:
+        share = float(ridge)
+    value, y = _generalised(M, X[moving].flatten(0, 1), share * top, int(moving.sum()), steps=256)
+    coefficients = contrast.space.coefficients(y).flatten()
+    y = y * coefficients[coefficients.abs().argmax()].sign()
+    info = {
+        "ridge": share,
+        "eigenvalue": value,
+        "moved": int(moving.sum()),
+        "left_alone": contrast.number,
+        **contrast.space.info(),
+    }
+    if scores:
+        info["cross_validated"] = scores[share]
+        info["cross_validation"] = {f"{tried:.2g}": score for tried, score in scores.items()}
+    return y, info
+
+
+def _dense(contrast: Contrast) -> Tensor:
+    """M (m, m)."""
+    flat = contrast.space.rows[contrast.alone].flatten(0, 1)
+    M = flat.T @ flat
+    if contrast.kept is not None:
+        further = contrast.kept.flatten(0, 1)
+        M = M + further.T @ further
+    return M / contrast.number
+
+
+def _generalised(M: Tensor, rows: Tensor, shift: float, number: int, steps: int = 48) -> tuple[float, Tensor]:
+    """The largest μ and y of (rowsᵀrows / number) y = μ (M + shift) y."""
+    L = torch.linalg.cholesky(M + shift * torch.eye(len(M)).to(M))
+    S = torch.linalg.solve_triangular(L, rows.T, upper=False)
+    value, z = top_eigenpair(lambda v: S @ (S.T @ v) / number, len(M), M, steps)
+    return value, torch.linalg.solve_triangular(L.T, z[:, None], upper=True)[:, 0]
+
+
+def _ratios(contrast: Contrast, moving: Tensor, M: Tensor, top: float) -> dict[float, float]:
+    """{ridge: mean effect on wanted examples over that on the others, each judged without the examples of its fold}."""
+    X, kept = contrast.space.rows, contrast.kept
+    folds = min(_FOLDS, int(moving.sum()), contrast.number)
+    if folds < 2:
+        raise ValueError(
+            "ridge='auto' holds examples out of both sides, and one of them has a single example; give ridge= as a "
+            "number, such as 0.01"
+        )
+    sides = folds_of(moving, folds), folds_of(contrast.alone, folds)
+    everywhere = torch.ones(0 if kept is None else len(kept), dtype=torch.bool, device=X.device)
+    further = folds_of(everywhere, folds)
+    target, others = dict.fromkeys(RIDGES, 0.0), dict.fromkeys(RIDGES, 0.0)
+    for f in range(folds):
+        out_moving, out_alone = (side == f for side in sides)
+        out = [X[out_alone]] + ([] if kept is None else [kept[further == f]])
+        gone = torch.cat([rows.flatten(0, 1) for rows in out])
+        left = M - gone.T @ gone / contrast.number
+        rest = moving & ~out_moving
+        for share in RIDGES:
+            _, y = _generalised(left, X[rest].flatten(0, 1), share * top, int(rest.sum()))
+            y = y / (X[rest] @ y).square().sum().sqrt()
+            target[share] += float((X[out_moving] @ y).square().sum())
+            others[share] += sum(float((rows @ y).square().sum()) for rows in out)
+    tiny = torch.finfo(X.dtype).tiny
+    return {s: (target[s] / int(moving.sum())) / max(others[s] / contrast.number, tiny) for s in RIDGES}

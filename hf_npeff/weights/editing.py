@@ -1,0 +1,205 @@
+"""Carrying out an edit: what is wanted, the step towards it, and the step tried on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.config import EditRequest
+from hf_npeff.data import Example
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.pefs.sketches import Sketch
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.edits import Functionals, Wanted, changes_by_id, largest_step, removal, solve, warn_of_share
+from hf_npeff.weights.lifting import lift_combination
+from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observe, outcomes_of
+from hf_npeff.weights.plans import check_kept
+from hf_npeff.weights.row_space import row_space
+from hf_npeff.weights.selective import Contrast, most_different
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an edit is to reach.
+
+    Attributes:
+        outcomes: (n,) the number of the outcome of every example.
+        wanted: changes of their log-odds.
+        before: what the model predicted before any change.
+    """
+
+    outcomes: list[int]
+    wanted: Wanted
+    before: Observed
+
+    def missing(self, now: Observed) -> Wanted:
+        """What is still wanted: of every example, those that were to stay included."""
+        return replace(self.wanted, changes=self.wanted.changes - (now.values - self.before.values))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A weight change towards a goal, not tried yet.
+
+    Attributes:
+        deltas: {parameter: matrix (out, in)} of their natural length.
+        predicted: (n,) changes of the log-odds.
+        info: how it was found.
+    """
+
+    deltas: dict[str, Tensor]
+    predicted: Tensor
+    info: dict[str, Any]
+
+
+def goal_of(
+    forward: ForwardPass, pefs: PEFs, examples: Sequence[Example], request: EditRequest, naming: Naming
+) -> Goal:
+    """What is wanted, in numbers.
+
+    Raises:
+        UnsupportedModelError: if the model predicts places of its input.
+        ValueError: if ids, columns or outcomes are wrong.
+    """
+    kind, k = head_of_examples(forward, examples)
+    outcomes = outcomes_of(request.outcome, naming, len(examples), kind, k)
+    wanted = None if request.change is None else changes_by_id(request.change, pefs.example_ids)
+    before = observe(forward, examples, outcomes, request.batch_size)
+    if wanted is None:
+        assert request.remove is not None
+        wanted = removal(request.remove, request.given, pefs.columns, before.values)
+    return Goal(outcomes, wanted, before)
+
+
+def step_towards(
+    forward: ForwardPass,
+    pefs: PEFs,
+    examples: Sequence[Example],
+    goal: Goal,
+    request: EditRequest,
+    sketch: Sketch,
+    device: torch.device | None,
+) -> tuple[Step, Observed]:
+    """One solution at the weights that the model and the rows have now, and what the model predicts there."""
+    assert pefs.cotangents is not None
+    now = observe(forward, examples, goal.outcomes, request.batch_size, cotangents=True)
+    wanted = goal.missing(now)
+    assert now.cotangents is not None
+    functionals = Functionals.of(now.cotangents, pefs.cotangents.cpu())
+    share = functionals.share(wanted.changes)
+    warn_of_share(share)
+    targets = functionals.targets(wanted.changes)
+    space = row_space(pefs, memory_budget=request.memory_budget, device=device)
+    kept = None if request.keep is None else space.coordinates(request.keep)
+    found = solve(space, targets, kept, request.ridge)
+    coefficients = space.coefficients(found.y).cpu()
+    aim = (space.basis.double() @ found.y).cpu()
+    deltas, cosine = lift_combination(forward, pefs, examples, coefficients, aim, sketch, request.batch_size)
+    info = {"expressible": share, "estimated_cosine": cosine, **found.info}
+    info["predicted_kl"] = float(0.5 * found.moved.square().sum(1).mean())
+    return Step(deltas, functionals.read(found.moved.cpu()), info), now
+
+
+def tried(
+    forward: ForwardPass,
+    direction: ParameterDirection,
+    examples: Sequence[Example],
+    goal: Goal,
+    now: Observed,
+    step: Step,
+    request: EditRequest,
+) -> tuple[float, dict[str, float]]:
+    """The largest step that does what was predicted, and the errors of those that were tried.
+
+    Raises:
+        ValueError: if none does.
+    """
+
+    def change_at(scale: float) -> Tensor:
+        with direction.applied_to(forward.model, scale):
+            return observe(forward, examples, goal.outcomes, request.batch_size).values - now.values
+
+    return largest_step(goal.missing(now), step.predicted, change_at)
+
+
+def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, Any]:
+    """What was wanted, predicted and realised, group by group or id by id, and KL of the examples."""
+    wanted = goal.wanted
+    realised = after.values - goal.before.values
+    columns = [wanted.means(values).tolist() for values in (wanted.changes, predicted, realised)]
+    sizes = torch.bincount(wanted.groups[wanted.groups >= 0], minlength=len(wanted.names)).tolist()
+    rows = zip(wanted.names, sizes, *columns, strict=True)
+    others = wanted.groups < 0
+    kl = goal.before.predictions.kl_to(after.predictions)
+    info: dict[str, Any] = {
+        "changes": {name: {"examples": n, "wanted": w, "predicted": p, "realised": r} for name, n, w, p, r in rows},
+        "kl": float(kl[~others].mean()),
+    }
+    if bool(others.any()):
+        info["kl_of_others"] = float(kl[others].mean())
+        info["change_of_others"] = float(realised[others].abs().mean())
+    return info
+
+
+def lift_contrast(
+    forward: ForwardPass,
+    pefs: PEFs,
+    examples: Sequence[Example],
+    contrast: tuple[Tensor, Tensor],
+    request: EditRequest,
+    sketch: Sketch,
+    device: torch.device | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The direction that moves some examples most for what it does to others, lifted.
+
+    Args:
+        forward: of the model.
+        pefs: of all examples.
+        examples: theirs.
+        contrast: which are to move, which are to stay, (n,) bool each.
+        request: ridge, keep, memory, batch size.
+        sketch: of the PEFs.
+        device: where it is solved for.
+    """
+    if request.keep is not None:
+        check_kept(pefs, request.keep)
+    space = row_space(pefs, memory_budget=request.memory_budget, device=device)
+    kept = None if request.keep is None else space.coordinates(request.keep)
+    at = space.rows.device
+    moving, staying = (mask.to(at) for mask in contrast)
+    y, info = most_different(Contrast(space, moving.to(space.rows), staying, kept), request.ridge)
+    aim = (space.basis.double() @ y).cpu()
+    coefficients = space.coefficients(y).cpu()
+    deltas, cosine = lift_combination(forward, pefs, examples, coefficients, aim, sketch, request.batch_size)
+    return deltas, {"method": "contrast", "estimated_cosine": cosine, **info}
+
+
+def sides(pefs: PEFs, ids: Sequence[Any], against: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
+    """Which examples are to move and which are to stay, (n,) bool each.
+
+    Raises:
+        ValueError: if an id is unknown or on both sides, or there are none to move.
+    """
+    places = {name: i for i, name in enumerate(pefs.example_ids)}
+    masks = []
+    for name, chosen in (("ids", ids), ("against", against if against is not None else ())):
+        if isinstance(chosen, str) or not isinstance(chosen, Sequence):
+            raise ValueError(f"{name} must be a list of example ids, but it is {chosen!r}")
+        if unknown := [i for i in chosen if str(i) not in places]:
+            raise ValueError(f"{len(unknown)} of {name} are not among these PEFs, for instance {unknown[:3]}")
+        mask = torch.zeros(len(pefs), dtype=torch.bool)
+        mask[[places[str(i)] for i in chosen]] = True
+        masks.append(mask)
+    moving, staying = masks
+    if not bool(moving.any()):
+        raise ValueError("ids= names no example to move")
+    if against is None:
+        staying = ~moving
+    if both := [pefs.example_ids[i] for i in (moving & staying).nonzero()[:, 0].tolist()]:
+        raise ValueError(f"{len(both)} examples are to move and to stay, for instance {both[:3]}")
+    return moving, staying

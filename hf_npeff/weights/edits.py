@@ -1,0 +1,344 @@
+"""Edits: the weight change that moves chosen log-odds by chosen amounts and leaves others alone, from stored rows.
+
+Let u_i be the gradient of example i's log-odds where cotangents enter, and V_i its stored cotangents, so that
+A_i = V_i J (c rows). Written in them, u_i ≈ V_iᵀ α_i, a weight change δ moves the log-odds by α_i·(A_i δ). Among all
+changes of the output that move them by Δ_i the one of the least KL moves the rows by
+
+    t_i = α_i Δ_i / ‖α_i‖²,        ½‖t_i‖² = ½ Δ_i² p(1 − p)  for two classes: signs come with α_i
+
+since KL_i = ½‖A_i δ‖² to second order. Examples with no wanted change have t_i = 0. What is solved is ridge regression
+
+    minimise Σ_i ‖A_i δ − t_i‖² + Σ_keep ‖B_i δ‖² + λ‖δ‖²   over δ in the span of the rows
+
+in the coordinates of `row_space`: (XᵀX + X_keepᵀX_keep + λI) y = Xᵀt. It is Gauss and Newton's step towards predictions
+with the wanted log-odds, in the span of a few rows. λ is a share of the largest eigenvalue; "auto" takes that of the
+least error on examples that are held out, by folds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.config import Ridge, check_ridge
+from hf_npeff.weights.krylov import lanczos, top_eigenvalue
+from hf_npeff.weights.row_space import RowSpace
+from hf_npeff.weights.selective import RIDGES, folds_of
+
+logger = logging.getLogger(__name__)
+STEPS = (0.25, 0.5, 1.0)
+"""Shares of the solution that are tried on the model."""
+AS_PREDICTED = 0.5
+"""A step does what was predicted while the changes differ from the predicted ones by less than this share of them.
+Chosen: half of a change is still the change that was asked for."""
+_EXPRESSIBLE = 0.5
+_FOLDS = 5
+_STEPS = 400
+_SOLVED = 1e-10
+_SCORED = 1e-4
+_RANK = 1e-8
+"""Of the Gram matrix of an example's cotangents: those of smaller share are rounding of float32."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Changes of log-odds that are wanted.
+
+    Attributes:
+        changes: (n,) float64, in nats; 0 where an example is to stay as it is.
+        groups: (n,) the number of the group in which an example's change is judged; −1 where none is wanted.
+        names: what every group is called.
+    """
+
+    changes: Tensor
+    groups: Tensor
+    names: list[str]
+
+    def means(self, values: Tensor) -> Tensor:
+        """(groups,): means of values (n,)."""
+        which = self.groups >= 0
+        number = len(self.names)
+        sums = torch.zeros(number, dtype=torch.float64).index_add_(0, self.groups[which], values[which].double())
+        return sums / torch.bincount(self.groups[which], minlength=number).clamp_min(1)
+
+    def error(self, realised: Tensor, predicted: Tensor) -> float:
+        """How far realised changes (n,) are from predicted ones, group by group: a share of the predicted."""
+        sizes = torch.bincount(self.groups[self.groups >= 0], minlength=len(self.names)).double()
+        a, b = self.means(realised), self.means(predicted)
+        scale = float((sizes * b.square()).sum())
+        if scale == 0:
+            return float("inf")
+        error = float((sizes * (a - b).square()).sum() / scale) ** 0.5
+        return error if error == error else float("inf")
+
+
+def changes_by_id(change: Mapping[Any, float], ids: Sequence[str]) -> Wanted:
+    """Changes of named examples.
+
+    Raises:
+        ValueError: if there are none, an id is unknown, or a change is no finite number or all are 0.
+    """
+    if not isinstance(change, Mapping) or not change:
+        raise ValueError("change= needs {example id: nats}, with at least one example")
+    places = {name: i for i, name in enumerate(ids)}
+    if unknown := [name for name in change if str(name) not in places]:
+        raise ValueError(f"{len(unknown)} of {len(change)} ids are not among these PEFs, for instance {unknown[:3]}")
+    changes, groups = torch.zeros(len(ids), dtype=torch.float64), torch.full((len(ids),), -1)
+    for number, (name, value) in enumerate(change.items()):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            raise ValueError(f"the change of {name!r} must be a finite number of nats, but it is {value!r}")
+        changes[places[str(name)]], groups[places[str(name)]] = float(value), number
+    if not bool(changes.any()):
+        raise ValueError("all changes are 0; give the examples that are to stay as they are no entry")
+    return Wanted(changes, groups, [str(name) for name in change])
+
+
+def removal(column: str, given: str | None, columns: Mapping[str, Sequence[Any]], values: Tensor) -> Wanted:
+    """What takes the influence of a column out: within each value of `given`, log-odds do not depend on it any more.
+
+    The mean log-odds of the examples with each value of the column are moved to the mean of all with that value of
+    `given`, which stays where it is: half from each side where both are equally many.
+
+    Args:
+        column: whose influence is taken out.
+        given: within each value of this column; None for all examples together.
+        columns: {name: values}.
+        values: (n,) log-odds.
+
+    Raises:
+        ValueError: if a column is missing, has one value only or as many as examples, or values are missing.
+    """
+    attribute = _values(column, columns)
+    labels = [None] * len(attribute) if given is None else _values(given, columns)
+    if len(set(attribute)) == 1:
+        raise ValueError(f"the column {column!r} has one value only, {attribute[0]!r}: it has no influence to take out")
+    if len(set(attribute)) > len(attribute) // 2:
+        raise ValueError(
+            f"the column {column!r} has {len(set(attribute))} values in {len(attribute)} examples: take a column of "
+            "few values, such as ranges of a number"
+        )
+    changes, groups = torch.zeros(len(values), dtype=torch.float64), torch.full((len(values),), -1)
+    names: list[str] = []
+    alone = []
+    for label in dict.fromkeys(labels):
+        mine = [i for i, other in enumerate(labels) if other == label]
+        present = list(dict.fromkeys(attribute[i] for i in mine))
+        if len(present) < 2:
+            alone.append(label)
+            continue
+        mean = values[mine].mean()
+        for value in present:
+            which = [i for i in mine if attribute[i] == value]
+            changes[which], groups[which] = mean - values[which].mean(), len(names)
+            names.append(f"{column}={value}" + ("" if given is None else f", {given}={label}"))
+    if not names:
+        raise ValueError(f"within each value of {given!r} the column {column!r} has one value only: nothing to compare")
+    if alone:
+        logger.warning(
+            "where %s is %s, %s has one value only: these examples are to stay as they are", given, alone, column
+        )
+    return Wanted(changes, groups, names)
+
+
+def _values(name: str, columns: Mapping[str, Sequence[Any]]) -> list[Any]:
+    if name not in columns:
+        hint = "; give given=None to compare all examples with each other" if name == "label" else ""
+        raise ValueError(f"there is no column {name!r} beside these PEFs; there are {sorted(columns)}{hint}")
+    values = list(columns[name])
+    missing = [i for i, value in enumerate(values) if value is None or value != value]
+    if missing:
+        raise ValueError(f"the column {name!r} has no value for {len(missing)} examples, for instance {missing[:3]}")
+    return values
+
+
+@dataclass(frozen=True)
+class Functionals:
+    """Log-odds as combinations of stored rows.
+
+    Attributes:
+        alpha: (n, c), u_i ≈ Σ_c α_ic v_ic.
+        expressed: (n,) ‖Σ_c α_ic v_ic‖² / ‖u_i‖².
+    """
+
+    alpha: Tensor
+    expressed: Tensor
+
+    @classmethod
+    def of(cls, u: Tensor, stored: Tensor) -> Functionals:
+        """Of gradients u (n, t, s) and stored cotangents (n, c, t', s'), by least squares for every example."""
+        t, s = (max(a, b) for a, b in zip(u.shape[1:], stored.shape[2:], strict=True))
+        u = torch.nn.functional.pad(u, (0, s - u.shape[2], 0, t - u.shape[1])).flatten(1).double()
+        V = torch.nn.functional.pad(stored, (0, s - stored.shape[3], 0, t - stored.shape[2])).flatten(2).double()
+        K = V @ V.mT
+        values, U = torch.linalg.eigh(K)
+        kept = values > values[:, -1:].clamp_min(torch.finfo(torch.float64).tiny) * _RANK
+        inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+        coordinates = (U.mT @ (V @ u[..., None]))[..., 0]
+        alpha = (U @ (inverse * coordinates)[..., None])[..., 0]
+        expressed = (inverse * coordinates.square()).sum(1) / u.square().sum(1).clamp_min(1e-300)
+        return cls(alpha, expressed.clamp(0, 1))
+
+    def targets(self, changes: Tensor) -> Tensor:
+        """T (n, c): what the rows are to be moved by for changes (n,) of the log-odds, at the least KL."""
+        size = self.alpha.square().sum(1, keepdim=True)
+        return torch.where(size > 0, self.alpha * changes[:, None] / size.clamp_min(1e-300), 0.0)
+
+    def share(self, changes: Tensor) -> float:
+        """Of the wanted changes (n,), squared, that stored rows express."""
+        weights = changes.square()
+        return float((weights * self.expressed).sum() / weights.sum().clamp_min(1e-300))
+
+    def read(self, moved: Tensor) -> Tensor:
+        """(n,): the change of the log-odds where rows are moved by (n, c)."""
+        return (self.alpha * moved).sum(1)
+
+
+def warn_of_share(share: float) -> None:
+    """Say so where rows express less than half of what is wanted."""
+    if share < _EXPRESSIBLE:
+        logger.warning(
+            "the stored rows express %.0f%% of the wanted change: the outcome's gradient lies mostly outside of them. "
+            "Compute PEFs with a larger rank, or ask for outcomes that the model finds likelier",
+            100 * share,
+        )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A ridge regression, solved.
+
+    Attributes:
+        y: (m,) in the coordinates of the space.
+        moved: (n, c) what it does to the rows.
+        info: ridge, effective rank, cross-validated error.
+    """
+
+    y: Tensor
+    moved: Tensor
+    info: dict[str, Any]
+
+
+def solve(space: RowSpace, targets: Tensor, kept: Tensor | None, ridge: Ridge) -> Solution:
+    """The weight change that moves rows by targets and leaves others alone.
+
+    Args:
+        space: of the rows.
+        targets: t (n, c).
+        kept: (n', c', m), coordinates of further rows that are not to move, or None.
+        ridge: λ over the largest eigenvalue of XᵀX + X_keepᵀX_keep, or "auto".
+
+    Raises:
+        ValueError: if no target differs from 0.
+    """
+    check_ridge(ridge)
+    X = space.rows
+    t = targets.to(X)
+    if not bool(t.any()):
+        raise ValueError(
+            "nothing is to be moved: the wanted changes are 0, or the outcome's gradient lies outside the stored rows"
+        )
+    b = torch.einsum("ncm,nc->m", X, t)
+    operator = _operator(X, kept, None, None)
+    top = top_eigenvalue(operator, X.shape[-1], X)
+    errors: dict[float, float] = {}
+    if isinstance(ridge, str):
+        errors = _held_out_errors(X, t, kept, top)
+        share = min(errors, key=lambda tried: errors[tried])
+    else:
+        share = float(ridge)
+    found = lanczos(operator, b[:, None], steps=_STEPS, shift=share * top, tolerance=_SOLVED)
+    y = found.solution(share * top)[:, 0]
+    eigenvalues = torch.linalg.eigvalsh(found.tridiagonal()[0]).clamp_min(0)
+    info: dict[str, Any] = {
+        "ridge": share,
+        "effective_rank": float((eigenvalues / (eigenvalues + share * top)).sum()),
+        "residual": float(found.residual(share * top)),
+        **space.info(),
+    }
+    if errors:
+        info["cross_validated"] = errors[share]
+        info["cross_validation"] = {f"{tried:.2g}": error for tried, error in errors.items()}
+    return Solution(y, torch.einsum("ncm,m->nc", X, y), info)
+
+
+def _operator(
+    X: Tensor, kept: Tensor | None, out: Tensor | None, kept_out: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """XᵀX + X_keepᵀX_keep on (m, b), in column b without the examples that are out (n, b), (n', b)."""
+    parts = [(X, out)] + ([] if kept is None else [(kept, kept_out)])
+
+    def apply(y: Tensor) -> Tensor:
+        total = torch.zeros_like(y)
+        for rows, left_out in parts:
+            flat = rows.flatten(0, 1)
+            moved = flat @ y
+            if left_out is not None:
+                moved = moved * (~left_out).to(rows).repeat_interleave(rows.shape[1], 0)
+            total += flat.T @ moved
+        return total
+
+    return apply
+
+
+def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> dict[float, float]:
+    """{ridge: Σ‖A_i δ − t_i‖² over Σ‖t_i‖², of δ that were made without the example's fold}; 1 for no change at all."""
+    folds = min(_FOLDS, len(X))
+    if folds < 2:
+        raise ValueError("ridge='auto' holds examples out, and there is only one; give ridge= as a number such as 0.01")
+    wanted = t.abs().sum(1) > 0
+    out = torch.stack([(folds_of(wanted, folds) == f) | (folds_of(~wanted, folds) == f) for f in range(folds)], 1)
+    kept_out = None
+    if kept is not None:
+        every = torch.ones(len(kept), dtype=torch.bool, device=X.device)
+        kept_out = torch.stack([folds_of(every, folds) == f for f in range(folds)], 1)
+    b = torch.einsum("ncm,nfc->mf", X, t[:, None] * (~out).to(X)[..., None])
+    spaces = lanczos(_operator(X, kept, out, kept_out), b, steps=_STEPS, shift=min(RIDGES) * top, tolerance=_SCORED)
+    judged = [(X[out[:, f]] @ spaces.basis[:, :, f].T, t[out[:, f]]) for f in range(folds)]
+    if kept is not None and kept_out is not None:
+        others = [kept[kept_out[:, f]] @ spaces.basis[:, :, f].T for f in range(folds)]
+    else:
+        others = []
+    errors = {}
+    for share in RIDGES:
+        inner = spaces.inner(share * top)
+        missed = sum(float((image @ y - goal).square().sum()) for (image, goal), y in zip(judged, inner, strict=True))
+        missed += sum(float((image @ y).square().sum()) for image, y in zip(others, inner, strict=False))
+        errors[share] = missed / float(t.square().sum())
+    return errors
+
+
+def largest_step(
+    wanted: Wanted, predicted: Tensor, change_at: Callable[[float], Tensor]
+) -> tuple[float, dict[str, float]]:
+    """The largest of a quarter, a half and the whole that does what was predicted, tried on the model.
+
+    Args:
+        wanted: the groups in which changes are judged.
+        predicted: (n,) changes of the whole step.
+        change_at: a step → the changes (n,) that the model shows.
+
+    Returns:
+        The step, and {step: error} of those that were tried.
+
+    Raises:
+        ValueError: if none does.
+    """
+    errors: dict[str, float] = {}
+    best = None
+    for step in STEPS:
+        error = wanted.error(change_at(step), step * predicted)
+        errors[f"{step:g}"] = error
+        if error > AS_PREDICTED:
+            break
+        best = step
+    if best is None:
+        raise ValueError(
+            f"no step does what was predicted: a quarter of it differs from its prediction by {errors['0.25']:.0%}. "
+            "Ask for smaller changes, raise ridge, or take rows that express more of the outcome"
+        )
+    return best, errors

@@ -1,0 +1,194 @@
+"""Log-odds of an outcome, and the cotangent at the model's head whose row is their gradient.
+
+For a softmax with logits f, outcome y and odds p_y : 1 − p_y,
+
+    log-odds = f_y − log Σ_{k≠y} exp f_k,        ∂/∂f = e_y − p_{k≠y}/(1 − p_y)
+
+For a yes-or-no label they are its logit, and for a number that is predicted it is its mean: e_y in both cases. Where
+cotangents enter at the hidden state, J_headᵀ brings the gradient there. An example of several terms counts with their
+mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_npeff.data import Example, batches_by_length
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.distributions import Distribution, Softmax
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.heads import Outputs
+from hf_npeff.fisher.predictions import Predictions
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a model predicts for n examples, with an outcome for each.
+
+    Attributes:
+        values: (n,) float64, log-odds of the outcomes in nats, or the predicted numbers of a regression.
+        predictions: all of what is predicted.
+        cotangents: (n, t, s) float64, what to send back for the gradient of the values; None where not asked for.
+    """
+
+    values: Tensor
+    predictions: Predictions
+    cotangents: Tensor | None
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How outcomes are named: everything by which a name becomes a number.
+
+    Attributes:
+        columns: {name: values} kept beside the examples.
+        labels: {number: name} of the classes, or None.
+        encode: a text → its token ids, for a language model; else None.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    labels: Mapping[str, str] | None
+    encode: Callable[[str], list[int]] | None
+
+
+def outcomes_of(outcome: int | str | None, naming: Naming, n: int, kind: type[Distribution], k: int) -> list[int]:
+    """The number of the outcome of every example.
+
+    Args:
+        outcome: a class or token number; the name of a column that holds one an example; the name of a class; a text of
+            one token; or None for the only one there is, or class 1 of two.
+        naming: how names become numbers.
+        n: examples.
+        kind: what the model predicts.
+        k: of how many classes, labels, tokens or numbers.
+
+    Raises:
+        ValueError: if it names no outcome, or an example has none.
+    """
+    if outcome is None:
+        if k > 2 or (kind is not Softmax and k > 1):
+            raise ValueError(
+                f"the model tells {k} outcomes apart: say with outcome= whose log-odds are meant (a class, its name, a "
+                "token, or a column that holds one for every example)"
+            )
+        return [k - 1] * n
+    if isinstance(outcome, str) and outcome in naming.columns:
+        values = naming.columns[outcome]
+        missing = [i for i, value in enumerate(values) if value is None or value != value]
+        if missing:
+            raise ValueError(f"the column {outcome!r} has no value for {len(missing)} of {n} examples: {missing[:5]}")
+        known = {value: _number(value, naming, k) for value in set(values)}
+        return [known[value] for value in values]
+    return [_number(outcome, naming, k)] * n
+
+
+def _number(outcome: Any, naming: Naming, k: int) -> int:
+    """A class, label or token as a number.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if isinstance(outcome, bool | int):
+        if not 0 <= outcome < k:
+            raise ValueError(f"the outcome {outcome} does not exist: the model tells {k} apart, from 0 to {k - 1}")
+        return int(outcome)
+    names = {str(name): int(number) for number, name in (naming.labels or {}).items()}
+    if isinstance(outcome, str) and outcome in names:
+        return names[outcome]
+    if isinstance(outcome, str) and naming.encode is not None:
+        tokens = naming.encode(outcome)
+        if len(tokens) == 1:
+            return tokens[0]
+        raise ValueError(
+            f"the outcome {outcome!r} is {len(tokens)} tokens, and has to be one; a word usually begins with its space"
+        )
+    raise ValueError(
+        f"the outcome {outcome!r} is no class ({sorted(names)[:10]}) and no column ({sorted(naming.columns)[:10]})"
+    )
+
+
+def head_of_examples(forward: ForwardPass, examples: Sequence[Example]) -> tuple[type[Distribution], int]:
+    """What the model predicts, and of how many outcomes.
+
+    Raises:
+        UnsupportedModelError: if outcomes are positions in the text, which no number names.
+    """
+    with torch.no_grad():
+        outputs = forward.outputs(examples[:1])
+    if forward.traits.task in ("question-answering", "multiple-choice"):
+        raise UnsupportedModelError(
+            "an edit moves the log-odds of a class, a label or a token, or a predicted number; this model points at "
+            "places of its input"
+        )
+    return outputs.distribution, outputs.logits.shape[-1]
+
+
+@torch.no_grad()
+def observe(
+    forward: ForwardPass,
+    examples: Sequence[Example],
+    outcomes: Sequence[int],
+    batch_size: int,
+    *,
+    cotangents: bool = False,
+) -> Observed:
+    """One forward pass over the examples, in their order.
+
+    Args:
+        forward: of the model.
+        examples: n of them.
+        outcomes: a number each.
+        batch_size: examples of a batch.
+        cotangents: whether their gradients are wanted at the head too.
+    """
+    values = torch.zeros(len(examples), dtype=torch.float64)
+    logits: dict[int, Tensor] = {}
+    entering: dict[int, Tensor] = {}
+    kind: type[Distribution] = Softmax
+    size = forward.batch_size(examples, batch_size)
+    for batch in batches_by_length([e.length for e in examples], size):
+        with torch.set_grad_enabled(cotangents):  # a head may need it for its Jacobian
+            outputs = forward.outputs([examples[i] for i in batch])
+        kind = outputs.distribution
+        y = torch.tensor([outcomes[i] for i in batch], device=outputs.logits.device)
+        measured, at_logits = log_odds(outputs.logits, outputs.valid, y, kind)
+        u = _at_source(at_logits, outputs) if cotangents else None
+        for row, i in enumerate(batch):
+            values[i] = measured[row]
+            logits[i] = outputs.logits[row, outputs.valid[row]].detach().to("cpu", torch.float32)
+            if u is not None:
+                entering[i] = u[row].double().cpu()
+    joined = None
+    if cotangents:
+        t, s = (max(v.shape[d] for v in entering.values()) for d in (0, 1))
+        joined = torch.stack([F.pad(v, (0, s - v.shape[1], 0, t - v.shape[0])) for _, v in sorted(entering.items())])
+    return Observed(values, Predictions([logits[i] for i in range(len(examples))], kind), joined)
+
+
+def log_odds(logits: Tensor, valid: Tensor, y: Tensor, kind: type[Distribution]) -> tuple[Tensor, Tensor]:
+    """The mean log-odds of outcomes y (B,) over the valid terms of logits (B, t, k), and their gradient (B, t, k)."""
+    f = logits.double()
+    chosen = F.one_hot(y, f.shape[-1]).bool()[:, None].expand_as(f)
+    gradient = chosen.double()
+    own = f.masked_select(chosen).view(f.shape[:2])
+    if kind is Softmax:
+        others = f.masked_fill(chosen, float("-inf"))
+        own = own - others.logsumexp(-1)
+        gradient = gradient - others.softmax(-1)
+    weights = valid.double() / valid.sum(1, keepdim=True)
+    return torch.where(valid, own, 0.0).mul(weights).sum(1), gradient * weights[..., None]
+
+
+def _at_source(gradient: Tensor, outputs: Outputs) -> Tensor:
+    """A gradient (B, t, k) at the logits, where cotangents enter: (B, t, s)."""
+    if not outputs.at_hidden:
+        return gradient
+    assert outputs.jacobian is not None
+    flat = gradient.flatten(0, 1)[..., None].to(outputs.logits.dtype)
+    return outputs.jacobian.pull(flat)[..., 0].unflatten(0, gradient.shape[:2])

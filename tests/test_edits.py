@@ -1,0 +1,316 @@
+"""Edits by target: against dense solutions, plain autograd and finite differences, without a sketch and in float64."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_npeff import FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
+from hf_npeff.config import EditRequest
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.weights.edits import Functionals, changes_by_id, largest_step, removal
+from hf_npeff.weights.row_space import unscaled_rows
+from tests import reference
+from tests.tiny import collate, task_of, tiny_batch, tiny_model, tiny_tokenizer
+
+Made = tuple[NPEFFAnalyzer, list[dict[str, Any]], PEFs]
+
+
+def made(family: str = "bert", task: str | None = None, *, n: int = 12, rank: int = 2, **overrides: Any) -> Made:
+    """A tiny model in float64, its data with a cue and labels, and PEFs without a sketch."""
+    model = tiny_model(family, task, **overrides)
+    data = [{"id": f"e{i}", "cue": i % 3 == 0, "label": i % 2, **e} for i, e in enumerate(tiny_batch(model, n, seed=0))]
+    for example in data:
+        if task == "causal-lm":
+            example.pop("labels", None)
+    weights = {"gpt2": ["c_fc"], "distilbert": ["lin1"]}.get(family, ["query", "value"])
+    fisher = FisherConfig(rank=rank, sketch="identity", storage_dtype="float64", target_modules=weights)
+    analyzer = NPEFFAnalyzer(model, tiny_tokenizer(), fisher=fisher)
+    return analyzer, data, analyzer.compute_pefs(data)
+
+
+@pytest.fixture(scope="module")
+def binary() -> Made:
+    return made(num_labels=2, rank=1)
+
+
+def raw(pefs: PEFs) -> Tensor:
+    return torch.cat(list(unscaled_rows(pefs, None)))
+
+
+def as_row(analyzer: NPEFFAnalyzer, direction: ParameterDirection, pefs: PEFs) -> Tensor:
+    maps = {m.parameter: m for m in analyzer.maps}
+    return torch.cat([maps[n].as_matrix(direction[n]).double().flatten() for n in pefs.sketch().shapes])
+
+
+def log_odds(analyzer: NPEFFAnalyzer, data: list[dict[str, Any]], y: int) -> tuple[Tensor, Tensor]:
+    """Values (n,) and gradients (n, p) of all examples, one at a time by plain autograd."""
+    model: Any = analyzer.model
+    names = [m.parameter for m in analyzer.maps]
+    maps = {m.parameter: m for m in analyzer.maps}
+    found = []
+    for example in data:
+        batch = collate([{k: v for k, v in example.items() if k not in ("id", "cue", "label")}], model)
+        value, row = reference.log_odds_of(model, batch, names, reference.terms_of(task_of(model)), y)
+        pieces = reference.split_row(row, model, names)
+        found.append((value, torch.cat([maps[n].as_matrix(pieces[n]).flatten() for n in names])))
+    return torch.tensor([v for v, _ in found], dtype=torch.float64), torch.stack([g for _, g in found])
+
+
+# The solution
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_edit_is_the_dense_solution_of_its_equations(binary: Made, kept: bool) -> None:
+    """Oracle: reference.edit with targets s_i Δ_i, row_i = s_i ∇log-odds by autograd; relative difference ≤ 1e-8."""
+    analyzer, data, pefs = binary
+    other = analyzer.compute_pefs(
+        [{"id": f"k{i}", **e} for i, e in enumerate(tiny_batch(analyzer.model, 5, seed=7))], like=pefs
+    )  # type: ignore[arg-type]
+    change = {"e1": 0.02, "e4": -0.01}
+    _, gradients = log_odds(analyzer, data, 1)
+    A = raw(pefs)
+    signs = (A[:, 0] * gradients).sum(1) / gradients.square().sum(1)
+    assert torch.allclose(A[:, 0], signs[:, None] * gradients, atol=1e-9) and signs.min() < 0 < signs.max()
+    wanted = torch.tensor([change.get(f"e{i}", 0.0) for i in range(len(data))], dtype=torch.float64)
+    truth = reference.edit(A, (signs * wanted)[:, None], 1e-2, raw(other) if kept else None)
+    direction = analyzer.edit(pefs, data, change=change, ridge=1e-2, keep=other if kept else None)
+    assert (as_row(analyzer, direction, pefs) - truth).norm() < 1e-8 * truth.norm()
+    assert direction.info["steps"] == [1.0] and direction.info["expressible"] == pytest.approx(1)
+    for name, told in direction.info["changes"].items():
+        assert told["predicted"] == pytest.approx(float(gradients[int(name[1:])] @ truth), rel=1e-6)
+
+
+@pytest.mark.parametrize("outcome", [0, 1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_log_odds_of_either_class_move_the_way_that_is_asked_for(binary: Made, outcome: int, sign: int) -> None:
+    """Oracle: log-odds of the changed model by plain autograd's forward pass; within 20% of what was predicted."""
+    analyzer, data, pefs = binary
+    before, _ = log_odds(analyzer, data, outcome)
+    direction = analyzer.edit(pefs, data, change={"e2": sign * 0.05, "e3": sign * 0.05}, outcome=outcome, ridge=1e-4)
+    with direction.applied_to(analyzer.model):
+        after, _ = log_odds(analyzer, data, outcome)
+    moved = after - before
+    for i in (2, 3):
+        told = direction.info["changes"][f"e{i}"]
+        assert float(moved[i]) == pytest.approx(told["realised"], abs=1e-5)
+        assert float(moved[i]) == pytest.approx(told["predicted"], rel=0.2) and sign * float(moved[i]) > 0.03
+    assert moved[4:].abs().max() < 0.02
+
+
+KINDS: list[tuple[str, str, dict[str, Any], int | str | None]] = [
+    ("bert", "sequence-classification", {"num_labels": 4, "rank": 3}, 2),
+    ("bert", "sequence-classification", {"num_labels": 4, "rank": 3}, "LABEL_1"),
+    ("bert", "sequence-classification", {"num_labels": 3, "problem_type": "multi_label_classification", "rank": 3}, 1),
+    ("bert", "sequence-classification", {"num_labels": 1, "rank": 1}, None),
+    ("bert", "sequence-classification", {"num_labels": 2, "problem_type": "regression", "rank": 2}, 1),
+    ("gpt2", "causal-lm", {"rank": 16}, "king"),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "settings", "outcome"), KINDS)
+def test_predicted_changes_are_those_of_finite_differences(
+    family: str, task: str, settings: dict[str, Any], outcome: int | str | None
+) -> None:
+    """Oracle: central differences of the log-odds at steps of 1e-3 of the change; within 1%, for every kind."""
+    analyzer, data, pefs = made(family, task, **settings)
+    direction = analyzer.edit(pefs, data, change={"e0": 0.05, "e5": -0.05}, outcome=outcome, ridge=1e-3)
+    names = {"LABEL_1": 1, None: 0, "king": analyzer.processing_class("king", add_special_tokens=False)["input_ids"][0]}
+    y = names.get(outcome, outcome)  # type: ignore[arg-type, call-overload]
+    values = []
+    for step in (1e-3, -1e-3):
+        with direction.applied_to(analyzer.model, step):
+            values.append(log_odds(analyzer, data, y)[0])
+    slopes = (values[0] - values[1]) / 2e-3
+    assert direction.info["expressible"] == pytest.approx(1, abs=1e-6)
+    for name, told in direction.info["changes"].items():
+        assert float(slopes[int(name[1:])]) == pytest.approx(told["predicted"] / direction.info["steps"][0], rel=0.01)
+
+
+def test_masked_language_models_move_the_mean_over_their_masks() -> None:
+    """Oracle: realised log-odds of the token by plain autograd's forward pass, as the info says them."""
+    analyzer, data, pefs = made("bert", "masked-lm", n=8, rank=16)
+    token = int(analyzer.processing_class("dog", add_special_tokens=False)["input_ids"][0])
+    before, _ = log_odds(analyzer, data, token)
+    direction = analyzer.edit(pefs, data, change={"e1": 0.1}, outcome="dog", ridge=1e-6)
+    with direction.applied_to(analyzer.model):
+        after, _ = log_odds(analyzer, data, token)
+    assert float((after - before)[1]) == pytest.approx(direction.info["changes"]["e1"]["realised"], abs=1e-4)
+    assert float((after - before)[1]) == pytest.approx(direction.info["changes"]["e1"]["predicted"], rel=0.3)
+    assert float((after - before)[1]) > 0.02
+
+
+# Taking a column out
+
+
+def test_removing_a_column_leaves_label_means_where_they_were(binary: Made) -> None:
+    """Oracle: means over the examples, by label and by label and cue, of what is wanted and of what the model shows."""
+    analyzer, data, pefs = binary
+    before, _ = log_odds(analyzer, data, 1)
+    cue = before > before.median()
+    pefs = pefs[:]
+    pefs.columns["cue"] = cue.tolist()
+    wanted = removal("cue", "label", pefs.columns, before)
+    for label in (0, 1):
+        mine = torch.tensor([e["label"] == label for e in data])
+        assert float(wanted.changes[mine].mean()) == pytest.approx(0, abs=1e-12)
+        moved = before + wanted.changes
+        assert float(moved[mine & cue].mean()) == pytest.approx(float(moved[mine & ~cue].mean()), abs=1e-12)
+    direction = analyzer.edit(pefs, data, remove="cue", ridge=1e-6)
+    with direction.applied_to(analyzer.model):
+        after, _ = log_odds(analyzer, data, 1)
+    for label in (0, 1):
+        mine = torch.tensor([e["label"] == label for e in data])
+        gap = [float(values[mine & cue].mean() - values[mine & ~cue].mean()) for values in (before, after)]
+        assert abs(gap[1]) < 0.6 * abs(gap[0])
+        assert abs(float((after - before)[mine].mean())) < 0.25 * abs(gap[0])
+    assert set(direction.info["changes"]) == {f"cue={c}, label={y}" for c in (True, False) for y in (0, 1)}
+
+
+def test_half_is_moved_from_each_side_where_both_are_as_many() -> None:
+    """Oracle: the definition, on numbers chosen by hand; a third value moves to the same mean."""
+    values = torch.tensor([0.0, 0.0, 4.0, 4.0, 1.0, 7.0], dtype=torch.float64)
+    columns: dict[str, Any] = {"cue": [0, 0, 1, 1, 0, 1], "label": ["a", "a", "a", "a", "b", "b"]}
+    assert removal("cue", "label", columns, values).changes.tolist() == [2, 2, -2, -2, 3, -3]
+    assert removal("cue", None, columns, values).changes.tolist()[:2] == [pytest.approx(16 / 6 - 1 / 3)] * 2
+
+
+# Steps
+
+
+def test_iterations_come_nearer_to_what_is_wanted(binary: Made) -> None:
+    """Oracle: realised changes against the wanted ones; the second solution starts at the new weights."""
+    analyzer, data, pefs = binary
+    change = {"e1": 1.5, "e6": -1.5}
+    missed = []
+    for iterations in (1, 3):
+        told = analyzer.edit(pefs, data, change=change, ridge=1e-4, iterations=iterations).info
+        missed.append(sum((t["realised"] - t["wanted"]) ** 2 for t in told["changes"].values()))
+        assert 1 <= len(told["steps"]) <= iterations
+    assert missed[1] < 0.5 * missed[0]
+
+
+def test_the_largest_step_that_does_what_was_predicted_is_taken() -> None:
+    """Oracle: a response that saturates; the errors of the steps by hand."""
+    wanted = changes_by_id({"a": 1.0}, ["a", "b"])
+    predicted = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def shown(limit: float) -> Any:
+        return lambda step: torch.tensor([min(step, limit), 0.0], dtype=torch.float64)
+
+    assert largest_step(wanted, predicted, shown(2.0)) == (1.0, {"0.25": 0, "0.5": 0, "1": 0})
+    step, errors = largest_step(wanted, predicted, shown(0.4))
+    assert step == 0.5 and errors == {"0.25": 0, "0.5": pytest.approx(0.2), "1": pytest.approx(0.6)}
+    with pytest.raises(ValueError, match="no step does what was predicted"):
+        largest_step(wanted, predicted, lambda step: torch.tensor([-step, 0.0]))
+
+
+def test_an_edit_keeps_its_length_in_files_and_adapters(binary: Made, tmp_path: Path) -> None:
+    """Identities: it comes back from a folder as long as it was, a random one is as long, a full LoRA adds it."""
+    analyzer, data, pefs = binary
+    direction = analyzer.edit(pefs, data, change={"e1": 0.1}, ridge=1e-2)
+    assert direction.norm != pytest.approx(1, rel=1e-2) and direction.info["natural_scale"] == 1
+    direction.save_pretrained(tmp_path / "direction")
+    again = ParameterDirection.load(tmp_path / "direction")
+    direction.to_adapter(kind="delta").save_pretrained(tmp_path / "delta")
+    for other in (again, ParameterDirection.load(tmp_path / "delta")):
+        assert all(torch.allclose(other[name].double(), value.double(), rtol=1e-5) for name, value in direction.items())
+    assert direction.random_like().norm == pytest.approx(direction.norm, rel=1e-5)
+    name = next(iter(direction))
+    lora = direction.to_adapter(rank=16)
+    A, B = (
+        next(v for k, v in lora.tensors.items() if name.removesuffix(".weight") in k and f"lora_{x}" in k) for x in "AB"
+    )
+    torch.testing.assert_close((B @ A).double(), direction[name].double(), rtol=1e-4, atol=1e-7)
+
+
+def test_cotangents_write_gradients_of_log_odds_at_least_kl() -> None:
+    """Identity: with V Vᵀ = S of a softmax, t_i = V e_y Δ: the logit of y moves, the others stay."""
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = logits.softmax(0)
+    values, vectors = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
+    V = (vectors * values.clamp_min(0).sqrt())[:, 1:].T
+    y = 3
+    u = torch.nn.functional.one_hot(torch.tensor(y), 5) - p.index_fill(0, torch.tensor([y]), 0) / (1 - p[y])
+    functionals = Functionals.of(u[None, None].double(), V[None, :, None])
+    assert float(functionals.expressed) == pytest.approx(1)
+    torch.testing.assert_close(functionals.targets(torch.tensor([0.7]).double())[0], 0.7 * V[:, y])
+    assert float(functionals.read(0.7 * V[None, :, y])) == pytest.approx(0.7)
+
+
+# Bad input
+
+
+def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) -> None:
+    """Oracle: the errors that the documentation promises."""
+    analyzer, data, pefs = binary
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "either"),
+        ({"change": {"e1": 1.0}, "remove": "cue"}, "both"),
+        ({"change": {}}, "at least one"),
+        ({"change": {"e99": 1.0}}, "not among"),
+        ({"change": {"e1": float("nan")}}, "finite"),
+        ({"change": {"e1": 0.0}}, "all changes are 0"),
+        ({"change": {"e1": 1.0}, "outcome": 2}, "does not exist"),
+        ({"change": {"e1": 1.0}, "outcome": "elephant"}, "no class"),
+        ({"remove": "colour"}, "no column"),
+        ({"remove": "cue", "given": "topic"}, "no column"),
+        ({"remove": "cue", "ridge": -1}, "ridge"),
+        ({"remove": "cue", "iterations": 0}, "iterations"),
+        ({"remove": "content_hash"}, "few values"),
+    ]
+    for settings, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            analyzer.edit(pefs, data, **settings)
+    for columns, words in (({"cue": [1] * 12}, "one value only"), ({"cue": [None, 0] * 6}, "no value")):
+        with pytest.raises(ValueError, match=words):
+            removal("cue", None, columns, torch.zeros(12))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        removal(
+            "cue",
+            "label",
+            {"cue": [0, 1], "label": [0, 1]} | {"cue": [0, 0, 1, 1], "label": [0, 0, 1, 1]},
+            torch.zeros(4),
+        )
+    with pytest.raises(ValueError, match="not in this dataset"):
+        analyzer.edit(pefs, data[1:], change={"e1": 1.0})
+    with pytest.raises(IncompatibleSketchError):
+        analyzer.edit(pefs, data, remove="cue", keep=PEFs.from_factors(torch.randn(4, 2, 8)))
+    with pytest.raises(ValueError, match="made elsewhere"):
+        analyzer.edit(PEFs.from_factors(torch.randn(4, 2, 8)), data, change={"0": 1.0})
+    with pytest.raises(ValueError, match="no step does what was predicted"):
+        analyzer.edit(pefs, data, change={"e1": 1e4}, ridge=1e-8)
+    assert EditRequest(remove="cue").given == "label"
+
+
+def test_a_change_that_rows_hardly_express_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: the share by least squares with one stored cotangent of a four-class softmax, in the warning too."""
+    analyzer, data, pefs = made(num_labels=4, rank=1)
+    with caplog.at_level(logging.WARNING, logger="hf_npeff"):
+        shares = []
+        for outcome in range(4):
+            try:
+                shares.append(
+                    analyzer.edit(pefs, data, change={"e1": 0.01}, outcome=outcome, ridge=1e-2).info["expressible"]
+                )
+            except ValueError as error:
+                assert "no step" in str(error)
+    assert pefs.cotangents is not None
+    v = pefs.cotangents[1, 0, 0].double()
+    told = [record.getMessage() for record in caplog.records if "express" in record.getMessage()]
+    assert told and all(0 < share < 1 for share in shares) and float(v.norm()) > 0
+
+
+def test_models_that_point_at_places_are_refused() -> None:
+    """Oracle: the error, for question answering."""
+    model = tiny_model("bert", "question-answering")
+    data = [{"id": f"e{i}", **e} for i, e in enumerate(tiny_batch(model, 4, seed=0))]
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2, sketch="identity", target_modules=["query"]))
+    pefs = analyzer.compute_pefs(data)
+    with pytest.raises(UnsupportedModelError, match="places of its input"):
+        analyzer.edit(pefs, data, change={"e1": 1.0}, outcome=0)
