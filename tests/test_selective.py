@@ -222,6 +222,52 @@ def test_auto_takes_the_ridge_of_the_best_score_and_says_so(case: Case) -> None:
     assert again.cosine(chosen) > 1 - 1e-9
 
 
+# Two sets of examples
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_contrast_is_the_dense_generalised_eigenvector(case: Case, kept: bool) -> None:
+    """Oracle: reference.generalised_eigenvector of dense matrices; difference up to the sign ≤ 1e-7."""
+    analyzer, data, pefs, _, other = case
+    ids, against = ["e1", "e4", "e9"], ["e0", "e2", "e3", "e5", "e7", "e8"]
+    direction = analyzer.lift_examples(pefs, data, ids, against, ridge=0.01, keep=other if kept else None)
+    A = raw(pefs)
+    Q = reference.orthonormal_basis(A)
+    alone = [A[int(i[1:])] for i in against] + (list(raw(other)) if kept else [])
+    T, O = (Q.T @ sum(a.T @ a for a in some) @ Q / len(some) for some in ([A[1], A[4], A[9]], alone))
+    value, truth = reference.generalised_eigenvector(T, O, 0.01 * float(torch.linalg.eigvalsh(O)[-1]))
+    found = as_row(analyzer, direction, pefs)
+    truth = unit(Q @ truth)
+    assert (found - truth * (found @ truth).sign()).norm() < 1e-7
+    assert direction.info["eigenvalue"] == pytest.approx(value, rel=1e-8)
+    assert direction.info["moved"] == 3 and direction.info["left_alone"] == len(alone)
+
+
+def test_a_contrast_takes_the_ridge_of_the_best_held_out_ratio(case: Case) -> None:
+    """Oracle: dense eigenvectors for every fold, judged on the fold's examples."""
+    analyzer, data, pefs, _, _ = case
+    ids = ["e1", "e4", "e9", "e11"]
+    direction = analyzer.lift_examples(pefs, data, ids)
+    A = raw(pefs)
+    Q = reference.orthonormal_basis(A)
+    X = A @ Q
+    moving = torch.tensor([f"e{i}" in ids for i in range(len(data))])
+    M = sum(x.T @ x for x in X[~moving]) / 12
+    top = float(torch.linalg.eigvalsh(M)[-1])
+    scores = direction.info["cross_validation"]
+    for share in (0.1, 1e-3):
+        target = others = 0.0
+        for f in range(4):
+            out, gone = folds_of(moving, 4) == f, folds_of(~moving, 4) == f
+            T = sum(x.T @ x for x in X[moving & ~out]) / 3
+            _, y = reference.generalised_eigenvector(T, M - sum(x.T @ x for x in X[gone]) / 12, share * top)
+            y = y / (X[moving & ~out] @ y).norm()
+            target += float((X[out] @ y).square().sum()) / 4
+            others += float((X[gone] @ y).square().sum()) / 12
+        assert scores[f"{share:.2g}"] == pytest.approx(target / others, rel=1e-4)
+    assert direction.info["cross_validated"] == max(scores.values())
+
+
 # Bad input
 
 
@@ -262,3 +308,14 @@ def test_what_cannot_be_selective_is_refused(case: Case, caplog: pytest.LogCaptu
         analyzer.lift(found, 0, pefs, data, selective=True, keep=elsewhere)
     with pytest.raises(ValueError, match="all rows are zero"):
         row_space(PEFs.from_factors(torch.zeros(4, 2, 8)))
+    for ids, against, words in (
+        (["e99"], None, "not among"),
+        ([], None, "no example to move"),
+        (["e1"], ["e1", "e2"], "to move and to stay"),
+        ([f"e{i}" for i in range(16)], None, "no examples are left alone"),
+        ("e1", None, "a list of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            analyzer.lift_examples(pefs, data, ids, against)
+    with pytest.raises(ValueError, match="single example"):
+        analyzer.lift_examples(pefs, data, ["e1"])
