@@ -77,6 +77,8 @@ class AnalysedModel:
             )
         if not isinstance(fisher, FisherConfig | None):
             raise ValueError(f"fisher must be a FisherConfig, but it is {fisher!r}; write FisherConfig(**settings)")
+        before_compiling = getattr(model, "_orig_mod", None)
+        model = before_compiling if isinstance(before_compiling, nn.Module) else model
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         if not hasattr(base_of(model), "config"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters, base_of, is_wrapper
 from hf_npeff.fisher.linear_layers import behaviour, is_linear
 from hf_npeff.fisher.parameters import fitted, gradients
+from hf_npeff.fisher.undisturbed import undisturbed
 from hf_npeff.pefs.sketches import Sketch
 
 
@@ -227,6 +229,7 @@ class LinearHooks:
         self._modules = {name: m for m in maps for name in m.modules}
         self._model = model
         self._handles: list[Any] = []
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> LinearHooks:
         modules = dict(self._model.named_modules())
@@ -267,6 +270,8 @@ class LinearHooks:
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return output  # nothing that comes of it reaches the output's gradient (indices of sparse attention)
+            if threading.get_ident() != self._thread:  # somebody else's prediction meanwhile
+                return output
             x = args[0] if args else next(iter(kwargs.values()))
             if x.requires_grad and not output.requires_grad:
                 raise UnsupportedModelError(_CUT.format(name=name, how="its input has one and its output has none"))
@@ -440,6 +445,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
     is cast meanwhile: neither by an autocast that is active, nor by the one that Accelerate leaves around the forward
     pass of a model that it trained in mixed precision. Rows are those of the weights in their own type.
     """
+    with undisturbed(model):  # first: what another thread has frozen is not how the model came
+        yield from _frozen(model)
+
+
+def _frozen(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -334,13 +335,18 @@ class TransformersHead:
         """Logits of the counted positions only: the output embedding is handed nothing else to multiply."""
         assert self.embedding is not None
         seen: dict[str, Tensor] = {}
+        here = threading.get_ident()
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if threading.get_ident() != here:  # somebody else's prediction meanwhile
+                return args
             virtual = self._virtual_tokens(model, args[0], arguments)
             seen["hidden"] = _gather(args[0], index.to(args[0].device) + virtual)
             return (seen["hidden"], *args[1:])
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if threading.get_ident() != here:
+                return output
             # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
             seen["linear"] = output.view_as(output) if output.requires_grad else output.detach().requires_grad_()
             return seen["linear"]

@@ -1,0 +1,63 @@
+"""A model that is analysed by one thread at a time, as it stands: not compiled, and with autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import base_of
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_of_all = threading.Lock()
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """One thread at a time inside `with`; the others wait. What is compiled runs as it was written meanwhile.
+
+    Hooks are what an analysis lives on, and compiled code does not call those that came after it. An inference mode
+    around it is lifted.
+
+    Raises:
+        UnsupportedModelError: if the weights were made under `torch.inference_mode`, which autograd cannot use, or a
+            compiled model cannot be run as it was written.
+    """
+    with _lock_of(model), torch.inference_mode(False), _as_written(model):
+        if made := next((name for name, p in model.named_parameters() if p.is_inference()), None):
+            raise UnsupportedModelError(
+                f"{made} was made under torch.inference_mode, so no gradient can pass it; load the model outside of it "
+                "(torch.no_grad does no harm)"
+            )
+        yield
+
+
+def _lock_of(model: nn.Module) -> Any:
+    with _locks_of_all:
+        return _locks.setdefault(base_of(model), threading.RLock())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")  # torch.compile(model.forward), put in its place
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or "_orig_mod" in module._modules
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
+
+
+def _as_written(model: nn.Module) -> Any:
+    if not any(map(_is_compiled, model.modules())):
+        return contextlib.nullcontext()
+    if not hasattr(torch.compiler, "set_stance"):  # before PyTorch 2.6
+        raise UnsupportedModelError(
+            "the model is compiled, and this version of PyTorch cannot run it as it was written; load it without "
+            "torch.compile"
+        )
+    return torch.compiler.set_stance("force_eager")
