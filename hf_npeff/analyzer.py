@@ -49,6 +49,10 @@ from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 logger = logging.getLogger(__name__)
 _FIRST = 64
 """Examples among which the self-test finds its own."""
+_MEASURED_LENGTHS = 256
+"""Examples whose mean length an estimate takes. Chosen: an estimate needs no more."""
+_USUAL_TOKENS = 128.0
+"""Of an example that an estimate does not see. Chosen: a paragraph."""
 _LIFTED_TOGETHER = 4
 """Components that share forward passes in `lift_each`."""
 
@@ -220,7 +224,7 @@ class NPEFFAnalyzer(EditedModel):
         if not isinstance(dataset, int):
             examples = self.read(dataset, Reading(**reading), max_examples=max_examples)
             n, choices = len(examples), examples[0].choices
-            lengths = [examples[i].length for i in range(min(n, 256))]
+            lengths = [examples[i].length for i in range(min(n, _MEASURED_LENGTHS))]
             tokens = sum(lengths) / len(lengths) if tokens is None else tokens
         config: Any = base_of(self.model).config
         shapes = self.shapes
@@ -241,7 +245,7 @@ class NPEFFAnalyzer(EditedModel):
             dim,
             chosen=self._sketch is not None or self.fisher.sketch != "auto",
             n=n,
-            tokens=128.0 if tokens is None else tokens,
+            tokens=_USUAL_TOKENS if tokens is None else tokens,
             c=self.rows_per_example(choices),
             r=n_components,
             source=getattr(text, "hidden_size", 1) if hidden else getattr(config, "num_labels", 1),

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.config import ComputeRequest, FisherConfig, is_count
+from hf_npeff.config import ComputeRequest, DecompositionConfig, FisherConfig, is_count
 from hf_npeff.data import records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
@@ -130,7 +130,7 @@ class NPEFFCallback(TrainerCallback):
                 f"decomposition must be a Decomposition, but it is a {type(decomposition).__name__}; "
                 "load one with Decomposition.from_pretrained"
             )
-        read = {one.name: settings.pop(one.name) for one in fields(Reading) if one.name in settings}
+        read = {setting.name: settings.pop(setting.name) for setting in fields(Reading) if setting.name in settings}
         self.reading = Reading(**read)
         if decomposition is not None and (n_components is not None or fisher is not None or settings):
             raise ValueError("a given decomposition brings its own settings: leave out n_components, fisher and others")
@@ -148,7 +148,8 @@ class NPEFFCallback(TrainerCallback):
         self.max_examples = max_examples
         self.on_start = on_start
         if decomposition is None:
-            self._estimator = NPEFF(16 if n_components is None else n_components, **settings)
+            r = DecompositionConfig.n_components if n_components is None else n_components
+            self._estimator = NPEFF(r, **settings)
             if self.fisher.output_factor != "exact":  # which keeps more rows where the model has more classes
                 self._check_enough_rows(self.fisher.rank)
         else:

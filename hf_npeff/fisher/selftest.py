@@ -159,12 +159,14 @@ def off_diagonal_error(sketched: Tensor, exact: Tensor) -> float:
 def candidates(config: FisherConfig, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[Kind, int | None]]:
     """What "auto" tries, cheapest first: sides of modules within the storage limit, two stages, exact countsketch."""
     total = sum(a * b for a, b in shapes.values())
+    # A row so short that no sketch is worth its error. Chosen: the default d of a countsketch.
     if total <= min(config.storage_limit, 16_384):
         return [("identity", None)]
 
     def size(side: int) -> int:
         return sum(min(a, side) * min(b, side) for a, b in shapes.values())
 
+    # Powers of two: each step about halves the squared error, or costs about twice as much.
     sides = [side for side in (8, 16, 32, 64, 128) if size(side) <= config.storage_limit]
     dims = [d for d in (4096, 8192, 16_384, 32_768, 65_536) if d <= config.storage_limit] or [config.storage_limit]
     tries: list[tuple[Kind, int | None]] = [("kronecker", side) for side in sides]

@@ -222,7 +222,7 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(2**20):
+        while piece := file.read(2**20):  # bounds the memory
             digest.update(piece)
     return digest.hexdigest()
 

@@ -12,6 +12,23 @@ METHODS = ("npeff", "gradient_clustering", "sae", "kmeans", "nmf", "random")
 
 
 @dataclass(frozen=True)
+class DemoConfig:
+    """How large the demo is.
+
+    Attributes:
+        queries: prompts of a relation; there are eight relations.
+        rank: rows kept per example.
+        components: components of the decomposition.
+        seed: seed of prompts, sketch and starts.
+    """
+
+    queries: int = 28
+    rank: int = 8
+    components: int = 14
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class ComparisonConfig:
     """How the methods are fitted.
 

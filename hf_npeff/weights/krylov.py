@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _CHECKED_EVERY = 10
+"""Steps between looks at the residual. Chosen: at most ten steps are in vain."""
 _TINY = torch.finfo(torch.float64).tiny
 _ROUNDING = 1e-13
 """What is new in a step below this share of the operator's size is rounding: the space is exhausted."""
@@ -85,14 +86,14 @@ def lanczos(
         scale = torch.maximum(scale, diagonal[step].abs() + size)
         size = torch.where(size > _ROUNDING * scale, size, 0.0)
         beside[step] = size
-        found = Krylov(known, diagonal[: step + 1], beside[: step + 1], norms)
+        space = Krylov(known, diagonal[: step + 1], beside[: step + 1], norms)
         exhausted = not bool((size > 0).any())
         checked = tolerance > 0 and (step + 1) % _CHECKED_EVERY == 0
-        if exhausted or (checked and bool((found.residual(shift) <= tolerance).all())):
+        if exhausted or (checked and bool((space.residual(shift) <= tolerance).all())):
             break
         if step + 1 < limit:
             V[step + 1] = torch.where(size > 0, w / size.clamp_min(_TINY), 0.0)
-    return found
+    return space
 
 
 def top_eigenpair(operator: Callable[[Tensor], Tensor], m: int, like: Tensor, steps: int = 64) -> tuple[float, Tensor]:

@@ -80,13 +80,13 @@ def plan(
     check_decomposed(decomposition, pefs)
     mixtures = _mixtures(decomposition, wanted, request.semi_orthogonal)
     targets = normalize(mixtures @ decomposition.pseudo_fishers.double(), dim=1)
-    facts: list[dict[str, Any]] = [
+    descriptions: list[dict[str, Any]] = [
         {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
     ]
     if request.method != "exact":
-        return [Plan(j, g, None, fact) for j, g, fact in zip(wanted, targets, facts, strict=True)]
-    rows = _combined_rows(decomposition, wanted, mixtures, pefs, request, facts)
-    plans = [Plan(*parts) for parts in zip(wanted, targets, rows, facts, strict=True)]
+        return [Plan(j, g, None, fact) for j, g, fact in zip(wanted, targets, descriptions, strict=True)]
+    rows = _combined_rows(decomposition, wanted, mixtures, pefs, request, descriptions)
+    plans = [Plan(*parts) for parts in zip(wanted, targets, rows, descriptions, strict=True)]
     if request.may_be_selective:
         metric = scales if request.form != "plain" else None
         return made_selective(decomposition, plans, pefs, request, metric, device)
@@ -121,15 +121,15 @@ def lift_components(
     if request.method == "exact":
         rows = torch.stack([p.coefficients for p in plans if p.coefficients is not None])
         assert pefs.cotangents is not None
-        found = lift_exact(forward, examples, pefs.cotangents, rows, request.batch_size)
+        directions = lift_exact(forward, examples, pefs.cotangents, rows, request.batch_size)
     else:
-        found = [_from_sketch(sketch, unbalanced(p.target, scales).float(), request) for p in plans]
+        directions = [_from_sketch(sketch, unbalanced(p.target, scales).float(), request) for p in plans]
     # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
     metric = request.form != "plain" and scales is not None
     lifted = []
-    for deltas, one in zip(found, plans, strict=True):
-        fact = one.facts | {
-            "estimated_cosine": _sketched_cosine(deltas, one.target, sketch, scales),
+    for deltas, planned in zip(directions, plans, strict=True):
+        fact = planned.facts | {
+            "estimated_cosine": _sketched_cosine(deltas, planned.target, sketch, scales),
             "form": "metric" if metric else "plain",
         }
         if request.method == "exact":
@@ -203,7 +203,7 @@ def _combined_rows(
     mixtures: Tensor,
     pefs: PEFs,
     request: LiftRequest,
-    facts: Sequence[dict[str, Any]],
+    descriptions: Sequence[dict[str, Any]],
 ) -> Tensor:
     """Coefficients (m, n, c) of exact lifting; what is kept of the combinations is added to the facts."""
     if pefs.cotangents is None:
@@ -213,7 +213,7 @@ def _combined_rows(
     rows = torch.einsum("mr,rnc->mnc", mixtures, coefficients)
     if request.top_examples is not None:
         shares = _keep_top_rows(rows, decomposition, wanted, pefs, request.top_examples)
-        for fact, share in zip(facts, shares, strict=True):
+        for fact, share in zip(descriptions, shares, strict=True):
             fact |= {"top_examples": request.top_examples, "weight_share": share}
     return rows
 

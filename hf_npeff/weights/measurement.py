@@ -32,6 +32,7 @@ Change: TypeAlias = ParameterDirection | Adapter
 ALL = "all"
 """The group of all examples."""
 _BOOTSTRAPS = 1000
+"""Draws of an interval. Chosen: 25 of them lie beyond each end."""
 _QUANTILES = (0.1, 0.5, 0.9, 0.99)
 _MOST_GROUPS = 100
 """More groups than a person reads: a column of texts or of numbers was named by mistake."""

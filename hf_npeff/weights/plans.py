@@ -87,10 +87,10 @@ def made_selective(
     for p, coefficients in zip(chosen, beta, strict=True):
         at = space.rows.device
         contrast = Contrast(space, W[:, p.component].to(at), ~active[:, p.component].to(at), kept)
-        found, y, facts = selective(contrast, coefficients, request.ridge)
+        solution, y, description = selective(contrast, coefficients, request.ridge)
         g = (space.basis.double() @ y).cpu()
         g = g if back is None else g * back.double()
-        made[p.component] = Plan(p.component, normalize(g, dim=0), found.cpu(), p.facts | facts)
+        made[p.component] = Plan(p.component, normalize(g, dim=0), solution.cpu(), p.facts | description)
     return [made.get(p.component, p) for p in plans]
 
 

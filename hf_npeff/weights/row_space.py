@@ -32,6 +32,7 @@ EXACT_DIMENSIONS = 2048
 SUBSPACE_DIMENSIONS = 1024
 """Of the leading part. Three products with all rows find it: a hundredth of what computing the rows takes."""
 _CHUNK = 128
+"""Examples whose rows are read at a time: bounds the memory."""
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-9}
 """Eigenvalues of a Gram matrix below this share of the largest are rounding; it is summed in float64 from rows of
 either type, and their own rounding, squared, stays below it."""

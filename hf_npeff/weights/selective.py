@@ -34,6 +34,7 @@ from hf_npeff.weights.row_space import RowSpace
 RIDGES = tuple(10 ** (-k / 2) for k in range(9))
 """Those that "auto" tries, from 1 to 1e-4."""
 _FOLDS = 5
+"""Parts of cross-validation, as usual (Hastie, Tibshirani & Friedman 2009, §7.10: five or ten)."""
 _STEPS = 400
 """Of Lanczos' method at most; PEFs of 224 prompts need about 200 for a share of 1e-4."""
 _SOLVED = 1e-9
@@ -120,16 +121,16 @@ def selective(contrast: Contrast, coefficients: Tensor, ridge: Ridge) -> tuple[T
     else:
         share = float(ridge)
     shift = share * top if top > 0 else 1.0  # where nothing is disturbed, every λ gives g
-    found = lanczos(contrast.operator(), g[:, None], steps=_STEPS, shift=shift, tolerance=_SOLVED)
-    y = found.solution(shift)[:, 0]
-    eigenvalues = torch.linalg.eigvalsh(found.tridiagonal()[0]).clamp_min(0)
+    krylov = lanczos(contrast.operator(), g[:, None], steps=_STEPS, shift=shift, tolerance=_SOLVED)
+    y = krylov.solution(shift)[:, 0]
+    eigenvalues = torch.linalg.eigvalsh(krylov.tridiagonal()[0]).clamp_min(0)
     info = {
         "selective": True,
         "ridge": share,
         "effective_rank": float((eigenvalues / (eigenvalues + shift)).sum()),
         "left_alone": contrast.number,
         "cosine_with_component": float(y @ g / (y.norm() * g.norm()).clamp_min(torch.finfo(y.dtype).tiny)),
-        "residual": float(found.residual(shift)),
+        "residual": float(krylov.residual(shift)),
         **contrast.space.info(),
     }
     if scores:
@@ -200,11 +201,11 @@ class _Effects:
 
 def folds_of(among: Tensor, folds: int) -> Tensor:
     """(n,): the fold of every example that is marked, −1 elsewhere; the same for the same examples, in any process."""
-    found = torch.full(among.shape, -1, dtype=torch.int64, device=among.device)
+    fold_of = torch.full(among.shape, -1, dtype=torch.int64, device=among.device)
     places = among.nonzero()[:, 0]
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0)).to(places.device)
-    found[places[order]] = torch.arange(len(places), device=places.device) % folds
-    return found
+    fold_of[places[order]] = torch.arange(len(places), device=places.device) % folds
+    return fold_of
 
 
 def most_different(contrast: Contrast, ridge: Ridge) -> tuple[Tensor, dict[str, Any]]:

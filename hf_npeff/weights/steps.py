@@ -62,11 +62,11 @@ class Steps:
             UnsupportedModelError: if the model reads a weight that is changed without calling its module.
         """
         if self.deltas is None:
-            found = []
+            predictions = []
             for examples, step in jobs:
                 with self._direction.applied_to(self._forward.model, step):
-                    found.append(predict(self._forward, examples, self._batch_size))
-            return found
+                    predictions.append(predict(self._forward, examples, self._batch_size))
+            return predictions
         with ChangedActivations(self._forward.model, [self.deltas]) as changed:
             if len(jobs) > 1 and self._shared is None:
                 self._shared = self._can_share(changed, jobs)
@@ -86,11 +86,11 @@ class Steps:
             changed.assign([0] * len(batch), [steps[i] for i in batch])
 
         every = predict(self._forward, examples, self._batch_size, before_batch=assign)
-        found, start = [], 0
+        groups, start = [], 0
         for some, _ in jobs:
-            found.append(Predictions(every.logits[start : start + len(some)], every.distribution))
+            groups.append(Predictions(every.logits[start : start + len(some)], every.distribution))
             start += len(some)
-        return found
+        return groups
 
     def _can_share(self, changed: ChangedActivations, jobs: Sequence[Job]) -> bool:
         """Whether a model gives for steps in one batch what it gives for each: routed experts, say, mix examples."""
