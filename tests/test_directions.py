@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
-from hf_npeff import CorruptStoreError, FormatVersionError, ParameterDirection
+from hf_npeff import CorruptStoreError, FormatVersionError, ParameterDirection, UnsupportedModelError
 from hf_npeff.weights.adapters import layout_of
 from tests.tiny import tiny_model
 
@@ -151,3 +152,35 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         ParameterDirection.from_pretrained(tmp_path / "version")
     with pytest.raises(OSError):
         ParameterDirection.from_pretrained(tmp_path / "nothing here")
+
+
+def test_a_step_that_16_bits_round_away_is_told(caplog: Any) -> None:
+    """Oracle: the weights before and after, subtracted in float64."""
+    model = tiny_model("bert", dtype=torch.bfloat16)
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    weight = dict(model.named_parameters())[name]
+    given = ParameterDirection({name: torch.randn(weight.shape)}, {name: "linear"})
+    before = weight.detach().double()
+    for scale, told in ((1e-2, True), (10.0, False)):
+        caplog.clear()
+        with given.applied_to(model, scale):
+            taken = weight.detach().double() - before
+        cosine = float((taken * given[name].double()).sum() / taken.norm() / given[name].double().norm())
+        assert (cosine < 0.99) == told
+        assert (f"{100 * float(taken.norm()) / scale:.0f}% of its length" in caplog.text) == told
+        assert (f"a cosine of {cosine:.2f}" in caplog.text) == told
+    assert torch.equal(weight.double(), before)
+
+
+def test_weights_to_which_nothing_can_be_added_are_refused(tmp_path: Any) -> None:
+    """Oracle: the error, and the weights as they were; of whole numbers, and offloaded by Accelerate."""
+    model = tiny_model("bert", dtype=torch.float32)
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    given = ParameterDirection({name: torch.randn(24, 16)}, {name: "linear"})
+    module = model.bert.encoder.layer[0].intermediate.dense
+    module.weight = torch.nn.Parameter((10 * module.weight).to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="applied_in_activations"), given.applied_to(model, 1.0):
+        pass
+    offloaded = cpu_offload(tiny_model("bert", dtype=torch.float32), execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="quantised or offloaded"), given.applied_to(offloaded, 1.0):
+        pass

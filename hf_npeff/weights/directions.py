@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from hf_npeff.encoding.record import shown_texts
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.fisher.bare_model import named_weights
 from hf_npeff.fisher.fsdp import FSDPModel
+from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.pefs.weights_identity import check_identity, shown
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, direction_card
@@ -40,7 +42,39 @@ from hf_npeff.weights.adapters import (
 )
 from hf_npeff.weights.lora import lora
 
+logger = logging.getLogger(__name__)
 _FILE = "direction.safetensors"
+
+
+_ROUNDED = 0.99
+"""Below this cosine more than a fiftieth of the squared length of a step, 1 − .99², is what rounding made of it."""
+
+
+class _Step:
+    """A step that was wanted in weights of 16 bits, and the one that was taken, which rounding makes another."""
+
+    def __init__(self) -> None:
+        self._wanted, self._taken, self._inner = 0.0, 0.0, 0.0
+
+    def add(self, wanted: Tensor, taken: Tensor) -> None:
+        """Add one parameter's share."""
+        self._wanted += _squared(wanted)
+        self._taken += _squared(taken)
+        self._inner += float((wanted.double() * taken.double()).sum())
+
+    def tell(self) -> None:
+        """Warn where the step that was taken points elsewhere."""
+        if self._wanted == 0:
+            return
+        length = (self._taken / self._wanted) ** 0.5
+        cosine = self._inner / (self._taken * self._wanted) ** 0.5 if self._taken else 0.0
+        if cosine < _ROUNDED:
+            logger.warning(
+                "weights of 16 bits round the step: %.0f%% of its length are taken, at a cosine of %.2f with it. Load "
+                "the model in float32, or use applied_in_activations",
+                100 * length,
+                cosine,
+            )
 
 
 def _squared(value: Tensor) -> float:
@@ -152,10 +186,13 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
     def applied_to(self, model: nn.Module, scale: float = 1.0) -> Iterator[nn.Module]:
         """The model with θ + scale·direction inside `with`; the parameters come back bit for bit, exceptions included.
 
-        Uses may be nested. The sum is taken in float32 or wider and rounded to the parameter's type.
+        Uses may be nested. The sum is taken in float32 or wider and rounded to the parameter's type. Weights of 16 bits
+        may round most of a small step away: a warning says the length and the cosine of the step that was taken, where
+        the cosine is below .99.
 
         Raises:
-            UnsupportedModelError: if the model's weights are sharded over processes.
+            UnsupportedModelError: if the model's weights are sharded over processes, or one is quantised or offloaded,
+                so that nothing can be added to it.
             ValueError: if the scale is 0 or not finite, or the model lacks a parameter or has one of another shape.
         """
         scale = check_scale(scale)
@@ -175,13 +212,23 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             raise ValueError(
                 f"the model's parameters have other shapes than the direction's: {dict(list(wrong.items())[:3])}"
             )
+        if away := [name for name in self if not is_at_hand(parameters[name])]:
+            raise UnsupportedModelError(
+                f"nothing can be added to {away[:3]}: they are quantised or offloaded. Use applied_in_activations, or "
+                "load the model whole, in a type of floating point"
+            )
         before = {name: parameters[name].detach().clone() for name in self}
+        step = _Step()
         try:
             with torch.no_grad():
                 for name, delta in self.items():
                     weight: Tensor = parameters[name]
                     wide = torch.promote_types(weight.dtype, torch.float32)
-                    weight.copy_(weight.to(wide) + scale * delta.to(weight.device, wide))
+                    wanted = scale * delta.to(weight.device, wide)
+                    weight.copy_(weight.to(wide) + wanted)
+                    if weight.dtype != wide:
+                        step.add(wanted, weight.to(wide) - before[name].to(wide))
+            step.tell()
             yield model
         finally:
             with torch.no_grad():
