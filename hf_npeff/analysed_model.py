@@ -21,6 +21,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters, base_of
+from hf_npeff.fisher.batching import BatchTrials
 from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
@@ -96,7 +97,7 @@ class AnalysedModel:
         self.reading = Reading()
         self.revision: str | None = getattr(getattr(base_of(model), "config", None), "_commit_hash", None)
         self._sketch: Sketch | None = None
-        self._feels_padding: bool | None = None  # see ForwardPass
+        self._trials = BatchTrials()
         self._liked: tuple[str, Any] | None = None
         self.parameters = find_parameters(model, self.fisher.parameters)
         maps = find_linear_maps(model, self.fisher.target_modules, self.fisher.exclude_modules)
@@ -218,8 +219,12 @@ class AnalysedModel:
     # How it is run
 
     @contextmanager
-    def forward_pass(self) -> Iterator[ForwardPass]:
-        """The forward pass of the model, which is frozen inside `with` and handed back as it came."""
+    def forward_pass(self, *, one_at_a_time: bool = False) -> Iterator[ForwardPass]:
+        """The forward pass of the model, which is frozen inside `with` and handed back as it came.
+
+        Args:
+            one_at_a_time: never put two examples into a batch, even where the model could take them.
+        """
         base: Any = base_of(self.model)
         own_pad = getattr(base.config, "pad_token_id", None)
         pad = getattr(self.processing_class, "pad_token_id", None)
@@ -239,14 +244,11 @@ class AnalysedModel:
                 self.device,
                 parameters=self.parameters,
                 describe=self.describe,
-                one_at_a_time=single,
-                feels_padding=self._feels_padding,
+                one_at_a_time=single or one_at_a_time,
+                trials=self._trials,
                 fsdp=self.fsdp,
             )
-            try:
-                yield forward
-            finally:
-                self._feels_padding = forward.feels_padding
+            yield forward
 
     def sketch_for(self, folder: Path | None) -> Sketch | None:
         """The sketch that is known before any is chosen: of earlier PEFs, or of a store that a run goes on with.

@@ -189,8 +189,7 @@ class NPEFFAnalyzer(EditedModel):
         if request.output_dir is not None:
             check_store(request, origin["weights"])  # before anything is computed
         known = self.sketch_for(request.output_dir)
-        with self.forward_pass() as forward:
-            forward.one_at_a_time |= request.batch_size == 1
+        with self.forward_pass(one_at_a_time=request.batch_size == 1) as forward:
             maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=known, skip=request.skip)
             self._sketch, self.maps = maker.sketch, list(maker.forward.maps)
             if processes.index == 0:

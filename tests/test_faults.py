@@ -108,8 +108,9 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
     forward = SimpleNamespace(
         blaming_padding=lambda batch: contextlib.nullcontext(),
         batch_size=lambda examples, wanted: wanted,
+        may_share=lambda examples: True,
         describe=None,
-        fsdp=SimpleNamespace(most=lambda n: n),
+        fsdp=SimpleNamespace(most=lambda n: n, active=False),
     )
     maker: Any = SimpleNamespace(
         forward=forward,
@@ -117,6 +118,7 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
         selftest=SelfTest(1, 0.0, 0.0, 1.0, {}),
         config=FisherConfig(),
         rows=rows,
+        tested=(Example("", {"input_ids": [1]}, {}, ""),),
     )
     examples: Any = [Example(str(i), {"input_ids": [1]}, {"number": i}, f"c{i}") for i in range(5)]
     return compute(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult, check_enough
-from hf_npeff.data import batches_by_length
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.extras import load
 
@@ -128,8 +127,7 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
     everything = examples[:]
     states: list[Tensor] = [torch.empty(0)] * len(everything)
     with analyzer.forward_pass() as forward, torch.no_grad():
-        size = forward.batch_size(examples, batch_size)
-        for batch in batches_by_length([e.length for e in everything], size):
+        for batch in forward.batches(everything, batch_size):
             seen: list[Tensor] = []
 
             def read(hidden: Tensor, into: list[Tensor] = seen) -> Tensor:

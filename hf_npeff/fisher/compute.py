@@ -24,6 +24,8 @@ from hf_npeff.config import ComputeRequest
 from hf_npeff.data import Example, Examples, batches_by_length
 from hf_npeff.errors import NPEFFError
 from hf_npeff.fisher.forward import NotFiniteError
+from hf_npeff.fisher.gradients import CalledOnceForAll
+from hf_npeff.fisher.rechecks import Rechecks
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
 from hf_npeff.pefs.store import PEFs
@@ -116,6 +118,8 @@ def _in_memory(maker: RowMaker, examples: Examples, info: dict[str, Any], reques
     _make_shards(maker, examples, range(len(examples)), {}, request, shards.append)
     left_out = [skipped for shard in shards for skipped in shard.skipped]
     info |= _report_skipped(left_out, len(examples))
+    if checks := [check for shard in shards for check in shard.checks]:
+        info["selftest"] = {**(info["selftest"] or {}), "later": checks}
     kept = [shard for shard in shards if shard.tensors]
     return PEFs({}, joined_columns([shard.columns for shard in kept]), info, [shard.tensors for shard in kept])
 
@@ -144,7 +148,7 @@ def _in_folder(
     processes.meet(_goes_on(folder))
 
     def write(shard: _Shard, into: StoreWriter = writer) -> None:
-        into.write_shard(shard.start, shard.tensors, shard.columns, shard.skipped)
+        into.write_shard(shard.start, shard.tensors, shard.columns, shard.skipped, shard.checks)
 
     _make_shards(maker, examples, processes.share(len(examples)), done, request, write)
     processes.meet(_goes_on(folder))
@@ -167,12 +171,14 @@ class _Shard:
         tensors: in the order of the examples; empty where all were left out.
         columns: {name: values}.
         skipped: {id, reason} of those left out.
+        checks: what was found where the self-test was repeated (see `Rechecks`).
     """
 
     start: int
     tensors: dict[str, Tensor]
     columns: dict[str, list[Any]]
     skipped: list[dict[str, str]]
+    checks: list[dict[str, Any]]
 
 
 def _make_shards(
@@ -187,11 +193,13 @@ def _make_shards(
     sizer = _BatchSize(1 if maker.forward.batch_size(examples, 2) == 1 else request.batch_size)
     parts = list(_missing(share, done, request.shard_size))
     already = len(share) - sum(map(len, parts))
-    idle = _idle_batches(maker, parts, sizer)
+    batches = sum(-(-len(part) // sizer.value) for part in parts)
+    idle = maker.forward.fsdp.most(batches) - batches  # a sharded model needs all processes in every pass
+    rechecks = Rechecks(maker, batches)
     bar = tqdm(total=len(share), initial=already, desc="PEFs", unit="example", disable=not request.progress)
     with _explaining_interruptions(request.output_dir), bar:
         for part in parts:
-            keep(_shard(maker, part.start, [examples[i] for i in part], sizer, bar, request.skip))
+            keep(_shard(maker, part.start, [examples[i] for i in part], sizer, bar, request.skip, rechecks))
         for _ in range(idle):
             maker.rows([examples[0]])
 
@@ -231,12 +239,6 @@ def _report_skipped(skipped: Sequence[Mapping[str, str]], n: int) -> dict[str, A
     return {"skipped": [dict(example) for example in skipped]}
 
 
-def _idle_batches(maker: RowMaker, parts: Sequence[range], sizer: _BatchSize) -> int:
-    """How many batches another process has more: a sharded model needs all of them in every pass."""
-    batches = sum(-(-len(part) // sizer.value) for part in parts)
-    return maker.forward.fsdp.most(batches) - batches
-
-
 class _BatchSize:
     """The most examples of a batch: fixed, or bounded by padded tokens, which are halved when memory runs out."""
 
@@ -257,8 +259,17 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _shard(maker: RowMaker, start: int, examples: Sequence[Example], sizer: _BatchSize, bar: Any, skip: bool) -> _Shard:
+def _shard(
+    maker: RowMaker,
+    start: int,
+    examples: Sequence[Example],
+    sizer: _BatchSize,
+    bar: Any,
+    skip: bool,
+    rechecks: Rechecks,
+) -> _Shard:
     """The examples from `start` on, in batches of similar length."""
+    forward, checked = maker.forward, len(rechecks.results)
     lengths = [e.length for e in examples]
     order: list[int] = []
     results: list[dict[str, Tensor]] = []
@@ -268,15 +279,25 @@ def _shard(maker: RowMaker, start: int, examples: Sequence[Example], sizer: _Bat
     while pending:
         left = [lengths[i] for i in pending]
         batch = [pending[i] for i in next(batches_by_length(left, sizer.value, sizer.max_tokens))]
+        if not forward.may_share([examples[i] for i in batch]):
+            batch = batch[:1]
+        together = [examples[i] for i in batch]
         try:
-            with maker.forward.blaming_padding([examples[i] for i in batch]):
-                rows = maker.rows([examples[i] for i in batch])
+            with forward.blaming_padding(together):
+                rows = maker.rows(together)
+            if not rechecks.accept(together, rows):
+                continue  # one at a time from now on
         except NotFiniteError as error:
             if not skip:
                 raise
             reasons |= {batch[place]: error.reason for place in error.places}
             pending = [i for i in pending if i not in reasons]
             bar.update(len(error.places))
+            continue
+        except CalledOnceForAll as error:
+            if len(batch) == 1:
+                raise
+            forward.refuse_batches(str(error))
             continue
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -290,11 +311,12 @@ def _shard(maker: RowMaker, start: int, examples: Sequence[Example], sizer: _Bat
         pending = [i for i in pending if i not in taken]
         bar.update(len(batch))
     skipped = [{"id": examples[i].id, "reason": reasons[i]} for i in sorted(reasons)]
+    checks = rechecks.results[checked:]
     if not results:
-        return _Shard(start, {}, {}, skipped)
+        return _Shard(start, {}, {}, skipped, checks)
     tensors = _in_order(results, order)
     kept = [example for i, example in enumerate(examples) if i not in reasons]
-    return _Shard(start, tensors, _columns(maker, kept, tensors), skipped)
+    return _Shard(start, tensors, _columns(maker, kept, tensors), skipped, checks)
 
 
 def _columns(maker: RowMaker, examples: Sequence[Example], tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:

@@ -15,20 +15,28 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.data import Example, collate
+from hf_npeff.data import Example, batches_by_length, collate
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.batching import (
+    TRIED_TOGETHER,
+    BatchTrials,
+    length_limits,
+    logit_tolerance,
+    percent,
+    relative_change,
+    span_of,
+    spread,
+    straddles,
+)
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.gradients import LinearMap
 from hf_npeff.fisher.heads import OutputHead, Outputs, traits_of
+from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.padding import Batch
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 1e-2
-"""How much rows and logits may differ by rounding, relative, where the model computes in float32 or wider."""
-TOLERANCE_16_BIT = 1e-1
-"""The same, where it computes in 16 bits."""
 _PADDING_EXAMPLES = 64
-"""Examples among which the shortest and the longest try out what padding does."""
+"""Examples among which the shortest and the longest try out what padding does, before the first batch is made."""
 _NO_LOGITS = "the model gives NaN or infinite logits"
 _Self = TypeVar("_Self", bound="ForwardPass")
 
@@ -63,7 +71,7 @@ class ForwardPass:
         parameters: other parameters under analysis, as `find_parameters` returns them.
         describe: predictions of a batch → one string an example, kept as the column `prediction`.
         one_at_a_time: never put two examples into a batch.
-        feels_padding: whether padding changes what the model predicts; None where that was not tried.
+        trials: what is known of the batches that the model takes; shared by all passes over one model.
         fsdp: how processes keep in step where the model's weights are sharded over them.
     """
 
@@ -78,7 +86,7 @@ class ForwardPass:
         parameters: Mapping[str, tuple[int, int]] | None = None,
         describe: Callable[[Tensor], list[str]] | None = None,
         one_at_a_time: bool = False,
-        feels_padding: bool | None = None,
+        trials: BatchTrials | None = None,
         fsdp: FSDPModel | None = None,
     ):
         self.model = model
@@ -89,9 +97,11 @@ class ForwardPass:
         self.device = device
         self.parameters = dict(parameters or {})
         self.describe = describe
-        self.one_at_a_time = one_at_a_time
-        self.feels_padding = feels_padding
+        self._one_at_a_time = one_at_a_time
+        self.trials = trials or BatchTrials()
         self.fsdp = fsdp or FSDPModel(model)
+        self.limits = length_limits(model)
+        self._state = ModelState(model)
 
     def with_maps(
         self: _Self, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]] | None = None
@@ -108,10 +118,9 @@ class ForwardPass:
         return {m.parameter: m.shape for m in self.maps} | self.parameters
 
     @property
-    def tolerance(self) -> float:
-        """How much rows and logits may differ by rounding, relative."""
-        narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
-        return TOLERANCE_16_BIT if narrow else TOLERANCE
+    def one_at_a_time(self) -> bool:
+        """Whether no two examples may share a batch: it was asked for, or a trial has shown it."""
+        return self._one_at_a_time or self.trials.one_at_a_time
 
     def batch(self, examples: Sequence[Example], device: torch.device | str) -> Batch:
         """The inputs that the model takes, padded; a head of one's own gets all columns of lists."""
@@ -126,7 +135,9 @@ class ForwardPass:
         """
         try:
             outputs = self.head.outputs(self.model, self.batch(examples, self.device))
+            self._state.restore()  # each pass finds the model as it came
         except RuntimeError as error:
+            self._state.restore()
             if "Double" not in str(error) or all(p.dtype != torch.float64 for p in self.model.parameters()):
                 raise
             raise UnsupportedModelError(
@@ -149,40 +160,75 @@ class ForwardPass:
     def _source(self, examples: Sequence[Example]) -> Tensor:
         return self.outputs(examples).source
 
+    def batches(self, examples: Sequence[Example], size: int, *, trials: bool = True) -> Iterator[list[int]]:
+        """Places of all examples in batches of at most `size`, of similar length, longest first.
+
+        Batches of a new kind are tried (see `may_share`); where examples must not share one, each gets its own.
+
+        Args:
+            examples: in any order.
+            size: the most examples of a batch.
+            trials: whether to try batches; without it, what earlier trials have shown decides.
+        """
+        for batch in batches_by_length([example.length for example in examples], size):
+            together = [examples[i] for i in batch]
+            known = self.one_at_a_time or straddles(together, self.limits)
+            if len(batch) == 1 or (self.may_share(together) if trials else not known):
+                yield batch
+            else:
+                yield from ([i] for i in batch)
+
     def batch_size(self, examples: Sequence[Example], wanted: int) -> int:
-        """`wanted`, or 1 where a batch would change rows: tried once, on the shortest and the longest of a few."""
+        """`wanted`, or 1 where the shortest and the longest of a few must not share a batch."""
         if self.one_at_a_time or wanted == 1:
             return 1
-        if self.feels_padding is None:
-            few = [examples[i] for i in range(min(len(examples), _PADDING_EXAMPLES))]
-            self.feels_padding = self._padding_changes(*(f(few, key=lambda e: e.length) for f in (min, max)))
-        return 1 if self.feels_padding else wanted
+        few = sorted((examples[i] for i in range(min(len(examples), _PADDING_EXAMPLES))), key=lambda e: e.length)
+        for low, high in zip([0, *self.limits], [*self.limits, few[-1].length], strict=True):
+            part = [example for example in few if low < example.length <= high]
+            if len(part) > 1:
+                self.may_share(part, at_once=wanted)
+        return 1 if self.one_at_a_time else wanted
+
+    def may_share(self, examples: Sequence[Example], at_once: int = TRIED_TOGETHER) -> bool:
+        """Whether these examples may be a batch: tried, the shortest and the longest among them, where that is new.
+
+        Args:
+            examples: of the batch.
+            at_once: how many to try together at most; no fewer than 2, no more than a few.
+        """
+        if len(examples) == 1:
+            return True
+        if self.one_at_a_time or straddles(examples, self.limits):
+            return False
+        lengths = {example.length: example for example in examples}
+        if len(lengths) == 1 or self.fsdp.active or self.trials.covers(examples):
+            return True
+        change = self._change_of([lengths[n] for n in spread(sorted(lengths), max(2, min(at_once, TRIED_TOGETHER)))])
+        if change is None:
+            return True  # of NaN whoever runs the batch says which example it is
+        if change > logit_tolerance(self.model):
+            how = "altogether" if change == float("inf") else f"by {percent(change)}"
+            self.refuse_batches(f"padding changes the model's logits {how}")
+            return False
+        self.trials.agreeing.append(span_of(examples))
+        return True
+
+    def refuse_batches(self, reason: str) -> None:
+        """From now on one example at a time, for a reason that people are told."""
+        self.trials.one_at_a_time = True
+        logger.warning("%s: going on with one example at a time", reason)
 
     @torch.no_grad()
-    def _padding_changes(self, short: Example, long: Example) -> bool | None:
-        """Whether the model predicts otherwise for an example that is padded; None if none would be.
-
-        Transformers hide padding from attention, but a Fourier transform or a convolution over the tokens mixes it in.
-        """
-        if short.length == long.length:
-            return None
-        if self.fsdp.active:
-            return False
+    def _change_of(self, examples: Sequence[Example]) -> float | None:
+        """How much an example's logits change at most, relative, in a batch of all; None where they are NaN."""
         try:
-            together, alone = self.outputs([short, long]), self.outputs([short])
+            together, alone = self.outputs(examples), [self.outputs([example]) for example in examples]
         except NotFiniteError:
-            return False  # whoever runs the batch says which example it is
-        padded, own = together.logits[0][together.valid[0]], alone.logits[0][alone.valid[0]]
-        padded, own = padded[padded.isfinite()], own[own.isfinite()]
-        if padded.shape != own.shape:
-            return False
-        change = float((padded - own).norm() / own.norm().clamp_min(torch.finfo(own.dtype).tiny))
-        if change <= self.tolerance:
-            return False
-        logger.warning(
-            "padding changes the model's logits by %.1f%%: going on with one example at a time", 100 * change
+            return None
+        return max(
+            relative_change(together.logits[i][together.valid[i]], own.logits[0][own.valid[0]])
+            for i, own in enumerate(alone)
         )
-        return True
 
     @contextlib.contextmanager
     def blaming_padding(self, examples: Sequence[Example]) -> Iterator[None]:

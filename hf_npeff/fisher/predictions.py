@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_npeff.data import Example, batches_by_length
+from hf_npeff.data import Example
 from hf_npeff.fisher.distributions import Distribution
 from hf_npeff.fisher.forward import ForwardPass
 
@@ -52,8 +52,8 @@ def predict(
     """
     logits: dict[int, Tensor] = {}
     distribution: type[Distribution] | None = None
-    size = forward.batch_size(examples, batch_size)
-    for batch in batches_by_length([e.length for e in examples], size):
+    # While a caller changes each batch's examples, a trial of other examples would be changed like them.
+    for batch in forward.batches(examples, batch_size, trials=before_batch is None):
         if before_batch is not None:
             before_batch(batch)
         outputs = forward.outputs([examples[i] for i in batch])

@@ -13,6 +13,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
+from hf_npeff.fisher.batching import percent, precision_of, row_tolerance
 from hf_npeff.fisher.factors import HiddenMetric, resolve
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import (
@@ -46,6 +47,12 @@ _ROWS = 4
 """Rows of each that the sketch is measured on, at most: more would cost time and say the same."""
 _AUTOGRAD_NUMBERS = 2**28
 """Weights that are differentiated densely at once: a gibibyte of gradients."""
+_WRONG = 1e-2
+"""Relative error above which a row is not the gradient of its example: far above rounding of 32 bits and more."""
+_WRONG_IN_16_BITS = 1e-1
+"""The same where the model computes in 16 bits."""
+_LARGER_BY_BATCHING = 3
+"""How many times its error alone a row may have in a batch before the batch is at fault, not rounding."""
 _SIDE = 8
 """Of the Kronecker sketch in which rows are compared with autograd's."""
 _BLOCK_THAT_MATTERS = 1e-3
@@ -71,7 +78,7 @@ def prepare(
     Maps that hooks do not see are left out of the result, with a warning.
 
     Args:
-        forward: the forward pass; it is set to one example at a time where batches would change rows.
+        forward: the forward pass; its `trials` learn where batches would change rows.
         config: rank, output factor, sketch.
         examples: the first ones.
         sketch: one that is given; it is used where it is of the parameters under analysis.
@@ -84,8 +91,8 @@ def prepare(
     """
     config, metric = choose_metric(forward, config)
     few = _first(forward, config, metric, examples, skip)
-    forward.one_at_a_time = forward.batch_size(few, 2) == 1
-    rows = _check_rows(forward, config, metric, few[:2])
+    pair = pair_of(few, forward.limits)
+    rows = _check_batch(forward, config, metric, pair)
     total = _size(forward.model, forward.maps)
     forward = forward.with_maps([m for m in forward.maps if m not in rows.unseen])
     _warn_of_what_is_left_out(forward, config, rows.unseen, total)
@@ -93,14 +100,11 @@ def prepare(
         sketch = None
     sketch, measured, tried = _measured_sketch(forward, config, metric, few, sketch)
     covered = sum(a * b for a, b in forward.shapes.values()) / max(total, 1)
-    unseen = tuple(m.parameter for m in rows.unseen)
-    if not rows.right_within(forward.tolerance):
-        raise UnsupportedModelError(
-            f"{rows.difference}: the module is used in a way that hooks do not see. Leave it out with exclude_modules, "
-            "name its weight in `parameters`, or load the model in float32"
-        )
-    selftest = SelfTest(len(few), measured, rows.error, min(covered, 1.0), tried, unseen)
-    return RowMaker(forward, config, sketch.to(forward.device), metric, selftest)
+    left_out = tuple(m.parameter for m in rows.unseen)
+    rows.refuse_wrong(forward.model)
+    selftest = SelfTest(len(few), measured, rows.error, min(covered, 1.0), tried, left_out)
+    tested = tuple(pair[:1] if forward.one_at_a_time else pair)
+    return RowMaker(forward, config, sketch.to(forward.device), metric, selftest, tested)
 
 
 # The metric -----------------------------------------------------------------------------------------------------------
@@ -183,50 +187,74 @@ class RowCheck:
     """
 
     error: float | None
-    unseen: Sequence[LinearMap]
+    unseen: Sequence[LinearMap] = ()
     worst: str = ""
-
-    def right_within(self, tolerance: float) -> bool:
-        """Whether the rows are autograd's, rounding aside; True where nothing could be checked."""
-        return self.error is None or self.error <= tolerance
 
     @property
     def difference(self) -> str:
         """What is wrong, in words."""
-        much = "altogether" if self.error == float("inf") else f"by {self.error:.1%}"
+        much = "altogether" if self.error == float("inf") else f"by {percent(self.error or 0.0)}"
         return f"the rows from hooks differ {much} from autograd's gradients, at {self.worst} the most"
 
+    def refuse_wrong(self, model: nn.Module) -> None:
+        """Refuse rows that are not the model's gradients.
 
-def _check_rows(
-    forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, few: Sequence[Example]
+        Raises:
+            UnsupportedModelError: if the error is more than rounding; it names the worst weight.
+        """
+        narrow = precision_of(model) in (torch.float16, torch.bfloat16)
+        if self.error is None or self.error <= (_WRONG_IN_16_BITS if narrow else _WRONG):
+            return
+        raise UnsupportedModelError(
+            f"{self.difference}: the module is used in a way that hooks do not see. Leave it out with exclude_modules, "
+            "name its weight in `parameters`, or load the model in float32"
+        )
+
+
+def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:
+    """The shortest and the longest example, in this order, or two of one length; one where there is no other.
+
+    Both lie on one side of each of the lengths `limits`: the side with the most examples.
+    """
+    sides: dict[int, list[Example]] = {}
+    for example in sorted(examples, key=lambda example: example.length):
+        sides.setdefault(sum(example.length > limit for limit in limits), []).append(example)
+    side = max(sides.values(), key=len)
+    return [side[0], side[-1]] if len(side) > 1 else side
+
+
+def _check_batch(
+    forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, pair: Sequence[Example]
 ) -> RowCheck:
-    """The check on a batch, or on its last example where batches are out of the question.
+    """The check on a batch of two, or on one of them where batches are out of the question.
 
-    Where rows are wrong in a batch and right alone (a module that does not keep its examples apart in its first
-    dimension), examples go one at a time.
+    Where the shorter example's row is right alone and not in the batch, examples go one at a time from then on.
     """
     if not forward.maps:
-        return RowCheck(None, [])
-    if forward.one_at_a_time:
-        return check_rows(forward, config, metric, few[-1:])
-    try:
-        together = check_rows(forward, config, metric, few)
-        if together.right_within(forward.tolerance):
+        return RowCheck(None)
+    together: RowCheck | None = None
+    reason = None
+    if len(pair) > 1 and forward.batch_size(pair, 2) > 1:
+        try:
+            together = check_rows(forward, config, metric, pair)
+        except CalledOnceForAll as error:
+            reason = str(error)
+        if together is not None and (together.error is None or together.error <= row_tolerance(forward.model)):
             return together
-        why = f"{together.difference}, in a batch and not alone"
-    except CalledOnceForAll as error:
-        why = str(error)
-    alone = check_rows(forward, config, metric, few[-1:])
-    if alone.right_within(forward.tolerance):
-        logger.warning("%s; going on with one example at a time", why)
-        forward.one_at_a_time = True
+    alone = check_rows(forward, config, metric, pair[:1])
+    if together is not None and together.error is not None and alone.error is not None:
+        if together.error <= _LARGER_BY_BATCHING * alone.error:
+            return together  # it is no better alone
+        reason = f"{together.difference}, in a batch and not alone"
+    if reason is not None:
+        forward.refuse_batches(reason)
     return alone
 
 
 def check_rows(
     forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, few: Sequence[Example]
 ) -> RowCheck:
-    """The first row of the last example, as it would be stored of this batch, against autograd on that example alone.
+    """The largest row of the first example, as it would be stored of this batch, against autograd on it alone.
 
     As many maps as fit into memory beside the model are differentiated; an identity sketch would be as large as they,
     so both sides go through a small Kronecker sketch. Weights that are offloaded, quantised or sharded are not checked;
@@ -238,7 +266,7 @@ def check_rows(
         metric: see `RowMaker`.
         few: a batch.
     """
-    model, maps, single = forward.model, forward.maps, forward.source_of(few[-1:])
+    model, maps, single = forward.model, forward.maps, forward.source_of(few[:1])
     forward.fsdp.release()  # a weight that is whole for the moment is not at hand
     weights = bare_parameters(model)
     known = [m for m in maps if is_at_hand(weights.get(m.parameter))]
@@ -252,9 +280,10 @@ def check_rows(
     sketch = Sketch(called.shapes, "kronecker", _SIDE, config.seed).to(forward.device)
     with forward.blaming_padding(few):
         stored = RowMaker(called, config, sketch, metric).rows(few)
-    exact = autograd_rows(model, checked, single, stored["cotangents"][-1:, 0])
+    largest = int(stored["factors"][0].norm(dim=1).argmax())
+    exact = autograd_rows(model, checked, single, stored["cotangents"][:1, largest])
     unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
-    row = stored["factors"][-1, 0].double() * stored["norms"][-1].sqrt()
+    row = stored["factors"][0, largest].double() * stored["norms"][0].sqrt()
     error, worst = _row_error(sketch, row, exact)
     return RowCheck(error, unseen, worst)
 
@@ -272,24 +301,23 @@ def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> li
 
 
 def _row_error(sketch: Sketch, row: Tensor, exact: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Of a sketched row (d,) against autograd's gradients: the relative error, and the weight that is the furthest off.
+    """Of a sketched row (d,) against autograd's gradients, relative, and the parameter that is the most wrong.
 
-    The error is infinite where the row of a weight that matters is wrong by more than half.
+    Infinite where a weight's share is wrong.
     """
-    if not sketch.shapes:
+    if not sketch.shapes or sketch.blocks is None:
         return 0.0, ""
-    truth = sketch.apply({name: exact[name][None].float() for name in sketch.shapes})[0].to(row)
-    norm = float(truth.norm())
-    assert sketch.blocks is not None
-    off = {name: float((row[block] - truth[block]).norm()) for name, block in sketch.blocks.items()}
-    worst = max(off, key=off.__getitem__)
+    wide = {name: exact[name][None].to(torch.promote_types(exact[name].dtype, torch.float32)) for name in sketch.shapes}
+    truth = sketch.apply(wide)[0].to(row)
+    norm, errors = truth.norm(), {name: (row[b] - truth[b]).norm() for name, b in sketch.blocks.items()}
+    worst = max(errors, key=lambda name: float(errors[name].nan_to_num(float("inf"))))
     if norm == 0:
         return float(row.norm()), worst
     for name, block in sketch.blocks.items():
-        part = float(truth[block].norm())
-        if part > _BLOCK_THAT_MATTERS * norm and off[name] > _BLOCK_ERROR * part:
-            return float("inf"), worst
-    return float((row - truth).norm()) / norm, worst
+        part = truth[block].norm()
+        if part > _BLOCK_THAT_MATTERS * norm and errors[name] > _BLOCK_ERROR * part:
+            return float("inf"), name
+    return float((row - truth).norm() / norm), worst
 
 
 # The sketch -----------------------------------------------------------------------------------------------------------
@@ -359,7 +387,7 @@ def _measured_sketch(
     sketch: Sketch | None,
 ) -> tuple[Sketch, float | None, dict[str, float]]:
     """The sketch as it is given, set or chosen; its error, None where one example cannot tell; those tried."""
-    groups = [[example] for example in few] if forward.one_at_a_time else [few]
+    groups = [[few[i] for i in batch] for batch in forward.batches(few, len(few))]
     batches = [known_cotangents(forward, config, metric, group) for group in groups]
     narrowest = min(_ROWS, *(batch.values.shape[1] for batch in batches))
     batches = [batch.narrowed(narrowest) for batch in batches]

@@ -30,6 +30,7 @@ class RowMaker:
         sketch: what shortens the rows.
         metric: of the hidden state, in which spectral rows are the best ones; None takes the hidden state's own.
         selftest: what the self-test measured; None of a maker that was not tested.
+        tested: the examples whose rows it has compared with autograd's.
     """
 
     forward: ForwardPass
@@ -37,6 +38,7 @@ class RowMaker:
     sketch: Sketch
     metric: HiddenMetric | None = None
     selftest: SelfTest | None = None
+    tested: tuple[Example, ...] = ()
 
     def log(self, tolerance: float) -> None:
         """Tell people what the self-test measured, and warn where the sketch is less accurate than was asked for."""

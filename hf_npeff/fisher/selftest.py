@@ -48,6 +48,8 @@ class SelfTest:
         coverage: share of the model's parameters under analysis.
         tried: {sketch: error} of every sketch that "auto" measured.
         left_out: target modules whose weights the model reads without calling the module: hooks do not see them.
+
+    A store's `selftest` has `later` as well: what was found where rows were checked again (see `Rechecks`).
     """
 
     examples: int

@@ -66,7 +66,15 @@ def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
         raise CorruptStoreError(f"{folder}: the manifest says {start!r}, {n!r}, {covers!r} of a shard")
     if name != f"pefs-{start:05d}":
         raise CorruptStoreError(f"{folder}: the manifest names a shard {name!r}")
+    checks = entry.get("checks", [])
+    if not isinstance(checks, list) or not all(map(_is_check, checks)):
+        raise CorruptStoreError(f"{folder}: the manifest's checks of a shard are none")
     return {**entry, "covers": covers, "skipped": skipped}
+
+
+def _is_check(value: Any) -> bool:
+    """Whether a value is what a repeated self-test found: texts and numbers by name."""
+    return isinstance(value, dict) and all(isinstance(found, str | int | float | None) for found in value.values())
 
 
 def checked_skipped(values: Any, folder: Path) -> list[dict[str, str]]:

@@ -164,6 +164,8 @@ def read_store(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[dict
     check_width(info, shards[0]["factors"].shape[-1], folder)
     skipped = checked_skipped(manifest.get("skipped", []), folder)
     info.pop("skipped", None)
+    if checks := [check for entry in entries for check in entry.get("checks", [])]:
+        info["selftest"] = {**(info.get("selftest") or {}), "later": checks}
     return {**info, **({"skipped": skipped} if skipped else {})}, shards, joined_columns([kept for _, kept in parts])
 
 
@@ -291,6 +293,7 @@ class StoreWriter:
         tensors: Mapping[str, Tensor],
         columns: Mapping[str, Sequence[Any]],
         skipped: Sequence[Mapping[str, str]] = (),
+        checks: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Write the shard whose first example is number `start`.
 
@@ -299,6 +302,7 @@ class StoreWriter:
             tensors: of the examples that it holds; none where all were skipped.
             columns: of the same.
             skipped: {id, reason} of the others of its range.
+            checks: what was found where the self-test was repeated on them.
         """
         name = f"pefs-{start:05d}"
         entry: dict[str, Any] = {"name": name, "start": start, "examples": 0}
@@ -312,6 +316,8 @@ class StoreWriter:
             entry["columns_sha256"] = hashlib.sha256(kept).hexdigest()
         if skipped:
             entry |= {"covers": entry["examples"] + len(skipped), "skipped": [dict(example) for example in skipped]}
+        if checks:
+            entry["checks"] = [dict(check) for check in checks]
         write_json(self._entry_path(start), entry)
 
     def finish(self, n: int, skipped: Sequence[Mapping[str, str]] = ()) -> None:

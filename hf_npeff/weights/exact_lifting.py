@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_npeff.data import Example, batches_by_length
+from hf_npeff.data import Example
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, Receiver, backward_passes
@@ -70,16 +70,15 @@ def lift_exact(
     weights = bare_parameters(forward.model)
     places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in forward.maps}
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
-    size = forward.batch_size(examples, batch_size)
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
     coefficients = coefficients / coefficients.abs().amax((1, 2), keepdim=True).clamp_min(
         torch.finfo(torch.float64).tiny
     )
-    batches = [[used[i] for i in batch] for batch in batches_by_length([examples[i].length for i in used], size)]
+    batches = [[used[i] for i in batch] for batch in forward.batches([examples[i] for i in used], batch_size)]
     try:
         sums = _summed(forward, examples, cotangents, coefficients, batches, places)
     except CalledOnceForAll:
-        if size == 1:
+        if all(len(batch) == 1 for batch in batches):
             raise
         batches = [[i] for i in used]
         sums = _summed(forward, examples, cotangents, coefficients, batches, places)

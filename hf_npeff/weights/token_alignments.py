@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_npeff.data import Example, batches_by_length
+from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.weighting import mixing_of
 from hf_npeff.fisher.forward import ForwardPass
@@ -126,11 +126,10 @@ def token_alignments(
         raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere), so no pass can be replayed")
     sketch = sketch_of(pefs, known).to(forward.device)
     replay = _Replay(forward, sketch, decomposition, pefs, pefs.cotangents, examples, decode)
-    size = forward.batch_size(examples, batch_size)
     alignments: dict[tuple[int, int], TokenAlignment] = {}
     for j, given in chosen.items():
         wanted = [i for i in given if decomposition.coefficients[i, j] > 0]
-        for batch in batches_by_length([examples[i].length for i in wanted], size):
+        for batch in forward.batches([examples[i] for i in wanted], batch_size):
             for alignment in replay.run(j, [wanted[at] for at in batch]):
                 alignments[j, alignment.example] = alignment
     return [alignments[j, i] for j, given in chosen.items() for i in given if (j, i) in alignments]

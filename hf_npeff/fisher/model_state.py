@@ -1,0 +1,82 @@
+"""What a forward pass may leave behind in a model, taken back after every pass.
+
+Some models change themselves with their input: block-sparse attention that switches to full attention for good when a
+short example comes, rotary frequencies that grow with the longest example so far. What an example gets would depend on
+those before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, str, type(None))
+_SMALL = 2**20
+"""Numbers of the largest buffer of which a copy is kept: rotary frequencies and counters are far smaller."""
+
+
+class ModelState:
+    """Submodules, buffers and plain attributes of every module of a model, and of its config, as they are now.
+
+    Parameters, hooks and modes are not among them: they are those of whoever runs the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._modules = [_ModuleState(module) for module in model.modules()]
+        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self._configs = [(config, _plain(vars(config))) for config in configs.values() if hasattr(config, "__dict__")]
+
+    def restore(self) -> bool:
+        """Take back what has changed since; returns whether anything had."""
+        changed = [module.restore() for module in self._modules]
+        changed += [_restore_plain(vars(config), before) for config, before in self._configs]
+        return any(changed)
+
+
+class _ModuleState:
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._children = dict(module._modules)
+        self._buffers = dict(module._buffers)
+        self._copies = {
+            name: (buffer._version, buffer.clone())
+            for name, buffer in module._buffers.items()
+            if buffer is not None and _can_change_in_place(buffer)
+        }
+        self._plain = _plain(vars(module))
+
+    def restore(self) -> bool:
+        module, changed = self._module, False
+        for now, before in ((module._modules, self._children), (module._buffers, self._buffers)):
+            if now.keys() != before.keys() or any(now[name] is not before[name] for name in before):
+                now.clear()
+                now.update(before)  # type: ignore[arg-type]
+                changed = True
+        for name, (version, copy) in self._copies.items():
+            buffer: Any = self._buffers[name]
+            if buffer._version != version:
+                changed |= not torch.equal(buffer, copy)
+                with torch.no_grad():
+                    buffer.copy_(copy)
+                self._copies[name] = (buffer._version, copy)
+        return _restore_plain(vars(module), self._plain) or changed
+
+
+def _can_change_in_place(buffer: Tensor) -> bool:
+    return buffer.device.type != "meta" and buffer.numel() <= _SMALL and not buffer.is_inference()
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if isinstance(value, _PLAIN) and name != "training"}
+
+
+def _restore_plain(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    changed = {
+        name: value
+        for name, value in before.items()
+        if name in now and now[name] is not value and (type(now[name]) is not type(value) or now[name] != value)
+    }
+    now.update(changed)
+    return bool(changed)

@@ -1,0 +1,118 @@
+"""The self-test repeated while rows are made: on the first batch of every new kind, and on a later one.
+
+What the first examples showed need not hold for all. A check costs one pass over one example, and where autograd is
+asked again, its gradients for that example; there are a handful in a run, however long.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.data import Example
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.batching import percent, relative_change, row_tolerance, span_of
+from hf_npeff.fisher.preparation import check_rows
+from hf_npeff.fisher.rows import RowMaker
+
+logger = logging.getLogger(__name__)
+_LONGER = 1.5
+"""How many times as long as any example before one has to be to count as a new kind: a few of them in a run at most."""
+_BATCHES = 64
+"""Batches of the shortest run in which a random one is checked again: it costs about two of them."""
+
+
+class Rechecks:
+    """Whether rows that are about to be stored are right, where they are of a kind that was not checked before.
+
+    Args:
+        maker: what makes them, with the examples that its self-test has seen.
+        batches: how many batches are to come; with enough of them, one that the seed draws is checked again.
+
+    Attributes:
+        results: of the checks so far: why, examples of the batch, its shortest and longest length, the relative error
+            of a row (None where nothing could be compared).
+    """
+
+    def __init__(self, maker: RowMaker, batches: int):
+        self.results: list[dict[str, Any]] = []
+        self._maker = maker
+        self._names = {frozenset(example.inputs) for example in maker.tested}
+        self._longest = max((example.length for example in maker.tested), default=0)
+        self._mixed = len({example.length for example in maker.tested}) > 1
+        generator = torch.Generator().manual_seed(maker.config.seed)
+        self._later = int(torch.randint(1, batches, (1,), generator=generator)) if batches >= _BATCHES else None
+        self._seen = 0
+
+    def accept(self, examples: Sequence[Example], rows: Mapping[str, Tensor]) -> bool:
+        """Whether these rows may be stored; False where the batch changes them, and examples go one at a time now.
+
+        Raises:
+            UnsupportedModelError: if they are not the gradients of their examples, or a batch like others that were
+                stored before is wrong.
+        """
+        low, high, names = span_of(examples)
+        reasons = {
+            "other inputs": names not in self._names,
+            "longest so far": high > _LONGER * self._longest,
+            "mixed lengths": low < high and not self._mixed,
+            "drawn at random": self._seen == self._later,
+        }
+        self._seen += 1
+        why = [reason for reason, holds in reasons.items() if holds]
+        if not why or self._maker.forward.fsdp.active:
+            return True
+        place = min(range(len(examples)), key=lambda i: examples[i].length)
+        error = self._change_in(examples, rows, place)
+        if error is not None and error > row_tolerance(self._maker.forward.model):
+            self._refuse(why, error)
+            return False
+        if why != ["mixed lengths"]:
+            against_autograd = self._error_alone(examples[place])
+            error = max((e for e in (error, against_autograd) if e is not None), default=None)
+        self._names.add(names)
+        self._longest, self._mixed = max(self._longest, high), self._mixed or low < high
+        self.results.append(
+            {"why": ", ".join(why), "examples": len(examples), "shortest": low, "longest": high, "row_error": error}
+        )
+        return True
+
+    def _change_in(self, examples: Sequence[Example], rows: Mapping[str, Tensor], place: int) -> float | None:
+        """How far the largest row of one example is from the one that the example gets alone, relative."""
+        if len(examples) == 1 or not bool(rows["norms"][place] > 0):
+            return None
+        largest = int(rows["factors"][place].norm(dim=1).argmax())
+        V = rows["cotangents"][place : place + 1, largest : largest + 1]
+        alone = self._maker.rows_of([examples[place]], V)[0, 0]
+        stored = rows["factors"][place, largest].double() * rows["norms"][place].sqrt()
+        return relative_change(stored, alone.to(stored))
+
+    def _refuse(self, why: Sequence[str], error: float) -> None:
+        forward = self._maker.forward
+        reason = f"the gradients of an example in a batch differ by {percent(error)} from its own"
+        if why == ["drawn at random"]:
+            raise UnsupportedModelError(
+                f"{reason}, and batches like it were stored already; use batch_size=1, and resume=False to begin again"
+            )
+        forward.refuse_batches(reason)
+
+    def _error_alone(self, example: Example) -> float | None:
+        """The error of an example's row against autograd."""
+        maker = self._maker
+        try:
+            check = check_rows(maker.forward, maker.config, maker.metric, [example])
+        except torch.OutOfMemoryError:
+            logger.info("example %r is too long for its gradients to be compared with autograd's", example.id)
+            return None
+        if check.unseen:
+            raise UnsupportedModelError(
+                f"for example {example.id!r} the model reads the weights of "
+                f"{', '.join(m.parameter for m in check.unseen)} without calling these modules, so hooks do not see "
+                "them; leave them out with exclude_modules, or name them in `parameters`"
+            )
+        check.refuse_wrong(maker.forward.model)
+        return check.error
