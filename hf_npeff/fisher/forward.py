@@ -122,6 +122,11 @@ class ForwardPass:
         """Whether no two examples may share a batch: it was asked for, or a trial has shown it."""
         return self._one_at_a_time or self.trials.one_at_a_time
 
+    @property
+    def tolerance(self) -> float:
+        """How much logits may differ by rounding, relative."""
+        return logit_tolerance(self.model)
+
     def batch(self, examples: Sequence[Example], device: torch.device | str) -> Batch:
         """The inputs that the model takes, padded; a head of one's own gets all columns of lists."""
         return collate(examples, self.pad_token_id, device, self.traits.takes)
