@@ -20,7 +20,7 @@ from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_parameters, base_of
+from hf_npeff.fisher.bare_model import bare_module_names, bare_parameters, base_of
 from hf_npeff.fisher.batching import BatchTrials
 from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.factors import rows_per_example
@@ -386,6 +386,9 @@ class AnalysedModel:
             deltas[name] = shaped.contiguous()
         layouts = layouts_of(self.model, deltas)
         module = type(base_of(self.model)).__module__
+        bare = bare_module_names(self.model)
+        tied = {n: [bare.get(m, m) for m in maps[n].modules] for n in deltas if n in maps and len(maps[n].modules) > 1}
+        model_info |= {"tied": tied} if tied else {}
         return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info}, unit=unit)
 
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:

@@ -153,3 +153,28 @@ def test_sketches_of_wrapped_names_are_refused_with_the_reason() -> None:
     pefs.info["sketch"]["shapes"] = [[f"base_model.model.{n[:-7]}.base_layer.weight", s] for n, s in shapes]
     with pytest.raises(IncompatibleSketchError, match="named weights as PEFT's wrappers do"):
         analyzer_of(model).with_settings_of(pefs)
+
+
+def test_an_adapter_of_a_tied_linear_weight_moves_all_of_its_modules(tmp_path: Path) -> None:
+    """Oracle: the moved weight itself, against the adapter as PEFT loads it onto the tied model."""
+    model = tiny_model("bert", dtype=torch.float32)
+    first, second = (model.bert.encoder.layer[i].intermediate.dense for i in (0, 1))
+    second.weight = first.weight
+    analyzer = analyzer_of(model, target_modules=["bert.encoder.layer.0.intermediate.dense"])
+    (tied,) = analyzer.maps
+    assert len(tied.modules) == 2
+    generator = torch.Generator().manual_seed(1)
+    made = analyzer.direction_of({tied.parameter: torch.randn(24, 16, generator=generator)}, {})
+    made.save_pretrained(tmp_path / "direction")
+    direction = ParameterDirection.load(tmp_path / "direction")
+    adapter = direction.to_adapter(rank=16, scale=2.0)
+    assert adapter.retained_energy > 1 - 1e-6
+    adapter.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").eval()
+    ids = torch.tensor([[9, 10, 11, 3]])
+    with torch.no_grad():
+        before = model(ids).logits
+        with direction.applied_to(model, 2.0):
+            moved = model(ids).logits
+        assert float((moved - before).norm() / before.norm()) > 0.01
+        torch.testing.assert_close(loaded(ids).logits, moved, atol=1e-4, rtol=1e-4)

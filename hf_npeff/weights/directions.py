@@ -417,6 +417,11 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
     if wrong := [name for name in texts if not isinstance(info.get(name), str | None)]:
         raise ValueError(f"{wrong[0]} is {info[wrong[0]]!r}")
     check_identity(info.get("weights"))
+    tied = info.get("tied", {})
+    if not isinstance(tied, dict) or not all(
+        isinstance(places, list) and all(isinstance(place, str) for place in places) for places in tied.values()
+    ):
+        raise ValueError(f"tied is {tied!r:.200}")
     component = info.get("component")
     if component is not None and (not isinstance(component, int) or isinstance(component, bool) or component < 0):
         raise ValueError(f"component is {component!r}")

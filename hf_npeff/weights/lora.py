@@ -82,9 +82,10 @@ def lora(
     for name, delta in deltas.items():
         module, _, leaf = name.rpartition(".")
         if name in matrices:
-            pair, kept[name] = _lora_pair(f"{PREFIX}{module}.", delta, layouts[name], rank, scale)
-            tensors |= pair
-            targets.append(module)
+            pair, kept[name] = _lora_pair("", delta, layouts[name], rank, scale)
+            for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight moves in all of its modules
+                tensors |= {f"{PREFIX}{place}.{key}": value.clone() for key, value in pair.items()}
+                targets.append(place)
         elif layouts[name] == "bias":
             biases[module] = delta * scale
         elif layouts[name] == "norm":
