@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from hf_npeff.sharing.hub import list_decompositions
     from hf_npeff.weights.directions import ParameterDirection
     from hf_npeff.weights.measurement import Measurement
+    from hf_npeff.weights.off_target import OffTarget
     from hf_npeff.weights.perturbation import PerturbationReport
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ParameterDirection",
     "PerturbationReport",
     "Measurement",
+    "OffTarget",
     "NPEFFCallback",
     # the Hub
     "list_decompositions",
@@ -69,6 +71,7 @@ _MODULE_OF = {
     "NPEFFAnalyzer": "analyzer",
     "NPEFFCallback": "callback",
     "NPEFFError": "errors",
+    "OffTarget": "weights.off_target",
     "OutputHead": "fisher.heads",
     "Outputs": "fisher.heads",
     "PEFs": "pefs.store",

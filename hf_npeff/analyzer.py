@@ -20,12 +20,14 @@ from hf_npeff.config import (
     LiftMethod,
     LiftRequest,
     MeasureRequest,
+    OffTargetRequest,
     OnError,
     PerturbationRequest,
     Ridge,
     SparseSolver,
 )
 from hf_npeff.data import Example, Examples
+from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.edited_model import EditedModel
@@ -42,6 +44,7 @@ from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import lift_components, plan, select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
+from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target
 from hf_npeff.weights.perturbation import PerturbationReport, evaluate
 from hf_npeff.weights.plans import Plan
 from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
@@ -91,6 +94,8 @@ class NPEFFAnalyzer(EditedModel):
         >>> measured = analyzer.measure(direction, ["the cat saw the king", "rome is old"], scales=(report.scale,))
         >>> measured.n, len(measured.steps)  # the change, and a random one
         (2, 2)
+        >>> analyzer.off_target(direction, ["the cat saw the king", "rome is old"], scale=report.scale, rounds=2).n
+        2
     """
 
     # Examples → PEFs
@@ -582,6 +587,82 @@ class NPEFFAnalyzer(EditedModel):
         check_groups(examples, by)
         with self.forward_pass() as forward:
             return measure(forward, change, examples, self.truth_of(examples, examples_read.encoded), request)
+
+    def off_target(
+        self,
+        change: Change,
+        dataset: Any,
+        *,
+        scale: float = OffTargetRequest.scale,
+        decomposition: Decomposition | None = None,
+        component: int | None = None,
+        worst: int = OffTargetRequest.worst,
+        rounds: int = OffTargetRequest.rounds,
+        starts: int = OffTargetRequest.starts,
+        candidates: int = OffTargetRequest.candidates,
+        batch_size: int = OffTargetRequest.batch_size,
+        seed: int = OffTargetRequest.seed,
+        max_examples: int | None = None,
+        **reading: Any,
+    ) -> OffTarget:
+        """The inputs that a change moves most although it was not meant for them: in a pool, and by a search from it.
+
+        The search puts other tokens of the pool, one at a time, into the most moved inputs, and keeps what moves the
+        prediction more. It shows that such inputs exist, never that there are none worse.
+
+        Args:
+            change: a direction, or an adapter of linear maps.
+            dataset: the pool: inputs that the change should leave alone.
+            scale: the step along the change; 1 for an adapter or an edit as it is.
+            decomposition: whose component the change is of: inputs on which it is active are no failure, neither in the
+                pool nor where the search ends. Their PEFs are computed for that.
+            component: its number.
+            worst: how many of the most moved inputs of the pool are named.
+            rounds: rounds of the search; 0 measures the pool alone.
+            starts: inputs that the search begins with.
+            candidates: inputs that are tried in a round, for each that it began with.
+            batch_size: examples of a forward pass.
+            seed: of the search.
+            max_examples: only the first ones.
+            **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
+
+        Raises:
+            IncompatibleSketchError: if the decomposition is of another model.
+            UnsupportedModelError: if an adapter, or a change of sharded weights, is not one of linear maps alone.
+            ValueError: if an argument is out of range, only one of `decomposition` and `component` is given, the
+                component is active on all inputs, or a search is wanted and the inputs are no sequences of tokens.
+        """
+        request = OffTargetRequest(scale, worst, rounds, starts, candidates, batch_size, seed)
+        if (decomposition is None) != (component is None):
+            raise ValueError("decomposition and component go together: the second is a number in the first")
+        self.check_movable(change, in_place=not is_linear(change))
+        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+        pool = list(limits.checked(self.read(dataset, Reading(**reading), max_examples=max_examples)))
+        if rounds:
+            check_tokens(pool)
+        if decomposition is not None and component is not None:
+            component = decomposition.index_of(component)
+            own = self._active_on(decomposition, component, pool)
+            pool = [example for example, is_own in zip(pool, own, strict=True) if not is_own]
+            if not pool:
+                raise ValueError(
+                    f"component {component} is active on all inputs; give others that it should leave alone"
+                )
+        decode = getattr(self.processing_class, "decode", None)
+        special = getattr(self.processing_class, "all_special_ids", ())
+        with self.forward_pass() as forward:
+            found, ends = off_target(forward, change, pool, request, special=special, decode=decode)
+        if decomposition is not None and component is not None and ends:
+            own = self._active_on(decomposition, component, ends)
+            found.searched[:] = [{**row, "own": is_own} for row, is_own in zip(found.searched, own, strict=True)]
+        return found
+
+    def _active_on(self, decomposition: Decomposition, component: int, examples: Sequence[Example]) -> list[bool]:
+        """Whether a component is active, for inputs that need not have been analysed."""
+        rows = [dict(example.inputs) for example in examples]
+        pefs = self.compute_pefs(rows, like=decomposition, progress=False)
+        active: list[bool] = active_examples(decomposition.transform(pefs))[:, component].tolist()
+        return active
 
 
 def _progress_wanted() -> bool:

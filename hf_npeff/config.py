@@ -505,3 +505,37 @@ class MeasureRequest:
         """The scales, with the opposite signs where those are asked for; each once, in order."""
         signed = [s for scale in self.scales for s in ((scale, -scale) if self.both_signs else (scale,))]
         return list(dict.fromkeys(map(float, signed)))
+
+
+@dataclass(frozen=True)
+class OffTargetRequest:
+    """How inputs are looked for that a change moves although it was not meant for them.
+
+    These are arguments of `NPEFFAnalyzer.off_target`.
+
+    Attributes:
+        scale: the step along the change; 1 for an adapter or an edit as it is.
+        worst: how many of the most moved inputs of the pool are named.
+        rounds: rounds of the search for worse inputs by other tokens; 0 measures the pool alone.
+        starts: inputs of the pool that the search begins with, the most moved ones.
+        candidates: inputs that are tried in a round, for each that it began with.
+        batch_size: examples of a forward pass.
+        seed: seed of the search.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    scale: float = 1.0
+    worst: int = 5
+    rounds: int = 8
+    starts: int = 4
+    candidates: int = 16
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        for name in ("worst", "starts", "candidates", "batch_size"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("rounds", self.rounds, 0)
