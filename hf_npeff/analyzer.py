@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -462,6 +463,8 @@ class NPEFFAnalyzer(EditedModel):
         n_others: int = PerturbationRequest.n_others,
         batch_size: int = PerturbationRequest.batch_size,
         seed: int = PerturbationRequest.seed,
+        held_out: Any = None,
+        by: str | None = None,
     ) -> PerturbationReport:
         """What moving the parameters along a direction does to a component's top examples and to others.
 
@@ -476,6 +479,8 @@ class NPEFFAnalyzer(EditedModel):
             n_others: others, drawn from the examples on which the component is not active.
             batch_size: examples of a forward pass.
             seed: of the drawing, the random direction and the bootstrap.
+            held_out: other data, never analysed, on which the best step is measured too: see `measure`.
+            by: a column of that data whose values make groups.
 
         Returns:
             KL on both, their ratio with a bootstrap interval, flips, accuracy where there are labels (of regression the
@@ -494,8 +499,14 @@ class NPEFFAnalyzer(EditedModel):
         self.check_movable(direction, in_place=not is_linear(direction))
         component = decomposition.index_of(component)
         examples = self.examples_of(decomposition, dataset)
+        if held_out is None and by is not None:
+            raise ValueError(f"by={by!r} is a column of held_out, which is not given")
         with self.forward_pass() as forward:
-            return evaluate(forward, direction, decomposition, component, examples, request)
+            report = evaluate(forward, direction, decomposition, component, examples, request)
+        if held_out is None:
+            return report
+        measured = self.measure(direction, held_out, scales=(report.scale,), by=by, batch_size=batch_size, seed=seed)
+        return replace(report, held_out=measured)
 
     def evaluate_components(
         self,

@@ -142,6 +142,28 @@ def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_t
     assert c.decomposition[4].top_examples(1).ids[0] in card and "Ratio" in card
 
 
+def test_the_best_step_is_measured_on_held_out_data_by_group(
+    trained_case: TrainedCase, direction: ParameterDirection
+) -> None:
+    """Oracle: `measure` of that step; the worst of the others is the largest of their KLs; cards name it."""
+    c = trained_case
+    held_out = [{**row, "id": f"h{i}", "group": "ab"[i % 2]} for i, row in enumerate(c.data[40:52])]
+    settings: dict[str, Any] = {"scale": -0.4, "n_top": 4, "n_others": 8}
+    report = c.analyzer.evaluate_direction(
+        direction, c.decomposition, 0, c.data, held_out=held_out, by="group", **settings
+    )
+    assert report.held_out == c.analyzer.measure(direction, held_out, scales=(-0.4,), by="group")
+    assert set(report.held_out.at(-0.4)) == {"all", "group=a", "group=b"}
+    others = c.analyzer.measure(direction, [c.data[i] for i in report.other_examples], scales=(-0.4,), random=False)
+    worst = others.at(-0.4)["all"].quantiles["100%"]
+    assert report.best.other_worst == pytest.approx(worst, rel=1e-4, abs=1e-7)
+    assert report.summary()["kl_worst"] == report.best.other_worst
+    card = direction.to_adapter(scale=-0.4, report=report, decomposition=c.decomposition).card()
+    assert "most changed of the other examples" in card
+    with pytest.raises(ValueError, match="held_out"):
+        c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, by="group", **settings)
+
+
 def test_a_data_set_is_encoded_once_for_all_components(
     trained_case: TrainedCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,16 +45,24 @@ def perturb(
     keep: Annotated[
         str | None, typer.Option(help="PEFs of other data to be left alone: a folder, or a repository on the Hub.")
     ] = None,
+    evaluate_on: Annotated[
+        str | None, typer.Option("--eval", help="Other data, never analysed, on which the step is measured too.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Column of that data whose values make groups.")] = None,
 ) -> Result:
     """Switch a component off: lift it to the weights, measure the step, and write it as an adapter.
 
     The folder gets `direction`, `adapter` (which PEFT loads) and report.json. PEFs and data are those of the
     decomposition.
 
-    Example: `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
+    Examples:
+    - `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
+    - `hf-npeff perturb runs/components runs/pefs org/classifier train.jsonl --component 3 --eval test.jsonl --by cue`
     """
+    from rich.console import Group
+
     from hf_npeff.pefs.store import PEFs
-    from hf_npeff.report.notebook import EFFECT_COLUMNS, effect_rows
+    from hf_npeff.report.notebook import EFFECT_COLUMNS, MEASURE_COLUMNS, effect_rows, measure_rows
 
     components = read_decomposition(decomposition)
     component = components.index_of(component)
@@ -62,7 +70,10 @@ def perturb(
     analyzer = analyzer_for(model, loading, components, reading)
     left_alone = None if keep is None else PEFs.from_pretrained(keep)
     direction = analyzer.lift(components, component, fishers, dataset, **{**vars(lifting), "keep": left_alone})
-    report = analyzer.evaluate_direction(direction, components, component, dataset, **vars(measuring))
+    held_out = None if evaluate_on is None else read_data(evaluate_on, reading)
+    report = analyzer.evaluate_direction(
+        direction, components, component, dataset, **vars(measuring), held_out=held_out, by=by
+    )
     about: dict[str, Any] = {"report": report, "decomposition": components}
     adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)
     direction.save_pretrained(output / "direction", **about)
@@ -71,7 +82,10 @@ def perturb(
     kept = adapter.retained_energy
     values = {"output": str(output), "retained_energy": kept, **report.to_dict()}
     title = f"{components[component].label}: in {output}; the adapter keeps {kept:.0%} of the direction"
-    return Result(values, table(title, EFFECT_COLUMNS, effect_rows(report)), {"revision": analyzer.revision})
+    shown: list[Any] = [table(title, EFFECT_COLUMNS, effect_rows(report))]
+    if report.held_out is not None:
+        shown.append(table(f"On {evaluate_on}", MEASURE_COLUMNS, measure_rows(report.held_out)))
+    return Result(values, Group(*shown), {"revision": analyzer.revision})
 
 
 _PUBLISHED = {

@@ -24,6 +24,7 @@ class DirectionFacts:
         scale: the step that was measured, along the unit direction.
         kl_top: mean KL(original ‖ perturbed) on its top examples, in nats.
         kl_others: the same on other examples.
+        kl_worst: the largest KL on one of the other examples.
         kl_random: the same for a random direction of the same size.
         ratio: kl_top / kl_others.
         weights: hash of the base model's weights, and of the adapters that were active.
@@ -38,6 +39,7 @@ class DirectionFacts:
     scale: float | None = None
     kl_top: float | None = None
     kl_others: float | None = None
+    kl_worst: float | None = None
     kl_random: float | None = None
     ratio: float | None = None
     weights: str | None = None
@@ -49,6 +51,7 @@ class DirectionFacts:
             "Step": self.scale,
             "KL on its top examples": self.kl_top,
             "KL on other examples": self.kl_others,
+            "KL on the most changed of the other examples": self.kl_worst,
             "KL of a random direction of the same size": self.kl_random,
             "Ratio": self.ratio,
         }

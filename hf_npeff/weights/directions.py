@@ -317,8 +317,8 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             about = replace(about, name=decomposition[component].name, top_examples=lines)
         if report is not None:
             measured = report.summary()
-            names = ("scale", "kl_top", "kl_others", "kl_random", "ratio")
-            about = replace(about, **{name: measured[name] for name in names})
+            names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_random", "ratio")
+            about = replace(about, **{name: measured.get(name) for name in names})
         return about
 
     def save_pretrained(

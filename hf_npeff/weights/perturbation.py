@@ -23,6 +23,7 @@ from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.measurement import Measurement
 from hf_npeff.weights.outcomes import Watched, label_column, watch
 from hf_npeff.weights.steps import FLOOR, Steps, StepSearch, longest_step, predicted_step
 
@@ -56,6 +57,7 @@ class Effect:
         other_absolute_error: the same on the others.
         top_squared_error: mean (prediction − label)² before and after.
         other_squared_error: the same on the others.
+        other_worst: the largest KL on one of the others.
     """
 
     scale: float
@@ -75,6 +77,7 @@ class Effect:
     other_absolute_error: tuple[float, float] | None = None
     top_squared_error: tuple[float, float] | None = None
     other_squared_error: tuple[float, float] | None = None
+    other_worst: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class PerturbationReport:
         changed: answers before and after at the best step: index, id, text, before, after, whether it is a top example.
         reached: whether the target was reached.
         labels: over how many labels accuracies or errors are, or why there are none.
+        held_out: the best step on other data, where it was asked for.
 
     Example:
         >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, target_kl=0.1, n_top=4)
@@ -109,6 +113,7 @@ class PerturbationReport:
     changed: list[dict[str, Any]]
     reached: bool
     labels: str = ""
+    held_out: Measurement | None = None
 
     @property
     def scale(self) -> float:
@@ -130,6 +135,7 @@ class PerturbationReport:
             "scale": self.best.scale,
             "kl_top": self.best.top,
             "kl_others": self.best.others,
+            "kl_worst": self.best.other_worst,
             "ratio": self.best.ratio,
             "kl_random": self.random.top,
             "ratio_random": self.random.ratio,
@@ -344,6 +350,7 @@ def _effect(
         other_errors[0],
         errors[1],
         other_errors[1],
+        float(b.max()),
     )
 
 
