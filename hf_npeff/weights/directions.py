@@ -316,9 +316,9 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
             lines = _example_lines(decomposition, component, include_texts)
             about = replace(about, name=decomposition[component].name, top_examples=lines)
         if report is not None:
-            measured = report.summary()
+            measured: dict[str, Any] = report.summary()
             names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_random", "ratio")
-            about = replace(about, **{name: measured.get(name) for name in names})
+            about = replace(about, **{name: measured[name] for name in names})
         return about
 
     def save_pretrained(
