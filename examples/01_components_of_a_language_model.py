@@ -8,7 +8,7 @@ from hf_npeff.studies.word_relations import word_relation_prompts
 
 def main(queries: int = 16, n_components: int = 12) -> None:
     model, tokenizer = load_model()
-    prompts = word_relation_prompts(queries)  # dictionaries with text, query, answer and relation
+    prompts = word_relation_prompts(queries)  # dictionaries with text, word, answer and relation
     fisher = FisherConfig(rank=4, target_modules=r".*\.mlp\.(gate|up|down)_proj")
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=fisher)
 
@@ -18,7 +18,7 @@ def main(queries: int = 16, n_components: int = 12) -> None:
 
     for component in decomposition:
         top = component.top_examples(5)
-        shown = [f"{q} →{a!r}" for q, a in zip(top.columns["query"], top.columns["prediction"], strict=True)]
+        shown = [f"{q} →{a!r}" for q, a in zip(top.columns["word"], top.columns["prediction"], strict=True)]
         print(f"{component.index:3d}  stability {component.stability:.2f}  {', '.join(shown)}")
 
     for relation, (j, auroc) in best_components(decomposition.coefficients, pefs.columns["relation"]).items():

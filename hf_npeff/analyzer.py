@@ -310,7 +310,8 @@ class NPEFFAnalyzer(EditedModel):
             batch_size: examples of a forward pass.
             check_weights: refuse PEFs and decompositions of other weights than the model has now.
             selective: the direction (O + λI)⁻¹ g, which moves the component most for what it does to the examples on
-                which it is not active.
+                which it is not active. None does so where there are such examples, else warns and lifts g itself, and
+                stays with g for other methods than "exact", `top_examples` and `semi_orthogonal`; False gives g.
             ridge: λ as a share of the largest eigenvalue of O; "auto" cross-validates it on the examples to be left
                 alone, in the sketch.
             keep: PEFs of other data with the same sketch and weights, which are to be left alone too

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_npeff import __version__
-from hf_npeff.commands import acting, looking, making, reporting, studying
+from hf_npeff.commands import acting, editing, looking, making, reporting, studying
 
 app = typer.Typer(
     name="hf-npeff",
@@ -24,6 +24,7 @@ _COMMANDS = (
     looking.explain,
     looking.compare,
     acting.perturb,
+    editing.edit,
     reporting.report,
     acting.push,
 )
@@ -49,8 +50,8 @@ def _about(
 ) -> None:
     """Which heuristics does a Hugging Face model use, on which inputs, and what if one is switched off?
 
-    A run goes `compute`, `decompose`, `components`, `perturb`, `report`, `push`; `demo` shows all of it on a small
-    model.
+    A run goes `compute`, `decompose`, `components`, `perturb`, `report`, `push`, or `compute`, `edit`; `demo` shows all
+    of it on a small model.
     """
 
 

@@ -319,7 +319,9 @@ class LiftRequest:
         batch_size: examples of a forward pass.
         check_weights: refuse PEFs and decompositions of other weights than the model has now.
         selective: take the direction (O + λI)⁻¹ g, which moves the component most for what it does to the examples on
-            which it is not active; O is the mean of their PEFs, of raw norms.
+            which it is not active; O is the mean of their PEFs, of raw norms. None does so where examples are left
+            alone, and nothing else that is asked for rules it out (adjoint or compressed sensing, top_examples,
+            semi_orthogonal); False gives the component's own direction.
         ridge: λ of a selective direction as a share of the largest eigenvalue of O; "auto" cross-validates it over the
             examples, in the sketch.
         keep: PEFs of other data, of the same sketch and weights, that a selective direction leaves alone too.
@@ -337,7 +339,7 @@ class LiftRequest:
     solver: SparseSolver = "iht"
     batch_size: int = BATCH_SIZE
     check_weights: bool = True
-    selective: bool | None = False
+    selective: bool | None = None
     ridge: Ridge = "auto"
     keep: Any = field(default=None, metadata=_NO_OPTION)
     memory_budget: int | None = None
@@ -394,7 +396,7 @@ class EditRequest:
         check_weights: refuse PEFs of other weights than the model has now.
 
     Raises:
-        ValueError: if a setting is out of its range, or not exactly one of `change` and `remove` is given.
+        ValueError: if a setting is out of its range.
     """
 
     change: Any = field(default=None, metadata=_NO_OPTION)
@@ -410,15 +412,22 @@ class EditRequest:
 
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
-        if (self.change is None) == (self.remove is None):
-            raise ValueError(
-                "give either change={example id: nats} or remove=, the name of a column"
-                + ("" if self.change is None else "; both were given")
-            )
         if min(self.iterations, self.batch_size) < 1 or (self.memory_budget is not None and self.memory_budget < 1):
             raise ValueError(
                 "iterations, batch_size and memory_budget must be at least 1, but they are "
                 f"{self.iterations}, {self.batch_size} and {self.memory_budget}"
+            )
+
+    def check_goal(self) -> None:
+        """Refuse what does not say one thing that is to change.
+
+        Raises:
+            ValueError: if not exactly one of `change` and `remove` is given.
+        """
+        if (self.change is None) == (self.remove is None):
+            raise ValueError(
+                "give either change={example id: nats} or remove=, the name of a column"
+                + ("" if self.change is None else "; both were given")
             )
 
 

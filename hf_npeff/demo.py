@@ -172,7 +172,7 @@ def _component_table(decomposition: Decomposition) -> Table:
         table.add_column(header, overflow="fold")
     for component in decomposition:
         top = component.top_examples(_TOP)
-        pairs = zip(top.columns["query"][:5], top.columns["prediction"][:5], strict=True)
+        pairs = zip(top.columns["word"][:5], top.columns["prediction"][:5], strict=True)
         relation, share = _purity(decomposition, component.index)
         color = "green" if share >= _PURE else "yellow" if share >= 0.5 else "dim"
         shown = ", ".join(f"{query} →{answer!r}" for query, answer in pairs)
@@ -237,11 +237,11 @@ def _switch_off(
     after = _answers(adapted, analyzer.processing_class, chosen)
     adapted.unload()
     table = Table(title="The model's next token")
-    for header in ("", "relation", "query", "before", "after"):
+    for header in ("", "relation", "word", "before", "after"):
         table.add_column(header)
     for i, (prompt, a, b) in enumerate(zip(chosen, before, after, strict=True)):
         after_shown = f"[red]{b!r}[/]" if a != b else repr(b)
-        table.add_row("top" if i < 6 else "other", prompt["relation"], prompt["query"], repr(a), after_shown)
+        table.add_row("top" if i < 6 else "other", prompt["relation"], prompt["word"], repr(a), after_shown)
     console.print(table)
 
 

@@ -68,7 +68,7 @@ class EditedModel(AnalysedModel):
             ValueError: if an id is unknown or on both sides, a side is empty, or the dataset is another one.
         """
         check_pefs(pefs)
-        request = EditRequest(change={}, keep=keep, ridge=ridge, memory_budget=memory_budget, batch_size=batch_size)
+        request = EditRequest(keep=keep, ridge=ridge, memory_budget=memory_budget, batch_size=batch_size)
         masks = sides(pefs, ids, against)
         analyzer = self.with_settings_of(pefs)
         weights = analyzer._weights_of(pefs, keep, check_weights)
@@ -143,6 +143,7 @@ class EditedModel(AnalysedModel):
             batch_size=batch_size,
             check_weights=check_weights,
         )
+        request.check_goal()
         check_pefs(pefs)
         self.check_movable()
         analyzer = self.with_settings_of(pefs)

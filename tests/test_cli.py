@@ -128,6 +128,21 @@ def test_components_explain_and_perturb(world: World) -> None:
     assert (world.folder / "off" / "run.yaml").is_file() and (world.folder / "off" / "report.json").is_file()
 
 
+def test_edit_writes_a_direction_of_its_natural_length_and_an_adapter(world: World) -> None:
+    """Oracle: what the folder holds, and the realised change in the report, of the sign that was asked for."""
+    pefs = PEFs.from_pretrained(world.folder / "pefs")
+    (world.folder / "changes.json").write_text(json.dumps({pefs.example_ids[0]: -0.02}))
+    assert pefs.predictions is not None
+    options = ("--change", "changes.json", "--outcome", int(pefs.predictions[0]), "--ridge", 0.001, "-o", "edited")
+    report = told(run("edit", "pefs", "model", "data.jsonl", *options, "--json", cwd=world.folder))
+    (change,) = report["changes"].values()
+    assert change["wanted"] == pytest.approx(-0.02) and change["realised"] < -0.001
+    direction = ParameterDirection.load(world.folder / "edited" / "direction")
+    assert direction.info["natural_scale"] == 1 and direction.info["method"] == "edit"
+    settings = json.loads((world.folder / "edited" / "adapter" / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["r"]) == ("LORA", 4)
+
+
 def test_push_recognises_each_kind_of_folder_and_keeps_texts_here(world: World) -> None:
     """Against a loopback Hub; what it holds afterwards."""
     Decomposition.from_pretrained(world.folder / "found").save_pretrained(

@@ -16,9 +16,10 @@ import pytest
 import hf_npeff.analyzer
 from hf_npeff import NPEFF, DecompositionConfig, FisherConfig, NPEFFAnalyzer
 from hf_npeff.commands.acting import perturb
+from hf_npeff.commands.editing import edit
 from hf_npeff.commands.making import compute, decompose, demo
 from hf_npeff.commands.options import option_fields
-from hf_npeff.config import ComputeRequest, LiftRequest, PerturbationRequest
+from hf_npeff.config import ComputeRequest, EditRequest, LiftRequest, PerturbationRequest
 from hf_npeff.studies.settings import DemoConfig
 
 METHODS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
@@ -26,6 +27,7 @@ METHODS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
     (LiftRequest, NPEFFAnalyzer.lift, {}),
     (PerturbationRequest, NPEFFAnalyzer.evaluate_direction, {}),
     (DecompositionConfig, NPEFF.__init__, {}),
+    (EditRequest, NPEFFAnalyzer.edit, {}),
 ]
 """(settings, the method that takes each as an argument, {argument with a default of its own: why})."""
 
@@ -40,6 +42,7 @@ COMMANDS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
     (PerturbationRequest, perturb, {}),
     (DecompositionConfig, decompose, {}),
     (DemoConfig, demo, {}),
+    (EditRequest, edit, {name: f"--{name}, an option of the command" for name in ("change", "outcome", "keep")}),
 ]
 """(settings, the command with an option for each, {setting without an option: the other way to it})."""
 

@@ -66,6 +66,7 @@ def cosines(found: TrainedCase, truth: dict[str, Tensor]) -> dict[str, list[floa
             found.data,
             method=how,
             solver=solver,  # type: ignore[arg-type]
+            selective=False,
         )
         result[method] = [
             abs(d.cosine({name: truth[name][j] for name in d})) for j, d in zip(wanted, lifted, strict=True)
@@ -89,7 +90,7 @@ def test_exact_lifting_equals_the_dense_combination_of_rows(tiny_case: tuple[NPE
     analyzer, data, pefs = tiny_case
     found = fit(analyzer, pefs)
     truth = reference.lift(pefs.factors, pefs.factors, found.coefficients, found.pseudo_fishers)
-    lifted = analyzer.lift(found, [0, 1, 2], pefs, data, batch_size=4)
+    lifted = analyzer.lift(found, [0, 1, 2], pefs, data, batch_size=4, selective=False)
     for j, direction in enumerate(lifted):
         assert float(cosine_similarity(as_row(analyzer, direction, pefs), truth[j], dim=0)) > 1 - 1e-9
         assert direction.norm == pytest.approx(1, abs=1e-6)
@@ -124,7 +125,7 @@ def test_exact_lifting_of_a_trained_model_is_nearly_the_unsketched_component(
 def test_the_sketch_of_an_exactly_lifted_direction_is_the_component(trained_case: TrainedCase) -> None:
     """Oracle: the sketch applied to the direction; cosine ≥ 0.999 with g, as it reports itself."""
     c = trained_case
-    for j, direction in enumerate(c.analyzer.lift(c.decomposition, [0, 3, 5], c.pefs, c.data)):
+    for j, direction in enumerate(c.analyzer.lift(c.decomposition, [0, 3, 5], c.pefs, c.data, selective=False)):
         g = c.decomposition[[0, 3, 5][j]].pseudo_fisher
         again = c.pefs.sketch().apply({n: direction[n] for n in c.pefs.sketch().shapes})
         cosine = float(cosine_similarity(again, g, dim=0))
@@ -138,10 +139,10 @@ def test_components_share_the_forward_pass_and_are_those_lifted_alone(trained_ca
     calls: list[int] = []
     handle = c.analyzer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        single = [c.analyzer.lift(c.decomposition, j, c.pefs, c.data) for j in (1, 2)]
+        single = [c.analyzer.lift(c.decomposition, j, c.pefs, c.data, selective=False) for j in (1, 2)]
         alone = len(calls) // 2
         calls.clear()
-        together = c.analyzer.lift(c.decomposition, [1, 2], c.pefs, c.data)
+        together = c.analyzer.lift(c.decomposition, [1, 2], c.pefs, c.data, selective=False)
     finally:
         handle.remove()
     assert len(calls) == alone == len(c.data) // 8
@@ -154,9 +155,9 @@ def test_lifting_a_few_at_a_time_is_lifting_together(tiny_case: tuple[NPEFFAnaly
     analyzer, examples, pefs = tiny_case
     decomposition = fit(analyzer, pefs, 5)
     wanted = [4, 0, 2, 1, 3]
-    each = list(analyzer.lift_each(decomposition, wanted, pefs, examples))
+    each = list(analyzer.lift_each(decomposition, wanted, pefs, examples, selective=False))
     assert [j for j, _ in each] == wanted
-    together = analyzer.lift(decomposition, wanted, pefs, examples)
+    together = analyzer.lift(decomposition, wanted, pefs, examples, selective=False)
     assert all(one.cosine(other) == pytest.approx(1, abs=1e-5) for (_, one), other in zip(each, together, strict=True))
 
 
@@ -167,7 +168,7 @@ def test_top_examples_lift_from_a_few_and_report_the_share_of_the_weight(trained
     coefficients = reference.lifting_coefficients(c.pefs.factors, d.coefficients, d.pseudo_fishers)
     energy = coefficients.square().sum(2)
     order = d.coefficients[:, 0].argsort(descending=True)
-    whole = c.analyzer.lift(d, 0, c.pefs, c.data)
+    whole = c.analyzer.lift(d, 0, c.pefs, c.data, selective=False)
     before = 0.0
     for k in (4, 20, 80):
         few = c.analyzer.lift(d, 0, c.pefs, c.data, top_examples=k)
@@ -190,8 +191,8 @@ def test_balanced_components_lift_in_both_forms(kind: Any) -> None:
     found = fit(analyzer, pefs, balance="module")
     sketch, D = pefs.sketch(), found.scales
     assert D is not None and sketch.blocks is not None
-    plain = analyzer.lift(found, 0, pefs, data, form="plain")
-    metric = analyzer.lift(found, 0, pefs, data)
+    plain = analyzer.lift(found, 0, pefs, data, form="plain", selective=False)
+    metric = analyzer.lift(found, 0, pefs, data, selective=False)
     g = found[0].pseudo_fisher
     assert float(cosine_similarity(sketch.apply({n: plain[n] for n in sketch.shapes}) * D, g, dim=0)) > 0.999
     assert plain.info["form"] == "plain" and metric.info["form"] == "metric"
@@ -252,40 +253,40 @@ def test_lifting_refuses_what_does_not_belong_together(
     d = c.decomposition
     for missing in (6, -7):
         with pytest.raises(IndexError, match="6"):
-            c.analyzer.lift(d, missing, c.pefs, c.data)
+            c.analyzer.lift(d, missing, c.pefs, c.data, selective=False)
     with pytest.raises(ValueError, match="components"):
-        c.analyzer.lift(d, [], c.pefs, c.data)
-    shuffled = c.analyzer.lift(d, 0, c.pefs, c.data[::-1])
-    assert shuffled.cosine(c.analyzer.lift(d, 0, c.pefs, c.data)) > 1 - 1e-6
+        c.analyzer.lift(d, [], c.pefs, c.data, selective=False)
+    shuffled = c.analyzer.lift(d, 0, c.pefs, c.data[::-1], selective=False)
+    assert shuffled.cosine(c.analyzer.lift(d, 0, c.pefs, c.data, selective=False)) > 1 - 1e-6
     with pytest.raises(ValueError, match="'e0'"):
-        c.analyzer.lift(d, 0, c.pefs, c.data[1:])
+        c.analyzer.lift(d, 0, c.pefs, c.data[1:], selective=False)
     changed = [{**c.data[0], "input_ids": c.data[1]["input_ids"]}, *c.data[1:]]
     with pytest.raises(ValueError, match="'e0'"):
-        c.analyzer.lift(d, 0, c.pefs, changed)
+        c.analyzer.lift(d, 0, c.pefs, changed, selective=False)
     rough = c.analyzer.decompose(c.pefs, 6, n_restarts=1, max_iterations=1, progress=False)
     rough.pseudo_fishers = torch.nn.functional.normalize(torch.randn(rough.pseudo_fishers.shape), dim=1)
     with pytest.raises(ValueError, match=r"\[0\].*tolerance"):
-        c.analyzer.lift(rough, 0, c.pefs, c.data)
+        c.analyzer.lift(rough, 0, c.pefs, c.data, selective=False)
     other = NPEFFAnalyzer(c.analyzer.model, fisher=FisherConfig(rank=2, sketch="countsketch", sketch_dim=512))
     with pytest.raises(IncompatibleSketchError):
-        c.analyzer.lift(d, 0, other.compute_pefs(c.data), c.data)
+        c.analyzer.lift(d, 0, other.compute_pefs(c.data), c.data, selective=False)
     with pytest.raises(IncompatibleSketchError, match=r"classifier\.weight|bert\."):
         NPEFFAnalyzer(tiny_model("bert", dtype=torch.float32)).lift(d, 0, c.pefs, c.data)
     with caplog.at_level(logging.WARNING):
         c.analyzer.lift(d, 0, c.pefs, c.data, top_examples=1)
     newcomer = NPEFFAnalyzer(c.analyzer.model)
-    assert newcomer.lift(d, 0, c.pefs, c.data).cosine(shuffled) > 1 - 1e-6
+    assert newcomer.lift(d, 0, c.pefs, c.data, selective=False).cosine(shuffled) > 1 - 1e-6
 
 
 def test_another_commit_of_the_model_is_refused(trained_case: TrainedCase) -> None:
     """Oracle: the error, for lifting and for evaluating."""
     c = trained_case
-    direction = c.analyzer.lift(c.decomposition, 0, c.pefs, c.data)
+    direction = c.analyzer.lift(c.decomposition, 0, c.pefs, c.data, selective=False)
     c.decomposition.info["revision"], direction.info["revision"] = "a" * 40, "a" * 40
     c.analyzer.revision = "b" * 40
     try:
         with pytest.raises(IncompatibleSketchError, match=r"a{40}.*b{40}"):
-            c.analyzer.lift(c.decomposition, 0, c.pefs, c.data)
+            c.analyzer.lift(c.decomposition, 0, c.pefs, c.data, selective=False)
         with pytest.raises(ValueError, match=r"a{40}.*b{40}"):
             c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data)
     finally:
@@ -315,7 +316,7 @@ def test_the_metric_form_needs_a_balanced_decomposition(tiny_case: tuple[NPEFFAn
     """Oracle: the message; without balancing there is no metric."""
     analyzer, data, pefs = tiny_case
     with pytest.raises(ValueError, match="form='metric'"):
-        analyzer.lift(fit(analyzer, pefs), 0, pefs, data, form="metric")
+        analyzer.lift(fit(analyzer, pefs), 0, pefs, data, form="metric", selective=False)
 
 
 def test_components_of_a_power_lift_exactly(tiny_case: tuple[NPEFFAnalyzer, list[Any], PEFs]) -> None:
@@ -323,7 +324,7 @@ def test_components_of_a_power_lift_exactly(tiny_case: tuple[NPEFFAnalyzer, list
     analyzer, data, pefs = tiny_case
     found = fit(analyzer, pefs, power=0.5, max_iterations=3000, tolerance=1e-10)
     assert torch.equal(found.transform(pefs), found.coefficients)
-    for direction in analyzer.lift(found, range(len(found)), pefs, data):
+    for direction in analyzer.lift(found, range(len(found)), pefs, data, selective=False):
         assert direction.info["estimated_cosine"] > 0.999
 
 
@@ -346,7 +347,7 @@ def test_every_kind_of_model_lifts_in_batches(family: str, task: str, parameters
     pefs = analyzer.compute_pefs(data, batch_size=4)
     found = fit(analyzer, pefs, 2)
     truth = reference.lift(pefs.factors, pefs.factors, found.coefficients, found.pseudo_fishers)
-    for j, direction in enumerate(analyzer.lift(found, [0, 1], pefs, data, batch_size=4)):
+    for j, direction in enumerate(analyzer.lift(found, [0, 1], pefs, data, batch_size=4, selective=False)):
         assert float(cosine_similarity(as_row(analyzer, direction, pefs), truth[j], dim=0)) > 1 - 1e-9
 
 
@@ -359,12 +360,12 @@ def test_a_dataset_without_ids_may_come_in_another_order_and_another_models_weig
     analyzer = NPEFFAnalyzer(model, fisher=fisher)
     pefs = analyzer.compute_pefs(data)
     found = fit(analyzer, pefs, 2)
-    first, again = (analyzer.lift(found, 0, pefs, order) for order in (data, data[::-1]))
+    first, again = (analyzer.lift(found, 0, pefs, order, selective=False) for order in (data, data[::-1]))
     assert first.cosine(again) > 1 - 1e-9
     with pytest.raises(ValueError, match="'0', '1', '2'"):
-        analyzer.lift(found, 0, pefs, [*data[1:], {"input_ids": [5, 6, 7]}])
+        analyzer.lift(found, 0, pefs, [*data[1:], {"input_ids": [5, 6, 7]}], selective=False)
     other = NPEFFAnalyzer(tiny_model("bert", seed=1), fisher=fisher)
     with pytest.raises(IncompatibleWeightsError, match="weights"):
-        other.lift(found, 0, pefs, data)
+        other.lift(found, 0, pefs, data, selective=False)
     with pytest.raises(ValueError, match="component 0"):
-        other.lift(found, 0, pefs, data, check_weights=False)
+        other.lift(found, 0, pefs, data, check_weights=False, selective=False)

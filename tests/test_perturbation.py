@@ -28,7 +28,7 @@ from tests.trigger_words import TrainedCase
 @pytest.fixture(scope="module")
 def direction(trained_case: TrainedCase) -> ParameterDirection:
     c = trained_case
-    found: ParameterDirection = c.analyzer.lift(c.decomposition, 0, c.pefs, c.data)
+    found: ParameterDirection = c.analyzer.lift(c.decomposition, 0, c.pefs, c.data, selective=False)
     return found
 
 
@@ -126,8 +126,10 @@ def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_t
     """Oracle: single lifts and evaluations."""
     c = trained_case
     settings: dict[str, Any] = {"n_top": 6, "n_others": 12}
-    reports = c.analyzer.evaluate_components(c.decomposition, c.pefs, c.data, [1, 4], **settings)
-    lifted = c.analyzer.lift(c.decomposition, 4, c.pefs, c.data)
+    reports = c.analyzer.evaluate_components(
+        c.decomposition, c.pefs, c.data, [1, 4], lift={"selective": False}, **settings
+    )
+    lifted = c.analyzer.lift(c.decomposition, 4, c.pefs, c.data, selective=False)
     alone = c.analyzer.evaluate_direction(lifted, c.decomposition, 4, c.data, scale=reports[1].scale, **settings)
     assert [r.component for r in reports] == [1, 4] and all(r.reached for r in reports)
     assert reports[1].best.top == pytest.approx(0.5, rel=0.051)  # the search ends within 5% of the target
@@ -135,7 +137,7 @@ def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_t
     assert reports[1].random.others == pytest.approx(alone.random.others, rel=1e-4)
     assert c.decomposition.evaluations[4] == reports[1].summary()
     card = (
-        c.analyzer.lift(c.decomposition, 4, c.pefs, c.data)
+        c.analyzer.lift(c.decomposition, 4, c.pefs, c.data, selective=False)
         .to_adapter(scale=alone.scale, report=alone, decomposition=c.decomposition)
         .card()
     )
@@ -177,8 +179,10 @@ def test_a_data_set_is_encoded_once_for_all_components(
 def test_lifting_many_a_few_at_a_time_gives_what_lifting_together_gives(trained_case: TrainedCase) -> None:
     """Oracle: `lift` of all components in one pass."""
     c = trained_case
-    together = c.analyzer.lift(c.decomposition, range(len(c.decomposition)), c.pefs, c.data)
-    numbers, apart = zip(*c.analyzer.lift_each(c.decomposition, [2, 0, 1, 4, 3], c.pefs, c.data), strict=True)
+    together = c.analyzer.lift(c.decomposition, range(len(c.decomposition)), c.pefs, c.data, selective=False)
+    numbers, apart = zip(
+        *c.analyzer.lift_each(c.decomposition, [2, 0, 1, 4, 3], c.pefs, c.data, selective=False), strict=True
+    )
     assert numbers == (2, 0, 1, 4, 3)
     assert all(direction.cosine(together[j]) > 1 - 1e-6 for j, direction in zip(numbers, apart, strict=True))
 

@@ -250,7 +250,7 @@ def test_without_a_sketch_the_estimate_is_the_lifted_directions() -> None:
         )
         estimated = estimated_energies(found)
         assert estimated is not None
-        for j, direction in enumerate(analyzer.lift(found, [0, 1], pefs, data)):
+        for j, direction in enumerate(analyzer.lift(found, [0, 1], pefs, data, selective=False)):
             assert estimated[j] == pytest.approx(energies_of(direction), abs=2e-3)
     found.info["sketch"] = None
     assert estimated_energies(found) is None

@@ -1,11 +1,15 @@
 """Measures against annotated attributes, and the word-relation prompts. Oracles: counting pairs, and the word list."""
 
+import importlib.util
+
 import pytest
 import torch
 
+from hf_npeff.data import Examples
 from hf_npeff.studies.factors import auroc, best_components, purity
 from hf_npeff.studies.word_relations import WORD_RELATIONS, package_folder, word_pairs, word_relation_prompts
 from tests import reference
+from tests.tiny import tiny_tokenizer
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -56,9 +60,9 @@ class TestPrompts:
             *shots, query = prompt["text"].split("\n")
             known = {f"{a} -> {b}" for a, b in pairs[prompt["relation"]]}
             assert len(shots) == len(set(shots)) == 4 and set(shots) <= known
-            assert query == f"{prompt['query']} ->"
-            assert (prompt["query"], prompt["answer"]) in pairs[prompt["relation"]]
-            assert f"{prompt['query']} -> {prompt['answer']}" not in shots
+            assert query == f"{prompt['word']} ->"
+            assert (prompt["word"], prompt["answer"]) in pairs[prompt["relation"]]
+            assert f"{prompt['word']} -> {prompt['answer']}" not in shots
 
     def test_the_same_seed_gives_the_same_prompts_and_another_gives_others(self) -> None:
         """Oracle: equality."""
@@ -71,3 +75,12 @@ class TestPrompts:
             word_relation_prompts(0)
         with pytest.raises(ValueError, match=r"capital.*200"):
             word_relation_prompts(1, shots=200)
+
+
+def test_word_relation_prompts_are_read_as_they_are_written() -> None:
+    """Oracle: the tokenizer on `text` alone; no other column makes a pair with it."""
+    prompts = [{"text": "cat -> dog", "word": "cat", "answer": "dog", "relation": "plural"}]
+    if importlib.util.find_spec("gensim") is not None:
+        assert set(word_relation_prompts(1)[0]) == set(prompts[0])
+    tokenizer = tiny_tokenizer()
+    assert Examples(prompts, tokenizer)[0].inputs["input_ids"] == tokenizer("cat -> dog")["input_ids"]

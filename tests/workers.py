@@ -160,7 +160,7 @@ def sharded(folder: Path) -> None:
             pefs = ours.compute_pefs(data, folder / name, batch_size=2, shard_size=3)
         direction = None
         if name == "llama":
-            direction = dict(ours.lift(NPEFF(2, n_restarts=1).fit(pefs), 0, pefs, data))
+            direction = dict(ours.lift(NPEFF(2, n_restarts=1).fit(pefs), 0, pefs, data, selective=False))
         same = all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
         required = all(p.requires_grad for p in model.parameters())
         torch.save((same and required, direction), folder / f"{name}-{os.environ['RANK']}.pt")

@@ -62,7 +62,8 @@ def word_relation_prompts(queries: int = 32, shots: int = 4, seed: int = 0) -> l
         seed: of the choice of demonstrations.
 
     Returns:
-        Dictionaries with `text`, `query`, `answer` and `relation`, in a random order.
+        Dictionaries with `text`, `word`, `answer` and `relation`, in a random order. (A column `query`
+        would be read with `text`, as a pair.)
 
     Raises:
         ValueError: if a relation has fewer than `shots` + 1 pairs, or a number is out of range.
@@ -80,6 +81,6 @@ def word_relation_prompts(queries: int = 32, shots: int = 4, seed: int = 0) -> l
             word, answer = shuffled[i % len(pairs)]
             demonstrations = rng.sample([pair for pair in pairs if pair != (word, answer)], shots)
             lines = [f"{a} -> {b}" for a, b in demonstrations] + [f"{word} ->"]
-            prompts.append({"text": "\n".join(lines), "query": word, "answer": answer, "relation": relation})
+            prompts.append({"text": "\n".join(lines), "word": word, "answer": answer, "relation": relation})
     rng.shuffle(prompts)
     return prompts

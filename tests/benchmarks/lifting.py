@@ -30,7 +30,7 @@ from tests.benchmarks.measure import in_turn, keep, machine, ratio
 from tests.trigger_words import TrainedCase, continued, sentences, trained, trained_case
 
 WAYS: dict[str, dict[str, Any]] = {
-    "exact": {"method": "exact"},
+    "exact": {"method": "exact", "selective": False},
     "exact, 16 top examples": {"method": "exact", "top_examples": 16},
     "adjoint": {"method": "adjoint"},
     "compressed sensing, IHT": {"method": "compressed_sensing", "solver": "iht"},
@@ -56,7 +56,7 @@ def minilm(n: int = 48, components: int = 6) -> TrainedCase:
 def exact_directions(found: TrainedCase) -> dict[str, Tensor]:
     """{parameter: (r, out, in)}: exact lifting itself, where nothing better can be had."""
     wanted = list(range(len(found.decomposition)))
-    directions = found.analyzer.lift(found.decomposition, wanted, found.pefs, found.data)
+    directions = found.analyzer.lift(found.decomposition, wanted, found.pefs, found.data, selective=False)
     return {name: torch.stack([d[name] for d in directions]) for name in directions[0]}
 
 
@@ -112,7 +112,7 @@ def memory(hidden: int = 512, layers: int = 6) -> dict[str, float]:
     analysed = sum(a * b for a, b in pefs.sketch().shapes.values()) * 4 / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of finished work would hide what lifting takes
     with Peak() as peak:
-        direction: ParameterDirection = analyzer.lift(found, 0, pefs, data, batch_size=8)
+        direction: ParameterDirection = analyzer.lift(found, 0, pefs, data, batch_size=8, selective=False)
     assert len(direction)
     return {"weights": analysed, "added": peak.largest - peak.before}
 

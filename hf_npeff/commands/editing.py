@@ -1,0 +1,82 @@
+"""The command that moves log-odds by a weight change, in closed form from stored PEFs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hf_npeff.commands.options import (
+    Data,
+    DataOptions,
+    Model,
+    ModelOptions,
+    Output,
+    PEFsArgument,
+    Result,
+    analyzer_for,
+    command,
+    read_data,
+    table,
+    write_result,
+)
+from hf_npeff.config import EditRequest
+
+
+@command
+def edit(
+    pefs: PEFsArgument,
+    model: Model,
+    data: Data,
+    output: Output,
+    loading: ModelOptions,
+    reading: DataOptions,
+    editing: EditRequest,
+    change: Annotated[
+        Path | None, typer.Option(help="A JSON file: {example id: nats by which its log-odds are to change}.")
+    ] = None,
+    outcome: Annotated[
+        str | None,
+        typer.Option(help="Whose log-odds: a class or token number, a class's name, a token, or a column of them."),
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="PEFs of other data to be left alone: a folder, or a repository on the Hub.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter's matrices.")] = 4,
+    kind: Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Kind of adapter.")] = "lora",
+) -> Result:
+    """Move log-odds by a weight change that leaves other examples alone, and write it as an adapter.
+
+    The folder gets `direction`, `adapter` (which PEFT loads) and report.json. PEFs and data belong together.
+
+    Examples:
+    - `hf-npeff edit runs/pefs user/classifier train.jsonl --remove cue -o runs/without-cue`
+    - `hf-npeff edit runs/pefs gpt2 prompts.jsonl --change changes.json --outcome " Paris" -o runs/edit`
+    """
+    from hf_npeff.pefs.store import PEFs
+
+    fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
+    analyzer = analyzer_for(model, loading, fishers.config, reading)
+    given: dict[str, Any] = vars(editing) | {
+        "change": None if change is None else json.loads(change.read_text(encoding="utf-8")),
+        "outcome": int(outcome) if outcome is not None and outcome.isdecimal() else outcome,
+        "keep": None if keep is None else PEFs.from_pretrained(keep),
+        "given": editing.given or None,
+    }
+    direction = analyzer.edit(fishers, dataset, **given)
+    adapter = direction.to_adapter(rank, kind=kind, model=analyzer.model)
+    direction.save_pretrained(output / "direction")
+    adapter.save_pretrained(output / "adapter")
+    report = {name: value for name, value in direction.info.items() if name not in ("versions", "label_names")}
+    write_result(output / "report.json", report)
+    kept = adapter.retained_energy
+    rows = [
+        [name, str(each["examples"]), *(f"{each[column]:+.3f}" for column in ("wanted", "predicted", "realised"))]
+        for name, each in direction.info["changes"].items()
+    ]
+    title = f"in {output}: the adapter keeps {kept:.0%} of the change"
+    headers = ("", "examples", "wanted", "predicted", "realised")
+    values = {"output": str(output), "retained_energy": kept, **report}
+    return Result(values, table(title, headers, rows), {"revision": analyzer.revision})
