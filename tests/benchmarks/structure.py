@@ -120,7 +120,7 @@ def _called(node: ast.Call, caller: Function, known: dict[str, list[Function]]) 
     if len(methods) > 1:  # of several, the one that the module of the call knows
         near = {caller.module, *caller.imported.values()}
         if ast.unparse(node.func).split(".")[0] in ("self", "analyzer"):  # its own, or of the class that it is made of
-            near = {caller.module, caller.imported.get("AnalysedModel", "")}
+            near = {caller.module, "analysed_model", "edited_model"}
         methods = [method for method in methods if method.module in near]
     return methods[0] if len(methods) == 1 else None
 
