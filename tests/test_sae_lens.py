@@ -62,6 +62,41 @@ def test_a_published_autoencoder_is_read_through_sae_lens(monkeypatch: pytest.Mo
             load_published("a-release", hook)
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> StubSAE:
+    """A stub that sae-lens loads, with settings in its config and in its metadata."""
+    sae = StubSAE("blocks.1.hook_resid_pre", old=False)
+    for where in (sae.cfg, sae.cfg.metadata):
+        vars(where).update(settings)
+    loader = types.SimpleNamespace(from_pretrained=lambda **_: sae)
+    monkeypatch.setitem(sys.modules, "sae_lens", types.SimpleNamespace(SAE=loader))
+    return sae
+
+
+@pytest.mark.parametrize("processing", [None, {}, {"fold_ln": True}, {"center_writing_weights": True}])
+def test_an_autoencoder_of_centred_states_gets_them_centred(
+    monkeypatch: pytest.MonkeyPatch, processing: dict[str, bool] | None
+) -> None:
+    """Oracle: the stub's formula on states whose mean over h is taken out where the metadata name it, else as is."""
+    sae = installed(monkeypatch, model_from_pretrained_kwargs=processing)
+    published = load_published("a-release", "blocks.1.hook_resid_pre")
+    states = 3.0 + torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    centred = states - states.mean(1, keepdim=True) if (processing or {}).get("center_writing_weights") else states
+    features = (centred @ sae.W_dec.T).relu()
+    torch.testing.assert_close(published.encode(states), features)
+    torch.testing.assert_close(
+        published.contribution(states, 2), features[:, 2, None] * sae.W_dec[2], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_an_autoencoder_that_wants_scaled_states_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the number that it wants is in no file, so there is no right answer."""
+    installed(monkeypatch, normalize_activations="expected_average_only_in")
+    with pytest.raises(ValueError, match=r"expected_average_only_in.*fold_activation_norm_scaling_factor"):
+        load_published("a-release", "blocks.1.hook_resid_pre")
+    installed(monkeypatch, normalize_activations="layer_norm")
+    assert not load_published("a-release", "blocks.1.hook_resid_pre").centred
+
+
 def test_without_sae_lens_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Oracle: the messages; a folder without an autoencoder is noticed first."""
     monkeypatch.setitem(sys.modules, "sae_lens", None)

@@ -226,20 +226,28 @@ class PublishedAutoencoder:
     Attributes:
         sae: the `sae_lens.SAE`.
         layer: the layer of transformers whose output it reads.
+        centred: whether it was trained on states whose mean over h was taken out, as TransformerLens does where it
+            centres the weights that write to the residual stream.
     """
 
-    def __init__(self, sae: Any, layer: int):
+    def __init__(self, sae: Any, layer: int, *, centred: bool = False):
         self.sae = sae
         self.layer = layer
+        self.centred = centred
+
+    def _read(self, states: Tensor) -> Tensor:
+        """Hidden states (n, h) as the autoencoder wants them."""
+        x = states.to(self.sae.W_dec.device, self.sae.W_dec.dtype)
+        return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def encode(self, states: Tensor) -> Tensor:
         """Features (n, m) of hidden states (n, h)."""
         with torch.no_grad():
-            return self.sae.encode(states.to(self.sae.W_dec.device, self.sae.W_dec.dtype)).float().to(states.device)
+            return self.sae.encode(self._read(states)).float().to(states.device)
 
     def contribution(self, states: Tensor, feature: int) -> Tensor:
         """A feature's part of hidden states (n, h): what decoding loses without it, biases and scaling included."""
-        x = states.to(self.sae.W_dec.device, self.sae.W_dec.dtype)
+        x = self._read(states)
         with torch.no_grad():
             whole = self.sae.decode(self.sae.encode(x))
             without = self.sae.encode(x).clone()  # again: decoding may use up the norms that encoding left
@@ -254,8 +262,9 @@ class PublishedAutoencoder:
 def load_published(release: str, sae_id: str, *, device: str = "cpu") -> PublishedAutoencoder:
     """A published autoencoder, through sae-lens.
 
-    It was trained on the residual stream as TransformerLens has it, which is transformers' up to the folding of norms
-    for models that were processed; sae-lens' own notes on the release say which.
+    It was trained on the residual stream as TransformerLens has it. That is transformers' own, but for models whose
+    writing weights were centred: then the mean over h is taken out of the states first. What TransformerLens folds
+    into other weights (norms, biases of values, the unembedding) leaves the stream as it is.
 
     Args:
         release: as sae-lens names it, for instance "gpt2-small-res-jb", a repository on the Hub, or a folder.
@@ -266,7 +275,8 @@ def load_published(release: str, sae_id: str, *, device: str = "cpu") -> Publish
     Raises:
         ModuleNotFoundError: if sae-lens is not installed.
         FileNotFoundError: if the release is a folder without that autoencoder.
-        ValueError: if it reads something else than the residual stream, or the stream before the first layer.
+        ValueError: if it reads something else than the residual stream, or the stream before the first layer; if it
+            wants states scaled by a number that is not in its files.
 
     Example:
         >>> sae = load_published("gpt2-small-res-jb", "blocks.8.hook_resid_pre")  # doctest: +SKIP
@@ -287,7 +297,25 @@ def load_published(release: str, sae_id: str, *, device: str = "cpu") -> Publish
         loaded = SAE.load_from_disk(str(folder), device=device)
     sae = loaded[0] if isinstance(loaded, tuple) else loaded  # before version 6: with its config and sparsity
     settings = getattr(sae.cfg, "metadata", sae.cfg)
-    return PublishedAutoencoder(sae, _layer_of(str(settings.hook_name)))
+    layer = _layer_of(str(settings.hook_name))
+    _check_scaling(sae.cfg)
+    processing = getattr(settings, "model_from_pretrained_kwargs", None) or {}
+    return PublishedAutoencoder(sae, layer, centred=bool(processing.get("center_writing_weights")))
+
+
+_SCALED_INSIDE = (None, "none", "layer_norm", "constant_norm_rescale")
+"""Values of `normalize_activations` that `encode` and `decode` of sae-lens see to."""
+
+
+def _check_scaling(config: Any) -> None:
+    """Refuse an autoencoder that wants its states scaled before it sees them."""
+    scaling = getattr(config, "normalize_activations", None)
+    if scaling not in _SCALED_INSIDE:
+        raise ValueError(
+            f"this autoencoder has normalize_activations={scaling!r}: it wants states scaled by a number that was "
+            "estimated in training and is not in its files. Fold the number into its weights with sae-lens "
+            "(fold_activation_norm_scaling_factor), save it with normalize_activations='none', and load that"
+        )
 
 
 def _layer_of(hook: str) -> int:
