@@ -336,16 +336,21 @@ class TransformersHead:
         assert self.embedding is not None
         seen: dict[str, Tensor] = {}
         here = threading.get_ident()
+        why = "reads the weight of its output embedding without calling it"  # as MobileBERT does
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal why
             if threading.get_ident() != here:  # somebody else's prediction meanwhile
+                return args
+            if args[0].dim() != 3:  # ProphetNet's, with a dimension of the tokens that it predicts at once
+                why = f"calls its output embedding on states of {args[0].dim()} dimensions"
                 return args
             virtual = self._virtual_tokens(model, args[0], arguments)
             seen["hidden"] = _gather(args[0], index.to(args[0].device) + virtual)
             return (seen["hidden"], *args[1:])
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if threading.get_ident() != here:
+            if threading.get_ident() != here or "hidden" not in seen:
                 return output
             # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
             seen["linear"] = output.view_as(output) if output.requires_grad else output.detach().requires_grad_()
@@ -358,8 +363,7 @@ class TransformersHead:
             for handle in handles:
                 handle.remove()
         if "linear" not in seen:
-            read = "reads the weight of its output embedding without calling it"  # as MobileBERT does
-            return self._at_logits(_gather(logits, index), valid, read)
+            return self._at_logits(_gather(logits, index), valid, why)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         weight = _weight_of(self.embedding, wide)
         if weight is None:

@@ -96,6 +96,7 @@ def _built(model_type: str, task: str, attempt: dict[str, int]) -> TinyModel:
     _randomise(model)
     kind = _kind(model, model_type, task)
     examples = _examples(model, kind)
+    _check_that_it_runs_a_batch(model, kind, examples[0])
     if not _runs(model, kind, examples):
         model.load_state_dict(before)  # some formulas hold near their own initial values only
         if not _runs(model, kind, examples):
@@ -151,6 +152,20 @@ def _examples(model: Any, kind: str) -> list[dict[str, Any]]:
         if "pixel_values" in missing:
             example["pixel_values"] = _image(model.config, generator)
     return examples
+
+
+def _check_that_it_runs_a_batch(model: nn.Module, kind: str, example: dict[str, Any]) -> None:
+    """Sizes that do not fit each other may go unnoticed with one example, where torch broadcasts.
+
+    Raises:
+        Exception: whatever the model raises for twice the same example.
+    """
+    names = [name for name in example if name != "labels"]
+    batch = {name: torch.stack([torch.as_tensor(example[name])] * 2) for name in names}
+    if kind == "seq2seq-lm":
+        batch["decoder_input_ids"] = batch["input_ids"]
+    with torch.no_grad():
+        model(**batch)
 
 
 def _image(config: Any, generator: torch.Generator) -> Tensor:
