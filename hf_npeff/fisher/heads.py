@@ -353,8 +353,11 @@ class TransformersHead:
             if threading.get_ident() != here or "hidden" not in seen:
                 return output
             # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
-            seen["linear"] = output.view_as(output) if output.requires_grad else output.detach().requires_grad_()
-            return seen["linear"]
+            if output.requires_grad:
+                seen["linear"] = output.view_as(output)
+                return seen["linear"]
+            seen["linear"] = output.detach().requires_grad_()
+            return seen["linear"].clone()  # Chameleon changes its logits in place, which a leaf does not bear
 
         handles = [self.embedding.register_forward_pre_hook(before), self.embedding.register_forward_hook(after)]
         try:
@@ -454,8 +457,15 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     """What the decoder reads to predict labels (B, T): the start token, then the labels before each."""
     base: Any = base_of(model)
     if hasattr(base, "prepare_decoder_input_ids_from_labels"):
-        read: Tensor = base.prepare_decoder_input_ids_from_labels(labels=labels)
-        return read
+        # Without padding: FSMT's decoder begins with the last of the labels, and padded ones end in −100.
+        ends = _up_to_the_last(labels != IGNORED).sum(1).clamp(min=1).tolist()
+        alone = [
+            base.prepare_decoder_input_ids_from_labels(labels=row[None, :n])[0]
+            for row, n in zip(labels, ends, strict=True)
+        ]
+        pad = base.config.pad_token_id or 0
+        read = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True, padding_value=pad)
+        return F.pad(read, (0, labels.shape[1] - read.shape[1]), value=pad)
     start, pad = base.config.decoder_start_token_id, base.config.pad_token_id
     if start is None or pad is None:
         raise UnsupportedModelError(

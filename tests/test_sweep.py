@@ -1,0 +1,40 @@
+"""A fixed third of all model types of transformers by brute force, and what the pages say of all of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sweep import table
+from tests.sweep.judge import RAW, UNBUILT, WRONG
+from tests.sweep.run import in_third
+from tests.sweep.tiny_models import every_case
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_no_model_type_of_a_fixed_third_is_silently_wrong_or_fails_without_words(tmp_path: Path) -> None:
+    """Oracle: JᵀSJ of each example alone by autograd, the model called directly (tests/sweep/judge.py).
+
+    In a process of its own, which forks for every type. What cannot be built tells nothing; most can.
+    """
+    path = tmp_path / "results.jsonl"
+    run = [sys.executable, "-m", "tests.sweep.run", "--third", "--right-only", "--jobs", "1", "--results", str(path)]
+    subprocess.run(run, check=True, cwd=ROOT, capture_output=True, timeout=900)
+    results = table.read(path)
+    bad = {key: r.get("message", "") for key, r in results.items() if r["outcome"] in (RAW, WRONG)}
+    assert bad == {}
+    assert set(results) == {case for case in every_case() if in_third(case[0])}
+    assert sum(r["outcome"] != UNBUILT for r in results.values()) >= 0.85 * len(results)
+
+
+@pytest.mark.parametrize(("name", "written"), [("docs/models.md", table.page), ("README.md", table.sentence)])
+def test_pages_say_what_the_last_whole_sweep_found(name: str, written: object) -> None:
+    """Oracle: the kept results. `make sweep` renews them, `python -m tests.sweep.table` the pages."""
+    results = table.read(table.KEPT)
+    parts = (ROOT / name).read_text().split(table.MARK)
+    assert len(parts) == 3
+    assert parts[1].strip() == written(results), "run `python -m tests.sweep.table`"  # type: ignore[operator]
