@@ -64,6 +64,8 @@ def test_slices_indices_and_masks_take_the_same_examples(sizes: tuple[int, ...])
     joined = [i for chunk in pefs.chunks(2) for i in chunk.labels or []]
     assert joined == list(range(7))
     assert all(len(chunk) <= 2 for chunk in pefs.chunks(2))
+    for place, chunk in pefs.placed_chunks(2):
+        assert chunk.example_ids == pefs.example_ids[place]
 
 
 def test_taking_a_few_examples_does_not_join_the_shards() -> None:

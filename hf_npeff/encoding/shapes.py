@@ -333,7 +333,7 @@ class _Shapes:
             pairs = [(a, b) for a in _FIRSTS for b in _SECONDS if a in strings and b in strings and a != b]
             if self.needs.generates:  # what a language model reads is called `text`, whatever stands beside it
                 pairs = [(a, b) for a, b in pairs if b != "text" or self._is_prose(a)]
-        if not pairs:
+        if not pairs and not (self.needs.generates and "text" in strings):
             pairs = [(a, b) for a in _PROMPTS for b in _ANSWERS if a in strings and b in strings]
         if len(pairs) > 1:
             raise self._unclear(sorted({name for pair in pairs for name in pair}), "several pairs of texts are there")

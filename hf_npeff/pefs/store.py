@@ -49,6 +49,9 @@ class PEFs(Readable):
         >>> sure.save("runs/sure")
         >>> [len(chunk) for chunk in PEFs.load("runs/sure").chunks(8)]
         [8, 4]
+        >>> places = [place for place, _ in pefs[:5].placed_chunks(2)]
+        >>> places == [slice(0, 2), slice(2, 4), slice(4, 5)]
+        True
         >>> both = PEFs.concatenate([pefs[:4], pefs[[7, 5]]])
         >>> both.save_pretrained("runs/both", datasets=["org/data"])
         >>> rows = PEFs.from_factors(torch.randn(20, 2, 8), label=[0, 1] * 10)
