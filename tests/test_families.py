@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
+from hf_npeff import FisherConfig, NPEFFAnalyzer
 from tests import reference, tiny
 
 SMALL = 20
