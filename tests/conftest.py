@@ -14,6 +14,11 @@ if TYPE_CHECKING:  # the module brings transformers, which has to see the settin
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before numpy is imported, and for the processes that tests start: torch.set_num_threads below is torch's alone, and
+# OpenBLAS's threads wait for each other by spinning, which makes one NNLS of the oracles a hundred times as dear.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 # Two processes of a test would each want a card of their own; CUDA_VISIBLE_DEVICES=0 runs the other tests beside one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
