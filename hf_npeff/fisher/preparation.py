@@ -236,7 +236,8 @@ def _check_batch(
     reason = None
     if len(pair) > 1 and forward.batch_size(pair, 2) > 1:
         try:
-            together = check_rows(forward, config, metric, pair)
+            with forward.blaming_padding(pair):
+                together = check_rows(forward, config, metric, pair)
         except CalledOnceForAll as error:
             reason = str(error)
         if together is not None and (together.error is None or together.error <= row_tolerance(forward.model)):
