@@ -67,11 +67,14 @@ def made_selective(
         check_kept(pefs, request.keep)
     W = decomposition.coefficients.double()
     active = (W / W.sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)) > ACTIVE_SHARE
-    busy = {p.component for p in plans if request.keep is None and bool(active[:, p.component].all())}
+    # Left open, a ridge that is chosen by holding examples out needs two of them.
+    enough = 2 if request.selective is None and request.ridge == "auto" else 1
+    left_alone = len(active) - active.sum(0)
+    busy = {p.component for p in plans if request.keep is None and int(left_alone[p.component]) < enough}
     if busy and request.selective is None:
         logger.warning(
-            "the components %s are active on every example, so that none is left alone: they are lifted as they are, "
-            "not selectively; give other data as keep=, or more components",
+            "the components %s are active on every example, or on all but one, so that too few are left alone: they "
+            "are lifted as they are, not selectively; give other data as keep=, or more components",
             sorted(busy),
         )
     elif busy:
