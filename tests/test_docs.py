@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, demo
@@ -29,7 +30,7 @@ from tests.test_imports import FLOORS
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RUN_HERE = {"README.md": 1, "docs/data.md": 1, "docs/datasets.md": 1, "docs/report.md": 1}
+RUN_HERE = {"README.md": 1, "docs/data.md": 1, "docs/datasets.md": 1, "docs/edits.md": 1, "docs/report.md": 1}
 """How many Python blocks of each file are run, by the tests below and, of docs/report.md, in tests/test_report.py."""
 
 
@@ -113,6 +114,41 @@ def test_the_page_on_data_sets_says_what_was_read(capsys: pytest.CaptureFixture[
     record, texts = capsys.readouterr().out.splitlines()
     assert ast.literal_eval(record)["columns"] == ["question", "sentence"]
     assert ast.literal_eval(texts) == ["the cat | a dog", "a | two"]
+
+
+def test_the_page_on_weight_changes_runs_and_the_edit_does_what_it_says() -> None:
+    """Oracle: the log-odds of the model with the edit applied, read off the model directly."""
+    model = tiny_model("bert", "sequence-classification", num_labels=2)
+    analyzer = NPEFFAnalyzer(model, tiny_tokenizer(), fisher=FisherConfig(sketch="identity"))
+    words = [
+        "the cat",
+        "a dog",
+        "the dog sees",
+        "a cat",
+        "two dogs",
+        "the man",
+        "a woman sees",
+        "one",
+        "the two",
+        "cat",
+    ]
+    dataset = [{"text": text, "label": i % 2} for i, text in enumerate(words)]
+    pefs = analyzer.compute_pefs(dataset)
+    space = {"analyzer": analyzer, "dataset": dataset, "pefs": pefs, "decomposition": analyzer.decompose(pefs, 3)}
+    (block,) = python_blocks("docs/edits.md")
+    exec(block, space)
+
+    def log_odds() -> float:
+        logits = model(**tiny_tokenizer()(words[0], return_tensors="pt")).logits[0]
+        return float(logits[1] - logits[0])
+
+    (change,) = space["edited"].info["changes"].values()
+    with torch.no_grad():
+        before = log_odds()
+        with space["edited"].applied_to(model):
+            after = log_odds()
+    assert abs(after - before) == pytest.approx(abs(change["realised"]), rel=1e-3)
+    assert change["realised"] == pytest.approx(change["predicted"], rel=0.5)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.py")), ids=lambda path: path.stem)
