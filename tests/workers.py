@@ -181,6 +181,8 @@ def refused(folder: Path) -> None:
     found = NPEFF(2, n_restarts=1).fit(pefs)
     name = ours.maps[0].parameter
     direction = ParameterDirection({name: torch.ones(ours.maps[0].shape)}, {name: "linear"})
+    report = ours.evaluate_direction(direction, found, 0, data, scale=0.5, n_top=3)
+    (folder / f"evaluated-{os.environ['RANK']}.json").write_text(json.dumps([report.best.top, report.best.others]))
     parallel = sharded_problem("bert")[0].model
     parallelize_module(parallel.classifier, mesh, ColwiseParallel())
 
@@ -190,7 +192,6 @@ def refused(folder: Path) -> None:
 
     tries = {
         "auto": lambda: ours.compute_pefs(data, folder / "auto", batch_size="auto"),
-        "evaluate": lambda: ours.evaluate_direction(direction, found, 0, data),
         "apply": apply,
         "parameters": lambda: NPEFFAnalyzer(model, fisher=FisherConfig(parameters=".*bias")),
         "tensor parallel": lambda: NPEFFAnalyzer(parallel),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,13 +136,25 @@ def _class_correctness(
     label_names: Mapping[str, str] | None,
     data_names: Sequence[str] | None,
 ) -> Column | None:
-    names = {int(number): str(name) for number, name in (label_names or {}).items()}
+    names = {int(number): str(name) for number, name in (label_names or {}).items()} or _placeholders(predictions)
     number_of = {str(number): number for number in names} | {name: number for number, name in names.items()}
     predicted = [number_of.get(str(value)) for value in predictions]
     if not names or any(value is None for value in predicted):
         return None  # numbers of a regression, or several labels an example
     true = truth_of(truth, "softmax", len(names), data_names, names).values
     return _correct([None if b is None else a == b for a, b in zip(predicted, true, strict=True)])
+
+
+def _placeholders(predictions: Sequence[Any]) -> dict[int, str]:
+    """{n: "LABEL_n"}, transformers' names for classes without one, where all predictions are such; else nothing.
+
+    Stores without the model's names end in the largest class that was predicted: larger labels count as no labels.
+    """
+    numbers = [re.fullmatch(r"LABEL_([0-9]+)", str(value)) for value in predictions]
+    if not numbers or None in numbers:
+        return {}
+    last = max(int(matched[1]) for matched in numbers if matched is not None)
+    return {n: f"LABEL_{n}" for n in range(last + 1)}
 
 
 def _correct(right: Sequence[bool | None]) -> Column | None:
