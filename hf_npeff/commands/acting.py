@@ -57,7 +57,7 @@ def perturb(
 
     Examples:
     - `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
-    - `hf-npeff perturb runs/components runs/pefs org/classifier train.jsonl --component 3 --eval test.jsonl --by cue -o runs/off-3`
+    - `hf-npeff perturb runs/components runs/pefs org/classifier a.jsonl --component 3 --eval b.jsonl --by cue -o runs/off-3`
     """
     from rich.console import Group
 
