@@ -57,7 +57,7 @@ def perturb(
 
     Examples:
     - `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
-    - `hf-npeff perturb runs/components runs/pefs org/classifier a.jsonl --component 3 --eval b.jsonl --by cue -o runs/off-3`
+    - `hf-npeff perturb runs/components runs/pefs org/model a.jsonl --component 3 --eval b.jsonl --by cue -o runs/off`
     """
     from rich.console import Group
 
