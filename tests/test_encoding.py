@@ -162,6 +162,9 @@ def test_conversations_in_the_other_schema_systems_and_tools_reach_the_template(
     for tools in ([TOOL], '[{"type": "function", "function": {"name": "sees", "parameters": null}}]'):
         assert ids_of([{"messages": ASKED, "tools": tools}], CAUSAL, known) == [expected]
     assert ids_of([{"messages": ASKED}], CAUSAL, known) != [expected]
+    known.chat_template = "{{ messages[0].content + messages[0].nothing }}"
+    with pytest.raises(ValueError, match="'0' cannot be encoded: the chat template does not take"):
+        ids_of([{"messages": ASKED}], CAUSAL, known)
     with pytest.raises(ValueError, match="martian"):
         ids_of([{"conversations": [{"from": "martian", "value": "a"}]}], CAUSAL)
 

@@ -252,9 +252,13 @@ class Encoder:
         own = getattr(self.processor, "chat_template", None)
         if self.tokenizer is not self.processor and own is not None and "chat_template" not in arguments:
             arguments = {**arguments, "chat_template": own}
-        return dict(
-            self.tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **turn, **arguments)
-        )
+        settings: dict[str, Any] = {"tokenize": True, "return_dict": True, **turn, **arguments}
+        try:
+            return dict(self.tokenizer.apply_chat_template(list(messages), **settings))
+        except Exception as error:  # jinja2's, which comes with transformers' chat templates and is not imported here
+            if type(error).__module__.partition(".")[0] != "jinja2":
+                raise
+            raise ValueError(f"the chat template does not take the conversation: {error}") from error
 
     @staticmethod
     def _with_labels(whole: dict[str, Any], asked: Sequence[int]) -> dict[str, Any]:
