@@ -15,6 +15,7 @@ import transformers as hf
 from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
+from hf_npeff.fisher.batching import relative_change
 from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.rows import RowMaker
 from tests import reference, tiny
@@ -274,3 +275,11 @@ def test_rows_that_go_wrong_later_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(RowMaker, "rows", spoilt)
     with pytest.raises(UnsupportedModelError, match="batch_size=1"):
         analyzer.compute_pefs(texts(*[4] * 130), batch_size=2)
+
+
+def test_a_number_that_a_batch_makes_infinite_is_a_change() -> None:
+    """Oracle: by hand. −∞ in the same place is what a model gives for a forbidden outcome; in one of both, a change."""
+    alone = torch.tensor([1.0, 2.0, float("-inf")])
+    assert relative_change(alone.clone(), alone) == 0
+    assert relative_change(torch.tensor([float("-inf"), 2.0, float("-inf")]), alone) == float("inf")
+    assert relative_change(torch.tensor([1.0, 2.0, 3.0]), alone) == float("inf")

@@ -185,3 +185,11 @@ def test_what_the_page_calls_right() -> None:
     assert correctness({"label": [0, 1], "prediction": ["0", "1"]}, None, {"task": "causal-lm"}) is None
     asked = correctness({"answer": ["Oslo", "Rome"], "prediction": [" Os", "x"]}, None, {"task": "causal-lm"})
     assert asked is not None and asked.data is not None and [asked.values[c] for c in asked.data] == ["right", "wrong"]
+
+
+def test_a_class_that_is_never_predicted_is_wrong_where_classes_have_no_names() -> None:
+    """Oracle: by hand. A store without the model's names; label 2 was never predicted."""
+    columns = {"prediction": ["LABEL_0", "LABEL_1", "LABEL_0"], "label": [0, 1, 2]}
+    column = correctness(columns, None, {"task": "sequence-classification"})
+    assert column is not None and column.data is not None
+    assert [column.values[code] for code in column.data] == ["right", "right", "wrong"]

@@ -79,11 +79,10 @@ def span_of(examples: Sequence[Example]) -> tuple[int, int, frozenset[str]]:
 
 
 def relative_change(together: Tensor, alone: Tensor) -> float:
-    """‖together − alone‖ / ‖alone‖ over what is finite in both; infinite where the shapes differ."""
-    if together.shape != alone.shape:
+    """‖together − alone‖ / ‖alone‖ over what is finite; infinite where the shapes or the finite places differ."""
+    if together.shape != alone.shape or not torch.equal(together.isfinite(), alone.isfinite()):
         return float("inf")
-    both = together.isfinite() & alone.isfinite()
-    together, alone = together[both].double(), alone[both].double()
+    together, alone = together[together.isfinite()].double(), alone[alone.isfinite()].double()
     return float((together - alone).norm() / alone.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 

@@ -70,6 +70,8 @@ def _probed(module: Any, scale: float) -> Behaviour:
         module.training = False
         with torch.random.fork_rng():
             output = module.forward(x)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever it needs, it is not x alone
         return "other"
     finally:

@@ -136,7 +136,9 @@ def _class_correctness(
     label_names: Mapping[str, str] | None,
     data_names: Sequence[str] | None,
 ) -> Column | None:
-    names = {int(number): str(name) for number, name in (label_names or {}).items()} or _placeholders(predictions)
+    names = {int(number): str(name) for number, name in (label_names or {}).items()} or _placeholders(
+        predictions, truth
+    )
     number_of = {str(number): number for number in names} | {name: number for number, name in names.items()}
     predicted = [number_of.get(str(value)) for value in predictions]
     if not names or any(value is None for value in predicted):
@@ -145,15 +147,16 @@ def _class_correctness(
     return _correct([None if b is None else a == b for a, b in zip(predicted, true, strict=True)])
 
 
-def _placeholders(predictions: Sequence[Any]) -> dict[int, str]:
+def _placeholders(predictions: Sequence[Any], truth: Sequence[Any]) -> dict[int, str]:
     """{n: "LABEL_n"}, transformers' names for classes without one, where all predictions are such; else nothing.
 
-    Stores without the model's names end in the largest class that was predicted: larger labels count as no labels.
+    They end in the largest class that was predicted or is a label, so that a class that is never predicted is wrong.
     """
     numbers = [re.fullmatch(r"LABEL_([0-9]+)", str(value)) for value in predictions]
     if not numbers or None in numbers:
         return {}
-    last = max(int(matched[1]) for matched in numbers if matched is not None)
+    labels = [value for value in truth if isinstance(value, int) and not isinstance(value, bool)]
+    last = max([int(matched[1]) for matched in numbers if matched is not None] + labels)
     return {n: f"LABEL_{n}" for n in range(last + 1)}
 
 

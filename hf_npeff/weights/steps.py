@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.batching import relative_change
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.parameters import is_at_hand
 from hf_npeff.fisher.predictions import Predictions, predict
@@ -103,8 +104,7 @@ class Steps:
         alone = [self._alone(changed, *job) for job in few]
         for a, b in zip(together, alone, strict=True):
             for x, y in zip(a.logits, b.logits, strict=True):
-                x, y = x[x.isfinite() & y.isfinite()], y[x.isfinite() & y.isfinite()]
-                if float((x - y).norm()) > self._forward.tolerance * float(y.norm()):
+                if relative_change(x, y) > self._forward.tolerance:
                     logger.info("every step has its own forward passes: in one batch they give something else")
                     return False
         return True
