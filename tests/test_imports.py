@@ -32,9 +32,7 @@ FLOORS = (
     "fisher",  # examples -> PEFs
     "decomposition",  # PEFs -> components
     "weights",  # components -> directions and adapters
-    "checkpoints",
-    "analysed_model",
-    "edited_model",  # what changes it, without a decomposition
+    "models",  # the model under analysis, a class a stage
     "analyzer",
     # what it is compared with, and studied on
     "baselines",

@@ -30,6 +30,8 @@ FOLLOWED = (
 LATER = set("pefs decomposition direction directions lifted report reports analyzer self plans".split())
 LATER |= set("mixtures rows coefficients shares chosen indices limits kept facts".split())
 """Names of what is made from a value at a later stage: there it is followed no more."""
+OWN = ("analysed_model", "edited_model", "fisher_model", "lifted_model", "measured_model")
+"""Modules of the classes that the analyzer is made of."""
 DEEP = 12
 """Calls within calls that are followed. Chosen: more than any path of the package is long."""
 
@@ -120,7 +122,7 @@ def _called(node: ast.Call, caller: Function, known: dict[str, list[Function]]) 
     if len(methods) > 1:  # of several, the one that the module of the call knows
         near = {caller.module, *caller.imported.values()}
         if ast.unparse(node.func).split(".")[0] in ("self", "analyzer"):  # its own, or of the class that it is made of
-            near = {caller.module, "analysed_model", "edited_model"}
+            near = {caller.module, *(method.module for method in methods if method.module.split(".")[-1] in OWN)}
         methods = [method for method in methods if method.module in near]
     return methods[0] if len(methods) == 1 else None
 

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import torch
 
-from hf_npeff.analysed_model import AnalysedModel
 from hf_npeff.config import ComputeRequest, EditRequest, Ridge
 from hf_npeff.data import Example, Examples
 from hf_npeff.fisher.compute import compute
 from hf_npeff.fisher.heads import traits_of
 from hf_npeff.fisher.preparation import prepare
+from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs, check_pefs
 from hf_npeff.pefs.weights_identity import check_same_weights

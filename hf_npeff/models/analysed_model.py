@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.checkpoints import load_checkpoint
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
@@ -32,6 +31,7 @@ from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.tasks import task_of
 from hf_npeff.fisher.weights_hash import identity_of
+from hf_npeff.models.checkpoints import load_checkpoint
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights

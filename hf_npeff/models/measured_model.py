@@ -1,0 +1,257 @@
+"""MeasuredModel: what a weight change does to the predictions of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hf_npeff.config import (
+    BATCH_SIZE,
+    LiftRequest,
+    MeasureRequest,
+    OffTargetRequest,
+    PerturbationRequest,
+)
+from hf_npeff.data import Example
+from hf_npeff.decomposition.component import active_examples
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.encoding.record import Reading
+from hf_npeff.fisher.limits import ModelLimits
+from hf_npeff.models.fisher_model import FisherModel
+from hf_npeff.models.lifted_model import LiftedModel
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.lifting import select
+from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
+from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target
+from hf_npeff.weights.perturbation import PerturbationReport, evaluate
+
+
+class MeasuredModel(FisherModel, LiftedModel):
+    """A model on which directions, adapters and edits are measured."""
+
+    def evaluate_direction(
+        self,
+        direction: ParameterDirection,
+        decomposition: Decomposition,
+        component: int,
+        dataset: Any,
+        *,
+        target_kl: float = PerturbationRequest.target_kl,
+        scale: float | None = PerturbationRequest.scale,
+        n_top: int = PerturbationRequest.n_top,
+        n_others: int = PerturbationRequest.n_others,
+        batch_size: int = PerturbationRequest.batch_size,
+        seed: int = PerturbationRequest.seed,
+        held_out: Any = None,
+        by: str | None = None,
+    ) -> PerturbationReport:
+        """What moving the parameters along a direction does to a component's top examples and to others.
+
+        Args:
+            direction: from `lift`.
+            decomposition: whose component is followed.
+            component: its number.
+            dataset: the one that was analysed, in any order.
+            target_kl: mean KL on the top examples (nats) that each sign's step is to reach.
+            scale: a given step instead.
+            n_top: top examples.
+            n_others: others, drawn from the examples on which the component is not active.
+            batch_size: examples of a forward pass.
+            seed: of the drawing, the random direction and the bootstrap.
+            held_out: other data, never analysed, on which the best step is measured too: see `measure`.
+            by: a column of that data whose values make groups.
+
+        Returns:
+            KL on both, their ratio with a bootstrap interval, flips, accuracy where there are labels (of regression the
+            errors, and no flips), answers that changed, for the more selective sign, the other, and a random direction
+            of equal norm.
+
+        Raises:
+            IndexError: if the component does not exist.
+            UnsupportedModelError: if the model's weights are sharded over processes, and the direction moves more than
+                those of linear maps.
+            ValueError: if an argument is out of range, or the dataset or model does not fit.
+        """
+        request = PerturbationRequest(
+            target_kl=target_kl, scale=scale, n_top=n_top, n_others=n_others, batch_size=batch_size, seed=seed
+        )
+        self.check_movable(direction, in_place=not is_linear(direction))
+        component = decomposition.index_of(component)
+        examples = self.examples_of(decomposition, dataset)
+        if held_out is None and by is not None:
+            raise ValueError(f"by={by!r} is a column of held_out, which is not given")
+        with self.forward_pass() as forward:
+            report = evaluate(forward, direction, decomposition, component, examples, request)
+        if held_out is None:
+            return report
+        measured = self.measure(direction, held_out, scales=(report.scale,), by=by, batch_size=batch_size, seed=seed)
+        return replace(report, held_out=measured)
+
+    def evaluate_components(
+        self,
+        decomposition: Decomposition,
+        pefs: PEFs,
+        dataset: Any,
+        components: Sequence[int] | None = None,
+        *,
+        lift: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> list[PerturbationReport]:
+        """`lift` and `evaluate_direction` for several components, kept in `decomposition.evaluations`.
+
+        Args:
+            decomposition: of `pefs`.
+            pefs: those that were decomposed.
+            dataset: the one they came from.
+            components: their numbers; None takes all.
+            lift: arguments of `lift`, `check_weights` among them.
+            **settings: arguments of `evaluate_direction`.
+
+        Returns:
+            A report a component, in order.
+        """
+        wanted = select(decomposition, range(len(decomposition)) if components is None else components)
+        lifting, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
+        analyzer = self.for_decomposition(decomposition)
+        weights = analyzer.weights_for(decomposition, pefs, lifting.check_weights)
+        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        reports = []
+        for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, lifting, weights):
+            self.check_movable(direction, in_place=not is_linear(direction))
+            with self.forward_pass() as forward:
+                report = evaluate(forward, direction, decomposition, j, examples, measuring, (pefs.sketch(), pefs))
+            decomposition.evaluations[j] = report.summary()
+            reports.append(report)
+        return reports
+
+    def measure(
+        self,
+        change: Change,
+        dataset: Any,
+        *,
+        scales: Sequence[float] = MeasureRequest.scales,
+        ranks: Sequence[int | None] = MeasureRequest.ranks,
+        by: str | None = None,
+        both_signs: bool = False,
+        random: bool = True,
+        worst: int = MeasureRequest.worst,
+        batch_size: int = BATCH_SIZE,
+        max_examples: int | None = None,
+        seed: int = 0,
+        **reading: Any,
+    ) -> Measurement:
+        """What a weight change does to any data, analysed or not: its certificate.
+
+        A change of linear maps is added in the activations, so that weights may be quantised, offloaded or sharded;
+        a direction that moves something else moves the weights, and brings them back bit for bit.
+
+        Args:
+            change: a direction, or an adapter of linear maps.
+            dataset: anything that `compute_pefs` takes.
+            scales: steps along the change; 1 for an adapter or an edit as it is.
+            ranks: what every weight's change is cut to; None is the change as it is.
+            by: a column whose values make groups, beside that of all examples.
+            both_signs: measure every scale backwards too.
+            random: measure a random change of equal norm at every size.
+            worst: how many of the most changed examples of every group are named.
+            batch_size: examples of a forward pass.
+            max_examples: only the first ones.
+            seed: of the random change and the bootstrap.
+            **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
+
+        Returns:
+            KL with quantiles, answers changed, share of each answer, and, where a column `label` or `labels` tells what
+            is right, accuracy and loss, or the error of a regression, before and after, of every group at every step.
+
+        Raises:
+            UnsupportedModelError: if an adapter, a direction to be cut to a rank, or a change of sharded weights is not
+                one of linear maps alone.
+            ValueError: if an argument is out of range, there is no column `by`, or the model is another than that of
+                the change.
+        """
+        request = MeasureRequest(tuple(scales), tuple(ranks), by, both_signs, random, worst, batch_size, seed)
+        self.check_movable(change, in_place=not is_linear(change))
+        examples_read = self.read(dataset, Reading(**reading), max_examples=max_examples)
+        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+        examples = list(limits.checked(examples_read))
+        check_groups(examples, by)
+        with self.forward_pass() as forward:
+            return measure(forward, change, examples, self.truth_of(examples, examples_read.encoded), request)
+
+    def off_target(
+        self,
+        change: Change,
+        dataset: Any,
+        *,
+        scale: float = OffTargetRequest.scale,
+        decomposition: Decomposition | None = None,
+        component: int | None = None,
+        worst: int = OffTargetRequest.worst,
+        rounds: int = OffTargetRequest.rounds,
+        starts: int = OffTargetRequest.starts,
+        candidates: int = OffTargetRequest.candidates,
+        batch_size: int = OffTargetRequest.batch_size,
+        seed: int = OffTargetRequest.seed,
+        max_examples: int | None = None,
+        **reading: Any,
+    ) -> OffTarget:
+        """The inputs that a change moves most although it was not meant for them: in a pool, and by a search from it.
+
+        The search puts other tokens of the pool, one at a time, into the most moved inputs, and keeps what moves the
+        prediction more. It shows that such inputs exist, never that there are none worse.
+
+        Args:
+            change: a direction, or an adapter of linear maps.
+            dataset: the pool: inputs that the change should leave alone.
+            scale: the step along the change; 1 for an adapter or an edit as it is.
+            decomposition: whose component the change is of: inputs on which it is active are no failure, neither in the
+                pool nor where the search ends. Their PEFs are computed for that.
+            component: its number.
+            worst: how many of the most moved inputs of the pool are named.
+            rounds: rounds of the search; 0 measures the pool alone.
+            starts: inputs that the search begins with.
+            candidates: inputs that are tried in a round, for each that it began with.
+            batch_size: examples of a forward pass.
+            seed: of the search.
+            max_examples: only the first ones.
+            **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
+
+        Raises:
+            IncompatibleSketchError: if the decomposition is of another model.
+            UnsupportedModelError: if an adapter, or a change of sharded weights, is not one of linear maps alone.
+            ValueError: if an argument is out of range, only one of `decomposition` and `component` is given, the
+                component is active on all inputs, or a search is wanted and the inputs are no sequences of tokens.
+        """
+        request = OffTargetRequest(scale, worst, rounds, starts, candidates, batch_size, seed)
+        if (decomposition is None) != (component is None):
+            raise ValueError("decomposition and component go together: the second is a number in the first")
+        self.check_movable(change, in_place=not is_linear(change))
+        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+        pool = list(limits.checked(self.read(dataset, Reading(**reading), max_examples=max_examples)))
+        if rounds:
+            check_tokens(pool)
+        if decomposition is not None and component is not None:
+            component = decomposition.index_of(component)
+            own = self._active_on(decomposition, component, pool)
+            pool = [example for example, is_own in zip(pool, own, strict=True) if not is_own]
+            if not pool:
+                raise ValueError(
+                    f"component {component} is active on all inputs; give others that it should leave alone"
+                )
+        decode = getattr(self.processing_class, "decode", None)
+        special = getattr(self.processing_class, "all_special_ids", ())
+        with self.forward_pass() as forward:
+            found, ends = off_target(forward, change, pool, request, special=special, decode=decode)
+        if decomposition is not None and component is not None and ends:
+            own = self._active_on(decomposition, component, ends)
+            found.searched[:] = [{**row, "own": is_own} for row, is_own in zip(found.searched, own, strict=True)]
+        return found
+
+    def _active_on(self, decomposition: Decomposition, component: int, examples: Sequence[Example]) -> list[bool]:
+        """Whether a component is active, for inputs that need not have been analysed."""
+        rows = [dict(example.inputs) for example in examples]
+        pefs = self.compute_pefs(rows, like=decomposition, progress=False)
+        active: list[bool] = active_examples(decomposition.transform(pefs))[:, component].tolist()
+        return active
