@@ -1,0 +1,63 @@
+"""Settings of an analysis: frozen dataclasses, the only place in which a default stands.
+
+Those of what is kept, `FisherConfig` and `DecompositionConfig`, round-trip through JSON. Those of one call, `…Request`,
+are the arguments of a method of the analyzer. Methods and commands read their defaults here (tests/test_defaults.py).
+"""
+
+from hf_npeff.config.checks import check_choice, check_integer, check_positive, check_ridge, check_scale, is_count
+from hf_npeff.config.choices import (
+    BATCH_SIZE,
+    GRAM_LIMIT,
+    NO_OPTION,
+    SHADED,
+    Balance,
+    LiftForm,
+    LiftMethod,
+    OnError,
+    OutputFactor,
+    Positions,
+    Precision,
+    Ridge,
+    SketchKind,
+    Solver,
+    SparseSolver,
+    SpectralMetric,
+    StorageDtype,
+)
+from hf_npeff.config.kept import DecompositionConfig, FisherConfig
+from hf_npeff.config.measurements import MeasureRequest, OffTargetRequest, PerturbationRequest
+from hf_npeff.config.requests import ComputeRequest, EditRequest, LiftRequest
+
+__all__ = [
+    "BATCH_SIZE",
+    "Balance",
+    "ComputeRequest",
+    "DecompositionConfig",
+    "EditRequest",
+    "FisherConfig",
+    "GRAM_LIMIT",
+    "LiftForm",
+    "LiftMethod",
+    "LiftRequest",
+    "MeasureRequest",
+    "NO_OPTION",
+    "OffTargetRequest",
+    "OnError",
+    "OutputFactor",
+    "PerturbationRequest",
+    "Positions",
+    "Precision",
+    "Ridge",
+    "SHADED",
+    "SketchKind",
+    "Solver",
+    "SparseSolver",
+    "SpectralMetric",
+    "StorageDtype",
+    "check_choice",
+    "check_integer",
+    "check_positive",
+    "check_ridge",
+    "check_scale",
+    "is_count",
+]

@@ -1,0 +1,32 @@
+"""What settings may be: words of one meaning each, and the defaults that several settings share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+OutputFactor = Literal["auto", "exact", "spectral", "projection", "sampling"]
+SpectralMetric = Literal["auto", "hidden", "parameters"]
+Positions = Literal["auto", "last", "labels", "all"]
+SketchKind = Literal["auto", "kronecker", "countsketch", "two-stage", "identity"]
+StorageDtype = Literal["float64", "float32", "float16", "bfloat16"]
+Solver = Literal["block_power", "reference"]
+Balance = Literal["none", "module"]
+Precision = Literal["float32", "tf32", "bfloat16"]
+OnError = Literal["raise", "skip"]
+LiftMethod = Literal["exact", "adjoint", "compressed_sensing"]
+LiftForm = Literal["auto", "plain", "metric"]
+SparseSolver = Literal["iht", "fista"]
+Ridge = float | Literal["auto"]
+
+BATCH_SIZE = 8
+"""Examples of a forward pass. Chosen: a batch of prompts of a 7B model fits beside its weights on one GPU, and smaller
+models gain little by more; the numbers do not depend on it beyond rounding."""
+
+SHADED = 12
+"""Top examples of a component whose tokens are shaded. Chosen: as many as a person reads on the page."""
+
+GRAM_LIMIT = 8000
+"""Rows n·c up to which a fit writes them in Gram space. Chosen: their Gram matrix has 0.5 GB there, in float64."""
+
+NO_OPTION: dict[str, Any] = {"option": False}
+"""Metadata of a field that is no option of its own on the command line, which has another way to it."""

@@ -1,0 +1,127 @@
+"""Settings of one call that measures what a weight change does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_npeff.config.checks import check_integer, check_positive, check_scale, is_count
+from hf_npeff.config.choices import BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class PerturbationRequest:
+    """How a direction is measured.
+
+    These are arguments of `NPEFFAnalyzer.evaluate_direction`.
+
+    Attributes:
+        target_kl: mean KL on the top examples, in nats, that each sign's step is to reach.
+        scale: the step itself, instead of one that reaches `target_kl`.
+        n_top: top examples to measure.
+        n_others: others to measure, drawn from the examples on which the component is not active.
+        batch_size: examples of a forward pass.
+        seed: seed of the drawing of others, the random direction and the bootstrap.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    target_kl: float = 0.5
+    scale: float | None = None
+    n_top: int = 16
+    n_others: int = 64
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.n_top, self.n_others, self.batch_size) < 1:
+            raise ValueError(
+                "n_top, n_others and batch_size must be at least 1, but they are "
+                f"{self.n_top}, {self.n_others} and {self.batch_size}"
+            )
+        check_positive("target_kl", self.target_kl)
+        if self.scale is not None:
+            check_scale(self.scale)
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """How a weight change is measured on any data.
+
+    These are arguments of `NPEFFAnalyzer.measure`.
+
+    Attributes:
+        scales: steps along the change; 1 for an adapter or an edit as it is.
+        ranks: what every weight's change is cut to; None is the change as it is.
+        by: a column whose values make groups, beside that of all examples.
+        both_signs: measure every scale backwards too.
+        random: measure a random change of equal norm at every size.
+        worst: how many of the most changed examples of every group are named.
+        batch_size: examples of a forward pass.
+        seed: seed of the random change and of the bootstrap.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    ranks: tuple[int | None, ...] = (None,)
+    by: str | None = None
+    both_signs: bool = False
+    random: bool = True
+    worst: int = 5
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.scales or not self.ranks:
+            raise ValueError(f"scales and ranks must not be empty, but they are {self.scales} and {self.ranks}")
+        for scale in self.scales:
+            check_scale(scale)
+        for rank in self.ranks:
+            if rank is not None and not is_count(rank):
+                raise ValueError(f"ranks must be positive whole numbers or None, but one is {rank!r}")
+        if self.batch_size < 1 or self.worst < 0:
+            raise ValueError(
+                f"batch_size must be at least 1 and worst at least 0, but they are {self.batch_size} and {self.worst}"
+            )
+
+    @property
+    def steps(self) -> list[float]:
+        """The scales, with the opposite signs where those are asked for; each once, in order."""
+        signed = [s for scale in self.scales for s in ((scale, -scale) if self.both_signs else (scale,))]
+        return list(dict.fromkeys(map(float, signed)))
+
+
+@dataclass(frozen=True)
+class OffTargetRequest:
+    """How inputs are looked for that a change moves although it was not meant for them.
+
+    These are arguments of `NPEFFAnalyzer.off_target`.
+
+    Attributes:
+        scale: the step along the change; 1 for an adapter or an edit as it is.
+        worst: how many of the most moved inputs of the pool are named.
+        rounds: rounds of the search for worse inputs by other tokens; 0 measures the pool alone.
+        starts: inputs of the pool that the search begins with, the most moved ones.
+        candidates: inputs that are tried in a round, for each that it began with.
+        batch_size: examples of a forward pass.
+        seed: seed of the search.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    scale: float = 1.0
+    worst: int = 5
+    rounds: int = 8
+    starts: int = 4
+    candidates: int = 16
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        for name in ("worst", "starts", "candidates", "batch_size"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("rounds", self.rounds, 0)
