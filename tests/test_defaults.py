@@ -6,6 +6,7 @@ The oracle is the dataclass itself. Whoever adds a field learns here which signa
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any, get_type_hints
 
 import pytest
 
-import hf_npeff.analyzer
 from hf_npeff import NPEFF, DecompositionConfig, FisherConfig, NPEFFAnalyzer
 from hf_npeff.commands.acting import perturb
 from hf_npeff.commands.editing import edit
@@ -95,7 +95,7 @@ def test_a_method_hands_every_setting_on(settings: type, method: Any, own: dict[
     def seen(**values: Any) -> None:
         raise SeenError(values)
 
-    monkeypatch.setattr(hf_npeff.analyzer, settings.__name__, seen)
+    monkeypatch.setattr(sys.modules[method.__module__], settings.__name__, seen)
     required = [p for p in inspect.signature(method).parameters.values() if p.default is inspect.Parameter.empty]
     with pytest.raises(SeenError) as caught:
         method(*(object() for _ in required), **given)
