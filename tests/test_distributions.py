@@ -38,6 +38,39 @@ def test_eigenpairs_rebuild_the_output_hessian(kind: str) -> None:
         assert distribution.rows_of_exact() == int(torch.linalg.matrix_rank(S))
 
 
+@pytest.mark.parametrize("gap", [8.0, 14.0, 20.0])
+def test_products_with_the_hessian_of_certain_predictions_lose_nothing_in_float32(gap: float) -> None:
+    """Oracle: the dense S of the same logits in float64; 1 − p of the likeliest class is 3e-4 to 4e-9 here."""
+    logits = normal(3, 5)
+    logits[:, 2] += gap
+    logits = logits.float()
+    distribution, V = Softmax(logits), normal(3, 5, 4, seed=1).float()
+    signs = V.sign()
+    values, vectors = distribution.eigen()
+    scores = distribution.score(0, torch.tensor([2, 1]))
+    for i in range(3):
+        p, S = logits[i].double().softmax(-1), reference.output_hessian(logits[i], "softmax")
+        root = p.sqrt().diag() - p[:, None] * p.sqrt()[None]
+        pairs = [
+            (distribution.hessian_times(V)[i], S @ V[i].double()),
+            (distribution.sqrt_times(signs)[i], root @ signs[i].double()),
+            ((vectors[i] * values[i]) @ vectors[i].T, S),
+        ]
+        if i == 0:
+            pairs.append((scores[:, 0], torch.eye(5)[2].double() - p))
+        for ours, expected in pairs:
+            assert float((ours - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_the_hessian_of_a_prediction_that_is_certain_to_the_last_digit_is_not_zero() -> None:
+    """Oracle: two classes, S = σ(x)σ(−x) (1, −1)ᵀ(1, −1), whose factor σ(−50) = 2e-22 is lost in 1 − p."""
+    values, vectors = Softmax(torch.tensor([[50.0, 0.0]])).eigen()
+    expected = torch.sigmoid(torch.tensor(-50.0, dtype=torch.float64)) * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    torch.testing.assert_close((vectors[0] * values[0]) @ vectors[0].T, expected.float(), atol=0, rtol=1e-5)
+    ours = Bernoulli(torch.tensor([[20.0]])).score(0, torch.ones(1, 1))
+    torch.testing.assert_close(ours, torch.sigmoid(torch.tensor([[-20.0]])), atol=0, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kl_is_the_expected_difference_of_log_probabilities(kind: str) -> None:
     """Oracle: the sum over outcomes; zero of itself."""

@@ -22,7 +22,7 @@ from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.config import BATCH_SIZE
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.extras import load
-from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
+from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian
 from hf_npeff.fisher.heads import HeadTraits, Outputs, traits_of
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights
@@ -42,13 +42,9 @@ def _certain(kind: type[Distribution]) -> type[Distribution]:
 
     class Certain(kind):  # type: ignore[valid-type,misc]
         def scores(self, c: int, generator: torch.Generator, index: int) -> Tensor:
-            if issubclass(kind, Bernoulli):
-                score = (self.logits[index] > 0).to(self.p.dtype) - self.p[index]
-            else:
-                assert issubclass(kind, Softmax)
-                score = -self.p[index].clone()
-                score[self.logits[index].argmax()] += 1
-            return score[:, None].expand(-1, c)
+            own = self.logits[index]
+            y = (own > 0)[:, None] if issubclass(kind, Bernoulli) else own.argmax(-1, keepdim=True)
+            return self.score(index, y).expand(-1, c)
 
     return Certain
 

@@ -201,14 +201,16 @@ def logits_of(model: Any, kind: str, example: dict[str, Any]) -> Tensor:
     batch = {name: torch.as_tensor(value)[None] for name, value in example.items()}
     if kind == "image-classification":
         return model(**batch).logits
+    taken = inspect.signature(model.forward).parameters
     if kind == "seq2seq-lm":
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
             # FSMT takes the decoder's input from the encoder's where it gets labels alone.
             labels = batch.pop("labels")
             batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if "use_cache" in taken:
+            batch["use_cache"] = False  # FSMT's decoder sees what comes later where it fills a cache
         return model(**batch).logits[0]
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    taken = inspect.signature(model.forward).parameters
     if "attention_mask" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         del batch["attention_mask"]
     if "use_cache" in taken:
