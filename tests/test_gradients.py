@@ -224,6 +224,68 @@ def _alone(x: Tensor, v: Tensor) -> list[dict[str, Tensor]]:
     return autograd_deltas(model, model, x, v)
 
 
+class Island(nn.Module):
+    """Maps behind a constant that requires a gradient: MRA's attention is one where its kernels are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        constant = (torch.zeros_like(h) + 0.5).detach().requires_grad_()
+        return self.last(torch.tanh(self.second(constant)) + h).sum(1)
+
+
+def test_maps_behind_a_constant_that_requires_a_gradient_have_their_rows() -> None:
+    """Oracle: autograd on every example alone; no path leads from the second map back to the first."""
+    model = initialised(Island())
+    check(model, model, normal(B, 7, 4), normal(B, 5, seed=1))
+
+
+def test_embeddings_that_require_gradients_change_no_rows() -> None:
+    """Oracle: autograd on every example alone (training in 8 bits leaves such embeddings behind)."""
+    model = initialised(Stack())
+    check(model, lambda x: model(x.clone().requires_grad_()), normal(B, 7, 4), normal(B, 5, seed=1))
+
+
+class Reversible(torch.autograd.Function):
+    """Runs a layer without gradients, and again in the backward pass, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            torch.autograd.backward(ctx.layer(x), delta)
+        assert x.grad is not None
+        return x.grad, None
+
+
+def test_maps_inside_an_autograd_function_of_the_models_own_are_refused_by_name() -> None:
+    """Oracle: autograd has no gradient of their weights either; maps outside have theirs, and that is checked."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.hidden, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Reversible.apply(self.first(x), self.hidden)).sum(1)  # type: ignore[no-untyped-call]
+
+    model = initialised(Model())
+    x, v = normal(B, 7, 4), normal(B, 5, seed=1)
+    with pytest.raises(UnsupportedModelError, match=r"hidden .*Reversible.*exclude_modules"):
+        hooked_rows(model, model, x, v)
+    check(model, model, x, v, targets=["first", "last"])
+
+
 def test_weight_gradients_are_never_formed() -> None:
     """Oracle: no parameter requires a gradient inside, and none has one after."""
     model = initialised(Stack())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,14 +217,13 @@ class Receiver:
 class LinearHooks:
     """Feeds a receiver from hooks on the linear maps of a model, inside `with`.
 
-    `begin(batch)` comes before each forward pass and says how many examples it holds. After the pass, `roots` are the
-    tensors at which backward passes may stop, and `ran` are the parameters whose modules were called.
+    `begin(batch)` comes before each forward pass and says how many examples it holds. After the pass, `ran` are the
+    parameters whose modules were called.
     """
 
     def __init__(self, model: nn.Module, maps: Sequence[LinearMap], receiver: Receiver):
-        self.roots: list[Tensor] = []
         self.ran: set[str] = set()
-        self._inputs_require_gradients = False
+        self._end = torch.zeros((), requires_grad=True)
         self._receiver = receiver
         self._batch = 0
         self._modules = {name: m for m in maps for name in m.modules}
@@ -242,13 +242,10 @@ class LinearHooks:
     ) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self.roots.clear()
 
     def begin(self, batch: int) -> None:
         """Announce a forward pass over `batch` examples."""
         self._batch = batch
-        self._inputs_require_gradients = False
-        self.roots.clear()
         self.ran.clear()
 
     def _per_example(self, x: Tensor, name: str) -> Tensor:
@@ -268,30 +265,16 @@ class LinearHooks:
         parameter = linear_map.parameter
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return output  # nothing that comes of it reaches the output's gradient (indices of sparse attention)
             if threading.get_ident() != self._thread:  # somebody else's prediction meanwhile
                 return output
+            if not torch.is_grad_enabled():
+                _check_that_autograd_sees(name)
+                return output  # nothing that comes of it reaches the output's gradient (indices of sparse attention)
             x = args[0] if args else next(iter(kwargs.values()))
             if x.requires_grad and not output.requires_grad:
                 raise UnsupportedModelError(_CUT.format(name=name, how="its input has one and its output has none"))
             self.ran.add(parameter)
             saved = self._receiver.take_input(parameter, self._per_example(x.detach(), name))
-            if not output.requires_grad:
-                # Nothing under analysis came before: the backward pass ends here.
-                root = output.detach().requires_grad_()
-                self.roots.append(root)
-                output = root.clone()
-            elif self._inputs_require_gradients or not self.roots:
-                # The embeddings already require gradients (gradient checkpointing, training in 8 bits): no single place
-                # ends all backward passes, so they go to every map.
-                self._inputs_require_gradients = True
-                self.roots.append(output)
-            if output._is_view():
-                # The output of a linear layer is a view of a matrix, and PyTorch drops the hooks of a view that is
-                # changed in place (Longformer's queries /= √d). The same memory under another name is no view.
-                output = torch.ops.aten._unsafe_view(output, output.shape)
-
             def backward_hook(delta: Tensor | None) -> None:
                 if delta is None:
                     raise UnsupportedModelError(
@@ -300,22 +283,65 @@ class LinearHooks:
                     )
                 self._receiver.take_gradient(parameter, saved, self._per_example(delta, name))
 
-            output.register_hook(backward_hook)
-            return output
+            tapped: Tensor = _Tap.apply(output, self._end, backward_hook)  # type: ignore[no-untyped-call]
+            return tapped
 
         return forward_hook
 
     def backward(self, source: Tensor, cotangent: Tensor, *, last: bool = False) -> None:
-        """Send one cotangent (shaped like `source`) back to the roots; `last` lets the graph go.
+        """Send one cotangent (shaped like `source`) back to all maps; `last` lets the graph go.
 
         Raises:
             UnsupportedModelError: if no map under analysis influences `source`.
         """
-        if not self.roots or not source.requires_grad:
+        if not self.ran or not source.requires_grad:
             raise UnsupportedModelError(
                 "none of the target modules ran, or the output does not depend on them; check target_modules"
             )
-        torch.autograd.grad(source, self.roots, cotangent.to(source.dtype), retain_graph=not last, allow_unused=True)
+        torch.autograd.grad(source, self._end, cotangent.to(source.dtype), retain_graph=not last, allow_unused=True)
+
+
+def _check_that_autograd_sees(name: str) -> None:
+    """Refuse a module that is being called without gradients by an autograd function of the model's own.
+
+    Its backward pass makes the gradient (reversible layers run forward once more there), where neither hooks nor
+    `torch.autograd.grad` can have it.
+
+    Raises:
+        UnsupportedModelError: if such a function is among the callers.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        first = next(iter(frame.f_locals.values()), None) if frame.f_code.co_name == "forward" else None
+        if isinstance(first, torch.autograd.function.FunctionCtx):
+            raise UnsupportedModelError(
+                f"{name} is called inside {type(first).__name__.removesuffix('Backward')}, an autograd function of the "
+                "model's own that hides its gradients (reversible layers do this). Leave all modules inside it out, "
+                f"for instance with exclude_modules={re.escape(name.split('.')[0]) + '.*'!r}"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+class _Tap(torch.autograd.Function):
+    """A map's output as it is, whose gradient is handed over, and which makes a backward pass come this far.
+
+    A backward pass visits only what leads to the tensors that it is asked for. `end` is asked for alone and enters every
+    output, so each is visited, whatever else requires a gradient (embeddings in training in 8 bits, a constant), and
+    nothing before the first map is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, end: Tensor, taken: Callable[[Tensor | None], None]) -> Tensor:
+        ctx.taken = taken
+        ctx.set_materialize_grads(False)
+        # The output of a linear layer is a view of a matrix, which a model may change in place (Longformer's queries
+        # /= √d). The same memory under another name is no view, and PyTorch lets it be changed.
+        return torch.ops.aten._unsafe_view(output, output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, None, None]:
+        ctx.taken(delta)
+        return delta, None, None
 
 
 class MadeOneByOne(Sequence[Tensor]):
