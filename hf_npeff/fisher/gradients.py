@@ -275,6 +275,7 @@ class LinearHooks:
                 raise UnsupportedModelError(_CUT.format(name=name, how="its input has one and its output has none"))
             self.ran.add(parameter)
             saved = self._receiver.take_input(parameter, self._per_example(x.detach(), name))
+
             def backward_hook(delta: Tensor | None) -> None:
                 if delta is None:
                     raise UnsupportedModelError(
@@ -325,9 +326,9 @@ def _check_that_autograd_sees(name: str) -> None:
 class _Tap(torch.autograd.Function):
     """A map's output as it is, whose gradient is handed over, and which makes a backward pass come this far.
 
-    A backward pass visits only what leads to the tensors that it is asked for. `end` is asked for alone and enters every
-    output, so each is visited, whatever else requires a gradient (embeddings in training in 8 bits, a constant), and
-    nothing before the first map is.
+    A backward pass visits only what leads to the tensors that it is asked for. `end` is asked for alone and enters
+    every output, so each is visited, whatever else requires a gradient (embeddings in training in 8 bits, a constant),
+    and nothing before the first map is.
     """
 
     @staticmethod
