@@ -284,7 +284,7 @@ class LinearHooks:
                     )
                 self._receiver.take_gradient(parameter, saved, self._per_example(delta, name))
 
-            tapped: Tensor = _Tap.apply(output, self._end, backward_hook)  # type: ignore[no-untyped-call]
+            tapped: Tensor = _Tap.apply(output, self._end, backward_hook)
             return tapped
 
         return forward_hook
