@@ -1,0 +1,131 @@
+"""A direction's folder: direction.safetensors and config.json, checked when they are read; what its card says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from hf_npeff.config import check_scale
+from hf_npeff.decomposition.component import example_lines
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.encoding.record import shown_texts
+from hf_npeff.errors import CorruptStoreError
+from hf_npeff.pefs.weights_identity import check_identity, shown
+from hf_npeff.sharing.direction_cards import DirectionFacts
+from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
+from hf_npeff.sharing.hub import LIBRARY, text_columns
+from hf_npeff.sharing.protocols import ReportLike
+from hf_npeff.weights.adapters import Layout, load_delta
+
+DIRECTION_FILE = "direction.safetensors"
+
+
+def write_direction(
+    folder: Path, deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], info: Mapping[str, Any]
+) -> None:
+    """Write direction.safetensors and config.json, both or neither."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in deltas.items()}
+    content = tensors_to_bytes(tensors)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "library_name": LIBRARY,
+        "layouts": dict(layouts),
+        "info": dict(info),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_together(folder, {DIRECTION_FILE: content, "config.json": json_bytes(config)})
+
+
+def read_direction(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], dict[str, Any]]:
+    """The deltas, layouts and info of a direction, or of a dense delta, whose scale is then `info["scale"]`.
+
+    Raises:
+        CorruptStoreError: if a file is missing, altered or foreign.
+        FormatVersionError: if another version of the format wrote it.
+    """
+    if (folder / "adapter_config.json").is_file():
+        deltas, config = load_delta(folder)
+        try:
+            scale = check_scale(config.get("scale"))  # type: ignore[arg-type]
+            layouts, info = _checked(deltas, config.get("layouts"), config.get("info"))
+            shorter = {name: deltas[name] / scale for name in layouts}
+            return shorter, layouts, {**info, "scale": scale}
+        except (TypeError, ValueError) as error:
+            raise CorruptStoreError(f"{folder / 'adapter_config.json'} is not a delta's: {error!r}") from error
+    config = read_json(folder / "config.json")
+    tensors = read_tensors(file_of(folder, DIRECTION_FILE, config.get("sha256")))
+    try:
+        layouts, info = _checked(tensors, config.get("layouts"), config.get("info"))
+        return {name: tensors[name] for name in layouts}, layouts, info
+    except (TypeError, ValueError) as error:
+        raise CorruptStoreError(f"{folder / 'config.json'} does not fit {DIRECTION_FILE}: {error}") from error
+
+
+def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[dict[str, Layout], dict[str, Any]]:
+    """The layouts and the description of a direction that was read.
+
+    Raises:
+        ValueError: if they do not fit the tensors, or anything is of another type than is written.
+    """
+    if not isinstance(layouts, dict) or not isinstance(info, dict) or set(layouts) != set(tensors):
+        raise ValueError("the parameters are others")
+    if wrong := [name for name, layout in layouts.items() if layout not in get_args(Layout)]:
+        raise ValueError(f"there is no such layout: {layouts[wrong[0]]!r}")
+    if wrong := [name for name, t in tensors.items() if not t.is_floating_point() or t.dtype.itemsize < 2]:
+        raise ValueError(f"{wrong[0]!r} is of the type {tensors[wrong[0]].dtype}")
+    texts = ("model", "revision", "architecture", "module", "task", "method", "fingerprint")
+    if wrong := [name for name in texts if not isinstance(info.get(name), str | None)]:
+        raise ValueError(f"{wrong[0]} is {info[wrong[0]]!r}")
+    check_identity(info.get("weights"))
+    tied = info.get("tied", {})
+    if not isinstance(tied, dict) or not all(
+        isinstance(places, list) and all(isinstance(place, str) for place in places) for places in tied.values()
+    ):
+        raise ValueError(f"tied is {tied!r:.200}")
+    component = info.get("component")
+    if component is not None and (not isinstance(component, int) or isinstance(component, bool) or component < 0):
+        raise ValueError(f"component is {component!r}")
+    return layouts, info
+
+
+def facts_of(
+    info: Mapping[str, Any], report: ReportLike | None, decomposition: Decomposition | None, include_texts: bool
+) -> DirectionFacts:
+    """What cards say of a direction.
+
+    Args:
+        info: of the direction.
+        report: what `evaluate_direction` measured.
+        decomposition: whose top examples are shown.
+        include_texts: show their texts; ids and predictions otherwise.
+    """
+    component = info.get("component")
+    about = DirectionFacts(
+        base_model=str(info.get("model") or "unknown"),
+        revision=info.get("revision"),
+        component=component,
+        lift=info.get("method"),
+        weights=shown(info.get("weights")),
+    )
+    if decomposition is not None and component is not None:
+        lines = _lines_of(decomposition, component, include_texts)
+        about = replace(about, name=decomposition[component].name, top_examples=lines)
+    if report is not None:
+        measured: dict[str, Any] = report.summary()
+        names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_random", "ratio")
+        about = replace(about, **{name: measured[name] for name in names})
+    return about
+
+
+def _lines_of(decomposition: Decomposition, component: int, include_texts: bool) -> list[str]:
+    """A component's top examples for a card: texts where they may be shown, else ids, with the predictions."""
+    top = decomposition[component].top_examples(10)  # Chosen: what a card lists
+    private = () if include_texts else text_columns(decomposition.columns, decomposition.info)
+    kept = {name: values for name, values in top.columns.items() if name not in private}
+    return example_lines(shown_texts(kept, decomposition.info) or top.ids, kept.get("prediction"))
