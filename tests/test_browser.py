@@ -314,6 +314,25 @@ def test_components_are_searched_and_filtered(page: Page) -> None:
     assert numbers(page) == [2]
 
 
+def test_associations_are_shown_sorted_and_searched(page: Page) -> None:
+    """Oracle: what `associations` gives for the planted decomposition, whose components each have a kind."""
+    page.show("#/")
+    found = planted().associations()
+    expected = sorted(range(R), key=lambda j: (found[j].associations[0].log_p if found[j].associations else 1, j))
+    page.choose("Sort by", "most certain association")
+    assert numbers(page) == expected
+    assert [text.startswith("auto: ") for text in page.texts(".automatic")] == [True] * len(page.texts(".automatic"))
+    page.choose("Sort by", "least often right")
+    scores = [found[j].accuracy for j in numbers(page)]
+    assert [s[0] for s in scores if s] == sorted(s[0] for s in scores if s)
+    page.choose("Show", "with an association")
+    assert sorted(numbers(page)) == [j for j in range(R) if found[j].associations]
+    page.choose("Show", "all")
+    page.choose("Sort by", "number")
+    page.show("#/component/4")
+    assert any("kind = river" in text for text in page.texts("section[aria-labelledby=s-in-common] .name"))
+
+
 def test_thousands_of_components_are_a_few_elements(browser: Browser, tmp_path: Path) -> None:
     """Oracle: the document: few cards at a time, the first and the last reachable, the scroll bar as long as all."""
     opened = browser.open(write(random_decomposition(40, 3000), tmp_path / "many.html", layout=None).as_uri())
@@ -388,12 +407,13 @@ def test_columns_modules_neighbours_and_perturbations_of_a_component(page: Page)
     page.choose("Column", "kind")
     active = (found.coefficients[:, 0] > 0.05 * found.coefficients.sum(1)).tolist()
     kinds = [kind for kind, on in zip(found.columns["kind"], active, strict=True) if on]
-    shown = dict(zip(page.texts(".bars .name"), page.texts(".bars .amount"), strict=True))
+    panel = "section[aria-labelledby=s-by-column]"
+    shown = dict(zip(page.texts(f"{panel} .bars .name"), page.texts(f"{panel} .bars .amount"), strict=True))
     assert {k: v.split("%")[0] for k, v in shown.items()} == {
         k: f"{100 * kinds.count(k) / len(kinds):.0f}" for k in set(kinds)
     }
     page.choose("Column", "prediction correct")
-    assert set(page.texts(".bars .name")) == {"right", "wrong"}
+    assert set(page.texts(f"{panel} .bars .name")) == {"right", "wrong"}
     page.choose("Column", "mixed")
     assert "no value" in page.texts(".bars .name")
     page.choose("Column", "length")

@@ -54,6 +54,8 @@ DOORWAYS: dict[tuple[str, str], str] = {
     ("decomposition.decomposition", "report"): "the folder of the next two",
     ("decomposition.decomposition", "report.page"): "Decomposition.to_html",
     ("decomposition.decomposition", "report.notebook"): "what Jupyter shows of a Decomposition",
+    ("decomposition.associations", "report"): "the folder of the next",
+    ("decomposition.associations", "report.notebook"): "what Jupyter shows of Associations",
     ("decomposition.component", "report"): "the folder of the next",
     ("decomposition.component", "report.notebook"): "what Jupyter shows of a Component",
     ("weights.measurement", "report"): "the folder of the next two",

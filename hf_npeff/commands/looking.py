@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +26,13 @@ from hf_npeff.commands.options import (
 from hf_npeff.config import BATCH_SIZE
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hf_npeff.decomposition.component import Component
     from hf_npeff.decomposition.decomposition import Decomposition
+
+_ASSOCIATIONS = 3
+"""Associations of a component in a list of all components. Chosen: as many lines as it has examples there."""
 
 
 @command
@@ -36,17 +42,26 @@ def components(
     top: Annotated[int | None, typer.Option(help="Examples to show: 3, or 20 of a single component.")] = None,
     rename: Annotated[str | None, typer.Option(help="Name the component, in its folder.")] = None,
     names: Annotated[Path | None, typer.Option(help="Take over the names.json that a page saved.")] = None,
+    sort: Annotated[
+        Literal["number", "active", "stability", "accuracy", "association"],
+        typer.Option(help="By number, most active, most stable, least accurate, or most certain association first."),
+    ] = "number",
+    associated: Annotated[
+        str | None, typer.Option(help="Only components with an association that has this text in it.")
+    ] = None,
 ) -> Result:
-    """Show components and the examples that they explain most of.
+    """Show components, the examples that they explain most of, and what these have in common.
+
+    Associations are words and columns that a component's examples have more often than the others, with a p-value that
+    is corrected for all that were tried, by shuffled examples.
 
     Examples:
     - `hf-npeff components runs/components`
     - `hf-npeff components runs/components --component 3 --top 50`
+    - `hf-npeff components runs/components --sort accuracy --associated not`
     - `hf-npeff components runs/components --component 3 --rename "past tense"`
     - `hf-npeff components runs/components --names names.json`
     """
-    from hf_npeff.sharing.markdown import plain
-
     decomposed = read_decomposition(decomposition)
     if rename is not None:
         if component is None:
@@ -57,27 +72,105 @@ def components(
     if rename is not None or names is not None:
         _save_again(decomposed, Path(decomposition))
     count = (3 if component is None else 20) if top is None else top
-    values, rows, lines = [], [], []
-    for each in decomposed if component is None else [decomposed[component]]:
-        best = each.top_examples(count)
+    associations = _associations(decomposed)
+    chosen = list(decomposed) if component is None else [decomposed[component]]
+    if associated is not None:
+        chosen = [each for each in chosen if _has(associations[each.index], associated)]
+    chosen.sort(key=lambda each: _place(each, associations[each.index], sort))
+    values = []
+    for each in chosen:
         summary = {
             "index": each.index,
             "name": each.name,
             "active_share": each.active_share,
             "stability": each.stability,
+            **{k: v for k, v in associations[each.index].items() if k != "component"},
         }
-        values.append({**summary, "evaluation": decomposed.evaluations.get(each.index), "top": list(best)})
-        texts = best.lines(plain)
-        rows.append((each.label, f"{each.active_share:.0%}", f"{each.stability:.2f}", "\n".join(texts)))
-        lines = [(f"{w:.3f}", i, text) for w, i, text in zip(best.coefficients, best.ids, texts, strict=True)]
+        evaluation = decomposed.evaluations.get(each.index)
+        values.append({**summary, "evaluation": evaluation, "top": list(each.top_examples(count))})
     if component is None:
         n = len(decomposed.example_ids)
         title = f"{decomposition}: {decomposed.explained:.1%} of {n:,} examples' PEFs explained"
-        shown = table(title, ("component", "active", "stable", "top examples"), rows)
+        rows = [_line(each, associations[each.index], count) for each in chosen]
+        headers = ("component", "active", "stable", "right", "associated with (automatic)", "top examples")
+        shown: Any = table(title, headers, rows)
     else:
-        title = "{}: active on {}, stability {}".format(*rows[0])
-        shown = table(title, ("weight", "id", "example"), lines)
+        shown = _single(decomposed[component], associations[decomposed.index_of(component)], count)
     return Result({"explained": decomposed.explained, "components": values}, shown)
+
+
+def _associations(decomposition: Decomposition) -> list[dict[str, Any]]:
+    """The associations of every component as JSON types; without any where neither texts nor columns were kept."""
+    from hf_npeff.encoding.columns import described_by
+
+    texts = decomposition.texts is not None
+    if not described_by(decomposition.columns):
+        return [{"associations": [], "accuracy": None, "error": None, "automatic_label": None} for _ in decomposition]
+    found: list[dict[str, Any]] = decomposition.associations(texts=texts).to_dict()["components"]
+    return found
+
+
+def _has(associations: dict[str, Any], text: str) -> bool:
+    features = [f for a in associations["associations"] for f in (a["feature"], *a["same"])]
+    return any(text.casefold() in feature.casefold() for feature in features)
+
+
+def _place(component: Component, associations: dict[str, Any], sort: str) -> tuple[float, int]:
+    """Where a component stands in a list."""
+    first = next(iter(associations["associations"]), None)
+    keys = {
+        "number": 0.0,
+        "active": -component.active_share,
+        "stability": -component.stability if component.stability == component.stability else 1.0,
+        "accuracy": associations["accuracy"][0] if associations["accuracy"] else 2.0,
+        "association": first["log_p"] if first else 1.0,
+    }
+    return keys[sort], component.index
+
+
+def _line(component: Component, associations: dict[str, Any], count: int) -> tuple[str, ...]:
+    """A component's row in the list of all."""
+    from hf_npeff.sharing.markdown import plain
+
+    measured = f"{component.active_share:.0%}", f"{component.stability:.2f}", _score(associations)
+    features = "\n".join(_said(a) for a in associations["associations"][:_ASSOCIATIONS]) or "–"
+    return component.label, *measured, features, "\n".join(component.top_examples(count).lines(plain))
+
+
+def _score(associations: dict[str, Any]) -> str:
+    """How often predictions are right on a component's examples, and on the others in brackets; of numbers, errors."""
+    if (accuracy := associations["accuracy"]) is not None:
+        return "{:.0%} ({:.0%})".format(*accuracy)
+    if (error := associations["error"]) is not None:
+        return "error {:.3g} ({:.3g})".format(*error)
+    return "–"
+
+
+def _said(association: dict[str, Any]) -> str:
+    return f"{association['feature']} ({association['share']:.0%}, others {association['rest']:.0%})"
+
+
+def _single(component: Component, associations: dict[str, Any], count: int) -> RenderableType:
+    """One component: all of its associations, and more of its examples."""
+    from rich.console import Group
+
+    from hf_npeff.sharing.markdown import plain
+
+    best = component.top_examples(count)
+    label, active, stability, right, _, _ = _line(component, associations, 1)
+    lines = zip(best.coefficients, best.ids, best.lines(plain), strict=True)
+    title = f"{label}: active on {active}, stability {stability}, right on {right}"
+    if (automatic := associations["automatic_label"]) is not None:
+        title += f"; automatic label: {automatic}"
+    shown = [table(title, ("weight", "id", "example"), [(f"{w:.3f}", i, text) for w, i, text in lines])]
+    if associations["associations"]:
+        rows = [
+            (a["feature"], f"{a['share']:.0%}", f"{a['rest']:.0%}", f"{a['corrected']:.2g}", ", ".join(a["same"]))
+            for a in associations["associations"]
+        ]
+        headers = ("associated with", "its examples", "others", "corrected p", "on the same examples")
+        shown.append(table("What its examples have in common", headers, rows))
+    return Group(*shown)
 
 
 def _save_again(decomposition: Decomposition, folder: Path) -> None:

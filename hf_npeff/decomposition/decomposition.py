@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import DecompositionConfig, FisherConfig
+from hf_npeff.decomposition.associations import AssociationRequest, Associations, associate
 from hf_npeff.decomposition.component import Component
 from hf_npeff.decomposition.folder import EXAMPLES, TENSORS, contents_of, read_folder, read_names
 from hf_npeff.decomposition.objective import alignments, energies, nonnegative_coefficients, overlaps
@@ -58,6 +59,8 @@ class Decomposition(Readable):
         >>> W, N = decomposition.explain(pefs)
         >>> torch.equal(decomposition.transform(pefs), W)
         True
+        >>> print(decomposition.associations()[0].label)
+        ...
         >>> path = decomposition.to_html("runs/page.html", layout="pca")
         >>> decomposition.save_pretrained("runs/decomposition", license="apache-2.0")
         >>> Decomposition.load("runs/decomposition").names
@@ -233,6 +236,42 @@ class Decomposition(Readable):
         from hf_npeff.report.notebook import of_decomposition
 
         return of_decomposition(self)
+
+    def associations(
+        self,
+        *,
+        columns: Sequence[str] | None = None,
+        texts: bool = True,
+        top: int = AssociationRequest.top,
+        level: float = AssociationRequest.level,
+        shuffles: int = AssociationRequest.shuffles,
+        max_examples: int = AssociationRequest.max_examples,
+        seed: int = AssociationRequest.seed,
+    ) -> Associations:
+        """What each component's examples have in common: words and columns that they have more often than the others.
+
+        Args:
+            columns: which of the kept columns to look at, texts among them; None: all.
+            texts: whether to look at the words of texts; False looks at the other columns alone.
+            top: associations of a component that are kept.
+            level: corrected p-value up to which an association counts.
+            shuffles: how often the examples are shuffled to correct p-values; each takes a few milliseconds.
+            max_examples: of more examples, so many are drawn at random.
+            seed: of the shuffles and the drawing.
+
+        Returns:
+            For every component its associations, the accuracy or error on its examples and on the others, and a short
+            automatic label; and groups of components that share an association.
+
+        Raises:
+            ValueError: if no texts were kept and `texts` is true, a column does not exist, nothing is left to look at,
+                or a setting is out of its range.
+        """
+        if missing := sorted(set(columns or ()) - set(self.columns)):
+            raise ValueError(f"the columns {missing} do not exist; there are {sorted(self.columns)}")
+        request = AssociationRequest(top, level, shuffles, max_examples, seed)
+        looked_at = {name: v for name, v in self.columns.items() if columns is None or name in columns}
+        return associate(self.coefficients, looked_at, self.info, request, texts=texts)
 
     def transform(self, pefs: PEFs, *, device: str | torch.device | None = None, check_weights: bool = True) -> Tensor:
         """W (n′, r) of PEFs, G fixed: what these components explain of other examples.

@@ -12,8 +12,8 @@ import numpy as np
 from hf_npeff import __version__
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.matching import matches, similarities
+from hf_npeff.encoding.columns import Column, columns_of, described_by
 from hf_npeff.encoding.record import shown_columns, shown_texts
-from hf_npeff.report.columns import Column, columns_of
 from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_components, place
 from hf_npeff.report.modules import ModuleEnergies, by_layer, estimated_energies
 from hf_npeff.report.pack import quantised
@@ -79,6 +79,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
     notes: list[str] = []
     _add_decomposition(page, decomposition)
     _add_examples(page, decomposition, texts, notes)
+    _add_associations(page, decomposition, texts)
     if layout is not None:
         n = len(decomposition.example_ids)
         page.arrays["xy"] = np.rint(place(decomposition.coefficients, layout) * 65535).astype(np.uint16)
@@ -164,6 +165,24 @@ def _add_examples(page: PageData, decomposition: Decomposition, texts: bool, not
     page.arrays["explained"] = explained.total.astype(np.float32)
     page.arrays["part_component"] = explained.components.astype(np.uint32)
     page.arrays["part"] = explained.parts.astype(np.float32)
+
+
+def _add_associations(page: PageData, decomposition: Decomposition, texts: bool) -> None:
+    """What each component's examples have in common, in what may be shown of them."""
+    private = [] if texts else text_columns(decomposition.columns, decomposition.info)
+    kept = [name for name in described_by(decomposition.columns) if name not in private]
+    if not kept:
+        return
+    read = shown_columns({name: decomposition.columns[name] for name in kept}, decomposition.info)
+    associations = decomposition.associations(columns=kept, texts=bool(read))
+    for facts, found in zip(page.facts["components"], associations, strict=True):
+        facts["automatic"] = found.label
+        facts["accuracy"], facts["error"] = found.accuracy, found.error
+        facts["associations"] = [
+            [a.feature, _short(a.share), _short(a.rest), _short(a.corrected), list(a.same), _short(a.log_p)]
+            for a in found.associations
+        ]
+    page.facts["groups"] = [[feature, numbers] for feature, numbers in associations.groups.items()]
 
 
 def _column_facts(page: PageData, at: int, column: Column) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_npeff.sharing.markdown import plain
 
 if TYPE_CHECKING:
+    from hf_npeff.decomposition.associations import Associations
     from hf_npeff.decomposition.component import Component
     from hf_npeff.decomposition.decomposition import Decomposition
     from hf_npeff.weights.measurement import Measurement
@@ -67,6 +68,17 @@ def of_component(component: Component) -> str:
     lines = top.lines(_last_part)
     rows = [(i, f"{w:.3f}", line) for i, w, line in zip(top.ids, top.coefficients, lines, strict=True)]
     return table(repr(component), ("id", "coefficient", "example"), rows)
+
+
+def of_associations(associations: Associations) -> str:
+    """What the first components' examples have in common."""
+    rows = []
+    for one in list(associations)[:_ROWS]:
+        said = ", ".join(f"{a.feature} ({a.share:.0%}, others {a.rest:.0%})" for a in one.associations[:3])
+        right = "–" if one.accuracy is None else f"{one.accuracy[0]:.0%}"
+        rows.append((one.component, one.label or "–", right, said or "–"))
+    header = ("", "automatic label", "right", "its examples have more often")
+    return table(repr(associations), header, rows)
 
 
 def effect_rows(report: PerturbationReport) -> list[tuple[str, ...]]:

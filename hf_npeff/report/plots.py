@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_npeff.decomposition.matching import matches, similarities
+from hf_npeff.encoding.columns import CORRECT, Column, columns_of
 from hf_npeff.extras import load
-from hf_npeff.report.columns import CORRECT, Column, columns_of
 from hf_npeff.report.examples import Layout, explained_by, place
 from hf_npeff.report.modules import by_layer, estimated_energies
 from hf_npeff.report.training import read_run

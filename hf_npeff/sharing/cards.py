@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from hf_npeff.encoding.record import Encoded, shown_texts
+from hf_npeff.encoding.columns import described_by
+from hf_npeff.encoding.record import Encoded, shown_columns, shown_texts
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.sharing.files import write_atomically
 from hf_npeff.sharing.hub import DECOMPOSITION_TAG, LIBRARY, is_hub_id, shown_model
@@ -39,6 +40,9 @@ _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _RATIO_NOTE = """
 *KL ratio*: how much more the predictions of its own top examples change than those of others when the weights move
 along it."""
+_LABEL_NOTE = """
+*In common*: automatic; words and columns that its examples have more often than the others, corrected for all that
+were tried."""
 CITATION = """\
 ```bibtex
 @article{matena2023npeff,
@@ -227,7 +231,7 @@ def decomposition_card(
     ]
     configs = {"fisher": info.get("fisher"), "decomposition": decomposition.config.to_dict()}
     name = plain(shown_model(model), TITLE) if model else "rows made elsewhere"
-    lines, ratios = _component_lines(decomposition, shown or ())
+    lines, notes = _component_lines(decomposition, shown or (), kept)
     return fill(
         "decomposition",
         front_matter=metadata(DECOMPOSITION_TAG, model, _datasets(info, datasets), license),
@@ -237,7 +241,7 @@ def decomposition_card(
         explained=percent(decomposition.explained),
         source="from rows made elsewhere" if model is None else f"under {model_link(model, info.get('revision'))}",
         components=lines,
-        ratio_note=_RATIO_NOTE if ratios else "",
+        notes="".join(notes),
         top_kind=kind,
         load_code="\n".join(load),
         explain=_explain(model, info),
@@ -248,11 +252,24 @@ def decomposition_card(
     )
 
 
-def _component_lines(decomposition: DecompositionLike, lines: Sequence[Any]) -> tuple[str, bool]:
-    """The table of components, each example by its line, and whether any KL ratio was measured."""
+def _component_lines(
+    decomposition: DecompositionLike, lines: Sequence[Any], kept: Sequence[str]
+) -> tuple[str, list[str]]:
+    """The table of components, each example by its line, and what has to be said of its columns.
+
+    Args:
+        decomposition: whose components.
+        lines: what shows each example.
+        kept: names of the columns that may be looked at.
+    """
     ratios = {j: measured.get("ratio") for j, measured in decomposition.evaluations.items()}
     measured = any(number(ratio) != "–" for ratio in ratios.values())
-    head = ["component", "active on", "stability", *(["KL ratio"] if measured else []), "top examples"]
+    associations = _associations(decomposition, kept)
+    scored = any(each["accuracy"] is not None for each in associations)
+    labelled = any(each["automatic_label"] is not None for each in associations)
+    head = ["component", "active on", "stability"]
+    head += [name for name, wanted in (("right", scored), ("KL ratio", measured), ("in common", labelled)) if wanted]
+    head += ["top examples"]
     rows: list[list[str]] = [head, ["---"] * len(head)]
     for component in list(decomposition)[:_LINES]:
         top = component.top_examples(TOP_EXAMPLES)
@@ -260,12 +277,28 @@ def _component_lines(decomposition: DecompositionLike, lines: Sequence[Any]) -> 
         title = (
             str(component.index) if component.name is None else f"{component.index}: {escaped(component.name, TITLE)}"
         )
-        ratio = [number(ratios.get(component.index))] if measured else []
-        rows.append(
-            [title, percent(component.active_share), number(component.stability), *ratio, " · ".join(shown) or "–"]
-        )
+        row = [title, percent(component.active_share), number(component.stability)]
+        if scored:
+            accuracy = associations[component.index]["accuracy"]
+            row.append("–" if accuracy is None else percent(accuracy[0]))
+        if measured:
+            row.append(number(ratios.get(component.index)))
+        if labelled:
+            row.append(escaped(associations[component.index]["automatic_label"] or "–", TITLE))
+        rows.append([*row, " · ".join(shown) or "–"])
     more = len(decomposition) - _LINES
-    return table(rows) + (f"\n\n{more:,} more are in the files." if more > 0 else ""), measured
+    notes = [note for note, wanted in ((_RATIO_NOTE, measured), (_LABEL_NOTE, labelled)) if wanted]
+    return table(rows) + (f"\n\n{more:,} more are in the files." if more > 0 else ""), notes
+
+
+def _associations(decomposition: DecompositionLike, kept: Sequence[str]) -> list[Mapping[str, Any]]:
+    """What each component's examples have in common, in the columns that may be looked at; nothing where none may."""
+    names = described_by(kept)
+    if not names:
+        return []
+    texts = bool(shown_columns({name: decomposition.columns[name] for name in names}, decomposition.info))
+    found: list[Mapping[str, Any]] = decomposition.associations(columns=names, texts=texts).to_dict()["components"]
+    return found
 
 
 def _explain(model: object, info: Mapping[str, Any]) -> str:

@@ -23,6 +23,13 @@ class HasFingerprint(Protocol):
         """Of the sketch."""
 
 
+class HasDict(Protocol):
+    """A result that can be written as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+
+
 class TopExamplesLike(Protocol):
     """`hf_npeff.decomposition.component.TopExamples`."""
 
@@ -128,6 +135,9 @@ class DecompositionLike(Protocol):
     @property
     def evaluations(self) -> Mapping[int, Mapping[str, Any]]:
         """{component: measured perturbation}."""
+
+    def associations(self, *, columns: Sequence[str] | None, texts: bool) -> HasDict:
+        """What each component's examples have in common, in some of the columns."""
 
     def __len__(self) -> int:
         """The number of components."""

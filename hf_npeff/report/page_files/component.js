@@ -142,6 +142,20 @@ function componentView(j) {
         component.stability === null
           ? null
           : pill("stable", number(component.stability, 2), "Mean best |cosine| with the components of other restarts"),
+        component.accuracy
+          ? pill(
+              "right",
+              percent(component.accuracy[0]),
+              `Of its examples; of the others ${percent(component.accuracy[1])}`,
+            )
+          : null,
+        component.error
+          ? pill(
+              "mean error",
+              number(component.error[0]),
+              `On its examples; on the others ${number(component.error[1])}`,
+            )
+          : null,
         ratio === null ? null : pill("KL ratio", number(ratio), "KL on its top examples over KL on others"),
         categories()
           .slice(0, 3)
@@ -173,6 +187,7 @@ function componentView(j) {
             `${plural(nonzero.length, "example")} above zero, ${count(n - nonzero.length)} at zero`,
           ),
         ),
+        associationsPanel(j),
         columnPanel(j),
         modulesPanel(j),
         neighboursPanel(j),

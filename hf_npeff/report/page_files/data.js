@@ -121,6 +121,17 @@ function purity(j, at) {
     : { code: best, value: facts.columns[at].values[best], share: counts.get(best) / top.length };
 }
 
+/** What a component's examples have in common, the most certain first. */
+const associationsOf = (j) =>
+  (facts.components[j].associations ?? []).map(([feature, share, rest, corrected, same, logP]) => ({
+    feature,
+    share,
+    rest,
+    corrected,
+    same,
+    logP,
+  }));
+
 // Examples
 
 const textOf = (i) => facts.text?.[i] ?? null;

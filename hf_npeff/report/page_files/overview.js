@@ -1,6 +1,6 @@
 // All components, a card each.
 
-const overviewState = { sort: "number", column: null, value: "", search: "", only: "" };
+const overviewState = { sort: "number", column: null, value: "", search: "", only: "", group: "" };
 
 const SORTS = {
   number: ["number", (j) => j],
@@ -9,25 +9,32 @@ const SORTS = {
   purity: ["purest", (j) => -purity(j, overviewState.column).share],
   ratio: ["KL ratio", (j) => -(ratioOf(j) ?? -1)],
   stability: ["most stable", (j) => -(facts.components[j].stability ?? -1)],
+  accuracy: ["least often right", (j) => facts.components[j].accuracy?.[0] ?? 2],
+  error: ["largest error", (j) => -(facts.components[j].error?.[0] ?? -1)],
+  association: ["most certain association", (j) => associationsOf(j)[0]?.logP ?? 1],
   name: ["name", (j) => labelOf(j).toLowerCase()],
 };
 
 function matchesSearch(j, words) {
   if (!words) return true;
   if (`${labelOf(j)} #${j}`.toLowerCase().includes(words)) return true;
+  if (associationsOf(j).some((a) => [a.feature, ...a.same].some((f) => f.toLowerCase().includes(words)))) return true;
   return topFew(j).some((i) => lowered(0)[i].includes(words));
 }
 
 function chosenComponents() {
-  const { sort, column, value, search, only } = overviewState;
+  const { sort, column, value, search, only, group } = overviewState;
+  const inGroup = group === "" ? null : new Set(facts.groups[Number(group)][1]);
   const wanted = facts.components
     .map((c) => c.index)
     .filter(
       (j) =>
         matchesSearch(j, search) &&
+        (inGroup === null || inGroup.has(j)) &&
         (value === "" || column === null || purity(j, column).code === Number(value)) &&
         (only !== "named" || nameOf(j) !== null) &&
         (only !== "evaluated" || ratioOf(j) !== null) &&
+        (only !== "associated" || associationsOf(j).length > 0) &&
         (only !== "shaded" || facts.shading[j] !== undefined) &&
         (only !== "stable" || (facts.components[j].stability ?? 0) >= 0.9),
     );
@@ -73,12 +80,21 @@ function card(j) {
           " ",
           isolated(pure.value === null ? "no value" : line(pure.value, 40)),
         ),
+    component.automatic
+      ? h(
+          "div",
+          { class: "automatic", title: "Automatic: what its examples have more often than the others" },
+          h("span", { class: "muted" }, "auto: "),
+          isolated(line(component.automatic, 60)),
+        )
+      : null,
     h("div", { class: "snippets" }, top.length ? top.slice(0, 3).map((i) => snippet(i, 90)) : "Active on no example."),
     h(
       "div",
       { class: "card-foot" },
       h("span", {}, h("b", {}, percent(component.active)), " active"),
       component.stability === null ? null : h("span", {}, h("b", {}, number(component.stability, 2)), " stable"),
+      component.accuracy ? h("span", {}, h("b", {}, percent(component.accuracy[0])), " right") : null,
     ),
   );
 }
@@ -110,7 +126,7 @@ function overview() {
     valueBox = h("span");
   let chosen = chosenComponents();
   const list = virtualList(chosen.length, {
-    height: 212,
+    height: 232,
     minWidth: 250,
     label: "Components",
     render: (at) => card(chosen[at]),
@@ -139,14 +155,21 @@ function overview() {
   }
   const evaluated = facts.components.some((c) => ratioOf(c.index) !== null);
   const stable = facts.components.some((c) => c.stability !== null);
+  const associated = facts.components.some((c) => associationsOf(c.index).length);
   const sorts = Object.entries(SORTS).filter(
     ([key]) =>
-      (key !== "purity" || columns.length) && (key !== "ratio" || evaluated) && (key !== "stability" || stable),
+      (key !== "purity" || columns.length) &&
+      (key !== "ratio" || evaluated) &&
+      (key !== "stability" || stable) &&
+      (key !== "accuracy" || facts.components.some((c) => c.accuracy)) &&
+      (key !== "error" || facts.components.some((c) => c.error)) &&
+      (key !== "association" || associated),
   );
   const filters = [
     ["", "all"],
     ["named", "named"],
     evaluated && ["evaluated", "evaluated"],
+    associated && ["associated", "with an association"],
     Object.keys(facts.shading).length && ["shaded", "with shaded tokens"],
     stable && ["stable", "stability ≥ 0.9"],
   ].filter(Boolean);
@@ -183,6 +206,20 @@ function overview() {
         overviewState.only = v;
         refresh();
       }),
+      facts.groups?.length
+        ? select(
+            "Sharing",
+            [
+              ["", "any association"],
+              ...facts.groups.map(([feature, numbers], at) => [at, `${line(feature, 40)} (${numbers.length})`]),
+            ],
+            overviewState.group,
+            (v) => {
+              overviewState.group = v;
+              refresh();
+            },
+          )
+        : null,
       columns.length
         ? select(
             "Purity by",

@@ -1,5 +1,34 @@
 // Where a component is active, in which modules it lives, and what is near to it.
 
+function associationsPanel(j) {
+  const found = associationsOf(j);
+  if (facts.components[j].associations === undefined) return null;
+  if (!found.length)
+    return section(
+      "In common",
+      h("p", { class: "muted" }, "Nothing that its examples have surely more often than the others."),
+    );
+  return section(
+    "In common",
+    bars(
+      found.map((a) => ({
+        label: line(a.feature, 60),
+        share: a.share,
+        base: a.rest,
+        note:
+          `${percent(a.share)} of its examples, ${percent(a.rest)} of the others; corrected p ${number(a.corrected, 2)}` +
+          (a.same.length ? `; on the same examples: ${a.same.map((s) => line(s, 40)).join(", ")}` : ""),
+      })),
+      "What its examples have in common",
+    ),
+    h(
+      "p",
+      { class: "small muted" },
+      "Automatic: words and columns that its examples have more often than the others (tick), corrected for all that were tried.",
+    ),
+  );
+}
+
 function columnPanel(j) {
   const usable = colourable();
   if (!usable.length) return null;

@@ -1,4 +1,4 @@
-"""Columns kept beside the examples, as a page can use them: categories to colour by, numbers, or texts to read."""
+"""Columns kept beside the examples, by what they hold: categories, numbers, or texts to read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ _FEW_NUMBERS = 12
 """Whole numbers of at most so many values are categories, as classes are. Chosen: so many colours can be told apart."""
 _LONGEST_CATEGORY = 80
 """Characters of a category; longer strings are texts. Chosen: what a legend has room for."""
-_INTERNAL = ("content_hash", "example_id")
+INTERNAL = ("content_hash", "example_id")
+"""Columns that are ours, not the data set's."""
 _TRUTH = ("label", "labels", "answer", "target")
 _CLASSES = ("sequence-classification", "image-classification")
 _LANGUAGE = ("causal-lm", "seq2seq-lm", "masked-lm")
@@ -44,6 +45,11 @@ class Column:
     kind: Literal["category", "number", "text"]
     values: list[str | None]
     data: np.ndarray | None = None
+
+
+def described_by(columns: Iterable[str]) -> list[str]:
+    """The names of those columns that tell something of the examples: all but ours."""
+    return [name for name in columns if name not in INTERNAL]
 
 
 def shown(value: Any) -> str | None:
@@ -174,7 +180,7 @@ def columns_of(
     info: Mapping[str, Any] | None = None,
 ) -> list[Column]:
     """Every column that is worth a look, with the derived `prediction correct`; those that can colour come first."""
-    kept = [as_column(name, values) for name, values in columns.items() if name not in _INTERNAL]
+    kept = [as_column(name, values) for name, values in columns.items() if name not in INTERNAL]
     correct = None if CORRECT in columns else correctness(columns, label_names, info)
     if correct is not None:
         kept.append(correct)
