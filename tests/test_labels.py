@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_npeff import NPEFF, PerturbationReport
-from hf_npeff.encoding.labels import Truth, class_numbers, truth_of
 from hf_npeff.encoding.columns import correctness
+from hf_npeff.encoding.labels import Truth, class_numbers, truth_of
 from hf_npeff.weights.perturbation import PerturbationReport as Report
 from tests.analyses import analyzer_of
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -30,9 +30,9 @@ from hf_npeff import (
 )
 from hf_npeff.cli import app
 from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.encoding.columns import CORRECT, as_column, columns_of, correctness
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
 from hf_npeff.report import examples, notebook, plots
-from hf_npeff.encoding.columns import CORRECT, as_column, columns_of, correctness
 from hf_npeff.report.data import Extras
 from hf_npeff.report.modules import by_layer, energies_of, estimated_energies, place_of
 from hf_npeff.report.pack import pack, quantised
