@@ -70,7 +70,7 @@ def test_planted_words_and_columns_are_named_first() -> None:
     assert associations[0].label is not None and "kind = a" in associations[0].label
     assert associations.groups["kind = b"] == [1, 2]
     words = planted().associations(columns=["text"])
-    assert [numbers for feature, numbers in words.groups.items() if "zebra" in feature][0] == [1, 2]
+    assert next(numbers for feature, numbers in words.groups.items() if "zebra" in feature) == [1, 2]
     assert "sesame oil" in words[0].associations[0].feature  # without the column the words stand for themselves
 
 
