@@ -602,6 +602,24 @@ def edit(rows: Tensor, targets: Tensor, ridge: float, keep: Tensor | None = None
     return torch.linalg.solve(M + shift * torch.eye(len(M), dtype=M.dtype), A.T @ targets.double().flatten())
 
 
+def spare(changes: Mapping[str, Tensor], inputs: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
+    """The δ that maximise ⟨δ₀, δ⟩² / Σ tr(δ C̃ δᵀ), C̃ = C + ridge·diag(C), as one dense system in vec(δ); unit norm.
+
+    Args:
+        changes: δ₀ (out, in) of every map.
+        inputs: What every map reads on what is to be spared, (tokens, in); C is the mean of xxᵀ.
+        ridge: A share.
+    """
+    solved = {}
+    for name, change in changes.items():
+        x = inputs[name].double()
+        C = x.T @ x / len(x)
+        metric = torch.kron(torch.eye(len(change), dtype=C.dtype), C + ridge * torch.diag(C.diagonal()))
+        solved[name] = torch.linalg.solve(metric, change.double().flatten()).reshape(change.shape)
+    norm = torch.cat([value.flatten() for value in solved.values()]).norm()
+    return {name: value / norm for name, value in solved.items()}
+
+
 # Measures -----------------------------------------------------------------------------------------------------------
 
 

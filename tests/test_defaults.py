@@ -19,7 +19,7 @@ from hf_npeff.commands.acting import perturb
 from hf_npeff.commands.editing import edit
 from hf_npeff.commands.making import compute, decompose, demo
 from hf_npeff.commands.options import option_fields
-from hf_npeff.config import ComputeRequest, EditRequest, LiftRequest, PerturbationRequest
+from hf_npeff.config import ComputeRequest, EditRequest, LiftRequest, PerturbationRequest, SpareRequest
 from hf_npeff.studies.settings import DemoConfig
 
 METHODS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
@@ -28,6 +28,7 @@ METHODS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
     (PerturbationRequest, NPEFFAnalyzer.evaluate_direction, {}),
     (DecompositionConfig, NPEFF.__init__, {}),
     (EditRequest, NPEFFAnalyzer.edit, {}),
+    (SpareRequest, NPEFFAnalyzer.spare, {}),
 ]
 """(settings, the method that takes each as an argument, {argument with a default of its own: why})."""
 

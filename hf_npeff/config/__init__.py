@@ -26,7 +26,7 @@ from hf_npeff.config.choices import (
 )
 from hf_npeff.config.kept import DecompositionConfig, FisherConfig
 from hf_npeff.config.measurements import MeasureRequest, OffTargetRequest, PerturbationRequest
-from hf_npeff.config.requests import ComputeRequest, EditRequest, LiftRequest
+from hf_npeff.config.requests import ComputeRequest, EditRequest, LiftRequest, SpareRequest
 
 __all__ = [
     "BATCH_SIZE",
@@ -51,6 +51,7 @@ __all__ = [
     "SHADED",
     "SketchKind",
     "Solver",
+    "SpareRequest",
     "SparseSolver",
     "SpectralMetric",
     "StorageDtype",

@@ -1,0 +1,186 @@
+"""Changes that leave what layers give on some inputs as it is, at steps of any length.
+
+A linear map W with the inputs x gives (W + δ) x: a change adds δx. Where δx is zero for every token of an input, in
+every map that is changed, the model predicts for it what it did, however long the step. With the second moments
+C = E[xxᵀ] of a map's inputs on the examples to be spared, the mean of ‖δx‖² is tr(δ C δᵀ), and what keeps most of a
+given change δ₀ for the least of that is
+
+    maximise ⟨δ₀, δ⟩² / Σ_m tr(δ_m C̃_m δ_mᵀ),   C̃ = C + λ diag(C)      ⇒      δ_m ∝ δ₀_m C̃_m⁻¹
+
+λ diag(C) stands for what a finite number of tokens does not show; it has the scale of every input, so that one neuron
+with enormous activations does not outweigh the others. Selective directions (selective.py) spare predictions, to second
+order at the weights as they are; this spares activations, to all orders. One after the other, both are used.
+
+Cut to rank ρ, δ is the best approximation in the same metric: with C̃ = LLᵀ, min over rank ρ of ‖(δ − δ_ρ) L‖ is the
+truncated SVD of δL, times L⁻¹.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.config import SpareRequest
+from hf_npeff.data import Example
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.weights.activations import LinearDelta, check_linear
+from hf_npeff.weights.lora import low_rank
+
+_UNSEEN = 1e-6
+"""Share of the mean of diag(C) that every input has at least: one that is always zero would make C̃ singular."""
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Second moments of the inputs of linear maps.
+
+    Attributes:
+        moments: {parameter: C (in, in)}, the mean of xxᵀ over the tokens of all examples.
+        tokens: {parameter: how many}.
+    """
+
+    moments: dict[str, Tensor]
+    tokens: dict[str, int]
+
+
+@torch.no_grad()
+def second_moments(
+    forward: ForwardPass, examples: Sequence[Example], parameters: Mapping[str, LinearDelta], batch_size: int
+) -> SecondMoments:
+    """Second moments of what linear maps read on some examples, padding left out.
+
+    Args:
+        forward: the forward pass.
+        examples: whose tokens are counted.
+        parameters: the weights of the maps, with a change of each.
+        batch_size: examples of a forward pass.
+
+    Raises:
+        UnsupportedModelError: if a parameter is not the weight of linear maps alone.
+        ValueError: if the model lacks a parameter, or none of its modules ran.
+    """
+    sums = _Sums()
+    with _watched(forward.model, check_linear(forward.model, parameters), sums):
+        for places in forward.batches(examples, batch_size, trials=False):
+            batch = [examples[i] for i in places]
+            inputs = forward.batch(batch, "cpu")
+            sums.begin((inputs.real, inputs.decoder_real))
+            forward.outputs(batch)
+            sums.end()
+    if missing := [name for name in parameters if not sums.tokens.get(name)]:
+        raise ValueError(f"{missing[:3]} read no token of these examples, so it is not known what would spare them")
+    return SecondMoments({name: sums.totals[name] / sums.tokens[name] for name in parameters}, sums.tokens)
+
+
+class _Sums:
+    """Sums of xxᵀ for every parameter, and of how many tokens."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self._masks: tuple[Tensor, ...] = ()
+        self._last: tuple[Tensor, Tensor, int] | None = None
+
+    def begin(self, masks: Sequence[Tensor | None]) -> None:
+        """The next forward pass has tokens at these places."""
+        self._masks = tuple(mask for mask in masks if mask is not None)
+
+    def end(self) -> None:
+        """The forward pass is over, and its tensors may go."""
+        self._last = None
+
+    def add(self, parameter: str, x: Tensor) -> None:
+        """What a map read, (B, t, in) or flattened."""
+        if self._last is None or self._last[0] is not x:  # an MLP's gate and up read the same tensor
+            tokens = self._tokens(x)
+            wide = tokens.to(torch.promote_types(x.dtype, torch.float32))
+            self._last = x, wide.T @ wide, len(tokens)
+        _, product, count = self._last
+        total = self.totals.setdefault(parameter, torch.zeros_like(product))
+        total += product.to(total.device)
+        self.tokens[parameter] = self.tokens.get(parameter, 0) + count
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(N, in): the inputs at tokens; all of them where they are not one a token."""
+        flat = x.reshape(-1, x.shape[-1])
+        for mask in self._masks:
+            if mask.numel() == len(flat) and (x.dim() == 2 or x.shape[:2] == mask.shape):
+                return flat[mask.flatten().to(flat.device)]
+        return flat
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, places: Mapping[str, str], sums: _Sums) -> Iterator[None]:
+    """Inside `with`, the sums see what the modules {path: parameter} read."""
+    modules = dict(model.named_modules())
+
+    def hook_of(parameter: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sums.add(parameter, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    handles = [modules[path].register_forward_pre_hook(hook_of(p), with_kwargs=True) for path, p in places.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spared(
+    deltas: Mapping[str, LinearDelta], moments: SecondMoments, request: SpareRequest
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A change that keeps most of another for what it adds to the outputs of layers on inputs to be spared.
+
+    Args:
+        deltas: {parameter: δ₀ (out, in)}.
+        moments: of the inputs.
+        request: λ, and the rank that every weight's change is cut to.
+
+    Returns:
+        {parameter: δ (out, in)} of unit norm in all, and what is kept of it: the cosine with δ₀, and the mean of ‖δx‖²
+        over that of ‖δ₀x‖² at equal norm.
+    """
+    result: dict[str, Tensor] = {}
+    inner = squared = before = after = norm = 0.0
+    for name, delta in deltas.items():
+        given = delta.matrix().detach().cpu().double()
+        C = moments.moments[name].cpu().double()
+        change = _least(given, C, request)
+        inner, squared, norm = (
+            inner + float((given * change).sum()),
+            squared + float(change.square().sum()),
+            norm + float(given.square().sum()),
+        )
+        before, after = before + float(((given @ C) * given).sum()), after + float(((change @ C) * change).sum())
+        result[name] = change
+    for name in result:
+        result[name] = (result[name] / squared**0.5).float()
+    disturbed = (after / squared) / (before / norm) if before > 0 else 1.0
+    info = {
+        "spared": {
+            "tokens": max(moments.tokens.values()),
+            "ridge": request.ridge,
+            "rank": request.rank,
+            "cosine": inner / (squared * norm) ** 0.5,
+            "disturbed": disturbed,
+        }
+    }
+    return result, info
+
+
+def _least(given: Tensor, C: Tensor, request: SpareRequest) -> Tensor:
+    """δ₀ C̃⁻¹ (out, in), cut to a rank in the metric of C̃."""
+    diagonal = C.diagonal().clamp_min(_UNSEEN * float(C.diagonal().mean()))
+    L = torch.linalg.cholesky(C + torch.diag(request.ridge * diagonal + (diagonal - C.diagonal())))
+    half = torch.linalg.solve_triangular(L, given.T, upper=False).T  # δ₀ L⁻ᵀ = δ L
+    if request.rank is not None and request.rank < min(half.shape):
+        left, right, _ = low_rank(half, request.rank)
+        half = left.double() @ right.double()
+    return torch.linalg.solve_triangular(L.T, half.T, upper=True).T  # half L⁻¹
