@@ -46,6 +46,9 @@ class NPEFFAnalyzer(MeasuredModel, EditedModel):
         >>> reports = analyzer.evaluate_components(decomposition, pefs, dataset, n_top=4)
         >>> sorted(decomposition.evaluations)
         [0, 1, 2]
+        >>> sparing = analyzer.spare(direction, ["the cat saw the king", "rome is old"])  # what these pass on, stays
+        >>> sparing.info["spared"]["disturbed"] < 1
+        True
         >>> measured = analyzer.measure(direction, ["the cat saw the king", "rome is old"], scales=(report.scale,))
         >>> measured.n, len(measured.steps)  # the change, and a random one
         (2, 2)
