@@ -15,6 +15,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.gradients import LinearHooks, RowCollector, find_linear_maps, frozen, without_parameters
 from hf_npeff.fisher.parameters import find_parameters
 from hf_npeff.pefs.sketches import Sketch
+from tests.sweep.tiny_models import build
 from tests.tiny import tiny_batch, tiny_model
 
 B = 3
@@ -351,6 +352,15 @@ def test_target_modules_have_pefts_meaning() -> None:
     assert {m.parameter for m in kept} == {
         "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.v_proj.weight"
     }  # fmt: skip
+
+
+def test_all_linear_leaves_out_what_shares_an_input_embeddings_weight() -> None:
+    """Oracle: the model's own sharing; LUKE's entities have an embedding and a decoder, of which no method tells."""
+    model: Any = build("luke", "masked-lm").model
+    assert model.entity_predictions.decoder.weight is model.luke.entity_embeddings.entity_embeddings.weight
+    names = {module for m in find_linear_maps(model) for module in m.modules}
+    assert "entity_predictions.transform.dense" in names
+    assert "entity_predictions.decoder" not in names
 
 
 def test_a_weight_that_is_also_the_input_embedding_is_refused_with_what_to_do() -> None:

@@ -212,11 +212,27 @@ class ForwardPass:
         if change is None:
             return True  # of NaN whoever runs the batch says which example it is
         if change > logit_tolerance(self.model):
+            self.check_repeatable(max(examples, key=lambda example: example.length))
             how = "altogether" if change == float("inf") else f"by {percent(change)}"
             self.refuse_batches(f"padding changes the model's logits {how}")
             return False
         self.trials.agreeing.append(span_of(examples))
         return True
+
+    @torch.no_grad()
+    def check_repeatable(self, example: Example) -> None:
+        """Refuse a model that draws random numbers where it predicts.
+
+        Raises:
+            UnsupportedModelError: if two passes over the same example give different logits.
+        """
+        first, second = self.outputs([example]), self.outputs([example])
+        change = relative_change(second.logits[0][second.valid[0]], first.logits[0][first.valid[0]])
+        if change > logit_tolerance(self.model):
+            raise UnsupportedModelError(
+                f"the model gives other logits in every pass over the same example (by {percent(change)}): it draws "
+                "random numbers where it predicts. Load it with a setting that fixes them, such as Reformer's hash_seed"
+            )
 
     def refuse_batches(self, reason: str) -> None:
         """From now on one example at a time, for a reason that people are told."""

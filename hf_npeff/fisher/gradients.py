@@ -96,8 +96,9 @@ def find_linear_maps(
     """The linear maps (nn.Linear, Conv1D) under analysis, in the model's order; PEFT's meaning of `target_modules`.
 
     Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
-    model's output embedding, the vision tower of one that takes images, and the parts of a loaded PEFT adapter. Inside
-    PEFT's wrappers modules and weights go by the names of the bare model. An empty list chooses none.
+    model's output embedding, maps that share an input embedding's weight, the vision tower of a model that takes
+    images, and the parts of a loaded PEFT adapter. Inside PEFT's wrappers modules and weights go by the names of the
+    bare model. An empty list chooses none.
     Modules whose forward pass is not x Wᵀ + b are left out (`linear_layers.behaviour`).
 
     Raises:
@@ -157,6 +158,9 @@ def _beside_the_language_model(model: nn.Module) -> set[int]:
     base: Any = base_of(model)
     embedding = getattr(base, "get_output_embeddings", lambda: None)()
     skip = set() if embedding is None else {id(part) for part in embedding.modules()}
+    # What shares an input embedding's weight writes tokens too, whether the model names it or not (BLIP's decoder).
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    skip |= {id(m) for m in model.modules() if is_linear(m) and _identity(m) in embedded}
     config: Any = getattr(base, "config", None)
     if hasattr(config, "get_text_config") and not getattr(config, "is_encoder_decoder", False):
         decoder = base.get_decoder() if config.get_text_config() is not config else None
@@ -318,7 +322,7 @@ def _check_that_autograd_sees(name: str) -> None:
             raise UnsupportedModelError(
                 f"{name} is called inside {type(first).__name__.removesuffix('Backward')}, an autograd function of the "
                 "model's own that hides its gradients (reversible layers do this). Leave all modules inside it out, "
-                f"for instance with exclude_modules={re.escape(name.split('.')[0]) + '.*'!r}"
+                f"for instance with exclude_modules={name.split('.')[0] + '.*'!r}"
             )
         frame = frame.f_back  # type: ignore[assignment]
 

@@ -13,7 +13,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
-from hf_npeff.fisher.batching import percent, precision_of, row_tolerance
+from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
 from hf_npeff.fisher.factors import HiddenMetric, resolve
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import (
@@ -93,15 +93,21 @@ def prepare(
     few = _first(forward, config, metric, examples, skip)
     pair = pair_of(few, forward.limits)
     rows = _check_batch(forward, config, metric, pair)
+    rows.refuse_wrong(forward, pair[0])
     total = _size(forward.model, forward.maps)
     forward = forward.with_maps([m for m in forward.maps if m not in rows.unseen])
+    if not forward.shapes:
+        raise UnsupportedModelError(
+            f"the model reads the weights of all {len(rows.unseen)} linear maps under analysis without calling their "
+            f"modules ({', '.join(m.parameter for m in rows.unseen[:_NAMED])}), so hooks see none of them; name them "
+            "in FisherConfig(parameters=...)"
+        )
     _warn_of_what_is_left_out(forward, config, rows.unseen, total)
     if sketch is not None and sketch.shapes != forward.shapes:
         sketch = None
     sketch, measured, tried = _measured_sketch(forward, config, metric, few, sketch)
     covered = sum(a * b for a, b in forward.shapes.values()) / max(total, 1)
     left_out = tuple(m.parameter for m in rows.unseen)
-    rows.refuse_wrong(forward.model)
     selftest = SelfTest(len(few), measured, rows.error, min(covered, 1.0), tried, left_out)
     tested = tuple(pair[:1] if forward.one_at_a_time else pair)
     return RowMaker(forward, config, sketch.to(forward.device), metric, selftest, tested)
@@ -196,19 +202,49 @@ class RowCheck:
         much = "altogether" if self.error == float("inf") else f"by {percent(self.error or 0.0)}"
         return f"the rows from hooks differ {much} from autograd's gradients, at {self.worst} the most"
 
-    def refuse_wrong(self, model: nn.Module) -> None:
+    def refuse_wrong(self, forward: ForwardPass, example: Example) -> None:
         """Refuse rows that are not the model's gradients.
 
+        Args:
+            forward: that made them.
+            example: whose row was compared.
+
         Raises:
-            UnsupportedModelError: if the error is more than rounding; it names the worst weight.
+            UnsupportedModelError: if the error is more than rounding; it names the worst weight, and says whether the
+                model is random or autograd contradicts itself.
         """
-        narrow = precision_of(model) in (torch.float16, torch.bfloat16)
-        if self.error is None or self.error <= (_WRONG_IN_16_BITS if narrow else _WRONG):
+        narrow = precision_of(forward.model) in (torch.float16, torch.bfloat16)
+        tolerance = _WRONG_IN_16_BITS if narrow else _WRONG
+        if self.error is None or self.error <= tolerance:
             return
+        forward.check_repeatable(example)
+        modules: list[str] = []
+        for m in forward.maps:
+            if m.parameter != self.worst:
+                continue
+            modules += m.modules
+            if (change := _own_disagreement(forward, m, example)) > tolerance:
+                raise UnsupportedModelError(
+                    f"PyTorch's own gradient of {m.parameter} differs by {percent(change)} between a pass over one "
+                    "example and a pass over the same example twice, so no row of this model can be told right from "
+                    "wrong here. Batch normalisation does this to a single example on a CPU, where activations and "
+                    "gradients lie in memory in different orders: analyse the model on a GPU"
+                )
         raise UnsupportedModelError(
-            f"{self.difference}: the module is used in a way that hooks do not see. Leave it out with exclude_modules, "
-            "name its weight in `parameters`, or load the model in float32"
+            f"{self.difference}: the weight is used in a way that hooks do not see. Leave it out with "
+            f"exclude_modules={modules!r}, name it in parameters={[self.worst]!r}, or load the model in float32"
         )
+
+
+def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> float:
+    """How far autograd's gradient of a weight for one example alone is from that in a batch of it twice, relative."""
+    with torch.no_grad():
+        source = forward.outputs([example]).source
+    cotangent = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source)
+    alone = autograd_rows(forward.model, [m], forward.source_of([example]), cotangent)
+    padding = torch.zeros_like(cotangent)
+    twice = autograd_rows(forward.model, [m], forward.source_of([example] * 2), torch.cat([cotangent, padding]))
+    return relative_change(twice[m.parameter], alone[m.parameter])
 
 
 def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:

@@ -26,7 +26,7 @@ padding does to a model starts at several times this."""
 ROWS = 64
 """More than any example's Fisher has: nothing is cut off."""
 
-_TOKENS = SimpleNamespace(mask_token_id=MASK, pad_token_id=PAD)
+TOKENS = SimpleNamespace(mask_token_id=MASK, pad_token_id=PAD)
 """All of a tokenizer that encoded examples need."""
 
 
@@ -68,7 +68,7 @@ def _judged(tiny: TinyModel, padding: str, batch_size: int) -> dict[str, Any]:
     try:
         positions = "labels" if tiny.kind == "seq2seq-lm" else "auto"
         fisher = FisherConfig(rank=ROWS, output_factor="exact", sketch="identity", positions=positions)  # type: ignore[arg-type]
-        analyzer = NPEFFAnalyzer(tiny.model, _TOKENS, fisher=fisher)
+        analyzer = NPEFFAnalyzer(tiny.model, TOKENS, fisher=fisher)
         pefs = analyzer.compute_pefs(_padded(tiny.examples, padding), batch_size=batch_size, progress=False)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1].filename

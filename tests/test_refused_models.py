@@ -1,0 +1,88 @@
+"""Models that no rows can be right of: refused by name, and what the error advises works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
+from tests.sweep.judge import ROWS, TOKENS, errors_of
+from tests.sweep.tiny_models import TinyModel, build
+from tests.tiny import tiny_model
+
+
+def analysed(tiny: TinyModel, batch_size: int = 3, **settings: Any) -> Any:
+    fisher = FisherConfig(rank=ROWS, output_factor="exact", sketch="identity", **settings)
+    analyzer = NPEFFAnalyzer(tiny.model, TOKENS, fisher=fisher)
+    return analyzer.compute_pefs(tiny.examples, batch_size=batch_size, progress=False)
+
+
+class Noise(nn.Module):
+    """Adds random numbers in eval mode too, as the hashing of Reformer's attention does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+@pytest.mark.parametrize(("lengths", "batch_size"), [((4, 7), 2), ((5, 5), 2), ((5, 5), 1)])
+def test_a_model_that_draws_random_numbers_where_it_predicts_is_refused(
+    lengths: tuple[int, ...], batch_size: int
+) -> None:
+    """Oracle: two passes over the same example give different logits; padding is not to blame."""
+    model: Any = tiny_model("bert", "sequence-classification", dtype=torch.float32)
+    model.dropout = Noise()
+    ids = [{"input_ids": torch.randint(5, 9, (1, n))[0].tolist()} for n in lengths]
+    with pytest.raises(UnsupportedModelError, match="random numbers where it predicts"):
+        NPEFFAnalyzer(model).compute_pefs(ids, batch_size=batch_size, progress=False)
+
+
+def test_a_model_of_which_autograd_contradicts_itself_is_refused() -> None:
+    """Oracle: finite differences, which autograd's gradient of a single example misses and that of two hits.
+
+    CvT's batch normalisation gets a single example and its gradient in different orders of memory.
+    """
+    tiny = build("cvt", "image-classification")
+    model: Any = tiny.model.double()
+    images = [example["pixel_values"].double() for example in tiny.examples]
+    weight = model.cvt.encoder.stages[0].layers[0].attention.attention.projection_query.weight
+
+    def logit(n: int) -> Tensor:
+        return model(pixel_values=torch.stack(images[:1] * n)).logits[0, 0]
+
+    ((alone,), (twice,)) = (torch.autograd.grad(logit(n), weight) for n in (1, 2))
+    with torch.no_grad():
+        weight[0, 0] += 1e-5
+        up = logit(1)
+        weight[0, 0] -= 2e-5
+        down = logit(1)
+        weight[0, 0] += 1e-5
+    assert float((up - down) / 2e-5) == pytest.approx(float(twice[0, 0]), rel=1e-4)
+    if torch.allclose(alone, twice, rtol=1e-3):
+        pytest.skip("this version of PyTorch has mended its batch normalisation")
+    with pytest.raises(UnsupportedModelError, match=r"PyTorch's own gradient of cvt\..* twice"):
+        NPEFFAnalyzer(model).compute_pefs([{"pixel_values": image} for image in images], progress=False)
+
+
+def test_a_weight_that_is_read_without_its_module_is_refused_and_the_advice_works() -> None:
+    """Oracle: JᵀSJ by autograd, where the weight is named in `parameters`; NeoMME multiplies by it a second time."""
+    tiny = build("neomme", "masked-lm")
+    with pytest.raises(UnsupportedModelError) as refused:
+        analysed(tiny)
+    name = "model.embed_tokens.embedding_projection.weight"
+    assert "exclude_modules=['model.embed_tokens.embedding_projection', 'unembedding_projection']" in str(refused.value)
+    assert f"parameters=['{name}']" in str(refused.value)
+    assert max(errors_of(tiny, analysed(tiny, parameters=[name])).values()) < 1e-4
+
+
+def test_reversible_layers_are_refused_and_the_advice_works() -> None:
+    """Oracle: JᵀSJ by autograd, of the classifier's weights, which are outside the reversible layers."""
+    tiny = build("reformer", "sequence-classification")
+    for module in tiny.model.modules():
+        if hasattr(module, "hash_seed"):
+            module.hash_seed = 0
+    with pytest.raises(UnsupportedModelError, match=r"_ReversibleFunction.*exclude_modules='reformer\.\*'"):
+        analysed(tiny)
+    assert max(errors_of(tiny, analysed(tiny, exclude_modules=r"reformer\..*")).values()) < 1e-4
