@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
         NPEFFError,
         UnsupportedModelError,
     )
-    from hf_npeff.fisher.heads import OutputHead, Outputs
+    from hf_npeff.fisher.outputs import OutputHead, Outputs
     from hf_npeff.pefs.store import PEFs
     from hf_npeff.sharing.hub import list_decompositions
     from hf_npeff.weights.directions import ParameterDirection
@@ -72,8 +72,8 @@ _MODULE_OF = {
     "NPEFFCallback": "callback",
     "NPEFFError": "errors",
     "OffTarget": "weights.off_target",
-    "OutputHead": "fisher.heads",
-    "Outputs": "fisher.heads",
+    "OutputHead": "fisher.outputs",
+    "Outputs": "fisher.outputs",
     "PEFs": "pefs.store",
     "ParameterDirection": "weights.directions",
     "PerturbationReport": "weights.perturbation",

@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from hf_npeff import NPEFFAnalyzer
-from hf_npeff.fisher.heads import traits_of
+from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.tasks import loader_of, task_of_class
 from tests import reference
 from tests.analyses import analyzer_of, in_parameters

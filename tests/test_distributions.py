@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, OutputHead, Outputs, UnsupportedModelError
 from hf_npeff.fisher.distributions import Bernoulli, Gaussian, Softmax
-from hf_npeff.fisher.heads import HeadJacobian, head_of
+from hf_npeff.fisher.heads import head_of
+from hf_npeff.fisher.outputs import HeadJacobian
 from hf_npeff.fisher.tasks import task_of_class
 from tests import reference
 from tests.tiny import CASES, collate, tiny_batch, tiny_model

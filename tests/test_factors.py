@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_npeff.fisher.distributions import Bernoulli, Gaussian, Softmax
 from hf_npeff.fisher.factors import cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
-from hf_npeff.fisher.heads import HeadJacobian, Outputs
+from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 from tests import reference
 
 DISTRIBUTIONS = {"softmax": Softmax, "bernoulli": Bernoulli, "gaussian": Gaussian}

@@ -12,7 +12,7 @@ import torch
 
 from hf_npeff import FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection
 from hf_npeff.fisher.bare_model import bare_parameters
-from hf_npeff.fisher.heads import traits_of
+from hf_npeff.fisher.outputs import traits_of
 from tests import reference
 from tests.analyses import analyzer_of, in_parameters
 from tests.tiny import collate, task_of, tiny_batch, tiny_model

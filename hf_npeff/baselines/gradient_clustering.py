@@ -23,7 +23,7 @@ from hf_npeff.config import BATCH_SIZE
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.extras import load
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian
-from hf_npeff.fisher.heads import HeadTraits, Outputs, traits_of
+from hf_npeff.fisher.outputs import HeadTraits, Outputs, traits_of
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights
 from hf_npeff.weights.directions import ParameterDirection

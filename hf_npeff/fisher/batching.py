@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.data import Example
-from hf_npeff.fisher.heads import base_of
+from hf_npeff.fisher.bare_model import base_of
 
 _LOGITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How much logits may differ by rounding, relative, by the type that the model computes in. Measured between batches

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.fisher.distributions import Distribution
-from hf_npeff.fisher.heads import HeadJacobian, Outputs
+from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 
 EXACT_LIMIT = 1024
 """`exact` diagonalises a k×k matrix an example: refused above this k."""

@@ -30,8 +30,8 @@ from hf_npeff.fisher.batching import (
 )
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.gradients import LinearMap
-from hf_npeff.fisher.heads import OutputHead, Outputs, traits_of
 from hf_npeff.fisher.model_state import ModelState
+from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
 from hf_npeff.padding import Batch
 
 logger = logging.getLogger(__name__)

@@ -5,126 +5,24 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.bare_model import acting_adapters, bare_module_names, base_of, is_wrapper, wrapped_by
+from hf_npeff.fisher.bare_model import bare_module_names, base_of
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
-from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.fisher.head_weights import inside, weight_of
+from hf_npeff.fisher.outputs import HeadJacobian, HeadTraits, OutputHead, Outputs
 from hf_npeff.fisher.tasks import AUTO_CLASSES, task_of
-from hf_npeff.padding import IGNORED, Batch
+from hf_npeff.fisher.terms import gathered, packed, real_tokens, shifted, up_to_the_last
+from hf_npeff.padding import IGNORED
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class HeadJacobian:
-    """J_head (k×h) of every term, as two thin products: logits = f(U z), J_head = diag(f′(U z)) U.
-
-    Attributes:
-        weight: U (k, h).
-        slope: f′ (N, k), or None where f is the identity.
-    """
-
-    weight: Tensor
-    slope: Tensor | None = None
-
-    def push(self, Q: Tensor) -> Tensor:
-        """J_head Q: (N, h, m) → (N, k, m)."""
-        Y = (Q.mT @ self.weight.T).mT
-        return Y if self.slope is None else self.slope[..., None] * Y
-
-    def pull(self, Y: Tensor) -> Tensor:
-        """J_headᵀ Y: (N, k, m) → (N, h, m)."""
-        Y = Y if self.slope is None else self.slope[..., None] * Y
-        return (Y.mT @ self.weight).mT
-
-
-@dataclass
-class Outputs:
-    """One forward pass as its head sees it: B examples with up to t terms each.
-
-    Attributes:
-        source: (B, t, s) in the autograd graph, where cotangents enter: the logits (s = k), or the hidden state that
-            the output embedding reads (s = h).
-        logits: (B, t, k), detached, float32 or wider.
-        valid: (B, t) bool; False where an example has fewer terms.
-        distribution: of every term.
-        jacobian: J_head, or None where it is unknown and the identity stands in.
-        at_hidden: whether `source` is the hidden state.
-        several: whether examples of the data set may have several terms; their rows are then reduced to `rank` in
-            every batch, also in one whose examples have a single term each.
-
-    Example:
-        >>> from hf_npeff.fisher.distributions import Softmax
-        >>> logits = torch.tensor([[[0.0, 1.0, 2.0]]], requires_grad=True)  # one example, one term, three classes
-        >>> outputs = Outputs(logits, logits.detach(), torch.ones(1, 1, dtype=torch.bool), Softmax)
-        >>> outputs.distribution(outputs.logits[0]).predictions()[0]
-        tensor([2])
-    """
-
-    source: Tensor
-    logits: Tensor
-    valid: Tensor
-    distribution: type[Distribution]
-    jacobian: HeadJacobian | None = None
-    at_hidden: bool = False
-    several: bool = False
-
-
-@dataclass(frozen=True)
-class HeadTraits:
-    """What is known of a head before it has run; the defaults are those of a head of one's own.
-
-    Attributes:
-        task: the task's name, or the head's class.
-        takes: names of the inputs that are of use to it, the others stay outside; None takes all.
-        at_hidden: whether cotangents enter at the hidden state that the output embedding reads.
-        vocabulary: whether it predicts tokens.
-        weights: modules whose weights are read outside the forward pass.
-    """
-
-    task: str
-    takes: Set[str] | None = None
-    at_hidden: bool = False
-    vocabulary: bool = False
-    weights: tuple[nn.Module, ...] = ()
-
-
-@runtime_checkable
-class OutputHead(Protocol):
-    """The one protocol to implement for a head that hf_npeff does not know; pass the object as `task=`.
-
-    `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts.
-    `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds. A head may
-    have an attribute `traits`, a `HeadTraits`; without it the defaults hold (see `traits_of`).
-
-    Example:
-        >>> from hf_npeff.fisher.distributions import Softmax
-        >>> class LastToken:
-        ...     def outputs(self, model, batch):
-        ...         logits = model(**batch).logits[:, -1:]
-        ...         valid = torch.ones(logits.shape[:2], dtype=torch.bool)
-        ...         return Outputs(logits, logits.detach(), valid, Softmax)
-        >>> analyzer = NPEFFAnalyzer(model, tokenizer, task=LastToken())
-        >>> len(analyzer.compute_pefs(["the cat sees the dog", "the dog sees the cat"]))
-        2
-    """
-
-    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
-        """Run the model on a batch."""
-
-
-def traits_of(head: OutputHead) -> HeadTraits:
-    """What a head says of itself, or the defaults, with its class as the task."""
-    traits: HeadTraits | None = getattr(head, "traits", None)
-    return traits if traits is not None else HeadTraits(type(head).__name__)
 
 
 _KNOWN = ", ".join(AUTO_CLASSES)
@@ -218,14 +116,14 @@ class TransformersHead:
     @staticmethod
     def _embedding(model: nn.Module) -> nn.Module | None:
         embedding: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-        return embedding if embedding is not None and isinstance(_inside(embedding), nn.Linear) else None
+        return embedding if embedding is not None and isinstance(inside(embedding), nn.Linear) else None
 
     def _classifier(self, model: nn.Module) -> nn.Module | None:
         modules: dict[str, nn.Module] = {}
         for name, place in bare_module_names(model).items():  # of what bears one name, a wrapper comes first
             modules.setdefault(place, model.get_submodule(name))
         for name in _CLASSIFIER_NAMES:
-            linear = _inside(modules[name]) if name in modules else None
+            linear = inside(modules[name]) if name in modules else None
             if isinstance(linear, nn.Linear) and linear.out_features == getattr(self.config, "num_labels", None):
                 return modules[name]
         return None
@@ -247,14 +145,14 @@ class TransformersHead:
         logits = _logits_of(result)
         if logits.dim() == 3:
             index, valid = self._select(arguments, batch)
-            logits = _gather(logits, index + self._virtual_tokens(model, logits, arguments))
+            logits = gathered(logits, index + self._virtual_tokens(model, logits, arguments))
             several = self.several
         else:
             logits, valid = logits[:, None], torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
             several = False
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         jacobian = None
-        weight = None if self.classifier is None else _weight_of(self.classifier, wide)
+        weight = None if self.classifier is None else weight_of(self.classifier, wide)
         if weight is not None and len(weight) == wide.shape[-1]:
             jacobian = HeadJacobian(weight)
         return Outputs(logits, wide, valid, self.distribution, jacobian, several=several)
@@ -269,9 +167,9 @@ class TransformersHead:
         arguments: dict[str, Any] = {k: v for k, v in batch.items() if k in takes and k != "labels"}
         if self.task == "seq2seq-lm" and "decoder_input_ids" not in arguments:
             if "labels" in batch:
-                arguments["decoder_input_ids"] = _shifted(model, batch["labels"].clone())  # some models write into it
+                arguments["decoder_input_ids"] = shifted(model, batch["labels"].clone())  # some models write into it
                 if "decoder_attention_mask" in takes:
-                    arguments["decoder_attention_mask"] = _up_to_the_last(batch["labels"] != IGNORED).long()
+                    arguments["decoder_attention_mask"] = up_to_the_last(batch["labels"] != IGNORED).long()
             else:
                 start = self.config.decoder_start_token_id
                 arguments["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
@@ -287,7 +185,7 @@ class TransformersHead:
         ids = arguments.get("decoder_input_ids" if decoder else "input_ids")
         if ids is None:
             ids = arguments["inputs_embeds"][..., 0]
-        real = _real_of(batch, ids, decoder)
+        real = real_tokens(batch, ids, decoder)
         rule = self.positions
         if rule == "auto":
             rule = {"masked-lm": "mask", "token-classification": "labels" if "labels" in batch else "all"}.get(
@@ -310,7 +208,7 @@ class TransformersHead:
         else:
             counted = real
         counted = counted & real if not decoder else counted
-        return _packed(counted, rule)
+        return packed(counted, rule)
 
     def _virtual_tokens(self, model: nn.Module, states: Tensor, arguments: Mapping[str, Any]) -> int:
         """How many positions (B, T, ·) has before the first token: those that prompt tuning and p-tuning learn.
@@ -346,7 +244,7 @@ class TransformersHead:
                 why = f"calls its output embedding on states of {args[0].dim()} dimensions"
                 return args
             virtual = self._virtual_tokens(model, args[0], arguments)
-            seen["hidden"] = _gather(args[0], index.to(args[0].device) + virtual)
+            seen["hidden"] = gathered(args[0], index.to(args[0].device) + virtual)
             return (seen["hidden"], *args[1:])
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -366,9 +264,9 @@ class TransformersHead:
             for handle in handles:
                 handle.remove()
         if "linear" not in seen:
-            return self._at_logits(_gather(logits, index), valid, why)
+            return self._at_logits(gathered(logits, index), valid, why)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        weight = _weight_of(self.embedding, wide)
+        weight = weight_of(self.embedding, wide)
         if weight is None:
             return self._at_logits(
                 logits, valid, "has an adapter around its output embedding that does not only add to it"
@@ -403,44 +301,9 @@ class TransformersHead:
         """Two softmaxes over the real positions: where the answer starts and where it ends."""
         logits = torch.stack([result["start_logits"], result["end_logits"]], 1)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        real = _real_of(batch, logits[:, 0], decoder=False)
+        real = real_tokens(batch, logits[:, 0], decoder=False)
         wide = wide.masked_fill(~real[:, None].to(wide.device), float("-inf"))
         return Outputs(logits, wide, torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device), Softmax)
-
-
-def _inside(module: nn.Module) -> Any:
-    """The module that a wrapper of PEFT's stands around, or the module itself."""
-    return wrapped_by(module) if is_wrapper(module) else module
-
-
-def _weight_of(module: nn.Module, like: Tensor) -> Tensor | None:
-    """The weight (k, h) that a head acts with, wherever it is, with the dtype and device of its logits.
-
-    What PEFT's adapters add to it is in it; None where they do something else than add.
-    """
-    linear = _inside(module)
-    weight = linear.weight
-    if weight.device.type == "meta":  # offloaded by Accelerate
-        weight = linear._hf_hook.weights_map["weight"]
-    if is_sharded(weight):
-        weight = weight.full_tensor()
-    weight = weight.detach().to(like.device, like.dtype)
-    around: Any = module
-    acting = acting_adapters(module) if is_wrapper(module) else []
-    if not acting or hasattr(around, "modules_to_save"):  # of those the inner module is the adapter's own
-        return weight
-    if hasattr(around, "token_adapter"):
-        merged: Tensor = around.token_adapter.get_merged_weights(acting)
-        return merged.detach().to(weight)
-    known = getattr(around, "scaling", {})
-    scaled_otherwise = getattr(around, "use_dora", None) or {}
-    if not hasattr(around, "get_delta_weight") or any(scaled_otherwise.get(name) for name in acting):
-        return None
-    with torch.no_grad():
-        for name in acting:
-            if name in known:
-                weight = weight + around.get_delta_weight(name).to(weight)
-    return weight
 
 
 def _logits_of(result: Any) -> Tensor:
@@ -451,59 +314,3 @@ def _logits_of(result: Any) -> Tensor:
             f"({_KNOWN}), or pass as `task` an object with the hf_npeff.OutputHead protocol"
         )
     return logits
-
-
-def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
-    """What the decoder reads to predict labels (B, T): the start token, then the labels before each."""
-    base: Any = base_of(model)
-    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
-        # Without padding: FSMT's decoder begins with the last of the labels, and padded ones end in −100.
-        ends = _up_to_the_last(labels != IGNORED).sum(1).clamp(min=1).tolist()
-        alone = [
-            base.prepare_decoder_input_ids_from_labels(labels=row[None, :n])[0]
-            for row, n in zip(labels, ends, strict=True)
-        ]
-        pad = base.config.pad_token_id or 0
-        read = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True, padding_value=pad)
-        return F.pad(read, (0, labels.shape[1] - read.shape[1]), value=pad)
-    start, pad = base.config.decoder_start_token_id, base.config.pad_token_id
-    if start is None or pad is None:
-        raise UnsupportedModelError(
-            "the model's config names no decoder_start_token_id or pad_token_id, so its labels cannot be turned into "
-            "decoder inputs; set them, or give a column decoder_input_ids"
-        )
-    read = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
-    return read.masked_fill(read == IGNORED, pad)
-
-
-def _up_to_the_last(counted: Tensor) -> Tensor:
-    """(B, T): True up to the last True of each row."""
-    return counted.long().flip(1).cummax(1).values.flip(1).bool()
-
-
-def _real_of(batch: Mapping[str, Tensor], ids: Tensor, decoder: bool) -> Tensor:
-    """Which of the ids (B, T) are tokens and not padding, whatever masks the model itself takes."""
-    if decoder and "decoder_input_ids" not in batch:
-        return _up_to_the_last(batch["labels"] != IGNORED) if "labels" in batch else torch.ones_like(ids).bool()
-    if isinstance(batch, Batch):
-        real = batch.decoder_real if decoder else batch.real
-    else:
-        real = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    return torch.ones_like(ids).bool() if real is None or real.shape != ids.shape else real.bool()
-
-
-def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """(B, T, ·) at positions (B, t) → (B, t, ·)."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
-def _packed(counted: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """A mask (B, T) → the positions it marks, packed to the left (B, t), and which entries are real."""
-    number = counted.sum(1)
-    if bool((number == 0).any()):
-        which = (number == 0).nonzero()[:, 0].tolist()
-        raise ValueError(f"positions={rule!r} finds nothing to predict in the examples {which} of a batch")
-    t = int(number.max())
-    order = torch.argsort(counted.to(torch.int8), dim=1, descending=True, stable=True)[:, :t]
-    valid = torch.arange(t, device=counted.device)[None] < number[:, None]
-    return torch.where(valid, order, order[:, :1]), valid

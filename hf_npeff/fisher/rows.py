@@ -13,7 +13,7 @@ from hf_npeff.data import Example
 from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import RowCollector, backward_passes
-from hf_npeff.fisher.heads import Outputs
+from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameters import sketched_rows
 from hf_npeff.fisher.selftest import SelfTest
 from hf_npeff.pefs.norms import normalise

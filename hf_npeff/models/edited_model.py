@@ -12,8 +12,8 @@ from hf_npeff.config import ComputeRequest, EditRequest, Ridge, SpareRequest
 from hf_npeff.data import Example, Examples
 from hf_npeff.encoding.record import Reading
 from hf_npeff.fisher.compute import compute
-from hf_npeff.fisher.heads import traits_of
 from hf_npeff.fisher.limits import ModelLimits
+from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.preparation import prepare
 from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.sketches import Sketch

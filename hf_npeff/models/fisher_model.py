@@ -22,8 +22,8 @@ from hf_npeff.encoding.record import Reading
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.compute import check_store, compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
-from hf_npeff.fisher.heads import traits_of
 from hf_npeff.fisher.limits import ModelLimits
+from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.preparation import DEFAULT_DIMS, prepare
 from hf_npeff.fisher.selftest import candidates
 from hf_npeff.models.analysed_model import AnalysedModel

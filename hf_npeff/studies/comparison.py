@@ -23,7 +23,8 @@ from hf_npeff.baselines.gradient_clustering import GradientClustering, predictio
 from hf_npeff.baselines.method import MethodResult, check_enough
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
 from hf_npeff.decomposition.decomposition import Decomposition
-from hf_npeff.fisher.heads import finds_last_by_padding, traits_of
+from hf_npeff.fisher.heads import finds_last_by_padding
+from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.measures import aurocs

@@ -16,7 +16,7 @@ import torch
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
-from hf_npeff.fisher.heads import traits_of
+from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.studies.measures import purity
 from hf_npeff.studies.prompted import first_token
 from hf_npeff.studies.result import StudyResult, markdown, model_name, number

@@ -23,7 +23,7 @@ from hf_npeff.data import Example, batches_by_length
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.distributions import Distribution, Softmax
 from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.fisher.heads import Outputs
+from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.predictions import Predictions
 
 

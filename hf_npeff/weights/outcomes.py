@@ -20,7 +20,7 @@ from hf_npeff.encoding.labels import NO_CLASS, Truth, truth_of
 from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.distributions import Gaussian
 from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.fisher.heads import traits_of
+from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.predictions import Predictions
 
 _CLASSES = ("sequence-classification", "image-classification", "multiple-choice")

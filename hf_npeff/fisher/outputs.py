@@ -1,0 +1,115 @@
+"""Outputs: what a model predicts for a batch, and where cotangents enter; the protocol of the heads that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from hf_npeff.fisher.distributions import Distribution
+
+
+@dataclass
+class HeadJacobian:
+    """J_head (k×h) of every term, as two thin products: logits = f(U z), J_head = diag(f′(U z)) U.
+
+    Attributes:
+        weight: U (k, h).
+        slope: f′ (N, k), or None where f is the identity.
+    """
+
+    weight: Tensor
+    slope: Tensor | None = None
+
+    def push(self, Q: Tensor) -> Tensor:
+        """J_head Q: (N, h, m) → (N, k, m)."""
+        Y = (Q.mT @ self.weight.T).mT
+        return Y if self.slope is None else self.slope[..., None] * Y
+
+    def pull(self, Y: Tensor) -> Tensor:
+        """J_headᵀ Y: (N, k, m) → (N, h, m)."""
+        Y = Y if self.slope is None else self.slope[..., None] * Y
+        return (Y.mT @ self.weight).mT
+
+
+@dataclass
+class Outputs:
+    """One forward pass as its head sees it: B examples with up to t terms each.
+
+    Attributes:
+        source: (B, t, s) in the autograd graph, where cotangents enter: the logits (s = k), or the hidden state that
+            the output embedding reads (s = h).
+        logits: (B, t, k), detached, float32 or wider.
+        valid: (B, t) bool; False where an example has fewer terms.
+        distribution: of every term.
+        jacobian: J_head, or None where it is unknown and the identity stands in.
+        at_hidden: whether `source` is the hidden state.
+        several: whether examples of the data set may have several terms; their rows are then reduced to `rank` in
+            every batch, also in one whose examples have a single term each.
+
+    Example:
+        >>> from hf_npeff.fisher.distributions import Softmax
+        >>> logits = torch.tensor([[[0.0, 1.0, 2.0]]], requires_grad=True)  # one example, one term, three classes
+        >>> outputs = Outputs(logits, logits.detach(), torch.ones(1, 1, dtype=torch.bool), Softmax)
+        >>> outputs.distribution(outputs.logits[0]).predictions()[0]
+        tensor([2])
+    """
+
+    source: Tensor
+    logits: Tensor
+    valid: Tensor
+    distribution: type[Distribution]
+    jacobian: HeadJacobian | None = None
+    at_hidden: bool = False
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class HeadTraits:
+    """What is known of a head before it has run; the defaults are those of a head of one's own.
+
+    Attributes:
+        task: the task's name, or the head's class.
+        takes: names of the inputs that are of use to it, the others stay outside; None takes all.
+        at_hidden: whether cotangents enter at the hidden state that the output embedding reads.
+        vocabulary: whether it predicts tokens.
+        weights: modules whose weights are read outside the forward pass.
+    """
+
+    task: str
+    takes: Set[str] | None = None
+    at_hidden: bool = False
+    vocabulary: bool = False
+    weights: tuple[nn.Module, ...] = ()
+
+
+@runtime_checkable
+class OutputHead(Protocol):
+    """The one protocol to implement for a head that hf_npeff does not know; pass the object as `task=`.
+
+    `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts.
+    `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds. A head may
+    have an attribute `traits`, a `HeadTraits`; without it the defaults hold (see `traits_of`).
+
+    Example:
+        >>> from hf_npeff.fisher.distributions import Softmax
+        >>> class LastToken:
+        ...     def outputs(self, model, batch):
+        ...         logits = model(**batch).logits[:, -1:]
+        ...         valid = torch.ones(logits.shape[:2], dtype=torch.bool)
+        ...         return Outputs(logits, logits.detach(), valid, Softmax)
+        >>> analyzer = NPEFFAnalyzer(model, tokenizer, task=LastToken())
+        >>> len(analyzer.compute_pefs(["the cat sees the dog", "the dog sees the cat"]))
+        2
+    """
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
+        """Run the model on a batch."""
+
+
+def traits_of(head: OutputHead) -> HeadTraits:
+    """What a head says of itself, or the defaults, with its class as the task."""
+    traits: HeadTraits | None = getattr(head, "traits", None)
+    return traits if traits is not None else HeadTraits(type(head).__name__)
