@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.gradients import LinearHooks, RowCollector, find_linear_maps, frozen, without_parameters
+from hf_npeff.fisher.frozen import frozen
+from hf_npeff.fisher.gradients import LinearHooks, RowCollector
+from hf_npeff.fisher.linear_maps import find_linear_maps, without_parameters
 from hf_npeff.fisher.parameters import find_parameters
 from hf_npeff.pefs.sketches import Sketch
 from tests.sweep.tiny_models import build

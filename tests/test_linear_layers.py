@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_npeff import UnsupportedModelError
-from hf_npeff.fisher.gradients import find_linear_maps
 from hf_npeff.fisher.linear_layers import behaviour
+from hf_npeff.fisher.linear_maps import find_linear_maps
 from tests import reference, tiny
 from tests.test_families import SMALL, analyzer_of, worst_error
 

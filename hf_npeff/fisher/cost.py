@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_npeff.config import GRAM_LIMIT
-from hf_npeff.fisher.gradients import LinearMap
+from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.pefs.sketches import TWO_STAGE_SIDE, Kind
 
 _COLUMN_BYTES = 64

@@ -29,7 +29,7 @@ from hf_npeff.fisher.batching import (
     straddles,
 )
 from hf_npeff.fisher.fsdp import FSDPModel
-from hf_npeff.fisher.gradients import LinearMap
+from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
 from hf_npeff.padding import Batch

@@ -27,7 +27,8 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.fisher.factors import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.fisher.gradients import LinearMap, MadeOneByOne, RowCollector, backward_passes
+from hf_npeff.fisher.gradients import MadeOneByOne, RowCollector, backward_passes
+from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.pefs.sketches import Sketch
 
 _PILOTS = 4

@@ -16,15 +16,9 @@ from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
 from hf_npeff.fisher.factors import HiddenMetric, resolve
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
-from hf_npeff.fisher.gradients import (
-    CalledOnceForAll,
-    LinearMap,
-    Receiver,
-    autograd_rows,
-    backward_passes,
-    find_linear_maps,
-)
+from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, autograd_rows, backward_passes
 from hf_npeff.fisher.linear_layers import is_at_hand
+from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
 from hf_npeff.fisher.parameters import left_out
 from hf_npeff.fisher.rows import RowMaker, choose_cotangents

@@ -26,7 +26,8 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.fisher.gradients import LinearMap, Receiver, backward_passes
+from hf_npeff.fisher.gradients import Receiver, backward_passes
+from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.parameters import gradients
 from hf_npeff.pefs.sketches import Kind, Sketch
 

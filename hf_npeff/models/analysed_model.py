@@ -24,10 +24,11 @@ from hf_npeff.fisher.batching import BatchTrials
 from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.frozen import frozen
 from hf_npeff.fisher.fsdp import FSDPModel
-from hf_npeff.fisher.gradients import find_linear_maps, frozen, without_parameters
 from hf_npeff.fisher.heads import finds_last_by_padding, head_of
 from hf_npeff.fisher.limits import ModelLimits
+from hf_npeff.fisher.linear_maps import find_linear_maps, without_parameters
 from hf_npeff.fisher.outputs import OutputHead, traits_of
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.tasks import task_of

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
-from hf_npeff.fisher.gradients import LinearMap, backward_passes, frozen
+from hf_npeff.fisher.frozen import frozen
+from hf_npeff.fisher.gradients import backward_passes
+from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.preparation import known_cotangents, prepare
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import Captured, KnownCotangents, exact_gram, off_diagonal_error, pef_inner_products

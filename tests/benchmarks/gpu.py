@@ -23,7 +23,7 @@ from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.decomposition.solvers import DenseRows, block_power
 from hf_npeff.decomposition.starts import start_from_examples
-from hf_npeff.fisher.gradients import frozen
+from hf_npeff.fisher.frozen import frozen
 from hf_npeff.fisher.preparation import known_cotangents, prepare
 from tests.benchmarks.ways import floor
 from tests.planted import planted, recovered

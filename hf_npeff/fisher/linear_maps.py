@@ -1,0 +1,177 @@
+"""The linear maps under analysis: which weights `target_modules` chooses, and the modules that apply each of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters, base_of, is_wrapper
+from hf_npeff.fisher.linear_layers import behaviour, is_linear
+
+CUT = (
+    "{name} cuts the gradient: {how}, so that all rows before it would be those of another network. Layers that "
+    "quantise their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a "
+    "scheme that quantises weights alone, or dequantised"
+)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """One weight under analysis and the modules that apply it (several where a weight is tied).
+
+    Attributes:
+        parameter: the weight's name in the bare model.
+        modules: names of the modules, in the model as it is.
+        shape: (out, in).
+        transposed: the weight is stored (in, out), as GPT-2's Conv1D does.
+    """
+
+    parameter: str
+    modules: tuple[str, ...]
+    shape: tuple[int, int]
+    transposed: bool = False
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor shaped like the weight → (…, out, in)."""
+        return weight.mT if self.transposed else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """(…, out, in) → shaped like the weight."""
+        return matrix.mT if self.transposed else matrix
+
+
+def _matches(name: str, targets: str | Sequence[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or name endings."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _identity(module: nn.Module) -> int:
+    """What tells one weight from another; one that the first forward pass unpacks is the module's own until then."""
+    return id(getattr(module, "weight", module))
+
+
+def _check_that_none_rounds(model: nn.Module) -> None:
+    """Refuse a model one of whose linear maps, analysed or not, lets no gradient through to what comes before it.
+
+    Raises:
+        UnsupportedModelError: if one does.
+    """
+    for name, module in model.named_modules():
+        if is_linear(module) and behaviour(module) == "rounding":
+            raise UnsupportedModelError(CUT.format(name=name, how="it rounds its input"))
+
+
+def find_linear_maps(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+) -> list[LinearMap]:
+    """The linear maps (nn.Linear, Conv1D) under analysis, in the model's order; PEFT's meaning of `target_modules`.
+
+    Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
+    model's output embedding, maps that share an input embedding's weight, the vision tower of a model that takes
+    images, and the parts of a loaded PEFT adapter. Inside PEFT's wrappers modules and weights go by the names of the
+    bare model. An empty list chooses none.
+    Modules whose forward pass is not x Wᵀ + b are left out (`linear_layers.behaviour`).
+
+    Raises:
+        ValueError: if nothing matches, or a regular expression is not one.
+        UnsupportedModelError: if a linear map rounds its input, or none of those chosen computes x Wᵀ + b.
+    """
+    bare = bare_module_names(model)
+    linear = [(n, m) for n, m in model.named_modules() if is_linear(m) and not is_wrapper(m)]
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        skip = _beside_the_language_model(model)
+        chosen = [(n, m) for n, m in linear if n in bare and id(m) not in skip]
+    else:
+        chosen = [(n, m) for n, m in linear if _is_named(n, bare, target_modules, "target_modules")]
+    if exclude_modules is not None:
+        chosen = [(n, m) for n, m in chosen if not _is_named(n, bare, exclude_modules, "exclude_modules")]
+    if not chosen and len(target_modules):
+        known = [bare.get(n, n) for n, _ in linear]
+        raise ValueError(
+            f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) matches none of the model's "
+            f"{len(known)} linear maps, for instance {known[:8]}"
+        )
+    _check_that_none_rounds(model)
+    candidates, chosen = chosen, [(n, m) for n, m in chosen if behaviour(m) == "product"]
+    if candidates and not chosen:
+        raise UnsupportedModelError(
+            f"none of the {len(candidates)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their "
+            f"rows (for instance {candidates[0][0]}, a {type(candidates[0][1]).__name__} whose forward pass is "
+            "another). Weights that are quantised anew in every pass do this: load the model as it was saved"
+        )
+    weights, names = {_identity(m) for _, m in chosen}, {n for n, _ in chosen}
+    # A tied weight's gradient is the sum over all its modules.
+    chosen += [(n, m) for n, m in linear if n not in names and _identity(m) in weights]
+    first_name: dict[int, str] = {}
+    maps: dict[str, LinearMap] = {}
+    for name, module in chosen:
+        transposed = isinstance(module, Conv1D)
+        parameter = first_name.setdefault(_identity(module), bare_name(f"{name}.weight", bare))
+        if transposed:
+            shape = (int(module.weight.shape[1]), int(module.weight.shape[0]))
+        else:
+            shape = (module.out_features, module.in_features)  # a quantised weight has another shape
+        before = maps[parameter].modules if parameter in maps else ()
+        maps[parameter] = LinearMap(parameter, (*before, name), shape, transposed)
+    return list(maps.values())
+
+
+def _is_named(name: str, bare: Mapping[str, str], targets: str | Sequence[str], setting: str) -> bool:
+    """Whether a setting names a module, by its name in the bare model or inside PEFT's wrappers."""
+    try:
+        return any(_matches(known, targets) for known in {name, bare.get(name, name)})
+    except re.error as error:
+        raise ValueError(f"{setting} {targets!r} is not a regular expression: {error}") from error
+
+
+def _beside_the_language_model(model: nn.Module) -> set[int]:
+    """Modules of a language model that "all-linear" leaves out: its output embedding, and what makes images tokens."""
+    base: Any = base_of(model)
+    embedding = getattr(base, "get_output_embeddings", lambda: None)()
+    skip = set() if embedding is None else {id(part) for part in embedding.modules()}
+    # What shares an input embedding's weight writes tokens too, whether the model names it or not (BLIP's decoder).
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    skip |= {id(m) for m in model.modules() if is_linear(m) and _identity(m) in embedded}
+    config: Any = getattr(base, "config", None)
+    if hasattr(config, "get_text_config") and not getattr(config, "is_encoder_decoder", False):
+        decoder = base.get_decoder() if config.get_text_config() is not config else None
+        if decoder is not None and decoder is not base:
+            skip |= {id(part) for part in base.modules()} - {id(part) for part in decoder.modules()}
+    return skip
+
+
+def without_parameters(
+    model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]]
+) -> list[LinearMap]:
+    """The maps whose weights autograd does not already differentiate under one of their names.
+
+    Raises:
+        UnsupportedModelError: if a map's weight is also a part of something else, such as the input embedding.
+    """
+    weights = bare_parameters(model)
+    named = {id(weights[name]) for name in parameters}
+    left = [m for m in maps if id(weights.get(m.parameter)) not in named]
+    elsewhere = {
+        id(parameter): name
+        for prefix, module in model.named_modules()
+        if not is_linear(module)
+        for name, parameter in module.named_parameters(prefix, recurse=False)
+    }
+    for m in left:
+        if other := elsewhere.get(id(weights.get(m.parameter))):
+            raise UnsupportedModelError(
+                f"{m.parameter} is the same weight as {other}, and hooks see only what passes through {m.modules[0]}. "
+                f"Leave it out with exclude_modules=[{m.modules[0]!r}], or name it in parameters=[{other!r}]: autograd "
+                "sees all of its gradient"
+            )
+    return left
