@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.batching import percent, relative_change, row_tolerance, span_of
-from hf_npeff.fisher.preparation import check_rows
+from hf_npeff.fisher.row_check import check_rows
 from hf_npeff.fisher.rows import RowMaker
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from hf_npeff.fisher.compute import check_store, compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
 from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.outputs import traits_of
-from hf_npeff.fisher.preparation import DEFAULT_DIMS, prepare
+from hf_npeff.fisher.preparation import prepare
 from hf_npeff.fisher.selftest import candidates
+from hf_npeff.fisher.sketch_choice import DEFAULT_DIMS
 from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.shards import remove_store
 from hf_npeff.pefs.store import PEFs

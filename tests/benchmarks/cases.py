@@ -21,9 +21,10 @@ from hf_npeff.data import Examples
 from hf_npeff.fisher.frozen import frozen
 from hf_npeff.fisher.gradients import backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap
-from hf_npeff.fisher.preparation import known_cotangents, prepare
+from hf_npeff.fisher.preparation import prepare
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import Captured, KnownCotangents, exact_gram, off_diagonal_error, pef_inner_products
+from hf_npeff.fisher.sketch_choice import known_cotangents
 from hf_npeff.pefs.sketches import Sketch
 
 LENGTH, BATCH, ROWS, VOCABULARY, DIM = 64, 8, 8, 8192, 4096

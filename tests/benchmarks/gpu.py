@@ -24,7 +24,8 @@ from hf_npeff.data import Examples
 from hf_npeff.decomposition.solvers import DenseRows, block_power
 from hf_npeff.decomposition.starts import start_from_examples
 from hf_npeff.fisher.frozen import frozen
-from hf_npeff.fisher.preparation import known_cotangents, prepare
+from hf_npeff.fisher.preparation import prepare
+from hf_npeff.fisher.sketch_choice import known_cotangents
 from tests.benchmarks.ways import floor
 from tests.planted import planted, recovered
 

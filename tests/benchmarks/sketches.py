@@ -18,9 +18,10 @@ from hf_npeff.data import Examples
 from hf_npeff.demo import load_model
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import Receiver, backward_passes
-from hf_npeff.fisher.preparation import known_cotangents, measure_sketches, prepare
+from hf_npeff.fisher.preparation import prepare
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import KnownCotangents
+from hf_npeff.fisher.sketch_choice import known_cotangents, measure_sketches
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.studies.word_relations import word_relation_prompts
 

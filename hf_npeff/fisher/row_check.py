@@ -1,0 +1,213 @@
+"""Are rows from hooks the gradients of their examples? Compared with autograd, alone and in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_npeff.config import FisherConfig
+from hf_npeff.data import Example
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_parameters
+from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
+from hf_npeff.fisher.factors import HiddenMetric
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, autograd_rows, backward_passes
+from hf_npeff.fisher.linear_layers import is_at_hand
+from hf_npeff.fisher.linear_maps import LinearMap
+from hf_npeff.fisher.rows import RowMaker
+from hf_npeff.pefs.sketches import Sketch
+
+_AUTOGRAD_NUMBERS = 2**28
+"""Weights that are differentiated densely at once: a gibibyte of gradients."""
+_WRONG = 1e-2
+"""Relative error above which a row is not the gradient of its example: far above rounding of 32 bits and more."""
+_WRONG_IN_16_BITS = 1e-1
+"""The same where the model computes in 16 bits."""
+_LARGER_BY_BATCHING = 3
+"""How many times its error alone a row may have in a batch before the batch is at fault, not rounding."""
+_SIDE = 8
+"""Of the Kronecker sketch in which rows are compared with autograd's."""
+_BLOCK_THAT_MATTERS = 1e-3
+"""A weight's share of a row's norm, below which its own error is rounding."""
+_BLOCK_ERROR = 0.5
+"""Relative error above which the row of one weight is wrong and not rounded, whatever the type."""
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What rows from the hooks are worth.
+
+    Attributes:
+        error: the relative error of a row; None where nothing could be checked, infinite where the row of a single
+            weight that matters is wrong by more than half.
+        unseen: maps that hooks do not see: their modules are not called, and yet their weights matter.
+        worst: the weight whose share of the row is the furthest off.
+    """
+
+    error: float | None
+    unseen: Sequence[LinearMap] = ()
+    worst: str = ""
+
+    @property
+    def difference(self) -> str:
+        """What is wrong, in words."""
+        much = "altogether" if self.error == float("inf") else f"by {percent(self.error or 0.0)}"
+        return f"the rows from hooks differ {much} from autograd's gradients, at {self.worst} the most"
+
+    def refuse_wrong(self, forward: ForwardPass, example: Example) -> None:
+        """Refuse rows that are not the model's gradients.
+
+        Args:
+            forward: that made them.
+            example: whose row was compared.
+
+        Raises:
+            UnsupportedModelError: if the error is more than rounding; it names the worst weight, and says whether the
+                model is random or autograd contradicts itself.
+        """
+        narrow = precision_of(forward.model) in (torch.float16, torch.bfloat16)
+        tolerance = _WRONG_IN_16_BITS if narrow else _WRONG
+        if self.error is None or self.error <= tolerance:
+            return
+        forward.check_repeatable(example)
+        modules: list[str] = []
+        for m in forward.maps:
+            if m.parameter != self.worst:
+                continue
+            modules += m.modules
+            if (change := _own_disagreement(forward, m, example)) > tolerance:
+                raise UnsupportedModelError(
+                    f"PyTorch's own gradient of {m.parameter} differs by {percent(change)} between a pass over one "
+                    "example and a pass over the same example twice, so no row of this model can be told right from "
+                    "wrong here. Batch normalisation does this to a single example on a CPU, where activations and "
+                    "gradients lie in memory in different orders: analyse the model on a GPU"
+                )
+        raise UnsupportedModelError(
+            f"{self.difference}: the weight is used in a way that hooks do not see. Leave it out with "
+            f"exclude_modules={modules!r}, name it in parameters={[self.worst]!r}, or load the model in float32"
+        )
+
+
+def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> float:
+    """How far autograd's gradient of a weight for one example alone is from that in a batch of it twice, relative."""
+    with torch.no_grad():
+        source = forward.outputs([example]).source
+    cotangent = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source)
+    alone = autograd_rows(forward.model, [m], forward.source_of([example]), cotangent)
+    padding = torch.zeros_like(cotangent)
+    twice = autograd_rows(forward.model, [m], forward.source_of([example] * 2), torch.cat([cotangent, padding]))
+    return relative_change(twice[m.parameter], alone[m.parameter])
+
+
+def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:
+    """The shortest and the longest example, in this order, or two of one length; one where there is no other.
+
+    Both lie on one side of each of the lengths `limits`: the side with the most examples.
+    """
+    sides: dict[int, list[Example]] = {}
+    for example in sorted(examples, key=lambda example: example.length):
+        sides.setdefault(sum(example.length > limit for limit in limits), []).append(example)
+    side = max(sides.values(), key=len)
+    return [side[0], side[-1]] if len(side) > 1 else side
+
+
+def check_batch(
+    forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, pair: Sequence[Example]
+) -> RowCheck:
+    """The check on a batch of two, or on one of them where batches are out of the question.
+
+    Where the shorter example's row is right alone and not in the batch, examples go one at a time from then on.
+    """
+    if not forward.maps:
+        return RowCheck(None)
+    together: RowCheck | None = None
+    reason = None
+    if len(pair) > 1 and forward.batch_size(pair, 2) > 1:
+        try:
+            with forward.blaming_padding(pair):
+                together = check_rows(forward, config, metric, pair)
+        except CalledOnceForAll as error:
+            reason = str(error)
+        if together is not None and (together.error is None or together.error <= row_tolerance(forward.model)):
+            return together
+    alone = check_rows(forward, config, metric, pair[:1])
+    if together is not None and together.error is not None and alone.error is not None:
+        if together.error <= _LARGER_BY_BATCHING * alone.error:
+            return together  # it is no better alone
+        reason = f"{together.difference}, in a batch and not alone"
+    if reason is not None:
+        forward.refuse_batches(reason)
+    return alone
+
+
+def check_rows(
+    forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, few: Sequence[Example]
+) -> RowCheck:
+    """The largest row of the first example, as it would be stored of this batch, against autograd on it alone.
+
+    As many maps as fit into memory beside the model are differentiated; an identity sketch would be as large as they,
+    so both sides go through a small Kronecker sketch. Weights that are offloaded, quantised or sharded are not checked;
+    where their modules are not called either, nobody can tell whether they matter, and they count as not seen.
+
+    Args:
+        forward: the forward pass.
+        config: rank and output factor.
+        metric: see `RowMaker`.
+        few: a batch.
+    """
+    model, maps, single = forward.model, forward.maps, forward.source_of(few[:1])
+    forward.fsdp.release()  # a weight that is whole for the moment is not at hand
+    weights = bare_parameters(model)
+    known = [m for m in maps if is_at_hand(weights.get(m.parameter))]
+    ran = backward_passes(model, maps, Receiver(), len(few), forward.source_of(few), lambda _: ())
+    unknown = [m for m in maps if m not in known and m.parameter not in ran]
+    if not known:
+        return RowCheck(None, unknown)
+    silent = [m for m in known if m.parameter not in ran]
+    checked = _differentiable(silent, [m for m in known if m.parameter in ran])
+    called = forward.with_maps([m for m in checked if m not in silent], parameters={})
+    sketch = Sketch(called.shapes, "kronecker", _SIDE, config.seed).to(forward.device)
+    with forward.blaming_padding(few):
+        stored = RowMaker(called, config, sketch, metric).rows(few)
+    largest = int(stored["factors"][0].norm(dim=1).argmax())
+    exact = autograd_rows(model, checked, single, stored["cotangents"][:1, largest])
+    unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
+    row = stored["factors"][0, largest].double() * stored["norms"][0].sqrt()
+    error, worst = _row_error(sketch, row, exact)
+    return RowCheck(error, unseen, worst)
+
+
+def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> list[LinearMap]:
+    """The maps whose gradients fit into memory: those whose modules are not called first, then the smallest."""
+    checked: list[LinearMap] = []
+    used = 0
+    for m in [*silent, *sorted(ran, key=lambda m: m.shape[0] * m.shape[1])]:
+        used += m.shape[0] * m.shape[1]
+        if used > _AUTOGRAD_NUMBERS and checked:
+            break
+        checked.append(m)
+    return checked
+
+
+def _row_error(sketch: Sketch, row: Tensor, exact: Mapping[str, Tensor]) -> tuple[float, str]:
+    """Of a sketched row (d,) against autograd's gradients, relative, and the parameter that is the most wrong.
+
+    Infinite where a weight's share is wrong.
+    """
+    if not sketch.shapes or sketch.blocks is None:
+        return 0.0, ""
+    wide = {name: exact[name][None].to(torch.promote_types(exact[name].dtype, torch.float32)) for name in sketch.shapes}
+    truth = sketch.apply(wide)[0].to(row)
+    norm, errors = truth.norm(), {name: (row[b] - truth[b]).norm() for name, b in sketch.blocks.items()}
+    worst = max(errors, key=lambda name: float(errors[name].nan_to_num(float("inf"))))
+    if norm == 0:
+        return float(row.norm()), worst
+    for name, block in sketch.blocks.items():
+        part = truth[block].norm()
+        if part > _BLOCK_THAT_MATTERS * norm and errors[name] > _BLOCK_ERROR * part:
+            return float("inf"), name
+    return float((row - truth).norm() / norm), worst
