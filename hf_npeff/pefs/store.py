@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -14,12 +13,11 @@ from torch import Tensor
 from hf_npeff.config import FisherConfig
 from hf_npeff.encoding.record import Encoded, shown_columns, shown_texts
 from hf_npeff.errors import IncompatibleSketchError
-from hf_npeff.pefs.norms import normalise
+from hf_npeff.pefs.given_rows import given_rows
 from hf_npeff.pefs.shards import ID, Shards, StoreWriter, read_store
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.weights_identity import joined
 from hf_npeff.sharing.cards import pefs_card, write_card
-from hf_npeff.sharing.files import FORMAT_VERSION
 from hf_npeff.sharing.hub import text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.sharing.protocols import HasFingerprint
@@ -89,34 +87,7 @@ class PEFs(Readable):
             ValueError: if the rows are not finite numbers of shape (n, c, d), a column has another length, or two
                 examples have one id.
         """
-        factors = torch.as_tensor(factors)
-        if factors.dim() == 2:
-            factors = factors[:, None]
-        if factors.dim() != 3 or 0 in factors.shape or not factors.is_floating_point():
-            raise ValueError(
-                f"factors must be floating-point (n, c, d), but they are {factors.dtype} {tuple(factors.shape)}"
-            )
-        if not bool(torch.isfinite(factors).all()):
-            bad = (~torch.isfinite(factors).flatten(1).all(1)).nonzero()[:, 0].tolist()
-            raise ValueError(f"factors must be finite, but those of the examples {bad[:10]} are not")
-        n, _, d = factors.shape
-        unit, norms = normalise(factors)
-        ids = [str(i) for i in columns.pop("example_ids", range(n))]
-        if repeated := [i for i, count in Counter(ids).items() if count > 1]:
-            raise ValueError(f"example_ids must differ, but these come more than once: {repeated[:5]}")
-        kept = {name: _as_list(name, values) for name, values in columns.items()}
-        if wrong := {name: len(values) for name, values in {**kept, "example_ids": ids}.items() if len(values) != n}:
-            raise ValueError(f"columns need {n} values, but these have other lengths: {wrong}")
-        info = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint or f"rows-of-{d}",
-            "fisher": FisherConfig().to_dict(),
-            "sketch": None,
-            "model": None,
-            "revision": None,
-            "selftest": None,
-        }
-        return cls({"factors": unit, "norms": norms}, {ID: ids, **kept}, info)
+        return cls(*given_rows(torch.as_tensor(factors), fingerprint, columns))
 
     # What is in it
 
@@ -407,12 +378,6 @@ def _without_store(folder: Path) -> Path:
     if (folder / "manifest.json").exists():
         raise ValueError(f"{folder} already holds PEFs; save to another folder")
     return folder
-
-
-def _as_list(name: str, values: Any) -> list[Any]:
-    if not hasattr(values, "__len__") or isinstance(values, str):
-        raise ValueError(f"the column {name!r} needs a list of values, one an example, but it is {values!r}")
-    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def check_pefs(value: object) -> None:
