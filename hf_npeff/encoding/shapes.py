@@ -11,41 +11,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_npeff.encoding.chat import is_conversation
+from hf_npeff.encoding.column_names import (
+    ANSWERS,
+    CHOICES,
+    CONTEXTS,
+    CONVERSATIONS,
+    FIRSTS,
+    LABELS,
+    MODEL_INPUTS,
+    NUMBERED,
+    NUMBERED_CHOICE,
+    OTHER_IDS,
+    OUTPUTS,
+    PAIRS,
+    PROMPTS,
+    QUESTIONS,
+    SECONDS,
+    TAGS,
+    TEXTS,
+    WORDS,
+)
 from hf_npeff.encoding.record import MADE_TEXT, Encoded, ModelNeeds, Reading
 from hf_npeff.encoding.values import as_python, at, has, is_words
 
-MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-TEXTS = (
-    "text", "texts", "sentence", "review", "content", "document", "comment", "tweet", "body", "article", "post",
-    "message", "utterance", "passage", "paragraph", "abstract", "prompt", "question", "query", "instruction", "input",
-    "inputs", "headline", "premise", "claim", "context", "dialogue", "dialog", "story", "email", "sms", "review_body",
-    "review_text", "comment_text", "tweet_text", "clean_text",
-)  # fmt: skip
-"""Names under which data sets keep the text that a model reads."""
-OUTPUTS = (
-    "completion", "response", "answer", "answers", "output", "outputs", "target", "targets", "summary", "highlights",
-    "chosen", "rejected", "best_answer", "solution", "explanation", "rationale", "reasoning", "translation",
-)  # fmt: skip
-"""Names under which they keep what is to be written, which a language model is not handed."""
-IDS = ("id", "example_id", "idx", "guid")
-LABELS = ("label", "labels")
-_OTHER_IDS = re.compile(r"(.*[_-])?(id|ids|idx|guid|uuid|index|hash|url|link|path|file|filename|date|timestamp)", re.I)
-_CONVERSATIONS = ("messages", "conversations", "conversation")
-_WORDS = ("tokens", "words")
-_TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels", "label")
-_CONTEXTS = (
-    "context", "article", "passage", "document", "paragraph", "story", "premise", "ctx", "sent1", "sentence", "goal",
-    "text",
-)  # fmt: skip
-_QUESTIONS = ("question", "question_stem", "query", "sent2", "prompt")
-_CHOICES = ("choices", "options", "endings", "candidates", "answers")
-_NUMBERED_CHOICE = re.compile(r"(choice|option|ending|answer|sol|solution|alternative|hypothesis)[_ ]?([0-9]|[A-E])")
-_NUMBERED = re.compile(r"(.*?)(_?)([12]|[abAB])")
-_PAIRS = (("premise", "hypothesis"), ("text", "text_pair"), ("sentence", "aspect"), ("text", "aspect"))
-_FIRSTS = ("question", "query", "claim")
-_SECONDS = ("context", "passage", "document", "sentence", "paragraph", "evidence", "article", "doc", "body", "text")
-_PROMPTS = ("prompt", "question", "query", "instruction")
-_ANSWERS = ("answer", "response", "completion")
 SAMPLE = 64
 """Rows whose contents are looked at: enough to tell prose from names, and read in no time."""
 _PROSE_WORDS = 3
@@ -91,7 +79,7 @@ class _Shapes:
         self.first = {name: self._value(name) for name in rows[0]}
         self.strings = [name for name, value in self.first.items() if isinstance(value, str)]
         self.conversations = [name for name, value in self.first.items() if is_conversation(value)]
-        self.words = [n for n, v in self.first.items() if is_words(v) and n not in (*OUTPUTS, *_CHOICES, *_TAGS)]
+        self.words = [n for n, v in self.first.items() if is_words(v) and n not in (*OUTPUTS, *CHOICES, *TAGS)]
         self.used: list[str] = []
 
     def _value(self, name: str) -> Any:
@@ -138,7 +126,7 @@ class _Shapes:
         """Columns of text that are neither read nor classes, nor what is read said again."""
         read = {*columns, target, label}
         names = [n for n in self.strings if not self._is_id(n) and not self._is_category(n)]
-        names += [n for n in (*self.words, *self.conversations) if n in (*_WORDS, *_CONVERSATIONS)]
+        names += [n for n in (*self.words, *self.conversations) if n in (*WORDS, *CONVERSATIONS)]
         names = [n for n in names if n not in read and not (self.needs.generates and n in OUTPUTS)]
         whole = [" ".join(_text_in(as_python(at(row, n))) for n in columns) for row in self.rows]
         again = (all(str(row.get(n) or "") in text for row, text in zip(self.rows, whole, strict=True)) for n in names)
@@ -198,7 +186,7 @@ class _Shapes:
             if self.conversations:
                 raise self._unclear(self.conversations, "several conversations stand side by side")
             return None
-        known = [name for name in _CONVERSATIONS if name in columns]
+        known = [name for name in CONVERSATIONS if name in columns]
         name = columns[0] if len(columns) == 1 else known[0] if len(known) == 1 else None
         if name is None:
             raise self._unclear(columns, "several conversations stand side by side")
@@ -228,7 +216,7 @@ class _Shapes:
     # Words
 
     def _words(self) -> Encoded | None:
-        known = [name for name in self.words if name in _WORDS]
+        known = [name for name in self.words if name in WORDS]
         tags = self.needs.task == "token-classification"
         texts = [name for name in self.strings if name in TEXTS]
         if known and (tags or not texts):
@@ -249,8 +237,8 @@ class _Shapes:
         if "sent1" in self.strings:  # SWAG: sent2 begins the sentence that the ending ends
             parts = [n for n in self.strings if n in ("sent1", "sent2")]
         else:
-            context = next((n for n in _CONTEXTS if n in self.strings), None)
-            question = next((n for n in _QUESTIONS if n in self.strings), None)
+            context = next((n for n in CONTEXTS if n in self.strings), None)
+            question = next((n for n in QUESTIONS if n in self.strings), None)
             parts = [n for n in (context, question) if n is not None]
         if not parts:
             raise self._unclear(self.strings, "no column holds what the choices belong to")
@@ -261,13 +249,13 @@ class _Shapes:
 
     def _choice_columns(self) -> tuple[str, ...]:
         """The one column with a list of choices, or the several with one each, in order."""
-        for name in _CHOICES:
+        for name in CHOICES:
             value = self.first.get(name)
             if is_words(value) or (isinstance(value, dict) and is_words(value.get("text"))):
                 return (name,)
         numbered: dict[str, list[str]] = {}
         for name in self.strings:
-            if matched := _NUMBERED_CHOICE.fullmatch(name):
+            if matched := NUMBERED_CHOICE.fullmatch(name):
                 numbered.setdefault(matched[1], []).append(name)
         return next((tuple(sorted(names)) for names in numbered.values() if len(names) > 1), ())
 
@@ -285,8 +273,8 @@ class _Shapes:
             prose = [n for n in prose if n not in OUTPUTS]
         if len(known) > 1:
             known = self._leading(known)
-        nested = [n for n in self.first if n.removesuffix("s") in _SECONDS and n not in self.strings]
-        if nested and known and known[0] in _FIRSTS:
+        nested = [n for n in self.first if n.removesuffix("s") in SECONDS and n not in self.strings]
+        if nested and known and known[0] in FIRSTS:
             raise self._unclear([*known, *nested], "what the text belongs to is nested")
         if len(known) == 1 and (not prose or known == ["text"]):  # the others are named in a warning
             return self._of_text(known[0])
@@ -314,7 +302,7 @@ class _Shapes:
     def _of_pair(self, first: str, second: str) -> Encoded:
         if self.needs.generates:
             others = [n for n in self.strings if n in TEXTS and n != first and not self._is_category(n)]
-            if second in _ANSWERS and not others:  # a language model is asked the first, and should say the second
+            if second in ANSWERS and not others:  # a language model is asked the first, and should say the second
                 return self._of_text(first)
             raise self._unclear(
                 [first, second, *others], "a language model reads one text, and how these become one is not known"
@@ -328,13 +316,13 @@ class _Shapes:
 
     def _pair(self) -> tuple[str, str] | None:
         strings = self.strings
-        pairs = [pair for pair in _PAIRS if set(pair) <= set(strings)] or self._numbered_pairs()
+        pairs = [pair for pair in PAIRS if set(pair) <= set(strings)] or self._numbered_pairs()
         if not pairs:
-            pairs = [(a, b) for a in _FIRSTS for b in _SECONDS if a in strings and b in strings and a != b]
+            pairs = [(a, b) for a in FIRSTS for b in SECONDS if a in strings and b in strings and a != b]
             if self.needs.generates:  # what a language model reads is called `text`, whatever stands beside it
                 pairs = [(a, b) for a, b in pairs if b != "text" or self._is_prose(a)]
         if not pairs and not (self.needs.generates and "text" in strings):
-            pairs = [(a, b) for a in _PROMPTS for b in _ANSWERS if a in strings and b in strings]
+            pairs = [(a, b) for a in PROMPTS for b in ANSWERS if a in strings and b in strings]
         if len(pairs) > 1:
             raise self._unclear(sorted({name for pair in pairs for name in pair}), "several pairs of texts are there")
         return pairs[0] if pairs else None
@@ -343,7 +331,7 @@ class _Shapes:
         """Columns whose names differ in their last character alone: 1 and 2, or a and b."""
         stems: dict[tuple[str, str], list[str]] = {}
         for name in self.strings:
-            matched = _NUMBERED.fullmatch(name)
+            matched = NUMBERED.fullmatch(name)
             if matched and matched[1] and (matched[2] or matched[3] in "12" or matched[3] in "AB"):
                 kind = "digits" if matched[3] in "12" else "letters" if matched[3] in "ab" else "capitals"
                 stems.setdefault((matched[1] + matched[2], kind), []).append(name)
@@ -352,7 +340,7 @@ class _Shapes:
     # What a column holds
 
     def _is_id(self, name: str) -> bool:
-        return bool(_OTHER_IDS.fullmatch(name)) or name in LABELS
+        return bool(OTHER_IDS.fullmatch(name)) or name in LABELS
 
     def _is_category(self, name: str) -> bool:
         """Whether the same few values come again and again."""
@@ -386,7 +374,7 @@ class _Shapes:
             return next(
                 (name for name in LABELS if name in self.first and not isinstance(self.first[name], list)), None
             )
-        columns = [name for name in _TAGS if isinstance(self.first.get(name), list)]
+        columns = [name for name in TAGS if isinstance(self.first.get(name), list)]
         if len(columns) > 1 and self.needs.label_names:
             ours = {name.lower() for name in self.needs.label_names.values()}
             columns = [n for n in columns if {name.lower() for name in self.class_names.get(n, ())} == ours] or columns
