@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hf_npeff.encoding.column_names import IDS, MODEL_INPUTS
 from hf_npeff.encoding.encoders import Encoder, Inputs
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
-from hf_npeff.encoding.shapes import IDS, MODEL_INPUTS, SAMPLE, encoded_as
+from hf_npeff.encoding.shapes import SAMPLE, encoded_as
 from hf_npeff.encoding.values import as_number_or_text, as_python, at
 from hf_npeff.padding import Batch, PaddedLabels, is_nested, padded, without_padding
 

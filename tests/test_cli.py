@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 import hf_npeff
 from hf_npeff import Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
 from hf_npeff.cli import app
-from hf_npeff.commands.options import DataOptions, ModelOptions, attribute_docs, read_data
+from hf_npeff.commands.inputs import DataOptions, ModelOptions, read_data
+from hf_npeff.commands.options import attribute_docs
 from hf_npeff.decomposition.matching import matches, similarities
 from tests.hub_server import HubServer
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer

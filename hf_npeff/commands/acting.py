@@ -9,19 +9,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data, read_decomposition
 from hf_npeff.commands.options import (
     Data,
-    DataOptions,
     DecompositionArgument,
     Model,
-    ModelOptions,
     Output,
     PEFsArgument,
     Result,
-    analyzer_for,
     command,
-    read_data,
-    read_decomposition,
     table,
     write_result,
 )

@@ -8,20 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hf_npeff.commands.options import (
-    Data,
-    DataOptions,
-    Model,
-    ModelOptions,
-    Output,
-    PEFsArgument,
-    Result,
-    analyzer_for,
-    command,
-    read_data,
-    table,
-    write_result,
-)
+from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data
+from hf_npeff.commands.options import Data, Model, Output, PEFsArgument, Result, command, table, write_result
 from hf_npeff.config import EditRequest
 
 

@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data, read_decomposition
 from hf_npeff.commands.options import (
     BatchSize,
     Data,
-    DataOptions,
     DecompositionArgument,
     MaybeOutput,
     Model,
-    ModelOptions,
     Result,
-    analyzer_for,
     command,
-    read_data,
-    read_decomposition,
     table,
     write_result,
 )

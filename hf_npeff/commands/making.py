@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_npeff.commands.options import (
-    Data,
-    DataOptions,
-    MaybeOutput,
-    Model,
-    ModelOptions,
-    Output,
-    PEFsArgument,
-    Result,
-    analyzer_for,
-    command,
-    read_data,
-)
+from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data
+from hf_npeff.commands.options import Data, MaybeOutput, Model, Output, PEFsArgument, Result, command
 from hf_npeff.config import ComputeRequest, DecompositionConfig, FisherConfig
 from hf_npeff.studies.settings import DemoConfig
 

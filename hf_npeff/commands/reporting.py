@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hf_npeff.commands.options import (
-    BatchSize,
-    DataOptions,
-    DecompositionArgument,
-    ModelOptions,
-    Result,
-    analyzer_for,
-    command,
-    read_data,
-    read_decomposition,
-)
+from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data, read_decomposition
+from hf_npeff.commands.options import BatchSize, DecompositionArgument, Result, command
 from hf_npeff.config import BATCH_SIZE, SHADED
 
 if TYPE_CHECKING:

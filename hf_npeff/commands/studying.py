@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_npeff.commands.options import (
-    Data,
-    DataOptions,
-    Model,
-    ModelOptions,
-    Output,
-    Result,
-    analyzer_for,
-    command,
-    read_data,
-)
+from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data
+from hf_npeff.commands.options import Data, Model, Output, Result, command
 from hf_npeff.config import FisherConfig
 from hf_npeff.extras import require
 from hf_npeff.studies.settings import (
@@ -200,7 +191,7 @@ def _rating_study(names: list[str], rated: RatingsConfig) -> Any:
 def _read_methods(name: str) -> tuple[list[Any], list[str]]:
     """The methods that `study factors` left in a folder, or a decomposition as one, with the texts of the examples."""
     from hf_npeff.baselines.method import MethodResult, load_methods
-    from hf_npeff.commands.options import read_decomposition
+    from hf_npeff.commands.inputs import read_decomposition
 
     if (kept := load_methods(Path(name))) is not None:
         return kept

@@ -1,0 +1,171 @@
+"""What commands are given: how a model is loaded, how data is read, and where decompositions lie."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_npeff.config import FisherConfig
+from hf_npeff.encoding.record import Reading
+
+if TYPE_CHECKING:
+    from hf_npeff.analyzer import NPEFFAnalyzer
+    from hf_npeff.decomposition.decomposition import Decomposition
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model is loaded.
+
+    Attributes:
+        task: task of the head, where the model's architecture does not tell it, such as "causal-lm".
+        revision: the model's branch, tag or commit.
+        dtype: number type of the weights, such as "float32"; "auto" takes them as they were saved.
+        device_map: where the model goes, such as "cuda" or "auto"; the CPU by default.
+        trust_remote_code: run code from the model's repository.
+    """
+
+    task: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How the data is read.
+
+    Attributes:
+        split: split of a data set on the Hub, such as "validation".
+        subset: configuration of a data set on the Hub, such as "mnli".
+        max_examples: only the first ones.
+        text_column: what is read: a column of texts, conversations or words; found by names and contents by default.
+        text_pair_column: the second text of a pair; with multiple choice, the column of choices.
+        label_column: classes, numbers, tags, or the text that a language model is to predict.
+        truncation: cut examples that are too long; they are refused by default.
+        max_length: the most tokens of an example with --truncation; the model's positions by default.
+    """
+
+    split: str | None = None
+    subset: str | None = None
+    max_examples: int | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    truncation: bool = False
+    max_length: int | None = None
+
+    @property
+    def columns(self) -> Reading:
+        """Which columns are read.
+
+        Raises:
+            ValueError: if the options do not go together.
+        """
+        return Reading(self.text_column, self.text_pair_column, self.label_column, self.truncation, self.max_length)
+
+
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+def read_data(data: str, reading: DataOptions) -> Any:
+    """A data set from a file, by its ending, or from the Hub.
+
+    Raises:
+        OSError: if it is not there.
+        ValueError: if it is of no known type, cannot be read, or the split must be named.
+    """
+    from hf_npeff.sharing.hub import is_hub_id
+
+    path = Path(data).expanduser()
+    kind = path.suffix.lower()
+    if path.is_file() or kind in _FILES:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {data}")
+        if reading.split is not None or reading.subset is not None:
+            raise ValueError(f"--split and --subset are for data sets on the Hub, and {data} is a file")
+        return _limited(_read_file(path, kind), reading.max_examples)
+    if not path.is_dir() and not is_hub_id(data):
+        raise FileNotFoundError(f"{data} is neither a file nor the id of a data set on the Hub")
+    import datasets
+
+    dataset = datasets.load_dataset(data, reading.subset, split=reading.split)
+    if isinstance(dataset, dict):
+        if len(dataset) > 1:
+            raise ValueError(f"{data} has the splits {', '.join(map(str, dataset))}; choose one with --split")
+        dataset = next(iter(dataset.values()))
+    return _limited(dataset, reading.max_examples)
+
+
+def _read_file(path: Path, kind: str) -> Any:
+    if kind == ".csv":
+        from pyarrow import csv
+
+        return csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True)).to_pylist()
+    if kind == ".parquet":
+        import datasets
+        import pyarrow.parquet as pq
+
+        return datasets.Dataset(pq.read_table(path))
+    if kind not in _FILES:
+        raise ValueError(f"{path} is of no known type; data is a .jsonl, .csv, .parquet or .txt file")
+    content = path.read_text(encoding="utf-8-sig")
+    if kind == ".json":
+        if not isinstance(rows := json.loads(content), list):
+            raise ValueError(f"{path} should hold a list of examples, but holds a {type(rows).__name__}")
+        return rows
+    lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if kind == ".txt":
+        return [line.strip() for _, line in lines]
+    rows = []
+    for i, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {i} is not JSON: {error}") from error
+    return rows
+
+
+def _limited(dataset: Any, limit: int | None) -> Any:
+    if limit is None or not 0 < limit < len(dataset):
+        return dataset  # a limit below 1 is refused where examples are encoded
+    return dataset[:limit] if isinstance(dataset, list) else dataset.select(range(limit))
+
+
+def analyzer_for(
+    model: str, loading: ModelOptions, settings: FisherConfig | Decomposition, reading: DataOptions | None = None
+) -> NPEFFAnalyzer:
+    """The model under analysis, which reads the columns that the options name.
+
+    For a decomposition it gets that one's Fisher config, and its commit unless a revision was asked for.
+
+    Raises:
+        OSError: if the model cannot be loaded.
+        ValueError: if the options do not go together.
+    """
+    from hf_npeff.analyzer import NPEFFAnalyzer
+
+    columns = Reading() if reading is None else reading.columns
+
+    if isinstance(settings, FisherConfig):
+        fisher = settings
+    else:
+        fisher = settings.fisher_config
+        if loading.revision is None and settings.info.get("model") == model:
+            loading = replace(loading, revision=settings.info.get("revision"))
+    try:
+        analyzer = NPEFFAnalyzer.from_pretrained(model, fisher=fisher, **asdict(loading))
+    except OSError as error:
+        raise OSError(f"the model {model} cannot be loaded: {error}") from error
+    analyzer.reading = columns
+    return analyzer
+
+
+def read_decomposition(name: str) -> Decomposition:
+    """From a folder or the Hub."""
+    from hf_npeff.decomposition.decomposition import Decomposition
+
+    return Decomposition.from_pretrained(name)
