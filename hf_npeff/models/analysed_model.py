@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +18,8 @@ from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_module_names, bare_parameters, base_of
+from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.batching import BatchTrials
-from hf_npeff.fisher.distributions import Softmax
-from hf_npeff.fisher.factors import rows_per_example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.frozen import frozen
 from hf_npeff.fisher.fsdp import FSDPModel
@@ -34,15 +31,12 @@ from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.tasks import task_of
 from hf_npeff.fisher.weights_hash import identity_of
 from hf_npeff.models.checkpoints import load_checkpoint
+from hf_npeff.models.description import ModelDescription
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
 from hf_npeff.processes import Processes, on_cpu
 from hf_npeff.sharing.files import read_json
-from hf_npeff.weights.adapters import Adapter, layouts_of
-from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import align, check_decomposed
-from hf_npeff.weights.outcomes import labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -360,7 +354,7 @@ class AnalysedModel:
         """What of the model decides how examples are encoded."""
         base: Any = base_of(self.model)
         task = getattr(self.head, "task", None) or task_of(base)
-        names = self._label_names()
+        names = self.description.label_names
         return ModelNeeds(
             task,
             self.fisher.positions,
@@ -368,101 +362,17 @@ class AnalysedModel:
             None if names is None else {int(number): name for number, name in names.items()},
         )
 
-    def direction_of(
-        self, matrices: dict[str, Tensor], info: Mapping[str, Any], *, unit: bool = True
-    ) -> ParameterDirection:
-        """What lifting found, as a direction in the parameters; the matrices are taken out of the dictionary.
-
-        Args:
-            matrices: {parameter: (out, in)}.
-            info: what is kept with it, beside the `provenance` of the model; `weights`, where they are known already.
-            unit: False keeps its length.
-        """
-        model_info = self.provenance(info.get("weights"))
-        maps = {m.parameter: m for m in self.maps}
-        parameters = bare_parameters(self.model)
-        deltas = {}
-        for name in list(matrices):  # one at a time: what is transposed is copied
-            value = matrices.pop(name)
-            shaped = maps[name].as_weight(value) if name in maps else value.reshape(parameters[name].shape)
-            deltas[name] = shaped.contiguous()
-        layouts = layouts_of(self.model, deltas)
-        module = type(base_of(self.model)).__module__
-        bare = bare_module_names(self.model)
-        tied = {n: [bare.get(m, m) for m in maps[n].modules] for n in deltas if n in maps and len(maps[n].modules) > 1}
-        model_info |= {"tied": tied} if tied else {}
-        return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info}, unit=unit)
-
-    def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
-        """Refuse to move weights that are sharded, or those of another commit than the change's.
-
-        Warns where the weights are others than those that a direction was made with.
-
-        Args:
-            change: a direction or an adapter.
-            in_place: whether the weights themselves are to be moved.
-
-        Raises:
-            UnsupportedModelError: if they are sharded, and are to be moved in place.
-            ValueError: if the commits differ.
-        """
-        if in_place and self.fsdp.active:
-            raise UnsupportedModelError(
-                "the model's weights are sharded over processes; load the whole model in one process to move them"
-            )
-        info = {} if change is None else change.info if isinstance(change, ParameterDirection) else change.config
-        made = info.get("revision")
-        if made is not None and self.revision is not None and made != self.revision:
-            raise ValueError(
-                f"the change was made for the model at commit {made}, and this model is at {self.revision}; load "
-                "that revision"
-            )
-        weights = info.get("weights")
-        if weights is not None:
-            warn_of_other_weights(weights, self.weights(), "the change was made with other weights than the model has")
-
     def weights(self) -> dict[str, Any]:
         """Which weights the model has at this moment: `WeightsIdentity` as JSON types."""
         self.fsdp.release()
         return identity_of(self.model).to_dict()
 
-    def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
-        """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.
-
-        Args:
-            decomposition: of `pefs`.
-            pefs: whose cotangents are replayed.
-            check_weights: False compares nothing.
-
-        Raises:
-            IncompatibleWeightsError: if they are others.
-        """
-        weights = self.weights()
-        if check_weights:
-            remedy = "Give the model those weights again, or compute PEFs with those that it has and decompose them."
-            check_same_weights(pefs.info.get("weights"), weights, "these PEFs", remedy)
-            check_same_weights(decomposition.info.get("weights"), weights, "the PEFs of this decomposition", remedy)
-        return weights
-
-    def truth_of(self, examples: Sequence[Example], encoded: Encoded) -> list[Any]:
-        """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers.
-
-        Args:
-            examples: all of a data set.
-            encoded: the record of what was read of it.
-        """
-        task = traits_of(self.head).task
-        if self.fisher.positions == "labels" or task == "token-classification":
-            tokens = [[token for token in e.inputs.get("labels", ()) if token != -100] for e in examples]
-            return [each if each and min(each) >= 0 else None for each in tokens]
-        if encoded.label_column is None or traits_of(self.head).vocabulary:
-            return [None] * len(examples)
-        info = {**self.provenance(), "dataset": {"encoded": encoded.to_dict()}}
-        column = [e.columns.get(encoded.label_column) for e in examples]
-        k = max((e.choices or 0 for e in examples), default=0) or int(getattr(base_of(self.model), "num_labels", 0))
-        return labels_of(info, column, getattr(self.head, "distribution", Softmax).name, k).values
-
     # What is known of it
+
+    @property
+    def description(self) -> ModelDescription:
+        """What is known of the model without running it."""
+        return ModelDescription(self.model, self.head, self.processing_class, self.fisher, self.revision)
 
     def provenance(self, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is kept of the model with everything that is made from it.
@@ -473,16 +383,7 @@ class AnalysedModel:
         Returns:
             Names, commit, weights, task, classes and versions.
         """
-        base: Any = base_of(self.model)
-        return {
-            "model": getattr(base, "name_or_path", None) or type(base).__name__,
-            "revision": self.revision,
-            "weights": self.weights() if weights is None else dict(weights),
-            "architecture": type(base).__name__,
-            "task": traits_of(self.head).task,
-            "label_names": self._label_names(),
-            "versions": {name: _version(name) for name in ("hf_npeff", "torch", "transformers", "accelerate")},
-        }
+        return self.description.provenance(self.weights() if weights is None else weights)
 
     def rows_per_example(self, choices: int | None = None) -> int:
         """c: the rows that an example of a data set will have, as far as that is known before the model runs.
@@ -490,48 +391,8 @@ class AnalysedModel:
         Args:
             choices: of multiple choice, whose classes they are.
         """
-        config: Any = base_of(self.model).config
-        traits = traits_of(self.head)
-        k = getattr(config, "num_labels", None)
-        if traits.task == "multiple-choice":
-            k = choices
-        elif traits.vocabulary:
-            k = getattr(config.get_text_config(), "vocab_size", None)
-        if traits.task == "question-answering" or getattr(self.head, "several", True):
-            k = None  # classes are positions, or terms are many: then rows are reduced to `rank`
-        return rows_per_example(self.fisher, getattr(self.head, "distribution", None), k)
-
-    def _label_names(self) -> dict[str, str] | None:
-        """{number of a class: its name}; None of a language model."""
-        base: Any = base_of(self.model)
-        if traits_of(self.head).vocabulary:
-            return None
-        return {
-            str(number): str(name) for number, name in (getattr(base.config, "id2label", None) or {}).items()
-        } or None
+        return self.description.rows_per_example(choices)
 
     def describe(self, predictions: Tensor) -> list[str]:
         """Predictions for people: tokens, class names, or numbers."""
-        base: Any = base_of(self.model)
-        vocabulary = traits_of(self.head).vocabulary
-        names = getattr(base.config, "id2label", None) or {}
-
-        def one(value: Any) -> str:
-            if isinstance(value, list):
-                return "".join(map(one, value)) if vocabulary else ", ".join(one(v) for v in value if v != -1)
-            if isinstance(value, float):
-                return f"{value:.3g}"
-            if value < 0:
-                return ""
-            if vocabulary:
-                return self.processing_class.decode([value]) if hasattr(self.processing_class, "decode") else str(value)
-            return str(names.get(value, value)) if predictions.dim() == 1 else str(value)
-
-        return [one(value) for value in predictions.tolist()]
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
+        return self.description.describe(predictions)

@@ -15,7 +15,7 @@ from hf_npeff.fisher.compute import compute
 from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.preparation import prepare
-from hf_npeff.models.analysed_model import AnalysedModel
+from hf_npeff.models.movable_model import MovableModel
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs, check_pefs
 from hf_npeff.pefs.weights_identity import check_same_weights
@@ -30,7 +30,7 @@ _FIRST = 8
 """Examples of the self-test where rows are computed again; the sketch is known."""
 
 
-class EditedModel(AnalysedModel):
+class EditedModel(MovableModel):
     """A model and what changes it: the part of `NPEFFAnalyzer` that needs no decomposition."""
 
     def lift_examples(
@@ -201,7 +201,7 @@ class EditedModel(AnalysedModel):
         analyzer = self.with_settings_of(pefs)
         weights = analyzer._weights_of(pefs, keep, check_weights)
         examples = analyzer._examples_of_pefs(pefs, dataset)
-        naming = Naming(pefs.columns, analyzer._label_names(), analyzer._encoder())
+        naming = Naming(pefs.columns, analyzer.description.label_names, analyzer._encoder())
         with analyzer.forward_pass() as forward:
             goal = goal_of(forward, pefs, examples, request, naming)
         direction = analyzer._edited(pefs, examples, goal, request, weights)

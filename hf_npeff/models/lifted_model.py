@@ -16,7 +16,7 @@ from hf_npeff.config import (
 )
 from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
-from hf_npeff.models.analysed_model import AnalysedModel
+from hf_npeff.models.movable_model import MovableModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import lift_components, plan, select
@@ -27,7 +27,7 @@ _LIFTED_TOGETHER = 4
 """Components that share forward passes in `lift_each`. Chosen: each holds a copy of all analysed weights meanwhile."""
 
 
-class LiftedModel(AnalysedModel):
+class LiftedModel(MovableModel):
     """A model to whose weights and tokens components are taken back."""
 
     def lift(

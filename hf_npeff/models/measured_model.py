@@ -178,7 +178,9 @@ class MeasuredModel(FisherModel, LiftedModel):
         examples = list(limits.checked(examples_read))
         check_groups(examples, by)
         with self.forward_pass() as forward:
-            return measure(forward, change, examples, self.truth_of(examples, examples_read.encoded), request)
+            return measure(
+                forward, change, examples, self.description.truth_of(examples, examples_read.encoded), request
+            )
 
     def off_target(
         self,

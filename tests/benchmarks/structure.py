@@ -30,7 +30,7 @@ FOLLOWED = (
 LATER = set("pefs decomposition direction directions lifted report reports analyzer self plans".split())
 LATER |= set("mixtures rows coefficients shares chosen indices limits kept facts".split())
 """Names of what is made from a value at a later stage: there it is followed no more."""
-OWN = ("analysed_model", "edited_model", "fisher_model", "lifted_model", "measured_model")
+OWN = ("analysed_model", "edited_model", "fisher_model", "lifted_model", "measured_model", "movable_model")
 """Modules of the classes that the analyzer is made of."""
 DEEP = 12
 """Calls within calls that are followed. Chosen: more than any path of the package is long."""

@@ -1,0 +1,130 @@
+"""ModelDescription: what is known of a model without running it, and what its predictions are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_npeff.config import FisherConfig
+from hf_npeff.data import Example
+from hf_npeff.encoding.record import Encoded
+from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.fisher.distributions import Softmax
+from hf_npeff.fisher.factors import rows_per_example
+from hf_npeff.fisher.outputs import OutputHead, traits_of
+from hf_npeff.padding import IGNORED
+from hf_npeff.weights.outcomes import labels_of
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model with its head, as far as it is known without a forward pass.
+
+    Attributes:
+        model: a transformers model, PEFT-wrapped or not.
+        head: what it predicts.
+        processing_class: what decodes its tokens, or None.
+        fisher: how PEFs are computed.
+        revision: the model's commit, or None.
+    """
+
+    model: nn.Module
+    head: OutputHead
+    processing_class: Any
+    fisher: FisherConfig
+    revision: str | None
+
+    def provenance(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """What is kept of the model with everything that is made from it.
+
+        Args:
+            weights: which it has now.
+
+        Returns:
+            Names, commit, weights, task, classes and versions.
+        """
+        base: Any = base_of(self.model)
+        return {
+            "model": getattr(base, "name_or_path", None) or type(base).__name__,
+            "revision": self.revision,
+            "weights": dict(weights),
+            "architecture": type(base).__name__,
+            "task": traits_of(self.head).task,
+            "label_names": self.label_names,
+            "versions": {name: _version(name) for name in ("hf_npeff", "torch", "transformers", "accelerate")},
+        }
+
+    def rows_per_example(self, choices: int | None = None) -> int:
+        """c: the rows that an example of a data set will have, as far as that is known before the model runs.
+
+        Args:
+            choices: of multiple choice, whose classes they are.
+        """
+        config: Any = base_of(self.model).config
+        traits = traits_of(self.head)
+        k = getattr(config, "num_labels", None)
+        if traits.task == "multiple-choice":
+            k = choices
+        elif traits.vocabulary:
+            k = getattr(config.get_text_config(), "vocab_size", None)
+        if traits.task == "question-answering" or getattr(self.head, "several", True):
+            k = None  # classes are positions, or terms are many: then rows are reduced to `rank`
+        return rows_per_example(self.fisher, getattr(self.head, "distribution", None), k)
+
+    @property
+    def label_names(self) -> dict[str, str] | None:
+        """{number of a class: its name}; None of a language model."""
+        base: Any = base_of(self.model)
+        if traits_of(self.head).vocabulary:
+            return None
+        return {
+            str(number): str(name) for number, name in (getattr(base.config, "id2label", None) or {}).items()
+        } or None
+
+    def describe(self, predictions: Tensor) -> list[str]:
+        """Predictions for people: tokens, class names, or numbers."""
+        base: Any = base_of(self.model)
+        vocabulary = traits_of(self.head).vocabulary
+        names = getattr(base.config, "id2label", None) or {}
+
+        def one(value: Any) -> str:
+            if isinstance(value, list):
+                return "".join(map(one, value)) if vocabulary else ", ".join(one(v) for v in value if v != -1)
+            if isinstance(value, float):
+                return f"{value:.3g}"
+            if value < 0:
+                return ""
+            if vocabulary:
+                return self.processing_class.decode([value]) if hasattr(self.processing_class, "decode") else str(value)
+            return str(names.get(value, value)) if predictions.dim() == 1 else str(value)
+
+        return [one(value) for value in predictions.tolist()]
+
+    def truth_of(self, examples: Sequence[Example], encoded: Encoded) -> list[Any]:
+        """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers.
+
+        Args:
+            examples: all of a data set.
+            encoded: the record of what was read of it.
+        """
+        task = traits_of(self.head).task
+        if self.fisher.positions == "labels" or task == "token-classification":
+            tokens = [[token for token in e.inputs.get("labels", ()) if token != IGNORED] for e in examples]
+            return [each if each and min(each) >= 0 else None for each in tokens]
+        if encoded.label_column is None or traits_of(self.head).vocabulary:
+            return [None] * len(examples)
+        info = {"label_names": self.label_names, "task": task, "dataset": {"encoded": encoded.to_dict()}}
+        column = [e.columns.get(encoded.label_column) for e in examples]
+        k = max((e.choices or 0 for e in examples), default=0) or int(getattr(base_of(self.model), "num_labels", 0))
+        return labels_of(info, column, getattr(self.head, "distribution", Softmax).name, k).values
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,92 @@
+"""MovableModel: changes of a model's weights, as directions of its parameters, and whether they may be made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_module_names, bare_parameters, base_of
+from hf_npeff.models.analysed_model import AnalysedModel
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
+from hf_npeff.weights.adapters import Adapter, layouts_of
+from hf_npeff.weights.directions import ParameterDirection
+
+
+class MovableModel(AnalysedModel):
+    """A model whose weights are moved, by directions and adapters that were made for it."""
+
+    def direction_of(
+        self, matrices: dict[str, Tensor], info: Mapping[str, Any], *, unit: bool = True
+    ) -> ParameterDirection:
+        """What lifting found, as a direction in the parameters; the matrices are taken out of the dictionary.
+
+        Args:
+            matrices: {parameter: (out, in)}.
+            info: what is kept with it, beside the `provenance` of the model; `weights`, where they are known already.
+            unit: False keeps its length.
+        """
+        model_info = self.provenance(info.get("weights"))
+        maps = {m.parameter: m for m in self.maps}
+        parameters = bare_parameters(self.model)
+        deltas = {}
+        for name in list(matrices):  # one at a time: what is transposed is copied
+            value = matrices.pop(name)
+            shaped = maps[name].as_weight(value) if name in maps else value.reshape(parameters[name].shape)
+            deltas[name] = shaped.contiguous()
+        layouts = layouts_of(self.model, deltas)
+        module = type(base_of(self.model)).__module__
+        bare = bare_module_names(self.model)
+        tied = {n: [bare.get(m, m) for m in maps[n].modules] for n in deltas if n in maps and len(maps[n].modules) > 1}
+        model_info |= {"tied": tied} if tied else {}
+        return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info}, unit=unit)
+
+    def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
+        """Refuse to move weights that are sharded, or those of another commit than the change's.
+
+        Warns where the weights are others than those that a direction was made with.
+
+        Args:
+            change: a direction or an adapter.
+            in_place: whether the weights themselves are to be moved.
+
+        Raises:
+            UnsupportedModelError: if they are sharded, and are to be moved in place.
+            ValueError: if the commits differ.
+        """
+        if in_place and self.fsdp.active:
+            raise UnsupportedModelError(
+                "the model's weights are sharded over processes; load the whole model in one process to move them"
+            )
+        info = {} if change is None else change.info if isinstance(change, ParameterDirection) else change.config
+        made = info.get("revision")
+        if made is not None and self.revision is not None and made != self.revision:
+            raise ValueError(
+                f"the change was made for the model at commit {made}, and this model is at {self.revision}; load "
+                "that revision"
+            )
+        weights = info.get("weights")
+        if weights is not None:
+            warn_of_other_weights(weights, self.weights(), "the change was made with other weights than the model has")
+
+    def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
+        """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.
+
+        Args:
+            decomposition: of `pefs`.
+            pefs: whose cotangents are replayed.
+            check_weights: False compares nothing.
+
+        Raises:
+            IncompatibleWeightsError: if they are others.
+        """
+        weights = self.weights()
+        if check_weights:
+            remedy = "Give the model those weights again, or compute PEFs with those that it has and decompose them."
+            check_same_weights(pefs.info.get("weights"), weights, "these PEFs", remedy)
+            check_same_weights(decomposition.info.get("weights"), weights, "the PEFs of this decomposition", remedy)
+        return weights
