@@ -58,6 +58,8 @@ DOORWAYS: dict[tuple[str, str], str] = {
     ("decomposition.associations", "report.notebook"): "what Jupyter shows of Associations",
     ("decomposition.component", "report"): "the folder of the next",
     ("decomposition.component", "report.notebook"): "what Jupyter shows of a Component",
+    ("weights.directions", "models"): "the folder of the next",
+    ("weights.directions", "models.change_ends"): "ParameterDirection.between and from_adapter load models",
     ("weights.measurement", "report"): "the folder of the next two",
     ("weights.measurement", "report.notebook"): "what Jupyter shows of a Measurement",
     ("weights.measurement", "report.plots"): "Measurement.plot",

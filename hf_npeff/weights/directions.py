@@ -30,12 +30,13 @@ from hf_npeff.weights.adapters import (
     dense,
     shira,
 )
+from hf_npeff.weights.arithmetic import DirectionArithmetic
 from hf_npeff.weights.direction_folder import DIRECTION_FILE, facts_of, read_direction, write_direction
 from hf_npeff.weights.lora import lora
 from hf_npeff.weights.moved_weights import squared_norm, weights_moved
 
 
-class ParameterDirection(Readable, Mapping[str, Tensor]):
+class ParameterDirection(Readable, DirectionArithmetic):
     """{parameter name: ΔW}, of unit norm over all parameters together, or of the length that the change has.
 
     Args:
@@ -89,6 +90,100 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         self.layouts: dict[str, Layout] = dict(layouts)
         self.info: dict[str, Any] = dict(info or {}) | ({} if unit else {"natural_scale": 1.0})
 
+    # Changes that are there already
+
+    @classmethod
+    def between(
+        cls,
+        before: Any,
+        after: Any,
+        *,
+        task: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        revisions: tuple[str | None, str | None] = (None, None),
+        **where: Any,
+    ) -> ParameterDirection:
+        """What leads from one model's weights to another's: training, a merge, an adapter, an edit.
+
+        Weights of different types are compared in the narrower one. A tied weight comes once. The models stay as they
+        are; adapters that act in them count as part of them.
+
+        Args:
+            before: a loaded model, a folder, or an id on the Hub; an adapter of PEFT brings its base model.
+            after: the same of the other end.
+            task: of the head, where a checkpoint's architecture does not tell it.
+            dtype: in which checkpoints are loaded.
+            revisions: branches, tags or commits of the two checkpoints.
+            **where: `token`, `cache_dir` and `local_files_only` of downloads.
+
+        Returns:
+            A direction whose natural scale is 1, over the parameters that differ. `info` names both ends.
+
+        Raises:
+            OSError: if a checkpoint is not there.
+            UnsupportedModelError: if weights are quantised, offloaded or sharded, or PEFT cannot merge an adapter.
+            ValueError: if the models are of different architectures, sizes of vocabulary or tokenizers, or equal.
+
+        Example:
+            >>> change = ParameterDirection.between("org/any-model", model)
+            Traceback (most recent call last):
+            ValueError: the two models have the same weights: no change
+        """
+        from hf_npeff.models.change_ends import change_between
+
+        change = change_between(before, after, task=task, dtype=dtype, revisions=revisions, where=where)
+        return cls(*change, unit=False)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        adapter: Any,
+        *,
+        base: Any = None,
+        task: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        check_base: bool = True,
+        **where: Any,
+    ) -> ParameterDirection:
+        """What an adapter of PEFT, of any kind that PEFT can merge, changes in the weights of its base model.
+
+        Args:
+            adapter: a folder, an id on the Hub, {adapter: weight} of several, whose changes are added up, or a model
+                that PEFT wrapped, whose adapters act now.
+            base: the base model: loaded, a folder or an id; None loads the one that the adapter names.
+            task: of the head, where the base model's architecture does not tell it.
+            dtype: in which the base model is loaded.
+            revision: of the adapter.
+            check_base: refuse an adapter that names another base model on the Hub, or other weights of it.
+            **where: `token`, `cache_dir` and `local_files_only` of downloads.
+
+        Returns:
+            A direction whose natural scale is 1.
+
+        Raises:
+            IncompatibleWeightsError: if the adapter says that it was made for other weights.
+            OSError: if the adapter or its base model is not there.
+            UnsupportedModelError: if PEFT cannot merge the adapter, or the base model is quantised or offloaded.
+            ValueError: if the adapter does not fit the base model, or changes nothing.
+
+        Example:
+            >>> direction.to_adapter(rank=2, scale=0.3).save_pretrained("runs/some-lora")
+            >>> change = ParameterDirection.from_adapter("runs/some-lora", base=model)
+            >>> half = ParameterDirection.from_adapter({"runs/some-lora": 0.5}, base=model)
+            >>> round(change.cosine(half), 3), round(half.norm / change.norm, 3)
+            (1.0, 0.5)
+            >>> (change - 2 * half).norm < 1e-6 * change.norm
+            Traceback (most recent call last):
+            ValueError: the changes cancel: their sum is zero
+        """
+        from hf_npeff.models.change_ends import change_of_adapter
+
+        change = change_of_adapter(
+            adapter, base, task=task, dtype=dtype, revision=revision, check_base=check_base, where=where
+        )
+        return cls(*change, unit=False)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._deltas[name]
 
@@ -104,7 +199,7 @@ class ParameterDirection(Readable, Mapping[str, Tensor]):
         return sum(map(squared_norm, self._deltas.values())) ** 0.5
 
     def cosine(self, other: Mapping[str, Tensor]) -> float:
-        """⟨self, other⟩ / ‖other‖.
+        """⟨self, other⟩ / (‖self‖ ‖other‖).
 
         Raises:
             ValueError: if the other is over other parameters, or zero.

@@ -1,0 +1,238 @@
+"""The two ends of a change: models that are at hand, in folders or on the Hub, adapters among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.errors import IncompatibleWeightsError, UnsupportedModelError
+from hf_npeff.fisher.bare_model import acting_adapters, base_of, is_wrapper
+from hf_npeff.models.checkpoints import Checkpoint, load_checkpoint
+from hf_npeff.pefs.weights_identity import shown
+from hf_npeff.sharing.files import read_json
+from hf_npeff.sharing.hub import is_hub_id
+from hf_npeff.weights.adapters import Layout, layouts_of
+from hf_npeff.weights.changes import (
+    adapter_deltas,
+    deltas_of_adapter,
+    difference,
+    provenance,
+    summed,
+    tied_weights,
+)
+
+Change = tuple[dict[str, Tensor], dict[str, Layout], dict[str, Any]]
+"""{parameter: ΔW}, what each parameter is, and what is known of the change."""
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def change_between(
+    before: Any,
+    after: Any,
+    *,
+    task: str | None,
+    dtype: str | torch.dtype,
+    revisions: tuple[str | None, str | None],
+    where: Mapping[str, Any],
+) -> Change:
+    """What leads from one model to another; see `ParameterDirection.between`."""
+    ends = [
+        _loaded(which, task, dtype, revision, where) for which, revision in zip((before, after), revisions, strict=True)
+    ]
+    _check_vocabularies(*ends)
+    deltas, info = difference(ends[0].model, ends[1].model)
+    if ends[0].commit is not None:
+        info["revision"] = ends[0].commit
+    if ends[1].commit is not None:
+        info["after_revision"] = ends[1].commit
+    return deltas, layouts_of(ends[0].model, deltas), info
+
+
+def change_of_adapter(
+    adapter: Any,
+    base: Any,
+    *,
+    task: str | None,
+    dtype: str | torch.dtype,
+    revision: str | None,
+    check_base: bool,
+    where: Mapping[str, Any],
+) -> Change:
+    """What adapters change in their base model; see `ParameterDirection.from_adapter`."""
+    if isinstance(adapter, nn.Module):
+        return _of_wrapped(adapter, base)
+    wanted = _weights(adapter)
+    places = {name: _files_of(name, revision, where) for name in wanted}
+    recorded = {name: _recorded_base(name, place) for name, place in places.items()}
+    named = next(iter(recorded.values()))
+    end = _base(base, named, task, dtype, where)
+    if any(is_wrapper(module) for module in end.model.modules()):
+        raise ValueError("base= is wrapped by PEFT already; give the bare model, or the wrapped model as the adapter")
+    about = provenance(end.model) | ({} if end.commit is None else {"revision": end.commit})
+    if check_base:
+        for name, place in places.items():
+            _check_recorded(name, recorded[name][0], place, about)
+    parts = [(w, deltas_of_adapter(end.model, str(places[name]))) for name, w in wanted.items()]
+    deltas, layouts = summed(parts, [layouts_of(end.model, part) for _, part in parts])
+    if not deltas:
+        raise ValueError(f"the adapters {list(wanted)} with these weights add up to nothing")
+    info = about | {"method": "adapter", "adapters": wanted} | tied_weights(end.model, deltas)
+    return deltas, layouts, info
+
+
+def _loaded(
+    which: Any, task: str | None, dtype: str | torch.dtype, revision: str | None, where: Mapping[str, Any]
+) -> Checkpoint:
+    """A model that is at hand, or a checkpoint."""
+    if isinstance(which, nn.Module):
+        compiled = getattr(which, "_orig_mod", None)
+        return Checkpoint(compiled if isinstance(compiled, nn.Module) else which, None, None, task or "")
+    if not isinstance(which, str | os.PathLike):
+        raise ValueError(f"expected a loaded model, a folder or an id on the Hub, but got {type(which).__name__}")
+    return load_checkpoint(
+        which,
+        task=task,
+        processing_class=None,
+        revision=revision,
+        where=where,
+        trust_remote_code=False,
+        settings={"dtype": dtype},
+    )
+
+
+def _check_vocabularies(before: Checkpoint, after: Checkpoint) -> None:
+    """Refuse checkpoints whose tokenizers give tokens other numbers."""
+    vocabularies = []
+    for end in (before, after):
+        get = getattr(end.processing_class, "get_vocab", None)
+        if not callable(get):
+            return
+        vocabularies.append(get())
+    a, b = vocabularies
+    moved = [token for token in a if token in b and a[token] != b[token]]
+    only = sorted(a.keys() ^ b.keys())
+    if moved or only:
+        what = f"{len(moved)} tokens have other numbers" if moved else f"{len(only)} tokens are in one of them only"
+        raise ValueError(
+            f"the tokenizers of the two models differ: {what}, for instance {(moved or only)[:3]}. The same text is "
+            "then other inputs to each, and predictions cannot be compared; load the models yourself and give them, if "
+            "the tokens that you use are the same"
+        )
+
+
+# Adapters
+
+
+def _weights(adapter: Any) -> dict[str, float]:
+    """{adapter: its weight}."""
+    if isinstance(adapter, str | os.PathLike):
+        return {os.fspath(adapter): 1.0}
+    if isinstance(adapter, Mapping) and adapter:
+        numbers = {os.fspath(name): weight for name, weight in adapter.items()}
+        if all(isinstance(w, int | float) and not isinstance(w, bool) and w == w for w in numbers.values()):
+            return {name: float(weight) for name, weight in numbers.items()}
+    raise ValueError(
+        "expected an adapter's folder or id, a model that PEFT wrapped, or {adapter: weight} of several, but got "
+        f"{adapter!r:.100}"
+    )
+
+
+def _files_of(name: str, revision: str | None, where: Mapping[str, Any]) -> Path:
+    """The folder of an adapter, downloaded where it is on the Hub.
+
+    Raises:
+        OSError: if there is no such adapter.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_dir():
+        folder = Path(name)
+    elif is_hub_id(name):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS], **where))
+    else:
+        raise OSError(f"{name!r} is neither a folder nor the id of an adapter on the Hub (user/name)")
+    if not (folder / _CONFIG).is_file():
+        raise OSError(f"{name} holds no adapter: {_CONFIG} is missing")
+    if not (folder / _WEIGHTS).is_file():
+        raise OSError(f"{name} holds no {_WEIGHTS}; adapters in pickled files are not read: save it with safetensors")
+    return folder
+
+
+def _recorded_base(name: str, folder: Path) -> tuple[str | None, str | None]:
+    """The base model, and its revision, that an adapter names."""
+    config = read_json(folder / _CONFIG, None)
+    if config.get("kind") == "delta":
+        raise ValueError(f"{name} is a dense delta of hf_npeff; read it with ParameterDirection.from_pretrained")
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return base if isinstance(base, str) and base else None, revision if isinstance(revision, str) else None
+
+
+def _base(
+    base: Any,
+    named: tuple[str | None, str | None],
+    task: str | None,
+    dtype: str | torch.dtype,
+    where: Mapping[str, Any],
+) -> Checkpoint:
+    """The base model: the given one, or the one that the adapter names."""
+    if base is not None:
+        return _loaded(base, task, dtype, None, where)
+    if named[0] is None:
+        raise UnsupportedModelError("the adapter names no base model; pass base=, a model or where it is")
+    return _loaded(named[0], task, dtype, named[1], where)
+
+
+def _check_recorded(name: str, recorded: str | None, folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuse an adapter that says that it is of another model.
+
+    Names are compared where both are ids on the Hub: a folder may hold any model. The hash of the base model's weights,
+    which adapters of hf_npeff keep, is compared wherever there is one.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        made = (file.metadata() or {}).get("base_model_weights")
+    if made is not None and (now := shown(about.get("weights"))) is not None and made != now:
+        raise IncompatibleWeightsError(
+            f"the adapter {name} was made for weights with the hash {made}, and those of {about['model']} have {now}; "
+            "load that model, or go on all the same with check_base=False"
+        )
+    base = str(about["model"])
+    named = base != about["architecture"]  # which stands in for a name that is not known
+    if named and recorded is not None and is_hub_id(recorded) and is_hub_id(base) and recorded != base:
+        raise ValueError(
+            f"the adapter {name} is of the base model {recorded}, and this is {base}; load that model, or go on all "
+            "the same with check_base=False"
+        )
+
+
+def _of_wrapped(model: nn.Module, base: Any) -> Change:
+    """The change by the adapters that act now in a model that PEFT wrapped."""
+    if base is not None:
+        raise ValueError("a wrapped model brings its base model: leave out base=")
+    deltas = adapter_deltas(model)
+    for wrapper in model.modules():
+        around: Any = wrapper
+        if is_wrapper(wrapper) and hasattr(around, "modules_to_save") and acting_adapters(wrapper):
+            raise UnsupportedModelError(
+                "the adapter saves whole modules (modules_to_save); give its folder, or use "
+                "ParameterDirection.between(base, wrapped model)"
+            )
+    if not deltas:
+        raise ValueError("no adapter acts in this model, or what it adds is zero")
+    names = sorted({name for module in model.modules() if is_wrapper(module) for name in acting_adapters(module)})
+    acting: list[Any] = [m for m in model.modules() if is_wrapper(m) and acting_adapters(m)]
+    try:
+        for wrapper in acting:
+            wrapper._disable_adapters = True  # not enable_adapters, which also says what is trained
+        about = provenance(model)
+    finally:
+        for wrapper in acting:
+            wrapper._disable_adapters = False
+    info = about | {"method": "adapter", "adapters": dict.fromkeys(names, 1.0)}
+    return deltas, layouts_of(base_of(model), deltas), info | tied_weights(model, deltas)
