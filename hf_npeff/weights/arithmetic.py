@@ -105,7 +105,9 @@ class DirectionArithmetic(Mapping[str, Tensor]):
         if not chosen:
             return self
         left = projected_out(self, chosen)
-        layouts = {name: kind for each in [*chosen, self] for name, kind in each.layouts.items()}
+        layouts = dict(self.layouts)
+        for direction in chosen:
+            layouts |= direction.layouts
         size = sum(map(squared_norm, left.values())) ** 0.5
         if size <= 1e-6 * self.norm:  # float32's rounding of the parts that cancel
             raise ValueError("nothing is left of the change without these directions")
