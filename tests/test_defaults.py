@@ -14,21 +14,36 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hf_npeff import NPEFF, DecompositionConfig, FisherConfig, NPEFFAnalyzer
+from hf_npeff import NPEFF, Decomposition, DecompositionConfig, FisherConfig, NPEFFAnalyzer
 from hf_npeff.commands.acting import perturb
 from hf_npeff.commands.editing import edit
+from hf_npeff.commands.inputs import DataOptions
 from hf_npeff.commands.making import compute, decompose, demo
 from hf_npeff.commands.options import option_fields
-from hf_npeff.config import ComputeRequest, EditRequest, LiftRequest, PerturbationRequest, SpareRequest
+from hf_npeff.config import (
+    AssociationRequest,
+    ComputeRequest,
+    EditRequest,
+    LiftRequest,
+    MeasureRequest,
+    OffTargetRequest,
+    PerturbationRequest,
+    SpareRequest,
+)
+from hf_npeff.encoding.record import Reading
 from hf_npeff.studies.settings import DemoConfig
 
 METHODS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
     (ComputeRequest, NPEFFAnalyzer.compute_pefs, {"progress": "None there asks the environment"}),
     (LiftRequest, NPEFFAnalyzer.lift, {}),
     (PerturbationRequest, NPEFFAnalyzer.evaluate_direction, {}),
-    (DecompositionConfig, NPEFF.__init__, {}),
     (EditRequest, NPEFFAnalyzer.edit, {}),
     (SpareRequest, NPEFFAnalyzer.spare, {}),
+    (MeasureRequest, NPEFFAnalyzer.measure, {}),
+    (OffTargetRequest, NPEFFAnalyzer.off_target, {}),
+    (Reading, NPEFFAnalyzer.compute_pefs, {}),
+    (AssociationRequest, Decomposition.associations, {}),
+    (DecompositionConfig, NPEFF.__init__, {}),
 ]
 """(settings, the method that takes each as an argument, {argument with a default of its own: why})."""
 
@@ -43,9 +58,14 @@ COMMANDS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
     (PerturbationRequest, perturb, {}),
     (DecompositionConfig, decompose, {}),
     (DemoConfig, demo, {}),
+    (Reading, compute, {}),
+    (DataOptions, compute, {}),
     (EditRequest, edit, {name: f"--{name}, an option of the command" for name in ("change", "outcome", "keep")}),
 ]
 """(settings, the command with an option for each, {setting without an option: the other way to it})."""
+
+WIDER = ("output_dir", "scales", "ranks")
+"""Settings that a method takes as any kind of path or sequence, and keeps as one kind."""
 
 VALUES = {
     "method": "adjoint",
@@ -76,9 +96,9 @@ def test_a_method_takes_every_setting_with_its_default(settings: type, method: A
     for field in fields(settings):
         assert field.name in parameters, f"{method.__qualname__} does not take {field.name}"
         assert f"{field.name}:" in (inspect.getdoc(method) or "") + (inspect.getdoc(NPEFF) or "")
-        if field.name not in own and field.name != "output_dir":  # which is taken as any kind of path
+        if field.name not in own:
             assert parameters[field.name].default == field.default, field.name
-            assert hints[field.name] == declared[field.name], field.name
+            assert field.name in WIDER or hints[field.name] == declared[field.name], field.name
     assert set(own) <= {field.name for field in fields(settings)}
 
 
@@ -86,18 +106,21 @@ class SeenError(Exception):
     """Carries what a request was made with."""
 
 
-@pytest.mark.parametrize(("settings", "method", "own"), METHODS[:3], ids=names(METHODS[:3]))
+@pytest.mark.parametrize(("settings", "method", "own"), METHODS[:-1], ids=names(METHODS[:-1]))
 def test_a_method_hands_every_setting_on(settings: type, method: Any, own: dict[str, str], monkeypatch: Any) -> None:
     """Oracle: identity with objects that nothing else makes."""
     given = {field.name: object() for field in fields(settings)} | {
-        field.name: Path("nowhere") for field in fields(settings) if field.name == "output_dir"
+        field.name: Path("nowhere") if field.name == "output_dir" else (object(),)
+        for field in fields(settings)
+        if field.name in WIDER
     }
 
     def seen(**values: Any) -> None:
         raise SeenError(values)
 
     monkeypatch.setattr(sys.modules[method.__module__], settings.__name__, seen)
-    required = [p for p in inspect.signature(method).parameters.values() if p.default is inspect.Parameter.empty]
+    parameters = inspect.signature(method).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     with pytest.raises(SeenError) as caught:
         method(*(object() for _ in required), **given)
     assert caught.value.args[0] == given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,37 +35,23 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Reading):
     """How the data is read.
 
     Attributes:
         split: split of a data set on the Hub, such as "validation".
         subset: configuration of a data set on the Hub, such as "mnli".
         max_examples: only the first ones.
-        text_column: what is read: a column of texts, conversations or words; found by names and contents by default.
-        text_pair_column: the second text of a pair; with multiple choice, the column of choices.
-        label_column: classes, numbers, tags, or the text that a language model is to predict.
-        truncation: cut examples that are too long; they are refused by default.
-        max_length: the most tokens of an example with --truncation; the model's positions by default.
     """
 
     split: str | None = None
     subset: str | None = None
     max_examples: int | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    truncation: bool = False
-    max_length: int | None = None
 
     @property
     def columns(self) -> Reading:
-        """Which columns are read.
-
-        Raises:
-            ValueError: if the options do not go together.
-        """
-        return Reading(self.text_column, self.text_pair_column, self.label_column, self.truncation, self.max_length)
+        """Which columns are read."""
+        return Reading(**{field.name: getattr(self, field.name) for field in fields(Reading)})
 
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -144,7 +130,6 @@ def analyzer_for(
 
     Raises:
         OSError: if the model cannot be loaded.
-        ValueError: if the options do not go together.
     """
     from hf_npeff.analyzer import NPEFFAnalyzer
 

@@ -66,10 +66,13 @@ BatchSize = Annotated[int, typer.Option(help="Examples of a forward pass.")]
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """{field: its line of the class's `Attributes:` section}."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    """{field: its line of the `Attributes:` section of the class, or of the one that it is made of}."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+        entries = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", section, re.MULTILINE)
+        docs |= {name: " ".join(text.split()) for name, text in entries}
+    return docs
 
 
 def option_fields(cls: type) -> list[Field[Any]]:

@@ -1,7 +1,8 @@
-"""Settings of one call that measures what a weight change does."""
+"""Settings of one call that measures: what a weight change does, what examples have in common."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hf_npeff.config.checks import check_integer, check_positive, check_scale, is_count
@@ -125,3 +126,38 @@ class OffTargetRequest:
         for name in ("worst", "starts", "candidates", "batch_size"):
             check_integer(name, getattr(self, name), 1)
         check_integer("rounds", self.rounds, 0)
+
+
+@dataclass(frozen=True)
+class AssociationRequest:
+    """How associations are looked for.
+
+    These are arguments of `Decomposition.associations`.
+
+    Attributes:
+        top: associations of a component that are kept, the most certain ones.
+        level: corrected p-value up to which an association counts.
+        shuffles: how often the examples are shuffled; the smallest corrected p-value is 1 / (shuffles + 1).
+        max_examples: of more examples than this, so many are drawn at random.
+        seed: of the shuffles and the drawing.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    top: int = 10
+    level: float = 0.05
+    shuffles: int = 100
+    max_examples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.top, self.shuffles, self.max_examples) < 1:
+            raise ValueError("top, shuffles and max_examples must be at least 1")
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must be between 0 and 1, but it is {self.level!r}")
+        if 1 / (self.shuffles + 1) > self.level:
+            raise ValueError(
+                f"with shuffles={self.shuffles} corrected p-values are at least {1 / (self.shuffles + 1):.3g}, so none "
+                f"reaches level={self.level:g}; use at least {math.ceil(1 / self.level) - 1} shuffles"
+            )

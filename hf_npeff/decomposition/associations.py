@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_npeff.config import AssociationRequest
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.features import Feature, Kind, features_of
 from hf_npeff.encoding.columns import correctness
@@ -146,39 +147,6 @@ class Associations(Sequence[ComponentAssociations]):
         from hf_npeff.report.notebook import of_associations
 
         return of_associations(self)
-
-
-@dataclass(frozen=True)
-class AssociationRequest:
-    """How associations are looked for.
-
-    Attributes:
-        top: associations of a component that are kept, the most certain ones.
-        level: corrected p-value up to which an association counts.
-        shuffles: how often the examples are shuffled; the smallest corrected p-value is 1 / (shuffles + 1).
-        max_examples: of more examples than this, so many are drawn at random.
-        seed: of the shuffles and the drawing.
-
-    Raises:
-        ValueError: if a setting is out of its range.
-    """
-
-    top: int = 10
-    level: float = 0.05
-    shuffles: int = 100
-    max_examples: int = 2000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.top, self.shuffles, self.max_examples) < 1:
-            raise ValueError("top, shuffles and max_examples must be at least 1")
-        if not 0 < self.level < 1:
-            raise ValueError(f"level must be between 0 and 1, but it is {self.level!r}")
-        if 1 / (self.shuffles + 1) > self.level:
-            raise ValueError(
-                f"with shuffles={self.shuffles} corrected p-values are at least {1 / (self.shuffles + 1):.3g}, so none "
-                f"reaches level={self.level:g}; use at least {math.ceil(1 / self.level) - 1} shuffles"
-            )
 
 
 def associate(

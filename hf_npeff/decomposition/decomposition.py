@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_npeff.config import DecompositionConfig, FisherConfig
-from hf_npeff.decomposition.associations import AssociationRequest, Associations, associate
+from hf_npeff.config import AssociationRequest, DecompositionConfig, FisherConfig
+from hf_npeff.decomposition.associations import Associations, associate
 from hf_npeff.decomposition.component import Component
 from hf_npeff.decomposition.folder import EXAMPLES, TENSORS, contents_of, read_folder, read_names
 from hf_npeff.decomposition.objective import alignments, energies, nonnegative_coefficients, overlaps
@@ -266,9 +266,9 @@ class Decomposition(Readable):
             ValueError: if no texts were kept and `texts` is true, a column does not exist, nothing is left to look at,
                 or a setting is out of its range.
         """
+        request = AssociationRequest(top=top, level=level, shuffles=shuffles, max_examples=max_examples, seed=seed)
         if missing := sorted(set(columns or ()) - set(self.columns)):
             raise ValueError(f"the columns {missing} do not exist; there are {sorted(self.columns)}")
-        request = AssociationRequest(top, level, shuffles, max_examples, seed)
         looked_at = {name: v for name, v in self.columns.items() if columns is None or name in columns}
         return associate(self.coefficients, looked_at, self.info, request, texts=texts)
 

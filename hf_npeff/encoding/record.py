@@ -25,8 +25,8 @@ class Reading:
     """Which columns of a data set are read, and how long an example may become.
 
     Attributes:
-        text_column: what is read: a column of texts, of conversations or of lists of words. A dot reaches into a
-            column of dictionaries, such as "translation.en". None: found by name and contents.
+        text_column: what is read: a column of texts, conversations or lists of words; "translation.en" reaches into a
+            column of dictionaries. None: found by names and contents.
         text_pair_column: the second text of a pair; with multiple choice, the column of choices. None: none where
             text_column is given, else found.
         label_column: classes, numbers to predict or tags of words; of a sequence-to-sequence or causal language model

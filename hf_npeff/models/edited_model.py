@@ -41,7 +41,7 @@ class EditedModel(MovableModel):
         against: Sequence[Any] | None = None,
         *,
         ridge: Ridge = EditRequest.ridge,
-        keep: Any = None,
+        keep: Any = EditRequest.keep,
         memory_budget: int | None = EditRequest.memory_budget,
         batch_size: int = EditRequest.batch_size,
         check_weights: bool = EditRequest.check_weights,
@@ -119,7 +119,7 @@ class EditedModel(MovableModel):
             ValueError: if an argument is out of range, the model is another than that of the change, or a map reads no
                 token of the data set.
         """
-        request = SpareRequest(ridge, rank, batch_size)
+        request = SpareRequest(ridge=ridge, rank=rank, batch_size=batch_size)
         deltas = change.linear_deltas()
         self.check_movable(change, in_place=False)
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
@@ -136,11 +136,11 @@ class EditedModel(MovableModel):
         pefs: PEFs,
         dataset: Any,
         *,
-        change: Any = None,
+        change: Any = EditRequest.change,
         remove: str | None = EditRequest.remove,
         given: str | None = EditRequest.given,
-        outcome: int | str | None = None,
-        keep: Any = None,
+        outcome: int | str | None = EditRequest.outcome,
+        keep: Any = EditRequest.keep,
         ridge: Ridge = EditRequest.ridge,
         iterations: int = EditRequest.iterations,
         memory_budget: int | None = EditRequest.memory_budget,

@@ -115,8 +115,14 @@ class FisherModel(AnalysedModel):
             check_weights=check_weights,
             progress=shown,
         )
+        reading = Reading(
+            text_column=text_column,
+            text_pair_column=text_pair_column,
+            label_column=label_column,
+            truncation=truncation,
+            max_length=max_length,
+        )
         analyzer = self if like is None else self.with_settings_of(like)
-        reading = Reading(text_column, text_pair_column, label_column, truncation, max_length)
         known = None if like is None else like.info
         examples = analyzer.read(dataset, reading, like=known, max_examples=max_examples, columns=columns)
         return analyzer._compute(examples, request, resume)

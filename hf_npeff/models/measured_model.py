@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from hf_npeff.config import (
-    BATCH_SIZE,
     LiftRequest,
     MeasureRequest,
     OffTargetRequest,
@@ -133,13 +132,13 @@ class MeasuredModel(FisherModel, LiftedModel):
         *,
         scales: Sequence[float] = MeasureRequest.scales,
         ranks: Sequence[int | None] = MeasureRequest.ranks,
-        by: str | None = None,
-        both_signs: bool = False,
-        random: bool = True,
+        by: str | None = MeasureRequest.by,
+        both_signs: bool = MeasureRequest.both_signs,
+        random: bool = MeasureRequest.random,
         worst: int = MeasureRequest.worst,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = MeasureRequest.batch_size,
         max_examples: int | None = None,
-        seed: int = 0,
+        seed: int = MeasureRequest.seed,
         **reading: Any,
     ) -> Measurement:
         """What a weight change does to any data, analysed or not: its certificate.
@@ -171,7 +170,16 @@ class MeasuredModel(FisherModel, LiftedModel):
             ValueError: if an argument is out of range, there is no column `by`, or the model is another than that of
                 the change.
         """
-        request = MeasureRequest(tuple(scales), tuple(ranks), by, both_signs, random, worst, batch_size, seed)
+        request = MeasureRequest(
+            scales=tuple(scales),
+            ranks=tuple(ranks),
+            by=by,
+            both_signs=both_signs,
+            random=random,
+            worst=worst,
+            batch_size=batch_size,
+            seed=seed,
+        )
         self.check_movable(change, in_place=not is_linear(change))
         examples_read = self.read(dataset, Reading(**reading), max_examples=max_examples)
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
@@ -226,7 +234,15 @@ class MeasuredModel(FisherModel, LiftedModel):
             ValueError: if an argument is out of range, only one of `decomposition` and `component` is given, the
                 component is active on all inputs, or a search is wanted and the inputs are no sequences of tokens.
         """
-        request = OffTargetRequest(scale, worst, rounds, starts, candidates, batch_size, seed)
+        request = OffTargetRequest(
+            scale=scale,
+            worst=worst,
+            rounds=rounds,
+            starts=starts,
+            candidates=candidates,
+            batch_size=batch_size,
+            seed=seed,
+        )
         if (decomposition is None) != (component is None):
             raise ValueError("decomposition and component go together: the second is a number in the first")
         self.check_movable(change, in_place=not is_linear(change))
