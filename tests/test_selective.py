@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_npeff import Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
 from hf_npeff.config import LiftRequest
-from hf_npeff.weights.krylov import lanczos, top_eigenvalue
 from hf_npeff.weights.lifting import combination
-from hf_npeff.weights.row_space import row_space, unscaled_rows
+from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
+from hf_npeff.weights.row_space import bytes_needed, row_space, unscaled_rows
 from hf_npeff.weights.selective import RIDGES, Contrast, cross_validated, folds_of, selective
 from tests import reference
 from tests.tiny import tiny_batch, tiny_model
@@ -153,7 +153,7 @@ def test_within_a_memory_budget_the_leading_part_is_used_and_its_share_said() ->
     A = raw(pefs).flatten(0, 1)
     best = torch.linalg.svdvals(A).square()
     beta = torch.randn(1, 150, 2, generator=generator, dtype=torch.float64)
-    space = row_space(pefs, inside=beta, memory_budget=8 * (3 * 300 + 2 * 200) * 21)
+    space = row_space(pefs, inside=beta, memory_budget=bytes_needed(21, 300, 200))
     m = space.rows.shape[-1]
     assert m == 21 and not space.exact
     assert 0.95 * float(best[: m - 1].sum() / best.sum()) < space.captured < 1
@@ -166,20 +166,26 @@ def test_within_a_memory_budget_the_leading_part_is_used_and_its_share_said() ->
         row_space(pefs, inside=beta, memory_budget=1000)
 
 
-def test_lanczos_solves_shifted_systems_side_by_side() -> None:
-    """Oracle: dense solutions; a start that is zero and one in a space of two dimensions go along."""
+def test_systems_of_folds_are_solved_side_by_side() -> None:
+    """Oracle: dense solutions, the trace of M(M + λI)⁻¹ and eigenvalues; rows of a rank of two among others."""
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(40, 30, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(30)
-    M = X.T @ X
-    g = torch.randn(30, 3, generator=generator, dtype=torch.float64)
-    vectors = torch.linalg.eigh(M)[1]
-    g[:, 1], g[:, 2] = vectors[:, -1] + 2 * vectors[:, 3], 0
-    found = lanczos(lambda y: M @ y, g, steps=100)
-    for shift in (1.0, 1e-3):
-        truth = torch.linalg.solve(M + shift * torch.eye(30).double(), g)
-        torch.testing.assert_close(found.solution(shift), truth, rtol=1e-8, atol=1e-10)
-        assert float(found.residual(shift).max()) < 1e-9
-    assert top_eigenvalue(lambda y: M @ y, 30, M) == pytest.approx(float(torch.linalg.eigvalsh(M)[-1]), rel=1e-12)
+    X = torch.randn(20, 2, 12, generator=generator, dtype=torch.float64) * 0.7 ** torch.arange(12)
+    X[:5, :, 2:] = 0
+    fold_of = torch.tensor([0] * 5 + [1] * 9 + [-1] * 6)
+    grams = fold_grams(X, fold_of, 2)
+    truth = torch.stack([X[fold_of == f].flatten(0, 1).T @ X[fold_of == f].flatten(0, 1) for f in (0, 1)])
+    torch.testing.assert_close(grams, truth)
+    torch.testing.assert_close(gram(X, fold_of >= 0), truth.sum(0))
+    g = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    eye = torch.eye(12, dtype=torch.float64)
+    for shift in (1.0, 1e-6):
+        solution = torch.stack([torch.linalg.inv(M + shift * eye) @ v for M, v in zip(truth, g, strict=True)])
+        torch.testing.assert_close(solve_shifted(grams, g, shift), solution, rtol=1e-8, atol=1e-10)
+        trace = float(torch.trace(truth[1] @ torch.linalg.inv(truth[1] + shift * eye)))
+        assert effective_rank(grams[1], shift) == pytest.approx(trace, rel=1e-6)
+    for M in truth:
+        assert top_eigenvalue(M) == pytest.approx(float(torch.linalg.eigvalsh(M)[-1]), rel=1e-12)
+    assert top_eigenvalue(torch.zeros(4, 4, dtype=torch.float64)) == 0
 
 
 # Cross-validation

@@ -19,7 +19,7 @@ from hf_npeff.weights.edits import Functionals, Wanted, changes_by_id, largest_s
 from hf_npeff.weights.lifting import lift_combination
 from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observe, outcomes_of
 from hf_npeff.weights.plans import check_kept
-from hf_npeff.weights.row_space import row_space
+from hf_npeff.weights.row_space import combined_rows, row_space
 from hf_npeff.weights.selective import Contrast, most_different
 
 
@@ -98,7 +98,7 @@ def step_towards(
     kept = None if request.keep is None else space.coordinates(request.keep)
     found = solve(space, targets, kept, request.ridge)
     coefficients = space.coefficients(found.y).cpu()
-    aim = (space.basis.double() @ found.y).cpu()
+    aim = combined_rows(pefs, coefficients[None], None, space.rows)[0].cpu()
     deltas, cosine = lift_combination(forward, pefs, examples, coefficients, aim, sketch, request.batch_size)
     info = {"expressible": share, "estimated_cosine": cosine, **found.info}
     info["predicted_kl"] = float(0.5 * found.moved.square().sum(1).mean())
@@ -173,8 +173,8 @@ def lift_contrast(
     at = space.rows.device
     moving, staying = (mask.to(at) for mask in contrast)
     y, info = most_different(Contrast(space, moving.to(space.rows), staying, kept), request.ridge)
-    aim = (space.basis.double() @ y).cpu()
     coefficients = space.coefficients(y).cpu()
+    aim = combined_rows(pefs, coefficients[None], None, space.rows)[0].cpu()
     deltas, cosine = lift_combination(forward, pefs, examples, coefficients, aim, sketch, request.batch_size)
     return deltas, {"method": "contrast", "estimated_cosine": cosine, **info}
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import Ridge, check_ridge
-from hf_npeff.weights.krylov import lanczos, top_eigenvalue
+from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
 from hf_npeff.weights.row_space import RowSpace
 from hf_npeff.weights.selective import RIDGES, folds_of
 
@@ -38,9 +38,6 @@ AS_PREDICTED = 0.5
 Chosen: half of a change is still the change that was asked for."""
 _EXPRESSIBLE = 0.5
 _FOLDS = 5
-_STEPS = 400
-_SOLVED = 1e-10
-_SCORED = 1e-4
 _RANK = 1e-8
 """Of the Gram matrix of an example's cotangents: those of smaller share are rounding of float32."""
 
@@ -243,46 +240,20 @@ def solve(space: RowSpace, targets: Tensor, kept: Tensor | None, ridge: Ridge) -
             "nothing is to be moved: the wanted changes are 0, or the outcome's gradient lies outside the stored rows"
         )
     b = torch.einsum("ncm,nc->m", X, t)
-    operator = _operator(X, kept, None, None)
-    top = top_eigenvalue(operator, X.shape[-1], X)
+    M = gram(X) if kept is None else gram(X) + gram(kept)
+    top = top_eigenvalue(M)
     errors: dict[float, float] = {}
     if isinstance(ridge, str):
         errors = _held_out_errors(X, t, kept, top)
         share = min(errors, key=lambda tried: errors[tried])
     else:
         share = float(ridge)
-    found = lanczos(operator, b[:, None], steps=_STEPS, shift=share * top, tolerance=_SOLVED)
-    y = found.solution(share * top)[:, 0]
-    eigenvalues = torch.linalg.eigvalsh(found.tridiagonal()[0]).clamp_min(0)
-    info: dict[str, Any] = {
-        "ridge": share,
-        "effective_rank": float((eigenvalues / (eigenvalues + share * top)).sum()),
-        "residual": float(found.residual(share * top)),
-        **space.info(),
-    }
+    y = solve_shifted(M, b, share * top)
+    info: dict[str, Any] = {"ridge": share, "effective_rank": effective_rank(M, share * top), **space.info()}
     if errors:
         info["cross_validated"] = errors[share]
         info["cross_validation"] = {f"{tried:.2g}": error for tried, error in errors.items()}
     return Solution(y, torch.einsum("ncm,m->nc", X, y), info)
-
-
-def _operator(
-    X: Tensor, kept: Tensor | None, out: Tensor | None, kept_out: Tensor | None
-) -> Callable[[Tensor], Tensor]:
-    """XᵀX + X_keepᵀX_keep on (m, b), in column b without the examples that are out (n, b), (n', b)."""
-    parts = [(X, out)] + ([] if kept is None else [(kept, kept_out)])
-
-    def apply(y: Tensor) -> Tensor:
-        total = torch.zeros_like(y)
-        for rows, left_out in parts:
-            flat = rows.flatten(0, 1)
-            moved = flat @ y
-            if left_out is not None:
-                moved = moved * (~left_out).to(rows).repeat_interleave(rows.shape[1], 0)
-            total += flat.T @ moved
-        return total
-
-    return apply
 
 
 def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> dict[float, float]:
@@ -291,25 +262,23 @@ def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> d
     if folds < 2:
         raise ValueError("ridge='auto' holds examples out, and there is only one; give ridge= as a number such as 0.01")
     wanted = t.abs().sum(1) > 0
-    out = torch.stack([(folds_of(wanted, folds) == f) | (folds_of(~wanted, folds) == f) for f in range(folds)], 1)
-    kept_out = None
+    fold_of = folds_of(wanted, folds)
+    fold_of = torch.where(wanted, fold_of, folds_of(~wanted, folds))
+    grams = fold_grams(X, fold_of, folds)
+    out = fold_of[:, None] == torch.arange(folds, device=X.device)
+    b = torch.einsum("ncm,nfc->fm", X, t[:, None] * (~out).to(X)[..., None])
+    kept_fold = None
     if kept is not None:
-        every = torch.ones(len(kept), dtype=torch.bool, device=X.device)
-        kept_out = torch.stack([folds_of(every, folds) == f for f in range(folds)], 1)
-    b = torch.einsum("ncm,nfc->mf", X, t[:, None] * (~out).to(X)[..., None])
-    spaces = lanczos(_operator(X, kept, out, kept_out), b, steps=_STEPS, shift=min(RIDGES) * top, tolerance=_SCORED)
-    judged = [(X[out[:, f]] @ spaces.basis[:, :, f].T, t[out[:, f]]) for f in range(folds)]
-    if kept is not None and kept_out is not None:
-        others = [kept[kept_out[:, f]] @ spaces.basis[:, :, f].T for f in range(folds)]
-    else:
-        others = []
-    errors = {}
-    for share in RIDGES:
-        inner = spaces.inner(share * top)
-        missed = sum(float((image @ y - goal).square().sum()) for (image, goal), y in zip(judged, inner, strict=True))
-        missed += sum(float((image @ y).square().sum()) for image, y in zip(others, inner, strict=False))
-        errors[share] = missed / float(t.square().sum())
-    return errors
+        kept_fold = folds_of(torch.ones(len(kept), dtype=torch.bool, device=X.device), folds)
+        grams += fold_grams(kept, kept_fold, folds)
+    left = grams.sum(0) - grams
+    solutions = torch.stack([solve_shifted(left, b, share * top) for share in RIDGES], -1)  # (folds, m, ridges)
+    missed = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for f, Y in enumerate(solutions):
+        missed += (X[out[:, f]] @ Y - t[out[:, f]][..., None]).square().sum((0, 1)).cpu()
+        if kept is not None and kept_fold is not None:
+            missed += (kept[kept_fold == f] @ Y).square().sum((0, 1)).cpu()
+    return dict(zip(RIDGES, (missed / float(t.square().sum())).tolist(), strict=True))
 
 
 def largest_step(

@@ -17,7 +17,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.pefs.store import PEFs, check_same_sketch
 from hf_npeff.pefs.weights_identity import check_same_weights
-from hf_npeff.weights.row_space import row_space
+from hf_npeff.weights.row_space import combined_rows, row_space
 from hf_npeff.weights.selective import NONE_LEFT, Contrast, selective
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,21 @@ def made_selective(
     space = row_space(pefs, scales=scales, inside=beta, memory_budget=request.memory_budget, device=device)
     kept = None if request.keep is None else space.coordinates(request.keep)
     back = decomposition.scales if scales is None else None
-    made = {}
-    for p, coefficients in zip(chosen, beta, strict=True):
-        at = space.rows.device
-        contrast = Contrast(space, W[:, p.component].to(at), ~active[:, p.component].to(at), kept)
-        solution, y, description = selective(contrast, coefficients, request.ridge)
-        g = (space.basis.double() @ y).cpu()
-        g = g if back is None else g * back.double()
-        made[p.component] = Plan(p.component, normalize(g, dim=0), solution.cpu(), p.facts | description)
+    at = space.rows.device
+    found = [
+        selective(
+            Contrast(space, W[:, p.component].to(at), ~active[:, p.component].to(at), kept), coefficients, request.ridge
+        )
+        for p, coefficients in zip(chosen, beta, strict=True)
+    ]
+    solutions = torch.stack([solution for solution, _, _ in found])
+    directions = combined_rows(pefs, solutions, scales, space.rows).cpu()
+    if back is not None:
+        directions = directions * back.double()
+    made = {
+        p.component: Plan(p.component, normalize(g, dim=0), solution.cpu(), p.facts | description)
+        for p, g, (solution, _, description) in zip(chosen, directions, found, strict=True)
+    }
     return [made.get(p.component, p) for p in plans]
 
 

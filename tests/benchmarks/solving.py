@@ -1,9 +1,10 @@
-"""How long solving for weight changes takes, and how much memory, beside the rows that it starts from.
+"""How long solving for weight changes takes, and how much memory, beside the PEFs that it starts from.
 
-    python -m tests.benchmarks.solving [--examples 2000] [--rank 8] [--dim 16384] [--memory-budget BYTES]
+    python -m tests.benchmarks.solving [--examples 2000] [--rank 8] [--dim 16384] [--memory-budget BYTES] [--beside 32]
 
-Rows are drawn with a decaying spectrum, since solving does not depend on where they come from. Divide the seconds by
-those that PEFs of as many examples take on the same machine: a tenth is the bar.
+Rows are drawn with a decaying spectrum, since solving does not depend on where they come from. `--beside` computes PEFs
+of that many word-relation prompts with SmolLM2 and says what as many as were solved for would take: a tenth of that is
+the bar. Seconds are those of the processor, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -16,8 +17,38 @@ import torch
 
 from hf_npeff import PEFs
 from hf_npeff.weights.edits import solve
-from hf_npeff.weights.row_space import row_space
+from hf_npeff.weights.row_space import combined_rows, row_space
 from hf_npeff.weights.selective import Contrast, selective
+
+INNER = 600
+"""Dimensions with a spectrum of their own, above noise: as of 224 prompts of SmolLM2."""
+
+
+def drawn(n: int, c: int, d: int) -> PEFs:
+    """PEFs whose rows have a spectrum that decays as those of a model do."""
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, INNER + 1).pow(-0.7)
+    mixing = torch.randn(INNER, d, generator=generator)
+    rows = torch.empty(n, c, d)
+    for some in torch.arange(n).split(50):
+        drawn = (torch.randn(len(some) * c, INNER, generator=generator) * spectrum) @ mixing
+        rows[some] = (drawn + 0.1 * torch.randn(drawn.shape, generator=generator)).view(-1, c, d)
+    return PEFs.from_factors(rows)
+
+
+def seconds_of_pefs(examples: int, rank: int) -> float:
+    """Processor seconds that the PEFs of one word-relation prompt take, with the settings of the demo."""
+    from hf_npeff import FisherConfig, NPEFFAnalyzer
+    from hf_npeff.demo import TARGETS, load_model
+    from hf_npeff.studies.word_relations import word_relation_prompts
+
+    model, tokenizer = load_model()
+    analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(rank=rank, target_modules=TARGETS))
+    prompts = word_relation_prompts()
+    like = analyzer.compute_pefs(prompts[:8], progress=False)  # the choice of a sketch is made once
+    started = time.process_time()
+    analyzer.compute_pefs(prompts[8 : 8 + examples], like=like, progress=False)
+    return (time.process_time() - started) / examples
 
 
 def main() -> None:
@@ -26,31 +57,36 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dim", type=int, default=16_384)
     parser.add_argument("--memory-budget", type=int)
+    parser.add_argument("--beside", type=int, default=0)
     options = parser.parse_args()
     n, c, d = options.examples, options.rank, options.dim
-    generator = torch.Generator().manual_seed(0)
-    inner = 600  # dimensions with a spectrum of their own, above noise: as of 224 prompts of SmolLM2
-    spectrum = torch.arange(1, inner + 1).pow(-0.7)
-    rows = (torch.randn(n * c, inner, generator=generator) * spectrum) @ torch.randn(inner, d, generator=generator)
-    rows += 0.05 * torch.randn(n * c, d, generator=generator) * rows.std()
-    pefs = PEFs.from_factors(rows.view(n, c, d))
-    del rows
+    pefs = drawn(n, c, d)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wanted = torch.zeros(n, dtype=torch.float64)
     wanted[: n // 8] = 1
+    generator = torch.Generator().manual_seed(1)
     beta = torch.randn(n, c, generator=generator, dtype=torch.float64) * wanted[:, None]
-    started = time.perf_counter()
+    times = [time.process_time()]
     space = row_space(pefs, inside=beta[None], memory_budget=options.memory_budget)
-    spanned = time.perf_counter()
-    _, _, info = selective(Contrast(space, wanted, wanted == 0), beta, "auto")
-    whitened = time.perf_counter()
-    solve(space, beta, None, "auto")
-    solved = time.perf_counter()
+    times.append(time.process_time())
+    solution, _, info = selective(Contrast(space, wanted, wanted == 0), beta, "auto")
+    combined_rows(pefs, solution[None], None, space.rows)
+    times.append(time.process_time())
+    found = solve(space, beta, None, "auto")
+    combined_rows(pefs, space.coefficients(found.y)[None], None, space.rows)
+    times.append(time.process_time())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    span, direction, edit = (b - a for a, b in zip(times, times[1:], strict=False))
     print(f"{n:,} examples × {c} rows × {d:,} numbers; {torch.get_num_threads()} threads")
-    print(f"span: {spanned - started:.1f} s, {info['dimensions']} dimensions, {space.captured:.1%} of the rows")
-    print(f"selective direction, ridge chosen: {whitened - spanned:.1f} s; edit: {solved - whitened:.1f} s")
+    print(f"span: {span:.1f} s, {info['dimensions']} dimensions, {space.captured:.1%} of the rows")
+    print(f"selective direction, ridge chosen: {direction:.1f} s; edit: {edit:.1f} s")
     print(f"memory beyond the rows, at most: {(peak - held) / 2**20:.2f} GiB")
+    if options.beside:
+        each = seconds_of_pefs(options.beside, c)
+        print(f"PEFs of SmolLM2: {each:.2f} s an example, {each * n:,.0f} s for {n:,}")
+        print(
+            f"a direction takes {(span + direction) / (each * n):.3f} of that, an edit {(span + edit) / (each * n):.3f}"
+        )
 
 
 if __name__ == "__main__":
