@@ -10,6 +10,7 @@ the bar. Seconds are those of the processor, so that other work on the machine d
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import time
 
@@ -76,7 +77,7 @@ def main() -> None:
     combined_rows(pefs, space.coefficients(found.y)[None], None, space.rows)
     times.append(time.process_time())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    span, direction, edit = (b - a for a, b in zip(times, times[1:], strict=False))
+    span, direction, edit = (b - a for a, b in itertools.pairwise(times))
     print(f"{n:,} examples × {c} rows × {d:,} numbers; {torch.get_num_threads()} threads")
     print(f"span: {span:.1f} s, {info['dimensions']} dimensions, {space.captured:.1%} of the rows")
     print(f"selective direction, ridge chosen: {direction:.1f} s; edit: {edit:.1f} s")
@@ -84,9 +85,8 @@ def main() -> None:
     if options.beside:
         each = seconds_of_pefs(options.beside, c)
         print(f"PEFs of SmolLM2: {each:.2f} s an example, {each * n:,.0f} s for {n:,}")
-        print(
-            f"a direction takes {(span + direction) / (each * n):.3f} of that, an edit {(span + edit) / (each * n):.3f}"
-        )
+        shares = [(span + seconds) / (each * n) for seconds in (direction, edit)]
+        print("a direction takes {:.3f} of that, an edit {:.3f}".format(*shares))
 
 
 if __name__ == "__main__":
