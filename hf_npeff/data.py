@@ -24,7 +24,7 @@ from hf_npeff.encoding.encoders import Encoder, Inputs
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.encoding.shapes import SAMPLE, encoded_as
 from hf_npeff.encoding.values import as_number_or_text, as_python, at
-from hf_npeff.padding import Batch, PaddedLabels, is_nested, padded, without_padding
+from hf_npeff.padding import Batch, PaddedLabels, is_nested, padded, sides_of, without_padding
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,14 @@ class Example:
         while len(ids) and isinstance(ids[0], list):  # multiple choice: one list a choice
             ids = max(ids, key=len)
         return max(len(ids), len(self.inputs.get("decoder_input_ids", ())))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many entries each of its inputs has, in the order of their names: only equal ones need no padding."""
+        return tuple(
+            len(value) if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim()) else 0
+            for _, value in sorted(self.inputs.items())
+        )
 
 
 class Examples(Sequence[Example]):
@@ -263,7 +271,7 @@ def _unbatched(loader: DataLoader[Any], max_examples: int | None) -> list[dict[s
 
 def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
     """Whether real tokens follow padding: with it a model that counts positions from 0 predicts something else."""
-    masks = [record.get(name) for name in ("attention_mask", "decoder_attention_mask")]
+    masks = [record.get(f"{side}attention_mask") for side in sides_of(record)]
     flat = [torch.as_tensor(mask) for mask in masks if mask is not None and not is_nested(mask)]
     return any(mask.dim() == 1 and bool((mask[1:] > mask[:-1]).any()) for mask in flat)
 

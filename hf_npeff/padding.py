@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ _TOKEN_COLUMNS = (
     "decoder_input_ids", "decoder_attention_mask",
 )  # fmt: skip
 """One number for every token; they are padded to the longest of a batch whatever their own length."""
+_OTHER_TOKENS = ("_input_ids", "_attention_mask", "_token_type_ids")
+"""How names end of the same columns for another text, such as InstructBLIP's question for its Q-Former."""
 _NOT_OF_TOKENS = ("pixel_", "image_", "input_features", "input_values", "audio_", "video_")
 """How names of inputs begin that have no entry for a token, even where a size is the number of tokens by chance."""
 IGNORED = -100
@@ -52,13 +54,15 @@ def without_padding(row: dict[str, Any]) -> dict[str, Any]:
 
     A hole in the mask is no padding and stays.
     """
-    for side in ("", "decoder_"):
+    sides = sides_of(row)
+    for side in sides:
         mask, ids = row.get(f"{side}attention_mask"), row.get(f"{side}input_ids")
         if mask is None or ids is None or torch.as_tensor(mask).dim() != 1 or len(ids) != len(mask):
             continue
         shown = torch.as_tensor(mask).bool().nonzero()[:, 0]
         kept = slice(int(shown[0]), int(shown[-1]) + 1) if len(shown) else slice(0, 0)
-        for name in [name for name in row if name.startswith("decoder_") == bool(side)]:
+        others = tuple(other for other in sides if other and other != side)
+        for name in [name for name in row if name.startswith(side) and not name.startswith(others)]:
             if name == "labels" and _is_array(row[name]) and torch.as_tensor(row[name]).shape == (len(mask),):
                 labels = torch.as_tensor(row[name])
                 outside = bool((labels != IGNORED).sum() > (labels[kept] != IGNORED).sum())
@@ -66,6 +70,11 @@ def without_padding(row: dict[str, Any]) -> dict[str, Any]:
             elif name != "labels":
                 row[name] = _cut(row[name], name, len(mask), kept)
     return row
+
+
+def sides_of(names: Iterable[str]) -> list[str]:
+    """What stands before the `input_ids` of each text: nothing, "decoder_", or such as InstructBLIP's "qformer_"."""
+    return ["", *sorted(name.removesuffix("input_ids") for name in names if name.endswith(_OTHER_TOKENS[0]))]
 
 
 def _is_array(value: Any) -> bool:
@@ -79,7 +88,9 @@ def _is_array(value: Any) -> bool:
 
 def _cut(value: Any, name: str, length: int, kept: slice) -> Any:
     """An input cut along the tokens: in its first dimension, or in the last two of a mask over pairs of tokens."""
-    if name.startswith(_NOT_OF_TOKENS) or not _is_array(value):
+    # The masks among them are of tokens: where an image stands (KOSMOS-2), which images a token sees (IDEFICS).
+    placed = name.startswith("image_") and name.endswith("_mask")
+    if (name.startswith(_NOT_OF_TOKENS) and not placed) or not _is_array(value):
         return value
     try:
         tensor = torch.as_tensor(value)
@@ -114,7 +125,7 @@ def padded(values: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, enc
         ids = [example.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids") for example in values]
         fill = {"input_ids": pad_token_id or 0, "decoder_input_ids": pad_token_id or 0, "labels": IGNORED}.get(name, 0)
         batch[name] = _stacked(column, fill, name, [_tokens(own) for own in ids])
-    for side in ("", "decoder_"):
+    for side in sides_of(batch):
         if f"{side}input_ids" not in batch:
             continue
         ones = [_ones_like(example[f"{side}input_ids"]) for example in values]
@@ -123,11 +134,15 @@ def padded(values: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, enc
         if mask is None and not (side == "" and _is_packed(values)):
             batch[f"{side}attention_mask"] = real
         shown = real.bool() if mask is None or mask.shape != real.shape else real.bool() & mask.bool()
-        if side:
+        if side == "decoder_":
             batch.decoder_real = shown
-        else:
+        elif side == "":
             batch.real = shown
     return batch
+
+
+def _is_of_other_tokens(name: str, value: Tensor) -> bool:
+    return name.endswith(_OTHER_TOKENS) and not name.startswith(_NOT_OF_TOKENS) and not value.is_floating_point()
 
 
 def _labels_of(labels: Any, encoder_decoder: bool, aligned: bool) -> Any:
@@ -174,7 +189,7 @@ def _stacked(values: Sequence[Any], fill: int, name: str, tokens: Sequence[int |
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) == 1:
         return torch.stack(tensors)
-    if tensors[0].dim() == 1 and name in _TOKEN_COLUMNS:
+    if tensors[0].dim() == 1 and (name in _TOKEN_COLUMNS or _is_of_other_tokens(name, tensors[0])):
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
     sizes = list(zip(*shapes, strict=True)) if len({len(shape) for shape in shapes}) == 1 else []
     along = [[tensor.shape[d] for tensor in tensors] == list(tokens) for d in range(len(sizes))]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-MODEL_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+MODEL_INPUTS = (
+    "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "flattened_patches",
+)  # fmt: skip
 TEXTS = (
     "text", "texts", "sentence", "review", "content", "document", "comment", "tweet", "body", "article", "post",
     "message", "utterance", "passage", "paragraph", "abstract", "prompt", "question", "query", "instruction", "input",

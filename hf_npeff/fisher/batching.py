@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ _ALWAYS = 3
 """Trials before one that was as wide stands for a batch."""
 
 
+_T = TypeVar("_T")
+
+
 @dataclass
 class BatchTrials:
     """What is known of the batches that a model takes.
@@ -65,7 +68,7 @@ class BatchTrials:
         return same or (wide and len(self.agreeing) >= _ALWAYS)
 
 
-def spread(values: Sequence[int], count: int) -> list[int]:
+def spread(values: Sequence[_T], count: int) -> list[_T]:
     """At most `count` of these values, the first and the last among them, evenly between."""
     if len(values) <= count:
         return list(values)

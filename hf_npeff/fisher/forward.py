@@ -205,10 +205,10 @@ class ForwardPass:
             return True
         if self.one_at_a_time or straddles(examples, self.limits):
             return False
-        lengths = {example.length: example for example in examples}
-        if len(lengths) == 1 or self.fsdp.active or self.trials.covers(examples):
+        kinds = {(example.length, *example.sizes): example for example in examples}
+        if len(kinds) == 1 or self.fsdp.active or self.trials.covers(examples):
             return True
-        change = self._change_of([lengths[n] for n in spread(sorted(lengths), max(2, min(at_once, TRIED_TOGETHER)))])
+        change = self._change_of([kinds[n] for n in spread(sorted(kinds), max(2, min(at_once, TRIED_TOGETHER)))])
         if change is None:
             return True  # of NaN whoever runs the batch says which example it is
         if change > logit_tolerance(self.model):

@@ -171,8 +171,9 @@ class TransformersHead:
                 if "decoder_attention_mask" in takes:
                     arguments["decoder_attention_mask"] = up_to_the_last(batch["labels"] != IGNORED).long()
             else:
-                start = self.config.decoder_start_token_id
-                arguments["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
+                start = self.config.get_text_config(decoder=True).decoder_start_token_id
+                size = next(iter(batch.values()))  # of whatever the encoder reads: tokens, images, sound
+                arguments["decoder_input_ids"] = torch.full((len(size), 1), start, device=size.device)
         if "use_cache" in takes:
             arguments["use_cache"] = False
         if "return_dict" in takes:
@@ -183,8 +184,13 @@ class TransformersHead:
         """Positions of the terms (B, t) and which of them exist."""
         decoder = self.task == "seq2seq-lm"
         ids = arguments.get("decoder_input_ids" if decoder else "input_ids")
-        if ids is None:
+        if ids is None and "inputs_embeds" in arguments:
             ids = arguments["inputs_embeds"][..., 0]
+        if ids is None:
+            raise UnsupportedModelError(
+                f"a {self.task} model predicts at tokens, and the examples have neither input_ids nor inputs_embeds "
+                f"(they have {sorted(batch)}); add the tokens that stand beside these inputs"
+            )
         real = real_tokens(batch, ids, decoder)
         rule = self.positions
         if rule == "auto":

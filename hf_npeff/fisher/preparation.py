@@ -16,6 +16,7 @@ from hf_npeff.fisher.factors import HiddenMetric, resolve
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
+from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameters import left_out
 from hf_npeff.fisher.row_check import check_batch, pair_of
 from hf_npeff.fisher.rows import RowMaker
@@ -98,7 +99,7 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
     others = find_linear_maps(forward.model) if usable and forward.parameters else []
     maps = [*forward.maps, *(m for m in others if m.parameter in forward.parameters)]
     pilots = pilot_examples(forward.model, config.seed) if usable and maps else []
-    first = forward.outputs(pilots[:1]) if pilots else None
+    first = _outputs_of_text(forward, pilots[0]) if pilots else None
     usable = first is not None and resolve(config.output_factor, first, config.rank) == "spectral"
     if wanted == "parameters" and not usable:
         raise ValueError(
@@ -113,6 +114,15 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
     if wanted == "hidden":
         return config, None
     return config, measure_metric(forward, maps, pilots, config.seed)
+
+
+def _outputs_of_text(forward: ForwardPass, text: Example) -> Outputs | None:
+    """What the model predicts for a text alone; None where it needs something else beside it, such as an image."""
+    try:
+        return forward.outputs([text])
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        logger.info("the model does not take a text alone (%s), so its rows are chosen in the hidden state", error)
+        return None
 
 
 # The examples ---------------------------------------------------------------------------------------------------------

@@ -65,6 +65,11 @@ def _known_classes() -> dict[str, str]:
     return known
 
 
+def _sees(name: str) -> bool:
+    """Whether a class reads images beside a text, as VisionEncoderDecoderModel does."""
+    return name in _classes_of("IMAGE_TEXT_TO_TEXT") and name not in _classes_of("CAUSAL_LM")
+
+
 def task_of_class(name: str, *, encoder_decoder: bool | None = None) -> str | None:
     """The task of a model class, for instance "causal-lm" for LlamaForCausalLM, or None.
 
@@ -78,7 +83,8 @@ def task_of_class(name: str, *, encoder_decoder: bool | None = None) -> str | No
     task = _known_classes().get(name) or next((t for ending, t in _ENDINGS.items() if name.endswith(ending)), None)
     if task == "seq2seq-lm" and encoder_decoder is False:
         return "causal-lm"
-    if task == "causal-lm" and encoder_decoder and name.endswith("ForConditionalGeneration"):
+    # BART's config says what its decoder alone, BartForCausalLM, is not.
+    if task == "causal-lm" and encoder_decoder and (name.endswith("ForConditionalGeneration") or _sees(name)):
         return "seq2seq-lm"
     return task
 

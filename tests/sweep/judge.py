@@ -69,7 +69,7 @@ def _judged(tiny: TinyModel, padding: str, batch_size: int) -> dict[str, Any]:
         positions = "labels" if tiny.kind == "seq2seq-lm" else "auto"
         fisher = FisherConfig(rank=ROWS, output_factor="exact", sketch="identity", positions=positions)  # type: ignore[arg-type]
         analyzer = NPEFFAnalyzer(tiny.model, TOKENS, fisher=fisher)
-        pefs = analyzer.compute_pefs(_padded(tiny.examples, padding), batch_size=batch_size, progress=False)
+        pefs = analyzer.compute_pefs(padded_batch(tiny.examples, padding), batch_size=batch_size, progress=False)
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1].filename
         ours = isinstance(error, NPEFFError) or (isinstance(error, ValueError) and "hf_npeff" in place)
@@ -89,24 +89,21 @@ def _judged(tiny: TinyModel, padding: str, batch_size: int) -> dict[str, Any]:
     return result | {"coverage": coverage_of(tiny.model, pefs), "warnings": warnings.texts}
 
 
-def _padded(examples: Sequence[Mapping[str, Any]], side: str) -> Any:
+def padded_batch(examples: Sequence[Mapping[str, Any]], side: str) -> Any:
     """A dictionary of padded tensors with their mask, as a tokenizer returns it; images are stacked."""
     if "input_ids" not in examples[0]:
         return [dict(example) for example in examples]
     columns: dict[str, Tensor] = {}
-    for name, fill in (("input_ids", PAD), ("labels", -100), ("bbox", 0), ("attention_mask", 0), ("pixel_values", 0)):
-        if name == "attention_mask":
-            values = [torch.ones(len(e["input_ids"]), dtype=torch.long) for e in examples]
-        elif name in examples[0]:
-            values = [torch.as_tensor(e[name]) for e in examples]
-        else:
-            continue
-        if name == "pixel_values":
+    lists = [{"attention_mask": [1] * len(e["input_ids"]), **e} for e in examples]
+    for name in lists[0]:
+        values = [torch.as_tensor(e[name]) for e in lists]
+        if len({tuple(value.shape) for value in values}) == 1:
             columns[name] = torch.stack(values)
             continue
         flip = side == "left" and name != "labels"
         if flip:
             values = [v.flip(0) for v in values]
+        fill = {"input_ids": PAD, "labels": -100}.get(name, 0)
         stacked = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
         columns[name] = stacked.flip(1) if flip else stacked
     return columns
