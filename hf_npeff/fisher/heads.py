@@ -171,7 +171,12 @@ class TransformersHead:
                 if "decoder_attention_mask" in takes:
                     arguments["decoder_attention_mask"] = up_to_the_last(batch["labels"] != IGNORED).long()
             else:
-                start = self.config.get_text_config(decoder=True).decoder_start_token_id
+                start = getattr(self.config, "decoder_start_token_id", None)
+                if start is None:
+                    raise UnsupportedModelError(
+                        "the model's config names no decoder_start_token_id, so there is nothing to predict the first "
+                        "token from; set it, or give columns `decoder_input_ids` or `labels`"
+                    )
                 size = next(iter(batch.values()))  # of whatever the encoder reads: tokens, images, sound
                 arguments["decoder_input_ids"] = torch.full((len(size), 1), start, device=size.device)
         if "use_cache" in takes:
