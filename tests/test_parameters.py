@@ -21,7 +21,7 @@ from tests.test_families import SMALL, analyzer_of, pair, worst_error
         ("gpt2", "causal-lm", r".*(wte|wpe|ln_f).*"),
         ("qwen3", "causal-lm", r"model\.embed_tokens\.weight"),
         ("gemma2", "causal-lm", r".*(norm|embed_tokens).*"),
-        ("mixtral", "causal-lm", r".*experts.*"),
+        ("mixtral", "causal-lm", r".*mlp\.gate\.weight"),
         ("mamba", "causal-lm", r".*(dt_proj|A_log|conv1d|\.D).*"),
         ("t5", "seq2seq-lm", r".*(relative_attention_bias|layer_norm).*"),
         ("vit", "image-classification", r".*(embeddings|layernorm).*"),

@@ -63,7 +63,7 @@ class FisherConfig(_JsonConfig):
         target_modules: the linear maps under analysis, with PEFT's meaning: "all-linear" (all but a language model's
             output embedding), a regular expression for the whole name, or a list of names or name endings.
         exclude_modules: left out of those, a regular expression or a list.
-        parameters: further parameters (biases, norms, embeddings, fused experts): a regular expression for the whole
+        parameters: further parameters (biases, norms, embeddings): a regular expression for the whole
             name, or a list of names. They are analysed by `torch.autograd`, at a higher cost.
         sketch: how p numbers a row become d. "auto" takes the cheapest that meets `sketch_tolerance` on the first
             examples; "identity" keeps all p.

@@ -7,6 +7,7 @@ their product apart (P_out δ)(P_in x)ᵀ. No parameter requires a gradient: wei
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.experts import Routing, RowsByExpert, Tap, find_experts
 from hf_npeff.fisher.linear_maps import CUT, LinearMap
 from hf_npeff.fisher.parameters import fitted, gradients
 from hf_npeff.pefs.sketches import Sketch
@@ -30,7 +32,7 @@ class CalledOnceForAll(UnsupportedModelError):  # noqa: N818
 class Receiver:
     """What is done with the inputs and output gradients of the linear maps; this one does nothing.
 
-    `take_input` and `take_gradient` are called by hooks (`LinearHooks`), the others by `backward_passes`.
+    What takes inputs and gradients is called by hooks (`LinearHooks`), the others by `backward_passes`.
     """
 
     def take_input(self, name: str, x: Tensor) -> Any:
@@ -38,6 +40,18 @@ class Receiver:
 
     def take_gradient(self, name: str, saved: Any, delta: Tensor) -> None:
         """Called in every backward pass with δ (B, t, out)."""
+
+    def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> Any:
+        """Called for fused experts, with x (S, in) sorted by expert; what it returns is for `take_routed_gradient`.
+
+        Here and in `take_routed_gradient` what comes is laid out by example, each δ at the place of its expert: right
+        for every receiver, and E times as large as it need be.
+        """
+        return self.take_input(name, routing.by_example(x))
+
+    def take_routed_gradient(self, name: str, saved: Any, delta: Tensor, routing: Routing) -> None:
+        """Called in every backward pass with δ (S, out) of fused experts, sorted like x."""
+        self.take_gradient(name, saved, routing.embedded(delta))
 
     def after_forward(self, source: Tensor, passes: int) -> None:
         """Called with the source (B, t, s) and the number of backward passes that are to start from it."""
@@ -61,7 +75,11 @@ class LinearHooks:
         self._end = torch.zeros((), requires_grad=True)
         self._receiver = receiver
         self._batch = 0
-        self._modules = {name: m for m in maps for name in m.modules}
+        self._modules = {name: m for m in maps if m.fused is None for name in m.modules}
+        self._fused: dict[str, dict[str, LinearMap]] = {}
+        for m in maps:
+            if m.fused is not None:
+                self._fused.setdefault(m.modules[0], {})[m.fused.name] = m
         self._model = model
         self._handles: list[Any] = []
         self._thread = threading.get_ident()
@@ -70,6 +88,15 @@ class LinearHooks:
         modules = dict(self._model.named_modules())
         for name, linear_map in self._modules.items():
             self._handles.append(modules[name].register_forward_hook(self._hook(name, linear_map), with_kwargs=True))
+        if self._fused:
+            # Whoever leaves early leaves no module changed.
+            try:
+                for name, experts in find_experts(self._model, self._fused).items():
+                    wanted = functools.partial(self._is_wanted, name)
+                    self._handles.append(experts.intercept(self._tap(name, self._fused[name]), wanted))
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(
@@ -100,29 +127,73 @@ class LinearHooks:
         parameter = linear_map.parameter
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if threading.get_ident() != self._thread:  # somebody else's prediction meanwhile
+            if not self._is_wanted(name):
                 return output
-            if not torch.is_grad_enabled():
-                _check_that_autograd_sees(name)
-                return output  # nothing that comes of it reaches the output's gradient (indices of sparse attention)
             x = args[0] if args else next(iter(kwargs.values()))
-            if x.requires_grad and not output.requires_grad:
-                raise UnsupportedModelError(CUT.format(name=name, how="its input has one and its output has none"))
+            self._check_uncut(name, x, output)
             self.ran.add(parameter)
             saved = self._receiver.take_input(parameter, self._per_example(x.detach(), name))
 
-            def backward_hook(delta: Tensor | None) -> None:
-                if delta is None:
-                    raise UnsupportedModelError(
-                        f"no gradient comes back through what follows {name}: its kernels have no backward pass. For a "
-                        "model in 4 bits on a CPU, call model.enable_input_require_grads() before it predicts anything"
-                    )
+            def take(delta: Tensor) -> None:
                 self._receiver.take_gradient(parameter, saved, self._per_example(delta, name))
 
-            tapped: Tensor = _Tap.apply(output, self._end, backward_hook)
-            return tapped
+            return self._watched(name, output, take)
 
         return forward_hook
+
+    def _tap(self, name: str, maps: Mapping[str, LinearMap]) -> Tap:
+        """What takes the products of a module of fused experts: those of the maps under analysis."""
+
+        def tap(weight: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
+            if weight not in maps:
+                return output
+            parameter = maps[weight].parameter
+            self._check_uncut(name, x, output)
+            if routing.tokens % self._batch:
+                raise CalledOnceForAll(
+                    f"{name} received {routing.tokens} tokens for a batch of {self._batch} examples, so its rows "
+                    "cannot be given to examples. Leave it out with exclude_modules, or use batch_size=1"
+                )
+            routing.batch = self._batch
+            self.ran.add(parameter)
+            saved = self._receiver.take_routed_input(parameter, x.detach(), routing)
+
+            def take(delta: Tensor) -> None:
+                self._receiver.take_routed_gradient(parameter, saved, delta, routing)
+
+            return self._watched(name, output, take)
+
+        return tap
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether a module's call belongs to the pass: not under `no_grad`, nor somebody else's prediction meanwhile.
+
+        Nothing that comes of a call under `no_grad` reaches the output's gradient (indices of sparse attention).
+        """
+        if threading.get_ident() != self._thread:
+            return False
+        if not torch.is_grad_enabled():
+            _check_that_autograd_sees(name)
+        return torch.is_grad_enabled()
+
+    @staticmethod
+    def _check_uncut(name: str, x: Tensor, output: Tensor) -> None:
+        if x.requires_grad and not output.requires_grad:
+            raise UnsupportedModelError(CUT.format(name=name, how="its input has one and its output has none"))
+
+    def _watched(self, name: str, output: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+        """A map's output, whose gradient is taken in every backward pass."""
+
+        def backward_hook(delta: Tensor | None) -> None:
+            if delta is None:
+                raise UnsupportedModelError(
+                    f"no gradient comes back through what follows {name}: its kernels have no backward pass. For a "
+                    "model in 4 bits on a CPU, call model.enable_input_require_grads() before it predicts anything"
+                )
+            take(delta)
+
+        tapped: Tensor = _Tap.apply(output, self._end, backward_hook)
+        return tapped
 
     def backward(self, source: Tensor, cotangent: Tensor, *, last: bool = False) -> None:
         """Send one cotangent (shaped like `source`) back to all maps; `last` lets the graph go.
@@ -280,11 +351,38 @@ class RowCollector(Receiver):
 
     def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
         """Add (P_out δ)ᵀ(P_in x), summed over positions."""
+        self._add(name, saved, self.sketch.project_output(name, delta))
+
+    def _add(self, name: str, saved: Tensor, delta: Tensor) -> None:
+        """Add δᵀx for projected x (B, t, k_in) and δ (B, t, k_out)."""
         assert self._rows is not None
-        delta = self.sketch.project_output(name, delta)
         saved = saved.to(delta.dtype)
         for part in self.sketch.slices(name, len(delta), delta.device):
             values = self._product(delta[..., part].mT, saved)
+            self.sketch.add(self._rows, name, values, part.start)
+
+    def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        """P_in x, by example where output gradients are going to be as short."""
+        x = self.sketch.project_input(name, x)
+        return routing.by_example(x) if self.sketch.has_output_side(name) else x
+
+    def take_routed_gradient(self, name: str, saved: Tensor, delta: Tensor, routing: Routing) -> None:
+        """Add (P_out δ)ᵀ(P_in x), summed over an example's tokens and their experts."""
+        assert self._rows is not None
+        if self.sketch.has_output_side(name):
+            delta = routing.by_example(self.sketch.project_output_by_expert(name, delta, routing.counts))
+            self._add(name, saved, delta)
+            return
+        # Rows of the product that belong to an expert without tokens are zero.
+        out, parts = delta.shape[1], RowsByExpert(routing, saved.to(delta.dtype), delta)
+        for part in self.sketch.slices(name, routing.batch, delta.device):
+            values = delta.new_zeros(routing.batch, part.stop - part.start, saved.shape[-1])
+            for expert in range(part.start // out, (part.stop - 1) // out + 1):
+                if routing.counts[expert]:
+                    first, last = max(part.start, expert * out), min(part.stop, (expert + 1) * out)
+                    x, d = parts.of(expert)
+                    d = d[..., first - expert * out : last - expert * out]
+                    values[:, first - part.start : last - part.start] = self._product(d.mT, x)
             self.sketch.add(self._rows, name, values, part.start)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters, base_of, is_wrapper
+from hf_npeff.fisher.experts import FusedWeight, find_experts
 from hf_npeff.fisher.linear_layers import behaviour, is_linear
 
 CUT = (
@@ -19,6 +20,10 @@ CUT = (
     "quantise their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a "
     "scheme that quantises weights alone, or dequantised"
 )
+
+
+_USUAL_SLOTS = 8
+"""Experts of a token that memory is planned for: Qwen3-MoE, OLMoE and DeepSeek V3 have 8, Mixtral 2, gpt-oss 4."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,34 @@ class LinearMap:
         modules: names of the modules, in the model as it is.
         shape: (out, in).
         transposed: the weight is stored (in, out), as GPT-2's Conv1D does.
+        fused: of fused experts, whose weights W_e make up one of (E·out, in), one below the other; `modules` is then
+            the module whose call is theirs.
     """
 
     parameter: str
     modules: tuple[str, ...]
     shape: tuple[int, int]
     transposed: bool = False
+    fused: FusedWeight | None = None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A tensor shaped like the weight → (…, out, in)."""
+        """A tensor shaped like the weight → (…, out, in); of fused experts, a single one."""
+        if self.fused is not None:
+            return self.fused.by_expert(weight).reshape(self.shape)
         return weight.mT if self.transposed else weight
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """(…, out, in) → shaped like the weight."""
+        """(…, out, in) → shaped like the weight; of fused experts, a single one."""
+        if self.fused is not None:
+            return self.fused.as_weight(matrix)
         return matrix.mT if self.transposed else matrix
+
+    @property
+    def numbers_of_a_token(self) -> int:
+        """In and out: what a token has at the map, and at how many of its experts, no more than are usual."""
+        if self.fused is None:
+            return sum(self.shape)
+        return (self.fused.out + self.fused.into) * min(self.fused.experts, _USUAL_SLOTS)
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:
@@ -74,7 +93,10 @@ def find_linear_maps(
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[LinearMap]:
-    """The linear maps (nn.Linear, Conv1D) under analysis, in the model's order; PEFT's meaning of `target_modules`.
+    """The linear maps under analysis, in the model's order; PEFT's meaning of `target_modules`.
+
+    They are nn.Linear, Conv1D, and fused experts (`experts.find_experts`), which go by the names of their parameters
+    ("…experts.down_proj") and are left out by that name or the module's.
 
     Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
     model's output embedding, maps that share an input embedding's weight, the vision tower of a model that takes
@@ -88,14 +110,21 @@ def find_linear_maps(
     """
     bare = bare_module_names(model)
     linear = [(n, m) for n, m in model.named_modules() if is_linear(m) and not is_wrapper(m)]
+    fused = _fused_maps(model, bare) if len(target_modules) else []
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         skip = _beside_the_language_model(model)
         chosen = [(n, m) for n, m in linear if n in bare and id(m) not in skip]
+        fused = [(m, held) for m, held in fused if m.modules[0] in bare and id(held) not in skip]
     else:
         chosen = [(n, m) for n, m in linear if _is_named(n, bare, target_modules, "target_modules")]
+        fused = [(m, held) for m, held in fused if _is_named(m.parameter, bare, target_modules, "target_modules")]
     if exclude_modules is not None:
         chosen = [(n, m) for n, m in chosen if not _is_named(n, bare, exclude_modules, "exclude_modules")]
-    if not chosen and len(target_modules):
+        fused = [
+            (m, held) for m, held in fused
+            if not any(_is_named(n, bare, exclude_modules, "exclude_modules") for n in (m.parameter, *m.modules))
+        ]  # fmt: skip
+    if not chosen and not fused and len(target_modules):
         known = [bare.get(n, n) for n, _ in linear]
         raise ValueError(
             f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) matches none of the model's "
@@ -103,7 +132,7 @@ def find_linear_maps(
         )
     _check_that_none_rounds(model)
     candidates, chosen = chosen, [(n, m) for n, m in chosen if behaviour(m) == "product"]
-    if candidates and not chosen:
+    if candidates and not chosen and not fused:
         raise UnsupportedModelError(
             f"none of the {len(candidates)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their "
             f"rows (for instance {candidates[0][0]}, a {type(candidates[0][1]).__name__} whose forward pass is "
@@ -123,7 +152,23 @@ def find_linear_maps(
             shape = (module.out_features, module.in_features)  # a quantised weight has another shape
         before = maps[parameter].modules if parameter in maps else ()
         maps[parameter] = LinearMap(parameter, (*before, name), shape, transposed)
-    return list(maps.values())
+    return _in_the_models_order(model, [*maps.values(), *(m for m, _ in fused)])
+
+
+def _fused_maps(model: nn.Module, bare: dict[str, str]) -> list[tuple[LinearMap, nn.Module]]:
+    """The maps of all fused experts, each with the module whose call is theirs."""
+    return [
+        (LinearMap(bare_name(f"{name}.{weight.name}", bare), (name,), weight.shape, fused=weight), experts.module)
+        for name, experts in find_experts(model).items()
+        for weight in experts.weights
+    ]
+
+
+def _in_the_models_order(model: nn.Module, maps: list[LinearMap]) -> list[LinearMap]:
+    if all(m.fused is None for m in maps):
+        return maps
+    place = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return sorted(maps, key=lambda m: place[m.modules[0]])
 
 
 def _is_named(name: str, bare: Mapping[str, str], targets: str | Sequence[str], setting: str) -> bool:
@@ -150,6 +195,17 @@ def _beside_the_language_model(model: nn.Module) -> set[int]:
     return skip
 
 
+def by_hooks(
+    model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]]
+) -> tuple[list[LinearMap], dict[str, tuple[int, int]]]:
+    """The maps with the fused experts that `parameters` names, which hooks see as well, and the parameters without."""
+    fused = [m for m, _ in _fused_maps(model, bare_module_names(model))] if parameters else []
+    named = {m.parameter: m for m in fused if m.parameter in parameters}
+    left = {name: shape for name, shape in parameters.items() if name not in named}
+    known = {m.parameter for m in maps}
+    return _in_the_models_order(model, [*maps, *(m for n, m in named.items() if n not in known)]), left
+
+
 def without_parameters(
     model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]]
 ) -> list[LinearMap]:
@@ -161,11 +217,13 @@ def without_parameters(
     weights = bare_parameters(model)
     named = {id(weights[name]) for name in parameters}
     left = [m for m in maps if id(weights.get(m.parameter)) not in named]
+    fused = {id(weights.get(m.parameter)) for m in maps if m.fused is not None}
     elsewhere = {
         id(parameter): name
         for prefix, module in model.named_modules()
         if not is_linear(module)
         for name, parameter in module.named_parameters(prefix, recurse=False)
+        if id(parameter) not in fused
     }
     for m in left:
         if other := elsewhere.get(id(weights.get(m.parameter))):

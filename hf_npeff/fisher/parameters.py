@@ -1,4 +1,4 @@
-"""Parameters that are no linear map's weight (biases, norms, embeddings, fused experts), by plain autograd.
+"""Parameters that are no linear map's weight (biases, norms, embeddings), by plain autograd.
 
 Hooks see only what passes through a module's input and output. Anything else is differentiated one example at a time,
 so no layer has to be known, and the dense gradient goes through the same sketch, as a matrix (first dimension, rest).

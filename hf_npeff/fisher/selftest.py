@@ -25,6 +25,7 @@ from torch import Tensor
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.experts import Routing
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import Receiver, backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap
@@ -108,6 +109,7 @@ class Captured(Receiver):
     def __init__(self) -> None:
         self.inputs: dict[str, list[Tensor]] = {}
         self.deltas: dict[str, list[list[Tensor]]] = {}  # [call][cotangent]
+        self.experts: dict[str, list[Tensor]] = {}
 
     def take_input(self, name: str, x: Tensor) -> int:
         """See `Receiver`."""
@@ -120,12 +122,62 @@ class Captured(Receiver):
         """See `Receiver`."""
         self.deltas[name][saved].append(delta.float())
 
-    def tensors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The inputs x (B, T, in) and δ (B, c, T, out), several calls of a module joined along the positions."""
+    def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> int:
+        """See `Receiver`."""
+        number = self.take_input(name, routing.by_example(x))
+        self.experts.setdefault(name, []).append(routing.by_example(routing.experts[:, None])[..., 0])
+        return number
+
+    def take_routed_gradient(self, name: str, saved: int, delta: Tensor, routing: Routing) -> None:
+        """See `Receiver`."""
+        self.take_gradient(name, saved, routing.by_example(delta))
+
+    def tensors(self, name: str) -> MapTensors | None:
+        """Of one map, several calls of a module joined along the positions."""
         calls = [(x, torch.stack(d, 1)) for x, d in zip(self.inputs[name], self.deltas[name], strict=True) if d]
         if not calls:
             return None
-        return torch.cat([x for x, _ in calls], 1), torch.cat([d for _, d in calls], 2)
+        experts = [e for e, d in zip(self.experts.get(name, []), self.deltas[name], strict=False) if d]
+        return MapTensors(
+            torch.cat([x for x, _ in calls], 1),
+            torch.cat([d for _, d in calls], 2),
+            torch.cat(experts, 1) if experts else None,
+        )
+
+
+@dataclass(frozen=True)
+class MapTensors:
+    """What the gradient rows of one map are made of.
+
+    Attributes:
+        x: (B, T, in).
+        delta: (B, c, T, out).
+        experts: (B, T), of fused experts the one whose product it is; None of other maps.
+    """
+
+    x: Tensor
+    delta: Tensor
+    experts: Tensor | None = None
+
+    def gram(self) -> Tensor:
+        """Inner products (B·c, B·c) of the unsketched rows, float64."""
+        return exact_gram(self.x, self.delta) if self.experts is None else self._gram_of_experts(self.experts)
+
+    def _gram_of_experts(self, experts: Tensor) -> Tensor:
+        """Σ over experts of Σ_ts ⟨δ_at, δ_bs⟩⟨x_at, x_bs⟩, t and s among its own rows."""
+        B, c, T, out = self.delta.shape
+        x, delta = self.x.flatten(0, 1), self.delta.transpose(1, 2).reshape(B * T, c, out)
+        owners = F.one_hot(torch.arange(B, device=x.device).repeat_interleave(T), B).to(x.dtype)
+        used, flat = (delta != 0).flatten(1).any(1), experts.flatten()
+        gram = x.new_zeros(B, c, B, c, dtype=torch.float64)
+        for expert in flat[used].unique().tolist():
+            rows = (used & (flat == expert)).nonzero()[:, 0]
+            inputs, own = x[rows] @ x[rows].T, owners[rows]
+            for a in range(c):
+                for b in range(c):
+                    pairs = inputs * (delta[rows, a] @ delta[rows, b].T)
+                    gram[:, a, :, b] += own.T @ pairs @ own
+        return gram.reshape(B * c, B * c)
 
 
 def exact_gram(x: Tensor, delta: Tensor) -> Tensor:
@@ -210,7 +262,7 @@ def _groups(maps: Sequence[LinearMap]) -> list[list[LinearMap]]:
     groups: list[list[LinearMap]] = []
     used = 0
     for m in maps:
-        cost = sum(m.shape) * 4 * max(1, len(m.modules))
+        cost = m.numbers_of_a_token * 4 * max(1, len(m.modules))
         if not groups or used + cost > _CAPTURE_BYTES / _CAPTURE_TOKENS:
             groups.append([])
             used = 0
@@ -232,17 +284,21 @@ def _grams_of_maps(
     for m in group:
         pairs = [c.tensors(m.parameter) if m.parameter in c.inputs else None for c in captures]
         if any(pair is not None for pair in pairs):
-            yield exact_gram(*_joined(pairs, batches))
+            yield _joined(pairs, batches).gram()
 
 
-def _joined(pairs: Sequence[tuple[Tensor, Tensor] | None], batches: Sequence[KnownCotangents]) -> tuple[Tensor, Tensor]:
-    """Inputs x (n, T, in) and δ (n, c, T, out) of all batches, padded with zeros; zeros where a module did not run."""
-    x0, d0 = next(pair for pair in pairs if pair is not None)
-    T = max(pair[0].shape[1] for pair in pairs if pair is not None)
-    xs, deltas = [], []
+def _joined(pairs: Sequence[MapTensors | None], batches: Sequence[KnownCotangents]) -> MapTensors:
+    """Those of all batches, padded with zeros; zeros where a module did not run."""
+    first = next(pair for pair in pairs if pair is not None)
+    T = max(pair.x.shape[1] for pair in pairs if pair is not None)
+    xs, deltas, experts = [], [], []
     for pair, batch in zip(pairs, batches, strict=True):
         B, c = batch.values.shape[:2]
-        x, delta = pair or (x0.new_zeros(B, 0, x0.shape[-1]), d0.new_zeros(B, c, 0, d0.shape[-1]))
+        x = first.x.new_zeros(B, 0, first.x.shape[-1]) if pair is None else pair.x
+        delta = first.delta.new_zeros(B, c, 0, first.delta.shape[-1]) if pair is None else pair.delta
         xs.append(F.pad(x, (0, 0, 0, T - x.shape[1])))
         deltas.append(F.pad(delta, (0, 0, 0, T - delta.shape[2])))
-    return torch.cat(xs), torch.cat(deltas)
+        if first.experts is not None:
+            own = first.experts.new_zeros(B, 0) if pair is None or pair.experts is None else pair.experts
+            experts.append(F.pad(own, (0, T - own.shape[1])))
+    return MapTensors(torch.cat(xs), torch.cat(deltas), torch.cat(experts) if experts else None)

@@ -25,7 +25,7 @@ from hf_npeff.fisher.frozen import frozen
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.heads import finds_last_by_padding, head_of
 from hf_npeff.fisher.limits import ModelLimits
-from hf_npeff.fisher.linear_maps import find_linear_maps, without_parameters
+from hf_npeff.fisher.linear_maps import by_hooks, find_linear_maps, without_parameters
 from hf_npeff.fisher.outputs import OutputHead, traits_of
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.tasks import task_of
@@ -95,8 +95,9 @@ class AnalysedModel:
         self._sketch: Sketch | None = None
         self._trials = BatchTrials()
         self._liked: tuple[str, Any] | None = None
-        self.parameters = find_parameters(model, self.fisher.parameters)
+        parameters = find_parameters(model, self.fisher.parameters)
         maps = find_linear_maps(model, self.fisher.target_modules, self.fisher.exclude_modules)
+        maps, self.parameters = by_hooks(model, maps, parameters)
         self.maps = without_parameters(model, maps, self.parameters)
         modules = {name for m in self.maps for name in m.modules} | modules_of(model, self.parameters)
         mask_token = getattr(processing_class, "mask_token_id", None)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ _FEW_BLOCKS = 8
 """So many blocks are added one by one on a GPU as well."""
 _AT_ONCE = 2**20
 """So many numbers of a batch's gradients are placed at a time on a CPU: they stay in its cache, in the same memory."""
+_AT_ONCE_ELSEWHERE = 2**28
+"""The same on a GPU: a gibibyte. All of a dense layer is less; the weights of many experts together are more."""
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -74,10 +76,14 @@ class _Block:
         side = self.sides[which]
         if side is None:
             return x
+        return x @ self.cast_side(side, which, x)
+
+    def cast_side(self, side: Tensor, which: int, x: Tensor) -> Tensor:
+        """A side transposed (n, k), on the device and in the type of x."""
         key = which, x.device, x.dtype
         if key not in self.casts:
             self.casts[key] = side.to(x.device, x.dtype).T
-        return x @ self.casts[key]
+        return self.casts[key]
 
 
 class Sketch:
@@ -204,6 +210,34 @@ class Sketch:
         """P_out δ: (…, out) → (…, k_out)."""
         return self._part(name).times_side(delta, 0)
 
+    def has_output_side(self, name: str) -> bool:
+        """Whether `project_output` shortens anything."""
+        return self._part(name).sides[0] is not None
+
+    def project_output_by_expert(self, name: str, delta: Tensor, counts: Sequence[int]) -> Tensor:
+        """P_out δ of fused experts, where there is such a side: δ at the place of its expert, and zero elsewhere.
+
+        Args:
+            name: of a parameter of shape (E·out, in).
+            delta: (S, out), sorted by expert.
+            counts: rows of every expert, E numbers that sum to S.
+
+        Returns:
+            (S, k_out).
+        """
+        part, out = self._part(name), delta.shape[1]
+        side = part.sides[0]
+        assert side is not None
+        columns = part.cast_side(side, 0, delta)
+        result = delta.new_empty(len(delta), columns.shape[1])
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                block = columns[expert * out : (expert + 1) * out]
+                torch.mm(delta[start : start + count], block, out=result[start : start + count])
+            start += count
+        return result
+
     def new_rows(self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Zeros to accumulate into with `add`; `finish` turns them into rows."""
         return torch.zeros(batch, self.dim * 2 if self._summed else self.dim, device=device, dtype=dtype)
@@ -211,16 +245,17 @@ class Sketch:
     def slices(self, name: str, batch: int, device: torch.device) -> list[slice]:
         """Rows of a projected gradient (batch, k_out, k_in) that `add` may be given one after another.
 
-        Where modules are summed these are whole blocks of d, about `_AT_ONCE` numbers of them; elsewhere, and on a GPU,
-        all at once.
+        Where modules are summed these are whole blocks of d, about `_AT_ONCE` numbers of them, on a GPU
+        `_AT_ONCE_ELSEWHERE`; elsewhere all at once.
         """
         part = self._part(name)
         outer, inner = part.sides
         k_out = part.shape[0] if outer is None else len(outer)
         k_in = part.shape[1] if inner is None else len(inner)
         whole_blocks = self.dim // math.gcd(self.dim, k_in)
-        step = max(1, _AT_ONCE // (batch * k_in * whole_blocks)) * whole_blocks
-        if part.start is not None or device.type != "cpu":
+        at_once = _AT_ONCE if device.type == "cpu" else _AT_ONCE_ELSEWHERE
+        step = max(1, at_once // (batch * k_in * whole_blocks)) * whole_blocks
+        if part.start is not None:
             step = k_out
         return [slice(start, min(start + step, k_out)) for start in range(0, k_out, step)]
 
@@ -240,11 +275,12 @@ class Sketch:
             return
         assert part.signs is not None and part.turns is not None
         d = self.dim
+        before = first * values.shape[2]
         if rows.is_cuda and len(part.shifts) > _FEW_BLOCKS:
-            rows[:, :d].add_(_shifted_sum(flat, part.signs, part.turns, d, rows.dtype))
+            signs, turns = part.signs[before:], part.turns[before // d : -(-(before + flat.shape[1]) // d)]
+            rows[:, :d].add_(_shifted_sum(flat, signs, turns, d, rows.dtype))
             return
         flat = flat.to(rows.dtype)
-        before = first * values.shape[2]
         for start in range(0, flat.shape[1], d):
             segment = flat[:, start : start + d]
             width = segment.shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_parameters
+from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters
+from hf_npeff.fisher.experts import Routing, Tap, find_experts, multiplied_by_expert
 from hf_npeff.fisher.gradients import CalledOnceForAll
 
 
@@ -30,10 +31,12 @@ class LinearDelta:
     Attributes:
         left: ΔW itself, or B (out, r).
         right: A (r, in) with ΔW = BA; None where `left` is whole.
+        experts: of fused experts, how many ΔW_e lie one below the other.
     """
 
     left: Tensor
     right: Tensor | None = None
+    experts: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,10 +51,21 @@ class LinearDelta:
         """ΔW x for x (…, in): (…, out)."""
         return F.linear(x if self.right is None else F.linear(x, self.right), self.left)
 
+    def times_by_expert(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """ΔW_e x of fused experts, whose ΔW_e (out, in) lie one below the other: (S, out) for x (S, in).
+
+        Args:
+            x: rows sorted by expert.
+            counts: rows of every expert.
+        """
+        x = x if self.right is None else F.linear(x, self.right)
+        return multiplied_by_expert(x, self.left.unflatten(0, (len(counts), -1)), list(counts))
+
     def to(self, device: torch.device, dtype: torch.dtype) -> LinearDelta:
         """On a device, in a type."""
         right = self.right
-        return LinearDelta(self.left.to(device, dtype), None if right is None else right.to(device, dtype))
+        moved = None if right is None else right.to(device, dtype)
+        return LinearDelta(self.left.to(device, dtype), moved, self.experts)
 
     @property
     def squared_norm(self) -> float:
@@ -75,10 +89,34 @@ def random_like(deltas: Mapping[str, LinearDelta], seed: int = 0) -> dict[str, L
         right = None if delta.right is None else torch.randn(delta.right.shape, generator=generator)
         unit = LinearDelta(left, right)
         size = (delta.shape[0] * delta.shape[1] / unit.squared_norm) ** 0.5
-        drawn[name] = LinearDelta(left * size, right)
+        drawn[name] = LinearDelta(left * size, right, delta.experts)
     wanted = sum(delta.squared_norm for delta in deltas.values())
     ratio = (wanted / sum(delta.squared_norm for delta in drawn.values())) ** 0.5
-    return {name: LinearDelta(delta.left * ratio, delta.right) for name, delta in drawn.items()}
+    return {name: LinearDelta(delta.left * ratio, delta.right, delta.experts) for name, delta in drawn.items()}
+
+
+def fused_places(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[str, dict[str, str]]:
+    """{module: {name in it: parameter}} of the fused experts among the weights that are to be changed.
+
+    Raises:
+        ValueError: if one has another shape in the model.
+    """
+    known = bare_parameters(model)
+    if all(name.endswith(".weight") and known[name].dim() == 2 for name in deltas if name in known):
+        return {}
+    bare = bare_module_names(model)
+    places: dict[str, dict[str, str]] = {}
+    for path, experts in find_experts(model).items():
+        for weight in experts.weights:
+            name = bare_name(f"{path}.{weight.name}", bare)
+            if name in deltas:
+                if deltas[name].shape != weight.shape:
+                    raise ValueError(
+                        f"{name} is {weight.shape} (out of all experts, in) in the model, and {deltas[name].shape} in "
+                        "the change"
+                    )
+                places.setdefault(path, {})[weight.name] = name
+    return places
 
 
 def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[str, str]:
@@ -137,8 +175,13 @@ class ChangedActivations:
         self._model = model
         self._changes = changes
         self._places: dict[str, str] = {}
+        self._fused: dict[str, dict[str, str]] = {}
         for change in changes:
-            self._places |= check_linear(model, change)
+            fused = fused_places(model, change)
+            for path, names in fused.items():
+                self._fused[path] = self._fused.get(path, {}) | names
+            inside = {name for names in fused.values() for name in names.values()}
+            self._places |= check_linear(model, {n: delta for n, delta in change.items() if n not in inside})
         self._cast: dict[tuple[int, str, torch.device, torch.dtype], LinearDelta] = {}
         self._numbers: tuple[int, ...] = ()
         self._scales: tuple[float, ...] = ()
@@ -170,6 +213,8 @@ class ChangedActivations:
         for path, parameter in self._places.items():
             hook = self._adding(path, parameter)
             self._handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+        for path, experts in find_experts(self._model, self._fused).items() if self._fused else ():
+            self._handles.append(experts.intercept(self._tap(path), lambda: True))
         return self
 
     def __exit__(
@@ -202,6 +247,45 @@ class ChangedActivations:
             return (output.to(wide) + added.to(output.device, wide).reshape(output.shape)).to(output.dtype)
 
         return hook
+
+    def _tap(self, path: str) -> Tap:
+        """What adds the changes of fused experts to their products."""
+
+        def tap(weight: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
+            parameter = self._fused[path].get(weight)
+            added = None if parameter is None else self._added_by_experts(path, parameter, x, routing)
+            if added is None:
+                return output
+            return (output.to(added.dtype) + added).to(output.dtype)
+
+        return tap
+
+    def _added_by_experts(self, path: str, parameter: str, x: Tensor, routing: Routing) -> Tensor | None:
+        """What is added to the products (S, out) of fused experts; None for nothing."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pairs = set(zip(self._numbers, self._scales, strict=True))
+        if len(pairs) <= 1:
+            for number, scale in pairs:
+                delta = self._delta(number, parameter, x)
+                return (
+                    None if delta is None or scale == 0 else scale * delta.times_by_expert(x.to(wide), routing.counts)
+                )
+            return None
+        if routing.tokens % len(self._numbers):
+            raise UnsupportedModelError(
+                f"{path} received {routing.tokens} tokens for a batch of {len(self._numbers)} examples, so they cannot "
+                "be given to examples; give all examples of a batch one change and scale"
+            )
+        examples = replace(routing, batch=len(self._numbers)).examples
+        total: Tensor | None = None
+        for number in sorted(set(self._numbers)):
+            delta = self._delta(number, parameter, x)
+            scales = [s if k == number else 0.0 for k, s in zip(self._numbers, self._scales, strict=True)]
+            if delta is not None and any(scales):
+                each = torch.tensor(scales, device=x.device, dtype=wide)[examples, None]
+                added = each * delta.times_by_expert(x.to(wide), routing.counts)
+                total = added if total is None else total + added
+        return total
 
     def _delta(self, number: int, parameter: str, x: Tensor) -> LinearDelta | None:
         """A change's delta, where x is and in float32 or wider; kept for the next batch."""

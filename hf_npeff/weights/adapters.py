@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.config import check_scale, is_count
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_modules
+from hf_npeff.fisher.bare_model import bare_module_names, bare_modules, bare_name
+from hf_npeff.fisher.experts import find_experts
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card
 from hf_npeff.sharing.files import (
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     pass
 
 AdapterKind = Literal["lora", "shira", "delta"]
-Layout = Literal["linear", "conv1d", "embedding", "bias", "norm", "other"]
+Layout = Literal["linear", "conv1d", "experts", "experts-transposed", "embedding", "bias", "norm", "other"]
+LINEAR_LAYOUTS: tuple[Layout, ...] = ("linear", "conv1d", "experts", "experts-transposed")
+"""Of weights that multiply inputs and nothing else: those of fused experts are (E, out, in), or (E, in, out)."""
 PREFIX = "base_model.model."
 """Of every key in a file that PEFT loads."""
 _KINDS = {"lora": "LoRA", "shira": "SHiRA", "delta": "dense"}
@@ -58,7 +61,31 @@ def layouts_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, Layout]
     modules = bare_modules(model)
     places = {name: name.rpartition(".") for name in parameters}
     # What an adapter adds has no place in the bare model.
-    return {n: _layout(modules.get(p) or model.get_submodule(p), leaf) for n, (p, _, leaf) in places.items()}
+    layouts = {n: _layout(modules.get(p) or model.get_submodule(p), leaf) for n, (p, _, leaf) in places.items()}
+    if "other" in layouts.values():
+        layouts |= {n: layout for n, layout in _layouts_of_experts(model).items() if n in layouts}
+    return layouts
+
+
+def _layouts_of_experts(model: nn.Module) -> dict[str, Layout]:
+    """Of the parameters of fused experts that hold a matrix for each.
+
+    PEFT takes a module's word for it that they are transposed, and knows nothing of those that do not give it.
+    """
+    bare = bare_module_names(model)
+    layouts: dict[str, Layout] = {}
+    for path, experts in find_experts(model).items():
+        for weight in experts.weights:
+            if not weight.flat and weight.transposed == getattr(experts.module, "is_transposed", False):
+                name = bare_name(f"{path}.{weight.name}", bare)
+                layouts[name] = "experts-transposed" if weight.transposed else "experts"
+    return layouts
+
+
+def as_linear_delta(value: Tensor, layout: Layout) -> LinearDelta:
+    """A weight's ΔW, shaped like the weight, as one of (out, in); those of experts lie one below the other."""
+    value = value if layout in ("linear", "experts") else value.mT
+    return LinearDelta(value.flatten(0, -2), experts=len(value) if layout.startswith("experts") else 1)
 
 
 def _layout(module: nn.Module, leaf: str) -> Layout:
@@ -73,13 +100,21 @@ def _layout(module: nn.Module, leaf: str) -> Layout:
     return "norm" if "norm" in type(module).__name__.lower() else "other"
 
 
+def place_of_experts(parameter: str, layouts: Mapping[str, Layout]) -> str:
+    """The module of PEFT's that carries a fused parameter: those of one module wrap each other, the last outermost."""
+    module = parameter.rpartition(".")[0]
+    beside = [n for n in layouts if n.rpartition(".")[0] == module and layouts[n].startswith("experts")]
+    beside.sort(key=lambda n: n.endswith(".down_proj"))  # as transformers' experts define them
+    return module + ".base_layer" * (len(beside) - 1 - beside.index(parameter))
+
+
 def check_all_linear(layouts: Mapping[str, Layout]) -> None:
     """Refuse a change of anything but linear maps' weights, where it is to be added in the activations.
 
     Raises:
         UnsupportedModelError: if a parameter is something else.
     """
-    if wrong := [f"{name} ({layout})" for name, layout in layouts.items() if layout not in ("linear", "conv1d")]:
+    if wrong := [f"{name} ({layout})" for name, layout in layouts.items() if layout not in LINEAR_LAYOUTS]:
         raise UnsupportedModelError(
             f"{', '.join(wrong[:3])} cannot be changed in the activations, only the weights of linear maps can; use "
             "ParameterDirection.applied_to, which moves the weights themselves, or load the adapter with PEFT"
@@ -161,14 +196,26 @@ class Adapter(Publishable):
             raise UnsupportedModelError(f"the adapter stores what {name} becomes, and not by how much it changes")
         if layout == "bias":
             return self.tensors[f"{PREFIX}{name.removesuffix('bias')}lora_B.bias"]
+        if layout in ("experts", "experts-transposed"):
+            parts = self._parts_of_experts(name)
+            return parts if layout == "experts" else parts.mT
         matrix = self._linear_delta(name).matrix()
         return matrix if layout == "linear" else matrix.mT
+
+    def _parts_of_experts(self, name: str) -> Tensor:
+        """ΔW_e (E, out, in) of fused experts, as PEFT's `ParamWrapper` lays its factors out."""
+        rank, stem = self.config["r"], place_of_experts(name, self.layouts)
+        A, B = self.tensors[f"{PREFIX}{stem}.lora_A.weight"], self.tensors[f"{PREFIX}{stem}.lora_B.weight"]
+        return torch.einsum("ore,eri->eoi", B.unflatten(1, (rank, -1)), A.unflatten(0, (-1, rank)))
 
     def _linear_delta(self, name: str) -> LinearDelta:
         """ΔW (out, in) of a weight; of an embedding, transposed."""
         stem = f"{PREFIX}{name.removesuffix('weight')}"
         if self.kind == "delta":
-            return LinearDelta(self.tensors[name] if self.layouts[name] == "linear" else self.tensors[name].mT)
+            return as_linear_delta(self.tensors[name], self.layouts[name])
+        if self.layouts[name] in ("experts", "experts-transposed"):
+            parts = self._parts_of_experts(name)
+            return LinearDelta(parts.flatten(0, 1), experts=len(parts))
         if self.kind == "shira":
             rows, columns = self.tensors[f"{stem}shira_indices"].long()
             values = self.tensors[f"{stem}shira_weight"]

@@ -26,6 +26,7 @@ from hf_npeff.weights.adapters import (
     Adapter,
     AdapterKind,
     Layout,
+    as_linear_delta,
     check_all_linear,
     dense,
     shira,
@@ -41,7 +42,8 @@ class ParameterDirection(Readable, DirectionArithmetic):
 
     Args:
         deltas: shaped like the parameters; scaled here to unit norm where they are not of it.
-        layouts: what every parameter is: "linear", "conv1d", "embedding", "bias" or "norm".
+        layouts: what every parameter is: "linear", "conv1d", "experts" (E, out, in), "experts-transposed" (E, in, out),
+            "embedding", "bias" or "norm".
         info: how it was made: model, revision, task, component, method, estimated cosine, …
         unit: False keeps the deltas as long as they are, so that a scale of 1 makes the whole change; `info` then says
             `natural_scale`.
@@ -254,7 +256,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
             UnsupportedModelError: if the direction moves anything but weights of linear maps.
         """
         check_all_linear(self.layouts)
-        return {n: LinearDelta(v if self.layouts[n] == "linear" else v.mT) for n, v in self._deltas.items()}
+        return {n: as_linear_delta(v, self.layouts[n]) for n, v in self._deltas.items()}
 
     @contextlib.contextmanager
     def applied_in_activations(self, model: nn.Module, scale: float = 1.0) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_npeff.data import Example
 from hf_npeff.fisher.bare_model import bare_parameters
+from hf_npeff.fisher.experts import Routing
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, Receiver, backward_passes
 from hf_npeff.fisher.parameters import gradients
@@ -43,6 +44,17 @@ class GradientSum(Receiver):
             total.addmm_(rows.mT, columns)
         else:
             total += (rows.mT @ columns).to(total.device, total.dtype)
+
+    def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        """The input of fused experts, as it is."""
+        return x
+
+    def take_routed_gradient(self, name: str, saved: Tensor, delta: Tensor, routing: Routing) -> None:
+        """Add δᵀx of every expert at its place."""
+        total = self.sums[self._current][name].unflatten(0, (len(routing.counts), delta.shape[1]))
+        for expert, rows in routing.segments():
+            product = delta[rows].mT @ saved[rows].to(delta.dtype)
+            total[expert] += product.to(total.device, total.dtype)
 
 
 def _place(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_npeff.config import check_scale
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.weights.adapters import PREFIX, Adapter, Layout, check_rank, peft_config, retained
+from hf_npeff.weights.adapters import PREFIX, Adapter, Layout, check_rank, peft_config, place_of_experts, retained
 
 _EXACT_SVD = 1024
 """Smaller side up to which the decomposition is exact. Chosen: seconds at most, on a CPU."""
@@ -73,7 +73,8 @@ def lora(
     scale = check_scale(scale)
     check_rank(rank)
     matrices = [n for n in deltas if layouts[n] in ("linear", "conv1d", "embedding")]
-    largest = max((min(deltas[n].shape) for n in matrices), default=0)
+    fused = [n for n in deltas if layouts[n] in ("experts", "experts-transposed")]
+    largest = max((min(deltas[n].shape[-2:]) for n in (*matrices, *fused)), default=0)
     if rank > largest:
         raise ValueError(f"rank={rank} exceeds the rank that any of the matrices can have; use at most {largest}")
     tensors: dict[str, Tensor] = {}
@@ -86,6 +87,9 @@ def lora(
             for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight moves in all of its modules
                 tensors |= {f"{PREFIX}{place}.{key}": value.clone() for key, value in pair.items()}
                 targets.append(place)
+        elif name in fused:
+            pair, kept[name] = _lora_of_experts(delta if layouts[name] == "experts" else delta.mT, rank, scale)
+            tensors |= {f"{PREFIX}{place_of_experts(name, layouts)}.{key}": value for key, value in pair.items()}
         elif layouts[name] == "bias":
             biases[module] = delta * scale
         elif layouts[name] == "norm":
@@ -95,6 +99,8 @@ def lora(
             saved.append(module)
         else:
             raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
+    if fused and biases:
+        raise UnsupportedModelError(f"PEFT carries no bias beside fused experts ({fused[0]}); use kind='delta'")
     tensors |= _lora_biases(biases, targets, saved, tensors)
     config = {
         **peft_config("LORA", info, rank, targets),
@@ -106,6 +112,8 @@ def lora(
         "modules_to_save": saved or None,
         "use_rslora": False,
     }
+    if fused:
+        config["target_parameters"] = fused
     return Adapter("lora", tensors, config, retained(deltas, kept), dict(layouts), kept)
 
 
@@ -115,6 +123,19 @@ def _lora_pair(prefix: str, delta: Tensor, layout: Layout, rank: int, scale: flo
     B, A, kept = low_rank(delta if layout == "linear" else delta.mT, rank)
     names = ("lora_embedding_A", "lora_embedding_B") if layout == "embedding" else ("lora_A.weight", "lora_B.weight")
     return {prefix + names[0]: _padded(A, rank, 0), prefix + names[1]: _padded(B, rank, 1) * scale}, kept
+
+
+def _lora_of_experts(delta: Tensor, rank: int, scale: float) -> tuple[dict[str, Tensor], float]:
+    """The factors of ΔW_e (E, out, in), each expert's the best of its rank, and the share of ‖·‖² that they keep.
+
+    As PEFT's `ParamWrapper` reads them: A (E·rank, in) by expert, B (out, rank·E) by direction.
+    """
+    parts = [low_rank(each, rank) for each in delta]
+    A = torch.cat([_padded(A, rank, 0) for _, A, _ in parts])
+    B = torch.stack([_padded(B, rank, 1) for B, _, _ in parts], -1).flatten(1)
+    energies = [float(each.double().square().sum()) for each in delta]
+    kept = sum(share * energy for (_, _, share), energy in zip(parts, energies, strict=True))
+    return {"lora_A.weight": A, "lora_B.weight": B * scale}, kept / sum(energies) if any(energies) else 1.0
 
 
 def _lora_biases(

@@ -21,7 +21,7 @@ from hf_npeff.data import Example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations, random_like
-from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.adapters import LINEAR_LAYOUTS, Adapter
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lora import low_rank
 
@@ -182,6 +182,10 @@ def cut(deltas: Mapping[str, LinearDelta], rank: int | None) -> dict[str, Linear
         return dict(deltas)
     shorter = {}
     for name, delta in deltas.items():
+        if delta.experts > 1:  # each expert's change has the rank, as in an adapter
+            parts = [B @ A for B, A, _ in (low_rank(part, rank) for part in delta.matrix().chunk(delta.experts))]
+            shorter[name] = LinearDelta(torch.cat(parts), experts=delta.experts)
+            continue
         known = min(delta.shape) if delta.right is None else delta.right.shape[0]
         shorter[name] = delta if known <= rank else LinearDelta(*low_rank(delta.matrix(), rank)[:2])
     return shorter
@@ -198,7 +202,7 @@ def applied(model: nn.Module, what: Change | Mapping[str, LinearDelta], scale: f
 
 def is_linear(change: Change) -> bool:
     """Whether it changes weights of linear maps alone."""
-    return all(layout in ("linear", "conv1d") for layout in change.layouts.values())
+    return all(layout in LINEAR_LAYOUTS for layout in change.layouts.values())
 
 
 def measure(

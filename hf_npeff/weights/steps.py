@@ -18,6 +18,7 @@ from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.activations import ChangedActivations, LinearDelta
+from hf_npeff.weights.adapters import LINEAR_LAYOUTS
 from hf_npeff.weights.directions import ParameterDirection
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Steps:
 
     def __init__(self, forward: ForwardPass, direction: ParameterDirection, batch_size: int):
         self._forward, self._direction, self._batch_size = forward, direction, batch_size
-        linear = all(layout in ("linear", "conv1d") for layout in direction.layouts.values())
+        linear = all(layout in LINEAR_LAYOUTS for layout in direction.layouts.values())
         self.deltas: dict[str, LinearDelta] | None = direction.linear_deltas() if linear else None
         self._shared: bool | None = None if linear and not forward.one_at_a_time else False
 

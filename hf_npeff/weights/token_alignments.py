@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.weighting import mixing_of
+from hf_npeff.fisher.experts import Routing, product_by_expert
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, backward_passes
 from hf_npeff.fisher.parameters import sketched_rows
@@ -84,11 +85,33 @@ class TokenCollector(Receiver):
     def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
         """Add (P_out δ_t)ᵀ M (P_in x_t) of every position t."""
         delta = self._sketch.project_output(name, delta)
+        M = self._matrix(name, delta)
+        self._add(name, ((delta.to(M.dtype) @ M) * saved.to(M.dtype)).sum(-1, dtype=torch.float64).cpu())
+
+    def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        """P_in x of fused experts."""
+        return self._sketch.project_input(name, x)
+
+    def take_routed_gradient(self, name: str, saved: Tensor, delta: Tensor, routing: Routing) -> None:
+        """Add the same of every token, summed over its experts."""
+        if self._sketch.has_output_side(name):
+            delta = self._sketch.project_output_by_expert(name, delta, routing.counts)
+            M = self._matrix(name, delta)
+            through = delta.to(M.dtype) @ M
+        else:
+            parts = self._matrix(name, delta).unflatten(0, (len(routing.counts), -1))
+            through = product_by_expert(delta.to(parts.dtype), parts.mT, routing.counts)
+        each = (through * saved.to(through.dtype)).sum(-1, keepdim=True, dtype=torch.float64)
+        self._add(name, routing.by_example(each).unflatten(1, (-1, routing.slots)).sum((2, 3)).cpu())
+
+    def _matrix(self, name: str, delta: Tensor) -> Tensor:
+        """M (k_out, k_in), where δ is and in float32 or wider."""
         if name not in self._matrices:
             self._matrices[name] = self._sketch.placement_adjoint(name, self._g)
-        dtype = torch.promote_types(delta.dtype, torch.float32)
-        M = self._matrices[name].to(delta.device, dtype)
-        contributions = ((delta.to(dtype) @ M) * saved.to(dtype)).sum(-1, dtype=torch.float64).cpu()
+        return self._matrices[name].to(delta.device, torch.promote_types(delta.dtype, torch.float32))
+
+    def _add(self, name: str, contributions: Tensor) -> None:
+        """Contributions (B, t) of every position to its place, or to what has none."""
         if contributions.shape[1] == self._positions and self._is_placed(name):
             self.placed += contributions
         else:
@@ -232,6 +255,9 @@ class _Counter(Receiver):
 
     def take_input(self, name: str, x: Tensor) -> None:
         self.counts.append(x.shape[1])
+
+    def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> None:
+        self.counts.append(routing.tokens // routing.batch)
 
 
 def _patches(forward: ForwardPass, batch: Sequence[Example]) -> int:

@@ -143,7 +143,10 @@ def brute_force(tiny: TinyModel, example: Mapping[str, Any], shapes: Mapping[str
             for logit in term:
                 gradients = torch.autograd.grad(logit, tensors, retain_graph=True, allow_unused=True)
                 parts = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]
-                parts = [p.mT if n in transposed else p for n, p in zip(shapes, parts, strict=True)]
+                parts = [
+                    p.mT if n in transposed else _experts_transposed(p, shapes[n])
+                    for n, p in zip(shapes, parts, strict=True)
+                ]
                 J.append(torch.cat([p.flatten() for p in parts]))
             p = term.detach().double().softmax(-1)
             # B = (diag(√p) − √p pᵀ) J, so BᵀB = Jᵀ(diag(p) − p pᵀ)J
@@ -153,6 +156,13 @@ def brute_force(tiny: TinyModel, example: Mapping[str, Any], shapes: Mapping[str
         for parameter, flag in required:
             parameter.requires_grad_(flag)
     return torch.cat(rows), logits.detach().double().log_softmax(-1).amax(-1)
+
+
+def _experts_transposed(gradient: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A gradient as it is, or with the part of every expert transposed where the sketch's (E·out, in) says so."""
+    if gradient.dim() < 2 or gradient.shape[-1] == shape[1] or shape[1] == gradient[0].numel():
+        return gradient
+    return gradient.reshape(-1, shape[1], gradient.shape[-1]).mT
 
 
 def relative_error(B: Tensor, A: Tensor) -> float:
