@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from hf_npeff.fisher.outputs import OutputHead, Outputs
     from hf_npeff.pefs.store import PEFs
     from hf_npeff.sharing.hub import list_decompositions
+    from hf_npeff.weights.change_report import ChangeReport
     from hf_npeff.weights.directions import ParameterDirection
     from hf_npeff.weights.measurement import Measurement
     from hf_npeff.weights.off_target import OffTarget
@@ -44,6 +45,7 @@ __all__ = [
     "PerturbationReport",
     "Measurement",
     "OffTarget",
+    "ChangeReport",
     "NPEFFCallback",
     # the Hub
     "list_decompositions",
@@ -58,6 +60,7 @@ __all__ = [
 
 # Importing torch and transformers takes seconds, which `hf-npeff --help` and tab completion should not.
 _MODULE_OF = {
+    "ChangeReport": "weights.change_report",
     "Component": "decomposition.component",
     "CorruptStoreError": "errors",
     "Decomposition": "decomposition.decomposition",

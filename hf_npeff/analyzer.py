@@ -9,13 +9,12 @@ from hf_npeff.config import (
 )
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
-from hf_npeff.models.edited_model import EditedModel
+from hf_npeff.models.explained_model import ExplainedModel
 from hf_npeff.models.fisher_model import progress_wanted
-from hf_npeff.models.measured_model import MeasuredModel
 from hf_npeff.pefs.store import PEFs
 
 
-class NPEFFAnalyzer(MeasuredModel, EditedModel):
+class NPEFFAnalyzer(ExplainedModel):
     """A model under analysis.
 
     The model is used in eval mode without parameter gradients, and is handed back as it came (mode, requires_grad,
@@ -52,6 +51,8 @@ class NPEFFAnalyzer(MeasuredModel, EditedModel):
         >>> measured = analyzer.measure(direction, ["the cat saw the king", "rome is old"], scales=(report.scale,))
         >>> measured.n, len(measured.steps)  # the change, and a random one
         (2, 2)
+        >>> analyzer.explain_change(decomposition, pefs, dataset, 0.3 * direction, growth=False)
+        ChangeReport(KL ... on 24 examples, ...
         >>> analyzer.off_target(direction, ["the cat saw the king", "rome is old"], scale=report.scale, rounds=2).n
         2
     """

@@ -58,6 +58,8 @@ DOORWAYS: dict[tuple[str, str], str] = {
     ("decomposition.associations", "report.notebook"): "what Jupyter shows of Associations",
     ("decomposition.component", "report"): "the folder of the next",
     ("decomposition.component", "report.notebook"): "what Jupyter shows of a Component",
+    ("weights.change_report", "report"): "the folder of the next",
+    ("weights.change_report", "report.change"): "what Jupyter shows of a ChangeReport",
     ("weights.directions", "models"): "the folder of the next",
     ("weights.directions", "models.change_ends"): "ParameterDirection.between and from_adapter load models",
     ("weights.measurement", "report"): "the folder of the next two",

@@ -25,13 +25,20 @@ from hf_npeff.config.choices import (
     StorageDtype,
 )
 from hf_npeff.config.kept import DecompositionConfig, FisherConfig
-from hf_npeff.config.measurements import AssociationRequest, MeasureRequest, OffTargetRequest, PerturbationRequest
+from hf_npeff.config.measurements import (
+    AssociationRequest,
+    ChangeRequest,
+    MeasureRequest,
+    OffTargetRequest,
+    PerturbationRequest,
+)
 from hf_npeff.config.requests import ComputeRequest, EditRequest, LiftRequest, SpareRequest
 
 __all__ = [
     "AssociationRequest",
     "BATCH_SIZE",
     "Balance",
+    "ChangeRequest",
     "ComputeRequest",
     "DecompositionConfig",
     "EditRequest",

@@ -161,3 +161,48 @@ class AssociationRequest:
                 f"with shuffles={self.shuffles} corrected p-values are at least {1 / (self.shuffles + 1):.3g}, so none "
                 f"reaches level={self.level:g}; use at least {math.ceil(1 / self.level) - 1} shuffles"
             )
+
+
+@dataclass(frozen=True)
+class ChangeRequest:
+    """How a change is explained.
+
+    These are arguments of `NPEFFAnalyzer.explain_change`.
+
+    Attributes:
+        steps: parts of the change at which the way from before to after is measured; 1 is always among them.
+        by: a column whose values make groups of the curve.
+        take_out: components that are taken out of the change one at a time, the most changed ones.
+        growth: whether PEFs are computed after the change, to see which components grew, shrank, appeared or vanished.
+        n_new: components that are added for what the others do not explain after the change; needs `growth`.
+        examples: how many examples are listed as most changed, and as changed and unexplained.
+        draws: random changes that a component's KL is compared with.
+        batch_size: examples of a forward pass.
+        seed: seed of the random changes and the bootstrap.
+        check_weights: refuse a decomposition, PEFs or a change of other weights than the model has now.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    steps: tuple[float, ...] = (0.25, 0.5, 0.75)
+    by: str | None = None
+    take_out: int = 1
+    growth: bool = True
+    n_new: int = 1
+    examples: int = 20
+    draws: int = 200
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+    check_weights: bool = True
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            check_scale(step)
+        for name, least in (("take_out", 0), ("n_new", 0), ("examples", 0), ("draws", 20), ("batch_size", 1)):
+            check_integer(name, getattr(self, name), least)
+
+    @property
+    def scales(self) -> list[float]:
+        """The steps in order, each once, with 1."""
+        return sorted({*map(float, self.steps), 1.0})

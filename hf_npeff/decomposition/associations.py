@@ -21,8 +21,8 @@ from torch import Tensor
 from hf_npeff.config import AssociationRequest
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.features import Feature, Kind, features_of
-from hf_npeff.encoding.columns import correctness
-from hf_npeff.encoding.record import Encoded
+from hf_npeff.encoding.columns import correctness, described_by
+from hf_npeff.encoding.record import Encoded, shown_columns
 
 _SHOWN = 40
 """Characters of a feature in a label."""
@@ -184,6 +184,31 @@ def associate(
         for j in range(W.shape[1])
     ]  # fmt: skip
     return Associations(components, _groups(components), len(chosen), len(features), request.level, request.shuffles)
+
+
+def in_common(
+    members: Tensor,
+    columns: Mapping[str, Sequence[Any]],
+    info: Mapping[str, Any],
+    request: AssociationRequest,
+) -> list[Association]:
+    """What some of the examples have in common against the others: words where texts were kept, and columns.
+
+    Args:
+        members: (n,) bool.
+        columns: {name: n values}.
+        info: of the decomposition.
+        request: how.
+
+    Returns:
+        The associations, the most certain first; none where nothing was kept that could tell.
+    """
+    if not described_by(columns):
+        return []
+    chosen = _drawn(len(members), request)
+    kept = {name: [values[i] for i in chosen] for name, values in columns.items()}
+    features = features_of(kept, info, texts=bool(shown_columns(columns, info)))
+    return _associations_of(features, members[chosen][:, None], request)[0]
 
 
 def _drawn(n: int, request: AssociationRequest) -> list[int]:

@@ -1,0 +1,221 @@
+"""ExplainedModel: what a change of its weights did, on which examples, through which components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from hf_npeff.config import ChangeRequest
+from hf_npeff.data import Example
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.encoding.record import Encoded
+from hf_npeff.errors import IncompatibleWeightsError, UnsupportedModelError
+from hf_npeff.fisher.bare_model import named_weights
+from hf_npeff.fisher.linear_layers import is_at_hand
+from hf_npeff.fisher.predictions import predict
+from hf_npeff.models.edited_model import EditedModel
+from hf_npeff.models.measured_model import MeasuredModel
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.pefs.weights_identity import difference
+from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.change_report import ChangeReport
+from hf_npeff.weights.changes import inner
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.explaining import Grown, Seen, Watched, explained_change, shuffled
+from hf_npeff.weights.measurement import check_groups, is_linear
+from hf_npeff.weights.row_products import row_products
+
+
+class ExplainedModel(MeasuredModel, EditedModel):
+    """A model before a change, and what the change did to it."""
+
+    def explain_change(
+        self,
+        decomposition: Decomposition,
+        pefs: PEFs,
+        dataset: Any,
+        change: ParameterDirection | Adapter,
+        *,
+        steps: Sequence[float] = ChangeRequest.steps,
+        by: str | None = ChangeRequest.by,
+        take_out: int | Sequence[int] = ChangeRequest.take_out,
+        growth: bool = ChangeRequest.growth,
+        n_new: int = ChangeRequest.n_new,
+        examples: int = ChangeRequest.examples,
+        draws: int = ChangeRequest.draws,
+        batch_size: int = ChangeRequest.batch_size,
+        seed: int = ChangeRequest.seed,
+        check_weights: bool = ChangeRequest.check_weights,
+    ) -> ChangeReport:
+        """What a change of the weights did: on which examples, through which components, and what undoing it would do.
+
+        The model is the one before the change, with its PEFs and their decomposition.
+
+        Args:
+            decomposition: of `pefs`.
+            pefs: of the model before the change.
+            dataset: the one that they came from, in any order; ids and contents are compared.
+            change: from `ParameterDirection.between` or `from_adapter`, or any other direction or adapter, as long as
+                it is.
+            steps: parts of the change at which the way from before to after is measured, beside 0 and 1.
+            by: a column whose values make groups of that.
+            take_out: how many of the most changed components are taken out of the change, one at a time; or which ones.
+            growth: compute PEFs after the change, to see which components grew, shrank, appeared or vanished; it takes
+                as long as those before.
+            n_new: components that are added for what is not explained after the change.
+            examples: how many examples are listed.
+            draws: random changes that a component's KL is compared with.
+            batch_size: examples of a forward pass.
+            seed: of the random changes and the bootstrap.
+            check_weights: refuse a decomposition, PEFs or a change of other weights than the model has now.
+
+        Raises:
+            IncompatibleSketchError: if PEFs, decomposition and model do not belong together.
+            IncompatibleWeightsError: if they, or the change, are of other weights.
+            UnsupportedModelError: if weights are quantised, offloaded or sharded and `growth` is asked for, or the
+                change is not one of linear maps alone.
+            ValueError: if the change is of another model, nothing that it changes is there, the dataset is another one,
+                there is no column `by`, or an argument is out of range.
+        """
+        count = take_out if isinstance(take_out, int) else len(take_out)
+        request = ChangeRequest(
+            tuple(steps), by, count, growth, n_new, examples, draws, batch_size, seed, check_weights
+        )
+        analyzer = self.for_decomposition(decomposition)
+        direction = change if isinstance(change, ParameterDirection) else _as_direction(change)
+        weights = analyzer.weights_for(decomposition, pefs, check_weights)
+        in_place = analyzer._check_change(direction, request, weights)
+        chosen = analyzer.examples_of(decomposition, dataset, pefs)
+        check_groups(chosen, by)
+        if pefs.cotangents is None:
+            raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere): nothing can be explained")
+        watched = analyzer._watched(pefs, chosen, request)
+        seen = analyzer._seen(direction, pefs, watched, request, in_place)
+        grown = analyzer._grown(decomposition, direction, pefs, chosen, request, weights) if growth else None
+        explained = explained_change(decomposition, pefs, direction, watched, seen, grown, request)
+        wanted = explained.most_changed(count) if isinstance(take_out, int) else list(take_out)
+        for j in wanted:
+            (lifted,) = analyzer.lift(
+                decomposition, [j], pefs, dataset, selective=False, form="plain", batch_size=batch_size,
+                check_weights=check_weights,
+            )  # fmt: skip
+            try:
+                left = direction.without(lifted)
+            except ValueError:  # nothing is left
+                explained.add_without(j, None)
+                continue
+            with _moved(analyzer.model, left, 1.0, in_place), analyzer.forward_pass() as forward:
+                explained.add_without(j, predict(forward, chosen, batch_size))
+        return explained.report()
+
+    def _check_change(self, change: ParameterDirection, request: ChangeRequest, weights: Mapping[str, Any]) -> bool:
+        """Refuse a change that is not of this model; whether the weights can be moved in place."""
+        parameters = named_weights(self.model)
+        if missing := [name for name in change if name not in parameters]:
+            raise ValueError(f"the model has no parameters named {missing[:3]}; the change is of another model")
+        wrong = [name for name, value in change.items() if parameters[name].shape != value.shape]
+        if wrong and all(is_at_hand(parameters[name]) for name in wrong):
+            shapes = {name: (tuple(parameters[name].shape), tuple(change[name].shape)) for name in wrong[:3]}
+            raise ValueError(f"the model and the change have parameters of other shapes: {shapes}")
+        made = change.info.get("weights")
+        if request.check_weights and (how := difference(made, weights)):
+            raise IncompatibleWeightsError(
+                f"the change starts from other weights than the model has ({how}): give the analyzer the model before "
+                "the change. check_weights=False goes on all the same."
+            )
+        in_place = not self.fsdp.active and all(is_at_hand(parameters[name]) for name in change)
+        if not in_place and request.growth:
+            raise UnsupportedModelError(
+                "weights that are quantised, offloaded or sharded cannot be moved, so that no PEFs can be computed "
+                "after the change: pass growth=False"
+            )
+        if not in_place and not is_linear(change):
+            raise UnsupportedModelError(
+                "the change is not one of linear maps alone, and the weights are quantised, offloaded or sharded, so "
+                "that it cannot be made: load the model whole, in a type of floating point"
+            )
+        if not set(self.shapes) & set(change):
+            raise ValueError(
+                f"none of the {len(change)} changed parameters is under analysis ({next(iter(change))}, for "
+                "instance, is not): compute PEFs with target_modules, or parameters, that name them"
+            )
+        return in_place
+
+    def _watched(self, pefs: PEFs, examples: list[Example], request: ChangeRequest) -> Watched:
+        """The examples with what is predicted for them before the change, and their labels."""
+        encoded = Encoded.of(pefs.info)
+        truth = [None] * len(examples) if encoded is None else self.description.truth_of(examples, encoded)
+        with self.forward_pass() as forward:
+            before = predict(forward, examples, request.batch_size)
+        groups = check_groups(examples, request.by)
+        return Watched(examples, truth, groups, before, self.describe, request.seed)
+
+    def _seen(
+        self, change: ParameterDirection, pefs: PEFs, watched: Watched, request: ChangeRequest, in_place: bool
+    ) -> Seen:
+        """What is predicted on the way, and the inner products of rows with the change, a random and a shuffled one."""
+        after = {}
+        for scale in request.scales:
+            with _moved(self.model, change, scale, in_place), self.forward_pass() as forward:
+                after[scale] = predict(forward, watched.examples, request.batch_size)
+        ours = self._matrices(change)
+        random = self._matrices(_analysed(change, ours), request.seed)
+        changes = [ours, random, shuffled(ours, request.seed)]
+        assert pefs.cotangents is not None
+        with self.forward_pass() as forward:
+            products = row_products(forward, watched.examples, pefs.cotangents, changes, request.batch_size)
+        norms = [inner(each, each) ** 0.5 for each in changes]
+        size = sum(out * into for out, into in self.shapes.values())
+        return Seen(after, products, norms, size, list(self.shapes))
+
+    def _matrices(self, change: ParameterDirection, seed: int | None = None) -> dict[str, Tensor]:
+        """{analysed parameter: ΔW (out, in)}; with a seed, of a random change."""
+        maps = {m.parameter: m for m in self.maps}
+        values: Mapping[str, Tensor] = change if seed is None else change.random_like(seed)
+        return {
+            name: (maps[name].as_matrix(values[name]) if name in maps else values[name].reshape(shape)).float()
+            for name, shape in self.shapes.items()
+            if name in values
+        }
+
+    def _grown(
+        self,
+        decomposition: Decomposition,
+        change: ParameterDirection,
+        pefs: PEFs,
+        examples: list[Example],
+        request: ChangeRequest,
+        weights: Mapping[str, Any],
+    ) -> Grown:
+        """Coefficients with the same components before and after the change, and with some that are added after it."""
+        with change.applied_to(self.model):
+            after = self._rows_again(pefs, examples, request.batch_size, weights)
+        device = self.device if self.device.type == "cuda" else None
+        pair = (decomposition.explain(pefs, device=device)[0], decomposition.explain(after, device=device)[0])
+        room = len(pefs) * pefs.rank - len(decomposition)
+        if not request.n_new or room < 1 or not bool((after.norms > 0).any()):
+            return Grown(*pair, None, None)
+        estimator = NPEFF.from_config(decomposition.config, device=device)
+        estimator.decomposition_ = decomposition
+        expanded = estimator.expand(after, min(request.n_new, room), joint=False)
+        return Grown(*pair, expanded.explain(pefs, device=device)[0], expanded.coefficients)
+
+
+def _analysed(change: ParameterDirection, names: Mapping[str, Any]) -> ParameterDirection:
+    kept = {name: change[name] for name in names}
+    return ParameterDirection(kept, {name: change.layouts[name] for name in names}, unit=False)
+
+
+def _as_direction(adapter: Adapter) -> ParameterDirection:
+    """An adapter's change, from its config."""
+    deltas = {name: adapter.delta(name).float() for name in adapter.layouts}
+    info = {"model": adapter.config.get("base_model_name_or_path"), "revision": adapter.config.get("revision")}
+    return ParameterDirection(deltas, adapter.layouts, {**info, "method": "adapter"}, unit=False)
+
+
+def _moved(model: Any, change: ParameterDirection, scale: float, in_place: bool) -> AbstractContextManager[Any]:
+    return change.applied_to(model, scale) if in_place else change.applied_in_activations(model, scale)

@@ -1,0 +1,152 @@
+"""What a change does to components: KL by component with a null of random changes, cosines, what grew and what shrank.
+
+KL of a component is the mean over examples weighted by their coefficients, KL_j = Σ_i W_ij KL_i / Σ_i W_ij. A component
+whose examples are sensitive has a large one whatever changed, so it is compared with random changes of equal norm. For
+those KL_i = ½ Σ_c ⟨A_ic, δ⟩² with ⟨A_ic, δ⟩ Gaussian of covariance AAᵀ‖δ‖²/p, which the sketched rows give: with a
+normal z in the sketch, ⟨SA_ic, z⟩ has it to the sketch's error. The p-value of a component is the share of random
+changes that give it as large a part of the KL, KL_j / Σ_l KL_l, as this one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_npeff.decomposition.component import active_examples
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.lifting import combination
+
+Growth = Literal["grew", "shrank", "appeared", "vanished", "stayed"]
+_BOOTSTRAPS = 1000
+"""Draws of an interval. Chosen: 25 of them lie beyond each end."""
+_CHUNK = 256
+"""Examples at a time: bounds the memory."""
+_GONE = 0.05
+"""Share of its mean coefficient below which a component is gone. Chosen: as where it counts as active."""
+
+
+def weighted_means(W: Tensor, values: Tensor) -> Tensor:
+    """Σ_i W_ij values_i / Σ_i W_ij of W (n, r) and values (n,) or (n, draws): (r,) or (r, draws); 0 without weights."""
+    W = W.double()
+    total = W.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    means = W.T @ values.double()
+    return means / (total if values.dim() == 1 else total[:, None])
+
+
+def bootstrap_counts(n: int, seed: int) -> Tensor:
+    """(draws, n) how often each of n examples is in a sample of n with replacement, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(n, (_BOOTSTRAPS, n), generator=generator)
+    return torch.zeros(_BOOTSTRAPS, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+
+
+def intervals_of(values: Tensor) -> list[tuple[float, float]]:
+    """95% of every column of (draws, r)."""
+    ends = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    return [(low, high) for low, high in ends.T.tolist()]
+
+
+def kl_intervals(W: Tensor, kl: Tensor, counts: Tensor) -> list[tuple[float, float]]:
+    """95% bootstrap intervals of KL_j, over examples."""
+    W = W.double()
+    above, below = counts @ (W * kl.double()[:, None]), counts @ W
+    return intervals_of(above / below.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def random_kl(pefs: PEFs, draws: int, seed: int) -> Tensor:
+    """KL (n, draws) that random changes make, to second order and up to one factor for all, from the sketched rows."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(pefs.dim, draws, generator=generator)
+    kl = torch.zeros(len(pefs), draws)
+    for here, chunk in pefs.placed_chunks(_CHUNK):
+        rows = chunk.factors.float() @ z.to(chunk.factors.device)
+        kl[here] = (rows.square().sum(1) / 2).cpu() * chunk.norms.float()[:, None].cpu()
+    return kl
+
+
+def kl_p_values(W: Tensor, kl: Tensor, null: Tensor) -> tuple[list[float], list[float]]:
+    """Of every component the share of random changes that give it as large a part of the KL, and its part over theirs.
+
+    Args:
+        W: (n, r).
+        kl: (n,) of the change.
+        null: (n, draws) of random changes.
+    """
+    observed, random = weighted_means(W, kl), weighted_means(W, null)
+    tiny = torch.finfo(torch.float64).tiny
+    observed = observed / observed.sum().clamp_min(tiny)
+    random = random / random.sum(0).clamp_min(tiny)
+    p = (1 + (random >= observed[:, None]).sum(1)).double() / (1 + random.shape[1])
+    return p.tolist(), (observed / random.mean(1).clamp_min(tiny)).tolist()
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """⟨g_j, Δ⟩ / (‖g_j‖ ‖Δ‖) of every component with a change.
+
+    Attributes:
+        values: (r,) signed; the sign of a component means nothing.
+        p: two-sided p-value of each against isotropic random changes.
+        stationary: (r,) cosine of each component with the combination of rows that it is taken for: near 1 if the
+            decomposition converged.
+    """
+
+    values: list[float]
+    p: list[float]
+    stationary: list[float]
+
+
+def cosines(
+    decomposition: Decomposition, pefs: PEFs, products: Tensor, norms: Sequence[float], size: int
+) -> list[Cosines]:
+    """The exact cosine of every component, as exact lifting would give it, with several changes.
+
+    Args:
+        decomposition: of `pefs`.
+        pefs: those that were decomposed.
+        products: ⟨A_ic, Δ_m⟩ of unscaled rows (n, c, m).
+        norms: ‖Δ_m‖ over what is analysed.
+        size: p, how many numbers are analysed.
+    """
+    coefficients, stationary = combination(decomposition, pefs)
+    lifted = torch.zeros(len(decomposition), pefs.dim, dtype=torch.float64)
+    for here, chunk in pefs.placed_chunks(_CHUNK):
+        rows = chunk.factors.double() * chunk.norms.double().sqrt()[:, None, None]
+        lifted += coefficients[:, here].flatten(1).to(rows.device).cpu() @ rows.flatten(0, 1).cpu()
+    lengths = lifted.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    along = torch.einsum("jic,icm->jm", coefficients, products) / lengths[:, None]
+    made = []
+    for m, norm in enumerate(norms):
+        values = (along[:, m] / norm).clamp(-1, 1) if norm else torch.zeros(len(along), dtype=torch.float64)
+        p = torch.special.erfc(values.abs() * math.sqrt(size / 2))  # of a coordinate of a random unit vector
+        made.append(Cosines(values.tolist(), p.tolist(), stationary.tolist()))
+    return made
+
+
+def growth(before: Tensor, after: Tensor, counts: Tensor) -> tuple[list[Growth], list[tuple[float, float]]]:
+    """What became of every component, and the 95% interval of its mean coefficient after less before.
+
+    Args:
+        before: W (n, r) of the examples' PEFs before.
+        after: the same after, with the same components.
+        counts: of the bootstrap, see `bootstrap_counts`.
+    """
+    difference = after.double() - before.double()
+    intervals = intervals_of(counts @ difference / len(difference))
+    old, new = before.double().mean(0).tolist(), after.double().mean(0).tolist()
+    active = [active_examples(W).any(0).tolist() for W in (before, after)]
+    kinds: list[Growth] = []
+    for j, (low, high) in enumerate(intervals):
+        if low <= 0 <= high:
+            kinds.append("stayed")
+        elif high < 0:
+            kinds.append("vanished" if new[j] < _GONE * old[j] or not active[1][j] else "shrank")
+        else:
+            kinds.append("appeared" if old[j] < _GONE * new[j] or not active[0][j] else "grew")
+    return kinds, intervals

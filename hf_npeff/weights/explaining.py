@@ -1,0 +1,345 @@
+"""From predictions, rows and coefficients before and after a change to a `ChangeReport`; no model is run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.config import AssociationRequest, ChangeRequest
+from hf_npeff.data import Example
+from hf_npeff.decomposition.associations import in_common
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.decomposition.objective import overlaps
+from hf_npeff.encoding.columns import described_by
+from hf_npeff.fisher.predictions import Predictions
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights import change_effects as effects
+from hf_npeff.weights.change_report import ChangeReport, ChangeStep, ComponentChange
+from hf_npeff.weights.changes import outside
+from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.measurement import interval, score
+
+_MODULES = 20
+"""Parameters whose share of the change is listed. Chosen: what a person reads."""
+_TOP = 5
+"""Examples of a component that are shown."""
+_MOST_CHANGED = 0.75
+"""Quantile of KL above which examples count as most changed, where it is asked what they have in common."""
+_STATIONARY = 0.8
+"""Cosine of a component with the combination of rows that would make it, as of `lifting`."""
+_BENT = 2.0
+"""Ratio of the measured KL to that of second order, or its inverse, from which a note says that the change is large."""
+_NOTED = 0.1
+"""Share of the norm outside the analysis from which a note says so."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Examples, what is predicted for them before the change, and what is right.
+
+    Attributes:
+        examples: n of them.
+        truth: the label of each, as `Predictions.answers` gives answers, or None.
+        groups: {group: its examples}, "all" among them.
+        before: predictions of the model before the change.
+        describe: an answer in words.
+        seed: of the bootstrap.
+    """
+
+    examples: list[Example]
+    truth: list[Any]
+    groups: dict[str, list[int]]
+    before: Predictions
+    describe: Callable[[Tensor], list[str]]
+    seed: int
+
+    def step(self, scale: float, without: int | None, after: Predictions | None) -> ChangeStep:
+        """A point of the way; the model before the change where nothing is predicted after it."""
+        now = self.before if after is None else after
+        kl = self.before.kl_to(now)
+        flips = self.flips(now)
+        scores = [score(now, i, label) for i, label in enumerate(self.truth)]
+        known = {name: [s for i in members if (s := scores[i]) is not None] for name, members in self.groups.items()}
+        known = {name: kept for name, kept in known.items() if kept}
+        is_regression = self.before.distribution.name == "gaussian"
+        return ChangeStep(
+            scale,
+            without,
+            float(kl.mean()),
+            interval(kl, self.seed),
+            None if is_regression else float(flips.double().mean()),
+            {} if is_regression else {name: _mean([s.right for s in kept]) for name, kept in known.items()},
+            {name: _mean([s.squared for s in kept]) for name, kept in known.items()} if is_regression else {},
+            {name: len(kept) for name, kept in known.items()},
+        )
+
+    def flips(self, after: Predictions) -> Tensor:
+        """(n,) whether an example has an answer that changes."""
+        pairs = zip(self.before.answers(), after.answers(), strict=True)
+        return torch.tensor([not torch.equal(a, b) for a, b in pairs])
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else float("nan")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What running the model showed.
+
+    Attributes:
+        after: {scale: predictions}, 1 among them.
+        products: inner products (n, c, 3) of unscaled rows with the change, a random and a shuffled one.
+        norms: of the three, over what is analysed.
+        size: how many numbers are analysed.
+        analysed: names of the analysed parameters.
+    """
+
+    after: dict[float, Predictions]
+    products: Tensor
+    norms: list[float]
+    size: int
+    analysed: list[str]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Coefficients of the same examples before and after the change.
+
+    Attributes:
+        before: W (n, r) before.
+        after: W (n, r) after, with the same components.
+        before_expanded: (n, r + m) before, with components that were added after; None where none were.
+        after_expanded: (n, r + m) after.
+    """
+
+    before: Tensor
+    after: Tensor
+    before_expanded: Tensor | None
+    after_expanded: Tensor | None
+
+
+def shuffled(matrices: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The same matrices with the numbers of each in a random order: norms and sizes stay, directions do not."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
+        for name, value in matrices.items()
+    }
+
+
+def explained_change(
+    decomposition: Decomposition,
+    pefs: PEFs,
+    change: ParameterDirection,
+    watched: Watched,
+    seen: Seen,
+    grown: Grown | None,
+    request: ChangeRequest,
+) -> Explanation:
+    """What is known of a change before components are taken out of it."""
+    explanation = Explanation(decomposition, change, watched, seen, grown, request)
+    explanation.measure(pefs)
+    return explanation
+
+
+@dataclass
+class Explanation:
+    """A report in the making."""
+
+    decomposition: Decomposition
+    change: ParameterDirection
+    watched: Watched
+    seen: Seen
+    grown: Grown | None
+    request: ChangeRequest
+    kl: Tensor = field(default_factory=lambda: torch.zeros(0))
+    components: list[ComponentChange] = field(default_factory=list)
+    without: list[ChangeStep] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def measure(self, pefs: PEFs) -> None:
+        """KL, cosines and growth of every component."""
+        self.kl = self.watched.before.kl_to(self.seen.after[1.0])
+        W = self.decomposition.coefficients
+        counts = effects.bootstrap_counts(len(W), self.request.seed)
+        means, intervals = effects.weighted_means(W, self.kl).tolist(), effects.kl_intervals(W, self.kl, counts)
+        null = effects.random_kl(pefs, self.request.draws, self.request.seed)
+        p, over_random = effects.kl_p_values(W, self.kl, null)
+        measured = effects.cosines(self.decomposition, pefs, self.seen.products, self.seen.norms, self.seen.size)
+        ours, random, mixed = measured
+        grown, before, after = self._growth(counts)
+        labels = self._labels()
+        self.components = [
+            ComponentChange(
+                j,
+                self.decomposition[j].label,
+                labels[j],
+                means[j],
+                intervals[j],
+                over_random[j],
+                p[j],
+                abs(ours.values[j]),
+                abs(random.values[j]),
+                abs(mixed.values[j]),
+                ours.p[j],
+                None if before is None else before[j],
+                None if after is None else after[j],
+                grown[j][0] if grown else None,
+                grown[j][1] if grown else None,
+                self._top(W[:, j]),
+            )
+            for j in range(len(W.T))
+        ]
+        self.components.sort(key=lambda each: (-(each.kl or 0.0), each.component))
+        self.components += self._new(counts)
+        far = [j for j, cosine in enumerate(ours.stationary) if cosine < _STATIONARY]
+        if far:
+            self.notes.append(
+                f"The components {far} are not at a stationary point, so that their cosines are of other directions; "
+                "decompose with more max_iterations."
+            )
+        self._note_size()
+
+    def _growth(self, counts: Tensor) -> tuple[list[tuple[Any, Any]], list[float] | None, list[float] | None]:
+        if self.grown is None:
+            return [], None, None
+        kinds, intervals = effects.growth(self.grown.before, self.grown.after, counts)
+        means = [W.double().mean(0).tolist() for W in (self.grown.before, self.grown.after)]
+        return list(zip(kinds, intervals, strict=True)), means[0], means[1]
+
+    def _new(self, counts: Tensor) -> list[ComponentChange]:
+        """The components that were added for what the others do not explain after the change."""
+        if self.grown is None or self.grown.before_expanded is None or self.grown.after_expanded is None:
+            return []
+        r = len(self.decomposition)
+        before, after = self.grown.before_expanded[:, r:], self.grown.after_expanded[:, r:]
+        kinds, intervals = effects.growth(before, after, counts)
+        return [
+            ComponentChange(
+                r + k,
+                f"added component {r + k}",
+                before=float(before[:, k].double().mean()),
+                after=float(after[:, k].double().mean()),
+                growth=kinds[k],
+                growth_interval=intervals[k],
+                top=self._top(after[:, k]),
+                new=True,
+            )
+            for k in range(before.shape[1])
+        ]
+
+    def _labels(self) -> list[str | None]:
+        """Automatic labels, where columns or texts were kept."""
+        if not described_by(self.decomposition.columns):
+            return [None] * len(self.decomposition)
+        associations = self.decomposition.associations(texts=self.decomposition.texts is not None)
+        return [one.label for one in associations]
+
+    def _top(self, coefficients: Tensor) -> list[str]:
+        shown = self.decomposition.texts or self.decomposition.example_ids
+        order = torch.sort(coefficients, descending=True, stable=True).indices[:_TOP].tolist()
+        return [str(shown[i]) for i in order if coefficients[i] > 0]
+
+    def _note_size(self) -> None:
+        left_out = outside(self.change, dict.fromkeys(self.seen.analysed))
+        share = sum(value**2 for value in left_out.values()) ** 0.5
+        if share >= _NOTED:
+            self.notes.append(
+                f"{share:.0%} of the norm of the change lies outside the analysis ({len(left_out)} parameters): KL and "
+                "answers are those of the whole change, cosines of the analysed part."
+            )
+        predicted = float(self._predicted().mean())
+        measured = float(self.kl.mean())
+        if predicted > 0 and not 1 / _BENT <= measured / predicted <= _BENT:
+            self.notes.append(
+                f"The mean KL is {measured:.3g}, and to second order it would be {predicted:.3g}: the change "
+                "is too large, or too much of it lies outside the analysis, for the linear picture; cosines tell its "
+                "direction only."
+            )
+
+    def _predicted(self) -> Tensor:
+        return self.seen.products[..., 0].square().sum(1) / 2
+
+    def most_changed(self, count: int) -> list[int]:
+        """The components with the largest mean KL."""
+        return [each.component for each in self.components if not each.new][:count]
+
+    def add_without(self, j: int, after: Predictions | None) -> None:
+        """Keep what is predicted with the change less component j; None where nothing is left of it."""
+        self.without.append(self.watched.step(1.0, j, after))
+
+    def report(self) -> ChangeReport:
+        """The report."""
+        after = self.seen.after[1.0]
+        steps = [self.watched.step(0.0, None, None)]
+        steps += [self.watched.step(scale, None, predicted) for scale, predicted in sorted(self.seen.after.items())]
+        members = self.kl > torch.quantile(self.kl, _MOST_CHANGED)
+        columns = self.decomposition.columns
+        info = self.change.info
+        kept = ("method", "model", "revision", "after", "after_revision", "adapters", "natural_scale")
+        return ChangeReport(
+            {name: info[name] for name in kept if info.get(name) is not None},
+            len(self.kl),
+            self.change.norm,
+            dict(list(self.change.energies().items())[:_MODULES]),
+            outside(self.change, dict.fromkeys(self.seen.analysed)),
+            self.kl.tolist(),
+            interval(self.kl, self.request.seed),
+            self._predicted().tolist(),
+            self.components,
+            self._changed(after),
+            self._unexplained(after),
+            in_common(members, columns, self.decomposition.info, AssociationRequest(seed=self.request.seed)),
+            steps,
+            self.without,
+            self.request.by,
+            self._explained(),
+            self.notes,
+        )
+
+    def _row(self, i: int, answers: tuple[list[Tensor], list[Tensor]]) -> dict[str, Any]:
+        """An example, its answers, and the component that carries most of it."""
+        texts, W = self.decomposition.texts, self.decomposition.coefficients
+        before, after = ("".join(self.watched.describe(each[i])) for each in answers)
+        return {
+            "index": i,
+            "id": self.decomposition.example_ids[i],
+            "text": None if texts is None else texts[i],
+            "before": before,
+            "after": after,
+            "kl": float(self.kl[i]),
+            "component": int(W[i].argmax()) if bool((W[i] > 0).any()) else None,
+        }
+
+    def _changed(self, after: Predictions) -> list[dict[str, Any]]:
+        answers = self.watched.before.answers(), after.answers()
+        if self.watched.before.distribution.name == "gaussian":
+            return []  # every number moves
+        flipped = self.watched.flips(after).nonzero()[:, 0]
+        order = flipped[torch.argsort(self.kl[flipped], descending=True, stable=True)].tolist()
+        return [self._row(i, answers) for i in order]
+
+    def _unexplained(self, after: Predictions) -> list[dict[str, Any]]:
+        answers = self.watched.before.answers(), after.answers()
+        shares = _explained_shares(self.decomposition.coefficients, self.decomposition.pseudo_fishers)
+        order = torch.argsort(self.kl * (1 - shares), descending=True, stable=True)[: self.request.examples].tolist()
+        return [{**self._row(i, answers), "explained": float(shares[i])} for i in order]
+
+    def _explained(self) -> tuple[float, float] | None:
+        if self.grown is None:
+            return None
+        G = self.decomposition.pseudo_fishers
+        before, after = (float(_explained_shares(W, G).mean()) for W in (self.grown.before, self.grown.after))
+        return before, after
+
+
+def _explained_shares(W: Tensor, G: Tensor) -> Tensor:
+    """(n,) the share of each unit PEF that the components explain, wᵀHw at the minimum over w ≥ 0."""
+    W, H = W.double(), overlaps(G.double())
+    return (W * (W @ H)).sum(1).clamp(0, 1)
