@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
+from hf_npeff.decomposition.component import active_examples
 from hf_npeff.weights.lora import low_rank
 from tests import reference
 from tests.test_measurement import logits_of
@@ -127,6 +128,26 @@ def test_a_rank_is_cut_where_it_disturbs_least() -> None:
     assert cut.to_adapter(rank=2).retained_energy > 0.9999
 
 
+def test_components_spare_what_they_are_not_active_on_in_one_pass() -> None:
+    """Oracle: one direction after the other, with the examples that it leaves alone given as a data set."""
+    _, rows, analyzer, _ = case("bert")
+    rows = [{"id": f"e{i}", **row} for i, row in enumerate(rows)]
+    pefs = analyzer.compute_pefs(rows, progress=False)
+    decomposition = analyzer.decompose(pefs, 6, n_restarts=1, progress=False)
+    W = decomposition.coefficients
+    active = active_examples(W)
+    components = [j for j in range(6) if 0 < int(active[:, j].sum()) < len(rows)][:2]
+    assert len(components) == 2 and not torch.equal(active[:, components[0]], active[:, components[1]])
+    directions = analyzer.lift(decomposition, components, pefs, rows, selective=False)
+    together = analyzer.spare(directions, rows[::-1], decomposition=decomposition, batch_size=5)
+    for j, direction, spared in zip(components, directions, together, strict=True):
+        quiet = [row for row, own in zip(rows, active[:, j].tolist(), strict=True) if not own]
+        alone = analyzer.spare(direction, quiet)
+        assert spared.cosine(alone) == pytest.approx(1, abs=1e-4)
+        assert spared.info["spared"]["tokens"] == alone.info["spared"]["tokens"]
+        assert spared.info["component"] == j
+
+
 def test_a_change_of_a_length_of_its_own_becomes_a_unit_direction() -> None:
     """Identity: whatever the length, the same direction, and no scale that was of the change before."""
     _, rows, analyzer, direction = case("bert")
@@ -146,6 +167,16 @@ def test_what_cannot_be_spared_is_refused() -> None:
     embedding = ParameterDirection({name: torch.ones_like(model.get_parameter(name))}, {name: "embedding"})
     with pytest.raises(UnsupportedModelError, match="word_embeddings"):
         analyzer.spare(embedding, rows)
+    pefs = analyzer.compute_pefs(rows, progress=False)
+    decomposition = analyzer.decompose(pefs, 1, n_restarts=1, progress=False)
+    with pytest.raises(ValueError, match=r"active on all"):
+        analyzer.spare(direction, rows, decomposition=decomposition)
+    with pytest.raises(ValueError, match="of no component"):
+        analyzer.spare(direction.random_like(), rows, decomposition=decomposition)
+    with pytest.raises(ValueError, match="as it was analysed"):
+        analyzer.spare(direction, rows, decomposition=decomposition, max_examples=2)
+    with pytest.raises(ValueError, match="the same weights"):
+        analyzer.spare([], rows)
     other = ParameterDirection({"nowhere.weight": torch.ones(2, 2)}, {"nowhere.weight": "linear"})
     with pytest.raises(ValueError, match="nowhere"):
         analyzer.spare(other, rows)

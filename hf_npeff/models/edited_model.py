@@ -8,11 +8,9 @@ from typing import Any, cast
 
 import torch
 
-from hf_npeff.config import ComputeRequest, EditRequest, Ridge, SpareRequest
+from hf_npeff.config import ComputeRequest, EditRequest, Ridge
 from hf_npeff.data import Example, Examples
-from hf_npeff.encoding.record import Reading
 from hf_npeff.fisher.compute import compute
-from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.preparation import prepare
 from hf_npeff.models.movable_model import MovableModel
@@ -24,7 +22,6 @@ from hf_npeff.weights.editing import Goal, goal_of, lift_contrast, outcome_info,
 from hf_npeff.weights.lifting import align
 from hf_npeff.weights.log_odds import Naming, observe
 from hf_npeff.weights.plans import check_kept
-from hf_npeff.weights.sparing import second_moments, spared
 
 _FIRST = 8
 """Examples of the self-test where rows are computed again; the sketch is known."""
@@ -81,55 +78,6 @@ class EditedModel(MovableModel):
                 forward, pefs, examples, masks, request, analyzer._own_sketch(), analyzer._solver_device()
             )
         return analyzer.direction_of(deltas, {"fingerprint": pefs.fingerprint, "weights": weights, **info})
-
-    def spare(
-        self,
-        change: ParameterDirection,
-        dataset: Any,
-        *,
-        ridge: float = SpareRequest.ridge,
-        rank: int | None = SpareRequest.rank,
-        batch_size: int = SpareRequest.batch_size,
-        max_examples: int | None = None,
-        **reading: Any,
-    ) -> ParameterDirection:
-        """A change that keeps most of another, and leaves what layers give on a data set as it is.
-
-        What a change adds behind a linear map is δx. The one that is returned maximises ⟨δ₀, δ⟩² over the mean of ‖δx‖²
-        on the tokens of the data set: δ₀ (C + λ diag C)⁻¹ with C their second moments. A selective direction leaves
-        predictions alone as long as KL is a square of the step; this holds at steps that move others by nats.
-
-        Args:
-            change: from `lift`, `lift_examples` or `edit`; of linear maps alone.
-            dataset: what is to be spared: examples on which a component is not active, and data of other kinds. It is
-                not analysed: one forward pass.
-            ridge: λ.
-            rank: what every weight's change is cut to, losing the least in that metric, not in the weights'; a LoRA of
-                that rank then holds it whole.
-            batch_size: examples of a forward pass.
-            max_examples: only the first ones.
-            **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
-
-        Returns:
-            A unit direction, whatever length the change had. `info["spared"]` holds the tokens, ridge and rank, the
-            cosine with the change, and what of the disturbance is left at equal length.
-
-        Raises:
-            UnsupportedModelError: if the change moves anything but weights of linear maps.
-            ValueError: if an argument is out of range, the model is another than that of the change, or a map reads no
-                token of the data set.
-        """
-        request = SpareRequest(ridge=ridge, rank=rank, batch_size=batch_size)
-        deltas = change.linear_deltas()
-        self.check_movable(change, in_place=False)
-        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
-        examples = list(limits.checked(self.read(dataset, Reading(**reading), max_examples=max_examples)))
-        with self.forward_pass() as forward:
-            moments = second_moments(forward, examples, deltas, batch_size)
-        matrices, description = spared(deltas, moments, request)
-        turned = {n: m.mT.contiguous() if change.layouts[n] == "conv1d" else m for n, m in matrices.items()}
-        info = {name: value for name, value in change.info.items() if name != "natural_scale"}
-        return ParameterDirection(turned, change.layouts, info | description)
 
     def edit(
         self,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from hf_npeff.config import (
     BATCH_SIZE,
     SHADED,
@@ -12,15 +14,20 @@ from hf_npeff.config import (
     LiftMethod,
     LiftRequest,
     Ridge,
+    SpareRequest,
     SparseSolver,
 )
 from hf_npeff.data import Example
+from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.encoding.record import Reading
+from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.models.movable_model import MovableModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import lift_components, plan, select
 from hf_npeff.weights.plans import Plan
+from hf_npeff.weights.sparing import second_moments, spared
 from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 
 _LIFTED_TOGETHER = 4
@@ -159,6 +166,88 @@ class LiftedModel(MovableModel):
             lifted = lift_components(forward, decomposition, plans, pefs, examples, request, self._sketch)
         kept = {"fingerprint": pefs.fingerprint, "weights": dict(weights)}
         return [self.direction_of(direction.deltas, {**kept, **direction.facts}) for direction in lifted]
+
+    def spare(
+        self,
+        change: ParameterDirection | Sequence[ParameterDirection],
+        dataset: Any,
+        *,
+        decomposition: Decomposition | None = None,
+        ridge: float = SpareRequest.ridge,
+        rank: int | None = SpareRequest.rank,
+        batch_size: int = SpareRequest.batch_size,
+        max_examples: int | None = None,
+        **reading: Any,
+    ) -> Any:
+        """A change that keeps most of another, and leaves what layers give on a data set as it is.
+
+        What a change adds behind a linear map is δx. The one that is returned maximises ⟨δ₀, δ⟩² over the mean of ‖δx‖²
+        on the tokens of the data set: δ₀ (C + λ diag C)⁻¹ with C their second moments. A selective direction leaves
+        predictions alone as long as KL is a square of the step; this holds at steps that move others by nats.
+
+        Args:
+            change: from `lift`, `lift_examples` or `edit`, of linear maps alone; or several, over the same weights,
+                which share the forward passes.
+            dataset: what is to be spared: one forward pass over it, and no PEFs.
+            decomposition: of the data set, whose components the changes are: then each spares the examples on which its
+                component is not active. None spares all examples: give none that are to move.
+            ridge: λ.
+            rank: what every weight's change is cut to, losing the least in that metric, not in the weights'; a LoRA of
+                that rank then holds it whole.
+            batch_size: examples of a forward pass.
+            max_examples: only the first ones.
+            **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
+
+        Returns:
+            A unit direction, whatever length the change had, or a list of them where several were given.
+            `info["spared"]` holds examples, tokens, ridge and rank, the cosine with the change, and what of the
+            disturbance is left at equal length.
+
+        Raises:
+            UnsupportedModelError: if a change moves anything but weights of linear maps.
+            ValueError: if an argument is out of range, the model or the data set is another one, changes are over
+                different weights, one is of no component of the decomposition, or nothing is left to be spared.
+        """
+        request = SpareRequest(ridge, rank, batch_size)
+        changes = [change] if isinstance(change, ParameterDirection) else list(change)
+        deltas = [each.linear_deltas() for each in changes]
+        if not deltas or any(set(each) != set(deltas[0]) for each in deltas):
+            raise ValueError("give a direction, or several over the same weights")
+        for each in changes:
+            self.check_movable(each, in_place=False)
+        examples, left_out = self._to_be_spared(changes, dataset, decomposition, max_examples, Reading(**reading))
+        with self.forward_pass() as forward:
+            sets = second_moments(forward, examples, deltas[0], batch_size, left_out)
+        made = []
+        for i, (each, delta) in enumerate(zip(changes, deltas, strict=True)):
+            matrices, description = spared(delta, sets[i if len(sets) > 1 else 0], request)
+            turned = {n: m.mT.contiguous() if each.layouts[n] == "conv1d" else m for n, m in matrices.items()}
+            info = {name: value for name, value in each.info.items() if name != "natural_scale"}
+            made.append(ParameterDirection(turned, each.layouts, info | description))
+        return made[0] if isinstance(change, ParameterDirection) else made
+
+    def _to_be_spared(
+        self,
+        changes: Sequence[ParameterDirection],
+        dataset: Any,
+        decomposition: Decomposition | None,
+        max_examples: int | None,
+        reading: Reading,
+    ) -> tuple[list[Example], Tensor | None]:
+        """Examples, and (n, b) which of them each change does not spare; None where all are spared by all."""
+        if decomposition is None:
+            limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+            return list(limits.checked(self.read(dataset, reading, max_examples=max_examples))), None
+        if max_examples is not None or reading != Reading():
+            raise ValueError("with decomposition= the data set is read whole, and as it was analysed")
+        if unknown := [repr(each) for each in changes if "component" not in each.info]:
+            raise ValueError(f"{unknown[0]} is of no component, so it is not known which examples it is to spare")
+        components = [decomposition.index_of(each.info["component"]) for each in changes]
+        active = active_examples(decomposition.coefficients)[:, components]
+        if bool(active.all(0).any()):
+            busy = [j for j, all_active in zip(components, active.all(0).tolist(), strict=True) if all_active]
+            raise ValueError(f"the components {busy} are active on all examples, so that none is left to be spared")
+        return self.examples_of(decomposition, dataset), active
 
     def token_alignments(
         self,

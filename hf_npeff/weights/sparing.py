@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hf_npeff.config import SpareRequest
 from hf_npeff.data import Example
+from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.weights.activations import LinearDelta, check_linear
 from hf_npeff.weights.lora import low_rank
@@ -50,31 +51,53 @@ class SecondMoments:
 
 @torch.no_grad()
 def second_moments(
-    forward: ForwardPass, examples: Sequence[Example], parameters: Mapping[str, LinearDelta], batch_size: int
-) -> SecondMoments:
-    """Second moments of what linear maps read on some examples, padding left out.
+    forward: ForwardPass,
+    examples: Sequence[Example],
+    parameters: Mapping[str, LinearDelta],
+    batch_size: int,
+    left_out: Tensor | None = None,
+) -> list[SecondMoments]:
+    """Second moments of what linear maps read on some examples, padding left out; several sets share the passes.
+
+    Every set is all examples less those that it leaves out, and so are its sums: few examples are added up twice.
 
     Args:
         forward: the forward pass.
         examples: whose tokens are counted.
         parameters: the weights of the maps, with a change of each.
         batch_size: examples of a forward pass.
+        left_out: (n, b) bool, which examples each set leaves out; None is one set of all.
 
     Raises:
         UnsupportedModelError: if a parameter is not the weight of linear maps alone.
-        ValueError: if the model lacks a parameter, or none of its modules ran.
+        ValueError: if the model lacks a parameter, or a set has no token that one of its maps reads.
     """
-    sums = _Sums()
-    with _watched(forward.model, check_linear(forward.model, parameters), sums):
+    out = torch.zeros(len(examples), 1, dtype=torch.bool) if left_out is None else left_out.cpu()
+    every, without = _Sums(), [_Sums() for _ in range(out.shape[1])]
+    with _watched(forward.model, check_linear(forward.model, parameters), every, without):
         for places in forward.batches(examples, batch_size, trials=False):
             batch = [examples[i] for i in places]
             inputs = forward.batch(batch, "cpu")
-            sums.begin((inputs.real, inputs.decoder_real))
+            masks = [mask for mask in (inputs.real, inputs.decoder_real) if mask is not None]
+            every.begin(len(batch), masks, None)
+            for sums, column in zip(without, out.T, strict=True):
+                sums.begin(len(batch), masks, column[places])
             forward.outputs(batch)
-            sums.end()
-    if missing := [name for name in parameters if not sums.tokens.get(name)]:
-        raise ValueError(f"{missing[:3]} read no token of these examples, so it is not known what would spare them")
-    return SecondMoments({name: sums.totals[name] / sums.tokens[name] for name in parameters}, sums.tokens)
+            for sums in (every, *without):
+                sums.end()
+    return [_difference(every, sums, parameters) for sums in without]
+
+
+def _difference(every: _Sums, sums: _Sums, parameters: Mapping[str, LinearDelta]) -> SecondMoments:
+    moments, tokens = {}, {}
+    for name in parameters:
+        tokens[name] = every.tokens.get(name, 0) - sums.tokens.get(name, 0)
+        if not tokens[name]:
+            raise ValueError(f"{name} reads no token of the examples to be spared, so it is not known what spares them")
+        total = every.totals[name]
+        total = total - sums.totals[name] if name in sums.totals else total
+        moments[name] = total / tokens[name]
+    return SecondMoments(moments, tokens)
 
 
 class _Sums:
@@ -83,12 +106,14 @@ class _Sums:
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
-        self._masks: tuple[Tensor, ...] = ()
+        self._batch = 0
+        self._masks: Sequence[Tensor] = ()
+        self._chosen: Tensor | None = None
         self._last: tuple[Tensor, Tensor, int] | None = None
 
-    def begin(self, masks: Sequence[Tensor | None]) -> None:
-        """The next forward pass has tokens at these places."""
-        self._masks = tuple(mask for mask in masks if mask is not None)
+    def begin(self, batch: int, masks: Sequence[Tensor], chosen: Tensor | None) -> None:
+        """The next forward pass has tokens at these places, and these of its examples (None: all) are counted."""
+        self._batch, self._masks, self._chosen = batch, masks, chosen
 
     def end(self) -> None:
         """The forward pass is over, and its tensors may go."""
@@ -96,6 +121,8 @@ class _Sums:
 
     def add(self, parameter: str, x: Tensor) -> None:
         """What a map read, (B, t, in) or flattened."""
+        if self._chosen is not None and not bool(self._chosen.any()):
+            return
         if self._last is None or self._last[0] is not x:  # an MLP's gate and up read the same tensor
             tokens = self._tokens(x)
             wide = tokens.to(torch.promote_types(x.dtype, torch.float32))
@@ -106,22 +133,33 @@ class _Sums:
         self.tokens[parameter] = self.tokens.get(parameter, 0) + count
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """(N, in): the inputs at tokens; all of them where they are not one a token."""
+        """(N, in): the inputs at the tokens of the examples that count; all places where they are not one a token.
+
+        Raises:
+            UnsupportedModelError: if inputs cannot be given to examples, and not all examples count.
+        """
         flat = x.reshape(-1, x.shape[-1])
-        for mask in self._masks:
-            if mask.numel() == len(flat) and (x.dim() == 2 or x.shape[:2] == mask.shape):
-                return flat[mask.flatten().to(flat.device)]
-        return flat
+        real = next((m.flatten() for m in self._masks if m.numel() == len(flat)), None)
+        if self._chosen is not None:
+            if len(flat) % self._batch:
+                raise UnsupportedModelError(
+                    f"inputs of shape {tuple(x.shape)} cannot be given to the {self._batch} examples of a batch; use "
+                    "batch_size=1"
+                )
+            own = self._chosen.repeat_interleave(len(flat) // self._batch)
+            real = own if real is None else own & real
+        return flat if real is None else flat[real.to(flat.device)]
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, places: Mapping[str, str], sums: _Sums) -> Iterator[None]:
+def _watched(model: nn.Module, places: Mapping[str, str], every: _Sums, without: Sequence[_Sums]) -> Iterator[None]:
     """Inside `with`, the sums see what the modules {path: parameter} read."""
     modules = dict(model.named_modules())
 
     def hook_of(parameter: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sums.add(parameter, args[0] if args else next(iter(kwargs.values())))
+            for sums in (every, *without):
+                sums.add(parameter, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
