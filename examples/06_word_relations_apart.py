@@ -114,12 +114,10 @@ def directions(
     selective = analyzer.lift(*analysed, prompts, batch_size=16)
     for rank in RANKS if only != "sparing" else ():
         yield "selective", rank, cut(selective, rank)
-    for rank in RANKS if only != "selective" else ():
-        yield (
-            "sparing",
-            rank,
-            analyzer.spare(selective, prompts, decomposition=decomposition, rank=rank, batch_size=16),
-        )
+    if only != "selective":
+        same = [selective] * len(RANKS)
+        spared = analyzer.spare(same, prompts, decomposition=decomposition, rank=RANKS, batch_size=16)
+        yield from (("sparing", rank, direction) for rank, direction in zip(RANKS, spared, strict=True))
 
 
 def main(folder: Path = Path("runs/demo"), relations: str = "", only: str = "", seed: int = 0) -> dict[str, Any]:

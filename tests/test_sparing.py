@@ -139,10 +139,10 @@ def test_components_spare_what_they_are_not_active_on_in_one_pass() -> None:
     components = [j for j in range(6) if 0 < int(active[:, j].sum()) < len(rows)][:2]
     assert len(components) == 2 and not torch.equal(active[:, components[0]], active[:, components[1]])
     directions = analyzer.lift(decomposition, components, pefs, rows, selective=False)
-    together = analyzer.spare(directions, rows[::-1], decomposition=decomposition, batch_size=5)
-    for j, direction, spared in zip(components, directions, together, strict=True):
+    together = analyzer.spare(directions, rows[::-1], decomposition=decomposition, rank=[None, 2], batch_size=5)
+    for j, direction, spared, rank in zip(components, directions, together, (None, 2), strict=True):
         quiet = [row for row, own in zip(rows, active[:, j].tolist(), strict=True) if not own]
-        alone = analyzer.spare(direction, quiet)
+        alone = analyzer.spare(direction, quiet, rank=rank)
         assert spared.cosine(alone) == pytest.approx(1, abs=1e-4)
         assert spared.info["spared"]["tokens"] == alone.info["spared"]["tokens"]
         assert spared.info["component"] == j
@@ -177,6 +177,8 @@ def test_what_cannot_be_spared_is_refused() -> None:
         analyzer.spare(direction, rows, decomposition=decomposition, max_examples=2)
     with pytest.raises(ValueError, match="the same weights"):
         analyzer.spare([], rows)
+    with pytest.raises(ValueError, match="2 ranks"):
+        analyzer.spare(direction, rows, rank=[1, 2])
     other = ParameterDirection({"nowhere.weight": torch.ones(2, 2)}, {"nowhere.weight": "linear"})
     with pytest.raises(ValueError, match="nowhere"):
         analyzer.spare(other, rows)

@@ -174,7 +174,7 @@ class LiftedModel(MovableModel):
         *,
         decomposition: Decomposition | None = None,
         ridge: float = SpareRequest.ridge,
-        rank: int | None = SpareRequest.rank,
+        rank: int | None | Sequence[int | None] = SpareRequest.rank,
         batch_size: int = SpareRequest.batch_size,
         max_examples: int | None = None,
         **reading: Any,
@@ -193,7 +193,7 @@ class LiftedModel(MovableModel):
                 component is not active. None spares all examples: give none that are to move.
             ridge: λ.
             rank: what every weight's change is cut to, losing the least in that metric, not in the weights'; a LoRA of
-                that rank then holds it whole.
+                that rank then holds it whole. Of several changes, one for all or one each.
             batch_size: examples of a forward pass.
             max_examples: only the first ones.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
@@ -208,8 +208,11 @@ class LiftedModel(MovableModel):
             ValueError: if an argument is out of range, the model or the data set is another one, changes are over
                 different weights, one is of no component of the decomposition, or nothing is left to be spared.
         """
-        request = SpareRequest(ridge, rank, batch_size)
         changes = [change] if isinstance(change, ParameterDirection) else list(change)
+        ranks = list(rank) if isinstance(rank, Sequence) else [rank] * len(changes)
+        requests = [SpareRequest(ridge, each, batch_size) for each in ranks]
+        if len(ranks) != len(changes):
+            raise ValueError(f"there are {len(changes)} changes and {len(ranks)} ranks; give one rank, or one for each")
         deltas = [each.linear_deltas() for each in changes]
         if not deltas or any(set(each) != set(deltas[0]) for each in deltas):
             raise ValueError("give a direction, or several over the same weights")
@@ -219,8 +222,9 @@ class LiftedModel(MovableModel):
         with self.forward_pass() as forward:
             sets = second_moments(forward, examples, deltas[0], batch_size, left_out)
         made = []
-        for i, (each, delta) in enumerate(zip(changes, deltas, strict=True)):
-            matrices, description = spared(delta, sets[i if len(sets) > 1 else 0], request)
+        sets = sets if len(sets) > 1 else sets * len(changes)
+        for each, delta, moments, request in zip(changes, deltas, sets, requests, strict=True):
+            matrices, description = spared(delta, moments, request)
             turned = {n: m.mT.contiguous() if each.layouts[n] == "conv1d" else m for n, m in matrices.items()}
             info = {name: value for name, value in each.info.items() if name != "natural_scale"}
             made.append(ParameterDirection(turned, each.layouts, info | description))
