@@ -174,7 +174,7 @@ class LiftedModel(MovableModel):
         *,
         decomposition: Decomposition | None = None,
         ridge: float = SpareRequest.ridge,
-        rank: int | None | Sequence[int | None] = SpareRequest.rank,
+        rank: int | Sequence[int | None] | None = SpareRequest.rank,
         batch_size: int = SpareRequest.batch_size,
         max_examples: int | None = None,
         **reading: Any,
