@@ -101,6 +101,8 @@ def example_cards() -> dict[str, str]:
         scale=2.5,
         kl_top=1.2,
         kl_others=0.036,
+        kl_worst=0.21,
+        kl_searched=0.34,
         kl_random=0.0000021,
         ratio=33.3,
     )

@@ -117,13 +117,15 @@ def test_components_explain_and_perturb(world: World) -> None:
     pefs = PEFs.from_pretrained(world.folder / "pefs")
     torch.testing.assert_close(W, found.transform(pefs[:3]), rtol=1e-4, atol=1e-5)  # the texts of the first three
     options: tuple[object, ...] = ("--component", 2, "-o", "off", "--rank", 2, "--n-top", 4, "--n-others", 8)
-    options += ("--eval", "data.jsonl", "--by", "label")
+    options += ("--eval", "data.jsonl", "--by", "label", "--spare", "--search-rounds", 1)
     report = told(run("perturb", "found", "pefs", "model", "data.jsonl", *options, "--json", cwd=world.folder))
     groups = report["held_out"]["steps"][0]["groups"]
     assert {name: group["n"] for name, group in groups.items()} == {"all": 24} | {f"label={i}": 8 for i in range(3)}
     assert report["component"] == 2 and report["best"]["top"] == pytest.approx(0.5, rel=0.1)
     direction = ParameterDirection.load(world.folder / "off" / "direction")
     assert direction.norm == pytest.approx(1) and direction.info["component"] == 2
+    assert direction.info["spared"]["rank"] == 2 and report["retained_energy"] == pytest.approx(1, abs=1e-4)
+    assert report["off_target"]["tried"] > 0
     settings = json.loads((world.folder / "off" / "adapter" / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"]) == ("LORA", 2)
     assert (world.folder / "off" / "run.yaml").is_file() and (world.folder / "off" / "report.json").is_file()

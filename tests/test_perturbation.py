@@ -166,6 +166,51 @@ def test_the_best_step_is_measured_on_held_out_data_by_group(
         c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, by="group", **settings)
 
 
+def test_a_search_from_the_others_is_on_report_and_card(
+    trained_case: TrainedCase, direction: ParameterDirection
+) -> None:
+    """Oracle: `off_target` on the report's other examples with the same settings; no rounds, no search."""
+    c = trained_case
+    settings: dict[str, Any] = {"scale": -0.4, "n_top": 4, "n_others": 6, "seed": 3}
+    report = c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, search_rounds=2, **settings)
+    pool = [c.data[i] for i in report.other_examples]
+    alone = c.analyzer.off_target(
+        direction, pool, scale=-0.4, rounds=2, seed=3, decomposition=c.decomposition, component=0
+    )
+    assert report.off_target is not None and report.off_target.tried == alone.tried > 0
+    assert report.off_target.searched == alone.searched
+    assert report.off_target.worst_kl >= report.best.other_worst - 1e-6 > 0
+    assert report.summary()["kl_searched"] == report.off_target.worst_kl
+    assert report.to_dict()["off_target"]["tried"] == alone.tried
+    card = direction.to_adapter(scale=-0.4, report=report, decomposition=c.decomposition).card()
+    assert "a search among other tokens" in card
+    plain = c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, **settings)
+    assert plain.off_target is None and plain.summary()["kl_searched"] is None
+    assert "a search" not in direction.to_adapter(scale=-0.4, report=plain).card()
+    reports = c.analyzer.evaluate_components(
+        c.decomposition, c.pefs, c.data, [0], lift={"selective": False}, search_rounds=2, **settings
+    )
+    assert reports[0].off_target.tried == alone.tried
+
+
+def test_an_adapter_is_measured_as_the_change_that_it_is(
+    trained_case: TrainedCase, direction: ParameterDirection
+) -> None:
+    """Oracle: the direction that it was made of, at its scale; an adapter of a lower rank is measured as it is cut."""
+    c = trained_case
+    settings: dict[str, Any] = {"n_top": 4, "n_others": 8}
+    whole = direction.to_adapter(rank=min(min(v.shape) for v in direction.values()), scale=-0.4)
+    by_adapter = c.analyzer.evaluate_direction(whole, c.decomposition, 0, c.data, scale=1.0, **settings)
+    by_direction = c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, scale=-0.4, **settings)
+    assert by_adapter.best.top == pytest.approx(by_direction.best.top, rel=1e-3)
+    assert by_adapter.best.others == pytest.approx(by_direction.best.others, rel=1e-3)
+    cut = direction.to_adapter(rank=1, scale=0.1)
+    report = c.analyzer.evaluate_direction(cut, c.decomposition, 0, c.data, **settings)
+    assert report.reached and report.best.top == pytest.approx(0.5, rel=0.06)
+    measured = c.analyzer.measure(cut, [c.data[i] for i in report.top_examples], scales=(report.scale,), random=False)
+    assert measured.at(report.scale)["all"].kl == pytest.approx(report.best.top, rel=1e-3)
+
+
 def test_a_data_set_is_encoded_once_for_all_components(
     trained_case: TrainedCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,13 @@ def perturb(
     keep: Annotated[
         str | None, typer.Option(help="PEFs of other data to be left alone: a folder, or a repository on the Hub.")
     ] = None,
+    spare: Annotated[
+        bool,
+        typer.Option(
+            "--spare",
+            help="Spare what layers give on the examples that are left alone, cut to the adapter's rank with that.",
+        ),
+    ] = False,
     evaluate_on: Annotated[
         str | None, typer.Option("--eval", help="Other data, never analysed, on which the step is measured too.")
     ] = None,
@@ -53,7 +60,7 @@ def perturb(
 
     Examples:
     - `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
-    - `hf-npeff perturb runs/components runs/pefs org/model a.jsonl --component 3 --eval b.jsonl --by cue -o runs/off`
+    - `hf-npeff perturb runs/components runs/pefs org/model a.jsonl --component 3 --spare --search-rounds 8 -o runs/off`
     """
     from rich.console import Group
 
@@ -66,6 +73,14 @@ def perturb(
     analyzer = analyzer_for(model, loading, components, reading)
     left_alone = None if keep is None else PEFs.from_pretrained(keep)
     direction = analyzer.lift(components, component, fishers, dataset, **{**vars(lifting), "keep": left_alone})
+    if spare:
+        direction = analyzer.spare(
+            direction,
+            dataset,
+            decomposition=components,
+            rank=rank if kind == "lora" else None,
+            batch_size=lifting.batch_size,
+        )
     held_out = None if evaluate_on is None else read_data(evaluate_on, reading)
     report = analyzer.evaluate_direction(
         direction, components, component, dataset, **vars(measuring), held_out=held_out, by=by
@@ -79,6 +94,8 @@ def perturb(
     values = {"output": str(output), "retained_energy": kept, **report.to_dict()}
     title = f"{components[component].label}: in {output}; the adapter keeps {kept:.0%} of the direction"
     shown: list[Any] = [table(title, EFFECT_COLUMNS, effect_rows(report))]
+    if report.off_target is not None:
+        shown.append(str(report.off_target))
     if report.held_out is not None:
         shown.append(table(f"On {evaluate_on}", MEASURE_COLUMNS, measure_rows(report.held_out)))
     return Result(values, Group(*shown), {"revision": analyzer.revision})

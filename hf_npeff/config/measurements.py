@@ -21,7 +21,9 @@ class PerturbationRequest:
         n_top: top examples to measure.
         n_others: others to measure, drawn from the examples on which the component is not active.
         batch_size: examples of a forward pass.
-        seed: seed of the drawing of others, the random direction and the bootstrap.
+        seed: seed of the drawing of others, the random direction, the search and the bootstrap.
+        search_rounds: rounds of a search for inputs that the best step moves although they are not the component's:
+            the most moved of the others, with other tokens in them. 0 searches for none.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -33,8 +35,10 @@ class PerturbationRequest:
     n_others: int = 64
     batch_size: int = BATCH_SIZE
     seed: int = 0
+    search_rounds: int = 0
 
     def __post_init__(self) -> None:
+        check_integer("search_rounds", self.search_rounds, 0)
         if min(self.n_top, self.n_others, self.batch_size) < 1:
             raise ValueError(
                 "n_top, n_others and batch_size must be at least 1, but they are "

@@ -32,7 +32,7 @@ class MeasuredModel(FisherModel, LiftedModel):
 
     def evaluate_direction(
         self,
-        direction: ParameterDirection,
+        direction: Change,
         decomposition: Decomposition,
         component: int,
         dataset: Any,
@@ -43,13 +43,14 @@ class MeasuredModel(FisherModel, LiftedModel):
         n_others: int = PerturbationRequest.n_others,
         batch_size: int = PerturbationRequest.batch_size,
         seed: int = PerturbationRequest.seed,
+        search_rounds: int = PerturbationRequest.search_rounds,
         held_out: Any = None,
         by: str | None = None,
     ) -> PerturbationReport:
         """What moving the parameters along a direction does to a component's top examples and to others.
 
         Args:
-            direction: from `lift`.
+            direction: from `lift`, or an adapter of linear maps, whose scale of 1 is the adapter as it is.
             decomposition: whose component is followed.
             component: its number.
             dataset: the one that was analysed, in any order.
@@ -58,7 +59,9 @@ class MeasuredModel(FisherModel, LiftedModel):
             n_top: top examples.
             n_others: others, drawn from the examples on which the component is not active.
             batch_size: examples of a forward pass.
-            seed: of the drawing, the random direction and the bootstrap.
+            seed: of the drawing, the random direction, the search and the bootstrap.
+            search_rounds: rounds of a search for inputs that the best step moves although they are not the component's,
+                from the most moved of the others: see `off_target`. 0 searches for none.
             held_out: other data, never analysed, on which the best step is measured too: see `measure`.
             by: a column of that data whose values make groups.
 
@@ -70,12 +73,12 @@ class MeasuredModel(FisherModel, LiftedModel):
         Raises:
             IndexError: if the component does not exist.
             UnsupportedModelError: if the model's weights are sharded over processes, and the direction moves more than
-                those of linear maps.
-            ValueError: if an argument is out of range, or the dataset or model does not fit.
+                those of linear maps; or if an adapter stores what a norm becomes.
+            ValueError: if an argument is out of range, the dataset or model does not fit, or a search is wanted and the
+                inputs are no sequences of tokens.
         """
-        request = PerturbationRequest(
-            target_kl=target_kl, scale=scale, n_top=n_top, n_others=n_others, batch_size=batch_size, seed=seed
-        )
+        request = PerturbationRequest(target_kl, scale, n_top, n_others, batch_size, seed, search_rounds)
+        direction = _as_direction(direction)
         self.check_movable(direction, in_place=not is_linear(direction))
         component = decomposition.index_of(component)
         examples = self.examples_of(decomposition, dataset)
@@ -83,6 +86,7 @@ class MeasuredModel(FisherModel, LiftedModel):
             raise ValueError(f"by={by!r} is a column of held_out, which is not given")
         with self.forward_pass() as forward:
             report = evaluate(forward, direction, decomposition, component, examples, request)
+        report = self._searched(report, direction, decomposition, examples, request)
         if held_out is None:
             return report
         measured = self.measure(direction, held_out, scales=(report.scale,), by=by, batch_size=batch_size, seed=seed)
@@ -121,9 +125,46 @@ class MeasuredModel(FisherModel, LiftedModel):
             self.check_movable(direction, in_place=not is_linear(direction))
             with self.forward_pass() as forward:
                 report = evaluate(forward, direction, decomposition, j, examples, measuring, (pefs.sketch(), pefs))
+            report = self._searched(report, direction, decomposition, examples, measuring)
             decomposition.evaluations[j] = report.summary()
             reports.append(report)
         return reports
+
+    def _searched(
+        self,
+        report: PerturbationReport,
+        direction: ParameterDirection,
+        decomposition: Decomposition,
+        examples: Sequence[Example],
+        request: PerturbationRequest,
+    ) -> PerturbationReport:
+        """The report with what a search finds from its other examples, where one is asked for."""
+        if not request.search_rounds:
+            return report
+        pool = [examples[i] for i in report.other_examples]
+        check_tokens(pool)
+        searching = OffTargetRequest(
+            report.scale, rounds=request.search_rounds, batch_size=request.batch_size, seed=request.seed
+        )
+        found = self._search(direction, pool, searching, (decomposition, report.component))
+        return replace(report, off_target=found)
+
+    def _search(
+        self,
+        change: Change,
+        pool: list[Example],
+        request: OffTargetRequest,
+        whose: tuple[Decomposition, int] | None,
+    ) -> OffTarget:
+        """A change on a pool that it is not meant for, and what a search from it ends at."""
+        decode = getattr(self.processing_class, "decode", None)
+        special = getattr(self.processing_class, "all_special_ids", ())
+        with self.forward_pass() as forward:
+            found, ends = off_target(forward, change, pool, request, special=special, decode=decode)
+        if whose is not None and ends:
+            own = self._active_on(*whose, ends)
+            found.searched[:] = [{**row, "own": is_own} for row, is_own in zip(found.searched, own, strict=True)]
+        return found
 
     def measure(
         self,
@@ -258,18 +299,24 @@ class MeasuredModel(FisherModel, LiftedModel):
                 raise ValueError(
                     f"component {component} is active on all inputs; give others that it should leave alone"
                 )
-        decode = getattr(self.processing_class, "decode", None)
-        special = getattr(self.processing_class, "all_special_ids", ())
-        with self.forward_pass() as forward:
-            found, ends = off_target(forward, change, pool, request, special=special, decode=decode)
-        if decomposition is not None and component is not None and ends:
-            own = self._active_on(decomposition, component, ends)
-            found.searched[:] = [{**row, "own": is_own} for row, is_own in zip(found.searched, own, strict=True)]
-        return found
+        whose = None if decomposition is None or component is None else (decomposition, component)
+        return self._search(change, pool, request, whose)
 
     def _active_on(self, decomposition: Decomposition, component: int, examples: Sequence[Example]) -> list[bool]:
-        """Whether a component is active, for inputs that need not have been analysed."""
-        rows = [dict(example.inputs) for example in examples]
-        pefs = self.compute_pefs(rows, like=decomposition, progress=False)
-        active: list[bool] = active_examples(decomposition.transform(pefs))[:, component].tolist()
-        return active
+        """Whether a component is active; PEFs are computed of those inputs alone that were not analysed."""
+        analysed = active_examples(decomposition.coefficients)[:, component].tolist()
+        known = dict(zip(decomposition.columns.get("content_hash", ()), analysed, strict=False))
+        new = [example for example in examples if example.content not in known]
+        if new:
+            pefs = self.compute_pefs([dict(example.inputs) for example in new], like=decomposition, progress=False)
+            active = active_examples(decomposition.transform(pefs))[:, component].tolist()
+            known |= dict(zip((example.content for example in new), active, strict=True))
+        return [known[example.content] for example in examples]
+
+
+def _as_direction(change: Change) -> ParameterDirection:
+    """An adapter as the dense direction that it is, of its own length."""
+    if isinstance(change, ParameterDirection):
+        return change
+    deltas = {name: change.delta(name) for name in change.layouts}
+    return ParameterDirection(deltas, change.layouts, {"method": "adapter"}, unit=False)

@@ -25,6 +25,7 @@ class DirectionFacts:
         kl_top: mean KL(original ‖ perturbed) on its top examples, in nats.
         kl_others: the same on other examples.
         kl_worst: the largest KL on one of the other examples.
+        kl_searched: the largest KL on an input that a search ended at, which is not the component's.
         kl_random: the same for a random direction of the same size.
         ratio: kl_top / kl_others.
         weights: hash of the base model's weights, and of the adapters that were active.
@@ -40,6 +41,7 @@ class DirectionFacts:
     kl_top: float | None = None
     kl_others: float | None = None
     kl_worst: float | None = None
+    kl_searched: float | None = None
     kl_random: float | None = None
     ratio: float | None = None
     weights: str | None = None
@@ -52,6 +54,7 @@ class DirectionFacts:
             "KL on its top examples": self.kl_top,
             "KL on other examples": self.kl_others,
             "KL on the most changed of the other examples": self.kl_worst,
+            "KL on the worst input that a search among other tokens found": self.kl_searched,
             "KL of a random direction of the same size": self.kl_random,
             "Ratio": self.ratio,
         }

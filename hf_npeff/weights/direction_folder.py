@@ -118,8 +118,8 @@ def facts_of(
         about = replace(about, name=decomposition[component].name, top_examples=lines)
     if report is not None:
         measured: dict[str, Any] = report.summary()
-        names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_random", "ratio")
-        about = replace(about, **{name: measured[name] for name in names})
+        names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_searched", "kl_random", "ratio")
+        about = replace(about, **{name: measured.get(name) for name in names})
     return about
 
 

@@ -24,6 +24,7 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.measurement import Measurement
+from hf_npeff.weights.off_target import OffTarget
 from hf_npeff.weights.outcomes import Watched, label_column, watch
 from hf_npeff.weights.steps import FLOOR, Steps, StepSearch, longest_step, predicted_step
 
@@ -96,6 +97,8 @@ class PerturbationReport:
         reached: whether the target was reached.
         labels: over how many labels accuracies or errors are, or why there are none.
         held_out: the best step on other data, where it was asked for.
+        off_target: the inputs that a search found the best step to move although they are not the component's, where
+            it was asked for.
 
     Example:
         >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, target_kl=0.1, n_top=4)
@@ -114,6 +117,7 @@ class PerturbationReport:
     reached: bool
     labels: str = ""
     held_out: Measurement | None = None
+    off_target: OffTarget | None = None
 
     @property
     def scale(self) -> float:
@@ -136,6 +140,7 @@ class PerturbationReport:
             "kl_top": self.best.top,
             "kl_others": self.best.others,
             "kl_worst": self.best.other_worst,
+            "kl_searched": None if self.off_target is None else self.off_target.worst_kl,
             "ratio": self.best.ratio,
             "kl_random": self.random.top,
             "ratio_random": self.random.ratio,
