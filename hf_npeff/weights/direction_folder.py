@@ -119,7 +119,7 @@ def facts_of(
     if report is not None:
         measured: dict[str, Any] = report.summary()
         names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_searched", "kl_random", "ratio")
-        about = replace(about, **{name: measured.get(name) for name in names})
+        about = replace(about, **{name: measured[name] for name in names})
     return about
 
 
