@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -198,7 +199,8 @@ class SpareRequest:
 
     Attributes:
         ridge: λ: how much of an input's own second moment is added to what the tokens show of all inputs together.
-        rank: what every weight's change is cut to, losing the least of what counts there; None leaves it whole.
+        rank: what every weight's change is cut to, losing the least of what counts there; None leaves it whole. One
+            for all of several changes, or one each.
         batch_size: examples of a forward pass.
 
     Raises:
@@ -206,11 +208,24 @@ class SpareRequest:
     """
 
     ridge: float = 0.1  # measured: half and four times as much do about as well, docs/languages.md
-    rank: int | None = None
+    rank: int | Sequence[int | None] | None = None
     batch_size: int = BATCH_SIZE
 
     def __post_init__(self) -> None:
         check_positive("ridge", self.ridge)
         check_integer("batch_size", self.batch_size, 1)
-        if self.rank is not None:
-            check_integer("rank", self.rank, 1)
+        for rank in self.rank if isinstance(self.rank, Sequence) else (self.rank,):
+            if rank is not None:
+                check_integer("rank", rank, 1)
+
+    def ranks(self, changes: int) -> list[int | None]:
+        """The rank of each of several changes.
+
+        Raises:
+            ValueError: if there are as many ranks as something else.
+        """
+        if not isinstance(self.rank, Sequence):
+            return [self.rank] * changes
+        if len(self.rank) != changes:
+            raise ValueError(f"there are {changes} changes and {len(self.rank)} ranks; give one rank, or one for each")
+        return list(self.rank)

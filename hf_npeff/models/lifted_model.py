@@ -208,11 +208,9 @@ class LiftedModel(MovableModel):
             ValueError: if an argument is out of range, the model or the data set is another one, changes are over
                 different weights, one is of no component of the decomposition, or nothing is left to be spared.
         """
+        request = SpareRequest(ridge=ridge, rank=rank, batch_size=batch_size)
         changes = [change] if isinstance(change, ParameterDirection) else list(change)
-        ranks = list(rank) if isinstance(rank, Sequence) else [rank] * len(changes)
-        requests = [SpareRequest(ridge, each, batch_size) for each in ranks]
-        if len(ranks) != len(changes):
-            raise ValueError(f"there are {len(changes)} changes and {len(ranks)} ranks; give one rank, or one for each")
+        ranks = request.ranks(len(changes))
         deltas = [each.linear_deltas() for each in changes]
         if not deltas or any(set(each) != set(deltas[0]) for each in deltas):
             raise ValueError("give a direction, or several over the same weights")
@@ -223,8 +221,8 @@ class LiftedModel(MovableModel):
             sets = second_moments(forward, examples, deltas[0], batch_size, left_out)
         made = []
         sets = sets if len(sets) > 1 else sets * len(changes)
-        for each, delta, moments, request in zip(changes, deltas, sets, requests, strict=True):
-            matrices, description = spared(delta, moments, request)
+        for each, delta, moments, own_rank in zip(changes, deltas, sets, ranks, strict=True):
+            matrices, description = spared(delta, moments, request.ridge, own_rank)
             turned = {n: m.mT.contiguous() if each.layouts[n] == "conv1d" else m for n, m in matrices.items()}
             info = {name: value for name, value in each.info.items() if name != "natural_scale"}
             made.append(ParameterDirection(turned, each.layouts, info | description))

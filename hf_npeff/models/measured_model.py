@@ -77,7 +77,15 @@ class MeasuredModel(FisherModel, LiftedModel):
             ValueError: if an argument is out of range, the dataset or model does not fit, or a search is wanted and the
                 inputs are no sequences of tokens.
         """
-        request = PerturbationRequest(target_kl, scale, n_top, n_others, batch_size, seed, search_rounds)
+        request = PerturbationRequest(
+            target_kl=target_kl,
+            scale=scale,
+            n_top=n_top,
+            n_others=n_others,
+            batch_size=batch_size,
+            seed=seed,
+            search_rounds=search_rounds,
+        )
         direction = _as_direction(direction)
         self.check_movable(direction, in_place=not is_linear(direction))
         component = decomposition.index_of(component)

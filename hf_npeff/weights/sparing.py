@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.config import SpareRequest
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.forward import ForwardPass
@@ -172,14 +171,15 @@ def _watched(model: nn.Module, places: Mapping[str, str], every: _Sums, without:
 
 
 def spared(
-    deltas: Mapping[str, LinearDelta], moments: SecondMoments, request: SpareRequest
+    deltas: Mapping[str, LinearDelta], moments: SecondMoments, ridge: float, rank: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A change that keeps most of another for what it adds to the outputs of layers on inputs to be spared.
 
     Args:
         deltas: {parameter: δ₀ (out, in)}.
         moments: of the inputs.
-        request: λ, and the rank that every weight's change is cut to.
+        ridge: λ.
+        rank: what every weight's change is cut to; None leaves it whole.
 
     Returns:
         {parameter: δ (out, in)} of unit norm in all, and what is kept of it: the cosine with δ₀, and the mean of ‖δx‖²
@@ -190,7 +190,7 @@ def spared(
     for name, delta in deltas.items():
         given = delta.matrix().detach().cpu().double()
         C = moments.moments[name].cpu().double()
-        change = _least(given, C, request)
+        change = _least(given, C, ridge, rank)
         inner, squared, norm = (
             inner + float((given * change).sum()),
             squared + float(change.square().sum()),
@@ -204,8 +204,8 @@ def spared(
     info = {
         "spared": {
             "tokens": max(moments.tokens.values()),
-            "ridge": request.ridge,
-            "rank": request.rank,
+            "ridge": ridge,
+            "rank": rank,
             "cosine": inner / (squared * norm) ** 0.5,
             "disturbed": disturbed,
         }
@@ -213,12 +213,12 @@ def spared(
     return result, info
 
 
-def _least(given: Tensor, C: Tensor, request: SpareRequest) -> Tensor:
+def _least(given: Tensor, C: Tensor, ridge: float, rank: int | None) -> Tensor:
     """δ₀ C̃⁻¹ (out, in), cut to a rank in the metric of C̃."""
     diagonal = C.diagonal().clamp_min(_UNSEEN * float(C.diagonal().mean()))
-    L = torch.linalg.cholesky(C + torch.diag(request.ridge * diagonal + (diagonal - C.diagonal())))
+    L = torch.linalg.cholesky(C + torch.diag(ridge * diagonal + (diagonal - C.diagonal())))
     half = torch.linalg.solve_triangular(L, given.T, upper=False).T  # δ₀ L⁻ᵀ = δ L
-    if request.rank is not None and request.rank < min(half.shape):
-        left, right, _ = low_rank(half, request.rank)
+    if rank is not None and rank < min(half.shape):
+        left, right, _ = low_rank(half, rank)
         half = left.double() @ right.double()
     return torch.linalg.solve_triangular(L.T, half.T, upper=True).T  # half L⁻¹
