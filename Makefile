@@ -13,11 +13,12 @@ BIN := $(VENV)/bin
 INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS)
 RECIPE := pyproject.toml constraints.txt Makefile
 PEERS := .venv-peers
+RUNTIMES := .venv-runtimes
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test check lint format release-check bench bench-quick bench-peers sweep study browser clean
+.PHONY: help demo test check lint format release-check bench bench-quick bench-peers sweep runtimes study browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +56,9 @@ bench-peers: $(PEERS)/ready ## Other libraries on the same rows, in an environme
 sweep: $(VENV)/ready-for-test ## Every model type of transformers by brute force; goes on where it stopped
 	@$(BIN)/python -m tests.sweep.run --pages $(ARGS)
 
+runtimes: $(VENV)/ready-for-test $(RUNTIMES)/node/ready ## Adapters in llama.cpp against PEFT (needs node)
+	@$(BIN)/python -m tests.runtimes.llama_cpp --node $(RUNTIMES)/node $(ARGS)
+
 study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
 	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison $(ARGS)
 
@@ -68,7 +72,7 @@ browser: ## Install Chromium where apt can; without it the browser tests are ski
 	fi
 
 clean: ## Remove the environment, caches and build outputs; runs/ stays
-	@rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(PEERS) $(RUNTIMES) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A marker is written last, so an interrupted set-up starts again.
@@ -97,4 +101,11 @@ $(PEERS)/ready: tests/benchmarks/peers.txt
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEERS)/bin/python -m pip install --quiet $(PIP_FLAGS) \
 	    "$$(grep -E '^torch==' $<)" "$$(grep -E '^setuptools==' $<)"
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(PEERS)/bin/python -m pip install --quiet --no-deps $(PIP_FLAGS) -r $<
+	@touch $@
+
+# Prebuilt binaries come as packages of their own; node-llama-cpp's script would only try to build another.
+$(RUNTIMES)/node/ready: Makefile
+	@echo "installing llama.cpp (node-llama-cpp 3.22.1)"
+	@mkdir -p $(RUNTIMES)/node && echo '{"private": true}' > $(RUNTIMES)/node/package.json
+	@npm install --prefix $(RUNTIMES)/node --ignore-scripts --no-audit --no-fund --silent node-llama-cpp@3.22.1
 	@touch $@

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from hf_npeff.fisher.outputs import OutputHead, Outputs
     from hf_npeff.pefs.store import PEFs
     from hf_npeff.sharing.hub import list_decompositions
+    from hf_npeff.weights.adapters import Adapter
     from hf_npeff.weights.change_report import ChangeReport
     from hf_npeff.weights.directions import ParameterDirection
     from hf_npeff.weights.measurement import Measurement
@@ -42,6 +43,7 @@ __all__ = [
     "Decomposition",
     "Component",
     "ParameterDirection",
+    "Adapter",
     "PerturbationReport",
     "Measurement",
     "OffTarget",
@@ -61,6 +63,7 @@ __all__ = [
 # Importing torch and transformers takes seconds, which `hf-npeff --help` and tab completion should not.
 _MODULE_OF = {
     "ChangeReport": "weights.change_report",
+    "Adapter": "weights.adapters",
     "Component": "decomposition.component",
     "CorruptStoreError": "errors",
     "Decomposition": "decomposition.decomposition",

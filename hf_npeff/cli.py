@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_npeff import __version__
-from hf_npeff.commands import acting, editing, looking, making, reporting, studying
+from hf_npeff.commands import acting, editing, exporting, looking, making, reporting, studying
 
 app = typer.Typer(
     name="hf-npeff",
@@ -26,6 +26,7 @@ _COMMANDS = (
     acting.perturb,
     editing.edit,
     reporting.report,
+    exporting.export,
     acting.push,
 )
 for _command in _COMMANDS:  # in the order of the help

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 _EXTRAS = {
+    "gguf": ("gguf", "gguf"),
     "krippendorff": ("krippendorff", "eval"),
     "matplotlib": ("matplotlib", "eval"),
     "plotly": ("plotly", "viz"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_npeff import NPEFF, PEFs, extras
+from hf_npeff import NPEFF, Adapter, PEFs, extras
 from hf_npeff.baselines import GradientClustering, activation_kmeans, activation_nmf
 from hf_npeff.cli import app
 from hf_npeff.report import plots
@@ -37,6 +37,7 @@ CALLS: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "clustering": ("sklearn", "eval", lambda: GradientClustering(2).fit(ROWS)),
     "agreement": ("scipy", "eval", lambda: agreement(torch.rand(9, 2), torch.rand(9, 2))),
     "alpha": ("krippendorff", "eval", lambda: krippendorff_alpha([[1.0, 2.0], [1.0, 2.0]])),
+    "an adapter as GGUF": ("gguf", "gguf", lambda: Adapter("lora", {}, {}, 1.0, {}).to_gguf("a.gguf")),
 }
 
 

@@ -34,21 +34,26 @@ from hf_npeff.sharing.files import (
     write_atomically,
     write_together,
 )
-from hf_npeff.sharing.pretrained import Publishable, warn_of_local_model
+from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations
+from hf_npeff.weights.adapter_folder import (
+    CONFIG,
+    LINEAR_LAYOUTS,
+    PREFIX,
+    WEIGHTS,
+    Layout,
+    base_weights_of,
+    read_lora,
+)
+from hf_npeff.weights.gguf import check_gguf, write_gguf
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PretrainedConfig
 
 AdapterKind = Literal["lora", "shira", "delta"]
-Layout = Literal["linear", "conv1d", "experts", "experts-transposed", "embedding", "bias", "norm", "other"]
-LINEAR_LAYOUTS: tuple[Layout, ...] = ("linear", "conv1d", "experts", "experts-transposed")
-"""Of weights that multiply inputs and nothing else: those of fused experts are (E, out, in), or (E, in, out)."""
-PREFIX = "base_model.model."
-"""Of every key in a file that PEFT loads."""
 _KINDS = {"lora": "LoRA", "shira": "SHiRA", "delta": "dense"}
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS, _CONFIG = WEIGHTS, CONFIG
 
 
 def layout_of(model: nn.Module, parameter: str) -> Layout:
@@ -122,7 +127,7 @@ def check_all_linear(layouts: Mapping[str, Layout]) -> None:
 
 
 @dataclass(repr=False)
-class Adapter(Publishable):
+class Adapter(Readable):
     """A change of the weights as an adapter: applied to a model, or written for PEFT.
 
     Attributes:
@@ -150,6 +155,9 @@ class Adapter(Publishable):
         >>> adapter.card(license="apache-2.0").startswith("---")
         True
         >>> adapter.save_pretrained("runs/lora")  # PeftModel.from_pretrained(base, "runs/lora") loads it
+        >>> Adapter.from_pretrained("runs/lora").layouts == adapter.layouts
+        True
+        >>> adapter.to_gguf("runs/lora.gguf", base=model.config)  # llama.cpp loads it with a GGUF file of the model
     """
 
     kind: AdapterKind
@@ -164,6 +172,7 @@ class Adapter(Publishable):
     weights: str | None = None
 
     _KIND = "adapter"
+    _FILES = (_WEIGHTS, _CONFIG)
 
     def __repr__(self) -> str:
         rank = f" of rank {self.config['r']}" if self.config.get("r") else ""
@@ -286,6 +295,43 @@ class Adapter(Publishable):
             return
         write_atomically(folder / _WEIGHTS, weights)
         write_atomically(folder / _CONFIG, config)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Adapter:
+        """Read a folder with a LoRA adapter, written here or by PEFT; a scale in `lora_alpha` goes into B.
+
+        What it is about is not read: a card is written again from the direction.
+
+        Raises:
+            CorruptStoreError: if a file is missing or damaged, or keys and config are no LoRA's.
+            UnsupportedModelError: if it is another kind of adapter, or DoRA or a setting such as `rank_pattern` makes
+                its change another than BA·lora_alpha/r.
+        """
+        tensors, config, layouts = read_lora(directory)
+        base = (config.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"
+        return cls("lora", tensors, config, 1.0, layouts, architecture=base, weights=base_weights_of(directory))
+
+    def to_gguf(
+        self, path: str | os.PathLike[str], base: PretrainedConfig | str | os.PathLike[str] | None = None
+    ) -> None:
+        """Write the adapter for llama.cpp and what is built on it: one GGUF file, factors in float32.
+
+        Names, and the order in which attention's rows lie there, are those that llama.cpp expects of the model type;
+        `weights.gguf.ARCHITECTURES` says which types are compared with llama.cpp itself.
+
+        Args:
+            path: of the file; replaced where it is there.
+            base: the base model's config, its folder or id, or a GGUF file of it, against whose tensors names and
+                shapes are then checked; None reads the config under the adapter's `base_model_name_or_path`.
+
+        Raises:
+            UnsupportedModelError: if it is no LoRA, changes anything but linear maps (norms, biases, embeddings,
+                experts: llama.cpp drops or refuses those), or the model type is none of those.
+            ValueError: if the base model's config cannot be read, or its GGUF file has other tensors.
+            ModuleNotFoundError: if the package gguf is missing.
+        """
+        check_gguf(self.kind, self.layouts)
+        write_gguf(self.tensors, self.config, path, base)
 
     def _publish(self, folder: Path, repo_id: str, *, datasets: Sequence[str] = (), license: str | None = None) -> None:
         """`push_to_hub`'s own arguments."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hf_npeff.config import check_scale
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.weights.adapters import PREFIX, Adapter, Layout, check_rank, peft_config, place_of_experts, retained
+from hf_npeff.weights.adapter_folder import PREFIX, Layout
+from hf_npeff.weights.adapters import Adapter, check_rank, peft_config, place_of_experts, retained
 
 _EXACT_SVD = 1024
 """Smaller side up to which the decomposition is exact. Chosen: seconds at most, on a CPU."""

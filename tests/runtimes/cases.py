@@ -1,0 +1,111 @@
+"""Adapters that are loaded in other runtimes, and the logits that PEFT gives with them, every comparison's oracle."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from hf_npeff import Adapter, FisherConfig, NPEFFAnalyzer, ParameterDirection
+from hf_npeff.weights.adapters import layout_of
+
+TOKENS = (1, 50, 60, 70, 80, 90, 100, 42, 77)
+"""A prompt that every model's vocabulary has."""
+STEP = 0.5
+"""Of each change, as a share of the moved weights' norm: enough to move the most likely token."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter on one model.
+
+    Attributes:
+        name: what it changes.
+        adapter: the adapter.
+        base: logits (vocabulary,) after `TOKENS` without it.
+        expected: the same with it, in PEFT.
+    """
+
+    name: str
+    adapter: Adapter
+    base: Tensor
+    expected: Tensor
+
+
+PATTERNS = {
+    "MLP": r"(mlp|feed_forward).*weight",
+    "attention": r"(self_attn|attn|attention).*(proj|c_attn|dense|query_key_value)\.weight",
+    "one layer": r"\.(layers|h)\.1\.(?!.*norm)(?!.*ln_).*weight",
+}
+
+
+def cases_of(model: Any, folder: Path, *, patterns: dict[str, str] = PATTERNS, selective: bool = False) -> list[Case]:
+    """Random changes of rank 2, at a negative scale too, and a selective rank-4 one; adapters are saved in folders."""
+    made = {}
+    for name, pattern in patterns.items():
+        direction = random_direction(model, pattern)
+        for sign in (1, -1):
+            scale = sign * STEP * direction.norm_in(model)
+            made[f"{name}, {'+-'[sign < 0]}"] = direction.to_adapter(rank=2, scale=scale)
+    if selective:
+        made["selective, rank 4"] = selective_adapter(model)
+    base = logits(model)
+    cases = []
+    for name, adapter in made.items():
+        place = folder / re.sub(r"\W+", "-", name)
+        adapter.save_pretrained(place)
+        wrapped = PeftModel.from_pretrained(model, place)
+        cases.append(Case(name, adapter, base, logits(wrapped)))
+        wrapped.unload()
+    return cases
+
+
+def random_direction(model: Any, pattern: str) -> ParameterDirection:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {n: p.shape for n, p in model.named_parameters() if re.search(pattern, n) and p.dim() == 2}
+    deltas = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    name = getattr(model, "name_or_path", "") or None
+    info = {"model": name, "task": "causal-lm", "architecture": "AutoModelForCausalLM"}
+    return ParameterDirection(deltas, {n: layout_of(model, n) for n in deltas}, info)
+
+
+def selective_adapter(model: Any) -> Adapter:
+    """A component of random prompts, lifted selectively and cut to rank 4."""
+    generator = torch.Generator().manual_seed(2)
+    prompts = [{"input_ids": torch.randint(3, 200, (8,), generator=generator).tolist()} for _ in range(16)]
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2))
+    pefs = analyzer.compute_pefs(prompts)
+    direction = analyzer.lift(analyzer.decompose(pefs, n_components=3), 0, pefs, prompts, selective=True)
+    return direction.to_adapter(rank=4, scale=0.1 * direction.norm_in(model))
+
+
+def logits(model: Any) -> Tensor:
+    """(vocabulary,), after `TOKENS`."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([TOKENS])).logits[0, -1].float()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far another runtime is from PEFT.
+
+    Attributes:
+        probabilities: largest difference of a next token's probability.
+        effect: largest difference of a logit's change, as a share of the largest change.
+    """
+
+    probabilities: float
+    effect: float
+
+    @classmethod
+    def of(cls, case: Case, base: Tensor, given: Tensor) -> Difference:
+        """From the other runtime's logits, without and with the adapter."""
+        wanted = case.expected - case.base
+        off = (given - base) - wanted
+        probabilities = (given.softmax(-1) - case.expected.softmax(-1)).abs().max()
+        return cls(float(probabilities), float(off.abs().max() / wanted.abs().max()))
