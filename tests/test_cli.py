@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+import transformers
 import typer
 import yaml
 from typer.testing import CliRunner
@@ -91,6 +92,25 @@ def test_compute_and_decompose_write_what_they_say_and_how_to_do_it_again(world:
     assert {field.name for field in fields(FisherConfig)} - set(content["settings"]) == {
         "exclude_modules", "parameters",
     }  # fmt: skip
+
+
+def test_report_refuses_other_weights_unless_it_is_told_not_to_compare(world: World, tmp_path: Path) -> None:
+    """Oracle: the error's words, and the page; the model's weights are half of what they were."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(world.folder / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    model.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    page, inputs = tmp_path / "page.html", ("--pefs", "pefs", "--model", tmp_path / "other", "--data", "data.jsonl")
+    paths = [str(world.folder / v) if v in ("pefs", "data.jsonl") else str(v) for v in inputs]
+    arguments = ["report", str(world.folder / "found"), *paths, "--map", "none", "--top", "1", "-o", str(page)]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1 and "other weights than the model has now" in refused.output
+    assert not page.exists()
+    done = CliRunner().invoke(app, [*arguments, "--no-check-weights"])
+    assert done.exit_code == 0, done.output
+    assert page.exists()
 
 
 def test_a_run_yaml_replays_to_the_same_result_and_options_beside_it_go_first(world: World) -> None:

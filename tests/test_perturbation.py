@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -300,3 +301,24 @@ def test_what_cannot_be_evaluated_is_refused(trained_case: TrainedCase, directio
     found = analyzer.decompose(analyzer.compute_pefs(tiny_batch(other, 12, seed=0)), 2, progress=False, n_restarts=1)
     with pytest.raises(ValueError):
         analyzer.evaluate_direction(direction, found, 0, tiny_batch(other, 12, seed=0))
+
+
+@pytest.mark.parametrize(("dtype", "worst"), [(torch.float32, 0.9999), (torch.bfloat16, 0.0)])
+def test_a_report_says_what_rounding_makes_of_the_step(
+    trained_case: TrainedCase, direction: ParameterDirection, dtype: torch.dtype, worst: float
+) -> None:
+    """Oracle: weights in their type before and after `applied_to`, by subtraction in float64; none where quantised."""
+    c = trained_case
+    model = copy.deepcopy(c.analyzer.model).to(dtype)
+    analyzer = NPEFFAnalyzer(model, c.analyzer.processing_class, fisher=c.analyzer.fisher)
+    report = analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, scale=0.05, n_top=4, n_others=4)
+    names = list(direction)
+    before = torch.cat([model.get_parameter(n).detach().double().flatten() for n in names])
+    with direction.applied_to(model, 0.05):
+        taken = torch.cat([model.get_parameter(n).detach().double().flatten() for n in names]) - before
+    wanted = 0.05 * torch.cat([direction[n].double().flatten() for n in names])
+    assert report.step_length is not None and report.step_cosine is not None
+    assert report.step_length == pytest.approx(float(taken.norm() / wanted.norm()), rel=1e-3)
+    assert report.step_cosine == pytest.approx(float(taken @ wanted / taken.norm() / wanted.norm()), rel=1e-3)
+    assert worst <= report.step_cosine and (dtype == torch.float32) == (report.step_cosine > 0.999)
+    assert report.to_dict()["step_cosine"] == report.step_cosine

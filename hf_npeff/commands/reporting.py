@@ -13,7 +13,7 @@ import typer
 
 from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data, read_decomposition
 from hf_npeff.commands.options import BatchSize, DecompositionArgument, Result, command
-from hf_npeff.config import BATCH_SIZE, SHADED
+from hf_npeff.config import BATCH_SIZE, SHADED, LiftRequest
 
 if TYPE_CHECKING:
     from hf_npeff.decomposition.decomposition import Decomposition
@@ -62,6 +62,9 @@ def report(
     ] = False,
     top: Annotated[int, typer.Option(help="Top examples of each component to shade.")] = SHADED,
     batch_size: BatchSize = BATCH_SIZE,
+    check_weights: Annotated[
+        bool, typer.Option(help="Refuse PEFs and decompositions of other weights than the model has now.")
+    ] = LiftRequest.check_weights,
     space: Annotated[str | None, typer.Option(help="Push a static Space to this repository, user/name.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Only in a private Space.")] = False,
     include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the texts in the Space too.")] = False,
@@ -91,7 +94,8 @@ def report(
     settings["training"] = None if training is None else _checked_run(training, len(decomposed))
     measured, revision = _of_perturbations(perturbation or ()), None
     if pefs is not None and model is not None and data is not None:
-        revision = _measure(measured, decomposed, pefs, model, data, loading, reading, modules, top, batch_size)
+        request = {"batch_size": batch_size, "check_weights": check_weights}
+        revision = _measure(measured, decomposed, pefs, model, data, loading, reading, modules, top, request)
     decomposed.to_html(page, **settings, **measured.arguments(), texts=texts, force=force)
     if space is None:
         return _written(page, None, revision)
@@ -196,7 +200,7 @@ def _measure(
     reading: DataOptions,
     modules: bool,
     top: int,
-    batch_size: int,
+    request: dict[str, Any],
 ) -> str | None:
     """Run the model over top examples, and lift components where their modules are wanted; the model's revision."""
     from hf_npeff.pefs.store import PEFs
@@ -204,9 +208,9 @@ def _measure(
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
     analyzer = analyzer_for(model, loading, decomposition, reading)
-    measured.alignments = analyzer.token_alignments(decomposition, fishers, dataset, n_top=top, batch_size=batch_size)
+    measured.alignments = analyzer.token_alignments(decomposition, fishers, dataset, n_top=top, **request)
     left = [j for j in range(len(decomposition)) if j not in measured.energies]
     if modules and left:
-        for j, direction in analyzer.lift_each(decomposition, left, fishers, dataset, batch_size=batch_size):
+        for j, direction in analyzer.lift_each(decomposition, left, fishers, dataset, **request):
             measured.energies[j] = energies_of(direction)
     return analyzer.revision

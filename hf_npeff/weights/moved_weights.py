@@ -32,18 +32,26 @@ class RoundedStep:
         self._taken += squared_norm(taken)
         self._inner += float((wanted.double() * taken.double()).sum())
 
+    @property
+    def length(self) -> float:
+        """Of the step that was taken, over that of the one that was wanted; 1 where none was wanted."""
+        return (self._taken / self._wanted) ** 0.5 if self._wanted else 1.0
+
+    @property
+    def cosine(self) -> float:
+        """Between the two; 1 where none was wanted, 0 where none was taken."""
+        if not self._wanted:
+            return 1.0
+        return self._inner / (self._taken * self._wanted) ** 0.5 if self._taken else 0.0
+
     def tell(self) -> None:
         """Warn where the step that was taken points elsewhere."""
-        if self._wanted == 0:
-            return
-        length = (self._taken / self._wanted) ** 0.5
-        cosine = self._inner / (self._taken * self._wanted) ** 0.5 if self._taken else 0.0
-        if cosine < _ROUNDED:
+        if self.cosine < _ROUNDED:
             logger.warning(
                 "weights of 16 bits round the step: %.0f%% of its length are taken, at a cosine of %.2f with it. Load "
                 "the model in float32, or use applied_in_activations",
-                100 * length,
-                cosine,
+                100 * self.length,
+                self.cosine,
             )
 
 
@@ -101,3 +109,25 @@ def weights_moved(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) 
         with torch.no_grad():
             for name, kept in before.items():
                 parameters[name].copy_(kept)
+
+
+@torch.no_grad()
+def rounding_of(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) -> RoundedStep | None:
+    """What rounding would make of a step in the weights, without taking it; None where the weights cannot be moved.
+
+    Args:
+        model: whose parameters would be moved.
+        deltas: {parameter: change}, shaped like the parameters.
+        scale: the step.
+    """
+    parameters = named_weights(model)
+    if FSDPModel(model).active or not all(n in parameters and is_at_hand(parameters[n]) for n in deltas):
+        return None
+    step = RoundedStep()
+    for name, delta in deltas.items():
+        weight: Tensor = parameters[name]
+        # Wider than the weight, so that the rounding of 32 bits is seen as well.
+        before = weight.double()
+        wanted = scale * delta.to(weight.device).double()
+        step.add(wanted, (before + wanted).to(weight.dtype).double() - before)
+    return step

@@ -24,6 +24,7 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.measurement import Measurement
+from hf_npeff.weights.moved_weights import rounding_of
 from hf_npeff.weights.off_target import OffTarget
 from hf_npeff.weights.outcomes import Watched, label_column, watch
 from hf_npeff.weights.steps import FLOOR, Steps, StepSearch, longest_step, predicted_step
@@ -99,9 +100,15 @@ class PerturbationReport:
         held_out: the best step on other data, where it was asked for.
         off_target: the inputs that a search found the best step to move although they are not the component's, where
             it was asked for.
+        step_length: the length of the best step as the weights' type rounds it, over the step's own: what `applied_to`
+            and PEFT's `merge_and_unload` would take. What is measured here is the step without rounding wherever it is
+            added in the activations. None where the weights cannot be moved: quantised, offloaded or sharded.
+        step_cosine: the cosine of the rounded step with the step, likewise.
 
     Example:
         >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, target_kl=0.1, n_top=4)
+        >>> report.step_length > 0.99 and report.step_cosine > 0.99
+        True
         >>> report.summary()["scale"] == report.scale == report.to_dict()["best"]["scale"]
         True
     """
@@ -118,6 +125,8 @@ class PerturbationReport:
     labels: str = ""
     held_out: Measurement | None = None
     off_target: OffTarget | None = None
+    step_length: float | None = None
+    step_cosine: float | None = None
 
     @property
     def scale(self) -> float:
@@ -281,6 +290,7 @@ def evaluate(
     measured = trial.effects(list(reached))
     measured.sort(key=lambda m: (not reached[m[0].scale], -m[0].ratio))
     best, after_top, after_others = measured[0]
+    rounded = rounding_of(forward.model, direction, best.scale)
     return PerturbationReport(
         component,
         None if request.scale is not None else request.target_kl,
@@ -295,6 +305,8 @@ def evaluate(
         ],
         reached[best.scale],
         _said_of_labels(top, others),
+        step_length=None if rounded is None else rounded.length,
+        step_cosine=None if rounded is None else rounded.cosine,
     )
 
 
