@@ -75,7 +75,7 @@ class NPEFFCallback(TrainerCallback):
         include_texts: whether texts among the probe's columns are pushed too, or are in checkpoints of a run that
             pushes (`hub.text_columns`).
         processing_class: the probe's tokenizer or image processor; Trainer's own by default.
-        task: of the head, where the model's class does not tell it.
+        task: the task of the head, where the model's class does not tell it.
         batch_size: probe examples of a batch, or "auto".
         max_points: the most points; later ones are passed over.
         max_examples: only the first ones of the probe; needed for an `IterableDataset`.
@@ -245,7 +245,7 @@ class NPEFFCallback(TrainerCallback):
             now = self._decompose(args, **kwargs)
         before = self.decomposition_
         if before is not None and not same_examples(before, now):
-            logger.warning("the probe set is another than at the last point, so this one is compared with none")
+            logger.warning("the probe set differs from the last point's: this point is compared with no earlier one")
             before = None
         record = {"step": state.global_step, "epoch": state.epoch, **drift(now, before, self.fixed is not None)}
         self.decomposition_ = now

@@ -379,9 +379,9 @@ def collate(
     """Examples → one batch, padded on the right.
 
     Args:
-        examples: of the batch.
+        examples: the examples of the batch.
         pad_token_id: what input ids are padded with.
-        device: of the batch.
+        device: the device of the batch.
         takes: the inputs that the model takes; columns of lists by other names stay outside. None takes all.
 
     Returns:

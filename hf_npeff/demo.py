@@ -88,8 +88,8 @@ def run(
     Args:
         queries: prompts a relation; there are eight.
         rank: rows a PEF.
-        components: of the decomposition.
-        seed: of prompts, sketch and starts.
+        components: the number of components of the decomposition.
+        seed: the seed of prompts, sketch and starts.
         output_dir: where PEFs, decomposition and adapter are kept.
 
     Raises:

@@ -30,20 +30,18 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from tests.tiny import tiny_model, tiny_tokenizer
-tiny_model("gpt2", dtype=torch.float32).save_pretrained("org/any-model")
-tiny_tokenizer().save_pretrained("org/any-model")
+tiny_model("llama", dtype=torch.float32).save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+words = sys.argv[2].split()
+tiny_tokenizer(words=words).save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
 """
-"""A model where the README has "org/any-model". The package itself is not imported."""
+"""A tiny model in a folder named as the README's model, which knows the README's words. The package is not imported."""
 
 QUICK_START = """
-import random
-random.seed(0)
-words = "the cat dog bird king queen sees eats saw ate big small red blue".split()
-dataset = [" ".join(random.choices(words, k=6)) for _ in range(40)]
 {block}
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/any-model"), "runs/component-3")
+base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+PeftModel.from_pretrained(base, "runs/component-0")
 """
 
 PAGE = """
@@ -138,7 +136,13 @@ def use(python: Path, folder: Path, block: str) -> None:
         run(bin_ / "hf-npeff", *words, "--help", folder=folder)
     step("hf-npeff --help")
     run(python, "-c", QUICK_START.format(block=block), folder=folder)
-    step("the README's Python, and PEFT loads the adapter", (folder / "runs" / "component-3").is_dir())
+    step("the README's Python, and PEFT loads the adapter", (folder / "runs" / "component-0").is_dir())
+
+
+def words_of(block: str) -> list[str]:
+    """The words of the README's data set."""
+    texts = re.findall(r'"([^"]*)"', block.split("analyzer")[0])
+    return sorted(set(re.findall(r"[A-Za-z]+|->", " ".join(texts).replace("\\n", " "))))
 
 
 def main() -> None:
@@ -155,7 +159,7 @@ def main() -> None:
         python, home = environment(folder / "user", wheel), folder / "home"
         home.mkdir()
         run(python, "-m", "pip", "check", folder=home)
-        run(python, "-c", WORLD, REPOSITORY, folder=home)
+        run(python, "-c", WORLD, REPOSITORY, " ".join(words_of(block)), folder=home)
         use(python, home, block)
         for words, extra in (
             ([python, "-c", PAGE], "viz"),

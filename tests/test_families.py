@@ -287,22 +287,22 @@ def test_a_head_that_reads_its_weight_without_calling_it_is_right_at_the_logits(
 
 
 def table() -> str:
-    """The README's table of what the test above runs."""
+    """The table in docs/models.md of what the test above runs."""
     lines = ["| family | tasks | notes |", "|---|---|---|"]
     lines += [f"| {family} | {', '.join(tasks)} | {NOTES.get(family, '')} |" for family, tasks in tiny.FAMILIES.items()]
     return "\n".join(lines)
 
 
-def test_the_table_of_tested_models_in_the_readme_is_what_is_tested() -> None:
+def test_the_table_of_tested_families_is_what_is_tested() -> None:
     """Oracle: the parameters of the first test here. `python -m tests.test_families` writes the table."""
-    text = README.read_text()
-    assert text.count(MARK) == 2, f"README.md needs two lines {MARK}"
+    text = PAGE.read_text()
+    assert text.count(MARK) == 2, f"docs/models.md needs two lines {MARK}"
     assert text.split(MARK)[1].strip() == table(), "run `python -m tests.test_families`"
 
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARK = "<!-- tested-models -->"
 
 if __name__ == "__main__":
-    before, _, after = README.read_text().split(MARK)
-    README.write_text(f"{before}{MARK}\n{table()}\n{MARK}{after}")
+    before, _, after = PAGE.read_text().split(MARK)
+    PAGE.write_text(f"{before}{MARK}\n{table()}\n{MARK}{after}")

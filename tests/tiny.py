@@ -495,7 +495,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(*, padding_side: str = "right", add_eos: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    *, padding_side: str = "right", add_eos: bool = False, words: Sequence[str] = WORDS
+) -> PreTrainedTokenizerFast:
     """Return a fast word-level tokenizer over the tiny models' vocabulary, built in memory.
 
     Words are split at white space. A pair of texts is joined by </s>. The chat template writes each message as
@@ -504,8 +506,9 @@ def tiny_tokenizer(*, padding_side: str = "right", add_eos: bool = False) -> Pre
     Args:
         padding_side: "right" or "left".
         add_eos: Whether every encoded text ends with </s>, as T5 and BART classifiers need.
+        words: What it knows. More than `WORDS` has need a tiny model with a larger `vocab_size`.
     """
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHAT_TOKENS, *WORDS))}
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHAT_TOKENS, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     end = " </s>" if add_eos else ""

@@ -158,7 +158,7 @@ class FeatureAblation:
         """The model with the feature ablated inside `with`.
 
         Raises:
-            ValueError: if the model is another than the site's.
+            ValueError: if the model differs from the site's.
         """
         if model is not self.site.model:
             raise ValueError("the feature belongs to another model object than this one")
@@ -183,7 +183,7 @@ def activation_kmeans(
         states: (n, h).
         n_clusters: r.
         site: where the states are from, for interventions.
-        seed: of the starts.
+        seed: the seed of the starts.
         n_restarts: independent starts, of which the best is kept.
         seconds: that reading the states took.
 
@@ -229,7 +229,7 @@ def activation_nmf(
         states: (n, h).
         n_components: r.
         site: where the states are from, for interventions.
-        seed: of the start.
+        seed: the seed of the start.
         seconds: that reading the states took.
 
     Raises:

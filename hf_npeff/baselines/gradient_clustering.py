@@ -72,10 +72,10 @@ def prediction_gradients(
     """The sketched gradient of log p(ŷ|x) of every example, as PEFs of one row.
 
     Args:
-        analyzer: of the model.
+        analyzer: the analyzer of the model.
         dataset: as for `NPEFFAnalyzer.compute_pefs`.
         like: PEFs whose sketch is used; by default the analyzer's own settings choose one.
-        **arguments: of `NPEFFAnalyzer.compute_pefs`.
+        **arguments: arguments of `NPEFFAnalyzer.compute_pefs`.
 
     Returns:
         The analyzer that made them, which lifts them too, and the PEFs: `factors` (n, 1, d) unit rows, signs kept.
@@ -110,7 +110,7 @@ class GradientClustering:
         n_clusters: r.
         n_restarts: independent starts.
         max_iterations: spherical steps of one start.
-        seed: of the starts.
+        seed: the seed of the starts.
 
     Raises:
         ValueError: if a number is out of range.

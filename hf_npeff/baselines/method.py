@@ -33,7 +33,7 @@ class MethodResult:
     """What one method found.
 
     Attributes:
-        name: of the row.
+        name: the name of the row.
         coefficients: (n, r), how much of each feature is in each example; a larger one is more.
         seconds: processor time that finding it took, of all threads, PEFs or activations included.
         interventions: from numbers of features to interventions, or None where the method has none.

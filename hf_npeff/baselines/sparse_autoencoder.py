@@ -26,17 +26,17 @@ class SAEConfig:
     """How a sparse autoencoder is trained.
 
     Attributes:
-        n_features: of the dictionary.
+        n_features: the number of features of the dictionary.
         kind: "topk" keeps the `k` largest features of an example, "l1" penalises their sum.
         k: features of an example that TopK keeps.
         l1: weight of the L1 penalty, relative to the squared error.
         tied: whether the encoder is the decoder's transpose.
-        steps: of Adam.
+        steps: the number of steps of Adam.
         batch_size: examples of a step.
-        learning_rate: of Adam, falling to zero over the last fifth.
+        learning_rate: the learning rate of Adam, falling to zero over the last fifth.
         revive_every: steps between two looks for dead features; 0 never revives.
         held_out: share of the examples that is not trained on, and on which the error is measured.
-        seed: of the split, the start and the batches.
+        seed: the seed of the split, the start and the batches.
 
     Raises:
         ValueError: if a setting is out of its range.

@@ -147,7 +147,7 @@ def _may_write(page: Path, space: str | None, force: bool) -> bool:
 
     Raises:
         FileExistsError: if nobody can be asked, or the answer is no.
-        ValueError: if the Space's name is none.
+        ValueError: if the Space's name is not valid.
     """
     from hf_npeff.report.page import check_free
     from hf_npeff.sharing.hub import is_hub_id
@@ -167,7 +167,7 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
     """What `perturb` wrote: reports, where directions live, and where adapters are.
 
     Raises:
-        OSError: if a folder is none of `perturb`.
+        OSError: if a folder was not written by `perturb`.
     """
     from hf_npeff.errors import CorruptStoreError
     from hf_npeff.report.modules import energies_of

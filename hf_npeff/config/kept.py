@@ -139,7 +139,7 @@ class DecompositionConfig(_JsonConfig):
         n_restarts: independent starts, of which the best is kept; the others tell how stable its components are.
         learning_rate: η of the reference solver; block_power has none.
         memory_budget: bytes of PEF rows held at once; more are read in chunks from the store. None: all in memory.
-        precision: of which numbers block_power's two products with the rows are: "float32"; "tf32", on a CUDA device;
+        precision: the number type of block_power's two products with the rows: "float32"; "tf32", on a CUDA device;
             "bfloat16", which also halves the memory of the rows. The final coefficients and loss are always of float32
             products.
         seed: seed of the starts.

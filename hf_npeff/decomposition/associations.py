@@ -162,7 +162,7 @@ def associate(
     Args:
         coefficients: W (n, r).
         columns: {name: n values}, those that may be looked at.
-        info: of the decomposition: its record of what was encoded says which columns are the texts.
+        info: the `info` of the decomposition: its record of what was encoded says which columns are the texts.
         request: how.
         texts: whether to look at texts.
 
@@ -197,7 +197,7 @@ def in_common(
     Args:
         members: (n,) bool.
         columns: {name: n values}.
-        info: of the decomposition.
+        info: the `info` of the decomposition.
         request: how.
 
     Returns:

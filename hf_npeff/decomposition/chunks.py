@@ -19,8 +19,8 @@ class ChunkedRows:
         pefs: the store.
         weighting: chunk → the rows (·, c, d) that are decomposed, on their device.
         chunk: examples of a chunk.
-        precision: of the products.
-        dim: of the rows that are decomposed, where it is not that of the store.
+        precision: the precision of the products.
+        dim: the length of the rows that are decomposed, where it is not that of the store.
         total: Σ_i ‖F_i‖² where it is not theirs.
     """
 

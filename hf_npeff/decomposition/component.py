@@ -28,7 +28,7 @@ def example_lines(
 
     Args:
         shown: texts or ids.
-        predictions: of the model, for people; None where they were not kept.
+        predictions: the predictions of the model, for people; None where they were not kept.
         as_text: how a value is written.
     """
     lines = [as_text(value) for value in shown]

@@ -48,7 +48,7 @@ class Decomposition(Readable):
         scales: (d,) what balanced rows were multiplied with, or None.
         converged: whether the solver stopped before its iteration limit.
         evaluations: {component: measured perturbation}, filled by `NPEFFAnalyzer.evaluate_components`.
-        commit: of the Hub repository that it was read from, or None.
+        commit: the commit of the Hub repository that it was read from, or None.
 
     Example:
         >>> decomposition.coefficients.shape, len(decomposition)
@@ -198,7 +198,7 @@ class Decomposition(Readable):
         """Write one self-contained HTML file on which a person explores the components.
 
         Args:
-            path: of the file.
+            path: the path of the file.
             alignments: from `NPEFFAnalyzer.token_alignments`: tokens of top examples are shaded by them.
             energies: {component: energies_of(direction)}, with `hf_npeff.report.modules.energies_of`: the modules in
                 which each component lives. By default they are estimated, where the sketch keeps the modules apart.
@@ -208,7 +208,7 @@ class Decomposition(Readable):
             training: the folder of a run with an `NPEFFCallback`.
             texts: whether texts go along; False leaves out what `hub.text_columns` counts as texts, and all tokens.
             layout: how the map of examples is made; None leaves it out. t-SNE needs scikit-learn (the extra `viz`).
-            title: of the page.
+            title: the title of the page.
             force: write over what is there.
 
         Returns:
@@ -255,8 +255,8 @@ class Decomposition(Readable):
             top: associations of a component that are kept.
             level: corrected p-value up to which an association counts.
             shuffles: how often the examples are shuffled to correct p-values; each takes a few milliseconds.
-            max_examples: of more examples, so many are drawn at random.
-            seed: of the shuffles and the drawing.
+            max_examples: if there are more examples, so many are drawn at random.
+            seed: the seed of the shuffles and the drawing.
 
         Returns:
             For every component its associations, the accuracy or error on its examples and on the others, and a short

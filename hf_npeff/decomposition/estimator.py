@@ -51,11 +51,11 @@ class NPEFF:
         tolerance: a start ends when iterations improve the loss by less than this share of it.
         balance: "module" divides every module's block by its mean norm first, "none" does not.
         power: γ in (0, 1]: PEFs are replaced by their matrix powers F^γ first; 1 is the paper's.
-        seed: of the starts.
+        seed: the seed of the starts.
         n_restarts: independent starts; the best is kept, the others tell how stable its components are.
-        learning_rate: of the reference solver.
+        learning_rate: the learning rate of the reference solver.
         memory_budget: bytes of rows held at once; None holds all.
-        precision: of block_power's products: "float32", "tf32" (CUDA) or "bfloat16" (half the memory).
+        precision: the precision of block_power's products: "float32", "tf32" (CUDA) or "bfloat16" (half the memory).
         device: where the rows are decomposed; None leaves them where they are. Results are on the CPU.
         callbacks: called with (restart, iteration, relative loss); a true answer stops that start.
         progress: show a progress bar with the explained fraction.
@@ -342,7 +342,7 @@ class NPEFF:
         """Fit again from the last components, which keep their numbers and names: after more training, or on more data.
 
         Args:
-            pefs: of the same sketch as those that were fitted.
+            pefs: PEFs of the same sketch as those that were fitted.
             move: whether the components move; if not, W alone is found anew.
 
         Raises:

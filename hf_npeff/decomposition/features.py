@@ -46,7 +46,7 @@ def features_of(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any], *
 
     Args:
         columns: {name: n values}.
-        info: of the decomposition: its record of what was encoded says which columns are the texts.
+        info: the `info` of the decomposition: its record of what was encoded says which columns are the texts.
         texts: whether to look at texts.
 
     Returns:

@@ -66,7 +66,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     tensors_file, examples_file = (file_of(folder, name, sums.get(name)) for name in (TENSORS, EXAMPLES))
     n, r = config["n_examples"], config["n_components"]
     if any(not 0 <= j < r for j in (*settings["names"], *settings["evaluations"])):
-        raise CorruptStoreError(f"{folder}: config.json speaks of components that there are not")
+        raise CorruptStoreError(f"{folder}: config.json names components that the decomposition does not have")
     tensors = _tensors_of(tensors_file, n, r)
     check_width(settings["info"], tensors["pseudo_fishers"].shape[1], folder)
     columns = read_table(examples_file)
@@ -124,8 +124,8 @@ def read_names(path: Path, key: str, r: int) -> dict[int, str]:
     """{component: name} of the names.json that a page saved.
 
     Args:
-        path: of the file.
-        key: of the decomposition that they are for.
+        path: the path of the file.
+        key: the key of the decomposition that they are for.
         r: its components.
 
     Raises:

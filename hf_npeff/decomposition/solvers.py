@@ -65,7 +65,7 @@ class DenseRows:
 
     Args:
         A: (n, c, d).
-        precision: of the products with A; in "bfloat16" A itself is kept so.
+        precision: the precision of the products with A; in "bfloat16" A itself is kept so.
         total: Σ_i ‖F_i‖² where it is not that of A.
     """
 

@@ -33,9 +33,10 @@ def solve(
     Args:
         rows: the PEFs.
         r: components.
-        generator: of the start.
-        max_iterations: of both parts together, at most.
-        tolerance: of the second part, see `block_power`; the first ends at ten times as much, at least 1e-4.
+        generator: the random generator of the start.
+        max_iterations: the most iterations of both parts together.
+        tolerance: the tolerance of the second part, see `block_power`; that of the first is ten times as much, at
+            least 1e-4.
         progress: may stop the start.
     """
     inside, Q = _leading_subspace(rows, r, generator)

@@ -55,7 +55,7 @@ def conversation_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[
 
     Args:
         record: the row.
-        columns: of the messages, and those beside them: system, tools, documents, chat_template_kwargs.
+        columns: the columns of the messages, and those beside them: system, tools, documents, chat_template_kwargs.
 
     Raises:
         ValueError: if the messages are no conversation, the tools no list, or there are two system messages.

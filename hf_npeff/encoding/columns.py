@@ -34,7 +34,7 @@ class Column:
     """One column.
 
     Attributes:
-        name: of the column.
+        name: the name of the column.
         kind: "category" (`values` and a code an example), "number" (`data` are floats, NaN where there is none) or
             "text" (`values` has a string or None an example).
         values: see `kind`; None stands for a missing value.
@@ -109,7 +109,7 @@ def correctness(
     Args:
         columns: {name: values}.
         label_names: {number of a class: its name}, where the model has names for them.
-        info: of the PEFs or the decomposition: its task, and the record of what was read.
+        info: the `info` of the PEFs or the decomposition: its task, and the record of what was read.
     """
     info = info or {}
     predictions = columns.get("prediction")

@@ -41,9 +41,9 @@ class Encoder:
     """Encodes rows of a data set by the record of what is read.
 
     Args:
-        record: of what is read; `self.record` adds what only the tokenizer tells.
+        record: the record of what is read; `self.record` adds what only the tokenizer tells.
         processing_class: tokenizer, image processor or processor.
-        needs: of the model.
+        needs: the needs of the model.
         tensors: makes inputs of data that came encoded.
 
     Raises:

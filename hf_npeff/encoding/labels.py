@@ -25,8 +25,8 @@ class Truth:
     """Labels that can be compared with predictions.
 
     Attributes:
-        values: of each example: a class; 0 or 1 for each of k labels, in a list (multi-label); k numbers, in a list
-            (regression); None where there is no label.
+        values: the values of each example: a class; 0 or 1 for each of k labels, in a list (multi-label); k numbers,
+            in a list (regression); None where there is no label.
         why_none: why nothing can be compared, or None.
     """
 
@@ -49,7 +49,7 @@ def truth_of(
     """Labels as a model's classes, or as numbers for regression.
 
     Args:
-        column: of the data set: numbers, names, lists, or lists as JSON.
+        column: the column of the data set: numbers, names, lists, or lists as JSON.
         distribution: what the model predicts: "softmax", "bernoulli" or "gaussian".
         k: its classes, labels or numbers.
         data_names: the data set's names of its classes.

@@ -150,7 +150,7 @@ class Encoded:
         """The record that `to_dict` gave.
 
         Raises:
-            CorruptStoreError: if it is none.
+            CorruptStoreError: if it cannot be read.
         """
         known = {setting.name for setting in fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known or values.get("kind") not in get_args(Kind):
@@ -220,8 +220,8 @@ def shown_columns(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any])
 
     Args:
         columns: {name: values} kept beside the rows.
-        info: of the PEFs, or of a decomposition of them: its record of what was encoded is followed. Without one, the
-            first column with a usual name is taken.
+        info: the `info` of the PEFs, or of a decomposition of them: its record of what was encoded is followed.
+            Without one, the first column with a usual name is taken.
     """
     record = Encoded.of(info)
     if record is not None and record.shown:

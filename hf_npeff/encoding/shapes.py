@@ -55,7 +55,7 @@ def encoded_as(
     Args:
         rows: its first ones.
         reading: what was asked for.
-        needs: of the model.
+        needs: the needs of the model.
         class_names: {column: the data set's own names of its classes}.
 
     Raises:

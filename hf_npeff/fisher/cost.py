@@ -19,7 +19,7 @@ class Estimate:
 
     Attributes:
         n: examples.
-        tokens: of an example, on average.
+        tokens: the number of tokens of an example, on average.
         c: rows of an example.
         d: numbers of a row.
         p: parameters under analysis.
@@ -98,16 +98,16 @@ def estimate(
     Args:
         maps: the linear maps under analysis.
         parameters: all parameters that a forward pass multiplies with.
-        shapes: of all parameters under analysis.
-        kind: of the sketch, as it is, or the largest that "auto" may choose.
+        shapes: the shapes of all parameters under analysis.
+        kind: the kind of the sketch, as it is, or the largest that "auto" may choose.
         dim: the sketch's setting.
         chosen: whether it is as it is.
         n: examples.
-        tokens: of an example, on average.
+        tokens: the number of tokens of an example, on average.
         c: rows of an example.
         r: components.
         source: numbers of a cotangent.
-        storage_bytes: of a number on disk.
+        storage_bytes: the bytes of a number on disk.
     """
     forward = 2.0 * parameters * tokens * n
     sketching = 0.0

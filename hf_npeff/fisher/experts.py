@@ -83,7 +83,7 @@ class Routing:
     Attributes:
         counts: rows of every expert, E numbers.
         places: (S,), of every row among all pairs of a token and one of its experts, token by token.
-        tokens: of the whole batch.
+        tokens: the number of tokens of the whole batch.
         slots: k, the most experts of a token.
         batch: examples of the batch, which have equally many tokens.
     """
@@ -134,7 +134,7 @@ class RowsByExpert:
     """Rows of one expert after another by example: x (B, m, in) and δ (B, m, out), m the most that an example has.
 
     Args:
-        routing: of the rows.
+        routing: the routing of the rows.
         x: (S, in), sorted by expert.
         delta: (S, out), sorted likewise.
     """

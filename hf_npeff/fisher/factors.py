@@ -102,8 +102,8 @@ def rows_per_example(config: FisherConfig, distribution: type[Distribution] | No
     """C before the model runs: "exact" keeps all rows of one output term, everything else `rank`.
 
     Args:
-        config: of the analysis.
-        distribution: of the model's output, or None where it is not known.
+        config: the settings of the analysis.
+        distribution: the distribution of the model's output, or None where it is not known.
         k: its classes, or None where they are not known or an example has several terms.
     """
     if distribution is None or k is None or k < 1 or config.output_factor not in ("auto", "exact"):
@@ -128,8 +128,9 @@ def cotangents(
         outputs: B examples of t terms.
         factor: as `resolve` returned it.
         rank: c.
-        seeds: of the random factors, one an example.
-        metric: of the hidden state, in which "spectral" rows are the best; None takes the hidden state's own.
+        seeds: the seeds of the random factors, one per example.
+        metric: the metric of the hidden state, in which "spectral" rows are the best; None takes the hidden state's
+            own.
 
     Returns:
         Cotangents with c = `rank` columns ("exact": all of its own), zero where a term does not exist.

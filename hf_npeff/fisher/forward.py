@@ -45,7 +45,7 @@ class NotFiniteError(ValueError):
     """What the model gives for some examples of a batch is NaN or infinite.
 
     Attributes:
-        places: of these examples in the batch.
+        places: the places of these examples in the batch.
         reason: without their names.
     """
 
@@ -67,7 +67,7 @@ class ForwardPass:
         head: what it predicts.
         maps: the linear maps under analysis.
         pad_token_id: what input ids are padded with.
-        device: of the model's inputs.
+        device: the device of the model's inputs.
         parameters: other parameters under analysis, as `find_parameters` returns them.
         describe: predictions of a batch → one string an example, kept as the column `prediction`.
         one_at_a_time: never put two examples into a batch.
@@ -198,7 +198,7 @@ class ForwardPass:
         """Whether these examples may be a batch: tried, the shortest and the longest among them, where that is new.
 
         Args:
-            examples: of the batch.
+            examples: the examples of the batch.
             at_once: how many to try together at most; no fewer than 2, no more than a few.
         """
         if len(examples) == 1:

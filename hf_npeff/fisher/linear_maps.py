@@ -35,8 +35,8 @@ class LinearMap:
         modules: names of the modules, in the model as it is.
         shape: (out, in).
         transposed: the weight is stored (in, out), as GPT-2's Conv1D does.
-        fused: of fused experts, whose weights W_e make up one of (E·out, in), one below the other; `modules` is then
-            the module whose call is theirs.
+        fused: the fused of fused experts, whose weights W_e make up one of (E·out, in), one below the other; `modules`
+            is then the module whose call is theirs.
     """
 
     parameter: str

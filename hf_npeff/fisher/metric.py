@@ -69,7 +69,7 @@ def measure_metric(
         forward: whose source is the last hidden state (B, t, h); the last of the t positions is taken.
         maps: the linear maps under analysis.
         pilots: the examples.
-        seed: of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
+        seed: the seed of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
     """
     shapes = {m.parameter: m.shape for m in maps}
     small = sum(a * b for a, b in shapes.values()) <= _IDENTITY_LIMIT

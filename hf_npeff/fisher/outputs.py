@@ -43,7 +43,7 @@ class Outputs:
             the output embedding reads (s = h).
         logits: (B, t, k), detached, float32 or wider.
         valid: (B, t) bool; False where an example has fewer terms.
-        distribution: of every term.
+        distribution: the distribution of every term.
         jacobian: J_head, or None where it is unknown and the identity stands in.
         at_hidden: whether `source` is the hidden state.
         several: whether examples of the data set may have several terms; their rows are then reduced to `rank` in

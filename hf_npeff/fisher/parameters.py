@@ -120,7 +120,7 @@ def gradients(
 
     Args:
         model: frozen.
-        names: of the parameters.
+        names: the names of the parameters.
         forward: a forward pass that returns the source.
         cotangents: (m, *source.shape), or larger (see `fitted`).
 
@@ -150,7 +150,7 @@ def sketched_rows(
     Args:
         model: frozen.
         shapes: as `find_parameters` returns them.
-        sketch: of these parameters, and of others.
+        sketch: the sketch of these parameters, and of others.
         forward: a forward pass over the example that returns the source.
         cotangents: (m, *source.shape), or larger (see `fitted`).
     """

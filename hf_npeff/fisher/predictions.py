@@ -19,7 +19,7 @@ class Predictions:
 
     Attributes:
         logits: one (t_i, k) tensor an example, its own terms only.
-        distribution: of every term.
+        distribution: the distribution of every term.
     """
 
     logits: list[Tensor]
@@ -31,7 +31,7 @@ class Predictions:
         return torch.stack([self.distribution(a).kl(self.distribution(b)).sum() for a, b in pairs])
 
     def answers(self) -> list[Tensor]:
-        """The likeliest outcome of every term, an example each."""
+        """The likeliest outcome of every term, one tensor per example."""
         return [self.distribution(a).predictions()[0] for a in self.logits]
 
 

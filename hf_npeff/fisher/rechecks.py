@@ -34,8 +34,8 @@ class Rechecks:
         batches: how many batches are to come; with enough of them, one that the seed draws is checked again.
 
     Attributes:
-        results: of the checks so far: why, examples of the batch, its shortest and longest length, the relative error
-            of a row (None where nothing could be compared).
+        results: the results of the checks so far: why, examples of the batch, its shortest and longest length, the
+            relative error of a row (None where nothing could be compared).
     """
 
     def __init__(self, maker: RowMaker, batches: int):

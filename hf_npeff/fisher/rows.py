@@ -28,7 +28,8 @@ class RowMaker:
         forward: the forward pass.
         config: rank and output factor.
         sketch: what shortens the rows.
-        metric: of the hidden state, in which spectral rows are the best ones; None takes the hidden state's own.
+        metric: the metric of the hidden state, in which spectral rows are the best ones; None takes the hidden state's
+            own.
         selftest: what the self-test measured; None of a maker that was not tested.
         tested: the examples whose rows it has compared with autograd's.
     """

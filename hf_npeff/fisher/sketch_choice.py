@@ -49,9 +49,9 @@ def measure_sketches(
     Args:
         forward: the forward pass.
         config: rank and output factor.
-        batches: of different examples, with the same c.
+        batches: batches of different examples, with the same c.
         tries: (kind, dim), cheapest first.
-        seed: of the sketches.
+        seed: the seed of the sketches.
         tolerance: stop at the first error at most this; None measures all.
 
     Returns:

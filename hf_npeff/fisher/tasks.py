@@ -74,7 +74,7 @@ def task_of_class(name: str, *, encoder_decoder: bool | None = None) -> str | No
     """The task of a model class, for instance "causal-lm" for LlamaForCausalLM, or None.
 
     Args:
-        name: of the class.
+        name: the name of the class.
         encoder_decoder: `config.is_encoder_decoder`: "…ForConditionalGeneration" are decoders that also see images or
             hear as well as encoder-decoders.
     """

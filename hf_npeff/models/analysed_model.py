@@ -390,7 +390,7 @@ class AnalysedModel:
         """c: the rows that an example of a data set will have, as far as that is known before the model runs.
 
         Args:
-            choices: of multiple choice, whose classes they are.
+            choices: the choices of multiple choice, whose classes they are.
         """
         return self.description.rows_per_example(choices)
 

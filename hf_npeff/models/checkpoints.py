@@ -64,7 +64,7 @@ def load_checkpoint(
         model_id: a folder, or an id on the Hub.
         task: the one that is wanted; None takes what the checkpoint says.
         processing_class: the one to use; None loads one.
-        revision: of the checkpoint. An adapter names that of its base model itself.
+        revision: the revision of the checkpoint. An adapter names that of its base model itself.
         where: `token`, `cache_dir` and `local_files_only` of every download.
         trust_remote_code: as of transformers.
         settings: further arguments of transformers' `from_pretrained`.

@@ -62,7 +62,7 @@ class ModelDescription:
         """c: the rows that an example of a data set will have, as far as that is known before the model runs.
 
         Args:
-            choices: of multiple choice, whose classes they are.
+            choices: the choices of multiple choice, whose classes they are.
         """
         config: Any = base_of(self.model).config
         traits = traits_of(self.head)

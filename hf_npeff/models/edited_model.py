@@ -49,7 +49,7 @@ class EditedModel(MovableModel):
         means T and O of their PEFs, of raw norms. Its sign means nothing: measure both.
 
         Args:
-            pefs: of all of them.
+            pefs: the PEFs of all of them.
             dataset: the one that they came from, in any order; ids and contents are compared.
             ids: examples that are to move.
             against: examples that are to be left alone; None takes all others.
@@ -101,7 +101,7 @@ class EditedModel(MovableModel):
         half and the whole of its length: the largest step that does what was predicted is kept.
 
         Args:
-            pefs: of the examples that are to change and of others that are to stay.
+            pefs: the PEFs of the examples that are to change and of others that are to stay.
             dataset: the one that they came from, in any order; ids and contents are compared.
             change: {example id: nats by which the log-odds of its outcome are to change}; of a regression, by how much
                 the predicted number is. All other examples are to stay as they are.

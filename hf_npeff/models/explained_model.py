@@ -56,8 +56,8 @@ class ExplainedModel(MeasuredModel, EditedModel):
         The model is the one before the change, with its PEFs and their decomposition.
 
         Args:
-            decomposition: of `pefs`.
-            pefs: of the model before the change.
+            decomposition: the decomposition of `pefs`.
+            pefs: the PEFs of the model before the change.
             dataset: the one that they came from, in any order; ids and contents are compared.
             change: from `ParameterDirection.between` or `from_adapter`, or any other direction or adapter, as long as
                 it is.
@@ -70,7 +70,7 @@ class ExplainedModel(MeasuredModel, EditedModel):
             examples: how many examples are listed.
             draws: random changes that a component's KL is compared with.
             batch_size: examples of a forward pass.
-            seed: of the random changes and the bootstrap.
+            seed: the seed of the random changes and the bootstrap.
             check_weights: refuse a decomposition, PEFs or a change of other weights than the model has now.
 
         Raises:

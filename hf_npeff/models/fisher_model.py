@@ -165,7 +165,8 @@ class FisherModel(AnalysedModel):
 
         Args:
             dataset: what `compute_pefs` would get, or a number of examples.
-            tokens: of an example; by default the mean of the first 256, or 128 where there is only a number.
+            tokens: the number of tokens of an example; by default the mean of the first 256, or 128 where there is
+                only a number.
             n_components: r.
             max_examples: only the first ones.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.

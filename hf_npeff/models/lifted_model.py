@@ -59,17 +59,17 @@ class LiftedModel(MovableModel):
         """Components as directions in the parameters.
 
         Args:
-            decomposition: of `pefs`.
+            decomposition: the decomposition of `pefs`.
             components: a number, or several, which share the forward passes.
             pefs: those that were decomposed.
             dataset: the one they came from, in any order; ids and contents are compared.
             method: "exact" (one backward pass with the stored cotangents), "adjoint" (Pᵀg, noisy) or
                 "compressed_sensing" (the sparse direction whose sketch is g).
             top_examples: exact lifting from the examples with the largest coefficients only.
-            form: of a balanced decomposition: "plain", the combination of unscaled rows, or "metric", that times D²,
-                steepest in the balanced metric and the more selective by measurement; "auto" takes it.
+            form: the form of a balanced decomposition: "plain", the combination of unscaled rows, or "metric", that
+                times D², steepest in the balanced metric and the more selective by measurement; "auto" takes it.
             semi_orthogonal: first take out of g its projection on the components nearly orthogonal to it.
-            solver: of compressed sensing: iterative hard thresholding ("iht") or "fista".
+            solver: the algorithm of compressed sensing: iterative hard thresholding ("iht") or "fista".
             batch_size: examples of a forward pass.
             check_weights: refuse PEFs and decompositions of other weights than the model has now.
             selective: the direction (O + λI)⁻¹ g, which moves the component most for what it does to the examples on
@@ -189,8 +189,8 @@ class LiftedModel(MovableModel):
             change: from `lift`, `lift_examples` or `edit`, of linear maps alone; or several, over the same weights,
                 which share the forward passes.
             dataset: what is to be spared: one forward pass over it, and no PEFs.
-            decomposition: of the data set, whose components the changes are: then each spares the examples on which its
-                component is not active. None spares all examples: give none that are to move.
+            decomposition: the decomposition of the data set, whose components the changes are: then each spares the
+                examples on which its component is not active. None spares all examples: give none that are to move.
             ridge: λ.
             rank: what every weight's change is cut to, losing the least in that metric, not in the weights'; a LoRA of
                 that rank then holds it whole. Of several changes, one for all or one each.
@@ -267,7 +267,7 @@ class LiftedModel(MovableModel):
         One forward and one backward pass for every example and component, with the stored cotangents.
 
         Args:
-            decomposition: of `pefs`.
+            decomposition: the decomposition of `pefs`.
             pefs: those that were decomposed.
             dataset: the one they came from, in any order; ids and contents are compared.
             components: their numbers; None takes all.

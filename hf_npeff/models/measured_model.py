@@ -59,7 +59,7 @@ class MeasuredModel(FisherModel, LiftedModel):
             n_top: top examples.
             n_others: others, drawn from the examples on which the component is not active.
             batch_size: examples of a forward pass.
-            seed: of the drawing, the random direction, the search and the bootstrap.
+            seed: the seed of the drawing, the random direction, the search and the bootstrap.
             search_rounds: rounds of a search for inputs that the best step moves although they are not the component's,
                 from the most moved of the others: see `off_target`. 0 searches for none.
             held_out: other data, never analysed, on which the best step is measured too: see `measure`.
@@ -113,7 +113,7 @@ class MeasuredModel(FisherModel, LiftedModel):
         """`lift` and `evaluate_direction` for several components, kept in `decomposition.evaluations`.
 
         Args:
-            decomposition: of `pefs`.
+            decomposition: the decomposition of `pefs`.
             pefs: those that were decomposed.
             dataset: the one they came from.
             components: their numbers; None takes all.
@@ -206,7 +206,7 @@ class MeasuredModel(FisherModel, LiftedModel):
             worst: how many of the most changed examples of every group are named.
             batch_size: examples of a forward pass.
             max_examples: only the first ones.
-            seed: of the random change and the bootstrap.
+            seed: the seed of the random change and the bootstrap.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
 
         Returns:
@@ -216,7 +216,7 @@ class MeasuredModel(FisherModel, LiftedModel):
         Raises:
             UnsupportedModelError: if an adapter, a direction to be cut to a rank, or a change of sharded weights is not
                 one of linear maps alone.
-            ValueError: if an argument is out of range, there is no column `by`, or the model is another than that of
+            ValueError: if an argument is out of range, there is no column `by`, or the model differs from that of
                 the change.
         """
         request = MeasureRequest(
@@ -273,7 +273,7 @@ class MeasuredModel(FisherModel, LiftedModel):
             starts: inputs that the search begins with.
             candidates: inputs that are tried in a round, for each that it began with.
             batch_size: examples of a forward pass.
-            seed: of the search.
+            seed: the seed of the search.
             max_examples: only the first ones.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
 

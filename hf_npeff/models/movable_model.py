@@ -77,7 +77,7 @@ class MovableModel(AnalysedModel):
         """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.
 
         Args:
-            decomposition: of `pefs`.
+            decomposition: the decomposition of `pefs`.
             pefs: whose cotangents are replayed.
             check_weights: False compares nothing.
 

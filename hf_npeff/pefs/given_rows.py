@@ -55,5 +55,5 @@ def given_rows(
 
 def _as_list(name: str, values: Any) -> list[Any]:
     if not hasattr(values, "__len__") or isinstance(values, str):
-        raise ValueError(f"the column {name!r} needs a list of values, one an example, but it is {values!r}")
+        raise ValueError(f"the column {name!r} needs a list with one value per example, but it is {values!r}")
     return values.tolist() if hasattr(values, "tolist") else list(values)

@@ -63,12 +63,15 @@ def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
     covers = entry.get("covers", n)
     counts = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**53 for x in (start, n, covers))
     if not counts or covers == 0 or covers - len(skipped) != n:
-        raise CorruptStoreError(f"{folder}: the manifest says {start!r}, {n!r}, {covers!r} of a shard")
+        raise CorruptStoreError(
+            f"{folder}: the manifest gives a shard start={start!r}, examples={n!r} and covers={covers!r}, which are no "
+            "whole numbers that fit together; compute the PEFs again"
+        )
     if name != f"pefs-{start:05d}":
         raise CorruptStoreError(f"{folder}: the manifest names a shard {name!r}")
     checks = entry.get("checks", [])
     if not isinstance(checks, list) or not all(map(_is_check, checks)):
-        raise CorruptStoreError(f"{folder}: the manifest's checks of a shard are none")
+        raise CorruptStoreError(f"{folder}: the manifest's checks of a shard are not readable; compute the PEFs again")
     return {**entry, "covers": covers, "skipped": skipped}
 
 
@@ -82,9 +85,9 @@ def checked_skipped(values: Any, folder: Path) -> list[dict[str, str]]:
     try:
         skipped = [{"id": entry["id"], "reason": entry["reason"]} for entry in values]
     except (KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{folder}: the manifest's skipped examples are none: {error!r}") from error
+        raise CorruptStoreError(f"{folder}: the manifest's skipped examples are not readable: {error!r}") from error
     if not isinstance(values, list) or not all(isinstance(text, str) for entry in skipped for text in entry.values()):
-        raise CorruptStoreError(f"{folder}: the manifest's skipped examples are none")
+        raise CorruptStoreError(f"{folder}: the manifest's skipped examples are not readable")
     return skipped
 
 
@@ -100,7 +103,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], path: Path, *, finite: bool) -> None:
-    """Refuse tensors of other dimensions and types than are written, and numbers that are none."""
+    """Refuse tensors of other dimensions and types than are written, and NaN or infinite numbers."""
     for name, t in tensors.items():
         types = (torch.float64,) if name == "norms" else (*_FLOATS, torch.int64) if name == "predictions" else _FLOATS
         if t.dim() not in _DIMS.get(name, ()) or t.dtype not in types or 0 in t.shape:

@@ -133,8 +133,8 @@ def read_store(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[dict
     """What config.json of a finished store says, the tensors of its shards, memory-mapped, and the joined columns.
 
     Args:
-        folder: of the store.
-        verify: compare every shard's SHA-256, and look for numbers that are none (reads the whole store once).
+        folder: the folder of the store.
+        verify: compare every shard's SHA-256, and look for NaN and infinite numbers (reads the whole store once).
 
     Returns:
         config.json, with `skipped` where examples were, as the manifest has them; shards; columns.
@@ -299,8 +299,8 @@ class StoreWriter:
 
         Args:
             start: counts skipped examples too.
-            tensors: of the examples that it holds; none where all were skipped.
-            columns: of the same.
+            tensors: the tensors of the examples that it holds; none where all were skipped.
+            columns: the columns of the same examples.
             skipped: {id, reason} of the others of its range.
             checks: what was found where the self-test was repeated on them.
         """

@@ -94,7 +94,7 @@ class Sketch:
             flattened to (its first dimension, the rest).
         kind: "kronecker", "countsketch", "two-stage" or "identity".
         dim: the side of a module's block for "kronecker"; d for "countsketch" and "two-stage"; unused by "identity".
-        seed: of everything random.
+        seed: the seed of all random numbers.
 
     Attributes:
         dim: d, the numbers of a row.
@@ -218,7 +218,7 @@ class Sketch:
         """P_out δ of fused experts, where there is such a side: δ at the place of its expert, and zero elsewhere.
 
         Args:
-            name: of a parameter of shape (E·out, in).
+            name: the name of a parameter of shape (E·out, in).
             delta: (S, out), sorted by expert.
             counts: rows of every expert, E numbers that sum to S.
 
@@ -264,7 +264,7 @@ class Sketch:
 
         Args:
             rows: (batch, ·), as `new_rows` made them.
-            name: of the parameter.
+            name: the name of the parameter.
             values: (batch, k_out, k_in), or one of its `slices`.
             first: where that slice starts.
         """

@@ -38,7 +38,7 @@ class PEFs(Readable):
         columns: {name: list of n values} kept beside the rows.
         info: model, commit, config, versions and sketch: what config.json holds.
         sketch_error: measured relative error of inner products of PEFs, or None where it was not measured.
-        commit: of the Hub repository that they were read from, or None.
+        commit: the commit of the Hub repository that they were read from, or None.
 
     Example:
         >>> pefs.factors.shape == (len(pefs), pefs.rank, pefs.dim)

@@ -29,8 +29,8 @@ class WeightsIdentity:
     adapter was put that is disabled.
 
     Attributes:
-        hash: of the weights and persistent buffers of the bare model, by the names that they have there, with shapes
-            and types; None where they cannot be read.
+        hash: a hash of the weights and persistent buffers of the bare model, by the names that they have there, with
+            shapes and types; None where they cannot be read.
         adapters: {name: hash of its weights and scalings} of those adapters of PEFT that act now. One that is merged is
             in `hash`, and one that is disabled is nowhere.
         quantization: the method, for instance "bitsandbytes", or None.
@@ -120,8 +120,8 @@ def warn_of_other_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any]
     """Warn where two identities differ.
 
     Args:
-        made: of one.
-        now: of the other.
+        made: the identity of the first weights.
+        now: the identity of the second.
         what: is the matter, in a clause.
     """
     if how := difference(made, now):

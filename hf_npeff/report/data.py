@@ -41,7 +41,7 @@ class Extras:
     """What is known of a decomposition beside itself; every part may be missing.
 
     Attributes:
-        alignments: of top examples, position by position, from `NPEFFAnalyzer.token_alignments`.
+        alignments: alignments of top examples, position by position, from `NPEFFAnalyzer.token_alignments`.
         energies: {component: {parameter: share}}, from `energies_of(direction)`.
         reports: {component: PerturbationReport, or what its `to_dict` gives}.
         adapters: {component: folder or repository of its adapter}.

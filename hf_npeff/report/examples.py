@@ -80,7 +80,7 @@ def place(W: Tensor, method: Layout = "tsne", seed: int = 0) -> np.ndarray:
     Args:
         W: (n, r).
         method: t-SNE, or the first two principal components.
-        seed: of the sample and of t-SNE.
+        seed: the seed of the sample and of t-SNE.
 
     Raises:
         ModuleNotFoundError: if t-SNE is wanted and scikit-learn is not installed.

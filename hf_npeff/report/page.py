@@ -37,7 +37,7 @@ def render(data: PageData, title: str) -> str:
 
     Args:
         data: what it holds.
-        title: of the page; any text.
+        title: the title of the page; any text.
     """
     script = "\n".join((_FILES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     style = (_FILES / "style.css").read_text(encoding="utf-8")
@@ -84,11 +84,11 @@ def write(
 
     Args:
         decomposition: what it shows.
-        path: of the file.
+        path: the path of the file.
         extras: what is known beside the decomposition.
         texts: whether texts go along.
         layout: how the map of examples is made; None leaves it out.
-        title: of the page; by default it has the model's name.
+        title: the title of the page; by default it has the model's name.
         force: write over what is there.
 
     Returns:
@@ -129,7 +129,7 @@ def write_space(folder: Path, page: Path, decomposition: Decomposition, title: s
         folder: made where it is missing.
         page: the written page.
         decomposition: for the model's name.
-        title: of the Space.
+        title: the title of the Space.
     """
     model = decomposition.info.get("model")
     settings: dict[str, Any] = {

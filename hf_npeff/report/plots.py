@@ -196,7 +196,7 @@ def example_map(
         decomposition: whose examples.
         color: a column's name, or a component's number; None leaves them alike.
         layout: t-SNE or principal components.
-        seed: of the layout.
+        seed: the seed of the layout.
 
     Raises:
         ValueError: if there is no such column.
@@ -259,7 +259,7 @@ def training(folder: str | Path, components: int) -> go.Figure:
     """Share of the examples that each component leads, over the steps of a run that an NPEFFCallback followed.
 
     Args:
-        folder: of the run, or of a checkpoint.
+        folder: the folder of the run, or of a checkpoint.
         components: r.
 
     Raises:

@@ -25,7 +25,7 @@ from hf_npeff.sharing.protocols import DecompositionLike, PEFsLike
 
 TAGS = ("npeff", "interpretability", "fisher-information")
 TOP_EXAMPLES = 3
-"""Examples of a component in a card. Chosen: a line each."""
+"""Examples of a component in a card. Chosen: one line each fits a screen."""
 _LINES = 256
 """Components in a card's table. Chosen: the card stays readable; the files have all."""
 _CARD_LIMIT = 2**20
@@ -72,7 +72,7 @@ def said_on_card(folder: Path) -> dict[str, Any]:
     """`license` and `datasets` as the card of ours in a folder names them, for the card that replaces it.
 
     Raises:
-        CorruptStoreError: if its front matter is none.
+        CorruptStoreError: if its front matter cannot be read.
     """
     path = folder / "README.md"
     text = _read_card(path)
@@ -153,7 +153,7 @@ def fact_rows(rows: Iterable[tuple[str, object]]) -> str:
 
 
 def _source_facts(info: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """What is known of where PEFs come from, a line each."""
+    """What is known about where PEFs come from, one line per fact."""
     sketch, tested = info.get("sketch") or {}, info.get("selftest") or {}
     error = tested.get("sketch_error")
     versions = info.get("versions") or {}

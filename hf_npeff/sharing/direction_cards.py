@@ -19,7 +19,7 @@ class DirectionFacts:
         component: its number in the decomposition, or None for another direction.
         revision: the model's commit.
         name: what a person called the component.
-        top_examples: a line each; texts only where they may be published.
+        top_examples: one line per example; texts only where they may be published.
         lift: how it was lifted to the weights, for people.
         scale: the step that was measured, along the unit direction.
         kl_top: mean KL(original ‖ perturbed) on its top examples, in nats.
@@ -81,7 +81,7 @@ def adapter_card(
     Args:
         about: the direction.
         kind: "LoRA" or "SHiRA", which PEFT loads, or "dense", which `ParameterDirection.from_pretrained` does.
-        rank: of the adapter's matrices.
+        rank: the rank of the adapter's matrices.
         retained_energy: share of the direction's squared norm that the adapter keeps.
         auto_class: transformers' class that loads the model.
         repo_id: where the adapter will be found; None for a folder, whose code runs in that folder.

@@ -131,7 +131,7 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON has it, for reports that may hold NaN: numbers that are none become null, keys strings."""
+    """A value as JSON has it, for reports that may hold NaN: NaN and infinities become null, keys strings."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -165,19 +165,19 @@ def read_json(path: Path, format_version: int | None = FORMAT_VERSION) -> dict[s
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file that has a JSON object a line.
+    """Read a file with one JSON object per line.
 
     Raises:
         CorruptStoreError: if the file is missing, or a line is no JSON object.
     """
     records = [_json_of(line, path) for line in _content(path).splitlines() if line.strip()]
     if not all(isinstance(record, dict) for record in records):
-        raise CorruptStoreError(f"{path} should hold a JSON object a line")
+        raise CorruptStoreError(f"{path} should hold one JSON object per line")
     return records
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a file of ordinary size; pipes and devices, which may never end, are none."""
+    """The bytes of a regular file of ordinary size. Pipes and devices are refused, since they may never end."""
     try:
         if not path.is_file():
             raise CorruptStoreError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
@@ -189,7 +189,7 @@ def _content(path: Path) -> bytes:
 
 
 def _json_of(content: bytes, path: Path) -> Any:
-    """What JSON says, refused where it could be read in two ways: no name twice, no number that is none."""
+    """What JSON says, refused where it could be read in two ways: no name twice, no NaN, no infinite number."""
     try:
         return json.loads(
             content, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite, parse_int=_whole

@@ -332,7 +332,7 @@ def text_columns(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any] |
 
     Args:
         columns: {name: values} kept beside the rows.
-        info: of the PEFs or the decomposition, whose record tells what the model was given.
+        info: the `info` of the PEFs or the decomposition, whose record tells what the model was given.
     """
     record = Encoded.of(info or {})
     given = set() if record is None else {*record.columns, *record.shown, record.target}

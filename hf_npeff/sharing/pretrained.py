@@ -85,7 +85,7 @@ class Readable(Publishable):
     """An object that comes back from its folder as it was.
 
     Attributes:
-        commit: of the Hub repository that it was read from, or None.
+        commit: the commit of the Hub repository that it was read from, or None.
     """
 
     _FILES: ClassVar[tuple[str, ...]] = ()

@@ -131,12 +131,12 @@ class Ablation:
         varied: {axis: value}.
         pef_seconds: to make the PEFs; shared by the points that have them in common.
         fit_seconds: to decompose them, one seed.
-        numbers: of an example's rows, c·d.
+        numbers: the count of numbers in an example's rows, c·d.
         sketch_error: measured relative error of inner products of PEFs, or None.
         explained: share of Σ‖F‖² explained, of this point's own PEFs: comparable where these are the same.
-        iterations: of the best start.
+        iterations: the number of iterations of the best start.
         stability: mean of the components', over restarts.
-        agreement: of the coefficients of two seeds.
+        agreement: the agreement of the coefficients of two seeds.
         mean_auroc: over the attributes, or NaN without any.
         found: attributes found.
         attributes: how many were measured.
@@ -226,10 +226,10 @@ def run_ablations(
     """Run every point of a grid; what fails is reported in its row.
 
     Args:
-        analyzer: of the model.
+        analyzer: the analyzer of the model.
         dataset: as for `NPEFFAnalyzer.compute_pefs`.
         grid: from `read_grid`.
-        attributes: of the examples, for the factors.
+        attributes: the attributes of the examples, for the factors.
         factors: how they are measured.
         batch_size: examples of a forward pass.
 

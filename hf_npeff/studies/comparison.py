@@ -39,7 +39,7 @@ class Comparison:
     Attributes:
         methods: a row each.
         seeds: {method: coefficients of its further fits}.
-        pefs: of NPEFF, where it is among them.
+        pefs: the PEFs of NPEFF, where it is among them.
         pefs_seconds: processor time that they took, 0 where they were given.
         decomposition: the first of NPEFF's.
     """
@@ -57,10 +57,10 @@ def fit_methods(
     """Fit every method to the same examples.
 
     Args:
-        analyzer: of the model.
+        analyzer: the analyzer of the model.
         dataset: as for `NPEFFAnalyzer.compute_pefs`.
         config: settings.
-        pefs: of the same dataset, where they are known already; their time is then not counted.
+        pefs: the PEFs of the same dataset, where they are known already; their time is then not counted.
 
     Raises:
         ValueError: if there are fewer examples than components.

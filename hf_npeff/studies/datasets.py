@@ -40,7 +40,7 @@ def home_assistant(
         languages: codes of the grammars.
         n_intents: those with the most sentences that all languages have.
         per_template: sentences drawn from a template, at most; the same sentence is kept once.
-        seed: of the drawing.
+        seed: the seed of the drawing.
 
     Returns:
         `text`, `label` and `intent`, `slots` (a list), `language`, `group` (the template).
@@ -115,7 +115,7 @@ def first_names(per_country: int = 150, seed: int = 0) -> list[dict[str, Any]]:
 
     Args:
         per_country: names of a country, at most, half of them of each gender.
-        seed: of the choice.
+        seed: the seed of the choice.
 
     Returns:
         `text`, `label` and `country`, `gender`, `ending` (the last letter), `group` (the name).

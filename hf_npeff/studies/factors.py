@@ -51,7 +51,7 @@ class AttributeScore:
         average_precision: on the other half.
         base_rate: share of the other half that has it: the average precision of chance.
         purity: share of the feature's top examples of the other half that have it.
-        threshold: of the feature's coefficient, chosen on the first half.
+        threshold: the threshold of the feature's coefficient, chosen on the first half.
     """
 
     attribute: str
@@ -194,7 +194,7 @@ def run_factors(
 
     Args:
         methods: coefficients for the same n examples each.
-        attributes: of these examples.
+        attributes: the attributes of these examples.
         config: settings.
         seeds: {method: coefficients (n, r) of further fits with other seeds}, for the stability.
 

@@ -105,8 +105,8 @@ class InContextResult(StudyResult):
 
     Attributes:
         conditions: in the order of the prompts.
-        relations: of every component's top examples, with their share.
-        decomposition: of all prompts together.
+        relations: the relations of every component's top examples, with their share.
+        decomposition: the decomposition of all prompts together.
         config: the settings.
     """
 
@@ -193,7 +193,7 @@ def run_in_context(
     """Decompose the same queries under several numbers of demonstrations.
 
     Args:
-        analyzer: of a causal language model, with its tokenizer.
+        analyzer: the analyzer of a causal language model, with its tokenizer.
         config: settings.
         pairs: see `in_context_prompts`.
 

@@ -105,12 +105,12 @@ class PlantedResult(StudyResult):
     """Cues found by every method, on sentences with two or more.
 
     Attributes:
-        seeds: of the task and of everything fitted to it.
+        seeds: the seeds of the task and of everything fitted to it.
         factors: the outcome of every seed.
-        errors: of every seed's model.
+        errors: the errors of every seed's model.
         layers: whose hidden states the activation methods read, the best for the autoencoder, seed by seed.
-        config: of the task.
-        comparison: of the methods.
+        config: the settings of the task.
+        comparison: the comparison of the methods.
     """
 
     seeds: list[int]

@@ -36,8 +36,8 @@ def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -
 
     Args:
         features: (n, m).
-        attributes: of the n examples; those that fewer than 3 examples of `choose` have or lack, or that have one class
-            among the others, are left out.
+        attributes: the attributes of the n examples; those that fewer than 3 examples of `choose` have or lack, or
+            that have one class among the others, are left out.
         choose: (n,) bool.
 
     Raises:
@@ -105,12 +105,12 @@ def diagnose(
 
     Args:
         states: hidden states (n, h).
-        pefs: of the same examples.
-        decomposition: of these PEFs; its number of components is that of the clusters.
-        attributes: of the examples.
-        config: of the measurement, as for `run_factors`.
+        pefs: the PEFs of the same examples.
+        decomposition: the decomposition of these PEFs; its number of components is that of the clusters.
+        attributes: the attributes of the examples.
+        config: the settings of the measurement, as for `run_factors`.
         probed: {name: (n, m)}, further representations to probe.
-        n_restarts: of k-means.
+        n_restarts: the number of restarts of k-means.
 
     Returns:
         {what is read: {attribute: AUROC}}.

@@ -32,11 +32,11 @@ class PromptTask:
     """A task.
 
     Attributes:
-        name: of its file.
+        name: the name of its file.
         dataset: id on the Hub.
-        template: of the prompt, with the data set's columns in braces.
+        template: the template of the prompt, with the data set's columns in braces.
         subset: the data set's configuration, or None.
-        split: of the data set.
+        split: the split of the data set.
         label: the column of the class, or None.
         verbaliser: the word of every class, or "names" for the data set's own class names.
         answers: the column of accepted answers where there are no classes; dots lead into dictionaries.
@@ -195,8 +195,8 @@ class TaskResult(StudyResult):
         examples: how many prompts.
         excluded: {why: how many rows}.
         accuracy: share of prompts whose likeliest next token begins an accepted answer.
-        decomposition: of the prompts.
-        factors: of the annotated columns, or None where there are none that can be measured.
+        decomposition: the decomposition of the prompts.
+        factors: the factors of the annotated columns, or None where there are none that can be measured.
         reason: why there are no factors.
     """
 
@@ -255,10 +255,10 @@ def run_task(
     """PEFs of a task's prompts, their components, and how these match the annotated columns.
 
     Args:
-        analyzer: of a causal language model.
+        analyzer: the analyzer of a causal language model.
         prompts: from `make_prompts`.
         task: the same.
-        config: of the decomposition and what it is compared with.
+        config: the settings of the decomposition and what it is compared with.
         factors: how the columns are measured.
 
     Raises:

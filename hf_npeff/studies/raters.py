@@ -43,7 +43,7 @@ class InferenceChat:
     Args:
         client: the client, with its token and provider.
         model: its id.
-        max_tokens: of an answer.
+        max_tokens: the most tokens of an answer.
 
     Example:
         >>> from huggingface_hub import InferenceClient
@@ -71,8 +71,8 @@ class LocalChat:
     Args:
         model: a causal language model.
         tokenizer: its own, with a chat template.
-        name: of the rater.
-        max_tokens: of an answer.
+        name: the name of the rater.
+        max_tokens: the most tokens of an answer.
 
     Raises:
         ValueError: if the tokenizer has no chat template.

@@ -30,7 +30,7 @@ class RatingTask:
     """What a rater sees.
 
     Attributes:
-        id: of the task; says nothing of the method.
+        id: the id of the task; says nothing of the method.
         shown: texts that have the theme.
         choices: texts, some of which have it.
     """
@@ -118,7 +118,7 @@ class RatingStudy:
 
         Args:
             methods: coefficients of the same n examples.
-            texts: of these examples.
+            texts: the texts of these examples.
             config: settings.
 
         Raises:

@@ -154,11 +154,11 @@ def run_selectivity(
     random, so that no method's own ranking decides.
 
     Args:
-        analyzer: of the model.
+        analyzer: the analyzer of the model.
         methods: those without interventions are reported as excluded.
         dataset: the examples of the coefficients, in their order.
-        attributes: of these examples.
-        factors: of the same methods and attributes.
+        attributes: the attributes of these examples.
+        factors: the factors of the same methods and attributes.
         config: settings.
 
     Raises:

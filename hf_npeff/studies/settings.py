@@ -33,21 +33,21 @@ class ComparisonConfig:
     """How the methods are fitted.
 
     Attributes:
-        n_components: of every method: components, clusters, features.
+        n_components: the number of components of every method: components, clusters, features.
         methods: which, of npeff, gradient_clustering, sae, kmeans, nmf and random; all by default.
-        power: of NPEFF's PEFs; see DecompositionConfig.
-        balance: of NPEFF's modules; see DecompositionConfig.
-        n_restarts: of NPEFF, of k-means, and of gradient clustering, alike.
+        power: the power of NPEFF's PEFs; see DecompositionConfig.
+        balance: the balance of NPEFF's modules; see DecompositionConfig.
+        n_restarts: the number of restarts of NPEFF, of k-means, and of gradient clustering, alike.
         sae_expansion: further rows for autoencoders with this many times as many features; 1 for none.
         sae_k: features of an example that TopK keeps.
         sae_kind: "topk" or "l1".
         sae_l1: weight of the L1 penalty.
-        sae_steps: of the autoencoder's training.
+        sae_steps: the number of steps of the autoencoder's training.
         layer: whose output the activation methods read; negative numbers count from the end.
         position: "first", "last", or "auto": first for encoders with a classifier, else last.
         seeds: fits of every method, with other seeds, for the stability; 1 for none.
         batch_size: examples of a forward pass.
-        seed: of everything random.
+        seed: the seed of everything random.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -91,7 +91,7 @@ class FactorsConfig:
         top: examples of a component whose purity is taken.
         min_count: examples that have, and that lack, an attribute in each half, at least.
         at_least: measure only examples with at least so many attributes.
-        seed: of the halves.
+        seed: the seed of the halves.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -118,7 +118,7 @@ class SelectivityConfig:
         n_others: examples that lack it.
         max_attributes: the most attributes, those with the most examples first.
         batch_size: examples of a forward pass.
-        seed: of the examples drawn.
+        seed: the seed of the examples drawn.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -152,9 +152,9 @@ class PlantedConfig:
         unlikely: the same elsewhere.
         n_train: sentences to train on.
         n: sentences to analyse.
-        steps: of training.
+        steps: the number of steps of training.
         hidden: width of the model, of two layers.
-        seed: of the data and the model.
+        seed: the seed of the data and the model.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -187,11 +187,11 @@ class RatingsConfig:
     """What raters are shown.
 
     Attributes:
-        features: of every method, drawn at random.
+        features: the number of features of every method, drawn at random.
         shown: top examples that show the theme.
         members: further top examples, to be picked.
         distractors: examples of the lower half, not to be picked.
-        seed: of everything drawn, and of the order.
+        seed: the seed of everything drawn, and of the order.
 
     Raises:
         ValueError: if a number is out of range.
@@ -213,14 +213,14 @@ class InContextConfig:
     """What is asked, and how it is decomposed.
 
     Attributes:
-        queries: of every relation.
+        queries: the number of prompts of every relation.
         shots: numbers of demonstrations, rising.
         shuffled: whether every condition comes again with shuffled answers.
-        n_components: of the decomposition of all prompts together.
-        power: of the PEFs; see DecompositionConfig.
-        n_restarts: of the decomposition.
+        n_components: the number of components of the decomposition of all prompts together.
+        power: the power of the PEFs; see DecompositionConfig.
+        n_restarts: the number of restarts of the decomposition.
         batch_size: prompts of a forward pass.
-        seed: of everything drawn.
+        seed: the seed of everything drawn.
 
     Raises:
         ValueError: if a setting is out of its range.

@@ -59,7 +59,7 @@ def word_relation_prompts(queries: int = 32, shots: int = 4, seed: int = 0) -> l
     Args:
         queries: prompts a relation; where it has fewer pairs, words come again under other demonstrations.
         shots: solved pairs before the query.
-        seed: of the choice of demonstrations.
+        seed: the seed of the choice of demonstrations.
 
     Returns:
         Dictionaries with `text`, `word`, `answer` and `relation`, in a random order. (A column `query`

@@ -31,7 +31,7 @@ class LinearDelta:
     Attributes:
         left: ΔW itself, or B (out, r).
         right: A (r, in) with ΔW = BA; None where `left` is whole.
-        experts: of fused experts, how many ΔW_e lie one below the other.
+        experts: the experts of fused experts, how many ΔW_e lie one below the other.
     """
 
     left: Tensor

@@ -139,7 +139,7 @@ class Adapter(Readable):
         retained_by_weight: the same for every weight.
         about: the direction that it is made of, for the card; None writes none.
         architecture: transformers' class that loads the base model, for the card.
-        shapes: of the parameters, where the tensors do not tell them (SHiRA).
+        shapes: the shapes of the parameters, where the tensors do not tell them (SHiRA).
         weights: hash of the base model's weights, kept as `base_model_weights` in the safetensors file's metadata.
 
     Example:
@@ -254,7 +254,7 @@ class Adapter(Readable):
             ValueError: if it is not known what the adapter is about, or the license or a data set's id is malformed.
         """
         if self.about is None:
-            raise ValueError("this adapter was not made from a component's direction; there is nothing to tell of it")
+            raise ValueError("this adapter was made from no direction of this library; its card has nothing to say")
         return adapter_card(
             self.about,
             kind=_KINDS[self.kind],

@@ -108,7 +108,7 @@ def cosines(
     """The exact cosine of every component, as exact lifting would give it, with several changes.
 
     Args:
-        decomposition: of `pefs`.
+        decomposition: the decomposition of `pefs`.
         pefs: those that were decomposed.
         products: ⟨A_ic, Δ_m⟩ of unscaled rows (n, c, m).
         norms: ‖Δ_m‖ over what is analysed.
@@ -135,7 +135,7 @@ def growth(before: Tensor, after: Tensor, counts: Tensor) -> tuple[list[Growth],
     Args:
         before: W (n, r) of the examples' PEFs before.
         after: the same after, with the same components.
-        counts: of the bootstrap, see `bootstrap_counts`.
+        counts: the counts of the bootstrap, see `bootstrap_counts`.
     """
     difference = after.double() - before.double()
     intervals = intervals_of(counts @ difference / len(difference))

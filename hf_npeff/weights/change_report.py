@@ -94,7 +94,7 @@ class ChangeReport:
         norm: ‖Δ‖ over all that changed.
         modules: {parameter: share of ‖Δ‖²}, the largest first.
         outside: {changed parameter that is not analysed: its share of the norm}, the largest first.
-        kl: of every example between both models, in nats, in the decomposition's order.
+        kl: the kl of every example between both models, in nats, in the decomposition's order.
         kl_interval: 95% bootstrap interval of its mean.
         predicted: the same to second order from the rows, ½ Σ_c ⟨A_ic, Δ⟩².
         components: a `ComponentChange` each, the largest mean KL first, added ones last.

@@ -74,7 +74,7 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
         ValueError: if they do not fit the tensors, or anything is of another type than is written.
     """
     if not isinstance(layouts, dict) or not isinstance(info, dict) or set(layouts) != set(tensors):
-        raise ValueError("the parameters are others")
+        raise ValueError("the parameters in config.json are not those in the file")
     if wrong := [name for name, layout in layouts.items() if layout not in get_args(Layout)]:
         raise ValueError(f"there is no such layout: {layouts[wrong[0]]!r}")
     if wrong := [name for name, t in tensors.items() if not t.is_floating_point() or t.dtype.itemsize < 2]:
@@ -100,7 +100,7 @@ def facts_of(
     """What cards say of a direction.
 
     Args:
-        info: of the direction.
+        info: the `info` of the direction.
         report: what `evaluate_direction` measured.
         decomposition: whose top examples are shown.
         include_texts: show their texts; ids and predictions otherwise.

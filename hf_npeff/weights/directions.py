@@ -113,7 +113,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
         Args:
             before: a loaded model, a folder, or an id on the Hub; an adapter of PEFT brings its base model.
             after: the same of the other end.
-            task: of the head, where a checkpoint's architecture does not tell it.
+            task: the task of the head, where a checkpoint's architecture does not tell it.
             dtype: in which checkpoints are loaded.
             revisions: branches, tags or commits of the two checkpoints.
             **where: `token`, `cache_dir` and `local_files_only` of downloads.
@@ -154,9 +154,9 @@ class ParameterDirection(Readable, DirectionArithmetic):
             adapter: a folder, an id on the Hub, {adapter: weight} of several, whose changes are added up, or a model
                 that PEFT wrapped, whose adapters act now.
             base: the base model: loaded, a folder or an id; None loads the one that the adapter names.
-            task: of the head, where the base model's architecture does not tell it.
+            task: the task of the head, where the base model's architecture does not tell it.
             dtype: in which the base model is loaded.
-            revision: of the adapter.
+            revision: the revision of the adapter.
             check_base: refuse an adapter that names another base model on the Hub, or other weights of it.
             **where: `token`, `cache_dir` and `local_files_only` of downloads.
 
@@ -286,7 +286,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
         """scale·direction as an adapter.
 
         Args:
-            rank: of a LoRA's modules, or SHiRA's r.
+            rank: the rank of a LoRA's modules, or SHiRA's r.
             scale: the length of the step, for instance a `PerturbationReport`'s.
             kind: "lora" (truncated SVD), "shira" (sparse) or "delta" (dense, for `ParameterDirection.from_pretrained`).
             model: needed where norms are part of the direction, which PEFT stores whole.

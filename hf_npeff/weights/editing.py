@@ -158,12 +158,12 @@ def lift_contrast(
     """The direction that moves some examples most for what it does to others, lifted.
 
     Args:
-        forward: of the model.
-        pefs: of all examples.
+        forward: the forward pass of the model.
+        pefs: the PEFs of all examples.
         examples: theirs.
         contrast: which are to move, which are to stay, (n,) bool each.
         request: ridge, keep, memory, batch size.
-        sketch: of the PEFs.
+        sketch: the sketch of the PEFs.
         device: where it is solved for.
     """
     if request.keep is not None:

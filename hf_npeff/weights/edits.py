@@ -78,7 +78,7 @@ def changes_by_id(change: Mapping[Any, float], ids: Sequence[str]) -> Wanted:
     """Changes of named examples.
 
     Raises:
-        ValueError: if there are none, an id is unknown, or a change is no finite number or all are 0.
+        ValueError: if there are none, an id is unknown, a change is not finite, or all changes are 0.
     """
     if not isinstance(change, Mapping) or not change:
         raise ValueError("change= needs {example id: nats}, with at least one example")
@@ -224,7 +224,7 @@ def solve(space: RowSpace, targets: Tensor, kept: Tensor | None, ridge: Ridge) -
     """The weight change that moves rows by targets and leaves others alone.
 
     Args:
-        space: of the rows.
+        space: the space of the rows.
         targets: t (n, c).
         kept: (n', c', m), coordinates of further rows that are not to move, or None.
         ridge: λ over the largest eigenvalue of XᵀX + X_keepᵀX_keep, or "auto".

@@ -47,7 +47,7 @@ class Watched:
         groups: {group: its examples}, "all" among them.
         before: predictions of the model before the change.
         describe: an answer in words.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
     """
 
     examples: list[Example]
@@ -95,7 +95,7 @@ class Seen:
     Attributes:
         after: {scale: predictions}, 1 among them.
         products: inner products (n, c, 3) of unscaled rows with the change, a random and a shuffled one.
-        norms: of the three, over what is analysed.
+        norms: the norms of the three, over what is analysed.
         size: how many numbers are analysed.
         analysed: names of the analysed parameters.
     """

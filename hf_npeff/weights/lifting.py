@@ -63,7 +63,7 @@ def plan(
     """All of lifting that needs no model.
 
     Args:
-        decomposition: of `pefs`.
+        decomposition: the decomposition of `pefs`.
         wanted: components.
         pefs: those that were decomposed.
         request: method and form.
@@ -106,7 +106,7 @@ def lift_components(
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposition: of `pefs`.
+        decomposition: the decomposition of `pefs`.
         plans: as `plan` made them.
         pefs: those that were decomposed.
         examples: theirs, in their order.
@@ -156,7 +156,7 @@ def lift_combination(
     """One combination of unscaled rows in parameter space, of the length that it has.
 
     Args:
-        forward: of the model that made the rows.
+        forward: the forward pass of the model that made the rows.
         pefs: theirs.
         examples: theirs, in their order.
         coefficients: (n, c).
@@ -355,7 +355,7 @@ def select(decomposition: Decomposition, components: int | Sequence[int]) -> lis
 
     Raises:
         IndexError: if one does not exist.
-        ValueError: if there are none, or what should be the decomposition is none.
+        ValueError: if no component is named, or what should be the decomposition is not one.
     """
     if not isinstance(decomposition, Decomposition):
         raise ValueError(f"expected a Decomposition first, but got {type(decomposition).__name__}")

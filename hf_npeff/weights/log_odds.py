@@ -66,7 +66,7 @@ def outcomes_of(outcome: int | str | None, naming: Naming, n: int, kind: type[Di
         naming: how names become numbers.
         n: examples.
         kind: what the model predicts.
-        k: of how many classes, labels, tokens or numbers.
+        k: the number of classes, labels, tokens or numbers.
 
     Raises:
         ValueError: if it names no outcome, or an example has none.
@@ -141,7 +141,7 @@ def observe(
     """One forward pass over the examples, in their order.
 
     Args:
-        forward: of the model.
+        forward: the forward pass of the model.
         examples: n of them.
         outcomes: a number each.
         batch_size: examples of a batch.

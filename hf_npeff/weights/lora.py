@@ -61,7 +61,7 @@ def lora(
     Args:
         deltas: {parameter name: ΔW}, shaped like the parameters.
         layouts: what every parameter is.
-        rank: of every module; smaller matrices are zero-padded.
+        rank: the rank of every module; smaller matrices are zero-padded.
         scale: the deltas are multiplied with it.
         info: `model`, `revision` and `task`.
         absolute: the norms' weights in the model: PEFT stores those whole.

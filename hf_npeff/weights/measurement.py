@@ -217,7 +217,7 @@ def measure(
     Args:
         forward: the forward pass.
         change: a direction, or an adapter of linear maps.
-        examples: of any data.
+        examples: examples of any data.
         truth: the label of each, as `Predictions.answers` gives answers, or None.
         request: how.
 

@@ -82,7 +82,7 @@ def watch(
 
     Args:
         forward: the forward pass.
-        info: of the PEFs or the decomposition: the task, and names of classes.
+        info: the `info` of the PEFs or the decomposition: the task, and names of classes.
         column: the labels of all analysed examples, or None.
         watched: the numbers of those that are watched, and themselves.
         before: what the model predicts for them.
@@ -109,7 +109,7 @@ def labels_of(info: Mapping[str, Any], column: Sequence[Any], distribution: str,
     """A column of labels as the model's classes or numbers.
 
     Args:
-        info: of the PEFs or the decomposition: the task, and names of classes.
+        info: the `info` of the PEFs or the decomposition: the task, and names of classes.
         column: the labels.
         distribution: what the model predicts: "softmax", "bernoulli" or "gaussian".
         k: its classes, labels, choices or numbers.

@@ -51,7 +51,7 @@ def made_selective(
     """The plans of components, made selective.
 
     Args:
-        decomposition: of `pefs`.
+        decomposition: the decomposition of `pefs`.
         plans: with coefficients.
         pefs: those that were decomposed.
         request: ridge, what else to keep, memory. Where `selective` is None, a component that leaves nothing alone

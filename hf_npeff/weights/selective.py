@@ -53,7 +53,7 @@ class Contrast:
     """What is to move and what is not, in the coordinates of a `RowSpace`.
 
     Attributes:
-        space: of the rows that were decomposed.
+        space: the space of the rows that were decomposed.
         wanted: (n,) how much each of their examples is wanted to move: coefficients of the component, or 1 and 0.
         alone: (n,) bool, which of them are to be left alone.
         kept: (n', c', m), coordinates of further rows to be left alone, or None.

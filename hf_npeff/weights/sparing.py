@@ -177,7 +177,7 @@ def spared(
 
     Args:
         deltas: {parameter: δ₀ (out, in)}.
-        moments: of the inputs.
+        moments: the moments of the inputs.
         ridge: λ.
         rank: what every weight's change is cut to; None leaves it whole.
 

@@ -41,7 +41,7 @@ class Steps:
 
     Args:
         forward: the forward pass.
-        direction: of unit norm.
+        direction: a direction of unit norm.
         batch_size: examples of a forward pass.
     """
 
@@ -124,9 +124,9 @@ def predicted_step(
     """The step at which the stored rows predict a mean KL: KL_i ≈ ½ step² Σ_c ⟨A_ic, δ⟩².
 
     Args:
-        sketch: of the PEFs.
+        sketch: the sketch of the PEFs.
         pefs: the rows A_ic.
-        indices: of the examples.
+        indices: the indices of the examples.
         deltas: δ.
         target: mean KL, in nats.
 

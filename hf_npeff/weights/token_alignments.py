@@ -41,9 +41,9 @@ class TokenAlignment:
         example: the example's position among the analysed ones.
         alignment: N_ij, for the example's PEF as it was decomposed: of unit norm, balanced, to its power.
         tokens: what stands at each position; None where the input is no text.
-        contributions: of each position; with `unplaced` they sum to `alignment`.
-        unplaced: of weights that are used at no position of the input: pooled heads, decoders, and parameters that
-            hooks do not see (biases, norms, embeddings).
+        contributions: the contribution of each position; with `unplaced` they sum to `alignment`.
+        unplaced: the contribution of weights that are used at no position of the input: pooled heads, decoders, and
+            parameters that hooks do not see (biases, norms, embeddings).
     """
 
     component: int
@@ -60,7 +60,8 @@ class TokenCollector(Receiver):
     Args:
         sketch: P.
         g: (d,).
-        positions: of an example in the input; a module that runs at another number of positions is not placed.
+        positions: the number of positions of an example in the input; a module that runs at another number of
+            positions is not placed.
         placed: whether a parameter is used at positions of the input at all.
     """
 
@@ -132,7 +133,7 @@ def token_alignments(
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposition: of `pefs`.
+        decomposition: the decomposition of `pefs`.
         pefs: those that were decomposed, with their cotangents.
         examples: theirs, in their order.
         chosen: {component: examples}; those on which a component's coefficient is zero are left out.

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md and its figures from the figures that the other scripts kept.
+"""Writes docs/benchmarks.md, its figures and the README's table of speed from what the other scripts kept.
 
 python -m tests.benchmarks.report
 """
@@ -10,10 +10,13 @@ from typing import Any
 
 from tests.benchmarks import figures
 from tests.benchmarks.measure import kept
-from tests.benchmarks.report_rows import fidelity_section, rows_section
+from tests.benchmarks.report_rows import fidelity_section, rows_section, speed_table
 from tests.benchmarks.tables import image, machine_of, number, table
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGE = REPOSITORY / "docs" / "benchmarks.md"
+README = REPOSITORY / "README.md"
+SPEED_MARK = "<!-- speed -->"
 INTRODUCTION = """# How fast, against whom
 
 Every figure of time is a ratio of two things that took turns in one process (medians of at least five rounds of the
@@ -234,6 +237,8 @@ SECTIONS = {
 def main() -> None:
     parts = [INTRODUCTION] + [section() for name, section in SECTIONS.items() if kept(name)]
     PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    before, _, after = README.read_text(encoding="utf-8").split(SPEED_MARK)
+    README.write_text(f"{before}{SPEED_MARK}\n{speed_table()}\n{SPEED_MARK}{after}", encoding="utf-8")
     print(f"{PAGE}: {len(parts) - 1} of {len(SECTIONS)} sections")
 
 

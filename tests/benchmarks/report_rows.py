@@ -8,6 +8,15 @@ from tests.benchmarks import figures
 from tests.benchmarks.measure import kept
 from tests.benchmarks.tables import image, machine_of, number, table, verdict
 
+SPEED = {
+    "kronecker 16": 'hf_npeff, `sketch="kronecker"`',
+    "auto": 'hf_npeff, `sketch="auto"` (default)',
+    "torch.func, no sketch": "torch.func, whole gradients",
+    "bergson": "bergson",
+    "dattri": "dattri",
+    "dattri-llm": "dattri-llm",
+}
+"""The ways to make rows that the README shows, and their names there."""
 FACTORS = ("spectral", "projection", "sampling")
 ROWS = """## Rows: time, memory and fidelity together
 
@@ -82,6 +91,22 @@ def spread(values: dict[str, Any]) -> str:
     """The median ratio, and the least and the largest of the rounds."""
     low, high = values.get("range", (None, None))
     return number(values["ratio"]) + (f" ({number(low)}–{number(high)})" if low is not None else "")
+
+
+def speed_table() -> str:
+    """The README's table: time over the floor, and error, of a few ways on every model."""
+    models = all_rows()
+    lines = []
+    for way, name in SPEED.items():
+        cells = []
+        for ways in models.values():
+            figures_of_way = ways.get(way, {})
+            # Rows that nothing shortened are what errors are measured against.
+            error = 0.0 if way == "torch.func, no sketch" else figures_of_way.get("error")
+            ratio = figures_of_way.get("ratio")
+            cells.append("–" if ratio is None else f"{number(ratio)} × / {number(error)}")
+        lines.append((name, *cells))
+    return table(("time over the floor / error", *models), lines)
 
 
 def rows_verdicts(models: dict[str, dict[str, Any]]) -> str:
