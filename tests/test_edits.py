@@ -180,6 +180,37 @@ def test_half_is_moved_from_each_side_where_both_are_as_many() -> None:
     assert removal("cue", None, columns, values).changes.tolist()[:2] == [pytest.approx(16 / 6 - 1 / 3)] * 2
 
 
+def test_towards_the_highest_the_others_get_its_distribution_rank_by_rank() -> None:
+    """Oracle: quantiles by hand; the highest value is found within each label, and its examples stay."""
+    values = torch.tensor([4.0, 0.0, 2.0, 10.0, 12.0, 11.0, 5.0, 5.0, 1.0], dtype=torch.float64)
+    columns: dict[str, Any] = {"cue": [0, 0, 0, 1, 1, 1, 0, 0, 1], "label": ["a"] * 6 + ["b"] * 3}
+    wanted = removal("cue", "label", columns, values, "highest")
+    # Of 10, 11 and 12 the quantiles at 1/6, 1/2 and 5/6, at places 1/3, 1 and 5/3 between them.
+    moved = [12 - 1 / 3, 10 + 1 / 3, 11, 10, 12, 11, 5, 5, 5]
+    assert (values + wanted.changes).tolist() == pytest.approx(moved)
+    assert wanted.names == ["cue=0, label=a", "cue=1, label=a", "cue=0, label=b", "cue=1, label=b"]
+    assert wanted.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+
+
+def test_an_edit_towards_the_highest_moves_only_the_other_side(binary: Made) -> None:
+    """Oracle: log-odds of each example's label by plain autograd's forward pass, before and after."""
+    analyzer, data, pefs = binary
+    signs = torch.tensor([2.0 * e["label"] - 1 for e in data], dtype=torch.float64)
+    before = signs * log_odds(analyzer, data, 1)[0]
+    pefs = pefs[:]
+    one = signs > 0
+    cue = torch.where(one, before > before[one].median(), before > before[~one].median())
+    pefs.columns["cue"] = cue.tolist()
+    direction = analyzer.edit(pefs, data, remove="cue", outcome="label", towards="highest", ridge=1e-6, iterations=2)
+    with direction.applied_to(analyzer.model):
+        after = signs * log_odds(analyzer, data, 1)[0]
+    assert direction.info["towards"] == "highest" and len(direction.info["changes"]) == 4
+    for label in (one, ~one):
+        gap, left = (float(values[label & cue].mean() - values[label & ~cue].mean()) for values in (before, after))
+        assert gap > 0 and abs(left) < 0.5 * gap
+        assert float((after - before)[label & cue].abs().mean()) < 0.3 * gap
+
+
 # Steps
 
 
@@ -262,6 +293,7 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
         ({"remove": "cue", "given": "topic"}, "no column"),
         ({"remove": "cue", "ridge": -1}, "ridge"),
         ({"remove": "cue", "iterations": 0}, "iterations"),
+        ({"remove": "cue", "towards": "lowest"}, "towards"),
         ({"remove": "content_hash"}, "few values"),
     ]
     for settings, words in wrong:

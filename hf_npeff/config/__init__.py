@@ -23,6 +23,7 @@ from hf_npeff.config.choices import (
     SparseSolver,
     SpectralMetric,
     StorageDtype,
+    Towards,
 )
 from hf_npeff.config.kept import DecompositionConfig, FisherConfig
 from hf_npeff.config.measurements import (
@@ -63,6 +64,7 @@ __all__ = [
     "SparseSolver",
     "SpectralMetric",
     "StorageDtype",
+    "Towards",
     "check_choice",
     "check_integer",
     "check_positive",

@@ -17,6 +17,7 @@ LiftMethod = Literal["exact", "adjoint", "compressed_sensing"]
 LiftForm = Literal["auto", "plain", "metric"]
 SparseSolver = Literal["iht", "fista"]
 Ridge = float | Literal["auto"]
+Towards = Literal["mean", "highest"]
 
 BATCH_SIZE = 8
 """Examples of a forward pass. Chosen: a batch of prompts of a 7B model fits beside its weights on one GPU, and smaller

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_npeff.config.checks import check_choice, check_integer, check_positive, check_ridge, is_count
-from hf_npeff.config.choices import BATCH_SIZE, NO_OPTION, LiftForm, LiftMethod, OnError, Ridge, SparseSolver
+from hf_npeff.config.choices import BATCH_SIZE, NO_OPTION, LiftForm, LiftMethod, OnError, Ridge, SparseSolver, Towards
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,9 @@ class EditRequest:
         remove: column whose influence is to be taken out, instead: the mean log-odds of the examples with each of its
             values move to the mean of all, which stays.
         given: column within each value of which `remove` compares examples; None compares all.
+        towards: where to. "mean": as above. "highest": the examples of the value with the highest mean log-odds stay,
+            and those of the others get their log-odds, rank by rank. With the label as the outcome that is the value
+            with which the model is right, so that what it does there is what it is to do everywhere.
         outcome: whose log-odds: the number of a class, label, token or output; the name of a class; a text of one
             token; or a column that holds one for every example. None where there is one only, or two classes.
         keep: PEFs of other data, of the same sketch and weights, that are to be left alone too.
@@ -162,6 +165,7 @@ class EditRequest:
     change: Any = field(default=None, metadata=NO_OPTION)
     remove: str | None = None
     given: str | None = "label"
+    towards: Towards = "mean"
     outcome: int | str | None = field(default=None, metadata=NO_OPTION)
     keep: Any = field(default=None, metadata=NO_OPTION)
     ridge: Ridge = "auto"
@@ -172,6 +176,7 @@ class EditRequest:
 
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
+        check_choice("towards", self.towards, Towards)
         if min(self.iterations, self.batch_size) < 1 or (self.memory_budget is not None and self.memory_budget < 1):
             raise ValueError(
                 "iterations, batch_size and memory_budget must be at least 1, but they are "

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from hf_npeff.config import ComputeRequest, EditRequest, Ridge
+from hf_npeff.config import ComputeRequest, EditRequest, Ridge, Towards
 from hf_npeff.data import Example, Examples
 from hf_npeff.fisher.compute import compute
 from hf_npeff.fisher.outputs import traits_of
@@ -87,6 +87,7 @@ class EditedModel(MovableModel):
         change: Any = EditRequest.change,
         remove: str | None = EditRequest.remove,
         given: str | None = EditRequest.given,
+        towards: Towards = EditRequest.towards,
         outcome: int | str | None = EditRequest.outcome,
         keep: Any = EditRequest.keep,
         ridge: Ridge = EditRequest.ridge,
@@ -108,6 +109,9 @@ class EditedModel(MovableModel):
             remove: instead, a column whose influence is to be taken out: the mean log-odds of the examples with each of
                 its values move to the mean of all, which stays.
             given: `remove` compares examples with the same value of this column only; None compares all.
+            towards: "mean" is as above. "highest" leaves the examples of the value with the highest mean log-odds as
+                they are and gives those of the others their log-odds, rank by rank: with `outcome` a column of labels,
+                what the model does where the column helps it is what it is to do where the column misleads it.
             outcome: whose log-odds: the number of a class, label, token or output; a class's name; a text of one token;
                 or a column that holds one for every example. None where there is one only, or two classes.
             keep: PEFs of other data, of the same sketch and weights, that are to be left alone too.
@@ -135,6 +139,7 @@ class EditedModel(MovableModel):
             change=change,
             remove=remove,
             given=given,
+            towards=towards,
             outcome=outcome,
             keep=keep,
             ridge=ridge,
@@ -188,6 +193,8 @@ class EditedModel(MovableModel):
             after = observe(forward, examples, goal.outcomes, request.batch_size)
         made = {"method": "edit", "steps": steps, **info}
         made |= {"remove": request.remove, "given": request.given if request.remove else None}
+        if request.remove:
+            made["towards"] = request.towards
         total.info.update(made | outcome_info(goal, after, predicted))
         return total
 

@@ -72,7 +72,7 @@ def goal_of(
     before = observe(forward, examples, outcomes, request.batch_size)
     if wanted is None:
         assert request.remove is not None
-        wanted = removal(request.remove, request.given, pefs.columns, before.values)
+        wanted = removal(request.remove, request.given, pefs.columns, before.values, request.towards)
     return Goal(outcomes, wanted, before)
 
 

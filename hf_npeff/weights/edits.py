@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_npeff.config import Ridge, check_ridge
+from hf_npeff.config import Ridge, Towards, check_ridge
 from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
 from hf_npeff.weights.row_space import RowSpace
 from hf_npeff.weights.selective import RIDGES, folds_of
@@ -95,17 +95,27 @@ def changes_by_id(change: Mapping[Any, float], ids: Sequence[str]) -> Wanted:
     return Wanted(changes, groups, [str(name) for name in change])
 
 
-def removal(column: str, given: str | None, columns: Mapping[str, Sequence[Any]], values: Tensor) -> Wanted:
+def removal(
+    column: str,
+    given: str | None,
+    columns: Mapping[str, Sequence[Any]],
+    values: Tensor,
+    towards: Towards = "mean",
+) -> Wanted:
     """What takes the influence of a column out: within each value of `given`, log-odds do not depend on it any more.
 
-    The mean log-odds of the examples with each value of the column are moved to the mean of all with that value of
-    `given`, which stays where it is: half from each side where both are equally many.
+    Towards the "mean": the mean log-odds of the examples with each value of the column are moved to the mean of all
+    with that value of `given`, which stays where it is: half from each side where both are equally many. Towards the
+    "highest": the distribution of log-odds becomes that of the value with the highest mean, whose examples stay. Each
+    of the other examples goes to the quantile there that it has among its own, (rank − ½) / number, which is the least
+    motion that does it (optimal transport in one dimension; as data are repaired by Feldman et al. 2015).
 
     Args:
         column: whose influence is taken out.
         given: within each value of this column; None for all examples together.
         columns: {name: values}.
         values: (n,) log-odds.
+        towards: where to.
 
     Raises:
         ValueError: if a column is missing, has one value only or as many as examples, or values are missing.
@@ -128,10 +138,14 @@ def removal(column: str, given: str | None, columns: Mapping[str, Sequence[Any]]
         if len(present) < 2:
             alone.append(label)
             continue
-        mean = values[mine].mean()
-        for value in present:
-            which = [i for i in mine if attribute[i] == value]
-            changes[which], groups[which] = mean - values[which].mean(), len(names)
+        members = {value: [i for i in mine if attribute[i] == value] for value in present}
+        highest = max(present, key=lambda value: float(values[members[value]].mean()))
+        for value, which in members.items():
+            if towards == "mean":
+                changes[which] = values[mine].mean() - values[which].mean()
+            elif value != highest:
+                changes[which] = matched(values[which], values[members[highest]]) - values[which]
+            groups[which] = len(names)
             names.append(f"{column}={value}" + ("" if given is None else f", {given}={label}"))
     if not names:
         raise ValueError(f"within each value of {given!r} the column {column!r} has one value only: nothing to compare")
@@ -140,6 +154,12 @@ def removal(column: str, given: str | None, columns: Mapping[str, Sequence[Any]]
             "where %s is %s, %s has one value only: these examples are to stay as they are", given, alone, column
         )
     return Wanted(changes, groups, names)
+
+
+def matched(values: Tensor, others: Tensor) -> Tensor:
+    """The quantiles of other numbers (k,) that numbers (n,) have among themselves, with interpolation."""
+    ranks = values.argsort(stable=True).argsort(stable=True).to(others)
+    return torch.quantile(others, (ranks + 0.5) / len(values))
 
 
 def _values(name: str, columns: Mapping[str, Sequence[Any]]) -> list[Any]:
