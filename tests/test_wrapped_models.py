@@ -178,3 +178,42 @@ def test_an_adapter_of_a_tied_linear_weight_moves_all_of_its_modules(tmp_path: P
             moved = model(ids).logits
         assert float((moved - before).norm() / before.norm()) > 0.01
         torch.testing.assert_close(loaded(ids).logits, moved, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "name", "places"),
+    [
+        ("qwen3", "causal-lm", "model.embed_tokens.weight", 2),
+        ("gpt2", "causal-lm", "transformer.wte.weight", 2),
+        ("bert", "masked-lm", "bert.embeddings.word_embeddings.weight", 2),
+        ("t5", "seq2seq-lm", "shared.weight", 4),
+        ("bart", "seq2seq-lm", "model.shared.weight", 4),
+    ],
+)
+def test_an_adapter_of_a_tied_embedding_acts_in_all_places_that_share_it(
+    family: str, task: str, name: str, places: int, tmp_path: Path
+) -> None:
+    """Oracle: W + ΔW in the model itself, by `applied_to`, against the adapter as PEFT loads it onto a fresh model.
+
+    Encoder-decoders share the weight between both inputs and the head.
+    """
+    options = {"tie_word_embeddings": True} if family != "bart" else {}
+    model = tiny_model(family, task, dtype=torch.float32, **options)
+    examples = tiny_batch(model, 1, seed=0)
+    batch = collate(examples, model)
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(target_modules=(), parameters=(name,)))
+    generator = torch.Generator().manual_seed(0)
+    weight = model.get_parameter(name)
+    made = analyzer.direction_of({name: torch.randn(weight.shape, generator=generator)}, {"model": "tiny"})
+    made.save_pretrained(tmp_path / "direction")
+    direction = ParameterDirection.load(tmp_path / "direction")
+    base = model(**batch).logits.detach()
+    with direction.applied_to(model, 3.0):
+        wanted = model(**batch).logits.detach()
+    adapter = direction.to_adapter(rank=min(weight.shape), scale=3.0)
+    assert len(adapter.config["target_modules"]) == places
+    adapter.save_pretrained(tmp_path / "lora")
+    fresh = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "lora")).eval()
+    error = (fresh(**batch).logits - wanted).norm()
+    assert error <= 1e-4 * (wanted - base).norm()
+    torch.testing.assert_close(adapter.delta(name), 3.0 * direction[name], rtol=1e-4, atol=1e-5)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_module_names, bare_parameters, base_of
+from hf_npeff.fisher.bare_model import bare_parameters, base_of
 from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
 from hf_npeff.weights.adapters import Adapter, layouts_of
+from hf_npeff.weights.changes import tied_weights
 from hf_npeff.weights.directions import ParameterDirection
 
 
@@ -40,9 +41,7 @@ class MovableModel(AnalysedModel):
             deltas[name] = shaped.contiguous()
         layouts = layouts_of(self.model, deltas)
         module = type(base_of(self.model)).__module__
-        bare = bare_module_names(self.model)
-        tied = {n: [bare.get(m, m) for m in maps[n].modules] for n in deltas if n in maps and len(maps[n].modules) > 1}
-        model_info |= {"tied": tied} if tied else {}
+        model_info |= tied_weights(self.model, deltas)
         return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info}, unit=unit)
 
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:

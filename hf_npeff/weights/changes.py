@@ -167,15 +167,24 @@ def _same(first: Tensor | None, second: Tensor) -> bool:
 
 
 def tied_weights(model: nn.Module, deltas: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{"tied": {parameter: names of the linear maps that share it}} of changed weights that several share."""
+    """Which modules share a changed weight, where several do.
+
+    Returns:
+        `tied`, {parameter: names of the linear maps and embeddings that have it}, and `tied_embeddings`, those of them
+        that are embeddings; neither where no weight is shared.
+    """
     bare = bare_module_names(model)
     places: dict[int, list[str]] = {}
+    embeddings: set[str] = set()
     for path, module in model.named_modules():
-        if path in bare and is_linear(module) and not is_wrapper(module):
-            places.setdefault(id(module.weight), []).append(bare[path])
+        if path in bare and (is_linear(module) or isinstance(module, nn.Embedding)) and not is_wrapper(module):
+            weight: Any = getattr(module, "weight", None)
+            places.setdefault(id(weight), []).append(bare[path])
+            embeddings |= {bare[path]} if isinstance(module, nn.Embedding) else set()
     weights = _own_weights(model)
     tied = {name: places[id(weights[name])] for name in deltas if len(places.get(id(weights[name]), ())) > 1}
-    return {"tied": tied} if tied else {}
+    among = sorted({place for group in tied.values() for place in group} & embeddings)
+    return ({"tied": tied} if tied else {}) | ({"tied_embeddings": among} if among else {})
 
 
 def _changed_buffers(before: nn.Module, after: nn.Module) -> list[str]:

@@ -88,6 +88,9 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
         isinstance(places, list) and all(isinstance(place, str) for place in places) for places in tied.values()
     ):
         raise ValueError(f"tied is {tied!r:.200}")
+    embeddings = info.get("tied_embeddings", [])
+    if not isinstance(embeddings, list) or not all(isinstance(place, str) for place in embeddings):
+        raise ValueError(f"tied_embeddings is {embeddings!r:.200}")
     component = info.get("component")
     if component is not None and (not isinstance(component, int) or isinstance(component, bool) or component < 0):
         raise ValueError(f"component is {component!r}")

@@ -84,8 +84,11 @@ def lora(
     for name, delta in deltas.items():
         module, _, leaf = name.rpartition(".")
         if name in matrices:
-            pair, kept[name] = _lora_pair("", delta, layouts[name], rank, scale)
+            B, A, kept[name] = low_rank(delta.mT if layouts[name] == "conv1d" else delta, rank)
             for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight moves in all of its modules
+                embeds = place in (info.get("tied_embeddings") or ())
+                embeds = embeds or (place == module and layouts[name] == "embedding")
+                pair = _lora_pair(_padded(B, rank, 1), _padded(A, rank, 0), scale, embeds)
                 tensors |= {f"{PREFIX}{place}.{key}": value.clone() for key, value in pair.items()}
                 targets.append(place)
         elif name in fused:
@@ -118,12 +121,18 @@ def lora(
     return Adapter("lora", tensors, config, retained(deltas, kept), dict(layouts), kept)
 
 
-def _lora_pair(prefix: str, delta: Tensor, layout: Layout, rank: int, scale: float) -> tuple[dict[str, Tensor], float]:
-    """The two factors of a weight's delta under PEFT's names, and the share of its squared norm that they keep."""
-    # lora_B lora_A is (out, in) for both; Conv1D keeps its weight transposed, and an embedding's ΔW is (BA)ᵀ.
-    B, A, kept = low_rank(delta if layout == "linear" else delta.mT, rank)
-    names = ("lora_embedding_A", "lora_embedding_B") if layout == "embedding" else ("lora_A.weight", "lora_B.weight")
-    return {prefix + names[0]: _padded(A, rank, 0), prefix + names[1]: _padded(B, rank, 1) * scale}, kept
+def _lora_pair(B: Tensor, A: Tensor, scale: float, embeds: bool) -> dict[str, Tensor]:
+    """The factors of ΔW = BA (out, in) under PEFT's names; an embedding's are of (BA)ᵀ, with ΔW shaped like its weight.
+
+    Args:
+        B: (out, rank).
+        A: (rank, in).
+        scale: the delta is multiplied with it.
+        embeds: whether it is an embedding's.
+    """
+    if embeds:
+        return {"lora_embedding_A": B.mT.contiguous(), "lora_embedding_B": A.mT.contiguous() * scale}
+    return {"lora_A.weight": A, "lora_B.weight": B * scale}
 
 
 def _lora_of_experts(delta: Tensor, rank: int, scale: float) -> tuple[dict[str, Tensor], float]:
