@@ -52,7 +52,17 @@ class DirectionArithmetic(Mapping[str, Tensor]):
 
     def _origin(self) -> dict[str, Any]:
         """What a sum keeps of what is known."""
-        kept = ("model", "revision", "weights", "architecture", "module", "task", "tied", "tied_embeddings", "fingerprint")
+        kept = (
+            "model",
+            "revision",
+            "weights",
+            "architecture",
+            "module",
+            "task",
+            "tied",
+            "tied_embeddings",
+            "fingerprint",
+        )
         return {name: self.info[name] for name in kept if name in self.info}
 
     def __add__(self: _Self, other: object) -> _Self:
