@@ -12,7 +12,7 @@ import torch
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.fisher.distributions import Softmax
-from hf_npeff.fisher.factors import top_eigenpairs
+from hf_npeff.fisher.output_factors import top_eigenpairs
 from hf_npeff.studies.word_relations import word_relation_prompts
 
 pytestmark = pytest.mark.slow

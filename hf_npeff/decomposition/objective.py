@@ -16,7 +16,7 @@ _BLOCK = 32
 
 
 def total_energy(A: Tensor) -> Tensor:
-    """Σ_i ‖A_iA_iᵀ‖²_F of factors A (n, c, d), float64."""
+    """Σ_i ‖A_iA_iᵀ‖²_F of rows A (n, c, d), float64."""
     return (A @ A.mT).double().square().sum()
 
 

@@ -128,7 +128,7 @@ def _tf32(wanted: bool) -> Iterator[None]:
 
 
 def top_directions(A: Tensor) -> Tensor:
-    """The top eigenvectors of F_i = AᵀA for factors A (n, c, d): unit (n, d); zero rows give zeros."""
+    """The top eigenvectors of F_i = AᵀA for rows A (n, c, d): unit (n, d); zero rows give zeros."""
     _, vectors = torch.linalg.eigh((A @ A.mT).double())
     g = torch.einsum("nc,ncd->nd", vectors[..., -1].to(A.dtype), A)
     return torch.nn.functional.normalize(g, dim=1)

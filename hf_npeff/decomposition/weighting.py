@@ -29,8 +29,8 @@ def mixing_of(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
     kept = values > values[:, -1:] * 1e-6  # below, an eigenvalue of float32 rows is rounding, which γ < 1 would raise
     safe = torch.where(kept, values, 1.0)
     norm = torch.where(kept, safe.pow(2 * power), 0.0).sum(1).sqrt()
-    factors = torch.where(kept, safe.pow((power - 1) / 2), 0.0) / torch.where(norm > 0, norm, 1.0).sqrt()[:, None]
-    return (U * factors[:, None]) @ U.mT / scale
+    scales = torch.where(kept, safe.pow((power - 1) / 2), 0.0) / torch.where(norm > 0, norm, 1.0).sqrt()[:, None]
+    return (U * scales[:, None]) @ U.mT / scale
 
 
 def balanced(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:

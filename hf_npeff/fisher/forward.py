@@ -29,7 +29,7 @@ from hf_npeff.fisher.batching import (
     straddles,
 )
 from hf_npeff.fisher.fsdp import FSDPModel
-from hf_npeff.fisher.linear_maps import LinearMap
+from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
 from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
 from hf_npeff.padding import Batch
@@ -115,7 +115,7 @@ class ForwardPass:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """{parameter: (out, in)} of everything under analysis."""
-        return {m.parameter: m.shape for m in self.maps} | self.parameters
+        return shapes_of(self.maps, self.parameters)
 
     @property
     def one_at_a_time(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,13 @@ class LinearMap:
         if self.fused is None:
             return sum(self.shape)
         return (self.fused.out + self.fused.into) * min(self.fused.experts, _USUAL_SLOTS)
+
+
+def shapes_of(
+    maps: Iterable[LinearMap], parameters: Mapping[str, tuple[int, int]] | None = None
+) -> dict[str, tuple[int, int]]:
+    """{parameter: (out, in)} of linear maps, and of other parameters."""
+    return {m.parameter: m.shape for m in maps} | dict(parameters or {})
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from hf_npeff.data import Example
-from hf_npeff.fisher.factors import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import MadeOneByOne, RowCollector, backward_passes
-from hf_npeff.fisher.linear_maps import LinearMap
+from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
+from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.pefs.sketches import Sketch
 
 _PILOTS = 4
@@ -71,7 +71,7 @@ def measure_metric(
         pilots: the examples.
         seed: the seed of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
     """
-    shapes = {m.parameter: m.shape for m in maps}
+    shapes = shapes_of(maps)
     small = sum(a * b for a, b in shapes.values()) <= _IDENTITY_LIMIT
     sketch = Sketch(shapes, "identity") if small else Sketch(shapes, "kronecker", _SIDE, seed)
     sketch.to(forward.device)

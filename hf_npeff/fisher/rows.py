@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
-from hf_npeff.fisher.factors import Cotangents, HiddenMetric, cotangents, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import RowCollector, backward_passes
+from hf_npeff.fisher.output_factors import Cotangents, HiddenMetric, cotangents, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameters import sketched_rows
 from hf_npeff.fisher.selftest import SelfTest
@@ -47,7 +47,7 @@ class RowMaker:
             self.selftest.log(self.sketch, tolerance)
 
     def rows(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """All that is stored of a batch: unit-norm factors, norms, cotangents, predictions, log_probs, entropies.
+        """All that is stored of a batch: rows at unit norm, norms, cotangents, predictions, log_probs, entropies.
 
         Raises:
             NotFiniteError: if logits or gradients are not finite (the examples are named).

@@ -25,7 +25,7 @@ from hf_npeff.fisher.frozen import frozen
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.heads import finds_last_by_padding, head_of
 from hf_npeff.fisher.limits import ModelLimits
-from hf_npeff.fisher.linear_maps import by_hooks, find_linear_maps, without_parameters
+from hf_npeff.fisher.linear_maps import by_hooks, find_linear_maps, shapes_of, without_parameters
 from hf_npeff.fisher.outputs import OutputHead, traits_of
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.tasks import task_of
@@ -211,7 +211,7 @@ class AnalysedModel:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """{parameter: (out, in)} of all that is under analysis."""
-        return {m.parameter: m.shape for m in self.maps} | self.parameters
+        return shapes_of(self.maps, self.parameters)
 
     # How it is run
 

@@ -16,7 +16,7 @@ from hf_npeff.sharing.files import FORMAT_VERSION
 
 
 def given_rows(
-    factors: Tensor, fingerprint: str | None, columns: Mapping[str, Any]
+    rows: Tensor, fingerprint: str | None, columns: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, list[Any]], dict[str, Any]]:
     """The tensors, columns and info of PEFs, from (n, c, d) or (n, d) rows; see `PEFs.from_factors`.
 
@@ -24,17 +24,15 @@ def given_rows(
         ValueError: if the rows or a column are not as they should be.
     """
     columns = dict(columns)
-    if factors.dim() == 2:
-        factors = factors[:, None]
-    if factors.dim() != 3 or 0 in factors.shape or not factors.is_floating_point():
-        raise ValueError(
-            f"factors must be floating-point (n, c, d), but they are {factors.dtype} {tuple(factors.shape)}"
-        )
-    if not bool(torch.isfinite(factors).all()):
-        bad = (~torch.isfinite(factors).flatten(1).all(1)).nonzero()[:, 0].tolist()
+    if rows.dim() == 2:
+        rows = rows[:, None]
+    if rows.dim() != 3 or 0 in rows.shape or not rows.is_floating_point():
+        raise ValueError(f"factors must be floating-point (n, c, d), but they are {rows.dtype} {tuple(rows.shape)}")
+    if not bool(torch.isfinite(rows).all()):
+        bad = (~torch.isfinite(rows).flatten(1).all(1)).nonzero()[:, 0].tolist()
         raise ValueError(f"factors must be finite, but those of the examples {bad[:10]} are not")
-    n, _, d = factors.shape
-    unit, norms = normalise(factors)
+    n, _, d = rows.shape
+    unit, norms = normalise(rows)
     ids = [str(i) for i in columns.pop("example_ids", range(n))]
     if repeated := [i for i, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"example_ids must differ, but these come more than once: {repeated[:5]}")

@@ -1,4 +1,4 @@
-"""PEFs: per-example Fishers as factors, with what is known of every example, in memory or memory-mapped from disk."""
+"""PEFs: per-example Fishers as rows, with what is known of every example, in memory or memory-mapped from disk."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class PEFs(Readable):
 
     @property
     def factors(self) -> Tensor:
-        """(n, c, d) unit-norm factors; the memory map itself where there is one shard, else joined in memory."""
+        """(n, c, d) rows of unit norm; the memory map itself where there is one shard, else joined in memory."""
         return self._shards["factors"]
 
     @property

@@ -36,12 +36,12 @@ def overview(folders: Mapping[str, Path]) -> str:
 
 def _cells(folder: Path) -> dict[str, list[str]]:
     """{method: a cell for every column} of one data set."""
-    factors, selectivity = (_result(folder / study) for study in ("factors", "selectivity"))
-    return {row["method"]: _row(row, factors, selectivity) for row in factors["methods"]}
+    scores, selectivity = (_result(folder / study) for study in ("factors", "selectivity"))
+    return {row["method"]: _row(row, scores, selectivity) for row in scores["methods"]}
 
 
-def _row(row: Mapping[str, Any], factors: Mapping[str, Any], selectivity: Mapping[str, Any]) -> list[str]:
-    found_at = factors["config"]["found_at"]
+def _row(row: Mapping[str, Any], scores: Mapping[str, Any], selectivity: Mapping[str, Any]) -> list[str]:
+    found_at = scores["config"]["found_at"]
     n_found = sum(score["auroc"] >= found_at for score in row["attributes"])
     moved = [r["moved"] for r in selectivity["rows"] if r["method"] == row["method"] and r["moved"] is not None]
     return [

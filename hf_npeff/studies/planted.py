@@ -187,8 +187,8 @@ def run_planted(
         raise ValueError("the study needs at least one seed")
     results, errors, layers = [], [], []
     for seed in seeds:
-        factors, error, layer = _one_seed(replace(config, seed=seed), replace(comparison, seed=seed), found_at)
-        results.append(factors)
+        scores, error, layer = _one_seed(replace(config, seed=seed), replace(comparison, seed=seed), found_at)
+        results.append(scores)
         errors.append(error)
         layers.append(layer)
     return PlantedResult(list(seeds), results, errors, layers, config, comparison)

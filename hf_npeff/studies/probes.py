@@ -80,11 +80,11 @@ def coordinates(gram: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
-def pef_inner_products(factors: Tensor) -> Tensor:
-    """⟨F_i, F_j⟩ = ‖A_i A_jᵀ‖²_F of factors (n, c, d): (n, n)."""
-    n, c, _ = factors.shape
-    rows = factors.flatten(0, 1).to(torch.promote_types(factors.dtype, torch.float32))
-    return (rows @ rows.T).square().reshape(n, c, n, c).sum((1, 3))
+def pef_inner_products(rows: Tensor) -> Tensor:
+    """⟨F_i, F_j⟩ = ‖A_i A_jᵀ‖²_F of rows (n, c, d): (n, n)."""
+    n, c, _ = rows.shape
+    flat = rows.flatten(0, 1).to(torch.promote_types(rows.dtype, torch.float32))
+    return (flat @ flat.T).square().reshape(n, c, n, c).sum((1, 3))
 
 
 def diagnose(

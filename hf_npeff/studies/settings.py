@@ -84,7 +84,7 @@ class ComparisonConfig:
 
 @dataclass(frozen=True)
 class FactorsConfig:
-    """How factors are measured.
+    """How annotated attributes are measured.
 
     Attributes:
         found_at: the AUROC, on the other half, from which an attribute counts as found.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.fisher.distributions import Bernoulli, Gaussian, Softmax
-from hf_npeff.fisher.factors import cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
+from hf_npeff.fisher.output_factors import cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
 from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 from tests import reference
 
