@@ -12,9 +12,10 @@ from torch import Tensor
 from hf_npeff import Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
 from hf_npeff.config import LiftRequest
 from hf_npeff.weights.lifting import combination
+from hf_npeff.weights.ridge import RIDGES, folds_of
 from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
 from hf_npeff.weights.row_space import bytes_needed, row_space, unscaled_rows
-from hf_npeff.weights.selective import RIDGES, Contrast, cross_validated, folds_of, selective
+from hf_npeff.weights.selective import Contrast, cross_validated, selective
 from tests import reference
 from tests.tiny import tiny_batch, tiny_model
 

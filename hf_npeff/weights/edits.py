@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_npeff.config import Ridge, Towards, check_ridge
+from hf_npeff.config import Ridge, Towards
+from hf_npeff.weights.ridge import FOLDS, RIDGES, choose_ridge, folds_of
 from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
 from hf_npeff.weights.row_space import RowSpace
-from hf_npeff.weights.selective import RIDGES, folds_of
 
 logger = logging.getLogger(__name__)
 STEPS = (0.25, 0.5, 1.0)
@@ -37,7 +37,8 @@ AS_PREDICTED = 0.5
 """A step does what was predicted while the changes differ from the predicted ones by less than this share of them.
 Chosen: half of a change is still the change that was asked for."""
 _EXPRESSIBLE = 0.5
-_FOLDS = 5
+"""Share of what is wanted below which a warning says that rows express little of it. Chosen: half."""
+_TINY = torch.finfo(torch.float64).tiny
 _RANK = 1e-8
 """Of the Gram matrix of an example's cotangents: those of smaller share are rounding of float32."""
 
@@ -197,18 +198,18 @@ class Functionals:
         inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
         coordinates = (U.mT @ (V @ u[..., None]))[..., 0]
         alpha = (U @ (inverse * coordinates)[..., None])[..., 0]
-        expressed = (inverse * coordinates.square()).sum(1) / u.square().sum(1).clamp_min(1e-300)
+        expressed = (inverse * coordinates.square()).sum(1) / u.square().sum(1).clamp_min(_TINY)
         return cls(alpha, expressed.clamp(0, 1))
 
     def targets(self, changes: Tensor) -> Tensor:
         """T (n, c): what the rows are to be moved by for changes (n,) of the log-odds, at the least KL."""
         size = self.alpha.square().sum(1, keepdim=True)
-        return torch.where(size > 0, self.alpha * changes[:, None] / size.clamp_min(1e-300), 0.0)
+        return torch.where(size > 0, self.alpha * changes[:, None] / size.clamp_min(_TINY), 0.0)
 
     def share(self, changes: Tensor) -> float:
         """Of the wanted changes (n,), squared, that stored rows express."""
         weights = changes.square()
-        return float((weights * self.expressed).sum() / weights.sum().clamp_min(1e-300))
+        return float((weights * self.expressed).sum() / weights.sum().clamp_min(_TINY))
 
     def read(self, moved: Tensor) -> Tensor:
         """(n,): the change of the log-odds where rows are moved by (n, c)."""
@@ -252,7 +253,6 @@ def solve(space: RowSpace, targets: Tensor, kept: Tensor | None, ridge: Ridge) -
     Raises:
         ValueError: if no target differs from 0.
     """
-    check_ridge(ridge)
     X = space.rows
     t = targets.to(X)
     if not bool(t.any()):
@@ -262,23 +262,16 @@ def solve(space: RowSpace, targets: Tensor, kept: Tensor | None, ridge: Ridge) -
     b = torch.einsum("ncm,nc->m", X, t)
     M = gram(X) if kept is None else gram(X) + gram(kept)
     top = top_eigenvalue(M)
-    errors: dict[float, float] = {}
-    if isinstance(ridge, str):
-        errors = _held_out_errors(X, t, kept, top)
-        share = min(errors, key=lambda tried: errors[tried])
-    else:
-        share = float(ridge)
-    y = solve_shifted(M, b, share * top)
-    info: dict[str, Any] = {"ridge": share, "effective_rank": effective_rank(M, share * top), **space.info()}
-    if errors:
-        info["cross_validated"] = errors[share]
-        info["cross_validation"] = {f"{tried:.2g}": error for tried, error in errors.items()}
+    chosen = choose_ridge(ridge, lambda: _held_out_errors(X, t, kept, top), min)
+    shift = chosen.share * top
+    y = solve_shifted(M, b, shift)
+    info: dict[str, Any] = {**chosen.info(), "effective_rank": effective_rank(M, shift), **space.info()}
     return Solution(y, torch.einsum("ncm,m->nc", X, y), info)
 
 
 def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> dict[float, float]:
     """{ridge: Σ‖A_i δ − t_i‖² over Σ‖t_i‖², of δ that were made without the example's fold}; 1 for no change at all."""
-    folds = min(_FOLDS, len(X))
+    folds = min(FOLDS, len(X))
     if folds < 2:
         raise ValueError("ridge='auto' holds examples out, and there is only one; give ridge= as a number such as 0.01")
     wanted = t.abs().sum(1) > 0

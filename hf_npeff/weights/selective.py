@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_npeff.config import Ridge, check_ridge
+from hf_npeff.config import Ridge
+from hf_npeff.weights.ridge import FOLDS, RIDGES, choose_ridge, folds_of, held_out
 from hf_npeff.weights.ridge_systems import (
     effective_rank,
     fold_grams,
@@ -38,10 +39,6 @@ from hf_npeff.weights.ridge_systems import (
 )
 from hf_npeff.weights.row_space import RowSpace
 
-RIDGES = tuple(10 ** (-k / 2) for k in range(9))
-"""Those that "auto" tries, from 1 to 1e-4."""
-_FOLDS = 5
-"""Parts of cross-validation, as usual (Hastie, Tibshirani & Friedman 2009, §7.10: five or ten)."""
 NONE_LEFT = (
     "no examples are left alone: what is to move is active on all of them. Give PEFs of other data as keep=, or use "
     "selective=False for a component's own direction"
@@ -99,31 +96,22 @@ def selective(contrast: Contrast, coefficients: Tensor, ridge: Ridge) -> tuple[T
     Raises:
         ValueError: if `ridge` is "auto" and there are too few examples to hold some out.
     """
-    check_ridge(ridge)
     X = contrast.space.rows
     beta = coefficients.to(X)
     g = torch.einsum("ncm,nc->m", X, beta)
     M = contrast.disturbance()
     top = top_eigenvalue(M)
-    scores: dict[float, float] = {}
-    if isinstance(ridge, str):
-        scores = cross_validated(contrast, beta, top)
-        share = max(scores, key=lambda tried: scores[tried])
-    else:
-        share = float(ridge)
-    shift = share * top if top > 0 else 1.0  # where nothing is disturbed, every λ gives g
+    chosen = choose_ridge(ridge, lambda: cross_validated(contrast, beta, top))
+    shift = chosen.share * top if top > 0 else 1.0  # where nothing is disturbed, every λ gives g
     y = solve_shifted(M, g, shift)
     info = {
         "selective": True,
-        "ridge": share,
+        **chosen.info(),
         "effective_rank": effective_rank(M, shift),
         "left_alone": contrast.number,
         "cosine_with_component": float(y @ g / (y.norm() * g.norm()).clamp_min(torch.finfo(y.dtype).tiny)),
         **contrast.space.info(),
     }
-    if scores:
-        info["cross_validated"] = scores[share]
-        info["cross_validation"] = {f"{tried:.2g}": score for tried, score in scores.items()}
     return contrast.space.coefficients(y), y, info
 
 
@@ -140,24 +128,24 @@ def cross_validated(contrast: Contrast, coefficients: Tensor, top: float) -> dic
         )
     X = contrast.space.rows
     active = contrast.wanted.to(X) * ~contrast.alone
-    folds = min(_FOLDS, contrast.number)
-    out = torch.stack([folds_of(contrast.alone, folds) == f for f in range(folds)], 1)
+    folds = min(FOLDS, contrast.number)
+    out = held_out(contrast.alone, folds)
     if int((active > 0).sum()) >= 2 * folds:  # else g itself would be another one without them
-        out |= torch.stack([folds_of(active > 0, folds) == f for f in range(folds)], 1)
+        out |= held_out(active > 0, folds)
     beta = coefficients[:, None] * (~out).to(X)[..., None]  # (n, folds, c)
     g = torch.einsum("ncm,nfc->fm", X, beta)
-    held_out = _held_out_grams(contrast, folds)
-    M = held_out.sum(0)
+    grams = _held_out_grams(contrast, folds)
+    M = grams.sum(0)
     moving = (active > 0)[:, None]
     watched = out & moving if bool((out & moving).any()) else moving.expand_as(out)
     weight = float((active[:, None] * watched).sum())
-    solutions = [solve_shifted((M - held_out) / contrast.number, g, share * (top or 1.0)) for share in RIDGES]
+    solutions = [solve_shifted((M - grams) / contrast.number, g, share * (top or 1.0)) for share in RIDGES]
     moved, disturbed = torch.zeros(2, len(RIDGES), dtype=torch.float64)
     for f in range(folds):
         Y = torch.stack([y[f] for y in solutions], 1)  # (m, ridges)
         which = watched[:, f]
         moved += (active[which] @ (X[which] @ Y).square().sum(1)).cpu()
-        disturbed += (Y * (held_out[f] @ Y)).sum(0).cpu()
+        disturbed += (Y * (grams[f] @ Y)).sum(0).cpu()
     tiny = torch.finfo(X.dtype).tiny
     scores = (moved / weight) / (disturbed / contrast.number).clamp_min(tiny)
     return dict(zip(RIDGES, scores.tolist(), strict=True))
@@ -170,15 +158,6 @@ def _held_out_grams(contrast: Contrast, folds: int) -> Tensor:
         everywhere = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
         grams += fold_grams(kept, folds_of(everywhere, folds), folds)
     return grams
-
-
-def folds_of(among: Tensor, folds: int) -> Tensor:
-    """(n,): the fold of every example that is marked, −1 elsewhere; the same for the same examples, in any process."""
-    fold_of = torch.full(among.shape, -1, dtype=torch.int64, device=among.device)
-    places = among.nonzero()[:, 0]
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0)).to(places.device)
-    fold_of[places[order]] = torch.arange(len(places), device=places.device) % folds
-    return fold_of
 
 
 def most_different(contrast: Contrast, ridge: Ridge) -> tuple[Tensor, dict[str, Any]]:
@@ -197,29 +176,20 @@ def most_different(contrast: Contrast, ridge: Ridge) -> tuple[Tensor, dict[str, 
     Raises:
         ValueError: if `ridge` is "auto" and either side has fewer than two examples.
     """
-    check_ridge(ridge)
     X, moving = contrast.space.rows, contrast.wanted > 0
     M = contrast.disturbance()
     top = top_eigenvalue(M) or 1.0
-    scores: dict[float, float] = {}
-    if isinstance(ridge, str):
-        scores = _ratios(contrast, moving, M, top)
-        share = max(scores, key=lambda tried: scores[tried])
-    else:
-        share = float(ridge)
-    value, y = _generalised(M, gram(X, moving) / int(moving.sum()), share * top, steps=256)
+    chosen = choose_ridge(ridge, lambda: _ratios(contrast, moving, M, top))
+    value, y = _generalised(M, gram(X, moving) / int(moving.sum()), chosen.share * top, steps=256)
     coefficients = contrast.space.coefficients(y).flatten()
     y = y * coefficients[coefficients.abs().argmax()].sign()
     info = {
-        "ridge": share,
+        **chosen.info(),
         "eigenvalue": value,
         "moved": int(moving.sum()),
         "left_alone": contrast.number,
         **contrast.space.info(),
     }
-    if scores:
-        info["cross_validated"] = scores[share]
-        info["cross_validation"] = {f"{tried:.2g}": score for tried, score in scores.items()}
     return y, info
 
 
@@ -234,7 +204,7 @@ def _generalised(M: Tensor, T: Tensor, shift: float, steps: int = 48) -> tuple[f
 def _ratios(contrast: Contrast, moving: Tensor, M: Tensor, top: float) -> dict[float, float]:
     """{ridge: mean effect on wanted examples over that on the others, each judged without the examples of its fold}."""
     X = contrast.space.rows
-    folds = min(_FOLDS, int(moving.sum()), contrast.number)
+    folds = min(FOLDS, int(moving.sum()), contrast.number)
     if folds < 2:
         raise ValueError(
             "ridge='auto' holds examples out of both sides, and one of them has a single example; give ridge= as a "
