@@ -57,7 +57,7 @@ sweep: $(VENV)/ready-for-test ## Every model type of transformers by brute force
 	@$(BIN)/python -m tests.sweep.run --pages $(ARGS)
 
 runtimes: $(VENV)/ready-for-test $(RUNTIMES)/node/ready ## Adapters in llama.cpp against PEFT (needs node)
-	@$(BIN)/python -m tests.runtimes.llama_cpp --node $(RUNTIMES)/node $(ARGS)
+	@$(BIN)/python -m tests.runtimes.in_llama_cpp --node $(RUNTIMES)/node $(ARGS)
 
 study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
 	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison $(ARGS)

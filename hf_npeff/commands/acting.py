@@ -91,7 +91,7 @@ def perturb(
     adapter.save_pretrained(output / "adapter")
     write_result(output / "report.json", report.to_dict())
     kept = adapter.retained_energy
-    values = {"output": str(output), "retained_energy": kept, **report.to_dict()}
+    values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report.to_dict()}
     title = f"{components[component].label}: in {output}; the adapter keeps {kept:.0%} of the direction"
     shown: list[Any] = [table(title, EFFECT_COLUMNS, effect_rows(report))]
     if report.off_target is not None:

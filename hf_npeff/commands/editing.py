@@ -66,5 +66,5 @@ def edit(
     ]
     title = f"in {output}: the adapter keeps {kept:.0%} of the change"
     headers = ("", "examples", "wanted", "predicted", "realised")
-    values = {"output": str(output), "retained_energy": kept, **report}
+    values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report}
     return Result(values, table(title, headers, rows), {"revision": analyzer.revision})

@@ -71,6 +71,7 @@ def adapter_card(
     kind: str = "LoRA",
     rank: int | None = None,
     retained_energy: float | None = None,
+    loads_in: str | None = None,
     auto_class: str = "AutoModel",
     repo_id: str | None = None,
     datasets: Sequence[str] = (),
@@ -83,6 +84,7 @@ def adapter_card(
         kind: "LoRA" or "SHiRA", which PEFT loads, or "dense", which `ParameterDirection.from_pretrained` does.
         rank: the rank of the adapter's matrices.
         retained_energy: share of the direction's squared norm that the adapter keeps.
+        loads_in: the programs that load it; see `runtimes.where_it_loads`.
         auto_class: transformers' class that loads the model.
         repo_id: where the adapter will be found; None for a folder, whose code runs in that folder.
         datasets: ids of the data sets that the examples are from.
@@ -100,6 +102,7 @@ def adapter_card(
         ("Kind", kind),
         ("Rank", rank),
         ("Energy of the direction that it keeps", None if retained_energy is None else percent(retained_energy)),
+        ("Loads in", loads_in),
         *about.effects,
     ]
     what = "direction" if about.component is None else f"component {about.component}"
@@ -115,8 +118,20 @@ def adapter_card(
         examples=_example_lines(about.top_examples),
         facts=fact_rows(table_rows),
         load_code="\n".join(_adapter_code(about, kind, auto_class, HERE if repo_id is None else repo_id)),
+        further="" if kind == "dense" else _FURTHER,
         citation=CITATION,
     )
+
+
+_FURTHER = """Ways that are exact, but for norms, which PEFT stores whole:
+
+- backwards: `lora_alpha` in adapter_config.json with a minus sign, or `-Adapter.from_pretrained(...)` of hf_npeff;
+- together with other components: `Adapter.sum([...])` of hf_npeff, whose rank is the sum of the ranks, or all active at
+  once, `model.base_model.set_adapter(["a", "b"])`. PEFT's `add_weighted_adapter` cuts the sum to the largest rank
+  unless `combination_type="cat"` is asked for;
+- on a quantised base model: as an adapter beside it. Merging it into weights of 4 bits rounds a part of it away.
+
+"""
 
 
 def _adapter_code(about: DirectionFacts, kind: str, auto_class: str, where: str) -> list[str]:
@@ -130,6 +145,8 @@ def _adapter_code(about: DirectionFacts, kind: str, auto_class: str, where: str)
             "",
             model,
             f"model = PeftModel.from_pretrained(model, {literal(where)})",
+            "with model.disable_adapter():",
+            "    ...  # the base model as it was",
         ]
     return [
         f"from transformers import {auto_class}",

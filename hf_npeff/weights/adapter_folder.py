@@ -59,8 +59,13 @@ def read_lora(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
         name, layouts[name] = _parameter_of(key, config, folder)
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     if scale != 1:
-        tensors = {key: value * scale if _is_factor(key, "B") else value for key, value in tensors.items()}
+        tensors = scaled_lora(tensors, scale)
     return tensors, {**config, "lora_alpha": rank, "use_rslora": False}, layouts
+
+
+def scaled_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A LoRA's tensors with its change so many times as large: B and biases are multiplied."""
+    return {key: value * scale if _is_factor(key, "B") else value for key, value in tensors.items()}
 
 
 def base_weights_of(directory: str | os.PathLike[str]) -> str | None:

@@ -35,6 +35,7 @@ from hf_npeff.sharing.files import (
     write_together,
 )
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
+from hf_npeff.sharing.runtimes import verdicts, where_it_loads
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations
 from hf_npeff.weights.adapter_folder import (
     CONFIG,
@@ -44,7 +45,9 @@ from hf_npeff.weights.adapter_folder import (
     Layout,
     base_weights_of,
     read_lora,
+    scaled_lora,
 )
+from hf_npeff.weights.adapter_sums import stacked, sum_config
 from hf_npeff.weights.gguf import check_gguf, write_gguf
 
 if TYPE_CHECKING:
@@ -157,6 +160,12 @@ class Adapter(Readable):
         >>> adapter.save_pretrained("runs/lora")  # PeftModel.from_pretrained(base, "runs/lora") loads it
         >>> Adapter.from_pretrained("runs/lora").layouts == adapter.layouts
         True
+        >>> adapter.loads_in
+        ['PEFT', 'transformers', 'vLLM', 'llama.cpp', 'OpenVINO GenAI']
+        >>> (adapter + -0.5 * adapter).config["r"]  # a sum is exact: its rank is the sum of the ranks
+        4
+        >>> Adapter.sum([adapter, adapter], scales=[1, -0.5]).layouts == adapter.layouts
+        True
         >>> adapter.to_gguf("runs/lora.gguf", base=model.config)  # llama.cpp loads it with a GGUF file of the model
     """
 
@@ -173,6 +182,56 @@ class Adapter(Readable):
 
     _KIND = "adapter"
     _FILES = (_WEIGHTS, _CONFIG)
+
+    @property
+    def loads_in(self) -> list[str]:
+        """Programs that load all of it, of those in `sharing.runtimes.RUNTIMES`."""
+        told = verdicts(self.kind, self.layouts.values())
+        return [name for name, verdict in told.items() if verdict == "loads"]
+
+    @classmethod
+    def sum(cls, adapters: Sequence[Adapter], scales: Sequence[float] | None = None) -> Adapter:
+        """Several LoRA adapters of one model as one: Σ scale·ΔW exactly, of the sum of their ranks.
+
+        PEFT's `add_weighted_adapter` cuts such a sum to the largest rank unless it is asked for "cat". `a + b`, `-a`
+        and `0.5 * a` are sums too.
+
+        Args:
+            adapters: one or more.
+            scales: what each counts for; 1 by default, and negative ones turn a change back.
+
+        Raises:
+            ValueError: if there are none, the adapters are of other models, or a scale is 0 or not finite.
+            UnsupportedModelError: if one is no LoRA, or changes norms or fused experts: add the directions instead.
+        """
+        adapters = list(adapters)
+        scales = [1.0] * len(adapters) if scales is None else [check_scale(scale) for scale in scales]
+        if not adapters or len(scales) != len(adapters):
+            raise ValueError(f"a sum needs an adapter, and a scale for each: there are {len(adapters)}, {len(scales)}")
+        if other := [each.kind for each in adapters if each.kind != "lora"]:
+            raise UnsupportedModelError(f"LoRA adapters can be summed, not {other[0]!r}: add the directions instead")
+        if len({each.weights for each in adapters} - {None}) > 1:
+            raise ValueError("the adapters are of models with other weights")
+        scaled = [scaled_lora(each.tensors, scale) for each, scale in zip(adapters, scales, strict=True)]
+        ranks, layouts = [each.config["r"] for each in adapters], [each.layouts for each in adapters]
+        tensors, together = stacked(scaled, ranks, layouts)
+        config = sum_config([each.config for each in adapters])
+        first = adapters[0]
+        return cls("lora", tensors, config, 1.0, together, architecture=first.architecture, weights=first.weights)
+
+    def __add__(self, other: object) -> Adapter:
+        """Both changes in one adapter; see `sum`."""
+        return Adapter.sum([self, other]) if isinstance(other, Adapter) else NotImplemented
+
+    def __mul__(self, scale: object) -> Adapter:
+        """So many times the change; see `sum`."""
+        return Adapter.sum([self], [scale]) if isinstance(scale, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Adapter:
+        """The change backwards; see `sum`."""
+        return self * -1.0
 
     def __repr__(self) -> str:
         rank = f" of rank {self.config['r']}" if self.config.get("r") else ""
@@ -260,6 +319,7 @@ class Adapter(Readable):
             kind=_KINDS[self.kind],
             rank=self.config.get("r"),
             retained_energy=self.retained_energy,
+            loads_in=where_it_loads(self.kind, self.layouts.values()),
             auto_class=self.architecture,
             repo_id=repo_id,
             datasets=datasets,

@@ -1,7 +1,7 @@
 """Small random models of llama.cpp's architectures, and their own GGUF files.
 
 The conversion is written from what llama.cpp's graphs do with each tensor, index by index, without the package.
-`tests.runtimes.llama_cpp` first compares the base models' logits in both runtimes, so a mistake here is no agreement.
+`tests.runtimes.in_llama_cpp` compares the base models' logits in both runtimes too: a mistake here is no agreement.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ class Case:
     base: Tensor
     expected: Tensor
 
+    @property
+    def folder(self) -> str:
+        """Of the saved adapter."""
+        return re.sub(r"\W+", "-", self.name.replace("+", "plus"))
+
+    def normalised(self) -> Case:
+        """With log-probabilities in the place of logits."""
+        return replace(self, base=self.base.log_softmax(-1), expected=self.expected.log_softmax(-1))
+
 
 PATTERNS = {
     "MLP": r"(mlp|feed_forward).*weight",
@@ -57,10 +67,10 @@ def cases_of(model: Any, folder: Path, *, patterns: dict[str, str] = PATTERNS, s
     base = logits(model)
     cases = []
     for name, adapter in made.items():
-        place = folder / re.sub(r"\W+", "-", name)
-        adapter.save_pretrained(place)
-        wrapped = PeftModel.from_pretrained(model, place)
-        cases.append(Case(name, adapter, base, logits(wrapped)))
+        case = Case(name, adapter, base, base)
+        adapter.save_pretrained(folder / case.folder)
+        wrapped = PeftModel.from_pretrained(model, folder / case.folder)
+        cases.append(replace(case, expected=logits(wrapped)))
         wrapped.unload()
     return cases
 
@@ -109,3 +119,13 @@ class Difference:
         off = (given - base) - wanted
         probabilities = (given.softmax(-1) - case.expected.softmax(-1)).abs().max()
         return cls(float(probabilities), float(off.abs().max() / wanted.abs().max()))
+
+
+def report(differences: Sequence[tuple[str, str, Difference]], bound: float, of_effect: float) -> int:
+    """Print (model, adapter, difference) in lines; 0 where all are within the bounds, else 1."""
+    print(f"{'model':12} {'adapter':20} {'largest difference of a probability':>36} {'of the change':>14}")
+    for family, name, difference in differences:
+        print(f"{family:12} {name:20} {difference.probabilities:36.1e} {difference.effect:14.1e}")
+    good = all(each.probabilities < bound and each.effect < of_effect for _, _, each in differences)
+    print(f"{'within' if good else 'NOT within'} {bound} of a probability and {of_effect} of the change")
+    return 0 if good else 1

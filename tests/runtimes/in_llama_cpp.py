@@ -1,4 +1,4 @@
-"""`python -m tests.runtimes.llama_cpp`: adapters in llama.cpp against PEFT, for every architecture that is written.
+"""`python -m tests.runtimes.in_llama_cpp`: adapters in llama.cpp against PEFT, for every architecture that is written.
 
 Random models of each architecture in float32, and SmolLM2-135M in 16 bits; a cache of 32 bits. Exits 1 where a next
 token's probability is further off than `BOUND`, or the change of the logits than a share `OF_EFFECT`.
@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from tests.runtimes.bases import FAMILIES, model_of, write_base, write_float16
-from tests.runtimes.cases import TOKENS, Case, Difference, cases_of
+from tests.runtimes.cases import TOKENS, Case, Difference, cases_of, report
 
 BOUND = 1e-3
 """Of a probability: what 16-bit weights and their activations leave of it."""
@@ -38,7 +38,7 @@ def smollm2_folder() -> Path:
 
 def run(node: Path, folder: Path, requests: list[dict[str, Any]]) -> list[torch.Tensor]:
     """Logits from llama.cpp; node looks for its packages beside the script."""
-    script = shutil.copy(Path(__file__).with_suffix(".mjs"), node)
+    script = shutil.copy(Path(__file__).with_name("llama_cpp.mjs"), node)
     asked, answered = folder / "requests.json", folder / "answers.json"
     asked.write_text(json.dumps(requests))
     subprocess.run(["node", script, asked, answered], check=True, timeout=1200)
@@ -84,22 +84,14 @@ def main() -> int:
                 write_base(model, base, source)
             asked.append((family, *prepared(family, model, base, folder)))
         answers = iter(run(arguments.node, folder, [r for _, _, requests in asked for r in requests]))
-        worst = Difference(0, 0)
-        print(f"{'model':12} {'adapter':20} {'largest difference of a probability':>36} {'of the change':>14}")
+        differences = []
         for family, cases, _ in asked:
             without = next(answers)
             off = float((without.softmax(-1) - cases[0].base.softmax(-1)).abs().max())
-            print(f"{family:12} {'none':20} {off:36.1e}")
-            worst = Difference(max(worst.probabilities, off), worst.effect)
+            differences.append((family, "none", Difference(off, 0.0)))
             for case in cases:
-                difference = Difference.of(case, without, next(answers))
-                print(f"{family:12} {case.name:20} {difference.probabilities:36.1e} {difference.effect:14.1e}")
-                worst = Difference(
-                    max(worst.probabilities, difference.probabilities), max(worst.effect, difference.effect)
-                )
-    good = worst.probabilities < BOUND and worst.effect < OF_EFFECT
-    print(f"{'within' if good else 'NOT within'} {BOUND} of a probability and {OF_EFFECT} of the change")
-    return 0 if good else 1
+                differences.append((family, case.name, Difference.of(case, without, next(answers))))
+    return report(differences, BOUND, OF_EFFECT)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Where an adapter loads: which programs take which of its parts, in one table that cards, reports and docs read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["linear maps", "experts", "embeddings", "biases", "norms", "SHiRA"]
+Verdict = Literal["loads", "refused", "dropped", "wrong", "not tested"]
+"""loads: logits are those of W + ΔW. refused: an error. dropped: loads without this part, and without a word. wrong:
+loads, and the logits are others."""
+
+_PART_OF: dict[str, Part] = {
+    "linear": "linear maps",
+    "conv1d": "linear maps",
+    "experts": "experts",
+    "experts-transposed": "experts",
+    "embedding": "embeddings",
+    "bias": "biases",
+    "norm": "norms",
+}
+_WORST: tuple[Verdict, ...] = ("wrong", "dropped", "refused", "not tested", "loads")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A program that runs models with adapters.
+
+    Attributes:
+        name: as people know it.
+        version: that was run.
+        verdicts: {part of an adapter: what happens to it}.
+        how: what has to be done, for people.
+        shown_by: the command that shows the row.
+    """
+
+    name: str
+    version: str
+    verdicts: Mapping[Part, Verdict]
+    how: str
+    shown_by: str
+
+
+_EVERYTHING: dict[Part, Verdict] = dict.fromkeys(
+    ("linear maps", "experts", "embeddings", "biases", "norms", "SHiRA"), "loads"
+)
+RUNTIMES: tuple[Runtime, ...] = (
+    Runtime(
+        "PEFT",
+        "0.21.2",
+        _EVERYTHING,
+        "`PeftModel.from_pretrained(model, folder)`",
+        "`pytest tests/test_adapters.py tests/test_experts.py`",
+    ),
+    Runtime(
+        "transformers",
+        "5.23.0",
+        {**_EVERYTHING, "experts": "not tested", "SHiRA": "wrong"},
+        "`model.load_adapter(folder)`",
+        "`pytest tests/test_where_it_loads.py`",
+    ),
+    Runtime(
+        "vLLM",
+        "0.32.0",
+        {
+            "linear maps": "loads",
+            "experts": "not tested",
+            "embeddings": "loads",
+            "biases": "refused",
+            "norms": "refused",
+            "SHiRA": "refused",
+        },
+        "`LLM(model, enable_lora=True, max_lora_rank=8)` or `vllm serve --enable-lora --lora-modules name=folder`",
+        "`make runtimes-vllm`",
+    ),
+    Runtime(
+        "llama.cpp",
+        "node-llama-cpp 3.22.1",
+        {
+            "linear maps": "loads",
+            "experts": "refused",
+            "embeddings": "refused",
+            "biases": "refused",
+            "norms": "refused",
+            "SHiRA": "refused",
+        },
+        "`adapter.to_gguf(file)`, then `--lora file`; the refusals are `to_gguf`'s",
+        "`make runtimes`, `pytest tests/test_gguf.py`",
+    ),
+    Runtime(
+        "OpenVINO GenAI",
+        "2026.4",
+        {
+            "linear maps": "loads",
+            "experts": "not tested",
+            "embeddings": "not tested",
+            "biases": "not tested",
+            "norms": "dropped",
+            "SHiRA": "not tested",
+        },
+        '`AdapterConfig(Adapter("adapter_model.safetensors"))`, which ignores `lora_alpha`: our scale is in B',
+        "`make runtimes-openvino`",
+    ),
+)
+
+
+def verdicts(kind: str, layouts: Iterable[str]) -> dict[str, Verdict]:
+    """{program: the worst verdict on a part of the adapter}; of a dense change, which hf_npeff alone reads, none.
+
+    Args:
+        kind: "lora", "shira" or "delta".
+        layouts: what its parameters are.
+    """
+    if kind == "delta":
+        return {}
+    parts: set[Part] = {"SHiRA"} if kind == "shira" else {_PART_OF[each] for each in layouts}
+    return {
+        runtime.name: min((runtime.verdicts[part] for part in parts), key=_WORST.index, default="loads")
+        for runtime in RUNTIMES
+    }
+
+
+def where_it_loads(kind: str, layouts: Iterable[str]) -> str:
+    """A line for people: the programs that load all of an adapter, and those that would load it wrongly.
+
+    Example:
+        >>> where_it_loads("lora", ["linear", "norm"])
+        'PEFT, transformers; not OpenVINO GenAI, which drops a part without a word'
+    """
+    told = verdicts(kind, layouts)
+    if not told:
+        return "hf_npeff alone"
+    good = ", ".join(name for name, verdict in told.items() if verdict == "loads")
+    bad = [name for name, verdict in told.items() if verdict in ("dropped", "wrong")]
+    return good + (f"; not {', '.join(bad)}, which drops a part without a word" if bad else "")
+
+
+def table() -> list[str]:
+    """The table in Markdown, a program a row; docs/adapters.md has it."""
+    parts = list(_EVERYTHING)
+    lines = [f"| program | version | {' | '.join(parts)} | how | shown by |", "|---" * (len(parts) + 4) + "|"]
+    for runtime in RUNTIMES:
+        cells = " | ".join(runtime.verdicts[part] for part in parts)
+        lines.append(f"| {runtime.name} | {runtime.version} | {cells} | {runtime.how} | {runtime.shown_by} |")
+    return lines
