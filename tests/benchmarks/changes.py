@@ -1,0 +1,198 @@
+"""What changes of a model's weights are explained by, on planted changes, and what a report costs.
+
+    python -m tests.benchmarks.changes {planted,null,cue,time} [--seeds 10]
+
+`planted`: a small classifier of six trigger words (`tests.trigger_words`), and a LoRA trained to change what one of
+them, then two, mean. The component of a word is the one that carries most of its examples. Ranks by KL; and by cosine
+where the change was constructed as a lifted component with noise of three times its norm.
+`null`: random weights of equal norm on the same model: p-values of KL and of cosines against the uniform distribution.
+`cue`: MiniLM fine-tuned twice on intents, without a cue and with one that goes with 90% of one class; the report of the
+change names the cue's words; accuracy part of the way.
+`time`: SmolLM2 with a LoRA on its MLPs, 224 prompts of eight word relations: seconds of the PEFs and of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import time
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+
+from hf_npeff import ChangeReport, FisherConfig, NPEFFAnalyzer, ParameterDirection
+from tests.benchmarks.measure import machine
+from tests.trigger_words import RULES, TrainedCase, sentences, trained, trained_case
+
+LORA: dict[str, Any] = {"r": 4, "target_modules": ["query", "value", "dense"], "lora_alpha": 8}
+
+
+# Planted: which word's meaning was changed?
+
+
+def changed_by_lora(model: Any, words: list[int], seed: int, steps: int = 60) -> Any:
+    """The model with a LoRA trained so that inputs with these trigger words get the next class, the others their own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**LORA))
+        optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=5e-3)
+        for step in range(steps):
+            ids, labels = sentences(64, seed=5000 + 100 * seed + step)
+            wanted = torch.where(torch.isin(labels, torch.tensor(words)), (labels + 1) % RULES, labels)
+            loss = wrapped(input_ids=ids, labels=wanted).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return wrapped.eval()
+
+
+def component_of(found: TrainedCase, word: int) -> int:
+    """The component that carries most of the examples with a trigger word."""
+    mine = torch.tensor([row["label"] == word for row in found.data])
+    W = found.decomposition.coefficients
+    share = W / W.sum(1, keepdim=True).clamp_min(1e-12)
+    return int((share[mine].mean(0) - share[~mine].mean(0)).argmax())
+
+
+def explained(found: TrainedCase, change: ParameterDirection, **settings: Any) -> ChangeReport:
+    quick = {"steps": (), "take_out": 0, "growth": False, **settings}
+    return found.analyzer.explain_change(found.decomposition, found.pefs, found.data, change, **quick)
+
+
+def planted(seeds: int) -> dict[str, Any]:
+    """Per seed: whether the changed word's component comes first, by KL and by cosine."""
+    rows = []
+    for seed in range(seeds):
+        model = trained(seed)
+        found = trained_case(240, 3, 12, 4096, model=model)
+        word = seed % RULES
+        for words in ([word], [word, (word + 2) % RULES]):
+            wrapped = changed_by_lora(model, words, seed)
+            report = explained(found, ParameterDirection.between(model, wrapped))
+            wanted = {component_of(found, w) for w in words}
+            order = [each.component for each in report.components]
+            # Second components of the same word are not wrong: they are counted as its word's.
+            first = {word_of(found, j) for j in order[: len(words)]}
+            rows.append(
+                {
+                    "seed": seed,
+                    "words": words,
+                    "first by KL": set(order[: len(wanted)]) == wanted,
+                    "first words": first == set(words),
+                    "p": [each.p for each in report.components[: len(words)]],
+                    "kl": report.mean_kl,
+                }
+            )
+        j = component_of(found, word)
+        lifted = found.analyzer.lift(found.decomposition, j, found.pefs, found.data, selective=False, form="plain")
+        change = 0.3 * lifted + 0.9 * lifted.random_like(seed)
+        report = explained(found, change)
+        best = max(report.components, key=lambda each: each.cosine or 0.0)
+        rows.append({"seed": seed, "words": [word], "first by cosine": best.component == j, "cosine": best.cosine})
+        print(json.dumps(rows[-3:]), flush=True)
+    counts = {
+        "one word, first by KL": sum(r["first by KL"] for r in rows if "first by KL" in r and len(r["words"]) == 1),
+        "one word, of its examples": sum(r["first words"] for r in rows if "first by KL" in r and len(r["words"]) == 1),
+        "two words, first by KL": sum(r["first by KL"] for r in rows if "first by KL" in r and len(r["words"]) == 2),
+        "two words, of their examples": sum(
+            r["first words"] for r in rows if "first by KL" in r and len(r["words"]) == 2
+        ),
+        "constructed, first by cosine": sum(r["first by cosine"] for r in rows if "first by cosine" in r),
+        "seeds": seeds,
+    }
+    return {"rows": rows, **counts}
+
+
+def word_of(found: TrainedCase, j: int) -> int:
+    """The trigger word whose examples a component carries most of."""
+    labels = torch.tensor([row["label"] for row in found.data])
+    W = found.decomposition.coefficients
+    share = W[:, j] / W.sum(1).clamp_min(1e-12)
+    return max(range(RULES), key=lambda word: float(share[labels == word].mean()))
+
+
+def null(seeds: int) -> dict[str, Any]:
+    """Kolmogorov–Smirnov distances of p-values of random changes from the uniform distribution."""
+    from scipy.stats import kstest
+
+    model = trained(0)
+    found = trained_case(120, 3, 8, 4096, model=model)
+    like = ParameterDirection.between(model, changed_by_lora(model, [0], 0, steps=5))
+    inside = ParameterDirection(
+        {n: like[n] for n in like if n in found.analyzer.shapes},
+        {n: like.layouts[n] for n in like if n in found.analyzer.shapes},
+        unit=False,
+    )
+    kl, cosine = [], []
+    for seed in range(seeds):
+        report = explained(found, 0.1 * inside.random_like(seed) * (1 / inside.norm), seed=seed)
+        one = {each.component: each for each in report.components}[seed % len(found.decomposition)]
+        kl.append(one.p)
+        cosine.append(one.cosine_p)
+    return {
+        name: {"KS": float(kstest(values, "uniform").statistic), "p": float(kstest(values, "uniform").pvalue)}
+        | {f"share ≤ {level}": sum(v <= level for v in values) / seeds for level in (0.05, 0.1, 0.5)}
+        for name, values in (("KL", kl), ("cosine", cosine))
+    } | {"changes": seeds}
+
+
+# What it costs
+
+
+def cost() -> dict[str, Any]:
+    """Seconds of PEFs and of a report on SmolLM2, one thread."""
+    from hf_npeff.demo import TARGETS, load_model
+    from hf_npeff.studies.word_relations import word_relation_prompts
+
+    model, tokenizer = load_model()
+    data = word_relation_prompts(28)
+    fisher = FisherConfig(rank=8, target_modules=TARGETS, sketch="two-stage", sketch_dim=16_384)
+    analyzer = NPEFFAnalyzer(model, tokenizer, fisher=fisher)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, start: float) -> None:
+        seconds[name] = time.perf_counter() - start
+        print(name, f"{seconds[name]:.1f}", flush=True)
+
+    start = time.perf_counter()
+    pefs = analyzer.compute_pefs(data, progress=False)
+    timed("PEFs", start)
+    start = time.perf_counter()
+    decomposition = analyzer.decompose(pefs, n_components=16, n_restarts=2, progress=False)
+    timed("decomposition", start)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, target_modules=TARGETS))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+    start = time.perf_counter()
+    change = ParameterDirection.from_adapter(wrapped)
+    timed("change", start)
+    start = time.perf_counter()
+    report = analyzer.explain_change(decomposition, pefs, data, change)
+    timed("report", start)
+    start = time.perf_counter()
+    analyzer.explain_change(decomposition, pefs, data, change, growth=False)
+    timed("report without growth", start)
+    seconds["report / PEFs"] = seconds["report"] / seconds["PEFs"]
+    print(report)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("part", choices=("planted", "null", "cue", "time"))
+    parser.add_argument("--seeds", type=int, default=10)
+    given = parser.parse_args()
+    found = {"planted": lambda: planted(given.seeds), "null": lambda: null(given.seeds), "time": cost}[given.part]()
+    print(json.dumps({k: v for k, v in found.items() if k != "rows"}, indent=1, ensure_ascii=False))
+    print(machine())
+
+
+if __name__ == "__main__":
+    main()
