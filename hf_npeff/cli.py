@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_npeff import __version__
-from hf_npeff.commands import acting, editing, exporting, looking, making, reporting, studying
+from hf_npeff.commands import acting, changing, editing, exporting, looking, making, reporting, studying
 
 app = typer.Typer(
     name="hf-npeff",
@@ -25,12 +25,14 @@ _COMMANDS = (
     looking.compare,
     acting.perturb,
     editing.edit,
+    changing.diff,
+    changing.explain_adapter,
     reporting.report,
     exporting.export,
     acting.push,
 )
 for _command in _COMMANDS:  # in the order of the help
-    app.command()(_command)
+    app.command(_command.__name__.replace("_", "-"))(_command)
 study = typer.Typer(no_args_is_help=True, help="Compare NPEFF with other methods, and study what it finds.")
 for _study in studying.STUDIES:
     study.command(_study.__name__)(_study)
@@ -51,7 +53,8 @@ def _about(
 ) -> None:
     """Which heuristics does a Hugging Face model use, on which inputs, and what if one is switched off?
 
-    A run goes `compute`, `decompose`, `components`, `perturb`, `report`, `push`, or `compute`, `edit`; `demo` shows all
+    A run goes `compute`, `decompose`, `components`, `perturb`, `report`, `push`, or `compute`, `edit`; `diff` and
+    `explain-adapter` say what a change did; `demo` shows all
     of it on a small model.
     """
 

@@ -116,12 +116,20 @@ def push(
     revision: Annotated[str | None, typer.Option(help="The branch.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str | None, typer.Option(help="The commit's title.")] = None,
+    explained: Annotated[
+        Path | None,
+        typer.Option(help="Of an adapter: the folder that explain-adapter or diff wrote, for its card."),
+    ] = None,
 ) -> Result:
     """Publish a folder on the Hub. Texts stay here unless they are asked for.
+
+    The card of an adapter that was explained says what it changes: with --explained, or where change.json lies in the
+    folder.
 
     Examples:
     - `hf-npeff push runs/components user/npeff-distilgpt2`
     - `hf-npeff push runs/off-3/adapter user/distilgpt2-without-3 --private`
+    - `hf-npeff push runs/lora user/some-lora --explained runs/some-lora`
     """
     from hf_npeff.pefs.store import PEFs
     from hf_npeff.sharing.cards import point_card_to, said_on_card
@@ -129,6 +137,8 @@ def push(
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
+    if explained is not None and not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"--explained is for the card of an adapter, and {folder} holds none")
     where: dict[str, Any] = {"private": private or None, "revision": revision, "create_pr": create_pr}
     where["commit_message"] = message
     contents: dict[str, Any] = {"include_texts": include_texts, **said_on_card(folder)}
@@ -144,5 +154,32 @@ def push(
             for path in filter(Path.is_file, (folder / name for name in _PUBLISHED[kind])):
                 shutil.copy(path, published)
             point_card_to(Path(published), repo)
+            if (report := _report_of(folder, explained)) is not None:
+                _tell_change(Path(published), folder, report, include_texts)
             url = push_folder(published, repo, **where)
     return Result({"kind": kind, "url": url}, url)
+
+
+def _report_of(folder: Path, explained: Path | None) -> Path | None:
+    """Where the report on a change lies; None where nothing was explained.
+
+    Raises:
+        FileNotFoundError: if a folder was named that holds none.
+    """
+    from hf_npeff.weights.change_report import REPORT_FILE
+
+    if explained is not None and not (explained / REPORT_FILE).is_file():
+        raise FileNotFoundError(f"{explained} holds no {REPORT_FILE}; explain-adapter and diff write one")
+    place = folder if explained is None else explained
+    return place / REPORT_FILE if (place / REPORT_FILE).is_file() else None
+
+
+def _tell_change(published: Path, folder: Path, report: Path, texts: bool) -> None:
+    """Put what the adapter changes into its card."""
+    from hf_npeff.sharing.change_cards import add_change_section, change_section
+    from hf_npeff.sharing.files import read_json
+    from hf_npeff.weights.change_report import ChangeReport
+
+    found = ChangeReport.load(report.parent)
+    base = read_json(folder / "adapter_config.json", None).get("base_model_name_or_path")
+    add_change_section(published, change_section(found.to_dict(), texts=texts), base)

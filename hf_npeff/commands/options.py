@@ -108,8 +108,8 @@ def _options_of(cls: type) -> Iterator[inspect.Parameter]:
     for setting in option_fields(cls):
         kind, default, text = hints[setting.name], setting.default, docs[setting.name]
         parse = _number_or_word(kind)
-        if kind == tuple[int, ...]:
-            kind, default = list[int], list(default)  # type: ignore[arg-type]
+        if kind in (tuple[int, ...], tuple[float, ...]):
+            kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[arg-type,misc]
             text += " Repeat the option for a list."
         elif tuple[str, ...] in get_args(kind):
             kind, default = list[str] | None, None if default is None else [default]
@@ -127,8 +127,13 @@ def _gathered(cls: type, values: dict[str, Any]) -> Any:
     given = {setting.name: values[setting.name] for setting in option_fields(cls)}
     for name, value in given.items():
         if isinstance(value, list):
-            given[name] = value[0] if len(value) == 1 else tuple(value) or None
+            given[name] = value[0] if len(value) == 1 and not _is_tuple(cls, name) else tuple(value) or None
     return cls(**given)
+
+
+def _is_tuple(cls: type, name: str) -> bool:
+    """Whether a field is a tuple of numbers, also where there is one."""
+    return get_type_hints(cls)[name] == tuple[float, ...]
 
 
 def _replay(context: typer.Context, path: Path | None) -> Path | None:
@@ -196,7 +201,7 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
             if result is None or os.environ.get("RANK", "0") != "0":
                 return
             if settings.get("output") is not None and not settings.get("dry_run"):
-                _write_run(settings["output"], function.__name__, {**settings, **result.pinned})
+                _write_run(settings["output"], function.__name__.replace("_", "-"), {**settings, **result.pinned})
         except _CLEAR as error:
             if debug:
                 traceback.print_exc()

@@ -25,7 +25,7 @@ from hf_npeff.sharing.cards import decomposition_card, write_card
 from hf_npeff.sharing.files import write_together
 from hf_npeff.sharing.hub import text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
-from hf_npeff.sharing.protocols import ReportLike, TokenAlignmentLike
+from hf_npeff.sharing.protocols import HasDict, ReportLike, TokenAlignmentLike
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1024
@@ -190,6 +190,7 @@ class Decomposition(Readable):
         adapters: Mapping[int, str] | None = None,
         compare: Decomposition | None = None,
         training: str | os.PathLike[str] | None = None,
+        change: HasDict | Mapping[str, Any] | None = None,
         texts: bool = True,
         layout: Literal["tsne", "pca"] | None = "tsne",
         title: str | None = None,
@@ -206,6 +207,7 @@ class Decomposition(Readable):
             adapters: {component: folder or repository} of adapters, for the code that loads them.
             compare: another decomposition, to compare with.
             training: the folder of a run with an `NPEFFCallback`.
+            change: a `ChangeReport`, or what its `to_dict` gives: what a change of the weights did.
             texts: whether texts go along; False leaves out what `hub.text_columns` counts as texts, and all tokens.
             layout: how the map of examples is made; None leaves it out. t-SNE needs scikit-learn (the extra `viz`).
             title: the title of the page.
@@ -228,6 +230,7 @@ class Decomposition(Readable):
             dict(adapters or {}),
             compare,
             None if training is None else Path(training),
+            change,
         )
         return write(self, path, extras=extras, texts=texts, layout=layout, title=title, force=force)
 

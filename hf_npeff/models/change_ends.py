@@ -44,7 +44,7 @@ def change_between(
     ends = [
         _loaded(which, task, dtype, revision, where) for which, revision in zip((before, after), revisions, strict=True)
     ]
-    _check_vocabularies(*ends)
+    _check_vocabularies(*(end.processing_class for end in ends))
     deltas, info = difference(ends[0].model, ends[1].model)
     if ends[0].commit is not None:
         info["revision"] = ends[0].commit
@@ -105,11 +105,47 @@ def _loaded(
     )
 
 
-def _check_vocabularies(before: Checkpoint, after: Checkpoint) -> None:
-    """Refuse checkpoints whose tokenizers give tokens other numbers."""
+def check_tokenizer(before: Any, after: str, revision: str | None = None, **where: Any) -> None:
+    """Refuse a checkpoint whose tokenizer gives tokens other numbers than the one before; without one all is well.
+
+    Args:
+        before: a tokenizer, or None.
+        after: a folder, or an id on the Hub.
+        revision: of the checkpoint.
+        **where: as of downloads.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    from transformers import AutoTokenizer
+
+    if not callable(getattr(before, "get_vocab", None)):
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(after, revision=revision or "main", **where)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # an adapter, or a checkpoint of weights alone
+    _check_vocabularies(before, tokenizer)
+
+
+def base_named_by(adapter: str, **where: Any) -> tuple[str, str | None]:
+    """The base model that an adapter names, and its revision.
+
+    Raises:
+        OSError: if there is no such adapter.
+        UnsupportedModelError: if it names none.
+    """
+    base, revision = _recorded_base(adapter, _files_of(adapter, None, where))
+    if base is None:
+        raise UnsupportedModelError(f"the adapter {adapter} names no base model; pass base= (--base)")
+    return base, revision
+
+
+def _check_vocabularies(before: Any, after: Any) -> None:
+    """Refuse tokenizers that give tokens other numbers."""
     vocabularies = []
-    for end in (before, after):
-        get = getattr(end.processing_class, "get_vocab", None)
+    for tokenizer in (before, after):
+        get = getattr(tokenizer, "get_vocab", None)
         if not callable(get):
             return
         vocabularies.append(get())

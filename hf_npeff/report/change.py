@@ -23,6 +23,7 @@ COMPONENT_COLUMNS = (
 )
 STEP_COLUMNS = ("step", "without", "KL", "95%", "answers changed", "right")
 ANSWER_COLUMNS = ("KL", "component", "example", "before", "after")
+COMMON_COLUMNS = ("the most changed examples have", "of them", "of the others", "corrected p")
 _ROWS = 16
 """Components of a table, and answers. Chosen: what one screen holds."""
 
@@ -68,6 +69,11 @@ def answer_rows(report: ChangeReport, *, unexplained: bool = False, count: int =
     ]  # fmt: skip
 
 
+def common_rows(report: ChangeReport) -> list[tuple[str, ...]]:
+    """A row of `COMMON_COLUMNS` for what the most changed examples have more often than the others."""
+    return [(a.feature, f"{a.share:.0%}", f"{a.rest:.0%}", f"{a.corrected:.2g}") for a in report.associations]
+
+
 def headline(report: ChangeReport) -> str:
     """What changed, in a line."""
     low, high = report.kl_interval
@@ -86,7 +92,5 @@ def of_change(report: ChangeReport) -> str:
     if report.changed:
         parts.append(table("Answers that changed", ANSWER_COLUMNS, answer_rows(report)))
     if report.associations:
-        rows = [(a.feature, f"{a.share:.0%}", f"{a.rest:.0%}", f"{a.corrected:.2g}") for a in report.associations]
-        header = ("the most changed examples have", "of them", "of the others", "corrected p")
-        parts.append(table("In common (automatic)", header, rows))
+        parts.append(table("In common (automatic)", COMMON_COLUMNS, common_rows(report)))
     return "".join(parts)

@@ -18,11 +18,12 @@ from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_co
 from hf_npeff.report.modules import ModuleEnergies, by_layer, estimated_energies
 from hf_npeff.report.pack import quantised
 from hf_npeff.report.training import Run, read_run
+from hf_npeff.sharing.files import finite
 from hf_npeff.sharing.hub import shown_model, text_columns
 
 if TYPE_CHECKING:
     from hf_npeff.decomposition.decomposition import Decomposition
-    from hf_npeff.sharing.protocols import ReportLike, TokenAlignmentLike
+    from hf_npeff.sharing.protocols import HasDict, ReportLike, TokenAlignmentLike
 
 SHOWN_ELSEWHERE = 5
 """Top examples of a component of the other decomposition in a comparison."""
@@ -47,6 +48,7 @@ class Extras:
         adapters: {component: folder or repository of its adapter}.
         compare: another decomposition.
         training: the folder of a training run with an NPEFFCallback.
+        change: a ChangeReport, or what its `to_dict` gives.
     """
 
     alignments: Sequence[TokenAlignmentLike] = ()
@@ -55,6 +57,7 @@ class Extras:
     adapters: Mapping[int, str] = field(default_factory=dict)
     compare: Decomposition | None = None
     training: Path | None = None
+    change: HasDict | Mapping[str, Any] | None = None
 
 
 def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout: Layout | None) -> PageData:
@@ -95,6 +98,8 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
         _add_comparison(page, decomposition, extras.compare, texts)
     if extras.training is not None:
         _add_training(page, read_run(extras.training, len(decomposition)))
+    if extras.change is not None:
+        page.facts["change"] = _change_facts(extras.change, len(decomposition.example_ids), len(decomposition), texts)
     page.facts["notes"] = notes
     return page
 
@@ -236,6 +241,24 @@ def _report_facts(report: ReportLike | Mapping[str, Any], texts: bool) -> dict[s
     kept = {k: content.get(k) for k in ("target", "best", "opposite", "random", "reached")}
     counts = {"n_top": len(content.get("top_examples") or ()), "n_others": len(content.get("other_examples") or ())}
     return {**kept, **counts, "changed": changed}
+
+
+def _change_facts(report: HasDict | Mapping[str, Any], n: int, r: int, texts: bool) -> dict[str, Any]:
+    """What the page shows of a change; texts are those of the page's own examples."""
+    content = finite(dict(report if isinstance(report, Mapping) else report.to_dict()))
+    own = [each for each in content["components"] if not each["new"]]
+    if content["n"] != n or sorted(each["component"] for each in own) != list(range(r)):
+        raise ValueError(
+            f"the change report is of {content['n']} examples and {len(own)} components, and the decomposition has {n} "
+            f"and {r}: they do not belong together"
+        )
+    for name in ("changed", "unexplained"):
+        content[name] = [{k: v for k, v in row.items() if k != "text"} for row in content[name]]
+    if not texts:
+        content["associations"] = []
+        for each in content["components"]:
+            each["top"], each["automatic_label"] = [], None
+    return {name: value for name, value in content.items() if name != "predicted"}
 
 
 def _add_comparison(page: PageData, first: Decomposition, second: Decomposition, texts: bool) -> None:

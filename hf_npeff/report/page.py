@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _FILES = Path(__file__).parent / "page_files"
 _SCRIPTS = (
     "data", "dom", "charts", "list", "names", "overview", "shading", "panels", "effect", "component", "example", "map",
-    "comparison", "training", "about", "main",
+    "comparison", "training", "change", "about", "main",
 )  # fmt: skip
 
 

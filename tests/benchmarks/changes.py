@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
 import time
 from typing import Any
 
 import peft
 import torch
-from torch import Tensor
 
 from hf_npeff import ChangeReport, FisherConfig, NPEFFAnalyzer, ParameterDirection
 from tests.benchmarks.measure import machine
@@ -35,7 +33,7 @@ LORA: dict[str, Any] = {"r": 4, "target_modules": ["query", "value", "dense"], "
 
 
 def changed_by_lora(model: Any, words: list[int], seed: int, steps: int = 60) -> Any:
-    """The model with a LoRA trained so that inputs with these trigger words get the next class, the others their own."""
+    """The model with a LoRA trained so that inputs with these words get the next class, the others their own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**LORA))

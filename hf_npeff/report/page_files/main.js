@@ -16,6 +16,7 @@ const VIEWS = [
   { path: "map", name: "Map", show: mapView, there: () => arrays.xy !== undefined },
   { path: "comparison", name: "Comparison", show: comparisonView, there: () => facts.comparison !== undefined },
   { path: "training", name: "Training", show: trainingView, there: () => facts.training !== undefined },
+  { path: "change", name: "Change", show: changeView, there: () => facts.change !== undefined },
   { path: "about", name: "About", show: aboutView, there: () => true },
 ];
 
@@ -55,7 +56,7 @@ const SHORTCUTS = [
   ["→ or j", "next component or example"],
   ["n", "name this component"],
   ["Esc", "back to the list, or leave a field"],
-  ["1 – 6", "the views"],
+  ["1 – 7", "the views"],
   ["+ − and arrows", "on the map: zoom and move (also Ctrl and the wheel)"],
   ["?", "this list"],
 ];
