@@ -363,7 +363,8 @@ def help_of_every_command() -> str:
     group: Any = typer.main.get_command(app)
     groups = [g.typer_instance for g in app.registered_groups if g.typer_instance]
     callbacks = [c.callback for one in (app, *groups) for c in one.registered_commands if c.callback]
-    kinds = {callback.__name__.replace("_", "-"): callback.__annotations__ for callback in callbacks}
+    kinds = {callback.__name__: callback.__annotations__ for callback in callbacks}
+    kinds |= {name.replace("_", "-"): kind for name, kind in kinds.items()}
     parts = ["# The command line", "", "<!-- Made by `python -m tests.test_cli`. -->", "", group.help.strip()]
     for name, command in every_command().items():
         words = " ".join(["hf-npeff", name, *(p.name.upper() for p in command.params if is_argument(p)), "[OPTIONS]"])
