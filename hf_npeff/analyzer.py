@@ -42,6 +42,8 @@ class NPEFFAnalyzer(ExplainedModel):
         >>> direction = analyzer.lift(decomposition, 0, pefs, dataset)
         >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, n_top=4)
         >>> directions = dict(analyzer.lift_each(decomposition, [1, 2], pefs, dataset))
+        >>> adapters = analyzer.lift_adapters(decomposition, pefs, dataset, rank=2)  # all components, one pass
+        >>> reports = analyzer.evaluate_adapters(adapters, decomposition, dataset, pefs, n_top=4)
         >>> reports = analyzer.evaluate_components(decomposition, pefs, dataset, n_top=4)
         >>> sorted(decomposition.evaluations)
         [0, 1, 2]

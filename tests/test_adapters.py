@@ -235,3 +235,26 @@ def test_a_folder_with_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> N
         ParameterDirection.from_pretrained(tmp_path / "delta")
     with pytest.raises(OSError):
         ParameterDirection.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["lora", "shira", "delta"])
+def test_a_scaled_adapter_is_that_of_a_longer_change(kind: Any) -> None:
+    """Oracle: the adapter of the longer change; the factors of a LoRA multiply to it."""
+    direction = direction_of(tiny_model("llama", "causal-lm", dtype=torch.float32))
+    short, long = (direction.to_adapter(rank=2, scale=scale, kind=kind) for scale in (0.5, -1.0))
+    scaled = short.scaled(-2.0)
+    for name in direction:
+        torch.testing.assert_close(scaled.delta(name), long.delta(name))
+    assert scaled.about is not None and scaled.about.scale == -1.0
+    assert short.delta(name).equal(direction.to_adapter(rank=2, scale=0.5, kind=kind).delta(name)), (
+        "the first is as it was"
+    )
+    for wrong in (0.0, float("inf")):
+        with pytest.raises(ValueError, match="scale"):
+            short.scaled(wrong)
+    if kind != "lora":
+        with pytest.raises(UnsupportedModelError, match="factors"):
+            short.factors()
+        return
+    for name, (B, A) in scaled.factors().items():
+        torch.testing.assert_close(B @ A, long.delta(name))

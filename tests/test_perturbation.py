@@ -123,12 +123,45 @@ def test_a_given_scale_is_used_and_the_order_of_the_data_does_not_matter(
     assert all(torch.equal(p, before[n]) for n, p in c.analyzer.model.named_parameters())
 
 
+def test_adapters_are_measured_together_as_each_is_with_moved_weights(trained_case: TrainedCase) -> None:
+    """Oracle: ΔW added to the weights, one adapter at a time; KL of both signs to 1e-4, answers, the target."""
+    c = trained_case
+    settings: dict[str, Any] = {"n_top": 6, "n_others": 12, "batch_size": 16}
+    adapters = c.analyzer.lift_adapters(c.decomposition, c.pefs, c.data, 2)
+    reports = c.analyzer.evaluate_adapters(adapters, c.decomposition, c.data, c.pefs, **settings)
+    model = c.analyzer.model
+
+    def logits(indices: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([c.data[i]["input_ids"] for i in indices])).logits.double()
+
+    for j, (adapter, report) in enumerate(zip(adapters, reports, strict=True)):
+        assert report.component == j and report.reached and report.opposite is not None
+        assert report.best.top == pytest.approx(0.5, rel=0.051)
+        before = [logits(indices).log_softmax(-1) for indices in (report.top_examples, report.other_examples)]
+        moved = ParameterDirection({n: adapter.delta(n) for n in adapter.layouts}, adapter.layouts, unit=False)
+        for effect in (report.best, report.opposite):
+            with moved.applied_to(model, effect.scale):
+                after = [logits(indices).log_softmax(-1) for indices in (report.top_examples, report.other_examples)]
+            kl = [float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(before, after, strict=True)]
+            assert (effect.top, effect.others) == pytest.approx(kl, rel=1e-4, abs=1e-7)
+            flips = (before[0].argmax(-1) != after[0].argmax(-1)).double().mean()
+            assert effect.top_flips == pytest.approx(float(flips))
+        assert c.decomposition.evaluations[j] == report.summary()
+    together = c.analyzer.evaluate_components(c.decomposition, c.pefs, c.data, [3], rank=2, **settings)
+    assert together[0].scale == pytest.approx(reports[3].scale, rel=0.05)
+    with pytest.raises(ValueError, match="adapters of components"):
+        c.analyzer.evaluate_adapters([], c.decomposition, c.data)
+    with pytest.raises(ValueError, match="adapters of components"):
+        c.analyzer.evaluate_adapters([moved.to_adapter(1)], c.decomposition, c.data)
+
+
 def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_them(trained_case: TrainedCase) -> None:
     """Oracle: single lifts and evaluations."""
     c = trained_case
     settings: dict[str, Any] = {"n_top": 6, "n_others": 12}
     reports = c.analyzer.evaluate_components(
-        c.decomposition, c.pefs, c.data, [1, 4], lift={"selective": False}, **settings
+        c.decomposition, c.pefs, c.data, [1, 4], rank=None, lift={"selective": False}, **settings
     )
     lifted = c.analyzer.lift(c.decomposition, 4, c.pefs, c.data, selective=False)
     alone = c.analyzer.evaluate_direction(lifted, c.decomposition, 4, c.data, scale=reports[1].scale, **settings)

@@ -90,8 +90,18 @@ def everything(folder: Path) -> None:
     """All that two processes do without an accident, since most of a run's time is that it starts."""
     compute_all(folder)
     fit_all(folder)
+    adapters(folder)
     wrapped_models(folder)
     sharded(folder / "sharded")
+
+
+def adapters(folder: Path) -> None:
+    """All components, each process going through its share of the examples."""
+    ours, data = analyzer(), examples(11)
+    pefs = PEFs.load(folder / "pefs-11")
+    found = NPEFF(2, n_restarts=1).fit(pefs)
+    made = ours.lift_adapters(found, pefs, data, 2, selective=False, output_dir=folder / "adapters")
+    torch.save([a.tensors for a in made], folder / f"adapters-{os.environ['RANK']}.pt")
 
 
 def wrapped_models(folder: Path) -> None:
@@ -160,7 +170,10 @@ def sharded(folder: Path) -> None:
             pefs = ours.compute_pefs(data, folder / name, batch_size=2, shard_size=3)
         direction = None
         if name == "llama":
-            direction = dict(ours.lift(NPEFF(2, n_restarts=1).fit(pefs), 0, pefs, data, selective=False))
+            found = NPEFF(2, n_restarts=1).fit(pefs)
+            direction = dict(ours.lift(found, 0, pefs, data, selective=False))
+            made = ours.lift_adapters(found, pefs, data, 16, [0], selective=False, output_dir=folder / "adapters")
+            torch.save(made[0].linear_deltas(), folder / f"adapters-{os.environ['RANK']}.pt")
         same = all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
         required = all(p.requires_grad for p in model.parameters())
         torch.save((same and required, direction), folder / f"{name}-{os.environ['RANK']}.pt")

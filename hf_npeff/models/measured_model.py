@@ -17,17 +17,22 @@ from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Reading
 from hf_npeff.fisher.limits import ModelLimits
+from hf_npeff.models.adapted_model import RANK, AdaptedModel
 from hf_npeff.models.fisher_model import FisherModel
-from hf_npeff.models.lifted_model import LiftedModel
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.adapters import Adapter, layouts_of
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
 from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target
-from hf_npeff.weights.perturbation import PerturbationReport, evaluate
+from hf_npeff.weights.perturbation import PerturbationReport
+from hf_npeff.weights.trials import evaluate, evaluate_together
+
+_MEASURED_TOGETHER = 32
+"""Adapters whose searches take turns. Chosen: each is held twice meanwhile, beside a random one of its size."""
 
 
-class MeasuredModel(FisherModel, LiftedModel):
+class MeasuredModel(FisherModel, AdaptedModel):
     """A model on which directions, adapters and edits are measured."""
 
     def evaluate_direction(
@@ -107,16 +112,22 @@ class MeasuredModel(FisherModel, LiftedModel):
         dataset: Any,
         components: Sequence[int] | None = None,
         *,
+        rank: int | None = RANK,
         lift: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> list[PerturbationReport]:
-        """`lift` and `evaluate_direction` for several components, kept in `decomposition.evaluations`.
+        """What moving the parameters along several components does, kept in `decomposition.evaluations`.
+
+        All of them are lifted as adapters of one rank, and measured in shared forward passes (`lift_adapters`,
+        `evaluate_adapters`). Where components move more than linear maps, or another method lifts them, every
+        component is lifted and measured by itself, whole.
 
         Args:
-            decomposition: the decomposition of `pefs`.
+            decomposition: of `pefs`.
             pefs: those that were decomposed.
             dataset: the one they came from.
             components: their numbers; None takes all.
+            rank: of the adapters that are measured; None measures whole directions, one after another.
             lift: arguments of `lift`, `check_weights` among them.
             **settings: arguments of `evaluate_direction`.
 
@@ -124,12 +135,16 @@ class MeasuredModel(FisherModel, LiftedModel):
             A report a component, in order.
         """
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
-        lifting, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
+        request, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
         analyzer = self.for_decomposition(decomposition)
-        weights = analyzer.weights_for(decomposition, pefs, lifting.check_weights)
+        weights = analyzer.weights_for(decomposition, pefs, request.check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
+        if rank is not None and request.method == "exact" and analyzer._moves_linear_maps():
+            low = min(rank, max(min(shape) for shape in analyzer.shapes.values()))
+            adapters = analyzer._adapters(decomposition, wanted, pefs, examples, request, weights, rank=low)
+            return self._measured_together(adapters, decomposition, wanted, examples, pefs, measuring)
         reports = []
-        for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, lifting, weights):
+        for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, request, weights):
             self.check_movable(direction, in_place=not is_linear(direction))
             with self.forward_pass() as forward:
                 report = evaluate(forward, direction, decomposition, j, examples, measuring, (pefs.sketch(), pefs))
@@ -138,10 +153,76 @@ class MeasuredModel(FisherModel, LiftedModel):
             reports.append(report)
         return reports
 
+    def _moves_linear_maps(self) -> bool:
+        """Whether components change linear maps alone, so that all can be lifted and measured together."""
+        return set(layouts_of(self.model, self.shapes).values()) <= {"linear", "conv1d"}
+
+    def evaluate_adapters(
+        self,
+        adapters: Sequence[Adapter],
+        decomposition: Decomposition,
+        dataset: Any,
+        pefs: PEFs | None = None,
+        **settings: Any,
+    ) -> list[PerturbationReport]:
+        """`evaluate_direction` for adapters of components, in shared forward passes.
+
+        Component, sign and scale differ from example to example of a batch, and no weight is touched, so the model may
+        be quantised, offloaded or sharded. Reports are kept in `decomposition.evaluations`.
+
+        Args:
+            adapters: from `lift_adapters`; a step of 1 is an adapter as it is.
+            decomposition: whose components they are.
+            dataset: the one that was analysed, in any order.
+            pefs: those that were decomposed, which predict the first steps to try; None tries short ones first.
+            **settings: arguments of `evaluate_direction`, but for `held_out` and `by`.
+
+        Returns:
+            A report an adapter, in order.
+
+        Raises:
+            IndexError: if the decomposition has no such component.
+            UnsupportedModelError: if an adapter changes anything but linear maps.
+            ValueError: if an adapter is of no component, an argument is out of range, or the dataset or model does not
+                fit.
+        """
+        request = PerturbationRequest(**settings)
+        numbers = [None if adapter.about is None else adapter.about.component for adapter in adapters]
+        if not numbers or None in numbers:
+            raise ValueError("evaluate_adapters takes adapters of components, as lift_adapters makes them")
+        components = [decomposition.index_of(j) for j in numbers if j is not None]
+        self.check_movable(adapters[0], in_place=False)
+        examples = self.examples_of(decomposition, dataset, pefs)
+        return self._measured_together(adapters, decomposition, components, examples, pefs, request)
+
+    def _measured_together(
+        self,
+        adapters: Sequence[Adapter],
+        decomposition: Decomposition,
+        components: list[int],
+        examples: list[Example],
+        pefs: PEFs | None,
+        request: PerturbationRequest,
+    ) -> list[PerturbationReport]:
+        """`evaluate_adapters` for examples that are encoded already."""
+        changes = [adapter.linear_deltas() for adapter in adapters]
+        rows = None if pefs is None else (pefs.sketch(), pefs)
+        reports: list[PerturbationReport] = []
+        with self.forward_pass() as forward:
+            for start in range(0, len(changes), _MEASURED_TOGETHER):
+                few = slice(start, start + _MEASURED_TOGETHER)
+                reports += evaluate_together(
+                    forward, changes[few], decomposition, components[few], examples, request, rows
+                )
+        pairs = zip(reports, adapters, strict=True)
+        reports = [self._searched(report, adapter, decomposition, examples, request) for report, adapter in pairs]
+        decomposition.evaluations |= {j: report.summary() for j, report in zip(components, reports, strict=True)}
+        return reports
+
     def _searched(
         self,
         report: PerturbationReport,
-        direction: ParameterDirection,
+        direction: Change,
         decomposition: Decomposition,
         examples: Sequence[Example],
         request: PerturbationRequest,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +31,6 @@ class MovableModel(AnalysedModel):
             info: what is kept with it, beside the `provenance` of the model; `weights`, where they are known already.
             unit: False keeps its length.
         """
-        model_info = self.provenance(info.get("weights"))
         maps = {m.parameter: m for m in self.maps}
         parameters = bare_parameters(self.model)
         deltas = {}
@@ -39,10 +38,18 @@ class MovableModel(AnalysedModel):
             value = matrices.pop(name)
             shaped = maps[name].as_weight(value) if name in maps else value.reshape(parameters[name].shape)
             deltas[name] = shaped.contiguous()
-        layouts = layouts_of(self.model, deltas)
-        module = type(base_of(self.model)).__module__
-        model_info |= tied_weights(self.model, deltas)
-        return ParameterDirection(deltas, layouts, {**model_info, "module": module, **info}, unit=unit)
+        about = {**self.info_of_change(deltas, info.get("weights")), **info}
+        return ParameterDirection(deltas, layouts_of(self.model, deltas), about, unit=unit)
+
+    def info_of_change(self, parameters: Iterable[str], weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What a change of some parameters keeps of the model.
+
+        Args:
+            parameters: their names.
+            weights: which the model has, where that is known already.
+        """
+        about = {**self.provenance(weights), "module": type(base_of(self.model)).__module__}
+        return {**about, **tied_weights(self.model, parameters)}
 
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
         """Refuse to move weights that are sharded, or those of another commit than the change's.
@@ -61,7 +68,7 @@ class MovableModel(AnalysedModel):
             raise UnsupportedModelError(
                 "the model's weights are sharded over processes; load the whole model in one process to move them"
             )
-        info = {} if change is None else change.info if isinstance(change, ParameterDirection) else change.config
+        info = {} if change is None else {**getattr(change, "config", {}), **change.info}
         made = info.get("revision")
         if made is not None and self.revision is not None and made != self.revision:
             raise ValueError(

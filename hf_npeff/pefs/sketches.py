@@ -319,6 +319,25 @@ class Sketch:
             self.add(rows, name, self.project_output(name, value.mT).mT)
         return self.finish(rows).reshape(*lead, self.dim)
 
+    def apply_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """`apply` of products BA in their factors {parameter name: (B (out, q), A (q, in))}: (d,).
+
+        Raises:
+            ValueError: if the names or shapes are not the sketch's own.
+        """
+        shapes = {name: (len(B), A.shape[1]) for name, (B, A) in factors.items()}
+        if shapes != self.shapes:
+            raise ValueError(
+                f"factors of matrices of these shapes (out, in) were expected, {self.shapes}, not {shapes}"
+            )
+        first = next(iter(factors.values()))[0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        rows = self.new_rows(1, device=first.device, dtype=dtype)
+        for name in self.shapes:
+            B, A = (factor.to(first.device, dtype) for factor in factors[name])
+            self.add(rows, name, (self.project_output(name, B.T).T @ self.project_input(name, A))[None])
+        return self.finish(rows)[0]
+
     def adjoint(self, rows: Tensor) -> dict[str, Tensor]:
         """Pᵀ b: (…, d) → {parameter name: (…, out, in)}, with ⟨P a, b⟩ = ⟨a, Pᵀ b⟩.
 

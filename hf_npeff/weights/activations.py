@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,10 @@ def _shape_of(module: Any) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+_Stack: TypeAlias = tuple[Tensor, Tensor]
+"""B (r, out, q) and A (r, q, in) of several changes."""
+
+
 class ChangedActivations:
     """A model as weight changes would make it, inside `with`; each example of a batch gets one of them at a scale.
 
@@ -183,6 +187,7 @@ class ChangedActivations:
             inside = {name for names in fused.values() for name in names.values()}
             self._places |= check_linear(model, {n: delta for n, delta in change.items() if n not in inside})
         self._cast: dict[tuple[int, str, torch.device, torch.dtype], LinearDelta] = {}
+        self._stacks: dict[tuple[str, torch.device, torch.dtype], _Stack | None] = {}
         self._numbers: tuple[int, ...] = ()
         self._scales: tuple[float, ...] = ()
         self._handles: list[Any] = []
@@ -223,6 +228,7 @@ class ChangedActivations:
         while self._handles:
             self._handles.pop().remove()
         self._cast.clear()
+        self._stacks.clear()
         unseen = [path for path in self._places if path not in self._ran and path.rpartition(".")[0] in self._ran]
         if unseen and kind is None:
             raise UnsupportedModelError(
@@ -298,6 +304,27 @@ class ChangedActivations:
             self._cast[key] = delta.to(x.device, wide)
         return self._cast[key]
 
+    def _stack(self, parameter: str, like: Tensor) -> _Stack | None:
+        """B (r, out, q) and A (r, q, in) of all changes, where they are several of one rank; kept for later batches."""
+        key = parameter, like.device, like.dtype
+        if key not in self._stacks:
+            deltas = [change.get(parameter) for change in self._changes]
+            ranks = {None if d is None or d.right is None else len(d.right) for d in deltas}
+            self._stacks[key] = None
+            if len(deltas) > 1 and len(ranks) == 1 and None not in ranks:
+                left = torch.stack([d.left for d in deltas if d is not None]).to(like)
+                right = torch.stack([d.right for d in deltas if d is not None and d.right is not None]).to(like)
+                self._stacks[key] = left, right
+        return self._stacks[key]
+
+    def _added_by_stack(self, stack: _Stack, x: Tensor) -> Tensor:
+        """What is added for inputs (B, …, in), each example by its own change."""
+        numbers = torch.tensor(self._numbers, device=x.device)
+        scales = torch.tensor(self._scales, device=x.device, dtype=x.dtype)[:, None, None]
+        left, right = (factor[numbers].mT for factor in stack)
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        return (torch.bmm(flat, right) * scales @ left).reshape(*x.shape[:-1], left.shape[-1])
+
     def _added(self, path: str, parameter: str, x: Tensor) -> Tensor | None:
         """What is added to the module's output, shaped like it up to flattening; None for nothing."""
         pairs = set(zip(self._numbers, self._scales, strict=True))
@@ -308,6 +335,8 @@ class ChangedActivations:
                 return None if delta is None or scale == 0 else scale * delta.times(x.to(wide))
             return None
         each = _per_example(x, len(self._numbers), path).to(wide)
+        if (stack := self._stack(parameter, each)) is not None:
+            return self._added_by_stack(stack, each)
         parts: list[tuple[Tensor, Tensor]] = []
         for number in sorted(set(self._numbers)):
             delta = self._delta(number, parameter, x)

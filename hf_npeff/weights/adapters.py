@@ -144,6 +144,7 @@ class Adapter(Readable):
         architecture: transformers' class that loads the base model, for the card.
         shapes: the shapes of the parameters, where the tensors do not tell them (SHiRA).
         weights: hash of the base model's weights, kept as `base_model_weights` in the safetensors file's metadata.
+        info: how a lifted component's adapter was made, as `ParameterDirection.info` says it; empty of other adapters.
 
     Example:
         >>> adapter = direction.to_adapter(rank=2, scale=0.3)
@@ -156,6 +157,8 @@ class Adapter(Readable):
         >>> all(adapter.delta(name).shape == model.get_parameter(name).shape for name in adapter.layouts)
         True
         >>> adapter.card(license="apache-2.0").startswith("---")
+        True
+        >>> sorted(adapter.factors()) == sorted(adapter.scaled(-2.0).factors())
         True
         >>> adapter.save_pretrained("runs/lora")  # PeftModel.from_pretrained(base, "runs/lora") loads it
         >>> Adapter.from_pretrained("runs/lora").layouts == adapter.layouts
@@ -179,6 +182,7 @@ class Adapter(Readable):
     architecture: str = "AutoModel"
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     weights: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
 
     _KIND = "adapter"
     _FILES = (_WEIGHTS, _CONFIG)
@@ -247,6 +251,38 @@ class Adapter(Readable):
         """
         check_all_linear(self.layouts)
         return {name: self._linear_delta(name) for name in self.layouts}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{weight: (B (out, r), A (r, in))} of a LoRA, with BA its change; of an embedding, its transpose.
+
+        Raises:
+            UnsupportedModelError: if it is no LoRA.
+        """
+        if self.kind != "lora":
+            raise UnsupportedModelError(f"only a LoRA has factors, and this adapter is {_KINDS[self.kind]}")
+        deltas = {n: self._linear_delta(n) for n, kind in self.layouts.items() if kind not in ("bias", "norm")}
+        return {name: (delta.left, delta.right) for name, delta in deltas.items() if delta.right is not None}
+
+    def scaled(self, scale: float) -> Adapter:
+        """The adapter of a change that is longer by so much, or points the other way.
+
+        Raises:
+            UnsupportedModelError: if it stores what a norm becomes, and not by how much it changes.
+            ValueError: if the scale is 0 or not finite.
+        """
+        scale = check_scale(scale)
+        if "norm" in self.layouts.values() and self.kind == "lora":
+            raise UnsupportedModelError(
+                "the adapter stores what norms become; lift again, or use to_adapter(scale=...)"
+            )
+        changes = ("lora_B.", "lora_embedding_B", "shira_weight")
+        tensors = {
+            name: value * scale if self.kind == "delta" or any(part in name for part in changes) else value
+            for name, value in self.tensors.items()
+        }
+        config = {**self.config, **({"scale": self.config["scale"] * scale} if "scale" in self.config else {})}
+        about = self.about and replace(self.about, scale=(self.about.scale or 1.0) * scale)
+        return replace(self, tensors=tensors, config=config, about=about)
 
     def delta(self, name: str) -> Tensor:
         """ΔW of one parameter, dense and shaped like it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ def _same(first: Tensor | None, second: Tensor) -> bool:
     return not bool(second.any()) if first is None else torch.equal(first, second)
 
 
-def tied_weights(model: nn.Module, deltas: Mapping[str, Tensor]) -> dict[str, Any]:
+def tied_weights(model: nn.Module, deltas: Iterable[str]) -> dict[str, Any]:
     """Which modules share a changed weight, where several do.
 
     Returns:

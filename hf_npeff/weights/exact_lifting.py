@@ -57,7 +57,7 @@ class GradientSum(Receiver):
             total[expert] += product.to(total.device, total.dtype)
 
 
-def _place(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:
+def place_of(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:
     """Where, and in which type, the gradient of a weight is added up."""
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
         return torch.device("cpu"), torch.float32
@@ -80,7 +80,7 @@ def lift_exact(
         For every combination {parameter: matrix (out, in)}.
     """
     weights = bare_parameters(forward.model)
-    places = {m.parameter: (m.shape, *_place(weights.get(m.parameter))) for m in forward.maps}
+    places = {m.parameter: (m.shape, *place_of(weights.get(m.parameter))) for m in forward.maps}
     used = coefficients.abs().sum((0, 2)).nonzero()[:, 0].tolist()
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
     coefficients = coefficients / coefficients.abs().amax((1, 2), keepdim=True).clamp_min(
@@ -138,7 +138,7 @@ def _add_parameters(
     weights = bare_parameters(forward.model)
     for total in sums:
         for name, shape in forward.parameters.items():
-            device, dtype = _place(weights.get(name))
+            device, dtype = place_of(weights.get(name))
             total[name] = torch.zeros(shape, device=device, dtype=dtype)
     for indices in batches:
         source = forward.source_of([examples[i] for i in indices])

@@ -133,7 +133,7 @@ def lift_components(
             "form": "metric" if metric else "plain",
         }
         if request.method == "exact":
-            _check_faithful(fact)
+            check_faithful(fact, fact["estimated_cosine"])
         scale_to_unit(in_metric(deltas, sketch, scales) if metric else deltas)
         lifted.append(Lifted(deltas, fact))
     return lifted
@@ -222,9 +222,17 @@ def _from_sketch(sketch: Sketch, g: Tensor, request: LiftRequest) -> dict[str, T
     return sketch.adjoint(g) if request.method == "adjoint" else sparse_preimage(sketch, g, request.solver)
 
 
-def _check_faithful(fact: Mapping[str, Any]) -> None:
-    """Refuse a direction whose sketch is not the component, and warn where it is not quite."""
-    component, cosine = fact["component"], fact["estimated_cosine"]
+def check_faithful(fact: Mapping[str, Any], cosine: float) -> None:
+    """Refuse a direction whose sketch is not the component, and warn where it is not quite.
+
+    Args:
+        fact: what is known of the component that was lifted.
+        cosine: of the direction's sketch with it; of a part of the direction, over what such a part should have.
+
+    Raises:
+        ValueError: if the two have little to do with each other.
+    """
+    component = fact["component"]
     if "top_examples" not in fact and cosine < _SAME_MODEL:
         raise ValueError(
             f"the gradients of this model do not add up to component {component} (cosine {cosine:.3f}): its weights "

@@ -13,6 +13,8 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.weights.adapter_folder import PREFIX, Layout
 from hf_npeff.weights.adapters import Adapter, check_rank, peft_config, place_of_experts, retained
 
+MATRICES = ("linear", "conv1d", "embedding")
+"""Layouts that get two factors."""
 _EXACT_SVD = 1024
 """Smaller side up to which the decomposition is exact. Chosen: seconds at most, on a CPU."""
 
@@ -73,28 +75,79 @@ def lora(
     """
     scale = check_scale(scale)
     check_rank(rank)
-    matrices = [n for n in deltas if layouts[n] in ("linear", "conv1d", "embedding")]
+    matrices = [n for n in deltas if layouts[n] in MATRICES]
     fused = [n for n in deltas if layouts[n] in ("experts", "experts-transposed")]
     largest = max((min(deltas[n].shape[-2:]) for n in (*matrices, *fused)), default=0)
     if rank > largest:
         raise ValueError(f"rank={rank} exceeds the rank that any of the matrices can have; use at most {largest}")
+    kept = dict.fromkeys(deltas, 1.0)
+    factors = {}
+    for name in matrices:
+        B, A, kept[name] = low_rank(deltas[name].mT if layouts[name] == "conv1d" else deltas[name], rank)
+        factors[name] = B, A
+    experts = {}
+    for name in fused:
+        stacked = deltas[name] if layouts[name] == "experts" else deltas[name].mT
+        experts[name], kept[name] = _lora_of_experts(stacked, rank, scale)
+    vectors = {name: delta for name, delta in deltas.items() if name not in factors and name not in experts}
+    kept_of = retained(deltas, kept), kept
+    return assembled(
+        factors,
+        vectors,
+        layouts,
+        rank=rank,
+        scale=scale,
+        info=info,
+        retained=kept_of,
+        absolute=absolute,
+        experts=experts,
+    )
+
+
+def assembled(
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    vectors: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout],
+    *,
+    rank: int,
+    scale: float,
+    info: Mapping[str, Any],
+    retained: tuple[float, dict[str, float]],
+    absolute: Mapping[str, Tensor] | None = None,
+    experts: Mapping[str, dict[str, Tensor]] | None = None,
+) -> Adapter:
+    """A LoRA adapter of factors that are known.
+
+    Args:
+        factors: {weight: (B (out, q), A (q, in))} with BA its change (out, in), and q ≤ rank.
+        vectors: {parameter: change} of biases and norms.
+        layouts: what every parameter is.
+        rank: of every module; smaller factors are zero-padded.
+        scale: the changes are multiplied with it.
+        info: `model`, `revision` and `task`.
+        retained: the share of the squared norm of the change that the factors keep, in all and by weight.
+        absolute: the norms' weights in the model: PEFT stores those whole.
+        experts: {weight of fused experts: its factors under PEFT's names, scaled}.
+
+    Raises:
+        ValueError: if a bias comes without the weight of its module, or a norm without its weight in the model.
+        UnsupportedModelError: if a parameter is of no kind that LoRA carries.
+    """
     tensors: dict[str, Tensor] = {}
     targets, saved, biases = [], [], {}
-    kept = dict.fromkeys(deltas, 1.0)
-    for name, delta in deltas.items():
+    for name, (B, A) in factors.items():
+        module = name.rpartition(".")[0]
+        for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight moves in all of its modules
+            embeds = place in (info.get("tied_embeddings") or ())
+            embeds = embeds or (place == module and layouts[name] == "embedding")
+            pair = _lora_pair(_padded(B, rank, 1), _padded(A, rank, 0), scale, embeds)
+            tensors |= {f"{PREFIX}{place}.{key}": value.clone() for key, value in pair.items()}
+            targets.append(place)
+    for name, pair in (experts or {}).items():
+        tensors |= {f"{PREFIX}{place_of_experts(name, layouts)}.{key}": value for key, value in pair.items()}
+    for name, delta in vectors.items():
         module, _, leaf = name.rpartition(".")
-        if name in matrices:
-            B, A, kept[name] = low_rank(delta.mT if layouts[name] == "conv1d" else delta, rank)
-            for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight moves in all of its modules
-                embeds = place in (info.get("tied_embeddings") or ())
-                embeds = embeds or (place == module and layouts[name] == "embedding")
-                pair = _lora_pair(_padded(B, rank, 1), _padded(A, rank, 0), scale, embeds)
-                tensors |= {f"{PREFIX}{place}.{key}": value.clone() for key, value in pair.items()}
-                targets.append(place)
-        elif name in fused:
-            pair, kept[name] = _lora_of_experts(delta if layouts[name] == "experts" else delta.mT, rank, scale)
-            tensors |= {f"{PREFIX}{place_of_experts(name, layouts)}.{key}": value for key, value in pair.items()}
-        elif layouts[name] == "bias":
+        if layouts[name] == "bias":
             biases[module] = delta * scale
         elif layouts[name] == "norm":
             if absolute is None or name not in absolute:
@@ -103,8 +156,10 @@ def lora(
             saved.append(module)
         else:
             raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
-    if fused and biases:
-        raise UnsupportedModelError(f"PEFT carries no bias beside fused experts ({fused[0]}); use kind='delta'")
+    if experts and biases:
+        raise UnsupportedModelError(
+            f"PEFT carries no bias beside fused experts ({next(iter(experts))}); use kind='delta'"
+        )
     tensors |= _lora_biases(biases, targets, saved, tensors)
     config = {
         **peft_config("LORA", info, rank, targets),
@@ -112,13 +167,13 @@ def lora(
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": bool(biases),
-        "fan_in_fan_out": any(layouts[n] == "conv1d" for n in deltas),
+        "fan_in_fan_out": any(layouts[n] == "conv1d" for n in layouts),
         "modules_to_save": saved or None,
         "use_rslora": False,
     }
-    if fused:
-        config["target_parameters"] = fused
-    return Adapter("lora", tensors, config, retained(deltas, kept), dict(layouts), kept)
+    if experts:
+        config["target_parameters"] = list(experts)
+    return Adapter("lora", tensors, config, retained[0], dict(layouts), retained[1])
 
 
 def _lora_pair(B: Tensor, A: Tensor, scale: float, embeds: bool) -> dict[str, Tensor]:

@@ -26,77 +26,65 @@ FLOOR = torch.finfo(torch.float32).eps
 """A KL below this is rounding."""
 _TRIED = 2
 """Examples of each of two steps, on which it is tried whether steps can share a forward pass."""
-_LONGEST = 64.0
+LONGEST = 64.0
 """The longest step where the weights' norm is not known, since none of them is at hand."""
 
 Job = tuple[Sequence[Example], float]
 """Examples, and the step at which they are to be predicted."""
+NumberedJob = tuple[int, Sequence[Example], float]
+"""The same along one of several changes."""
 
 
-class Steps:
-    """What a model predicts after steps along one direction.
+class SharedSteps:
+    """What a model predicts after steps along several changes, added in the activations.
 
-    A direction of linear maps alone is added in the activations, and all steps of a call share their forward passes,
-    unless the model gives something else then than it does for each alone. Any other direction moves the weights.
+    All examples of a call share their forward passes, each with a change and a step of its own, unless the model gives
+    something else then than it does for each job alone.
 
     Args:
         forward: the forward pass.
-        direction: a direction of unit norm.
+        changes: {parameter: delta} of each.
         batch_size: examples of a forward pass.
     """
 
-    def __init__(self, forward: ForwardPass, direction: ParameterDirection, batch_size: int):
-        self._forward, self._direction, self._batch_size = forward, direction, batch_size
-        linear = all(layout in LINEAR_LAYOUTS for layout in direction.layouts.values())
-        self.deltas: dict[str, LinearDelta] | None = direction.linear_deltas() if linear else None
-        self._shared: bool | None = None if linear and not forward.one_at_a_time else False
+    def __init__(self, forward: ForwardPass, changes: Sequence[Mapping[str, LinearDelta]], batch_size: int):
+        self._forward, self._changes, self._batch_size = forward, changes, batch_size
+        self.shared: bool | None = False if forward.one_at_a_time else None
 
-    def random(self, seed: int) -> Steps:
-        """The same along a random direction of equal norm."""
-        other = Steps(self._forward, self._direction.random_like(seed), self._batch_size)
-        other._shared = self._shared
-        return other
-
-    def predict(self, jobs: Sequence[Job]) -> list[Predictions]:
+    def predict(self, jobs: Sequence[NumberedJob]) -> list[Predictions]:
         """What is predicted for the examples of every job, after its step.
 
         Raises:
             UnsupportedModelError: if the model reads a weight that is changed without calling its module.
         """
-        if self.deltas is None:
-            predictions = []
-            for examples, step in jobs:
-                with self._direction.applied_to(self._forward.model, step):
-                    predictions.append(predict(self._forward, examples, self._batch_size))
-            return predictions
-        with ChangedActivations(self._forward.model, [self.deltas]) as changed:
-            if len(jobs) > 1 and self._shared is None:
-                self._shared = self._can_share(changed, jobs)
-            if len(jobs) > 1 and self._shared:
+        with ChangedActivations(self._forward.model, self._changes) as changed:
+            if len(jobs) > 1 and self.shared is None:
+                self.shared = self._can_share(changed, jobs)
+            if len(jobs) > 1 and self.shared:
                 return self._together(changed, jobs)
             return [self._alone(changed, *job) for job in jobs]
 
-    def _alone(self, changed: ChangedActivations, examples: Sequence[Example], step: float) -> Predictions:
-        changed.assign_all(0, step)
+    def _alone(self, changed: ChangedActivations, number: int, examples: Sequence[Example], step: float) -> Predictions:
+        changed.assign_all(number, step)
         return predict(self._forward, examples, self._batch_size)
 
-    def _together(self, changed: ChangedActivations, jobs: Sequence[Job]) -> list[Predictions]:
-        examples = [example for some, _ in jobs for example in some]
-        steps = [step for some, step in jobs for _ in some]
+    def _together(self, changed: ChangedActivations, jobs: Sequence[NumberedJob]) -> list[Predictions]:
+        examples = [example for _, some, _ in jobs for example in some]
+        steps = [(number, step) for number, some, step in jobs for _ in some]
 
         def assign(batch: Sequence[int]) -> None:
-            changed.assign([0] * len(batch), [steps[i] for i in batch])
+            changed.assign([steps[i][0] for i in batch], [steps[i][1] for i in batch])
 
         every = predict(self._forward, examples, self._batch_size, before_batch=assign)
         groups, start = [], 0
-        for some, _ in jobs:
+        for _, some, _ in jobs:
             groups.append(Predictions(every.logits[start : start + len(some)], every.distribution))
             start += len(some)
         return groups
 
-    def _can_share(self, changed: ChangedActivations, jobs: Sequence[Job]) -> bool:
+    def _can_share(self, changed: ChangedActivations, jobs: Sequence[NumberedJob]) -> bool:
         """Whether a model gives for steps in one batch what it gives for each: routed experts, say, mix examples."""
-        few = [(examples[:_TRIED], step) for examples, step in jobs[:2]]
+        few = [(number, examples[:_TRIED], step) for number, examples, step in (jobs[0], jobs[-1])]
         try:
             together = self._together(changed, few)
         except UnsupportedModelError as error:
@@ -111,11 +99,51 @@ class Steps:
         return True
 
 
+class Steps:
+    """What a model predicts after steps along one direction.
+
+    A direction of linear maps alone is added in the activations (see `SharedSteps`). Any other direction moves the
+    weights.
+
+    Args:
+        forward: the forward pass.
+        direction: of unit norm.
+        batch_size: examples of a forward pass.
+    """
+
+    def __init__(self, forward: ForwardPass, direction: ParameterDirection, batch_size: int):
+        self._forward, self._direction, self._batch_size = forward, direction, batch_size
+        linear = all(layout in LINEAR_LAYOUTS for layout in direction.layouts.values())
+        self.deltas: dict[str, LinearDelta] | None = direction.linear_deltas() if linear else None
+        self._shared = None if self.deltas is None else SharedSteps(forward, [self.deltas], batch_size)
+
+    def random(self, seed: int) -> Steps:
+        """The same along a random direction of equal norm."""
+        other = Steps(self._forward, self._direction.random_like(seed), self._batch_size)
+        if other._shared is not None and self._shared is not None:
+            other._shared.shared = self._shared.shared
+        return other
+
+    def predict(self, jobs: Sequence[Job]) -> list[Predictions]:
+        """What is predicted for the examples of every job, after its step.
+
+        Raises:
+            UnsupportedModelError: if the model reads a weight that is changed without calling its module.
+        """
+        if self._shared is not None:
+            return self._shared.predict([(0, *job) for job in jobs])
+        predictions = []
+        for examples, step in jobs:
+            with self._direction.applied_to(self._forward.model, step):
+                predictions.append(predict(self._forward, examples, self._batch_size))
+        return predictions
+
+
 def longest_step(direction: ParameterDirection, model: nn.Module) -> float:
     """‖θ‖ of the parameters that a unit direction moves, as far as they are at hand: the longest sensible step."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     at_hand = all(name in parameters and is_at_hand(parameters[name]) for name in direction)
-    return direction.norm_in(model) if at_hand else _LONGEST
+    return direction.norm_in(model) if at_hand else LONGEST
 
 
 def predicted_step(
@@ -135,8 +163,10 @@ def predicted_step(
     """
     if set(deltas) != set(sketch.shapes):
         return None
-    matrices = {name: deltas[name].matrix().float() for name in sketch.shapes}
-    along = sketch.apply(matrices).cpu()
+    if all(delta.right is not None for delta in deltas.values()):
+        along = sketch.apply_factors({n: (d.left, d.right) for n, d in deltas.items() if d.right is not None}).cpu()
+    else:
+        along = sketch.apply({name: deltas[name].matrix().float() for name in sketch.shapes}).cpu()
     few = pefs[list(indices)]
     slopes = few.factors.cpu().float() @ along
     kl = float(0.5 * (few.norms.cpu().float() * slopes.square().sum(1)).mean())
