@@ -138,7 +138,7 @@ class AdaptedModel(LiftedModel):
         """`lift_adapters` for examples that are encoded already."""
         changed = self._changed_weights(weights, pefs, rank)
         plans = self._planned(decomposition, wanted, pefs, request)
-        settings = {"rank": rank, "passes": passes, "form": request.form}
+        settings: dict[str, Any] = {"rank": rank, "passes": passes, "form": request.form}
         settings |= {"weights": weights.get("hash"), "pefs": pefs.fingerprint}
         done = {}
         for p in plans if folder is not None else ():
