@@ -30,7 +30,7 @@ test: $(VENV)/ready-for-test browser ## Set everything up, then run every check
 	@$(MAKE) check
 
 check: lint ## Format, lint, types and tests, in an environment that is already set up (ARGS goes to pytest)
-	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/ready-for-test ## Format, lint and types alone
 	@$(BIN)/ruff format --check --quiet .

@@ -26,6 +26,16 @@ import torch
 
 torch.set_num_threads(1)
 
+LONGEST_FIRST = ("test_sweep.py", "test_studies_runs.py", "test_real_model.py", "test_processes.py")
+"""Files of few tests that take long. `make check` hands files to processes in this order: the last one that is begun
+may leave the other processes with nothing to do, so it must not be one of these."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then the others in their order."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(scope="session")
 def trained_case(tmp_path_factory: pytest.TempPathFactory) -> TrainedCase:

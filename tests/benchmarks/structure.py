@@ -23,10 +23,11 @@ from typing import NamedTuple
 from tests.test_imports import PACKAGE, REPOSITORY, imports_of, modules_of
 
 FOLLOWED = (
-    ("a data set", "NPEFFAnalyzer.compute_pefs", "dataset"),
-    ("a component's number", "NPEFFAnalyzer.lift", "components"),
-    ("a component's number", "NPEFFAnalyzer.evaluate_direction", "component"),
+    ("a data set", "compute_pefs", "dataset"),
+    ("a component's number", "lift", "components"),
+    ("a component's number", "evaluate_direction", "component"),
 )
+"""What is followed: (what it is, the analyzer's method, its parameter)."""
 LATER = set("pefs decomposition direction directions lifted report reports analyzer self plans".split())
 LATER |= set("mixtures rows coefficients shares chosen indices limits kept facts".split())
 """Names of what is made from a value at a later stage: there it is followed no more."""
@@ -154,13 +155,14 @@ def goes_on(function: Function, name: str, by_name: dict[str, list[Function]]) -
 
 
 def followed(package: Path, start: str, parameter: str) -> list[tuple[str, str]]:
-    """(function, name) of every place that a value reaches, from the method `start`, nearest first."""
+    """(function, name) of every place that a value reaches, from the analyzer's method `start`, nearest first."""
     functions = functions_of(package)
     by_name: dict[str, list[Function]] = {}
     for function in functions:
         *_, owner, name = ("", *function.place.split(":")[1].split("."))
         by_name.setdefault(owner if name == "__init__" else name, []).append(function)
-    first = next(f for f in functions if f.place.endswith(f":{start}"))
+    classes = {f"{module}:" for module in ("analyzer", *(f"models.{own}" for own in OWN))}
+    first = next(f for f in functions if f.place.endswith(f".{start}") and f.module + ":" in classes)
     places: dict[tuple[str, str], None] = {}
     waiting = deque([(first, parameter, 0)])
     while waiting:
