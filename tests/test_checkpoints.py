@@ -16,6 +16,7 @@ from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.tasks import loader_of, task_of_class
 from tests import reference
 from tests.analyses import analyzer_of, in_parameters
+from tests.logged import warned_by
 from tests.tiny import tiny_batch, tiny_model
 
 TEXT = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
@@ -123,7 +124,7 @@ def test_mobilebert_is_read_at_its_logits(caplog: Any) -> None:
     data = [{"input_ids": [5, 3, 7, 8], "labels": [-100, 6, -100, -100]}]
     analyzer = analyzer_of(model, rank=20, output_factor="exact")
     pefs = analyzer.compute_pefs(data)
-    assert "enter at the logits" in caplog.text
+    assert warned_by(caplog, "fisher.heads")
     names = [m.parameter for m in analyzer.maps]
     assert names
     batch = {name: torch.tensor([value]) for name, value in data[0].items()}

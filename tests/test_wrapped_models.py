@@ -15,6 +15,7 @@ from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.outputs import traits_of
 from tests import reference
 from tests.analyses import analyzer_of, in_parameters
+from tests.logged import warned_by
 from tests.tiny import collate, task_of, tiny_batch, tiny_model
 
 
@@ -90,7 +91,7 @@ def test_a_head_under_dora_is_read_at_its_logits(caplog: Any) -> None:
     data = tiny_batch(tiny_model("llama"), 3, seed=3)
     analyzer = analyzer_of(model, rank=64)
     exact = analyzer.compute_pefs(data)
-    assert "enter at the logits" in caplog.text
+    assert warned_by(caplog, "fisher.heads")
     actual = {id(p): name for name, p in model.named_parameters()}
     names = [actual[id(bare_parameters(model)[m.parameter])] for m in analyzer.maps]
     for example, rows in zip(data, in_parameters(analyzer, exact), strict=True):
