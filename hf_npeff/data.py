@@ -8,6 +8,7 @@ its attention mask predicts the same.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +25,17 @@ from hf_npeff.encoding.encoders import Encoder, Inputs
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.encoding.shapes import SAMPLE, encoded_as
 from hf_npeff.encoding.values import as_number_or_text, as_python, at
-from hf_npeff.padding import Batch, PaddedLabels, is_nested, padded, sides_of, without_padding
+from hf_npeff.images import of_one_example, rows_with_images
+from hf_npeff.padding import (
+    Batch,
+    OfOneExample,
+    PaddedLabels,
+    is_nested,
+    padded,
+    shape_of,
+    sides_of,
+    without_padding,
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,10 @@ class Example:
         return max(len(ids), len(self.inputs.get("decoder_input_ids", ())))
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many entries each of its inputs has, in the order of their names: only equal ones need no padding."""
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of its inputs but for those that go along the tokens, in the order of the inputs' names."""
         return tuple(
-            len(value) if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim()) else 0
+            tuple(0 if size == self.length else size for size in shape_of(value))
             for _, value in sorted(self.inputs.items())
         )
 
@@ -104,7 +115,7 @@ class Examples(Sequence[Example]):
     ):
         if max_examples is not None and max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, but it is {max_examples}")
-        self._records = records_of(dataset, max_examples)
+        self._records = records_of(dataset, max_examples, (needs or ModelNeeds()).image_token)
         self._n = len(self._records) if max_examples is None else min(len(self._records), max_examples)
         if self._n == 0:
             raise ValueError("the dataset is empty: there are no examples to analyse")
@@ -113,7 +124,8 @@ class Examples(Sequence[Example]):
         rows = [self._records[i] for i in range(1 if heavy else min(self._n, SAMPLE))]
         names = _class_names(getattr(self._records, "features", None))
         record = encoded_as(rows, reading or Reading(), needs or ModelNeeds(), names)
-        self._encoder = Encoder(record, processing_class, needs or ModelNeeds(), _tensor_inputs)
+        tensors = functools.partial(_tensor_inputs, task=(needs or ModelNeeds()).task)
+        self._encoder = Encoder(record, processing_class, needs or ModelNeeds(), tensors)
         self.encoded: Encoded = self._encoder.record
         self._encoder.warn_of_end(rows)
         if columns is not None and (missing := [c for c in columns if c not in first]):
@@ -177,7 +189,7 @@ class Examples(Sequence[Example]):
         return list(self._ids)
 
 
-def records_of(dataset: Any, max_examples: int | None) -> Any:
+def records_of(dataset: Any, max_examples: int | None, image_token: int | None = None) -> Any:
     """Anything → a sequence of dictionaries.
 
     Raises:
@@ -188,9 +200,9 @@ def records_of(dataset: Any, max_examples: int | None) -> Any:
     if isinstance(dataset, str):
         raise ValueError("expected a dataset, got one string; put texts in a list")
     if isinstance(dataset, DataLoader):
-        return _unbatched(dataset, max_examples)
+        return _unbatched(dataset, max_examples, image_token)
     if isinstance(dataset, Mapping):
-        return _rows_of_columns(dataset)
+        return _rows_of_columns(dataset, image_token)
     dataset = _without_format(dataset)
     if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
         return dataset
@@ -247,8 +259,10 @@ def _column(records: Any, name: str, n: int) -> list[Any]:
     return list(itertools.islice(records[name], n))
 
 
-def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows_of_columns(columns: Mapping[str, Any], image_token: int | None) -> list[dict[str, Any]]:
     """A dictionary of tensors or lists, padded by an attention mask or not, → its rows without padding."""
+    if with_images := rows_with_images(columns, image_token):
+        return [without_padding(row) for row in with_images]
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"a dictionary of columns needs columns of one length, but they have {lengths}")
@@ -258,12 +272,12 @@ def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _unbatched(loader: DataLoader[Any], max_examples: int | None) -> list[dict[str, Any]]:
+def _unbatched(loader: DataLoader[Any], max_examples: int | None, image_token: int | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for batch in loader:
         if not isinstance(batch, Mapping):
             raise ValueError(f"a DataLoader must give dictionaries of tensors, but it gave {type(batch).__name__}")
-        rows += _rows_of_columns(batch)
+        rows += _rows_of_columns(batch, image_token)
         if max_examples is not None and len(rows) >= max_examples:
             break
     return rows
@@ -276,11 +290,16 @@ def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
     return any(mask.dim() == 1 and bool((mask[1:] > mask[:-1]).any()) for mask in flat)
 
 
-def _tensor_inputs(record: Mapping[str, Any]) -> dict[str, Any]:
+def _tensor_inputs(record: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
+    if task not in (None, "multiple-choice"):
+        record = of_one_example(record, image_classes=task == "image-classification")
     if _is_padded_on_the_left(record):
         record = without_padding(dict(record))
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for name, value in record.items():
+        if isinstance(value, OfOneExample):
+            inputs[name] = value
+            continue
         if isinstance(value, Tensor):
             value = value.tolist() if value.dim() and not value.is_floating_point() else value
         if isinstance(value, Tensor) and value.dim() == 0:
@@ -317,6 +336,7 @@ def _content_of(inputs: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name in sorted(inputs):
         value = inputs[name].whole if isinstance(inputs[name], PaddedLabels) else inputs[name]
+        value = value.tensor if isinstance(value, OfOneExample) else value
         if name == "special_tokens_mask" or (name.endswith("attention_mask") and _hides_nothing(value)):
             continue  # no input of a model; and what is made where an example has no mask
         digest.update(name.encode())

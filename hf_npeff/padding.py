@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TOKEN_COLUMNS = (
+TOKEN_COLUMNS = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
     "decoder_input_ids", "decoder_attention_mask",
 )  # fmt: skip
@@ -35,6 +36,19 @@ class PaddedLabels(list[int]):
     def __init__(self, labels: Sequence[int], kept: slice):
         super().__init__(labels[kept])
         self.whole = list(labels)
+
+
+@dataclass(frozen=True)
+class OfOneExample:
+    """An input as the model takes it for one example alone: its first dimension counts examples, images or patches.
+
+    Those of a batch are joined along it, and padded with zeros along the others.
+    """
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
 
 
 class Batch(dict[str, Tensor]):
@@ -63,7 +77,7 @@ def without_padding(row: dict[str, Any]) -> dict[str, Any]:
         kept = slice(int(shown[0]), int(shown[-1]) + 1) if len(shown) else slice(0, 0)
         others = tuple(other for other in sides if other and other != side)
         for name in [name for name in row if name.startswith(side) and not name.startswith(others)]:
-            if name == "labels" and _is_array(row[name]) and torch.as_tensor(row[name]).shape == (len(mask),):
+            if name == "labels" and is_array(row[name]) and torch.as_tensor(row[name]).shape == (len(mask),):
                 labels = torch.as_tensor(row[name])
                 outside = bool((labels != IGNORED).sum() > (labels[kept] != IGNORED).sum())
                 row[name] = PaddedLabels(labels.tolist(), kept) if outside else labels[kept]
@@ -77,7 +91,15 @@ def sides_of(names: Iterable[str]) -> list[str]:
     return ["", *sorted(name.removesuffix("input_ids") for name in names if name.endswith(_OTHER_TOKENS[0]))]
 
 
-def _is_array(value: Any) -> bool:
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Of a tensor, an array or nested lists; () of anything else."""
+    value = value.tensor if isinstance(value, OfOneExample) else value
+    if isinstance(value, list | tuple):
+        return (len(value), *shape_of(value[0])) if len(value) else (0,)
+    return tuple(getattr(value, "shape", ()))
+
+
+def is_array(value: Any) -> bool:
     """Whether a value is a tensor, an array, or a list of numbers or of lists of them."""
     while isinstance(value, list | tuple):
         if not len(value):
@@ -86,11 +108,17 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, int | float | Tensor) or (hasattr(value, "dtype") and value.dtype.kind in "iufb")
 
 
+def is_beside_tokens(name: str) -> bool:
+    """Whether an input has no entry for a token.
+
+    Masks over tokens among those of images have one: where an image stands (KOSMOS-2), which a token sees (IDEFICS).
+    """
+    return name.startswith(_NOT_OF_TOKENS) and not (name.startswith("image_") and name.endswith("_mask"))
+
+
 def _cut(value: Any, name: str, length: int, kept: slice) -> Any:
     """An input cut along the tokens: in its first dimension, or in the last two of a mask over pairs of tokens."""
-    # The masks among them are of tokens: where an image stands (KOSMOS-2), which images a token sees (IDEFICS).
-    placed = name.startswith("image_") and name.endswith("_mask")
-    if (name.startswith(_NOT_OF_TOKENS) and not placed) or not _is_array(value):
+    if is_beside_tokens(name) or not is_array(value):
         return value
     try:
         tensor = torch.as_tensor(value)
@@ -141,6 +169,18 @@ def padded(values: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, enc
     return batch
 
 
+def _joined(tensors: Sequence[Tensor], name: str) -> Tensor:
+    """Tensors joined along their first dimension, and padded with zeros along the others."""
+    if len({tensor.dim() for tensor in tensors}) > 1:
+        raise ValueError(f"the inputs {name!r} have different numbers of dimensions: {[t.dim() for t in tensors][:4]}")
+    wide = [max(size) for size in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padding = [
+        [n for w, size in reversed([*zip(wide, tensor.shape[1:], strict=True)]) for n in (0, w - size)]
+        for tensor in tensors
+    ]
+    return torch.cat([F.pad(tensor, by) for tensor, by in zip(tensors, padding, strict=True)])
+
+
 def _is_of_other_tokens(name: str, value: Tensor) -> bool:
     return name.endswith(_OTHER_TOKENS) and not name.startswith(_NOT_OF_TOKENS) and not value.is_floating_point()
 
@@ -150,7 +190,7 @@ def _labels_of(labels: Any, encoder_decoder: bool, aligned: bool) -> Any:
     if not encoder_decoder:
         return labels
     labels = labels.whole if isinstance(labels, PaddedLabels) else labels
-    if aligned or not _is_array(labels) or torch.as_tensor(labels).dim() != 1:
+    if aligned or not is_array(labels) or torch.as_tensor(labels).dim() != 1:
         return labels
     counted = (torch.as_tensor(labels) != IGNORED).nonzero()[:, 0]
     return list(labels[: int(counted[-1]) + 1]) if len(counted) else labels
@@ -182,14 +222,19 @@ def is_nested(value: Any) -> bool:
 
 def _stacked(values: Sequence[Any], fill: int, name: str, tokens: Sequence[int | None]) -> Tensor:
     """(B, …): the inputs of one name, padded along dimensions that are the examples' numbers of tokens."""
-    if name in _TOKEN_COLUMNS and is_nested(values[0]) and tokens[0] is None:  # multiple choice: (choices, tokens)
+    if name in TOKEN_COLUMNS and is_nested(values[0]) and tokens[0] is None:  # multiple choice: (choices, tokens)
         width = max(len(row) for value in values for row in value)
         return torch.tensor([[list(row) + [fill] * (width - len(row)) for row in value] for value in values])
+    if isinstance(values[0], OfOneExample):
+        return _joined([value.tensor for value in values], name)
+    if name == "position_ids" and tokens[0] is not None and len(shape_of(values[0])) == 2:
+        # Those of several dimensions (of time, height and width) come first in the models that take them.
+        return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(v).T for v in values]).permute(2, 1, 0)
     tensors = [torch.as_tensor(value) for value in values]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) == 1:
         return torch.stack(tensors)
-    if tensors[0].dim() == 1 and (name in _TOKEN_COLUMNS or _is_of_other_tokens(name, tensors[0])):
+    if tensors[0].dim() == 1 and (name in TOKEN_COLUMNS or _is_of_other_tokens(name, tensors[0])):
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
     sizes = list(zip(*shapes, strict=True)) if len({len(shape) for shape in shapes}) == 1 else []
     along = [[tensor.shape[d] for tensor in tensors] == list(tokens) for d in range(len(sizes))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -284,3 +285,45 @@ def test_a_number_that_a_batch_makes_infinite_is_a_change() -> None:
     assert relative_change(alone.clone(), alone) == 0
     assert relative_change(torch.tensor([float("-inf"), 2.0, float("-inf")]), alone) == float("inf")
     assert relative_change(torch.tensor([1.0, 2.0, 3.0]), alone) == float("inf")
+
+
+def changed_at_a_word(model: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes the model's hidden states where a batch of several holds the word 17."""
+    ids: list[Tensor] = []
+    model.bert.embeddings.register_forward_pre_hook(
+        lambda module, args, kwargs: ids.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    layer = model.bert.encoder.layer[1].intermediate
+
+    def before(module: Any, args: Any) -> Any:
+        here = len(ids[-1]) > 1 and bool((ids[-1] == 17).any())
+        return (change(args[0]), *args[1:]) if here else args
+
+    layer.register_forward_pre_hook(before)
+
+
+@pytest.mark.parametrize("kind", ["NaN", "not told apart"])
+def test_what_only_a_later_batch_does_not_bear_sends_examples_one_at_a_time(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: JᵀSJ on a fresh copy of the model, alone; the first 64 examples show nothing of what comes later."""
+    examples = [{"input_ids": [5 + i % 5] * (4 + i % 3)} for i in range(66)]
+    examples += [{"input_ids": [17, 6, 9, 9]}, {"input_ids": [8, 7, 5, 11, 9, 6]}]
+    model = bert()
+    if kind == "NaN":
+        changed_at_a_word(model, lambda x: x * float("nan"))
+    else:
+        changed_at_a_word(model, lambda x: x.flatten(0, 1)[None])
+        later = model.bert.encoder.layer[1].output.dense
+        later.register_forward_hook(lambda module, args, output: output.reshape(-1, *output.shape[-2:]))
+    with caplog.at_level(logging.WARNING):
+        analyzer = analyzer_of(model)
+        pefs = analyzer.compute_pefs(examples, batch_size=34, progress=False)
+    assert any("one example at a time" in record.message for record in caplog.records)
+    names = [m.parameter for m in analyzer.maps]
+    for i in (0, 65, 66, 67):
+        fresh = copy.deepcopy(bert())
+        B = reference.example_factor(fresh, tiny.collate([examples[i]], fresh), names, reference.terms_of("bert"))
+        assert torch.isfinite(B).all()
+        A = pefs.factors[i].double() * pefs.norms[i].sqrt()
+        assert reference.relative_error_of_factors(as_rows(analyzer, fresh, B), A) < 1e-4

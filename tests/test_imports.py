@@ -24,6 +24,7 @@ FLOORS = (
     "processes",  # which of several this is
     "encoding",  # which columns are read, and how
     "padding",  # taken off examples, put on batches
+    "images",  # whose they are, in a batch of texts with images
     "data",
     # Low, because all that is kept has its methods from sharing/pretrained.py and is written with sharing/files.py.
     # What cards say of higher floors' objects they read through sharing/protocols.py.

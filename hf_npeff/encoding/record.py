@@ -87,12 +87,14 @@ class ModelNeeds:
         positions: `FisherConfig.positions`.
         max_length: the most tokens that it has positions for, or None.
         label_names: {number of a class: its name}, or None.
+        image_token: the id that stands for a part of an image in a text, or None.
     """
 
     task: str | None = None
     positions: str = "auto"
     max_length: int | None = None
     label_names: Mapping[int, str] | None = None
+    image_token: int | None = None
 
     @property
     def continues(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +54,21 @@ class BatchTrials:
 
     Attributes:
         one_at_a_time: whether a trial has shown that examples must not share one.
-        agreeing: (shortest, longest, names of inputs) of trials in which examples predicted the same as alone.
+        agreeing: spans of trials in which examples predicted the same as alone.
+        image_layout_is_known: whether it was tried how images that no other input describes enter the model.
+        images_joined: whether those of all examples are joined, and not stacked by example.
     """
 
     one_at_a_time: bool = False
-    agreeing: list[tuple[int, int, frozenset[str]]] = field(default_factory=list)
+    agreeing: list[Span] = field(default_factory=list)
+    image_layout_is_known: bool = False
+    images_joined: bool = False
 
     def covers(self, examples: Sequence[Example]) -> bool:
         """Whether trials were as wide as this batch: what holds for the shortest and longest holds between them."""
-        low, high, names = span_of(examples)
-        wide = any(a <= low and high <= b and names == known for a, b, known in self.agreeing)
-        same = (low, high, names) in self.agreeing
-        return same or (wide and len(self.agreeing) >= _ALWAYS)
+        own = span_of(examples)
+        wide = any(own.is_within(other) for other in self.agreeing)
+        return own in self.agreeing or (wide and len(self.agreeing) >= _ALWAYS)
 
 
 def spread(values: Sequence[_T], count: int) -> list[_T]:
@@ -75,10 +78,41 @@ def spread(values: Sequence[_T], count: int) -> list[_T]:
     return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
-def span_of(examples: Sequence[Example]) -> tuple[int, int, frozenset[str]]:
-    """The lengths of the shortest and the longest example, and the names of the inputs."""
+class Span(NamedTuple):
+    """What of a batch decides whether another one stands for it.
+
+    Attributes:
+        shortest: tokens of its shortest example.
+        longest: of its longest.
+        names: of its inputs.
+        sizes: of the inputs beside the tokens, such as images: of each example, without those that are the same in all.
+    """
+
+    shortest: int
+    longest: int
+    names: frozenset[str]
+    sizes: frozenset[tuple[tuple[int, ...], ...]]
+
+    def is_within(self, other: Span) -> bool:
+        """Whether the other one is as wide; its images need to differ where these do, not in the same way."""
+        mixed = bool(other.sizes) or not self.sizes
+        return other.shortest <= self.shortest and self.longest <= other.longest and self.names == other.names and mixed
+
+
+def span_of(examples: Sequence[Example]) -> Span:
+    """The span of a batch whose examples have inputs of the same names."""
     lengths = [example.length for example in examples]
-    return min(lengths), max(lengths), frozenset(examples[0].inputs)
+    sizes = frozenset(example.sizes for example in examples)
+    names = frozenset(examples[0].inputs)
+    return Span(min(lengths), max(lengths), names, sizes if len(sizes) > 1 else frozenset())
+
+
+def alike(examples: Sequence[Example]) -> list[list[int]]:
+    """The places of examples with inputs of the same names: only they can be a batch."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(frozenset(example.inputs), []).append(i)
+    return list(groups.values())
 
 
 def relative_change(together: Tensor, alone: Tensor) -> float:
@@ -129,5 +163,6 @@ def _settings(given: Any) -> Iterator[Mapping[str, Any]]:
 
 def straddles(examples: Sequence[Example], limits: Sequence[int]) -> bool:
     """Whether some examples are within one of these lengths, and others beyond it."""
-    low, high, _ = span_of(examples)
+    lengths = [example.length for example in examples]
+    low, high = min(lengths), max(lengths)
     return any(low <= limit < high for limit in limits)

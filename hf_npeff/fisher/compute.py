@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from hf_npeff.config import ComputeRequest
 from hf_npeff.data import Example, Examples, batches_by_length
 from hf_npeff.errors import NPEFFError
-from hf_npeff.fisher.forward import NotFiniteError
+from hf_npeff.fisher.batching import alike
+from hf_npeff.fisher.forward import NotFiniteError, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll
 from hf_npeff.fisher.rechecks import Rechecks
 from hf_npeff.fisher.rows import RowMaker
@@ -279,6 +280,7 @@ def _shard(
     while pending:
         left = [lengths[i] for i in pending]
         batch = [pending[i] for i in next(batches_by_length(left, sizer.value, sizer.max_tokens))]
+        batch = [batch[i] for i in alike([examples[i] for i in batch])[0]]
         if not forward.may_share([examples[i] for i in batch]):
             batch = batch[:1]
         together = [examples[i] for i in batch]
@@ -294,7 +296,7 @@ def _shard(
             pending = [i for i in pending if i not in reasons]
             bar.update(len(error.places))
             continue
-        except CalledOnceForAll as error:
+        except (CalledOnceForAll, PaddingError) as error:
             if len(batch) == 1:
                 raise
             forward.refuse_batches(str(error))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.batching import (
     TRIED_TOGETHER,
     BatchTrials,
+    alike,
     length_limits,
     logit_tolerance,
     percent,
@@ -29,14 +31,17 @@ from hf_npeff.fisher.batching import (
     straddles,
 )
 from hf_npeff.fisher.fsdp import FSDPModel
-from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
+from hf_npeff.fisher.linear_maps import LinearMap, sees_images, shapes_of
 from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
+from hf_npeff.images import with_images_joined
 from hf_npeff.padding import Batch
 
 logger = logging.getLogger(__name__)
 _PADDING_EXAMPLES = 64
 """Examples among which the shortest and the longest try out what padding does, before the first batch is made."""
+_REASON = 200
+"""Letters of a model's own error that people are told."""
 _NO_LOGITS = "the model gives NaN or infinite logits"
 _Self = TypeVar("_Self", bound="ForwardPass")
 
@@ -53,6 +58,14 @@ class NotFiniteError(ValueError):
         super().__init__(f"{reason}, for the examples {[examples[i].id for i in places]}; {remedy}")
         self.places = places
         self.reason = reason
+
+
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""What models raise for inputs of shapes that they do not take."""
+
+
+class _NotTogetherError(Exception):
+    """The model fails for a batch of examples each of which it takes."""
 
 
 class PaddingError(ValueError):
@@ -102,6 +115,7 @@ class ForwardPass:
         self.fsdp = fsdp or FSDPModel(model)
         self.limits = length_limits(model)
         self._state = ModelState(model)
+        self._maps_of_images = sees_images(model, maps)
 
     def with_maps(
         self: _Self, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]] | None = None
@@ -129,7 +143,40 @@ class ForwardPass:
 
     def batch(self, examples: Sequence[Example], device: torch.device | str) -> Batch:
         """The inputs that the model takes, padded; a head of one's own gets all columns of lists."""
+        if not self.trials.image_layout_is_known and any(map(self._is_doubtful, examples)):
+            self._find_image_layout(next(e for e in examples if self._is_doubtful(e)), device)
+        if self.trials.images_joined:
+            examples = [dataclasses.replace(e, inputs=with_images_joined(e.inputs)) for e in examples]
         return collate(examples, self.pad_token_id, device, self.traits.takes)
+
+    def _is_doubtful(self, example: Example) -> bool:
+        """Whether it has images of which nothing says whether the model wants them by example."""
+        images = example.inputs.get("pixel_values")
+        return isinstance(images, Tensor) and images.dim() >= 4 and "input_ids" in example.inputs
+
+    @torch.no_grad()
+    def _find_image_layout(self, example: Example, device: torch.device | str) -> None:
+        """Whether the images of a batch are stacked by example or joined: what the model runs with.
+
+        Raises:
+            ValueError: if it runs with neither.
+        """
+        self.trials.image_layout_is_known = True
+        try:
+            self.head.outputs(self.model, self.batch([example], device))
+        except _FAILURES as error:
+            self.trials.images_joined = True
+            try:
+                self.head.outputs(self.model, self.batch([example], device))
+            except _FAILURES:
+                self.trials.images_joined = self.trials.image_layout_is_known = False
+                raise ValueError(
+                    f"the model takes the images of example {example.id!r} neither as they are nor with a dimension of "
+                    f"examples before them ({' '.join(str(error).split())[:_REASON]}): give what its processor returns "
+                    "for this example, with return_tensors='pt'"
+                ) from error
+        finally:
+            self._state.restore()
 
     def outputs(self, examples: Sequence[Example]) -> Outputs:
         """One forward pass.
@@ -176,12 +223,14 @@ class ForwardPass:
             trials: whether to try batches; without it, what earlier trials have shown decides.
         """
         for batch in batches_by_length([example.length for example in examples], size):
-            together = [examples[i] for i in batch]
-            known = self.one_at_a_time or straddles(together, self.limits)
-            if len(batch) == 1 or (self.may_share(together) if trials else not known):
-                yield batch
-            else:
-                yield from ([i] for i in batch)
+            for part in alike([examples[i] for i in batch]):
+                places = [batch[i] for i in part]
+                together = [examples[i] for i in places]
+                known = self.one_at_a_time or straddles(together, self.limits)
+                if len(places) == 1 or (self.may_share(together) if trials else not known):
+                    yield places
+                else:
+                    yield from ([i] for i in places)
 
     def batch_size(self, examples: Sequence[Example], wanted: int) -> int:
         """`wanted`, or 1 where the shortest and the longest of a few must not share a batch."""
@@ -189,9 +238,9 @@ class ForwardPass:
             return 1
         few = sorted((examples[i] for i in range(min(len(examples), _PADDING_EXAMPLES))), key=lambda e: e.length)
         for low, high in zip([0, *self.limits], [*self.limits, few[-1].length], strict=True):
-            part = [example for example in few if low < example.length <= high]
-            if len(part) > 1:
-                self.may_share(part, at_once=wanted)
+            within = [example for example in few if low < example.length <= high]
+            for part in alike(within):
+                self.may_share([within[i] for i in part], at_once=wanted)
         return 1 if self.one_at_a_time else wanted
 
     def may_share(self, examples: Sequence[Example], at_once: int = TRIED_TOGETHER) -> bool:
@@ -203,12 +252,18 @@ class ForwardPass:
         """
         if len(examples) == 1:
             return True
-        if self.one_at_a_time or straddles(examples, self.limits):
+        if self.one_at_a_time or straddles(examples, self.limits) or len(alike(examples)) > 1:
             return False
+        if self._maps_of_images and len({example.sizes for example in examples}) > 1:
+            return False  # the rows of a map that sees images alone are given to examples by equal shares
         kinds = {(example.length, *example.sizes): example for example in examples}
         if len(kinds) == 1 or self.fsdp.active or self.trials.covers(examples):
             return True
-        change = self._change_of([kinds[n] for n in spread(sorted(kinds), max(2, min(at_once, TRIED_TOGETHER)))])
+        try:
+            change = self._change_of([kinds[n] for n in spread(sorted(kinds), max(2, min(at_once, TRIED_TOGETHER)))])
+        except _NotTogetherError as error:
+            self.refuse_batches(f"the model or its inputs do not bear a batch of several sizes ({error})")
+            return False
         if change is None:
             return True  # of NaN whoever runs the batch says which example it is
         if change > logit_tolerance(self.model):
@@ -241,11 +296,25 @@ class ForwardPass:
 
     @torch.no_grad()
     def _change_of(self, examples: Sequence[Example]) -> float | None:
-        """How much an example's logits change at most, relative, in a batch of all; None where they are NaN."""
+        """How much an example's logits change at most, relative, in a batch of all; None where they are NaN alone.
+
+        Raises:
+            _NotTogetherError: if the model takes each of them, and not all together.
+        """
         try:
-            together, alone = self.outputs(examples), [self.outputs([example]) for example in examples]
+            alone = [self.outputs([example]) for example in examples]
         except NotFiniteError:
             return None
+        try:
+            together = self.outputs(examples)
+        except NotFiniteError:
+            return float("inf")
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILURES as error:
+            if "can't allocate memory" in str(error):
+                raise
+            raise _NotTogetherError(" ".join(str(error).split())[:_REASON]) from error
         return max(
             relative_change(together.logits[i][together.valid[i]], own.logits[0][own.valid[0]])
             for i, own in enumerate(alone)

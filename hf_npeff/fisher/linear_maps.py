@@ -194,12 +194,28 @@ def _beside_the_language_model(model: nn.Module) -> set[int]:
     # What shares an input embedding's weight writes tokens too, whether the model names it or not (BLIP's decoder).
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     skip |= {id(m) for m in model.modules() if is_linear(m) and _identity(m) in embedded}
+    return skip | _beside_the_decoder(base)
+
+
+def _beside_the_decoder(base: Any) -> set[int]:
+    """Modules of a decoder-only model that also sees or hears, beside its language model."""
     config: Any = getattr(base, "config", None)
     if hasattr(config, "get_text_config") and not getattr(config, "is_encoder_decoder", False):
         decoder = base.get_decoder() if config.get_text_config() is not config else None
         if decoder is not None and decoder is not base:
-            skip |= {id(part) for part in base.modules()} - {id(part) for part in decoder.modules()}
-    return skip
+            return {id(part) for part in base.modules()} - {id(part) for part in decoder.modules()}
+    return set()
+
+
+def sees_images(model: nn.Module, maps: Sequence[LinearMap]) -> bool:
+    """Whether some of the maps see what a model is shown beside its text, whose amount differs between examples."""
+    base: Any = base_of(model)
+    embedding = getattr(base, "get_output_embeddings", lambda: None)()
+    beside = _beside_the_decoder(base) - (
+        {id(part) for part in embedding.modules()} if embedding is not None else set()
+    )
+    modules = dict(model.named_modules()) if beside else {}
+    return any(id(modules[name]) in beside for m in maps for name in m.modules if name in modules)
 
 
 def by_hooks(

@@ -55,7 +55,7 @@ class Rechecks:
             UnsupportedModelError: if they are not the gradients of their examples, or a batch like others that were
                 stored before is wrong.
         """
-        low, high, names = span_of(examples)
+        low, high, names, _ = span_of(examples)
         reasons = {
             "other inputs": names not in self._names,
             "longest so far": high > _LONGER * self._longest,

@@ -13,7 +13,7 @@ from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
-from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.forward import ForwardPass, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, autograd_rows, backward_passes
 from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.fisher.linear_maps import LinearMap
@@ -106,13 +106,15 @@ def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> f
 def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:
     """The shortest and the longest example, in this order, or two of one length; one where there is no other.
 
-    Both lie on one side of each of the lengths `limits`: the side with the most examples.
+    Both have inputs of the same names, and lie on one side of each of the lengths `limits`: of such, those that are the
+    most.
     """
-    sides: dict[int, list[Example]] = {}
+    sides: dict[tuple[frozenset[str], int], list[Example]] = {}
     for example in sorted(examples, key=lambda example: example.length):
-        sides.setdefault(sum(example.length > limit for limit in limits), []).append(example)
-    side = max(sides.values(), key=len)
-    return [side[0], side[-1]] if len(side) > 1 else side
+        side = sum(example.length > limit for limit in limits)
+        sides.setdefault((frozenset(example.inputs), side), []).append(example)
+    most = max(sides.values(), key=len)
+    return [most[0], most[-1]] if len(most) > 1 else most
 
 
 def check_batch(
@@ -130,7 +132,7 @@ def check_batch(
         try:
             with forward.blaming_padding(pair):
                 together = check_rows(forward, config, metric, pair)
-        except CalledOnceForAll as error:
+        except (CalledOnceForAll, PaddingError) as error:
             reason = str(error)
         if together is not None and (together.error is None or together.error <= row_tolerance(forward.model)):
             return together

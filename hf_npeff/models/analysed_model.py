@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 _Self = TypeVar("_Self", bound="AnalysedModel")
 
 
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
+"""What transformers' configs call the token that stands for a part of an image."""
+
+
 class AnalysedModel:
     """A model with the settings under which it is analysed; `NPEFFAnalyzer` adds the stages.
 
@@ -337,7 +341,7 @@ class AnalysedModel:
             ValueError: if the data is empty, cannot be encoded, it is not clear what to read, or the column of labels
                 that was asked for holds none.
         """
-        records = records_of(dataset, max_examples)
+        records = records_of(dataset, max_examples, self.needs.image_token)
         asked = given = (reading or Reading()).or_of(self.reading)
         known = None if like is None or len(records) == 0 else Encoded.of(like)
         if known is not None:
@@ -361,6 +365,7 @@ class AnalysedModel:
             self.fisher.positions,
             ModelLimits.of(self.model, needs_labels=False).positions,
             None if names is None else {int(number): name for number, name in names.items()},
+            next((token for name in _IMAGE_TOKENS if (token := getattr(base.config, name, None)) is not None), None),
         )
 
     def weights(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_npeff.data import Example, batches_by_length
+from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.distributions import Distribution, Softmax
 from hf_npeff.fisher.forward import ForwardPass
@@ -152,7 +152,7 @@ def observe(
     entering: dict[int, Tensor] = {}
     kind: type[Distribution] = Softmax
     size = forward.batch_size(examples, batch_size)
-    for batch in batches_by_length([e.length for e in examples], size):
+    for batch in forward.batches(examples, size):
         with torch.set_grad_enabled(cotangents):  # a head may need it for its Jacobian
             outputs = forward.outputs([examples[i] for i in batch])
         kind = outputs.distribution

@@ -283,8 +283,13 @@ def _runs(model: nn.Module, kind: str, examples: list[dict[str, Any]]) -> bool:
 
 
 def logits_of(model: Any, kind: str, example: dict[str, Any]) -> Tensor:
-    """The logits of what an example predicts, one row a term (t, k), the model called directly on it alone."""
-    batch = {name: torch.as_tensor(value)[None] for name, value in example.items()}
+    """The logits of what an example predicts, one row a term (t, k), the model called directly on it alone.
+
+    An example may hold a batch of one, as processors return it.
+    """
+    batch = {name: torch.as_tensor(value) for name, value in example.items()}
+    if batch.get("input_ids", torch.zeros(0)).dim() < 2:
+        batch = {name: value[None] for name, value in batch.items()}
     if kind == "image-classification":
         return model(**batch).logits
     taken = inspect.signature(model.forward).parameters
