@@ -102,8 +102,8 @@ def _associations(decomposition: Decomposition) -> list[dict[str, Any]]:
     texts = decomposition.texts is not None
     if not described_by(decomposition.columns):
         return [{"associations": [], "accuracy": None, "error": None, "automatic_label": None} for _ in decomposition]
-    found: list[dict[str, Any]] = decomposition.associations(texts=texts).to_dict()["components"]
-    return found
+    components: list[dict[str, Any]] = decomposition.associations(texts=texts).to_dict()["components"]
+    return components
 
 
 def _has(associations: dict[str, Any], text: str) -> bool:

@@ -135,12 +135,12 @@ class Associations(Sequence[ComponentAssociations]):
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; each component with its automatic label."""
         values = asdict(self)
-        for one, made in zip(self.components, values["components"], strict=True):
-            made["automatic_label"] = one.label
+        for component, made in zip(self.components, values["components"], strict=True):
+            made["automatic_label"] = component.label
         return values
 
     def __repr__(self) -> str:
-        some = sum(bool(one.associations) for one in self.components)
+        some = sum(bool(component.associations) for component in self.components)
         return f"Associations({some} of {len(self)} components, {self.features:,} features of {self.n:,} examples)"
 
     def _repr_html_(self) -> str:
@@ -318,9 +318,9 @@ def log_tails(n: int, m: int, sizes: Tensor) -> Tensor:
 
 def _groups(components: Sequence[ComponentAssociations]) -> dict[str, list[int]]:
     shared: dict[str, list[int]] = defaultdict(list)
-    for one in components:
-        for association in one.associations:
-            shared[association.feature].append(one.component)
+    for component in components:
+        for association in component.associations:
+            shared[association.feature].append(component.component)
     several = {feature: numbers for feature, numbers in shared.items() if len(numbers) > 1}
     return dict(sorted(several.items(), key=lambda item: (-len(item[1]), item[0])))
 

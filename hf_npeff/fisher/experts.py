@@ -441,13 +441,13 @@ def find_experts(model: nn.Module, names: Collection[str] | None = None) -> dict
         model: any module.
         names: modules that were found before and need not be tried again; None finds all.
     """
-    found: dict[str, Experts] = {}
+    by_name: dict[str, Experts] = {}
     for parent, module in model.named_modules():
         for suffix, experts in _candidates(module):
             name = f"{parent}.{suffix}".strip(".")
             if _is_the_same(experts) if names is None else name in names:
-                found[name] = experts
-    return found
+                by_name[name] = experts
+    return by_name
 
 
 def _candidates(module: Any) -> Iterator[tuple[str, Experts]]:

@@ -126,11 +126,11 @@ def _load_model(
             f"{model_id} has the architectures {getattr(config, 'architectures', None) or []}, and none has a head "
             f"that hf_npeff knows; pass task=, one of {', '.join(AUTO_CLASSES)}"
         )
-    found, class_name = loader
+    known_task, class_name = loader
     model = getattr(transformers, class_name).from_pretrained(model_id, **settings, **hub)
     if processing_class is None:
-        processing_class = _processing_class(model_id, found, hub)
-    return Checkpoint(model, processing_class, commit, found)
+        processing_class = _processing_class(model_id, known_task, hub)
+    return Checkpoint(model, processing_class, commit, known_task)
 
 
 def _number_of_classes(model_id: str | os.PathLike[str], where: Mapping[str, Any]) -> int | None:

@@ -91,9 +91,9 @@ class ModelDescription:
         vocabulary = traits_of(self.head).vocabulary
         names = getattr(base.config, "id2label", None) or {}
 
-        def one(value: Any) -> str:
+        def shown(value: Any) -> str:
             if isinstance(value, list):
-                return "".join(map(one, value)) if vocabulary else ", ".join(one(v) for v in value if v != -1)
+                return "".join(map(shown, value)) if vocabulary else ", ".join(shown(v) for v in value if v != -1)
             if isinstance(value, float):
                 return f"{value:.3g}"
             if value < 0:
@@ -102,7 +102,7 @@ class ModelDescription:
                 return self.processing_class.decode([value]) if hasattr(self.processing_class, "decode") else str(value)
             return str(names.get(value, value)) if predictions.dim() == 1 else str(value)
 
-        return [one(value) for value in predictions.tolist()]
+        return [shown(value) for value in predictions.tolist()]
 
     def truth_of(self, examples: Sequence[Example], encoded: Encoded) -> list[Any]:
         """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers.

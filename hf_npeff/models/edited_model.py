@@ -202,13 +202,13 @@ class EditedModel(MovableModel):
         """The rows of the same examples at the weights that the model has now."""
         with self.forward_pass() as forward:
             maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=self._sketch)
-            found = compute(
+            again = compute(
                 maker,
                 cast(Examples, examples),
                 self.provenance(weights),
                 ComputeRequest(batch_size=batch_size, progress=False),
             )
-        return PEFs({}, pefs.columns, pefs.info, found._shards.parts)
+        return PEFs({}, pefs.columns, pefs.info, again._shards.parts)
 
     def _weights_of(self, pefs: PEFs, keep: PEFs | None, check_weights: bool) -> dict[str, Any]:
         """The model's weights, which have to be those of the PEFs."""

@@ -165,7 +165,7 @@ class LiftedModel(MovableModel):
         with self.forward_pass() as forward:
             lifted = lift_components(forward, decomposition, plans, pefs, examples, request, self._sketch)
         kept = {"fingerprint": pefs.fingerprint, "weights": dict(weights)}
-        return [self.direction_of(direction.deltas, {**kept, **direction.facts}) for direction in lifted]
+        return [self.direction_of(direction.deltas, {**kept, **direction.info}) for direction in lifted]
 
     def spare(
         self,

@@ -235,8 +235,8 @@ class MeasuredModel(FisherModel, AdaptedModel):
         searching = OffTargetRequest(
             report.scale, rounds=request.search_rounds, batch_size=request.batch_size, seed=request.seed
         )
-        found = self._search(direction, pool, searching, (decomposition, report.component))
-        return replace(report, off_target=found)
+        searched = self._search(direction, pool, searching, (decomposition, report.component))
+        return replace(report, off_target=searched)
 
     def _search(
         self,
@@ -249,11 +249,11 @@ class MeasuredModel(FisherModel, AdaptedModel):
         decode = getattr(self.processing_class, "decode", None)
         special = getattr(self.processing_class, "all_special_ids", ())
         with self.forward_pass() as forward:
-            found, ends = off_target(forward, change, pool, request, special=special, decode=decode)
+            result, ends = off_target(forward, change, pool, request, special=special, decode=decode)
         if whose is not None and ends:
             own = self._active_on(*whose, ends)
-            found.searched[:] = [{**row, "own": is_own} for row, is_own in zip(found.searched, own, strict=True)]
-        return found
+            result.searched[:] = [{**row, "own": is_own} for row, is_own in zip(result.searched, own, strict=True)]
+        return result
 
     def measure(
         self,

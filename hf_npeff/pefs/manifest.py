@@ -77,7 +77,7 @@ def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
 
 def _is_check(value: Any) -> bool:
     """Whether a value is what a repeated self-test found: texts and numbers by name."""
-    return isinstance(value, dict) and all(isinstance(found, str | int | float | None) for found in value.values())
+    return isinstance(value, dict) and all(isinstance(entry, str | int | float | None) for entry in value.values())
 
 
 def checked_skipped(values: Any, folder: Path) -> list[dict[str, str]]:

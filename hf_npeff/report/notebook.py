@@ -73,10 +73,10 @@ def of_component(component: Component) -> str:
 def of_associations(associations: Associations) -> str:
     """What the first components' examples have in common."""
     rows = []
-    for one in list(associations)[:_ROWS]:
-        said = ", ".join(f"{a.feature} ({a.share:.0%}, others {a.rest:.0%})" for a in one.associations[:3])
-        right = "–" if one.accuracy is None else f"{one.accuracy[0]:.0%}"
-        rows.append((one.component, one.label or "–", right, said or "–"))
+    for component in list(associations)[:_ROWS]:
+        said = ", ".join(f"{a.feature} ({a.share:.0%}, others {a.rest:.0%})" for a in component.associations[:3])
+        right = "–" if component.accuracy is None else f"{component.accuracy[0]:.0%}"
+        rows.append((component.component, component.label or "–", right, said or "–"))
     header = ("", "automatic label", "right", "its examples have more often")
     return table(repr(associations), header, rows)
 

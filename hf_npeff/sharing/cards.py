@@ -297,8 +297,8 @@ def _associations(decomposition: DecompositionLike, kept: Sequence[str]) -> list
     if not names:
         return []
     texts = bool(shown_columns({name: decomposition.columns[name] for name in names}, decomposition.info))
-    found: list[Mapping[str, Any]] = decomposition.associations(columns=names, texts=texts).to_dict()["components"]
-    return found
+    components: list[Mapping[str, Any]] = decomposition.associations(columns=names, texts=texts).to_dict()["components"]
+    return components
 
 
 def _explain(model: object, info: Mapping[str, Any]) -> str:

@@ -96,13 +96,13 @@ def step_towards(
     targets = functionals.targets(wanted.changes)
     space = row_space(pefs, memory_budget=request.memory_budget, device=device)
     kept = None if request.keep is None else space.coordinates(request.keep)
-    found = solve(space, targets, kept, request.ridge)
-    coefficients = space.coefficients(found.y).cpu()
+    solution = solve(space, targets, kept, request.ridge)
+    coefficients = space.coefficients(solution.y).cpu()
     aim = combined_rows(pefs, coefficients[None], None, space.rows)[0].cpu()
     deltas, cosine = lift_combination(forward, pefs, examples, coefficients, aim, sketch, request.batch_size)
-    info = {"expressible": share, "estimated_cosine": cosine, **found.info}
-    info["predicted_kl"] = float(0.5 * found.moved.square().sum(1).mean())
-    return Step(deltas, functionals.read(found.moved.cpu()), info), now
+    info = {"expressible": share, "estimated_cosine": cosine, **solution.info}
+    info["predicted_kl"] = float(0.5 * solution.moved.square().sum(1).mean())
+    return Step(deltas, functionals.read(solution.moved.cpu()), info), now
 
 
 def tried(

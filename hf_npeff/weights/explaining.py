@@ -239,7 +239,7 @@ class Explanation:
         if not described_by(self.decomposition.columns):
             return [None] * len(self.decomposition)
         associations = self.decomposition.associations(texts=self.decomposition.texts is not None)
-        return [one.label for one in associations]
+        return [component.label for component in associations]
 
     def _top(self, coefficients: Tensor) -> list[str]:
         shown = self.decomposition.texts or self.decomposition.example_ids

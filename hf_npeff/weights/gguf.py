@@ -136,13 +136,13 @@ def _pairs(factors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         UnsupportedModelError: if a tensor is no factor of a linear map's weight.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in factors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise UnsupportedModelError(f"{key} is no factor of a linear map's weight, and llama.cpp loads no other")
-        found.setdefault(match["module"], {})[match["factor"]] = value
-    return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
+        pairs.setdefault(match["module"], {})[match["factor"]] = value
+    return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
 
 
 # What the base model is

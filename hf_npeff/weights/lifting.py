@@ -50,7 +50,7 @@ class Lifted:
     """One component in parameter space: {parameter: matrix (out, in)}, of unit norm, and how it was made."""
 
     deltas: dict[str, Tensor]
-    facts: dict[str, Any]
+    info: dict[str, Any]
 
 
 def plan(
@@ -84,7 +84,7 @@ def plan(
         {"component": j, "method": request.method, "semi_orthogonal": request.semi_orthogonal} for j in wanted
     ]
     if request.method != "exact":
-        return [Plan(j, g, None, fact) for j, g, fact in zip(wanted, targets, descriptions, strict=True)]
+        return [Plan(j, g, None, info) for j, g, info in zip(wanted, targets, descriptions, strict=True)]
     rows = _combined_rows(decomposition, wanted, mixtures, pefs, request, descriptions)
     plans = [Plan(*parts) for parts in zip(wanted, targets, rows, descriptions, strict=True)]
     if request.may_be_selective:
@@ -128,14 +128,14 @@ def lift_components(
     metric = request.form != "plain" and scales is not None
     lifted = []
     for deltas, planned in zip(directions, plans, strict=True):
-        fact = planned.facts | {
+        info = planned.info | {
             "estimated_cosine": _sketched_cosine(deltas, planned.target, sketch, scales),
             "form": "metric" if metric else "plain",
         }
         if request.method == "exact":
-            check_faithful(fact, fact["estimated_cosine"])
+            check_faithful(info, info["estimated_cosine"])
         scale_to_unit(in_metric(deltas, sketch, scales) if metric else deltas)
-        lifted.append(Lifted(deltas, fact))
+        lifted.append(Lifted(deltas, info))
     return lifted
 
 
@@ -205,7 +205,7 @@ def _combined_rows(
     request: LiftRequest,
     descriptions: Sequence[dict[str, Any]],
 ) -> Tensor:
-    """Coefficients (m, n, c) of exact lifting; what is kept of the combinations is added to the facts."""
+    """Coefficients (m, n, c) of exact lifting; what is kept of the combinations is added to the info."""
     if pefs.cotangents is None:
         raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere); use method='adjoint'")
     coefficients, cosines = combination(decomposition, pefs)
@@ -213,8 +213,8 @@ def _combined_rows(
     rows = torch.einsum("mr,rnc->mnc", mixtures, coefficients)
     if request.top_examples is not None:
         shares = _keep_top_rows(rows, decomposition, wanted, pefs, request.top_examples)
-        for fact, share in zip(descriptions, shares, strict=True):
-            fact |= {"top_examples": request.top_examples, "weight_share": share}
+        for info, share in zip(descriptions, shares, strict=True):
+            info |= {"top_examples": request.top_examples, "weight_share": share}
     return rows
 
 
@@ -222,18 +222,18 @@ def _from_sketch(sketch: Sketch, g: Tensor, request: LiftRequest) -> dict[str, T
     return sketch.adjoint(g) if request.method == "adjoint" else sparse_preimage(sketch, g, request.solver)
 
 
-def check_faithful(fact: Mapping[str, Any], cosine: float) -> None:
+def check_faithful(info: Mapping[str, Any], cosine: float) -> None:
     """Refuse a direction whose sketch is not the component, and warn where it is not quite.
 
     Args:
-        fact: what is known of the component that was lifted.
+        info: what is known of the component that was lifted.
         cosine: of the direction's sketch with it; of a part of the direction, over what such a part should have.
 
     Raises:
         ValueError: if the two have little to do with each other.
     """
-    component = fact["component"]
-    if "top_examples" not in fact and cosine < _SAME_MODEL:
+    component = info["component"]
+    if "top_examples" not in info and cosine < _SAME_MODEL:
         raise ValueError(
             f"the gradients of this model do not add up to component {component} (cosine {cosine:.3f}): its weights "
             "are not those that the PEFs were computed with; load the model that they came from"

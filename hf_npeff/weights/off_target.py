@@ -186,11 +186,11 @@ class _Search:
         best, reached = [self._pool[i] for i in starts], [float(kl[i]) for i in starts]
         for _ in range(self._request.rounds):
             tries = [self._candidate(example) for example in best for _ in range(self._request.candidates)]
-            found = self._compare(tries)[0].reshape(len(best), -1)
+            moved = self._compare(tries)[0].reshape(len(best), -1)
             self.tried += len(tries)
             for row in range(len(best)):
-                place = int(found[row].argmax())
-                if float(found[row, place]) > reached[row]:
-                    reached[row] = float(found[row, place])
+                place = int(moved[row].argmax())
+                if float(moved[row, place]) > reached[row]:
+                    reached[row] = float(moved[row, place])
                     best[row] = tries[row * self._request.candidates + place]
         return best

@@ -31,13 +31,13 @@ class Plan:
         component: its number.
         target: (d,) float64 of unit norm, in the coordinates of the decomposition: what is wanted.
         coefficients: (n, c) of unscaled rows, whose combination it is; None where no rows are combined.
-        facts: what is known of it so far, for the direction's `info`.
+        info: what is known of it so far, for the direction's `info`.
     """
 
     component: int
     target: Tensor
     coefficients: Tensor | None
-    facts: dict[str, Any]
+    info: dict[str, Any]
 
 
 def made_selective(
@@ -87,19 +87,19 @@ def made_selective(
     kept = None if request.keep is None else space.coordinates(request.keep)
     back = decomposition.scales if scales is None else None
     at = space.rows.device
-    found = [
+    solved = [
         selective(
             Contrast(space, W[:, p.component].to(at), ~active[:, p.component].to(at), kept), coefficients, request.ridge
         )
         for p, coefficients in zip(chosen, beta, strict=True)
     ]
-    solutions = torch.stack([solution for solution, _, _ in found])
+    solutions = torch.stack([solution for solution, _, _ in solved])
     directions = combined_rows(pefs, solutions, scales, space.rows).cpu()
     if back is not None:
         directions = directions * back.double()
     made = {
-        p.component: Plan(p.component, normalize(g, dim=0), solution.cpu(), p.facts | description)
-        for p, g, (solution, _, description) in zip(chosen, directions, found, strict=True)
+        p.component: Plan(p.component, normalize(g, dim=0), solution.cpu(), p.info | description)
+        for p, g, (solution, _, description) in zip(chosen, directions, solved, strict=True)
     }
     return [made.get(p.component, p) for p in plans]
 
