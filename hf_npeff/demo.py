@@ -69,7 +69,7 @@ def _hub_answers() -> bool:
         return False
     request = urllib.request.Request(f"{constants.ENDPOINT}/{MODEL_ID}/resolve/main/config.json", method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=5):
+        with urllib.request.urlopen(request, timeout=5):  # seconds: a Hub that does not answer by then is away
             return True
     except OSError:  # URLError, HTTPError and time-outs
         return False
@@ -142,6 +142,7 @@ def _perturb(
     directions = dict(zip(pure, analyzer.lift(decomposition, list(pure), pefs, prompts, batch_size=16), strict=True))
     reports = {}
     for j, relation in tqdm(pure.items(), desc="perturbations", disable=None):
+        # Half of the default: it is a demo
         reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
         decomposition.evaluations[j] = reports[j].summary()
         decomposition.rename(j, relation)

@@ -245,6 +245,7 @@ def activation_nmf(
     decomposition = load("sklearn.decomposition", "NMF")
     started = time.process_time()
     split = torch.cat([states.clamp_min(0), (-states).clamp_min(0)], 1)
+    # Chosen: beyond the 200 iterations of the default, so that the tolerance ends it
     model = decomposition.NMF(n_components, init="nndsvda", random_state=seed, max_iter=500, tol=1e-3)
     W = torch.from_numpy(model.fit_transform(split.numpy())).float()
     H = torch.from_numpy(model.components_).float()

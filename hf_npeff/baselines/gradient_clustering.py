@@ -160,6 +160,7 @@ class GradientClustering:
     def _start(self, X: Tensor, restart: int) -> Tensor:
         fitted = (
             load("sklearn.cluster", "k-means")
+            # A prime: no two seeds share a start
             .KMeans(self.n_clusters, n_init=1, random_state=self.seed * 1009 + restart)
             .fit(X.numpy())
         )

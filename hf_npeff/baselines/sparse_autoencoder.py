@@ -134,6 +134,7 @@ class SparseAutoencoder:
         e = torch.zeros(m, requires_grad=True)
         b = torch.zeros(h, requires_grad=True)
         parameters = [D, e, b] if config.tied else [D, E, e, b]
+        # Chosen: a shorter memory than the default of 0.999, for runs of few steps
         optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))
         used = torch.zeros(m, dtype=torch.bool)
         last = max(1, config.steps // 5)  # the rate falls to 0 over the last fifth
@@ -176,6 +177,7 @@ class SparseAutoencoder:
         x = X[torch.randperm(len(X), generator=generator)[:4096]]  # bounds the memory
         residual = x - (self._activate((x - b) @ E.T + e) @ D + b)
         error = residual.square().sum(1)
+        # None may have no chance at all
         chosen = torch.multinomial(error + 1e-12, number, replacement=number > len(x), generator=generator)
         D[dead] = nn.functional.normalize(residual[chosen], dim=1)
         if E is not D:

@@ -67,7 +67,7 @@ def components(
         decomposed.rename(names)
     if rename is not None or names is not None:
         _save_again(decomposed, Path(decomposition))
-    count = (3 if component is None else 20) if top is None else top
+    count = (3 if component is None else 20) if top is None else top  # chosen: a few of each, a page of one
     associations = _associations(decomposed)
     chosen = list(decomposed) if component is None else [decomposed[component]]
     if associated is not None:

@@ -260,5 +260,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for name in columns:
         made.add_column(name, overflow="fold")
     for row in rows:
+        # A cell of any sensible length is shown whole
         made.add_row(*(Text("\n".join(plain(line, 10_000) for line in str(cell).split("\n"))) for cell in row))
     return made

@@ -26,6 +26,9 @@ models gain little by more; the numbers do not depend on it beyond rounding."""
 SHADED = 12
 """Top examples of a component whose tokens are shaded. Chosen: as many as a person reads on the page."""
 
+INTERVAL = (0.025, 0.975)
+"""Quantiles between which a bootstrap interval lies: 95%, as is usual."""
+
 GRAM_LIMIT = 8000
 """Rows n·c up to which a fit writes them in Gram space. Chosen: their Gram matrix has 0.5 GB there, in float64."""
 

@@ -217,7 +217,7 @@ class NPEFF:
         mine = processes.share_of(pefs)
         budget = self.config.memory_budget
         local: Rows
-        if budget is not None and len(mine) * pefs.rank * pefs.dim * 4 > budget:
+        if budget is not None and len(mine) * pefs.rank * pefs.dim * 4 > budget:  # four bytes: float32
             chunk = max(1, budget // (pefs.rank * pefs.dim * 4))
             local = ChunkedRows(mine, lambda part: self._weighted(part, scales), chunk, precision)
         else:

@@ -52,6 +52,7 @@ def solve(
 
     # Ten times the tolerance: what is gained between is gained in all dimensions anyway.
     first = block_power(
+        # Loosely: all dimensions follow
         inside, G, W=W, max_iterations=max_iterations, tolerance=max(10 * tolerance, 1e-4), patience=2,
         progress=first_part,
     )  # fmt: skip

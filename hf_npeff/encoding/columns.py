@@ -57,6 +57,7 @@ def shown(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float):
+        # Whole numbers that float64 tells apart
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
     if isinstance(value, list | dict | tuple):
         return json.dumps(value, ensure_ascii=False, default=str)
@@ -76,6 +77,7 @@ def as_column(name: str, values: Sequence[Any]) -> Column:
     texts = [shown(v) for v in values]
     counts = Counter(texts)
     few = len(counts) <= MOST_CATEGORIES and all(t is None or len(t) <= _LONGEST_CATEGORY for t in counts)
+    # Chosen: at most two thirds of them differ
     again = len(counts) <= _FEW_NUMBERS or 3 * len(counts) <= 2 * len(texts) or name == "prediction"
     if not (few and again):
         return Column(name, "text", texts)

@@ -125,6 +125,7 @@ def relative_change(together: Tensor, alone: Tensor) -> float:
 
 def percent(change: float) -> str:
     """A relative change for people."""
+    # A tenth of a percent: below that one digit
     return f"{100 * change:.1f}%" if change >= 1e-3 else f"{100 * change:.1g}%"
 
 

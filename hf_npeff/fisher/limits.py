@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_npeff.data import Example
 from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.padding import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class ModelLimits:
                 f"positions='labels' needs token labels, and example {example.id!r} has none; add a `labels` "
                 "column (−100 where nothing is counted), or name the text to predict with label_column="
             )
-        if all(label == -100 for label in example.inputs["labels"]):
+        if all(label == IGNORED for label in example.inputs["labels"]):
             raise ValueError(
                 f"positions='labels' finds nothing to predict in example {example.id!r}: all its labels are −100"
             )

@@ -63,6 +63,7 @@ def _probed(module: Any, scale: float) -> Behaviour:
     """How a module's output and its gradient compare with x Wᵀ + b for a random x (2, 3, in) of this scale."""
     weight = (module.weight.mT if isinstance(module, Conv1D) else module.weight).detach()
     generator = torch.Generator().manual_seed(0)
+    # Two examples of three tokens: sizes that differ
     x = (scale * torch.randn(2, 3, weight.shape[1], generator=generator)).to(weight.device, weight.dtype)
     x.requires_grad_()
     training = module.training

@@ -249,6 +249,7 @@ def top_eigenpairs(
         room = min(width, h - basis.shape[-1])
         # A space that is exhausted leaves only rounding; fresh noise in its place keeps the basis orthonormal.
         scale = block.norm(dim=-2, keepdim=True).amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+        # Above rounding of float32, below all that counts
         block = (block / scale)[..., :room] + 1e-6 * noise[..., :room].roll(basis.shape[-1], dims=-2)
         for _ in range(2):
             block = block - basis @ (basis.mT @ block)

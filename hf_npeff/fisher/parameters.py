@@ -69,6 +69,7 @@ def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dic
 
 
 def _close(unknown: Sequence[str], known: Mapping[str, str]) -> str:
+    # Chosen: a few, and half alike or more
     close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
     return f"; did you mean {', '.join(map(repr, close))}?" if close else f"; it has, for instance, {list(known)[:5]}"
 

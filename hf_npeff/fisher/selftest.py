@@ -241,6 +241,7 @@ def exact_inner_products(forward: ForwardPass, batches: Sequence[KnownCotangents
     grams = [gram for group in _groups(forward.maps) for gram in _grams_of_maps(forward, group, batches)]
     for name, shape in forward.parameters.items():
         rows_at_once = sum(batch.values.shape[0] * batch.values.shape[1] for batch in batches)
+        # Four bytes a number; four times as long for one parameter
         if rows_at_once * shape[0] * shape[1] * 4 > 4 * _CAPTURE_BYTES:
             logger.info("%s is too large to be part of the sketch's measured error", name)
             continue

@@ -229,7 +229,7 @@ def _mixed(words: Tensor) -> Tensor:
     return words ^ (words >> 32)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # a few devices
 def _word_weights(device: torch.device) -> Tensor:
     """The w_i (_WORDS,): odd numbers from a fixed seed."""
     generator = torch.Generator().manual_seed(0)

@@ -61,6 +61,7 @@ def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
     n: Any = entry.get("examples")
     skipped = checked_skipped(entry.get("skipped", []), folder)
     covers = entry.get("covers", n)
+    # Whole numbers that JSON keeps
     counts = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**53 for x in (start, n, covers))
     if not counts or covers == 0 or covers - len(skipped) != n:
         raise CorruptStoreError(

@@ -128,7 +128,7 @@ def warn_of_other_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any]
         logger.warning("%s (%s): numbers of the one are compared with those of the other", what, how)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # chosen: the stores of a session
 def _say_once(what: str) -> None:
     logger.warning("%s do not say which weights they were made with, so that is not checked", what)
 

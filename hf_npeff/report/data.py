@@ -85,7 +85,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
     _add_associations(page, decomposition, texts)
     if layout is not None:
         n = len(decomposition.example_ids)
-        page.arrays["xy"] = np.rint(place(decomposition.coefficients, layout) * 65535).astype(np.uint16)
+        page.arrays["xy"] = np.rint(place(decomposition.coefficients, layout) * 65535).astype(np.uint16)  # 16 bits
         placed = f"t-SNE of a sample of {LANDMARKS:,}, the others beside their nearest neighbours there"
         page.facts["layout"] = "principal components" if layout == "pca" else "t-SNE" if n <= LANDMARKS else placed
     else:
@@ -290,6 +290,7 @@ def _add_comparison(page: PageData, first: Decomposition, second: Decomposition,
         "components": others,
         "pairs": [[i, j, s] for i, j, s in pairs],
     }
+    # 8 bits with a sign
     page.arrays["similarity"] = np.rint(np.nan_to_num(S.numpy()).clip(-1, 1) * 127).astype(np.int8)
 
 

@@ -102,7 +102,8 @@ def place(W: Tensor, method: Layout = "tsne", seed: int = 0) -> np.ndarray:
     start = few[:, :2] + 1e-3 * rng.standard_normal((len(few), 2))
     # 1e-4 and a perplexity of 30 are scikit-learn's; 500 iterations suffice for a map of 4,000.
     start = (start / start.std(0) * 1e-4).astype(np.float32)
-    perplexity = min(30.0, (len(few) - 1) / 3)
+    perplexity = min(30.0, (len(few) - 1) / 3)  # scikit-learn's default, and what few examples allow
+    # Enough for the page: it starts at a good place
     tsne = manifold.TSNE(2, init=start, perplexity=perplexity, max_iter=500, random_state=seed)
     landmarks = tsne.fit_transform(few.astype(np.float32))
     if len(chosen) == n:

@@ -38,7 +38,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], note
 
 
 def _cell(value: Any) -> str:
-    return html.escape(plain(value, 160))
+    return html.escape(plain(value, 160))  # chosen: two lines of a cell
 
 
 def of_decomposition(decomposition: Decomposition) -> str:

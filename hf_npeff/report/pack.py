@@ -32,7 +32,7 @@ def pack(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
             raise TypeError(f"the array {name} is of {array.dtype}; a page reads {', '.join(_TYPES)}")
         content = np.ascontiguousarray(array).astype(_TYPES[str(array.dtype)], copy=False).tobytes()
         described[name] = {"type": str(array.dtype), "shape": list(array.shape), "at": at}
-        padding = -len(content) % 8
+        padding = -len(content) % 8  # JavaScript wants arrays of 64 bits to begin there
         parts += [content, bytes(padding)]
         at += len(content) + padding
     text = json.dumps(finite({**facts, "arrays": described}), allow_nan=False, separators=(",", ":")).encode("ascii")
@@ -52,4 +52,4 @@ def quantised(values: np.ndarray, axis: int | None = None) -> tuple[np.ndarray, 
     largest = np.asarray(values.max(axis=axis) if values.size else np.zeros(()), dtype=np.float32)
     safe = np.where(largest > 0, largest, 1.0)
     scaled = values / (safe if axis is None else np.expand_dims(safe, axis))
-    return np.rint(np.clip(scaled, 0, 1) * 65535).astype(np.uint16), largest
+    return np.rint(np.clip(scaled, 0, 1) * 65535).astype(np.uint16), largest  # 16 bits

@@ -224,7 +224,7 @@ def example_map(
             traces = [go.Scattergl(points(everyone, color=column.data, colorscale="Viridis", showscale=True))]
         else:
             codes = [code for code, _ in Counter(column.data.tolist()).most_common()]
-            named, rest = (codes, []) if len(codes) <= 8 else (codes[:7], codes[7:])
+            named, rest = (codes, []) if len(codes) <= 8 else (codes[:7], codes[7:])  # as many as there are colours
             traces = [
                 go.Scattergl(points(column.data == code), name=column.values[code] or "no value") for code in named
             ]

@@ -88,7 +88,7 @@ def read_run(folder: Path, r: int) -> Run:
 
     def table(name: str) -> np.ndarray:
         rows: list[Any] = [record.get(name) or [None] * r for record in records]
-        if any(abs(v) > 1e6 for row in rows for v in row if v is not None):
+        if any(abs(v) > 1e6 for row in rows for v in row if v is not None):  # chosen: no axis is readable above
             raise ValueError(f"{name} should be shares and cosines")
         return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=np.float32).reshape(-1, r)
 

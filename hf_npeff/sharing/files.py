@@ -213,7 +213,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    if len(text) > 20:
+    if len(text) > 20:  # more digits than 64 bits have
         raise ValueError(f"{text[:20]}… is too large a number")
     return int(text)
 
@@ -286,7 +286,7 @@ def _check_table(file: pq.ParquetFile, schema: pa.Schema, path: Path) -> None:
         raise CorruptStoreError(f"{path} has columns that hf_npeff does not write: {str(schema)[:300]}")
     metadata = file.metadata
     most = _TABLE_LIMIT + _TABLE_RATIO * path.stat().st_size
-    if metadata.num_rows < 0 or metadata.num_rows * metadata.num_columns * 8 > most:
+    if metadata.num_rows < 0 or metadata.num_rows * metadata.num_columns * 8 > most:  # eight bytes a value, about
         raise CorruptStoreError(f"{path} claims {metadata.num_rows:,} rows of {metadata.num_columns:,} columns")
     if not has_known_codecs(path):
         raise CorruptStoreError(f"{path} is compressed in a way that hf_npeff does not write")

@@ -208,6 +208,7 @@ class AblationsResult(StudyResult):
             value = [row.mean_auroc if row.attributes else row.explained for row in mine]
             axes.scatter(seconds, value, label=block)
             for row, x, y in zip(mine, seconds, value, strict=True):
+                # Small: labels of many points
                 axes.annotate(", ".join(map(str, row.varied.values())), (x, y), fontsize=6, alpha=0.8)
         measured = any(row.attributes for row in self.rows)
         axes.set(xscale="log", xlabel="seconds, PEFs and one fit", ylabel="mean AUROC" if measured else "explained")

@@ -62,6 +62,7 @@ def home_assistant(
     for row in rows.values():
         of_language = counts.setdefault(row["intent"], [0] * len(languages))
         of_language[languages.index(row["language"])] += 1
+    # Chosen: three texts of each language at least
     common = sorted((i for i, c in counts.items() if min(c) >= 3), key=lambda i: (-min(counts[i]), i))
     if len(common) < n_intents:
         raise ValueError(f"the languages {list(languages)} have {len(common)} intents in common, not {n_intents}")
@@ -98,6 +99,7 @@ def _draw(part: Any, grammar: dict[str, Any], rng: random.Random, slots: set[str
         slots.add(part.slot_name)
         values = grammar["lists"].get(part.list_name, {}).get("values")
         known = [v if isinstance(v, str) else v["in"] for v in values or _WORDS.get(part.list_name, [])]
+        # Numbers as people say them to assistants
         return _draw(parse_sentence(rng.choice(known)), grammar, rng, set()) if known else str(rng.randint(2, 60))
     if isinstance(part, Alternative):
         return _draw(rng.choice(part.items), grammar, rng, slots)
@@ -130,7 +132,7 @@ def first_names(per_country: int = 150, seed: int = 0) -> list[dict[str, Any]]:
     listed: dict[tuple[str, str], list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         kind, name = line[:3].strip(), line[3:29].strip()
-        if kind not in ("M", "F") or "+" in name or len(name) < 3:
+        if kind not in ("M", "F") or "+" in name or len(name) < 3:  # initials, not names
             continue
         frequency = {c: _frequency(line[_COUNTRY_COLUMN + k : _COUNTRY_COLUMN + k + 1]) for c, k in _COLUMNS.items()}
         best = max(frequency, key=lambda c: frequency[c])

@@ -89,7 +89,7 @@ class RatingsResult(StudyResult):
         for position, d in enumerate(self.detection):
             spread = [[max(d.accuracy - d.interval[0], 0)], [max(d.interval[1] - d.accuracy, 0)]]
             axes.errorbar([position], [d.accuracy], yerr=spread, marker="o", capsize=4)
-        axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
+        axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")  # chance
         axes.set_xticks(range(len(self.detection)), [d.method for d in self.detection], rotation=20, ha="right")
         axes.set(ylabel="detection accuracy (chance 0.5)", ylim=(0, 1.05))
 

@@ -174,6 +174,7 @@ class InContextResult(StudyResult):
         left.legend(frameon=False)
         values = torch.tensor([c.shares for c in self.conditions]).T
         order = sorted(range(len(values)), key=lambda j: int(values[j].argmax()))
+        # Chosen: below that a share is nothing
         image = right.imshow(values[order].numpy(), aspect="auto", cmap="viridis", norm="log", vmin=3e-3)
         right.set_xticks(
             range(len(self.conditions)), [f"{c.shots}{' shuffled' * c.shuffled}" for c in self.conditions], rotation=30
@@ -238,5 +239,5 @@ def run_in_context(
                 float("nan") if entropies is None else float(entropies.flatten()[here].double().mean()),
             )
         )
-    tops = [purity(component.top_examples(12).columns["relation"]) for component in decomposition]
+    tops = [purity(component.top_examples(12).columns["relation"]) for component in decomposition]  # as on the page
     return InContextResult(conditions, [(str(name), share) for name, share in tops], decomposition, config)

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from hf_npeff.config import INTERVAL
 from hf_npeff.extras import load
 
 
@@ -152,5 +153,5 @@ def bootstrap_interval(values: Tensor, *, draws: int = 2000, seed: int = 0) -> t
         raise ValueError("an interval needs at least one value")
     generator = torch.Generator().manual_seed(seed)
     means = values.double()[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(means, torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
     return low, high

@@ -27,6 +27,7 @@ from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, PlantedCo
 
 _PAD, _CLS, _SEP = 0, 1, 2
 _FIRST_CUE = 3
+"""The number of the first token that is a cue: after those that every sentence may have."""
 TARGETS = r".*attention\.self\.value"
 """What attention copies, in both layers: where a cue acts; the same for NPEFF and gradient clustering."""
 COMPARISON = ComparisonConfig(n_components=16, power=0.5, n_restarts=8, batch_size=64)
@@ -64,7 +65,7 @@ def planted_model(config: PlantedConfig) -> tuple[nn.Module, float]:
             vocab_size=_FIRST_CUE + config.cues + config.fillers,
             hidden_size=config.hidden,
             num_hidden_layers=2,
-            num_attention_heads=4,
+            num_attention_heads=4,  # chosen: so small a model needs no more
             intermediate_size=2 * config.hidden,
             max_position_embeddings=config.length + 2,
             num_labels=config.labels,
@@ -84,14 +85,14 @@ def planted_model(config: PlantedConfig) -> tuple[nn.Module, float]:
     generator = torch.Generator().manual_seed(config.seed)
     model.train()
     for _ in range(config.steps):
-        batch = torch.randint(len(ids), (64,), generator=generator)
+        batch = torch.randint(len(ids), (64,), generator=generator)  # usual for so small a model
         loss = nn.functional.binary_cross_entropy_with_logits(model(input_ids=ids[batch]).logits, targets[batch])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
     model.eval()
-    tests = planted_sentences(config, 1000, seed=2000 + config.seed)
+    tests = planted_sentences(config, 1000, seed=2000 + config.seed)  # none of them seen in training
     truth = torch.full((len(tests), config.labels), config.unlikely)
     for i, row in enumerate(tests):
         truth[i, [int(cue.split()[1]) % config.labels for cue in row["cues"]]] = config.likely

@@ -226,7 +226,7 @@ class TaskResult(StudyResult):
         """A row a component with its top examples, then the factors."""
         rows = []
         for component in self.decomposition:
-            top = component.top_examples(3)
+            top = component.top_examples(3)  # chosen: a row of a table
             shown = " / ".join(text[-60:] for text in top.texts or top.ids)
             rows.append([component.index, f"{component.active_share:.0%}", number(component.stability, 2), shown])
         lines = [markdown(["component", "active", "stability", "ends of its top prompts"], rows), ""]

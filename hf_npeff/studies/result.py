@@ -50,7 +50,7 @@ class StudyResult(ABC):
         matplotlib = load("matplotlib", "a study's figure")
         drawing = load("matplotlib.figure", "a study's figure")
         with matplotlib.rc_context({"svg.hashsalt": "hf_npeff", "font.size": 9}):
-            figure = drawing.Figure(figsize=(8, 4.5), layout="constrained")
+            figure = drawing.Figure(figsize=(8, 4.5), layout="constrained")  # inches: a page's width at 16:9
             self.draw(figure)
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -241,6 +241,7 @@ def switch(
     along_weights = isinstance(intervention, ParameterDirection)
     limit = intervention.norm_in(forward.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
     start = min(0.05, limit) if along_weights else 1.0  # where the search begins, no more
+    # The other sign has about the same step
     ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
     back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)
     steps = [(ahead, reached), (-back, reached_back)]
@@ -248,6 +249,7 @@ def switch(
     for scale, reached in steps:
         on_top = each(scale, before_top, top)
         a, b = float(on_top.mean()), kl(scale, before_others, others)
+        # A tenth of what was aimed at counts as moved
         ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((on_top >= config.target_kl / 10).double().mean())
         measured.append({"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached, "moved": moved})
     best = max(measured, key=lambda m: (m["reached"], m["ratio"]))

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_npeff.config import INTERVAL
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.pefs.store import PEFs
@@ -48,7 +49,7 @@ def bootstrap_counts(n: int, seed: int) -> Tensor:
 
 def intervals_of(values: Tensor) -> list[tuple[float, float]]:
     """95% of every column of (draws, r)."""
-    ends = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    ends = torch.quantile(values, torch.tensor(INTERVAL, dtype=values.dtype), dim=0)
     return [(low, high) for low, high in ends.T.tolist()]
 
 

@@ -84,7 +84,7 @@ def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero:
         on_support = torch.zeros_like(gradient)
         on_support[support] = gradient[support]
         image = apply(on_support)
-        step = float(on_support.square().sum() / image.square().sum().clamp_min(1e-30))
+        step = float(on_support.square().sum() / image.square().sum().clamp_min(1e-30))  # no division by 0 where g is 0
         for _ in range(20):  # halvings: a millionth of the first step
             moved = x + step * gradient
             new_support = torch.topk(moved.abs(), nonzero).indices
@@ -92,6 +92,7 @@ def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero:
             new[new_support] = moved[new_support]
             change = new - x
             bound = float(change.square().sum() / apply(change).square().sum().clamp_min(1e-30))
+            # Blumensath & Davies 2010, c = 0.01
             if step <= 0.99 * bound or set(new_support.tolist()) == set(support.tolist()):
                 break
             step /= 2
@@ -116,6 +117,7 @@ def fista(operator: _Operator, y: Tensor, p: int, penalty: float | None = None, 
     apply, adjoint = operator
     smoothness = _operator_norm(operator, p) * 1.02  # power iteration comes from below
     start = adjoint(y).to(y.dtype)
+    # Usual for the lasso: a hundredth of the penalty that gives 0
     λ = float(start.abs().max()) / 100 if penalty is None else penalty
     x = z = torch.zeros(p, dtype=y.dtype)
     t = 1.0

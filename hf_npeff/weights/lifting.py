@@ -348,6 +348,7 @@ def unbalanced(g: Tensor, scales: Tensor | None) -> Tensor:
     """A component in the coordinates of the unscaled sketch: g = x∘D gives x; 0 where a block was left out."""
     if scales is None:
         return g
+    # Not taken where a scale is 0, but not to be NaN either
     return torch.where(scales > 0, g / scales.to(g.dtype).clamp_min(1e-30), 0.0)
 
 

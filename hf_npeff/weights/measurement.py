@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.config import MeasureRequest
+from hf_npeff.config import INTERVAL, MeasureRequest
 from hf_npeff.data import Example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
@@ -34,6 +34,7 @@ ALL = "all"
 _BOOTSTRAPS = 1000
 """Draws of an interval. Chosen: 25 of them lie beyond each end."""
 _QUANTILES = (0.1, 0.5, 0.9, 0.99)
+"""Of the KL of a group's examples: most, the middle, few and hardly any lie above."""
 _MOST_GROUPS = 100
 """More groups than a person reads: a column of texts or of numbers was named by mistake."""
 _MOST_OUTCOMES = 20
@@ -383,5 +384,5 @@ def interval(values: Tensor, seed: int) -> tuple[float, float]:
     """95% of the mean of values (n,), by drawing n of them with replacement."""
     generator = torch.Generator().manual_seed(seed)
     draws = values[torch.randint(len(values), (_BOOTSTRAPS, len(values)), generator=generator)].mean(1)
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    low, high = torch.quantile(draws, torch.tensor(INTERVAL, dtype=values.dtype)).tolist()
     return low, high

@@ -210,7 +210,7 @@ def _leading(pefs: PEFs, scales: Tensor | None, like: Tensor, inside: Tensor | N
     mixing = V[:, kept] / values[kept].sqrt()
     Q = torch.cat([columns.T.double() @ mixing for columns in C.split(_COLUMNS, 1)]).to(like.dtype)
     X = torch.cat([(A @ Q).double() for A in unscaled_rows(pefs, scales, like)])
-    captured = min(float(X.square().sum()) / energy, 1 - 1e-12)
+    captured = min(float(X.square().sum()) / energy, 1 - 1e-12)  # not 1, which would say that nothing was cut
     places = sampled.flatten().nonzero()[:, 0].to(like.device)
     wide = T.double()
 

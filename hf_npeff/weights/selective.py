@@ -180,6 +180,7 @@ def most_different(contrast: Contrast, ridge: Ridge) -> tuple[Tensor, dict[str, 
     M = contrast.disturbance()
     top = top_eigenvalue(M) or 1.0
     chosen = choose_ridge(ridge, lambda: _ratios(contrast, moving, M, top))
+    # The answer itself: far more steps than comparing needs
     value, y = _generalised(M, gram(X, moving) / int(moving.sum()), chosen.share * top, steps=256)
     coefficients = contrast.space.coefficients(y).flatten()
     y = y * coefficients[coefficients.abs().argmax()].sign()
