@@ -106,7 +106,7 @@ def lift_to_adapters(
     for number, p in enumerate(plans):
         parts = {name: _Part.of(cut, number) for name, cut in cuts.items()}
         cosine = _cosine(parts, p.target, sketch, scales)
-        facts = p.facts | {"estimated_cosine": cosine, "form": "metric" if metric else "plain", "passes": passes}
+        facts = p.info | {"estimated_cosine": cosine, "form": "metric" if metric else "plain", "passes": passes}
         if metric:
             assert scales is not None and sketch.blocks is not None
             parts = {n: part.times(float(scales[sketch.blocks[n].start]) ** 2) for n, part in parts.items()}
