@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -24,7 +24,7 @@ import yaml
 from typer.testing import CliRunner
 
 import hf_npeff
-from hf_npeff import Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
+from hf_npeff import NPEFF, Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
 from hf_npeff.cli import app
 from hf_npeff.commands.inputs import DataOptions, ModelOptions, read_data
 from hf_npeff.commands.options import attribute_docs
@@ -204,7 +204,35 @@ def test_compare_matches_a_permutation(world: World) -> None:
     other.save_pretrained(world.folder / "other")
     compared = told(run("compare", "found", "other", "--json", cwd=world.folder))
     assert {pair["first"]: pair["second"] for pair in compared["pairs"]} == {j: i for i, j in enumerate(order)}
-    assert compared["mean"] == pytest.approx(1)
+    assert compared["mean"] == pytest.approx(1) and compared["same_model_mean"] is None
+    assert compared["without_partner"] == {"first": [], "second": []}
+
+
+def test_compare_says_what_two_fits_of_one_model_give_and_what_has_no_partner(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same rows fitted from another start and matched here; a component of noise, which matches nothing."""
+    monkeypatch.chdir(world.folder)
+    found = Decomposition.from_pretrained("found")
+    W = found.coefficients.clone()
+    W[:, 3] = torch.rand(24, generator=torch.Generator().manual_seed(0))
+    noisy = Decomposition(
+        W, found.pseudo_fishers, config=found.config, info=found.info, example_ids=found.example_ids,
+        columns=found.columns,
+    )  # fmt: skip
+    noisy.save_pretrained("noisy")
+    arguments = ["compare", "found", "noisy", "--pefs", "pefs"]
+    compared = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    pefs = PEFs.from_pretrained("pefs")
+    again = NPEFF.from_config(replace(found.config, seed=found.config.seed + 1)).fit(pefs)
+    expected = {i: s for i, _, s in matches(similarities(found, again)[1])}
+    assert {pair["first"]: pair["same_model"] for pair in compared["pairs"]} == pytest.approx(expected)
+    assert compared["same_model_mean"] == pytest.approx(sum(expected.values()) / 4)
+    lonely = compared["without_partner"]["second"]
+    assert compared["pairs"][-1]["second"] == 3 and compared["pairs"][-1]["similarity"] < 0.9
+    assert all(each["top"] and each["component"] in range(4) for each in lonely)
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}).stdout
+    assert "two fits of the first model" in shown and found[0].top_examples(1).lines()[0][:20] in shown
 
 
 def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_greedily(

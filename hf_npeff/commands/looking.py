@@ -221,29 +221,99 @@ def explain(
     return Result(values, table(decomposition, ("example", "components"), rows), {"revision": analyzer.revision})
 
 
+_PARTNER = 0.5
+"""Similarity below which a component has no partner, where no baseline says what two fits of one model give."""
+
+
 @command
-def compare(first: DecompositionArgument, second: DecompositionArgument, output: MaybeOutput = None) -> Result:
-    """Match the components of two decompositions.
+def compare(
+    first: DecompositionArgument,
+    second: DecompositionArgument,
+    pefs: Annotated[
+        str | None,
+        typer.Option(help="The PEFs of the first, to fit them again: how alike two fits of the same model are."),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Examples of every component to show.")] = 2,
+    output: MaybeOutput = None,
+) -> Result:
+    """Match the components of two decompositions, and say which have no partner.
 
     Of the same examples they are compared by the correlation of their coefficients, otherwise by the cosine of their
-    pseudo-Fishers, which needs the same sketch. With `--output`, the matches are written to matches.json.
+    pseudo-Fishers, which needs the same sketch. A similarity says little by itself: two fits of the same model from
+    other starts differ too. With `--pefs` the first is fitted again, and its likeness to itself stands beside. With
+    `--output`, the matches are written to matches.json.
 
-    Example: `hf-npeff compare runs/components runs/components-of-another-seed`
+    Examples:
+    - `hf-npeff compare runs/components runs/components-of-another-seed`
+    - `hf-npeff compare runs/before/components runs/after/components --pefs runs/before/pefs`
     """
-    from hf_npeff.decomposition.matching import matches, similarities
+    from hf_npeff.decomposition.matching import baseline, matches, similarities
+    from hf_npeff.pefs.store import PEFs
 
     a, b = read_decomposition(first), read_decomposition(second)
     measure, S = similarities(a, b)
     pairs = matches(S)
-    values = {
+    same = None
+    if pefs is not None:
+        same = baseline(a, PEFs.from_pretrained(pefs), of_coefficients=measure.startswith("correlation"))
+    least = _PARTNER if same is None else same.lowest
+    close = [(i, j) for i, j, s in pairs if s >= least]
+    alone = [sorted(set(range(len(d))) - {pair[at] for pair in close}) for at, d in enumerate((a, b))]
+    values: dict[str, Any] = {
         "measure": measure,
         "pairs": [
-            {"first": i, "first_label": a[i].label, "second": j, "second_label": b[j].label, "similarity": s}
+            {
+                "first": i,
+                "first_label": a[i].label,
+                "second": j,
+                "second_label": b[j].label,
+                "similarity": s,
+                "same_model": None if same is None else same.similarity.get(i),
+            }
             for i, j, s in pairs
         ],
         "mean": sum(s for *_, s in pairs) / len(pairs),
+        "same_model_mean": None if same is None else sum(same.similarity.values()) / len(same.similarity),
+        "least": least,
+        "without_partner": {
+            name: [{"component": j, "label": d[j].label, "top": _examples(d, j, top)} for j in numbers]
+            for name, d, numbers in (("first", a, alone[0]), ("second", b, alone[1]))
+        },
     }
     if output is not None:
         write_result(output / "matches.json", values)
-    rows = [(a[i].label, b[j].label, f"{s:.3f}") for i, j, s in pairs]
-    return Result(values, table(f"{measure}, mean {values['mean']:.3f}", (first, second, "similarity"), rows))
+    return Result(values, _matched(values, a, b, (first, second), top))
+
+
+def _examples(decomposition: Decomposition, j: int, count: int) -> list[str]:
+    from hf_npeff.sharing.markdown import plain
+
+    return decomposition[j].top_examples(count).lines(plain) if count else []
+
+
+def _matched(
+    values: dict[str, Any], a: Decomposition, b: Decomposition, names: tuple[str, str], top: int
+) -> RenderableType:
+    """The table of pairs, and what has no partner."""
+    from rich.console import Group
+
+    rows = []
+    for pair in values["pairs"]:
+        same = "" if pair["same_model"] is None else f"{pair['same_model']:.3f}"
+        sides = [
+            "\n".join([pair[f"{side}_label"], *_examples(d, pair[side], top)])
+            for side, d in (("first", a), ("second", b))
+        ]
+        rows.append((*sides, f"{pair['similarity']:.3f}", same))
+    mean = f"{values['measure']}, mean {values['mean']:.3f}"
+    if values["same_model_mean"] is None:
+        mean += "; two fits of one model differ too: --pefs says how much"
+    else:
+        mean += f"; two fits of the first model: mean {values['same_model_mean']:.3f}"
+    parts: list[Any] = [table(mean, (*names, "similarity", "same model, other start"), rows)]
+    for side, name in zip(("first", "second"), names, strict=True):
+        if alone := values["without_partner"][side]:
+            shown = [(each["label"], "\n".join(each["top"])) for each in alone]
+            title = f"Without a partner of a similarity of {values['least']:.2f} or more, in {name}"
+            parts.append(table(title, ("component", "top examples"), shown))
+    return Group(*parts)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.pefs.store import PEFs, check_same_sketch
 
 
 def similarities(first: Decomposition, second: Decomposition) -> tuple[str, Tensor]:
@@ -31,6 +34,47 @@ def similarities(first: Decomposition, second: Decomposition) -> tuple[str, Tens
     if first.fingerprint == second.fingerprint:
         return "cosine of pseudo-Fishers", (first.pseudo_fishers.double() @ second.pseudo_fishers.double().T).abs()
     raise ValueError("the two decompositions share neither examples nor the sketch: nothing can be compared")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What two fits of the same rows give: how alike a decomposition is to one from another start.
+
+    Attributes:
+        similarity: {component: that with its partner in the other fit}, by the same measure as the comparison.
+        explained: by the other fit.
+        lowest: the similarity that one component in twenty stays below.
+    """
+
+    similarity: dict[int, float]
+    explained: float
+    lowest: float
+
+
+def baseline(decomposition: Decomposition, pefs: PEFs, *, of_coefficients: bool) -> Baseline:
+    """Fit the rows of a decomposition again from another start, and match the two.
+
+    Args:
+        decomposition: of `pefs`.
+        pefs: those that were decomposed.
+        of_coefficients: whether coefficients are compared, or pseudo-Fishers.
+
+    Raises:
+        IncompatibleSketchError: if the PEFs are of another sketch.
+        ValueError: if they are of other examples.
+    """
+    check_same_sketch(decomposition, pefs)
+    if pefs.example_ids != decomposition.example_ids:
+        raise ValueError("these PEFs are not those of the decomposition: their example ids differ")
+    config = decomposition.config
+    again = NPEFF.from_config(replace(config, seed=config.seed + 1)).fit(pefs)
+    if of_coefficients:
+        _, S = similarities(decomposition, again)
+    else:
+        S = (decomposition.pseudo_fishers.double() @ again.pseudo_fishers.double().T).abs()
+    found = {i: s for i, _, s in matches(S)}
+    lowest = float(torch.quantile(torch.tensor(list(found.values()), dtype=torch.float64), 0.05))
+    return Baseline(found, again.explained, lowest)
 
 
 def matches(S: Tensor) -> list[tuple[int, int, float]]:
