@@ -22,16 +22,18 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.config import ComputeRequest, DecompositionConfig, FisherConfig, is_count
+from hf_npeff.config import BATCH_SIZE, ComputeRequest, DecompositionConfig, FisherConfig, is_count
 from hf_npeff.data import records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.encoding.record import Reading
+from hf_npeff.models.run_change import RunPoint, run_change, seen_at
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes
 from hf_npeff.sharing.files import read_json_lines, write_atomically
 from hf_npeff.sharing.hub import text_columns
+from hf_npeff.weights.change_report import ChangeReport
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,13 @@ class NPEFFCallback(TrainerCallback):
     - `npeff/active`: components that carry at least 5% of some probe example's coefficients;
     - `npeff/cosine/j`: |cosine| of g_j with that of the point before (not with a given decomposition: g_j stays);
     - `npeff/correlation/j`: of component j's column of W with that of the point before, where both vary;
-    - `npeff/share/j`: share of the probe examples on which j has the largest coefficient.
+    - `npeff/share/j`: share of the probe examples on which j has the largest coefficient;
+    - `npeff/accuracy/j`: share of right predictions on its examples, where the probe has labels;
+    - `npeff/associated/j`: share of its examples that have what is most surely in common to them, a word or a value of
+      a column, where there is such a thing; `history` has it in words.
+
+    When training ends, `report_` says what changed from the first point to the last, and `npeff/change.json` in
+    `args.output_dir` holds it, without texts where the run pushes and texts are not asked for.
 
     Every checkpoint gets a folder `npeff/` with the last point's decomposition and `history.jsonl`, from which a
     resumed run goes on. Processes share the probe out; they meet in `args.output_dir`, which all must see. Weights
@@ -87,6 +95,7 @@ class NPEFFCallback(TrainerCallback):
         history: one dictionary a point: step, epoch, and the scalars above, with lists of r for the components; None
             where something is not defined.
         decomposition_: the last point's.
+        report_: a `ChangeReport` of the first point against the last, when training has ended; None with one point.
 
     Raises:
         ValueError: if the probe set is empty or of no known kind, a setting is out of its range, there would be more
@@ -156,6 +165,8 @@ class NPEFFCallback(TrainerCallback):
             self._estimator = NPEFF.from_config(decomposition.config)
         self.history: list[dict[str, Any]] = []
         self.decomposition_: Decomposition | None = None
+        self.report_: ChangeReport | None = None
+        self._points: list[RunPoint] = []  # the first and the last
         self._seen: tuple[int, int] | None = None
         self._trainer: Callable[[], Any] = lambda: None
         self._warned = False
@@ -200,6 +211,7 @@ class NPEFFCallback(TrainerCallback):
         elif self.fisher.output_factor == "exact":
             self._check_enough_rows(analyzer.rows_per_example(analyzer.read(self.probe)[0].choices))
         self.history, self.decomposition_, self._seen, self._pushed = [], None, None, None
+        self._points, self.report_ = [], None
         if state.global_step > 0:
             self._resume(args, state)
         if self.on_start and not self.history:
@@ -242,7 +254,7 @@ class NPEFFCallback(TrainerCallback):
             return
         self._seen = weights
         with _undisturbed():
-            now = self._decompose(args, **kwargs)
+            now = self._decompose(args, state.global_step, **kwargs)
         before = self.decomposition_
         if before is not None and not same_examples(before, now):
             logger.warning("the probe set differs from the last point's: this point is compared with no earlier one")
@@ -252,7 +264,7 @@ class NPEFFCallback(TrainerCallback):
         self.history.append(record)
         self._log(state, control, record)
 
-    def _decompose(self, args: TrainingArguments, **kwargs: Any) -> Decomposition:
+    def _decompose(self, args: TrainingArguments, step: int, **kwargs: Any) -> Decomposition:
         """The decomposition of this point, the same in every process."""
         analyzer, processes = self._analyzer(**kwargs), Processes.of(PartialState())
         folder = _output(args) / _PROBE if processes.count > 1 else None
@@ -268,12 +280,34 @@ class NPEFFCallback(TrainerCallback):
                 progress=False,
             )
             now = self._fit(pefs, old)
+            self._keep(analyzer, step, pefs, now)
             if folder is not None:
                 processes.meet()  # nobody reads any more
         finally:
             if folder is not None and processes.index == 0:
                 shutil.rmtree(folder, ignore_errors=True)
         return now
+
+    def _keep(self, analyzer: NPEFFAnalyzer, step: int, pefs: PEFs, now: Decomposition) -> None:
+        """Keep this point as the last, and as the first where there is none of the same examples."""
+        examples = analyzer.examples_of(now, self.probe)
+        held = pefs[list(range(len(pefs)))]  # in memory: the folder of several processes goes away
+        point = seen_at(analyzer, step, held, now, examples, BATCH_SIZE)
+        same = bool(self._points) and same_examples(self._points[0].decomposition, now)
+        self._points = [self._points[0], point] if same else [point]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say what changed from the first point to the last."""
+        if len(self._points) < 2:
+            return
+        analyzer = self._analyzer(**kwargs)
+        examples = analyzer.examples_of(self._points[0].decomposition, self.probe)
+        first, last = self._points
+        self.report_ = run_change(analyzer, first, last, examples)
+        if state.is_world_process_zero:
+            self.report_.save(_output(args) / FOLDER, texts=self.include_texts or not args.push_to_hub)
 
     def _fit(self, pefs: PEFs, old: Decomposition | None) -> Decomposition:
         if old is None:
@@ -323,7 +357,8 @@ class NPEFFCallback(TrainerCallback):
         columns, info = self.decomposition_.columns, self.decomposition_.info
         texts = () if everything or self.include_texts else text_columns(columns, info)
         self.decomposition_.save_pretrained(folder, include_columns=[name for name in columns if name not in texts])
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.history)
+        shown = [{k: v for k, v in record.items() if k != "association" or not texts} for record in self.history]
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in shown)
         write_atomically(folder / HISTORY, lines.encode())
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -391,7 +426,7 @@ def _caller(callback: NPEFFCallback) -> Any:
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {"npeff/explained": record["explained"], "npeff/active": record["active"]}
-    for name in ("cosine", "correlation", "share"):
-        numbered = enumerate(record[name] or ())
+    for name in ("cosine", "correlation", "share", "accuracy", "associated"):
+        numbered = enumerate(record.get(name) or ())
         values |= {f"npeff/{name}/{j}": value for j, value in numbered if value is not None}
     return values

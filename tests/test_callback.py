@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_npeff import Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, NPEFFCallback
+from hf_npeff import ChangeReport, Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, NPEFFCallback
 from tests import tiny
 from tests.hub_server import HubServer
 from tests.logged import warned_by
@@ -212,6 +212,42 @@ def test_the_tensorboard_event_file_holds_every_scalar(tmp_path: Path, monkeypat
         assert [step for step, _ in found] == [0, 2, 4, 6][-len(values) :]
         assert [value for _, value in found] == pytest.approx(values, rel=1e-6)
     assert len(events.Scalars("train/loss")) == 6, "Trainer's own log of a step with a point is not lost"
+
+
+def test_points_tell_accuracy_and_what_examples_have_in_common(tmp_path: Path) -> None:
+    """Oracle: accuracy counted from the last decomposition's own columns; and the planted column of half the probe."""
+    probe = [{**row, "label": i % 2, "cue": "here" if i % 2 else "not"} for i, row in enumerate(PROBE * 2)]
+    for i, row in enumerate(probe):
+        row["id"] = f"probe-{i}"
+    added = NPEFFCallback(probe, every=3, n_components=R, fisher=FISHER, n_restarts=2, processing_class=PAD)
+    trainer = run(tmp_path, added)
+    last, found = added.history[-1], added.decomposition_
+    assert found is not None
+    expected = found.associations()
+    assert last["accuracy"] == [None if one.accuracy is None else one.accuracy[0] for one in expected]
+    assert any(value is not None for value in last["accuracy"])
+    assert last["association"] == [one.associations[0].feature if one.associations else None for one in expected]
+    for j, one in enumerate(expected):
+        values = [log.get(f"npeff/associated/{j}") for log in trainer.state.log_history if log["step"] == last["step"]]
+        assert (one.associations[0].share if one.associations else None) in values
+
+
+def test_the_end_of_training_says_what_changed_from_the_first_point(tmp_path: Path) -> None:
+    """Oracle: the KL of every probe example between the model before and the trained one, by transformers."""
+    before, added = bert(), callback(on_start=True)
+    trainer = run(tmp_path, added)
+    report = added.report_
+    assert report is not None and ChangeReport.load(tmp_path / "npeff") == report
+    assert report.change["before"] == "step 0" and report.change["after"] == "step 6" and report.norm is None
+    model = trainer.model.eval()
+    for i in (0, 5, 12):
+        with torch.no_grad():
+            p, q = (
+                each(input_ids=torch.tensor([PROBE[i]["input_ids"]])).logits[0].double().log_softmax(-1)
+                for each in (before, model)
+            )
+        assert report.kl[i] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3, abs=1e-7)
+    assert len(report.components) == R and all(each.growth is not None for each in report.components)
 
 
 class Reporter(TrainerCallback):

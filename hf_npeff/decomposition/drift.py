@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.encoding.columns import described_by
 
 
 def same_examples(a: Decomposition, b: Decomposition) -> bool:
@@ -28,7 +29,9 @@ def drift(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict
     Returns:
         `explained`; `active`, the number of components that are active on some example; and lists with an entry a
         component: `share` of the examples that it leads, `cosine` of g_j with that before (|·|), `correlation` of its
-        coefficients with those before. The last two are None without a decomposition to compare with.
+        coefficients with those before; both are None without a decomposition to compare with. Where columns or texts
+        were kept also `accuracy` on each component's examples, the `association` that is most certain, in words, and
+        `associated`, the share of the component's examples that have it; None where there is none.
     """
     W = now.coefficients.double()
     total = W.sum(1, keepdim=True)
@@ -40,12 +43,26 @@ def drift(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict
         "share": (torch.bincount(leading, minlength=len(now)) / len(W)).tolist(),
         "cosine": None,
         "correlation": None,
+        **_meaning(now),
     }
     if before is not None:
         measures["correlation"] = _correlations(W, before.coefficients.double())
         if not fixed:
             measures["cosine"] = (now.pseudo_fishers * before.pseudo_fishers).sum(1).abs().clamp_max(1).tolist()
     return measures
+
+
+def _meaning(now: Decomposition) -> dict[str, list[Any]]:
+    """What the examples of each component have in common, and how often the model is right on them."""
+    if not described_by(now.columns):
+        return {name: [None] * len(now) for name in ("accuracy", "association", "associated")}
+    found = now.associations(texts=now.texts is not None)
+    first = [next(iter(one.associations), None) for one in found]
+    return {
+        "accuracy": [None if one.accuracy is None else one.accuracy[0] for one in found],
+        "association": [None if a is None else a.feature for a in first],
+        "associated": [None if a is None else a.share for a in first],
+    }
 
 
 def _correlations(W: Tensor, V: Tensor) -> list[float | None]:

@@ -80,8 +80,8 @@ def headline(report: ChangeReport) -> str:
     what = report.change.get("after") or ", ".join(report.change.get("adapters") or ()) or report.change.get("method")
     return (
         f"{what or 'a change'} of {report.change.get('model') or 'the model'}: mean KL {report.mean_kl:.3g} "
-        f"({low:.3g}–{high:.3g}) on {report.n:,} examples, {len(report.changed):,} answers changed, norm "
-        f"{report.norm:.3g}"
+        f"({low:.3g}–{high:.3g}) on {report.n:,} examples, {len(report.changed):,} answers changed"
+        + ("" if report.norm is None else f", norm {report.norm:.3g}")
     )
 
 

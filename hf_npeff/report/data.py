@@ -97,7 +97,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
     if extras.compare is not None:
         _add_comparison(page, decomposition, extras.compare, texts)
     if extras.training is not None:
-        _add_training(page, read_run(extras.training, len(decomposition)))
+        _add_training(page, read_run(extras.training, len(decomposition)), texts)
     if extras.change is not None:
         page.facts["change"] = _change_facts(extras.change, len(decomposition.example_ids), len(decomposition), texts)
     page.facts["notes"] = notes
@@ -294,12 +294,13 @@ def _add_comparison(page: PageData, first: Decomposition, second: Decomposition,
     page.arrays["similarity"] = np.rint(np.nan_to_num(S.numpy()).clip(-1, 1) * 127).astype(np.int8)
 
 
-def _add_training(page: PageData, run: Run) -> None:
+def _add_training(page: PageData, run: Run, texts: bool) -> None:
     page.facts["training"] = {
         "steps": run.steps,
         "epochs": run.epochs,
         "explained": run.explained,
         "active": run.active,
+        "association": run.association if texts else [None] * len(run.association),
     }
-    for name, values in (("share", run.share), ("cosine", run.cosine), ("correlation", run.correlation)):
-        page.arrays[f"training/{name}"] = values
+    for name in ("share", "cosine", "correlation", "accuracy", "associated"):
+        page.arrays[f"training/{name}"] = getattr(run, name)

@@ -28,6 +28,9 @@ class Run:
         share: (T, r) share of the examples that each component leads.
         cosine: (T, r) |cosine| of each component with itself at the point before; NaN where not defined.
         correlation: (T, r) correlation of its coefficients with those at the point before.
+        accuracy: (T, r) share of right predictions on its examples; NaN where not known.
+        associated: (T, r) share of its examples that have what is most surely in common to them; NaN where nothing is.
+        association: that, at the last point, in words; None where nothing is.
     """
 
     steps: list[int]
@@ -37,6 +40,9 @@ class Run:
     share: np.ndarray
     cosine: np.ndarray
     correlation: np.ndarray
+    accuracy: np.ndarray
+    associated: np.ndarray
+    association: list[str | None]
 
 
 def history_file(folder: Path) -> Path:
@@ -101,6 +107,18 @@ def read_run(folder: Path, r: int) -> Run:
             table("share"),
             table("cosine"),
             table("correlation"),
+            table("accuracy"),
+            table("associated"),
+            _words(records[-1].get("association"), r),
         )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CorruptStoreError(f"{path} cannot be read: {error!r}") from error
+
+
+def _words(values: Any, r: int) -> list[str | None]:
+    """An association a component, in words."""
+    if values is None:
+        return [None] * r
+    if not isinstance(values, list) or len(values) != r or not all(isinstance(v, str | None) for v in values):
+        raise TypeError(f"association should be {r} texts")
+    return list(values)

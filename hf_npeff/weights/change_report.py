@@ -91,12 +91,12 @@ class ChangeReport:
     Attributes:
         change: where the change came from: method, model, the other end or the adapters.
         n: examples.
-        norm: ‖Δ‖ over all that changed.
+        norm: ‖Δ‖ over all that changed; None where the change itself was not at hand.
         modules: {parameter: share of ‖Δ‖²}, the largest first.
         outside: {changed parameter that is not analysed: its share of the norm}, the largest first.
         kl: the kl of every example between both models, in nats, in the decomposition's order.
         kl_interval: 95% bootstrap interval of its mean.
-        predicted: the same to second order from the rows, ½ Σ_c ⟨A_ic, Δ⟩².
+        predicted: the same to second order from the rows, ½ Σ_c ⟨A_ic, Δ⟩²; empty where the change was not at hand.
         components: a `ComponentChange` each, the largest mean KL first, added ones last.
         changed: examples whose answer changed, the largest KL first: index, id, text, before, after, kl, component (the
             one that carries most of it).
@@ -121,7 +121,7 @@ class ChangeReport:
 
     change: dict[str, Any]
     n: int
-    norm: float
+    norm: float | None
     modules: dict[str, float]
     outside: dict[str, float]
     kl: list[float]

@@ -94,14 +94,15 @@ class Seen:
 
     Attributes:
         after: {scale: predictions}, 1 among them.
-        products: inner products (n, c, 3) of unscaled rows with the change, a random and a shuffled one.
+        products: inner products (n, c, 3) of unscaled rows with the change, a random and a shuffled one; None where
+            the change itself is not at hand.
         norms: the norms of the three, over what is analysed.
         size: how many numbers are analysed.
         analysed: names of the analysed parameters.
     """
 
     after: dict[float, Predictions]
-    products: Tensor
+    products: Tensor | None
     norms: list[float]
     size: int
     analysed: list[str]
@@ -136,14 +137,26 @@ def shuffled(matrices: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 def explained_change(
     decomposition: Decomposition,
     pefs: PEFs,
-    change: ParameterDirection,
+    change: ParameterDirection | None,
     watched: Watched,
     seen: Seen,
     grown: Grown | None,
     request: ChangeRequest,
+    origin: Mapping[str, Any] | None = None,
 ) -> Explanation:
-    """What is known of a change before components are taken out of it."""
-    explanation = Explanation(decomposition, change, watched, seen, grown, request)
+    """What is known of a change before components are taken out of it.
+
+    Args:
+        decomposition: of `pefs`.
+        pefs: of the model before.
+        change: itself; None where it is not at hand, as between two points of a training run.
+        watched: the examples before.
+        seen: what running the model showed.
+        grown: coefficients before and after.
+        request: how.
+        origin: where the change came from, where it is not at hand.
+    """
+    explanation = Explanation(decomposition, change, watched, seen, grown, request, origin=dict(origin or {}))
     explanation.measure(pefs)
     return explanation
 
@@ -153,7 +166,7 @@ class Explanation:
     """A report in the making."""
 
     decomposition: Decomposition
-    change: ParameterDirection
+    change: ParameterDirection | None
     watched: Watched
     seen: Seen
     grown: Grown | None
@@ -162,6 +175,7 @@ class Explanation:
     components: list[ComponentChange] = field(default_factory=list)
     without: list[ChangeStep] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def measure(self, pefs: PEFs) -> None:
         """KL, cosines and growth of every component."""
@@ -171,8 +185,7 @@ class Explanation:
         means, intervals = effects.weighted_means(W, self.kl).tolist(), effects.kl_intervals(W, self.kl, counts)
         null = effects.random_kl(pefs, self.request.draws, self.request.seed)
         p, over_random = effects.kl_p_values(W, self.kl, null)
-        measured = effects.cosines(self.decomposition, pefs, self.seen.products, self.seen.norms, self.seen.size)
-        ours, random, mixed = measured
+        cosines = self._cosines(pefs)
         grown, before, after = self._growth(counts)
         labels = self._labels()
         self.components = [
@@ -184,10 +197,7 @@ class Explanation:
                 intervals[j],
                 over_random[j],
                 p[j],
-                abs(ours.values[j]),
-                abs(random.values[j]),
-                abs(mixed.values[j]),
-                ours.p[j],
+                *cosines[j],
                 None if before is None else before[j],
                 None if after is None else after[j],
                 grown[j][0] if grown else None,
@@ -198,13 +208,22 @@ class Explanation:
         ]
         self.components.sort(key=lambda each: (-(each.kl or 0.0), each.component))
         self.components += self._new(counts)
-        far = [j for j, cosine in enumerate(ours.stationary) if cosine < _STATIONARY]
-        if far:
+        self._note_size()
+
+    def _cosines(self, pefs: PEFs) -> list[tuple[float | None, float | None, float | None, float | None]]:
+        """|cosine| of every component with the change, a random and a shuffled one, and the p-value of the first."""
+        if self.seen.products is None:
+            return [(None, None, None, None)] * len(self.decomposition)
+        ours, random, mixed = effects.cosines(
+            self.decomposition, pefs, self.seen.products, self.seen.norms, self.seen.size
+        )
+        if far := [j for j, cosine in enumerate(ours.stationary) if cosine < _STATIONARY]:
             self.notes.append(
                 f"The components {far} are not at a stationary point, so that their cosines are of other directions; "
                 "decompose with more max_iterations."
             )
-        self._note_size()
+        rows = zip(ours.values, random.values, mixed.values, ours.p, strict=True)
+        return [(abs(a), abs(b), abs(c), p) for a, b, c, p in rows]
 
     def _growth(self, counts: Tensor) -> tuple[list[tuple[Any, Any]], list[float] | None, list[float] | None]:
         if self.grown is None:
@@ -247,6 +266,8 @@ class Explanation:
         return [str(shown[i]) for i in order if coefficients[i] > 0]
 
     def _note_size(self) -> None:
+        if self.change is None:
+            return
         left_out = outside(self.change, dict.fromkeys(self.seen.analysed))
         share = sum(value**2 for value in left_out.values()) ** 0.5
         if share >= _NOTED:
@@ -264,6 +285,8 @@ class Explanation:
             )
 
     def _predicted(self) -> Tensor:
+        if self.seen.products is None:
+            return torch.zeros(0)
         return self.seen.products[..., 0].square().sum(1) / 2
 
     def most_changed(self, count: int) -> list[int]:
@@ -281,14 +304,8 @@ class Explanation:
         steps += [self.watched.step(scale, None, predicted) for scale, predicted in sorted(self.seen.after.items())]
         members = self.kl > torch.quantile(self.kl, _MOST_CHANGED)
         columns = self.decomposition.columns
-        info = self.change.info
-        kept = ("method", "model", "revision", "after", "after_revision", "adapters", "natural_scale")
         return ChangeReport(
-            {name: info[name] for name in kept if info.get(name) is not None},
-            len(self.kl),
-            self.change.norm,
-            dict(list(self.change.energies().items())[:_MODULES]),
-            outside(self.change, dict.fromkeys(self.seen.analysed)),
+            *self._about(),
             self.kl.tolist(),
             interval(self.kl, self.request.seed),
             self._predicted().tolist(),
@@ -301,6 +318,20 @@ class Explanation:
             self.request.by,
             self._explained(),
             self.notes,
+        )
+
+    def _about(self) -> tuple[dict[str, Any], int, float | None, dict[str, float], dict[str, float]]:
+        """Where the change came from, how many examples there are, its norm, where it is, and what is not analysed."""
+        if self.change is None:
+            return dict(self.origin), len(self.kl), None, {}, {}
+        info = self.change.info
+        kept = ("method", "model", "revision", "after", "after_revision", "adapters", "natural_scale")
+        return (
+            {name: info[name] for name in kept if info.get(name) is not None},
+            len(self.kl),
+            self.change.norm,
+            dict(list(self.change.energies().items())[:_MODULES]),
+            outside(self.change, dict.fromkeys(self.seen.analysed)),
         )
 
     def _row(self, i: int, answers: tuple[list[Tensor], list[Tensor]]) -> dict[str, Any]:

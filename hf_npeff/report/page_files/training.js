@@ -54,9 +54,18 @@ function trainingView() {
             colour: OKABE_ITO[2],
             dash: "2 3",
           },
+          ...[
+            ["accuracy", "right on its examples", OKABE_ITO[3]],
+            ["associated", "its examples with what they have in common", OKABE_ITO[4]],
+          ]
+            .map(([key, name, colour]) => ({ name, values: at(key, j), colour, dash: "4 2" }))
+            .filter((l) => l.values.some((v) => !Number.isNaN(v))),
         ],
         { label: `Component ${j} over the steps` },
       ),
+      facts.training.association[j]
+        ? h("p", { class: "small muted" }, "In common at the last point (automatic): ", isolated(line(facts.training.association[j], 80)))
+        : null,
       h("p", {}, h("a", { href: `#/component/${j}` }, "Look at it as it is now")),
     );
   }
@@ -95,7 +104,22 @@ function trainingView() {
       ),
       section(
         "All components",
-        canvas,
+        h(
+          "div",
+          { class: "labelled" },
+          h(
+            "div",
+            { class: "rows", "aria-hidden": "true" },
+            leading.map((j, y) => h("span", {}, r <= 40 || y % Math.ceil(r / 40) === 0 ? isolated(line(labelOf(j), 18)) : "")),
+          ),
+          canvas,
+          h(
+            "div",
+            { class: "steps", "aria-hidden": "true" },
+            steps.map((step, x) => h("span", {}, T <= 8 || x % Math.ceil(T / 8) === 0 ? count(step) : "")),
+          ),
+        ),
+        h("p", { class: "small muted" }, "Rows: components. Columns: optimizer steps."),
         viridisKey("0", percent(most)),
         h(
           "p",

@@ -1,0 +1,72 @@
+"""What changed between two points of a training run, from what was seen of a probe set at each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_npeff.config import ChangeRequest
+from hf_npeff.data import Example
+from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.encoding.record import Encoded
+from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.models.fisher_model import FisherModel
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.change_report import ChangeReport
+from hf_npeff.weights.explaining import Grown, Seen, Watched, explained_change
+
+
+@dataclass(frozen=True)
+class RunPoint:
+    """One point of a run.
+
+    Attributes:
+        step: optimizer steps so far.
+        pefs: of the probe set.
+        decomposition: of them.
+        predictions: for the probe set.
+    """
+
+    step: int
+    pefs: PEFs
+    decomposition: Decomposition
+    predictions: Predictions
+
+
+def seen_at(
+    analyzer: FisherModel, step: int, pefs: PEFs, decomposition: Decomposition, examples: list[Example], size: int
+) -> RunPoint:
+    """A point of a run, with what the model predicts now.
+
+    Args:
+        analyzer: the model as it is.
+        step: optimizer steps so far.
+        pefs: of the probe set.
+        decomposition: of them.
+        examples: the probe set, in the order of the PEFs.
+        size: examples of a forward pass.
+    """
+    with analyzer.forward_pass() as forward:
+        return RunPoint(step, pefs, decomposition, predict(forward, examples, size))
+
+
+def run_change(analyzer: FisherModel, first: RunPoint, last: RunPoint, examples: list[Example]) -> ChangeReport:
+    """What changed from the first point of a run to the last, through the components of the first.
+
+    The weights of the first point are gone, so nothing is said of the change itself: no cosines, no norm.
+
+    Args:
+        analyzer: the model.
+        first: the point that the change begins with.
+        last: the one that it ends with, of the same examples.
+        examples: the probe set, in the order of the PEFs.
+    """
+    encoded = Encoded.of(first.pefs.info)
+    truth = [None] * len(examples) if encoded is None else analyzer.description.truth_of(examples, encoded)
+    groups = {"all": list(range(len(examples)))}
+    watched = Watched(examples, truth, groups, first.predictions, analyzer.describe, 0)
+    seen = Seen({1.0: last.predictions}, None, [], 0, [])
+    grown = Grown(first.decomposition.explain(first.pefs)[0], first.decomposition.explain(last.pefs)[0], None, None)
+    origin = {"method": "training", "model": first.pefs.info.get("model"), "after": f"step {last.step}"}
+    origin["before"] = f"step {first.step}"
+    request = ChangeRequest(steps=(), take_out=0)
+    return explained_change(first.decomposition, first.pefs, None, watched, seen, grown, request, origin).report()
