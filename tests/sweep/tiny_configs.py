@@ -109,7 +109,7 @@ def _shrunk(default: PretrainedConfig, attempt: Mapping[str, int]) -> Pretrained
     sizes |= {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
     if getattr(default, "is_encoder_decoder", False) or hasattr(default, "decoder_start_token_id"):
         sizes["decoder_start_token_id"] = EOS
-    if hasattr(default, "kv_lora_rank"):
+    if "kv_lora_rank" in vars(default):  # some configs have one a layer, and refuse to be asked for it
         sizes["num_key_value_heads"] = HEADS  # latent attention has a key for every head, whatever this says
     sizes |= _EXCEPTIONS.get(default.model_type, {})
     return cls(**sizes)
