@@ -193,3 +193,11 @@ def test_a_class_that_is_never_predicted_is_wrong_where_classes_have_no_names() 
     column = correctness(columns, None, {"task": "sequence-classification"})
     assert column is not None and column.data is not None
     assert [column.values[code] for code in column.data] == ["right", "right", "wrong"]
+
+
+def test_digits_are_numbers_of_classes_unless_the_classes_names_have_digits() -> None:
+    """Oracle: by hand."""
+    assert truth_of(["1", "0", " 1 ", "2"], "softmax", 2, None, {0: "neg", 1: "pos"}).values == [1, 0, 1, None]
+    stars = {i: f"{i + 1} stars" for i in range(5)}
+    assert truth_of(["1", "5"], "softmax", 5, None, stars).values == [None, None]
+    assert truth_of(["2 stars", "5 stars"], "softmax", 5, None, stars).values == [1, 4]

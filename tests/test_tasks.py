@@ -125,6 +125,15 @@ def test_a_seq2seq_model_without_labels_predicts_its_first_token() -> None:
     assert worst_error(analyzer_of(model), exact, examples, terms) <= 1e-4
 
 
+def test_multiple_choices_of_different_numbers_get_batches_of_their_own() -> None:
+    """Oracle: JᵀSJ over each example's own choices, without a warning that they go one at a time."""
+    model, exact = pair("roberta", "multiple-choice")
+    examples = [tiny.tiny_batch(model, 1, seed=i, n_choices=n)[0] for i, n in enumerate((2, 4, 3, 4, 2))]
+    analyzer = analyzer_of(model)
+    assert worst_error(analyzer, exact, examples, reference.terms_of("multiple-choice")) <= 1e-4
+    assert not analyzer._trials.one_at_a_time
+
+
 def test_a_multiple_choice_is_one_softmax_whatever_the_lengths_of_its_choices() -> None:
     """Oracle: JᵀSJ over the choices; the number of choices is the number of classes."""
     model, exact = pair("roberta", "multiple-choice")

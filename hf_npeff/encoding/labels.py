@@ -166,9 +166,15 @@ def _class(value: Any, numbering: Sequence[int | None], model_names: Mapping[int
     named = number_of_name(value, model_names or {})
     if named is not None:
         return named
-    if value.strip().isdecimal() and not _named(model_names):
+    # Digits are a class's number where the model has no names for its classes, or names without digits: of "1 star" to
+    # "5 stars" the number 1 would be the second.
+    if value.strip().isdecimal() and not (_named(model_names) and _digits_in(model_names)):
         return _class(int(value), numbering, model_names, k)
     return None
+
+
+def _digits_in(names: Mapping[int, str] | None) -> bool:
+    return any(c.isdigit() for name in (names or {}).values() for c in str(name))
 
 
 def _real(value: Any, k: int) -> list[float] | None:

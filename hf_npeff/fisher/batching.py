@@ -108,10 +108,10 @@ def span_of(examples: Sequence[Example]) -> Span:
 
 
 def alike(examples: Sequence[Example]) -> list[list[int]]:
-    """The places of examples with inputs of the same names: only they can be a batch."""
-    groups: dict[frozenset[str], list[int]] = {}
+    """The places of examples with inputs of the same names and as many choices: only they can be a batch."""
+    groups: dict[tuple[frozenset[str], int | None], list[int]] = {}
     for i, example in enumerate(examples):
-        groups.setdefault(frozenset(example.inputs), []).append(i)
+        groups.setdefault((frozenset(example.inputs), example.choices), []).append(i)
     return list(groups.values())
 
 

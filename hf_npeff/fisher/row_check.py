@@ -106,13 +106,13 @@ def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> f
 def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:
     """The shortest and the longest example, in this order, or two of one length; one where there is no other.
 
-    Both have inputs of the same names, and lie on one side of each of the lengths `limits`: of such, those that are the
-    most.
+    Both have inputs of the same names and as many choices, and lie on one side of each of the lengths `limits`: of such,
+    those that are the most.
     """
-    sides: dict[tuple[frozenset[str], int], list[Example]] = {}
+    sides: dict[tuple[frozenset[str], int | None, int], list[Example]] = {}
     for example in sorted(examples, key=lambda example: example.length):
         side = sum(example.length > limit for limit in limits)
-        sides.setdefault((frozenset(example.inputs), side), []).append(example)
+        sides.setdefault((frozenset(example.inputs), example.choices, side), []).append(example)
     most = max(sides.values(), key=len)
     return [most[0], most[-1]] if len(most) > 1 else most
 
