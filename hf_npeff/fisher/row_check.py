@@ -106,8 +106,8 @@ def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> f
 def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:
     """The shortest and the longest example, in this order, or two of one length; one where there is no other.
 
-    Both have inputs of the same names and as many choices, and lie on one side of each of the lengths `limits`: of such,
-    those that are the most.
+    Both have inputs of the same names and as many choices, and lie on one side of each of the lengths `limits`: of
+    such, those that are the most.
     """
     sides: dict[tuple[frozenset[str], int | None, int], list[Example]] = {}
     for example in sorted(examples, key=lambda example: example.length):
