@@ -24,7 +24,7 @@ import yaml
 from typer.testing import CliRunner
 
 import hf_npeff
-from hf_npeff import NPEFF, Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
+from hf_npeff import NPEFF, Adapter, Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
 from hf_npeff.cli import app
 from hf_npeff.commands.inputs import DataOptions, ModelOptions, read_data
 from hf_npeff.commands.options import attribute_docs
@@ -151,6 +151,71 @@ def test_components_explain_and_perturb(world: World) -> None:
     assert (world.folder / "off" / "run.yaml").is_file() and (world.folder / "off" / "report.json").is_file()
 
 
+LOADS_ALL = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+given = json.loads(sys.argv[1])
+logits = {}
+for j in given["components"]:
+    model = AutoModelForSequenceClassification.from_pretrained(given["model"])
+    model = PeftModel.from_pretrained(model, given["repo"], subfolder=f"component-{j}").eval()
+    with torch.no_grad():
+        logits[j] = model(input_ids=torch.tensor([given["tokens"]])).logits[0].tolist()
+space = {}
+code = open(given["card"]).read().split("```python\\n")[1].split("```")[0]
+exec(code, space)
+logits["card"] = type(space["model"]).__name__
+print(json.dumps(logits))
+"""
+
+
+def test_all_components_become_adapters_in_one_run_and_one_repository(world: World, tmp_path: Path) -> None:
+    """Oracle: W + ΔW of each adapter; PEFT loads each from a loopback Hub by its folder, and the card's code runs."""
+    options = ("--all", "-o", tmp_path / "all", "--n-top", 4, "--n-others", 8, "--rank", 2, "--json")
+    report = told(run("perturb", "found", "pefs", "model", "data.jsonl", *options, cwd=world.folder))
+    found = Decomposition.from_pretrained(world.folder / "found")
+    assert [r["component"] for r in report["components"]] == list(range(len(found)))
+    assert json.loads((tmp_path / "all" / "report.json").read_text())["components"] == report["components"]
+    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(world.folder / "model").eval()
+    tokens = [9, 10, 11]
+    truth, before = {}, model(input_ids=torch.tensor([tokens])).logits[0]
+    for j, each in enumerate(report["components"]):
+        adapter = Adapter.from_pretrained(tmp_path / "all" / f"component-{j}")
+        moved = ParameterDirection({n: adapter.delta(n) for n in adapter.layouts}, adapter.layouts, unit=False)
+        assert moved.norm == pytest.approx(abs(each["best"]["scale"]), rel=0.3), "the measured step, cut to rank 2"
+        with torch.no_grad(), moved.applied_to(model, 1.0):
+            truth[str(j)] = model(input_ids=torch.tensor([tokens])).logits[0]
+    with HubServer(tokens={"hf_alice": "alice"}) as hub:
+        env = hub.env("hf_alice", home=tmp_path / "home")
+        pushed = told(
+            run("push", tmp_path / "all", "alice/all", "--components", "all", "--json", cwd=tmp_path, env=env)
+        )
+        assert pushed["kind"] == "adapters" and pushed["url"].startswith(hub.url)
+        some = run("push", tmp_path / "all", "alice/some", "--components", "0,2", "--json", cwd=tmp_path, env=env)
+        assert some.returncode == 0, some.stderr
+        files = hub.repos["alice/all"].files()
+        few = {name.split("/")[0] for name in hub.repos["alice/some"].files() if "/" in name}
+        (tmp_path / "card.md").write_bytes(
+            files["README.md"].replace(b'"model"', json.dumps(str(world.folder / "model")).encode())
+        )
+        given = {"components": list(range(len(found))), "model": str(world.folder / "model"), "repo": "alice/all",
+                 "tokens": tokens, "card": str(tmp_path / "card.md")}  # fmt: skip
+        script = [sys.executable, "-c", LOADS_ALL, json.dumps(given)]
+        done = subprocess.run(script, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+        wrong = run("push", tmp_path / "all", "alice/x", "--components", "99", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    logits = json.loads(done.stdout.splitlines()[-1])
+    assert logits.pop("card").startswith("PeftModel") and few == {"component-0", "component-2"}
+    for j, expected in truth.items():
+        assert (torch.tensor(logits[j]) - expected).abs().max() < 1e-4 and (expected - before).abs().max() > 1e-3
+    assert wrong.returncode == 1 and "[99]" in wrong.stderr
+    card = files["README.md"].decode()
+    assert all(f"component-{j}" in card for j in range(len(found))) and 'subfolder="component-0"' in card
+    assert b'"alice/all", subfolder="component-2"' in files["component-2/README.md"]
+    assert not any(name.endswith(("lifted.json", "run.yaml", "report.json")) for name in files)
+
+
 def test_edit_writes_a_direction_of_its_natural_length_and_an_adapter(world: World) -> None:
     """Oracle: what the folder holds, and the realised change in the report, of the sign that was asked for."""
     pefs = PEFs.from_pretrained(world.folder / "pefs")
@@ -275,6 +340,10 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
         ("decompose nowhere/at/all -o x", 1, "neither a folder nor the id"),
         ("perturb found pefs model new.txt --component 0 -o x", 1, "not in this dataset"),
         ("push nowhere user/repo", 1, "no folder nowhere"),
+        ("push found user/repo --components all", 1, "does not hold such"),
+        ("perturb found pefs model data.jsonl -o x", 1, "either --component"),
+        ("perturb found pefs model data.jsonl --all --component 0 -o x", 1, "either --component"),
+        ("perturb found pefs model data.jsonl --all --kind shira -o x", 1, "--kind is of a single component"),
         ("dissolve", 2, "dissolve"),
     ],
 )

@@ -90,12 +90,19 @@ def said_on_card(folder: Path) -> dict[str, Any]:
     return said
 
 
-def point_card_to(folder: Path, repo_id: str) -> None:
-    """Let the code of the card of ours in a folder load from a repository, not from the folder that it lies in."""
+def point_card_to(folder: Path, repo_id: str, subfolder: str | None = None) -> None:
+    """Let the code of the card of ours in a folder load from a repository, not from the folder that it lies in.
+
+    Args:
+        folder: of the card.
+        repo_id: where it goes.
+        subfolder: the folder within the repository, for what PEFT loads.
+    """
+    place = literal(repo_id) if subfolder is None else f"{literal(repo_id)}, subfolder={literal(subfolder)}"
     path = folder / "README.md"
     if _is_ours(_read_card(path)):
         text = path.read_text(encoding="utf-8")
-        pointed = _CODE.sub(lambda block: block[0].replace(literal(HERE), literal(repo_id)), text)
+        pointed = _CODE.sub(lambda block: block[0].replace(literal(HERE), place), text)
         write_atomically(path, pointed.encode())
 
 

@@ -1,0 +1,110 @@
+"""A folder of several components' adapters: each in a folder that PEFT loads, adapters.json, and a card of them all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_npeff.config import is_count
+from hf_npeff.errors import CorruptStoreError
+from hf_npeff.sharing.cards import point_card_to, write_card
+from hf_npeff.sharing.files import read_json, write_json
+from hf_npeff.sharing.gallery_cards import gallery_card
+from hf_npeff.sharing.protocols import ReportLike
+from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.lifted_adapters import folder_of
+
+INDEX = "adapters.json"
+_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+
+
+def save_gallery(adapters: Sequence[Adapter], folder: Path, reports: Sequence[ReportLike] = ()) -> None:
+    """Write every adapter into its component's folder, and, last, adapters.json and README.md.
+
+    Args:
+        adapters: of components, as long as they are to be.
+        folder: made where it is missing.
+        reports: what was measured of each, or nothing.
+
+    Raises:
+        ValueError: if there are no adapters, or one is of no component.
+    """
+    rows = []
+    for number, adapter in enumerate(adapters):
+        about = adapter.about
+        if about is None or about.component is None:
+            raise ValueError("a gallery holds adapters of components, as lift_adapters makes them")
+        place = folder_of(folder, about.component)
+        adapter.save_pretrained(place)
+        measured: dict[str, Any] = reports[number].summary() if reports else {}
+        rows.append(
+            {
+                "component": about.component,
+                "folder": place.name,
+                "name": about.name,
+                "examples": list(about.top_examples),
+                "scale": about.scale,
+                "kl_top": measured.get("kl_top"),
+                "kl_others": measured.get("kl_others"),
+                "retained_energy": adapter.retained_energy,
+            }
+        )
+    if not rows:
+        raise ValueError("there are no adapters")
+    first = adapters[0]
+    gallery = {
+        "format_version": 1,
+        "base_model": first.config.get("base_model_name_or_path"),
+        "revision": first.config.get("revision"),
+        "auto_class": first.architecture,
+        "components": rows,
+    }
+    write_json(folder / INDEX, gallery)
+    write_card(folder, gallery_card(gallery))
+
+
+def copy_gallery(
+    folder: Path, to: Path, repo_id: str, components: Sequence[int] | None = None, **said: Any
+) -> list[int]:
+    """Copy what is published of a gallery: folders of components, and a card whose code loads from the repository.
+
+    Args:
+        folder: as `save_gallery` wrote it.
+        to: an empty folder.
+        repo_id: where it goes.
+        components: their numbers; None takes all.
+        **said: `license` and `datasets` of the card.
+
+    Returns:
+        The numbers of the components.
+
+    Raises:
+        CorruptStoreError: if a file is missing or foreign.
+        ValueError: if a component is not in the gallery.
+    """
+    gallery = read_json(folder / INDEX)
+    rows = gallery.get("components")
+    known = {}
+    for row in rows if isinstance(rows, list) else ():
+        number = row.get("component") if isinstance(row, dict) else None
+        if (number != 0 and not is_count(number)) or row["folder"] != folder_of(folder, number).name:
+            raise CorruptStoreError(f"{folder / INDEX} names a component as hf_npeff does not: {str(row)[:100]}")
+        known[number] = row
+    wanted = list(known) if components is None else list(components)
+    if missing := [j for j in wanted if j not in known]:
+        raise ValueError(f"{folder} has no adapters of the components {missing}; it has {sorted(known)}")
+    for j in wanted:
+        place = folder_of(to, j)
+        place.mkdir()
+        for name in _FILES:
+            source = folder_of(folder, j) / name
+            if not source.is_file():
+                raise CorruptStoreError(f"{source} is missing")
+            shutil.copy(source, place)
+        point_card_to(place, repo_id, subfolder=place.name)
+    chosen = {**gallery, "components": [known[j] for j in wanted]}
+    write_json(to / INDEX, chosen)
+    write_card(to, gallery_card(chosen, repo_id=repo_id, **said))
+    return wanted
