@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_npeff.config import is_count
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.sharing.cards import point_card_to, write_card
 from hf_npeff.sharing.files import read_json, write_json
@@ -85,11 +84,12 @@ def copy_gallery(
         ValueError: if a component is not in the gallery.
     """
     gallery = read_json(folder / INDEX)
-    rows = gallery.get("components")
-    known = {}
+    rows: Any = gallery.get("components")
+    known: dict[int, dict[str, Any]] = {}
     for row in rows if isinstance(rows, list) else ():
-        number = row.get("component") if isinstance(row, dict) else None
-        if (number != 0 and not is_count(number)) or row["folder"] != folder_of(folder, number).name:
+        number: Any = row.get("component") if isinstance(row, dict) else None
+        is_number = isinstance(number, int) and not isinstance(number, bool) and number >= 0
+        if not is_number or row.get("folder") != folder_of(folder, number).name:
             raise CorruptStoreError(f"{folder / INDEX} names a component as hf_npeff does not: {str(row)[:100]}")
         known[number] = row
     wanted = list(known) if components is None else list(components)
