@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_npeff import FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
+from hf_npeff import (
+    FisherConfig,
+    IncompatibleSketchError,
+    IncompatibleWeightsError,
+    NPEFFAnalyzer,
+    ParameterDirection,
+    PEFs,
+)
 from hf_npeff.config import EditRequest
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.weights.edits import Functionals, changes_by_id, largest_step, removal
@@ -318,6 +325,29 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
     with pytest.raises(ValueError, match="no step does what was predicted"):
         analyzer.edit(pefs, data, change={"e1": 1e4}, ridge=1e-8)
     assert EditRequest(remove="cue").given == "label"
+
+
+def test_pefs_to_keep_of_other_weights_are_refused(binary: Made) -> None:
+    """Oracle: the error, for rows that the same model made before one of its numbers moved; whatever takes `keep`."""
+    analyzer, data, pefs = binary
+    other = [{"id": f"k{i}", **e} for i, e in enumerate(tiny_batch(analyzer.model, 4, seed=7))]
+    weight = dict(analyzer.model.named_parameters())[analyzer.maps[0].parameter]
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+    try:
+        kept = analyzer.compute_pefs(other, like=pefs)  # type: ignore[arg-type]
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    found = analyzer.decompose(pefs, 3, n_restarts=1, max_iterations=3000, tolerance=1e-10, progress=False)
+    for call in (
+        lambda: analyzer.edit(pefs, data, remove="cue", keep=kept),
+        lambda: analyzer.lift_examples(pefs, data, ["e1", "e2"], keep=kept),
+        lambda: analyzer.lift(found, 0, pefs, data, selective=True, ridge=0.01, keep=kept),
+    ):
+        with pytest.raises(IncompatibleWeightsError, match="keep"):
+            call()
 
 
 def test_a_change_that_rows_hardly_express_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from hf_npeff import FisherConfig, Measurement, NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
+from hf_npeff.fisher.distributions import Bernoulli, Softmax
+from hf_npeff.fisher.predictions import Predictions
 from hf_npeff.weights.adapters import layout_of
-from hf_npeff.weights.measurement import cut
+from hf_npeff.weights.measurement import cut, score
 from tests import reference
 from tests.test_activations import direction_of
 from tests.tiny import collate, tiny_batch, tiny_model
@@ -61,6 +64,9 @@ def test_every_number_is_the_oracles(bert: Any) -> None:
                 assert effect.accuracy is not None and effect.accuracy[k] == pytest.approx(sum(right) / len(right))
                 loss = [-float(logits[i].log_softmax(-1)[rows[i]["label"]]) for i in labelled]
                 assert effect.loss is not None and effect.loss[k] == pytest.approx(sum(loss) / len(loss), rel=1e-4)
+                odds = [math.log(math.exp(-x) / -math.expm1(-x)) for x in loss]
+                assert effect.log_odds is not None
+                assert effect.log_odds[k] == pytest.approx(sum(odds) / len(odds), rel=1e-3, abs=1e-6)
                 said = Counter(f"LABEL_{int(logits[i].argmax())}" for i in chosen)
                 for word, shares in effect.predicted.items():
                     assert shares[k] == pytest.approx(said[word] / len(chosen))
@@ -199,3 +205,12 @@ def test_what_cannot_be_measured_is_refused(bert: Any) -> None:
     other = tiny_model("gpt2", dtype=torch.float32)
     with pytest.raises(ValueError, match="no parameters named"):
         NPEFFAnalyzer(other).measure(direction, tiny_batch(other, 3, seed=1))
+
+
+def test_log_odds_keep_their_digits_where_predictions_are_certain() -> None:
+    """Oracle: differences of logits, for two classes, and the logits themselves, for two labels of yes or no."""
+    sure = Predictions([torch.tensor([[-20.0, 40.0]])], Softmax)
+    assert [score(sure, 0, y).log_odds for y in (1, 0)] == [60, -60]  # type: ignore[union-attr]
+    several = Predictions([torch.tensor([[30.0, -50.0]])], Bernoulli)
+    assert score(several, 0, [1, 0]).log_odds == pytest.approx((30 + 50) / 2)  # type: ignore[union-attr]
+    assert score(several, 0, [0, 0]).log_odds == pytest.approx((-30 + 50) / 2)  # type: ignore[union-attr]

@@ -71,6 +71,19 @@ def test_two_processes_fit_what_one_fits(two: Path, name: str) -> None:
     assert float(cosines.min()) > 0.99 or name == "fewer examples than processes"
 
 
+def test_every_process_lifts_and_edits_what_one_does(two: Path) -> None:
+    """Oracle: one process without torch.distributed; the second step of the edit computes rows again."""
+    alone = workers.changes(PEFs.load(two / "pefs-11"))
+    assert len(alone["edit"].info["steps"]) == 2
+    for name, change in alone.items():
+        for rank in (0, 1):
+            deltas, steps = torch.load(two / f"{name}-{rank}.pt")
+            assert steps == change.info.get("steps")
+            assert change.cosine(deltas) == pytest.approx(1, abs=1e-6)
+            length = sum(float(value.double().square().sum()) for value in deltas.values()) ** 0.5
+            assert length == pytest.approx(change.norm, rel=1e-5)
+
+
 def test_a_ddp_model_gives_what_the_model_inside_it_gives(two: Path) -> None:
     """Oracle: the same processes on the model itself, names and fingerprint included."""
     ours, theirs = PEFs.load(two / "ddp"), PEFs.load(two / "pefs-5")

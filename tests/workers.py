@@ -92,6 +92,7 @@ def everything(folder: Path) -> None:
     fit_all(folder)
     adapters(folder)
     wrapped_models(folder)
+    moved(folder)
     sharded(folder / "sharded")
 
 
@@ -102,6 +103,25 @@ def adapters(folder: Path) -> None:
     found = NPEFF(2, n_restarts=1).fit(pefs)
     made = ours.lift_adapters(found, pefs, data, 2, selective=False, output_dir=folder / "adapters")
     torch.save([a.tensors for a in made], folder / f"adapters-{os.environ['RANK']}.pt")
+
+
+def changes(pefs: PEFs) -> dict[str, Any]:
+    """A selective direction, one between examples, and an edit with rows that are computed again."""
+    ours, data = analyzer(), examples(11)
+    found = NPEFF(4, n_restarts=1).fit(pefs)
+    ids = pefs.example_ids
+    return {
+        "selective": ours.lift(found, 0, pefs, data, selective=True, ridge=0.01, keep=pefs),
+        "contrast": ours.lift_examples(pefs, data, ids[:3], ids[3:]),
+        "edit": ours.edit(pefs, data, change={ids[1]: 0.3, ids[4]: -0.3}, outcome=0, iterations=2),
+    }
+
+
+def moved(folder: Path) -> None:
+    """Changes of the weights, which every process makes whole."""
+    torch.distributed.barrier()
+    for name, change in changes(PEFs.load(folder / "pefs-11")).items():
+        torch.save((dict(change), change.info.get("steps")), folder / f"{name}-{os.environ['RANK']}.pt")
 
 
 def wrapped_models(folder: Path) -> None:

@@ -19,7 +19,9 @@ _ROWS, _EXAMPLES = 50, 10
 """Components and examples of a table. Chosen: what one screen holds."""
 _SHOWN = 400
 """Characters of a text that are looked at. Chosen: more than a cell shows (160)."""
-MEASURE_COLUMNS = ("step", "rank", "group", "n", "KL", "95%", "largest", "answers changed", "right before", "after")
+MEASURE_COLUMNS = (
+    "step", "rank", "group", "n", "KL", "95%", "largest", "answers changed", "right before", "after", "log-odds",
+)  # fmt: skip
 EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")
 
 
@@ -114,6 +116,7 @@ def measure_rows(measurement: Measurement) -> list[tuple[str, ...]]:
         size = f"{step.scale:.3g}" + (" (random change)" if step.random else "")
         for group, e in step.groups.items():
             score = ("", "")
+            odds = "" if e.log_odds is None else "{:+.2f} → {:+.2f}".format(*e.log_odds)
             if e.accuracy is not None:
                 score = (f"{e.accuracy[0]:.3f}", f"{e.accuracy[1]:.3f}")
             elif e.error is not None:
@@ -121,7 +124,7 @@ def measure_rows(measurement: Measurement) -> list[tuple[str, ...]]:
             spread = "{:.3g}–{:.3g}".format(*e.kl_interval)
             rank = "whole" if step.rank is None else str(step.rank)
             numbers = (str(e.n), f"{e.kl:.3g}", spread, f"{e.quantiles['100%']:.3g}", f"{e.flips:.1%}")
-            rows.append((size, rank, group, *numbers, *score))
+            rows.append((size, rank, group, *numbers, *score, odds))
     return rows
 
 

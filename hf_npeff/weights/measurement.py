@@ -56,6 +56,8 @@ class GroupEffect:
         accuracy: share of right answers before and after; None without labels of classes.
         gain_interval: 95% of accuracy after − before.
         loss: mean −log p(label) before and after, in nats a term; None without labels of classes.
+        log_odds: mean log p(label)/(1 − p(label)) before and after, in nats a term: a shift of a group against others
+            is seen where nothing flips. None without labels of classes.
         error: root mean squared error before and after, of a regression; else None.
         predicted: {outcome: its share of all answers before and after}, the most frequent ones.
         worst: the examples with the largest KL: index, id, text, kl, before, after.
@@ -71,6 +73,7 @@ class GroupEffect:
     accuracy: tuple[float, float] | None = None
     gain_interval: tuple[float, float] | None = None
     loss: tuple[float, float] | None = None
+    log_odds: tuple[float, float] | None = None
     error: tuple[float, float] | None = None
     predicted: dict[str, tuple[float, float]] = field(default_factory=dict)
     worst: list[dict[str, Any]] = field(default_factory=list)
@@ -297,6 +300,8 @@ class _Watching:
             outcomes["gain_interval"] = interval(right[:, 1] - right[:, 0], seed)
             loss = torch.tensor([[a.loss, b.loss] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
             outcomes["loss"] = tuple(loss.mean(0).tolist())
+            odds = torch.tensor([[a.log_odds, b.log_odds] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
+            outcomes["log_odds"] = tuple(odds.mean(0).tolist())
         elif pairs:
             squared = torch.tensor([[a.squared, b.squared] for a, b in pairs], dtype=torch.float64)  # type: ignore[union-attr]
             outcomes["error"] = tuple(squared.mean(0).sqrt().tolist())
@@ -343,11 +348,13 @@ class Score:
     Attributes:
         right: share of its terms that are answered right, or None for numbers.
         loss: mean −log p(label) of its terms, in nats.
+        log_odds: mean log p(label)/(1 − p(label)) of its terms, in nats; NaN for numbers.
         squared: mean squared error of numbers.
     """
 
     right: float | None
     loss: float
+    log_odds: float = math.nan
     squared: float = math.nan
 
 
@@ -362,14 +369,17 @@ def score(predictions: Predictions, i: int, label: Any) -> Score | None:
         return None
     if predictions.distribution.name == "gaussian":
         squared = float((logits - wanted.reshape(logits.shape).double()).square().mean())
-        return Score(None, squared / 2, squared)
+        return Score(None, squared / 2, squared=squared)
     wanted = wanted.reshape(answers.shape).long()
     right = float((answers == wanted).double().mean())
     if predictions.distribution.name == "softmax":
         loss = -logits.log_softmax(-1).gather(-1, wanted[:, None]).mean()
+        others = logits.scatter(-1, wanted[:, None], float("-inf")).logsumexp(-1)
+        odds = logits.gather(-1, wanted[:, None])[:, 0] - others  # 1 − p itself would round to 0
     else:
         loss = nn.functional.binary_cross_entropy_with_logits(logits, wanted.double())
-    return Score(right, float(loss))
+        odds = logits * (2 * wanted.double() - 1)
+    return Score(right, float(loss), float(odds.mean()))
 
 
 def text_of(example: Example) -> str | None:
