@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.undisturbed import undisturbed
 
 
@@ -27,7 +29,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.random.fork_rng(), torch.enable_grad(), _uncast(model):
+        with torch.random.fork_rng(), torch.enable_grad(), _uncast(model), _unpacked(model):
             model.eval()
             for parameter, _ in required:
                 parameter.requires_grad_(False)
@@ -37,6 +39,54 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+_PACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes' own attribute of a 4-bit layer: whether it packs its weight when it is called for a prediction."""
+_ROUNDED = 0.03
+"""Relative change of a layer's output by unpacking: packing rounds the weight's scales to bfloat16, and its kernel
+computes in it. Scales in a wrong order change it by .2 and more."""
+
+
+@contextlib.contextmanager
+def _unpacked(model: nn.Module) -> Iterator[None]:
+    """Weights of 4 bits as bitsandbytes trains with them, not packed for kernels that have no backward pass.
+
+    On CPUs with AVX-512 for bfloat16, a layer whose input requires no gradient packs its weight and keeps it so. On
+    exit the layers pack again with their next prediction.
+
+    Raises:
+        UnsupportedModelError: if a packed weight does not come back as it was.
+    """
+    layers = {name: module for name, module in model.named_modules() if getattr(module, _PACKS, False)}
+    try:
+        for name, layer in layers.items():
+            _unpack(name, layer)
+            setattr(layer, _PACKS, False)
+        yield
+    finally:
+        for layer in layers.values():
+            setattr(layer, _PACKS, True)
+
+
+@torch.no_grad()
+def _unpack(name: str, layer: Any) -> None:
+    """Have a layer's weight unpacked by asking for its state, which bitsandbytes keeps as it was."""
+    state = getattr(layer.weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    before = layer(x)
+    layer.state_dict()
+    state = layer.weight.quant_state
+    if state.absmax.dim() == 2:  # transposed for the kernels, and left so by bitsandbytes 0.50
+        state.absmax = state.absmax.T.flatten().float()
+    setattr(layer, _PACKS, False)
+    if not (layer(x) - before).norm() <= _ROUNDED * before.norm():
+        raise UnsupportedModelError(
+            f"bitsandbytes has packed {name} for predictions and does not give its weight back: load the model again, "
+            "and analyse it before it predicts anything"
+        )
 
 
 @contextlib.contextmanager

@@ -36,11 +36,13 @@ def is_linear(module: nn.Module) -> bool:
 def is_at_hand(weight: Tensor | None) -> bool:
     """Whether autograd can differentiate a weight: it is there, and neither offloaded, quantised nor sharded.
 
-    A quantised weight may say that it is floating point (torchao's, which are classes of tensors of their own).
+    A quantised weight may say that it is floating point: torchao's, which are classes of tensors of their own, and
+    those of 8 bits, for which PyTorch has no arithmetic.
     """
     return (
         weight is not None
         and weight.is_floating_point()
+        and weight.dtype.itemsize > 1
         and weight.device.type != "meta"
         and not is_sharded(weight)
         and not is_traceable_wrapper_subclass(weight)
