@@ -23,6 +23,10 @@ IGNORED = -100
 """The label of a position that is not counted, as everywhere in transformers."""
 
 
+_AXES_AND_TEXT = 4
+"""Rows of position ids that begin with the text's own, by which transformers tells packed documents apart."""
+
+
 class PaddedLabels(list[int]):
     """Labels at the tokens of an example whose inputs came padded to the same width, where others are cut off.
 
@@ -126,6 +130,8 @@ def _cut(value: Any, name: str, length: int, kept: slice) -> Any:
         return value
     if tensor.dim() >= 2 and tensor.shape[-2:] == (length, length) and name.endswith("mask"):
         return tensor[..., kept, kept]
+    if name == "position_ids" and tensor.dim() == 2 and tensor.shape[1] == length:
+        return tensor[:, kept]  # rows of axes
     return tensor[kept] if tensor.dim() and len(tensor) == length else value
 
 
@@ -151,6 +157,10 @@ def padded(values: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, enc
         if name == "labels":
             column = [_labels_of(labels, encoder_decoder, "decoder_input_ids" in values[0]) for labels in column]
         ids = [example.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids") for example in values]
+        if name == "position_ids" and all(_of_axes(own, _tokens(of)) for own, of in zip(column, ids, strict=True)):
+            each = [torch.as_tensor(own).T for own in column]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True).permute(2, 0, 1)
+            continue
         fill = {"input_ids": pad_token_id or 0, "decoder_input_ids": pad_token_id or 0, "labels": IGNORED}.get(name, 0)
         batch[name] = _stacked(column, fill, name, [_tokens(own) for own in ids])
     for side in sides_of(batch):
@@ -196,11 +206,27 @@ def _labels_of(labels: Any, encoder_decoder: bool, aligned: bool) -> Any:
     return list(labels[: int(counted[-1]) + 1]) if len(counted) else labels
 
 
+def _of_axes(positions: Any, tokens: int | None) -> bool:
+    """Whether position ids have a row for every axis (time, height, width; before them, perhaps, that of the text).
+
+    Qwen-VL's models take them as (axes, B, T).
+    """
+    if tokens is None or not _is_array(positions):
+        return False
+    try:
+        shape = torch.as_tensor(positions).shape
+    except (TypeError, ValueError):  # ragged
+        return False
+    return len(shape) == 2 and shape[1] == tokens
+
+
 def _is_packed(values: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the position ids of an example begin anew within it."""
     for example in values:
         positions = example.get("position_ids")
         steps = torch.as_tensor([] if positions is None else positions)
+        if steps.dim() == 2 and len(steps) == _AXES_AND_TEXT:
+            steps = steps[0]
         if steps.dim() == 1 and bool((steps[1:] <= steps[:-1]).any()):
             return True
     return False

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples, collate
 from tests import tiny
+from tests.test_checkpoints import decoder_that_sees
 
 VOCABULARY = 20
 PAD = 0
@@ -88,6 +89,45 @@ def test_documents_packed_into_one_sequence_do_not_see_each_other(batch_size: in
     data = [
         {"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1]},
         {"input_ids": [8, 9, 10], "position_ids": [0, 0, 1]},
+    ]
+    alone = [model(input_ids=torch.tensor([x])).logits[0, -1] for x in ([8, 9], [9, 10])]
+    assert_predicts(analysed(model, data, batch_size), [best(logits) for logits in alone])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_positions_on_several_axes_are_given_to_their_examples(batch_size: int, padded: bool) -> None:
+    """Oracle: Qwen2-VL called on each example alone, with its positions (3, 1, T); as many examples as axes."""
+    model = decoder_that_sees("Qwen2VL").float()
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(5, 14, (n,), generator=generator).tolist() for n in (3, 5, 4)]
+    axes = [torch.randint(0, 9, (3, len(x)), generator=generator) for x in ids]
+    alone = [
+        model(input_ids=torch.tensor([x]), position_ids=a[:, None]).logits[0, -1]
+        for x, a in zip(ids, axes, strict=True)
+    ]
+    without = [model(input_ids=torch.tensor([x])).logits[0, -1] for x in ids]
+    assert any(best(a) != best(b) for a, b in zip(alone, without, strict=True))
+    data: list[dict[str, Any]] = [{"input_ids": x, "position_ids": a.tolist()} for x, a in zip(ids, axes, strict=True)]
+    if padded:
+        data = [
+            {
+                "input_ids": [0] * (5 - len(x)) + x,
+                "position_ids": torch.nn.functional.pad(a, (5 - len(x), 0)).tolist(),
+                "attention_mask": [0] * (5 - len(x)) + [1] * len(x),
+            }
+            for x, a in zip(ids, axes, strict=True)
+        ]
+    assert_predicts(analysed(model, data, batch_size), [best(logits) for logits in alone])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_documents_packed_with_positions_on_several_axes_do_not_see_each_other(batch_size: int) -> None:
+    """Oracle: Qwen2-VL called on the last document alone; a row of the text's positions stands before the axes."""
+    model = decoder_that_sees("Qwen2VL").float()
+    data = [
+        {"input_ids": [5, 6, 7, 8, 9], "position_ids": [[0, 1, 2, 0, 1]] * 4},
+        {"input_ids": [8, 9, 10], "position_ids": [[0, 0, 1]] * 4},
     ]
     alone = [model(input_ids=torch.tensor([x])).logits[0, -1] for x in ([8, 9], [9, 10])]
     assert_predicts(analysed(model, data, batch_size), [best(logits) for logits in alone])

@@ -23,7 +23,7 @@ from hf_npeff.fisher.gradients import backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.preparation import prepare
 from hf_npeff.fisher.rows import RowMaker
-from hf_npeff.fisher.selftest import Captured, KnownCotangents, exact_gram, off_diagonal_error, pef_inner_products
+from hf_npeff.fisher.selftest import Captured, KnownCotangents, off_diagonal_error, pef_inner_products
 from hf_npeff.fisher.sketch_choice import known_cotangents
 from hf_npeff.pefs.sketches import Sketch
 
@@ -81,10 +81,9 @@ class Case:
         for m in self.maps:
             pair = captured.tensors(m.parameter)
             assert pair is not None
-            x, delta = pair
-            found[m.parameter, False] = found[m.parameter, True] = exact_gram(x, delta)
-            if modules[m.modules[0]].bias is not None:
-                total = delta.sum(2).flatten(0, 1).double()
+            found[m.parameter, False] = found[m.parameter, True] = pair.gram()
+            if getattr(modules[m.modules[0]], "bias", None) is not None:
+                total = pair.delta.sum(2).flatten(0, 1).double()
                 found[m.parameter, True] = found[m.parameter, False] + total @ total.T
         return found
 
