@@ -211,7 +211,7 @@ def _of_axes(positions: Any, tokens: int | None) -> bool:
 
     Qwen-VL's models take them as (axes, B, T).
     """
-    if tokens is None or not _is_array(positions):
+    if tokens is None or not is_array(positions):
         return False
     try:
         shape = torch.as_tensor(positions).shape
