@@ -45,7 +45,7 @@ class TestPlanted:
         pytest.importorskip("sklearn", reason="k-means is scikit-learn's")
         config = PlantedConfig(cues=8, labels=4, most=3, length=8, n=240, steps=400, n_train=4000)
         few = ComparisonConfig(
-            **{**vars(COMPARISON), "n_restarts": 2, "methods": ("npeff", "gradient_clustering", "sae")}
+            **{**vars(COMPARISON), "n_restarts": 2, "seeds": 1, "methods": ("npeff", "gradient_clustering", "sae")}
         )
         result = run_planted(config, few, seeds=[0])
         found = {name: cues[0] for name, cues in result.found().items()}
