@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff import Decomposition, FisherConfig, NPEFFAnalyzer, ParameterDirection, PEFs
-from hf_npeff.demo import load_model
+from hf_npeff.demo import TARGETS, load_model
 from hf_npeff.studies.factors import best_components
 from hf_npeff.studies.word_relations import package_folder
 
@@ -39,8 +39,6 @@ LANGUAGES = {
 }
 OUT, PROSE = "German", "English news"
 MAIN = "selective, sparing, rank 4"
-TARGETS = r"model\.layers\.[12]\d\.mlp\.(gate|up)_proj"
-"""What reads the residual stream in the upper two thirds."""
 WINDOW, HELD_OUT_WINDOW = 20, 64
 GAIN = 4.3
 """Nats that every method is brought to on the analysed windows: the held-out ones gain a little less."""

@@ -1,0 +1,85 @@
+"""The figures of docs/languages.md and docs/word-relations.md: `python -m tests.benchmarks.edit_figures`.
+
+From the figures that are kept in docs/studies.
+Drawn by hand as SVG, so that one file has the colours of a light page and of a dark one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+LANGUAGES, RELATIONS = DOCS / "studies" / "languages.json", DOCS / "studies" / "word_relations.json"
+_LABELS, _WIDTH, _ROW, _TOP = 230, 480, 26, 46
+_STYLE = """\
+text{font:12px system-ui,sans-serif;fill:#24292f}.axis{stroke:#d0d7de}.s0{fill:#0969da;stroke:#0969da}
+.s1{fill:#bc4c00;stroke:#bc4c00}.s2{fill:#1a7f37;stroke:#1a7f37}.s3{fill:#8250df;stroke:#8250df}
+.s4{fill:#6e7781;stroke:#6e7781}
+@media (prefers-color-scheme:dark){text{fill:#e6edf3}.axis{stroke:#3d444d}.s0{fill:#58a6ff;stroke:#58a6ff}
+.s1{fill:#f0883e;stroke:#f0883e}.s2{fill:#3fb950;stroke:#3fb950}.s3{fill:#bc8cff;stroke:#bc8cff}
+.s4{fill:#9198a1;stroke:#9198a1}}"""
+
+
+def dots(rows: Mapping[str, Mapping[str, float]], series: Sequence[str], ticks: Sequence[float], title: str) -> str:
+    """An SVG with a line a row and a dot a value; on a logarithmic axis where no tick is 0."""
+    log = all(tick > 0 for tick in ticks)
+
+    def place(value: float) -> float:
+        low, high, at = (math.log(max(v, ticks[0])) if log else v for v in (ticks[0], ticks[-1], value))
+        return _LABELS + _WIDTH * min(max((at - low) / (high - low), 0.0), 1.0)
+
+    height = _TOP + _ROW * len(rows) + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LABELS + _WIDTH + 30} {height}" role="img">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+    ]
+    for i, name in enumerate(series):
+        x = _LABELS + 120 * i
+        parts.append(f'<circle class="s{i}" cx="{x}" cy="14" r="5"/><text x="{x + 10}" y="18">{escape(name)}</text>')
+    bottom = _TOP + _ROW * len(rows)
+    for tick in ticks:
+        x = place(tick)
+        parts.append(f'<line class="axis" x1="{x:.1f}" y1="{_TOP - 14}" x2="{x:.1f}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text x="{_LABELS + _WIDTH / 2}" y="{bottom + 33}" text-anchor="middle">{escape(title)}</text>')
+    for row, (label, values) in enumerate(rows.items()):
+        y = _TOP + _ROW * row
+        parts.append(f'<text x="{_LABELS - 12}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<line class="axis" x1="{_LABELS}" y1="{y}" x2="{_LABELS + _WIDTH}" y2="{y}"/>')
+        for i, name in enumerate(series):
+            if name in values:
+                parts.append(f'<circle class="s{i}" cx="{place(values[name]):.1f}" cy="{y}" r="5" fill-opacity=".75"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def languages(figures: Mapping[str, Any]) -> str:
+    """Gains of German, of Dutch, of the most changed of the other four languages, and of English news."""
+    rows = {}
+    for method, found in figures["methods"].items():
+        gains = dict(found["gains"])
+        shown = {name: gains.pop(name) for name in ("German", "Dutch", "English news")}
+        rows[method] = shown | {"worst of the other four": max(gains.values())}
+    series = ("German", "worst of the other four", "Dutch", "English news")
+    return dots(rows, series, (0, 1, 2, 3, 4, 5), "change of cross-entropy on held-out articles, nats a token")
+
+
+def relations(figures: Mapping[str, Any]) -> str:
+    """Ratios of every relation."""
+    series = ("as it is", "semi-orthogonal", "selective", "sparing, rank 1")
+    rows = {r: {kind: found[kind]["ratio"] for kind in series if kind in found} for r, found in figures.items()}
+    return dots(rows, series, (1, 3, 10, 30, 100, 300, 1000, 3000), "KL on the relation over KL on the others, held out")
+
+
+def main() -> None:
+    for file, draw, name in ((LANGUAGES, languages, "languages"), (RELATIONS, relations, "word-relations")):
+        drawn = draw(json.loads(file.read_text(encoding="utf-8")))
+        (DOCS / "figures" / f"{name}.svg").write_text(drawn, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
