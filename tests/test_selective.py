@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_npeff import Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
 from hf_npeff.config import LiftRequest
 from hf_npeff.weights.lifting import combination
-from hf_npeff.weights.ridge import RIDGES, folds_of
+from hf_npeff.weights.ridge import SELECTIVE_RIDGES, folds_of
 from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
 from hf_npeff.weights.row_space import bytes_needed, row_space, unscaled_rows
 from hf_npeff.weights.selective import Contrast, cross_validated, selective
@@ -210,7 +210,7 @@ def test_the_cross_validated_score_is_that_of_examples_that_were_left_out(case: 
     else:
         pytest.fail("choose a case with enough active examples")
     keep_folds = [(folds_of(torch.ones(len(other), dtype=torch.bool), number) == f) for f in range(number)]
-    for share in (1.0, RIDGES[4]):
+    for share in (1.0, SELECTIVE_RIDGES[4]):
         truth = reference.held_out_selectivity(
             raw(pefs), beta, W, alone, [f.nonzero()[:, 0].tolist() for f in folds], share * contrast.top(),
             raw(other) if kept else None, [f.nonzero()[:, 0].tolist() for f in keep_folds] if kept else (),
@@ -224,7 +224,7 @@ def test_auto_takes_the_ridge_of_the_best_score_and_says_so(case: Case) -> None:
     j = some_component(found)
     chosen = analyzer.lift(found, j, pefs, data, selective=True)
     scores = chosen.info["cross_validation"]
-    assert chosen.info["cross_validated"] == max(scores.values()) and len(scores) == len(RIDGES)
+    assert chosen.info["cross_validated"] == max(scores.values()) and len(scores) == len(SELECTIVE_RIDGES)
     assert scores[f"{chosen.info['ridge']:.2g}"] == chosen.info["cross_validated"]
     again = analyzer.lift(found, j, pefs, data, selective=True, ridge=chosen.info["ridge"])
     assert again.cosine(chosen) > 1 - 1e-9

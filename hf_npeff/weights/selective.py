@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import Ridge
-from hf_npeff.weights.ridge import FOLDS, RIDGES, choose_ridge, folds_of, held_out
+from hf_npeff.weights.ridge import FOLDS, SELECTIVE_RIDGES, choose_ridge, folds_of, held_out
 from hf_npeff.weights.ridge_systems import (
     effective_rank,
     fold_grams,
@@ -139,8 +139,8 @@ def cross_validated(contrast: Contrast, coefficients: Tensor, top: float) -> dic
     moving = (active > 0)[:, None]
     watched = out & moving if bool((out & moving).any()) else moving.expand_as(out)
     weight = float((active[:, None] * watched).sum())
-    solutions = [solve_shifted((M - grams) / contrast.number, g, share * (top or 1.0)) for share in RIDGES]
-    moved, disturbed = torch.zeros(2, len(RIDGES), dtype=torch.float64)
+    solutions = [solve_shifted((M - grams) / contrast.number, g, share * (top or 1.0)) for share in SELECTIVE_RIDGES]
+    moved, disturbed = torch.zeros(2, len(SELECTIVE_RIDGES), dtype=torch.float64)
     for f in range(folds):
         Y = torch.stack([y[f] for y in solutions], 1)  # (m, ridges)
         which = watched[:, f]
@@ -148,7 +148,7 @@ def cross_validated(contrast: Contrast, coefficients: Tensor, top: float) -> dic
         disturbed += (Y * (grams[f] @ Y)).sum(0).cpu()
     tiny = torch.finfo(X.dtype).tiny
     scores = (moved / weight) / (disturbed / contrast.number).clamp_min(tiny)
-    return dict(zip(RIDGES, scores.tolist(), strict=True))
+    return dict(zip(SELECTIVE_RIDGES, scores.tolist(), strict=True))
 
 
 def _held_out_grams(contrast: Contrast, folds: int) -> Tensor:
@@ -213,14 +213,14 @@ def _ratios(contrast: Contrast, moving: Tensor, M: Tensor, top: float) -> dict[f
         )
     fold_of = folds_of(moving, folds)
     wanted, alone = fold_grams(X, fold_of, folds), _held_out_grams(contrast, folds)
-    target, others = dict.fromkeys(RIDGES, 0.0), dict.fromkeys(RIDGES, 0.0)
+    target, others = dict.fromkeys(SELECTIVE_RIDGES, 0.0), dict.fromkeys(SELECTIVE_RIDGES, 0.0)
     for f in range(folds):
         left = M - alone[f] / contrast.number
         T = (wanted.sum(0) - wanted[f]) / int((moving & (fold_of != f)).sum())
-        for share in RIDGES:
+        for share in SELECTIVE_RIDGES:
             _, y = _generalised(left, T, share * top)
             y = y / (y @ T @ y).sqrt()
             target[share] += float(y @ wanted[f] @ y)
             others[share] += float(y @ alone[f] @ y)
     tiny = torch.finfo(X.dtype).tiny
-    return {s: (target[s] / int(moving.sum())) / max(others[s] / contrast.number, tiny) for s in RIDGES}
+    return {s: (target[s] / int(moving.sum())) / max(others[s] / contrast.number, tiny) for s in SELECTIVE_RIDGES}

@@ -1,20 +1,19 @@
-"""The figures of docs/languages.md and docs/word-relations.md: `python -m tests.benchmarks.edit_figures`.
+"""The figure of docs/languages.md, from the kept figures: `python -m tests.benchmarks.edit_figures`.
 
-From the figures that are kept in docs/studies.
 Drawn by hand as SVG, so that one file has the colours of a light page and of a dark one.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-LANGUAGES, RELATIONS = DOCS / "studies" / "languages.json", DOCS / "studies" / "word_relations.json"
+KEPT = DOCS / "studies" / "languages.json"
+"""As examples/05_take_a_language_out.py writes it."""
 _LABELS, _WIDTH, _ROW, _TOP = 230, 480, 26, 46
 _STYLE = """\
 text{font:12px system-ui,sans-serif;fill:#24292f}.axis{stroke:#d0d7de}.s0{fill:#0969da;stroke:#0969da}
@@ -26,21 +25,20 @@ text{font:12px system-ui,sans-serif;fill:#24292f}.axis{stroke:#d0d7de}.s0{fill:#
 
 
 def dots(rows: Mapping[str, Mapping[str, float]], series: Sequence[str], ticks: Sequence[float], title: str) -> str:
-    """An SVG with a line a row and a dot a value; on a logarithmic axis where no tick is 0."""
-    log = all(tick > 0 for tick in ticks)
+    """An SVG with a line a row and a dot a value; values beyond the axis lie on its end."""
 
     def place(value: float) -> float:
-        low, high, at = (math.log(max(v, ticks[0])) if log else v for v in (ticks[0], ticks[-1], value))
-        return _LABELS + _WIDTH * min(max((at - low) / (high - low), 0.0), 1.0)
+        return _LABELS + _WIDTH * min(max((value - ticks[0]) / (ticks[-1] - ticks[0]), 0.0), 1.0)
 
     height = _TOP + _ROW * len(rows) + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LABELS + _WIDTH + 30} {height}" role="img">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style>",
     ]
+    x = 12
     for i, name in enumerate(series):
-        x = _LABELS + 120 * i
         parts.append(f'<circle class="s{i}" cx="{x}" cy="14" r="5"/><text x="{x + 10}" y="18">{escape(name)}</text>')
+        x += 40 + 7 * len(name)  # about the width of a letter
     bottom = _TOP + _ROW * len(rows)
     for tick in ticks:
         x = place(tick)
@@ -65,20 +63,13 @@ def languages(figures: Mapping[str, Any]) -> str:
         shown = {name: gains.pop(name) for name in ("German", "Dutch", "English news")}
         rows[method] = shown | {"worst of the other four": max(gains.values())}
     series = ("German", "worst of the other four", "Dutch", "English news")
-    return dots(rows, series, (0, 1, 2, 3, 4, 5), "change of cross-entropy on held-out articles, nats a token")
-
-
-def relations(figures: Mapping[str, Any]) -> str:
-    """Ratios of every relation."""
-    series = ("as it is", "semi-orthogonal", "selective", "sparing, rank 1")
-    rows = {r: {kind: found[kind]["ratio"] for kind in series if kind in found} for r, found in figures.items()}
-    return dots(rows, series, (1, 3, 10, 30, 100, 300, 1000, 3000), "KL on the relation over KL on the others, held out")
+    return dots(rows, series, (0, 1, 2, 3, 4, 5, 6, 7), "change of cross-entropy on held-out articles, nats a token")
 
 
 def main() -> None:
-    for file, draw, name in ((LANGUAGES, languages, "languages"), (RELATIONS, relations, "word-relations")):
-        drawn = draw(json.loads(file.read_text(encoding="utf-8")))
-        (DOCS / "figures" / f"{name}.svg").write_text(drawn, encoding="utf-8")
+    """Write the figure."""
+    drawn = languages(json.loads(KEPT.read_text(encoding="utf-8")))
+    (DOCS / "figures" / "languages.svg").write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":
