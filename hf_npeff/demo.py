@@ -17,17 +17,17 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.config import FisherConfig
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.models.adapted_model import RANK
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.report.modules import energies_of
+from hf_npeff.report.modules import energies_of_factors
 from hf_npeff.studies.factors import best_components, purity
 from hf_npeff.studies.settings import DemoConfig
 from hf_npeff.studies.word_relations import package_folder, word_relation_prompts
-from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.perturbation import PerturbationReport
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,7 +83,7 @@ def run(
     seed: int = DemoConfig.seed,
     output_dir: Path | None = None,
 ) -> None:
-    """Analyse SmolLM2, print its components, and switch off the purest one with a rank-1 LoRA loaded by PEFT.
+    """Analyse SmolLM2, print its components, and switch off the purest one with a LoRA loaded by PEFT.
 
     Args:
         queries: prompts a relation; there are eight.
@@ -139,24 +139,23 @@ def _perturb(
 ) -> None:
     """Move the weights along each pure component {number: relation}, switch one off, and write the page."""
     console.print("[bold]4. Perturbations[/]: the parameters moved along each pure component")
-    directions = dict(zip(pure, analyzer.lift(decomposition, list(pure), pefs, prompts, batch_size=16), strict=True))
-    reports = {}
-    for j, relation in tqdm(pure.items(), desc="perturbations", disable=None):
-        # Half of the default: it is a demo
-        reports[j] = analyzer.evaluate_direction(directions[j], decomposition, j, prompts, n_top=_TOP, n_others=32)
-        decomposition.evaluations[j] = reports[j].summary()
+    lifted = analyzer.lift_adapters(decomposition, pefs, prompts, components=list(pure), batch_size=16)
+    # Half of the default number of others: it is a demo
+    measured = analyzer.evaluate_adapters(lifted, decomposition, prompts, pefs, n_top=_TOP, n_others=32, batch_size=16)
+    adapters, reports = dict(zip(pure, lifted, strict=True)), dict(zip(pure, measured, strict=True))
+    for j, relation in pure.items():
         decomposition.rename(j, relation)
     decomposition.save_pretrained(folder / "decomposition")
     console.print(_report_table(decomposition, reports))
     purest = max(reports, key=lambda j: (_purity(decomposition, j)[1], reports[j].ratio))
-    console.print(f"[bold]5. Component {purest} switched off[/] by a rank-1 LoRA that plain PEFT loads")
-    _switch_off(console, analyzer, prompts, directions[purest], reports[purest], folder / "adapter")
+    console.print(f"[bold]5. Component {purest} switched off[/] by a LoRA of rank {RANK} that plain PEFT loads")
+    _switch_off(console, analyzer, prompts, adapters[purest], reports[purest], folder / "adapter")
     page = decomposition.to_html(
         folder / "components.html",
         force=True,
         title=MODEL_ID.split("/")[-1],
         alignments=analyzer.token_alignments(decomposition, pefs, prompts, list(pure), n_top=_SHADED, batch_size=16),
-        energies={j: energies_of(direction) for j, direction in directions.items()},
+        energies={j: energies_of_factors(adapter.factors()) for j, adapter in adapters.items()},
         reports=reports,
         adapters={purest: str(folder / "adapter")},
     )
@@ -218,17 +217,18 @@ def _switch_off(
     console: Console,
     analyzer: NPEFFAnalyzer,
     prompts: list[dict[str, Any]],
-    direction: ParameterDirection,
+    adapter: Adapter,
     report: PerturbationReport,
     folder: Path,
 ) -> None:
     """Answers before and after, on top and on other prompts, with the adapter loaded as any PEFT adapter."""
     from peft import PeftModel
 
-    adapter = direction.to_adapter(rank=1, scale=2 * report.scale)
+    adapter = adapter.scaled(2 * report.scale)
     adapter.save_pretrained(folder)
     console.print(
-        f"   a step of {2 * report.scale:+.3f}; rank 1 keeps {adapter.retained_energy:.0%} of the energy; in {folder}"
+        f"   a step of {2 * report.scale:+.3f}; rank {RANK} keeps {adapter.retained_energy:.0%} of the energy; "
+        f"in {folder}"
     )
     chosen = [prompts[i] for i in [*report.top_examples[:6], *report.other_examples[:6]]]
     before = _answers(analyzer.model, analyzer.processing_class, chosen)

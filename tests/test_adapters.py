@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_npeff import CorruptStoreError, ParameterDirection, UnsupportedModelError
+from hf_npeff.report.modules import energies_of, energies_of_factors
 from hf_npeff.weights.adapters import layout_of, load_delta
 from hf_npeff.weights.lora import low_rank
 from tests.tiny import collate, tiny_batch, tiny_model
@@ -258,3 +259,4 @@ def test_a_scaled_adapter_is_that_of_a_longer_change(kind: Any) -> None:
         return
     for name, (B, A) in scaled.factors().items():
         torch.testing.assert_close(B @ A, long.delta(name))
+    assert energies_of_factors(scaled.factors()) == pytest.approx(energies_of({n: long.delta(n) for n in direction}))

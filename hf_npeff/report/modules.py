@@ -45,6 +45,14 @@ def energies_of(direction: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: value / total for name, value in squares.items()}
 
 
+def energies_of_factors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The same of a change in factors {parameter: (B, A)}, such as `Adapter.factors`; ‖BA‖² = tr((BᵀB)(AAᵀ))."""
+    wide = {name: (B.double(), A.double()) for name, (B, A) in factors.items()}
+    squares = {name: float(((B.T @ B) * (A @ A.T)).sum()) for name, (B, A) in wide.items()}
+    total = sum(squares.values()) or 1.0
+    return {name: value / total for name, value in squares.items()}
+
+
 def estimated_energies(decomposition: Decomposition) -> dict[int, dict[str, float]] | None:
     """Shares from the blocks of g where every module has its own block of the sketch; None where modules are summed.
 
