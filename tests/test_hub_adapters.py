@@ -65,7 +65,7 @@ import datasets, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from huggingface_hub import hf_hub_download
-from hf_npeff import ParameterDirection
+from hf_npeff import NPEFFAnalyzer, ParameterDirection
 
 tokens = torch.arange(8)[None] + 4
 
@@ -93,6 +93,9 @@ with direction.applied_to(base, 0.5) as moved:
 out["commit"] = direction.commit
 named = PeftModel.from_pretrained(base, "alice/lora", revision="next")
 out["next"] = logits(named)
+analysers = NPEFFAnalyzer.from_pretrained("alice/lora"), NPEFFAnalyzer.from_pretrained("alice/lora", revision="next")
+out["analysed"], out["analysed next"] = (logits(a.model) for a in analysers)
+out["base of analysed"] = [a.provenance()["model"] for a in analysers]
 out["license"] = "license: mit" in card_of("alice/lora", revision="next")
 out["cards"] = [card_of(repo) for repo in ("alice/lora", "alice/dense", "alice/direction")]
 out["pr"] = card_of("alice/direction", revision="refs/pr/1")
@@ -123,9 +126,10 @@ def test_a_second_users_model_moves_as_the_first_users_did(world: World) -> None
     """Oracle: Alice's logits with the direction added to the weights, without any adapter; by the cards' own code."""
     moved, base = torch.tensor(world.alice["moved"]), torch.tensor(world.alice["base"])
     assert (moved - base).abs().max() > 1e-2 and world.alice["kept"] == pytest.approx(1, abs=1e-5)
-    for name in ("lora", "next", "dense", "direction"):
+    for name in ("lora", "next", "dense", "direction", "analysed", "analysed next"):
         torch.testing.assert_close(torch.tensor(world.bob[name]), moved, rtol=1e-4, atol=1e-4, msg=name)
     assert world.bob["commit"] == world.alice["commit"]
+    assert world.bob["base of analysed"] == ["alice/tiny"] * 2
 
 
 def test_cards_name_their_repository_and_show_texts_only_when_asked(world: World) -> None:
