@@ -15,8 +15,6 @@ It writes runs/shortcut/figures.json and an adapter for every seed. Run again, i
 names what else is tried; fine-tuning takes most of the time.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json
@@ -32,7 +30,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from hf_npeff import NPEFFAnalyzer, PEFs
+from hf_npeff import FisherConfig, NPEFFAnalyzer, PEFs
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, sparse_autoencoder
 from hf_npeff.studies.datasets import first_names
 from hf_npeff.studies.word_relations import package_folder
@@ -282,7 +280,7 @@ def measure(task: Task, seed: int, folder: Path, baselines: Sequence[str], kept:
         kept["sizes"] = {name: len(getattr(task, name)) for name in ("train", "probes", "test")}
     if "last layer" in baselines and "last layer" not in kept:
         kept |= last_layer(model, tokenizer, task, seed)
-    analyzer = NPEFFAnalyzer(model, tokenizer)
+    analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(sketch="two-stage"))  # 16,384 numbers a row
     if "edit" not in kept or "labels" not in kept:
         started = time.process_time()
         pefs = analyzer.compute_pefs(task.probes, progress=False)
