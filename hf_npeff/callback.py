@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.config import BATCH_SIZE, ComputeRequest, DecompositionConfig, FisherConfig, is_count
@@ -51,7 +52,8 @@ class NPEFFCallback(TrainerCallback):
     before, which keep their numbers. With a decomposition its components stay, and W is followed through `transform`.
     Training is not changed: mode, gradients and random state are handed back as they were.
 
-    Every point goes through `trainer.log`, so to all trackers, and into `history`:
+    Every point goes through transformers' `Trainer.log`, so to all trackers, and into `history`; what a subclass
+    keeps for its own next log stays with it:
 
     - `npeff/explained`: the explained fraction;
     - `npeff/active`: components that carry at least 5% of some probe example's coefficients;
@@ -329,7 +331,9 @@ class NPEFFCallback(TrainerCallback):
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
             return
         wanted = control.should_log
-        trainer.log(values)
+        # Trainers such as TRL's hand metrics that wait for the next log to whatever is logged: not to ours.
+        log = functools.partial(Trainer.log, trainer) if isinstance(trainer, Trainer) else trainer.log
+        log(values)
         control.should_log = wanted  # logging takes it back, and Trainer's own log of this step is still to come
 
     # Files

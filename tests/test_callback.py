@@ -55,10 +55,11 @@ def callback(**settings: Any) -> NPEFFCallback:
 def run(folder: Path, added: NPEFFCallback | None = None, model: Any = None, **options: Any) -> Trainer:
     """A short training with dropout, shuffling and a loss logged at every step."""
     resume, reporters = options.pop("resume", None), options.pop("reporters", None)
+    trainer_class = options.pop("trainer", Trainer)
     model = bert() if model is None else model
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    trainer = Trainer(
+    trainer = trainer_class(
         model,
         TrainingArguments(str(folder), **(defaults | quiet | options)),
         data_collator=lambda rows: tiny.collate(rows, bert()),
@@ -460,3 +461,27 @@ def test_exact_factors_have_as_many_rows_as_the_model_has_classes(
     assert made.decomposition_ is not None and made.decomposition_.texts == ["the cat sees", "one two three"]
     with pytest.raises(ValueError, match=f"exceeds the {enough} rows"):
         run(tmp_path / "more", NPEFFCallback(probe, n_components=enough + 1, **words_of), model, max_steps=1)
+
+
+class Waiting(Trainer):  # type: ignore[misc]
+    """Hands a metric of each step to whatever is logged next, as TRL's trainers do."""
+
+    waiting: dict[str, float] = {}  # noqa: RUF012
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.waiting = {"entropy": 1.0 + self.state.global_step}
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        super().log({**logs, **self.waiting}, *args)
+        self.waiting = {}
+
+
+def test_metrics_that_wait_in_a_trainer_stay_with_it(tmp_path: Path) -> None:
+    """Oracle: the records of the same training without a callback."""
+    plain = run(tmp_path / "plain", trainer=Waiting)
+    followed = run(tmp_path / "followed", callback(every=1), trainer=Waiting)
+    waited = [[log.get("entropy") for log in each.state.log_history if "loss" in log] for each in (plain, followed)]
+    assert waited[0] == waited[1] == [1, 2, 3, 4, 5, 6]
+    ours = [log for log in followed.state.log_history if "npeff/explained" in log]
+    assert len(ours) == 6 and not any("entropy" in log for log in ours)

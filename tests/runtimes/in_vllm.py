@@ -1,4 +1,4 @@
-"""`python -m tests.runtimes.in_vllm`: adapters in vLLM against PEFT, base and adapters in one engine.
+"""`python -m tests.runtimes.in_vllm`: adapters in vLLM against PEFT, all in one engine.
 
 Exits 1 where a logit's change is further off than `OF_EFFECT` of the largest change, or a probability than `BOUND`.
 Needs an interpreter with vLLM in --python (`make runtimes` makes one).

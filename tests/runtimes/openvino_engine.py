@@ -27,7 +27,9 @@ def main() -> None:
     answers = []
     for path in [None, *asked["adapters"]]:
         adapters = {} if path is None else {"adapters": genai.AdapterConfig(genai.Adapter(path))}
-        pipeline = genai.LLMPipeline(converted, "CPU", INFERENCE_PRECISION_HINT="f32", **adapters)
+        pipeline = genai.LLMPipeline(
+            converted, "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32", **adapters
+        )
         # A beam of one token is a next token, and its score the log-probability.
         config = genai.GenerationConfig(
             max_new_tokens=1, num_beams=asked["beams"], num_return_sequences=asked["beams"], ignore_eos=True

@@ -1,4 +1,4 @@
-"""Log-probabilities of the next token in vLLM, base and adapters side by side in one engine.
+"""Log-probabilities of the next token in vLLM, base and adapters in one engine.
 
 python vllm_engine.py requests.json answers.json, by the interpreter of an environment that has vLLM; nothing of this
 repository is imported. requests: {model, tokens, max_lora_rank, adapters: [folder]}; answers: log-probabilities
@@ -32,14 +32,16 @@ def main() -> None:
         max_num_seqs=16,
         enable_prefix_caching=False,
     )
-    requests = [None, *(LoRARequest(f"adapter-{i}", i + 1, path) for i, path in enumerate(asked["adapters"]))]
-    prompts = [{"prompt_token_ids": asked["tokens"]} for _ in requests]
+    adapters = [LoRARequest(f"adapter-{i}", i + 1, path) for i, path in enumerate(asked["adapters"])]
     sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False)
     answers = []
-    # One batch: the base and every adapter at the same time.
-    for output in engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False):
-        likely = output.outputs[0].logprobs[0]
-        answers.append([likely[token].logprob for token in range(len(likely))])
+    # The adapters share a batch; the base has one of its own, since beside several adapters a CPU answers for it with
+    # the weights of one of them (findings/vllm-cpu-base-request-beside-several-loras.sh).
+    for requests in ([None], adapters):
+        prompts = [{"prompt_token_ids": asked["tokens"]} for _ in requests]
+        for output in engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False):
+            likely = output.outputs[0].logprobs[0]
+            answers.append([likely[token].logprob for token in range(len(likely))])
     with open(sys.argv[2], "w") as file:
         json.dump(answers, file)
 
