@@ -22,7 +22,7 @@ from hf_npeff import (
     PEFs,
     UnsupportedModelError,
 )
-from hf_npeff.weights.change_effects import bootstrap_counts, growth, kl_p_values, random_kl, weighted_means
+from hf_npeff.weights.change_effects import bootstrap_counts, cosine_p, growth, kl_p_values, random_kl, weighted_means
 from hf_npeff.weights.row_products import row_products
 from tests.analyses import analyzer_of, brute_force, in_parameters
 from tests.tiny import WORDS, tiny_batch, tiny_model, tiny_tokenizer
@@ -157,7 +157,7 @@ def test_the_component_that_was_moved_comes_first_and_without_it_nothing_is_left
         change = 0.5 * analyzer.lift(decomposition, j, pefs, data, selective=False, form="plain")
         report = analyzer.explain_change(decomposition, pefs, data, change, growth=False, steps=(0.5,), take_out=[j])
         best = max(report.components, key=lambda each: each.cosine or 0)
-        assert best.component == j and best.cosine == pytest.approx(1, abs=1e-5) and best.cosine_p == 0
+        assert best.component == j and best.cosine == pytest.approx(1, abs=1e-5) and (best.cosine_p or 0) < 1e-3
         assert [step.scale for step in report.curve] == [0, 0.5, 1] and report.curve[0].kl == 0
         assert 0 < report.curve[1].kl < report.curve[2].kl
         assert report.without[0].without == j and report.without[0].kl < 1e-6 * report.curve[2].kl
@@ -187,6 +187,13 @@ def test_a_random_change_ranks_nothing() -> None:
         for level in (0.1, 0.5):
             share = sum(v <= level for v in values) / len(values)
             assert abs(share - level) < 3 * (level * (1 - level) / len(values)) ** 0.5 + 0.01, (level, share)
+
+
+def test_the_p_value_of_a_cosine_is_students() -> None:
+    """Oracle: scipy's distribution of t with 4 degrees of freedom."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    for t in (0.0, 0.3, 1.0, 2.5, 8.0):
+        assert cosine_p(t, [1.0, -1.0, 1.0, 1.0]) == pytest.approx(2 * stats.t.sf(t, 4), abs=1e-12)
 
 
 def test_what_became_of_planted_coefficients() -> None:

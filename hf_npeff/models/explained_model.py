@@ -22,6 +22,7 @@ from hf_npeff.models.measured_model import MeasuredModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import difference
 from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.change_effects import SHUFFLED
 from hf_npeff.weights.change_report import ChangeReport
 from hf_npeff.weights.changes import inner
 from hf_npeff.weights.directions import ParameterDirection
@@ -164,13 +165,12 @@ class ExplainedModel(MeasuredModel, EditedModel):
                 after[scale] = predict(forward, watched.examples, request.batch_size)
         ours = self._matrices(change)
         random = self._matrices(_analysed(change, ours), request.seed)
-        changes = [ours, random, shuffled(ours, request.seed)]
+        changes = [ours, random, *(shuffled(ours, request.seed + k) for k in range(SHUFFLED))]
         assert pefs.cotangents is not None
         with self.forward_pass() as forward:
             products = row_products(forward, watched.examples, pefs.cotangents, changes, request.batch_size)
         norms = [inner(each, each) ** 0.5 for each in changes]
-        size = sum(out * into for out, into in self.shapes.values())
-        return Seen(after, products, norms, size, list(self.shapes))
+        return Seen(after, products, norms, list(self.shapes))
 
     def _matrices(self, change: ParameterDirection, seed: int | None = None) -> dict[str, Tensor]:
         """{analysed parameter: ΔW (out, in)}; with a seed, of a random change."""

@@ -28,6 +28,9 @@ _BOOTSTRAPS = 1000
 """Draws of an interval. Chosen: 25 of them lie beyond each end."""
 _CHUNK = 256
 """Examples at a time: bounds the memory."""
+SHUFFLED = 4
+"""Shuffled changes that a cosine is compared with: each is as large as the analysed weights. Even, for a t in closed
+form."""
 _GONE = 0.05
 """Share of its mean coefficient below which a component is gone. Chosen: as where it counts as active."""
 
@@ -93,19 +96,15 @@ class Cosines:
 
     Attributes:
         values: (r,) signed; the sign of a component means nothing.
-        p: two-sided p-value of each against isotropic random changes.
         stationary: (r,) cosine of each component with the combination of rows that it is taken for: near 1 if the
             decomposition converged.
     """
 
     values: list[float]
-    p: list[float]
     stationary: list[float]
 
 
-def cosines(
-    decomposition: Decomposition, pefs: PEFs, products: Tensor, norms: Sequence[float], size: int
-) -> list[Cosines]:
+def cosines(decomposition: Decomposition, pefs: PEFs, products: Tensor, norms: Sequence[float]) -> list[Cosines]:
     """The exact cosine of every component, as exact lifting would give it, with several changes.
 
     Args:
@@ -113,7 +112,6 @@ def cosines(
         pefs: those that were decomposed.
         products: ⟨A_ic, Δ_m⟩ of unscaled rows (n, c, m).
         norms: ‖Δ_m‖ over what is analysed.
-        size: p, how many numbers are analysed.
     """
     coefficients, stationary = combination(decomposition, pefs)
     lifted = torch.zeros(len(decomposition), pefs.dim, dtype=torch.float64)
@@ -125,9 +123,32 @@ def cosines(
     made = []
     for m, norm in enumerate(norms):
         values = (along[:, m] / norm).clamp(-1, 1) if norm else torch.zeros(len(along), dtype=torch.float64)
-        p = torch.special.erfc(values.abs() * math.sqrt(size / 2))  # of a coordinate of a random unit vector
-        made.append(Cosines(values.tolist(), p.tolist(), stationary.tolist()))
+        made.append(Cosines(values.tolist(), stationary.tolist()))
     return made
+
+
+def cosine_p(value: float, shuffled: Sequence[float]) -> float:
+    """Two-sided p-value of a cosine against those of the change with the numbers of every weight shuffled.
+
+    Shuffled, a change keeps the norm that it has in every weight, and its inner product with a component is normal with
+    mean 0. So the ratio of the cosine to the root mean square of four shuffled ones is Student's t of 4 degrees of
+    freedom, whose distribution function is 1/2 + 3/8 u (1 − u²/12) with u = t / √(1 + t²/4).
+
+    Args:
+        value: of the change.
+        shuffled: of four shuffled changes.
+
+    Raises:
+        ValueError: if there are not four of them.
+    """
+    if len(shuffled) != SHUFFLED:
+        raise ValueError(f"expected {SHUFFLED} shuffled changes, but got {len(shuffled)}")
+    scale = math.sqrt(sum(x * x for x in shuffled) / len(shuffled))
+    if scale == 0:
+        return 1.0 if value == 0 else 0.0
+    t = abs(value) / scale
+    u = t / math.sqrt(1 + t * t / 4)
+    return max(0.0, 1 - 0.75 * u * (1 - u * u / 12))
 
 
 def growth(before: Tensor, after: Tensor, counts: Tensor) -> tuple[list[Growth], list[tuple[float, float]]]:

@@ -104,7 +104,6 @@ class Seen:
     after: dict[float, Predictions]
     products: Tensor | None
     norms: list[float]
-    size: int
     analysed: list[str]
 
 
@@ -210,20 +209,21 @@ class Explanation:
         self.components += self._new(counts)
         self._note_size()
 
-    def _cosines(self, pefs: PEFs) -> list[tuple[float | None, float | None, float | None, float | None]]:
+    def _cosines(self, pefs: PEFs) -> list[tuple[Any, Any, Any, Any]]:
         """|cosine| of every component with the change, a random and a shuffled one, and the p-value of the first."""
         if self.seen.products is None:
             return [(None, None, None, None)] * len(self.decomposition)
-        ours, random, mixed = effects.cosines(
-            self.decomposition, pefs, self.seen.products, self.seen.norms, self.seen.size
-        )
+        ours, random, *mixed = effects.cosines(self.decomposition, pefs, self.seen.products, self.seen.norms)
         if far := [j for j, cosine in enumerate(ours.stationary) if cosine < _STATIONARY]:
             self.notes.append(
                 f"The components {far} are not at a stationary point, so that their cosines are of other directions; "
                 "decompose with more max_iterations."
             )
-        rows = zip(ours.values, random.values, mixed.values, ours.p, strict=True)
-        return [(abs(a), abs(b), abs(c), p) for a, b, c, p in rows]
+        rows = []
+        for j, value in enumerate(ours.values):
+            others = [each.values[j] for each in mixed]
+            rows.append((abs(value), abs(random.values[j]), abs(others[0]), effects.cosine_p(value, others)))
+        return rows
 
     def _growth(self, counts: Tensor) -> tuple[list[tuple[Any, Any]], list[float] | None, list[float] | None]:
         if self.grown is None:
