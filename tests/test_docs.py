@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, ParameterDirection, demo
-from tests import api
+from tests import api, guide
 from tests.benchmarks.report import SPEED_MARK
 from tests.benchmarks.report_rows import speed_table
 from tests.hub_server import HubServer
@@ -144,6 +144,14 @@ def test_the_guide_runs_from_the_data_to_a_repaired_model(tmp_path: Path) -> Non
     realised = [change["realised"] for name, change in out["changes"].items() if change["wanted"]]
     assert len(realised) == 5 and all(value > 0 for value in realised)
     assert out["adapters"] == ["default"]
+
+
+def test_the_notebook_is_the_guide_with_outputs() -> None:
+    """Oracle: the cells made again from docs/guide.md. `python -m tests.guide` runs them and writes the notebook."""
+    kept = json.loads(guide.NOTEBOOK.read_text(encoding="utf-8"))
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in kept["cells"]] == guide.cells()
+    printed = ["".join(out["text"]) for cell in kept["cells"] if cell["cell_type"] == "code" for out in cell["outputs"]]
+    assert len(printed) >= 6 and all(len(text) < 2000 for text in printed)
 
 
 def test_the_data_pages_way_to_load_the_demos_model_is_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
