@@ -13,6 +13,7 @@ import ast
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -264,6 +265,7 @@ def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -366,3 +367,30 @@ def test_encoded_examples_that_end_with_the_end_are_warned_about(caplog: pytest.
         caplog.clear()
         Examples(rows, known, needs=needs)
         assert len(caplog.records) == warned and known.eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("beside", "task"),
+    [
+        ({"image": Image.new("RGB", (4, 4))}, "causal-lm"),
+        ({"images": [Image.new("RGB", (4, 4)), Image.new("RGB", (8, 4))]}, "causal-lm"),
+        ({"photo": {"bytes": b"", "path": "a.png"}}, "seq2seq-lm"),
+        ({"audio": {"array": [0.0, 0.5], "sampling_rate": 16000, "path": None}}, "seq2seq-lm"),
+        ({"image": Image.new("RGB", (4, 4)), "mask": Image.new("L", (4, 4))}, "image-classification"),
+    ],
+)
+def test_images_and_sounds_beside_a_text_are_refused_not_dropped(beside: Mapping[str, Any], task: str) -> None:
+    """Oracle: the documented error, which names the columns; the text alone where it was asked for."""
+    rows = [{"text": LONG, **beside}, {"text": OTHER, **beside}]
+    with pytest.raises(ValueError, match=next(iter(beside))):
+        ids_of(rows, ModelNeeds(task))
+    assert ids_of(rows, ModelNeeds(task), text_column="text") == [
+        tiny_tokenizer()(t)["input_ids"] for t in (LONG, OTHER)
+    ]
+
+
+def test_one_column_of_images_is_read_for_image_classification() -> None:
+    """Oracle: the record; what a processor makes of it is the processor's."""
+    rows = [{"image": Image.new("RGB", (4, 4)), "caption": LONG, "label": 1}]
+    record = encoded_as(rows, Reading(), ModelNeeds("image-classification"))
+    assert (record.kind, record.columns, record.label_column) == ("image", ("image",), "label")

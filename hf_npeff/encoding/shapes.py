@@ -32,7 +32,7 @@ from hf_npeff.encoding.column_names import (
     WORDS,
 )
 from hf_npeff.encoding.record import MADE_TEXT, Encoded, ModelNeeds, Reading
-from hf_npeff.encoding.values import as_python, at, has, is_words
+from hf_npeff.encoding.values import as_python, at, has, is_medium, is_words
 
 SAMPLE = 64
 """Rows whose contents are looked at: enough to tell prose from names, and read in no time."""
@@ -102,11 +102,22 @@ class _Shapes:
             if self.reading.truncation:
                 raise ValueError("truncation=True cuts texts, and this data came encoded: cut it where it is encoded")
             return self._made("tensors", (), shown=self._shown_beside())
-        if image := next((name for name in ("image", "img") if name in self.first), None):
-            return self._made("image", (image,), shown=())
+        media = [name for name, value in self.first.items() if name in ("image", "img", "images") or is_medium(value)]
+        if media:
+            return self._of_media(media)
         if self.needs.task == "multiple-choice":
             return self._choices()
         return self._conversation() or self._words() or self._texts()
+
+    def _of_media(self, media: Sequence[str]) -> Encoded:
+        """One column of images for a model of images alone. What stands beside a text, the processor puts into it."""
+        if self.needs.task in ("image-classification", None) and len(media) == 1:
+            return self._made("image", (media[0],), shown=())
+        raise ValueError(
+            f"the columns {list(media)} hold images or sounds, which are read from columns for image classification "
+            "alone, one of each example. Encode the examples with the processor, such as processor(text=..., "
+            'images=..., return_tensors="pt"), and pass what it returns; or read a text alone with text_column='
+        )
 
     def _made(self, kind: Any, columns: Sequence[str], target: str | None = None, shown: Any = None) -> Encoded:
         columns = tuple(columns)

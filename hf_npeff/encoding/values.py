@@ -42,3 +42,12 @@ def at(record: Mapping[str, Any], name: str) -> Any:
 def is_words(value: Any) -> bool:
     """Whether it is a list of strings."""
     return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+
+
+def is_medium(value: Any) -> bool:
+    """Whether it is an image or a sound, or a list of such, as the library datasets holds them, decoded or not."""
+    if isinstance(value, list):
+        return bool(value) and all(map(is_medium, value))
+    if isinstance(value, Mapping):
+        return "sampling_rate" in value or {"bytes", "path"} <= value.keys()
+    return any(kind.__module__.split(".")[0] in ("PIL", "torchcodec") for kind in type(value).__mro__)
