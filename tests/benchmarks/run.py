@@ -26,6 +26,7 @@ SCRIPTS: list[tuple[str, ...]] = [
     ("stability", "--model", "MiniLM", "--keep"),
     ("scaling", "--keep"),
     ("lifting", "--keep"),
+    ("low_rank", "--keep"),
     ("stopping", "--keep"),
     ("guard", "--keep"),
     ("report",),
