@@ -35,7 +35,7 @@ def main() -> None:
     adapters = [LoRARequest(f"adapter-{i}", i + 1, path) for i, path in enumerate(asked["adapters"])]
     sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=-1, detokenize=False)
     answers = []
-    # The adapters share a batch; the base has one of its own, since beside several adapters a CPU answers for it with
+    # The adapters share a batch; the base has one of its own, since beside adapters a CPU may answer for it with
     # the weights of one of them (findings/vllm-cpu-base-request-beside-several-loras.sh).
     for requests in ([None], adapters):
         prompts = [{"prompt_token_ids": asked["tokens"]} for _ in requests]
