@@ -1,6 +1,6 @@
 """hf_npeff: which heuristics does a Hugging Face model use, on which inputs, and what if one is switched off?"""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
