@@ -90,7 +90,7 @@ def sentence(results: Results) -> str:
     types = len({t for (t, _), r in results.items() if r["outcome"] != UNBUILT})
     others = ", ".join(f"{number[o]} {o}" for o in OUTCOMES[2:-1] if number[o])
     return (
-        f"Beyond these, all model types of transformers {next(iter(results.values()))['transformers']} for seven tasks "
+        f"All model types of transformers {next(iter(results.values()))['transformers']} for seven tasks "
         f"are swept, tiny and random: of {run} models of {types} types that can be built, {number[RIGHT]} are right in "
         f"padded batches and {number[ALONE]} right one example at a time, with a warning; {others} "
         "([the table](docs/models.md#every-model-type))."
