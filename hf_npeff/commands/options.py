@@ -19,6 +19,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import click
 import typer
 import yaml
 
@@ -201,7 +202,7 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
             if result is None or os.environ.get("RANK", "0") != "0":
                 return
             if settings.get("output") is not None and not settings.get("dry_run"):
-                _write_run(settings["output"], function.__name__.replace("_", "-"), {**settings, **result.pinned})
+                _write_run(settings["output"], _name_of_command(function), {**settings, **result.pinned})
         except _CLEAR as error:
             if debug:
                 traceback.print_exc()
@@ -213,6 +214,12 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _name_of_command(function: Callable[..., Any]) -> str:
+    """The name that a command was called by, which replaying its run.yaml compares."""
+    context = click.get_current_context(silent=True)
+    return context.info_name if context is not None and context.info_name else function.__name__
 
 
 def _write_run(folder: Path, name: str, settings: Mapping[str, Any]) -> None:

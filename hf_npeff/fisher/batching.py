@@ -6,7 +6,7 @@ models choose their weights by the longest example of a batch, and some take no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -107,11 +107,17 @@ def span_of(examples: Sequence[Example]) -> Span:
     return Span(min(lengths), max(lengths), names, sizes if len(sizes) > 1 else frozenset())
 
 
-def alike(examples: Sequence[Example]) -> list[list[int]]:
-    """The places of examples with inputs of the same names and as many choices: only they can be a batch."""
+def alike(examples: Sequence[Example], takes: Set[str] | None) -> list[list[int]]:
+    """The places of examples with inputs of the same names and as many choices: only they can be a batch.
+
+    Args:
+        examples: any.
+        takes: the inputs that the model takes, the only ones that count; None: all.
+    """
     groups: dict[tuple[frozenset[str], int | None], list[int]] = {}
     for i, example in enumerate(examples):
-        groups.setdefault((frozenset(example.inputs), example.choices), []).append(i)
+        names = frozenset(name for name in example.inputs if takes is None or name in takes)
+        groups.setdefault((names, example.choices), []).append(i)
     return list(groups.values())
 
 

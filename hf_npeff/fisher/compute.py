@@ -280,7 +280,7 @@ def _shard(
     while pending:
         left = [lengths[i] for i in pending]
         batch = [pending[i] for i in next(batches_by_length(left, sizer.value, sizer.max_tokens))]
-        batch = [batch[i] for i in alike([examples[i] for i in batch])[0]]
+        batch = [batch[i] for i in alike([examples[i] for i in batch], forward.traits.takes)[0]]
         if not forward.may_share([examples[i] for i in batch]):
             batch = batch[:1]
         together = [examples[i] for i in batch]

@@ -223,7 +223,7 @@ class ForwardPass:
             trials: whether to try batches; without it, what earlier trials have shown decides.
         """
         for batch in batches_by_length([example.length for example in examples], size):
-            for part in alike([examples[i] for i in batch]):
+            for part in alike([examples[i] for i in batch], self.traits.takes):
                 places = [batch[i] for i in part]
                 together = [examples[i] for i in places]
                 known = self.one_at_a_time or straddles(together, self.limits)
@@ -239,7 +239,7 @@ class ForwardPass:
         few = sorted((examples[i] for i in range(min(len(examples), _PADDING_EXAMPLES))), key=lambda e: e.length)
         for low, high in zip([0, *self.limits], [*self.limits, few[-1].length], strict=True):
             within = [example for example in few if low < example.length <= high]
-            for part in alike(within):
+            for part in alike(within, self.traits.takes):
                 self.may_share([within[i] for i in part], at_once=wanted)
         return 1 if self.one_at_a_time else wanted
 
@@ -252,7 +252,7 @@ class ForwardPass:
         """
         if len(examples) == 1:
             return True
-        if self.one_at_a_time or straddles(examples, self.limits) or len(alike(examples)) > 1:
+        if self.one_at_a_time or straddles(examples, self.limits) or len(alike(examples, self.traits.takes)) > 1:
             return False
         if self._maps_of_images and len({example.sizes for example in examples}) > 1:
             return False  # the rows of a map that sees images alone are given to examples by equal shares

@@ -100,7 +100,6 @@ def _loaded(
         processing_class=None,
         revision=revision,
         where=where,
-        trust_remote_code=False,
         settings={"dtype": dtype},
     )
 

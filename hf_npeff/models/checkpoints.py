@@ -55,7 +55,7 @@ def load_checkpoint(
     processing_class: Any,
     revision: str | None,
     where: Mapping[str, Any],
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
     settings: Mapping[str, Any],
 ) -> Checkpoint:
     """Load a model, or an adapter with the base model that it names.
@@ -114,7 +114,7 @@ def _load_model(
     processing_class: Any,
     revision: str | None,
     where: Mapping[str, Any],
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
     settings: Mapping[str, Any],
 ) -> Checkpoint:
     commit = commit_of_model(model_id, revision=revision, **where)

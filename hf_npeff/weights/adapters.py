@@ -161,7 +161,7 @@ class Adapter(Readable):
         >>> sorted(adapter.factors()) == sorted(adapter.scaled(-2.0).factors())
         True
         >>> adapter.save_pretrained("runs/lora")  # PeftModel.from_pretrained(base, "runs/lora") loads it
-        >>> Adapter.from_pretrained("runs/lora").layouts == adapter.layouts
+        >>> Adapter.from_pretrained("runs/lora").layouts == Adapter.load("runs/lora").layouts == adapter.layouts
         True
         >>> adapter.loads_in
         ['PEFT', 'transformers', 'vLLM', 'llama.cpp', 'OpenVINO GenAI']
