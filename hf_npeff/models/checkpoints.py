@@ -114,7 +114,7 @@ def _load_model(
     processing_class: Any,
     revision: str | None,
     where: Mapping[str, Any],
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
     settings: Mapping[str, Any],
 ) -> Checkpoint:
     commit = commit_of_model(model_id, revision=revision, **where)
