@@ -107,6 +107,7 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
 
     sketch = Sketch({"w": (2, 2)}, "identity")
     forward = SimpleNamespace(
+        traits=SimpleNamespace(takes=None),
         blaming_padding=lambda batch: contextlib.nullcontext(),
         batch_size=lambda examples, wanted: wanted,
         may_share=lambda examples: True,
