@@ -14,9 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
-from hf_npeff.fisher.experts import Routing, find_experts
+from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.fisher.gradients import Receiver, RowCollector
 from hf_npeff.fisher.linear_maps import find_linear_maps
+from hf_npeff.fisher.routing import Routing
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.weights.activations import ChangedActivations
 from hf_npeff.weights.lifting import combination

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.experts import Routing, RowsByExpert, Tap, find_experts
+from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.fisher.linear_maps import CUT, LinearMap
 from hf_npeff.fisher.parameters import fitted, gradients
+from hf_npeff.fisher.routing import Routing, RowsByExpert, Tap
 from hf_npeff.pefs.sketches import Sketch
 
 

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters, base_of, is_wrapper
-from hf_npeff.fisher.experts import FusedWeight, find_experts
+from hf_npeff.fisher.expert_search import find_experts
+from hf_npeff.fisher.experts import FusedWeight
 from hf_npeff.fisher.linear_layers import behaviour, is_linear
 
 CUT = (
@@ -102,8 +103,8 @@ def find_linear_maps(
 ) -> list[LinearMap]:
     """The linear maps under analysis, in the model's order; PEFT's meaning of `target_modules`.
 
-    They are nn.Linear, Conv1D, and fused experts (`experts.find_experts`), which go by the names of their parameters
-    ("…experts.down_proj") and are left out by that name or the module's.
+    They are nn.Linear, Conv1D, and fused experts (`expert_search.find_experts`), which go by the names of their
+    parameters ("…experts.down_proj") and are left out by that name or the module's.
 
     Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
     model's output embedding, maps that share an input embedding's weight, the vision tower of a model that takes

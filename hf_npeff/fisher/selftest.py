@@ -25,11 +25,11 @@ from torch import Tensor
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.experts import Routing
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import Receiver, backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.parameters import gradients
+from hf_npeff.fisher.routing import Routing
 from hf_npeff.pefs.sketches import Kind, Sketch
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters
-from hf_npeff.fisher.experts import Routing, Tap, find_experts, multiplied_by_expert
+from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.fisher.gradients import CalledOnceForAll
+from hf_npeff.fisher.routing import Routing, Tap, multiplied_by_expert
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_npeff.config import check_scale, is_count
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, bare_modules, bare_name
-from hf_npeff.fisher.experts import find_experts
+from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card
 from hf_npeff.sharing.files import (

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hf_npeff.data import Example
 from hf_npeff.fisher.bare_model import bare_parameters
-from hf_npeff.fisher.experts import Routing
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, Receiver, backward_passes
 from hf_npeff.fisher.parameters import gradients
+from hf_npeff.fisher.routing import Routing
 
 
 class GradientSum(Receiver):

@@ -21,10 +21,10 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.weighting import mixing_of
-from hf_npeff.fisher.experts import Routing, product_by_expert
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, backward_passes
 from hf_npeff.fisher.parameters import sketched_rows
+from hf_npeff.fisher.routing import Routing, product_by_expert
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.lifting import check_decomposed, sketch_of

@@ -1,0 +1,131 @@
+"""Which modules of a model are fused experts: read off their parameters and arguments, and tried.
+
+With random tokens, the forward pass of a known form (`expert_forms`) must give what the module's own gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hf_npeff.fisher.expert_forms import DbrxExperts, ExpertsOfAllTokens, ExpertsOfSortedTokens, RoutedExperts
+from hf_npeff.fisher.experts import INTERCEPTIONS, Experts, FusedWeight
+from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.fisher.linear_layers import is_at_hand
+
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference of a trial's output that is rounding, by type; `_SAME_IN_16_BITS` for what has fewer bits."""
+_SAME_IN_16_BITS = 3e-2
+
+
+def find_experts(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Experts]:
+    """{name of the module: its fused experts}, in the model's order.
+
+    Modules whose forward pass gives something else for random tokens are left out, and so are quantised ones. Weights
+    that are offloaded or sharded cannot be tried; theirs are taken at their word.
+
+    Args:
+        model: any module.
+        names: modules that were found before and need not be tried again; None finds all.
+    """
+    by_name: dict[str, Experts] = {}
+    for parent, module in model.named_modules():
+        for suffix, experts in _candidates(module):
+            name = f"{parent}.{suffix}".strip(".")
+            if _is_the_same(experts) if names is None else name in names:
+                by_name[name] = experts
+    return by_name
+
+
+def _candidates(module: Any) -> Iterator[tuple[str, Experts]]:
+    """Experts that a module holds, and the path to the module whose call is theirs."""
+    if hasattr(module, "router") and all(hasattr(module, n) for n in ("input_linear", "output_linear")):
+        for name in ("input_linear", "output_linear"):
+            inside = getattr(module, name)
+            weight = getattr(inside, "weight", None)
+            if _arguments(inside) == 2 and (fused := _fused("weight", weight)) is not None:
+                yield name, ExpertsOfSortedTokens(inside, (fused,), module.router)
+        return
+    mlp = getattr(module, "mlp", None)
+    if all(isinstance(getattr(mlp, n, None), nn.Parameter) for n in ("w1", "v1", "w2")) and _arguments(module) == 3:
+        number = getattr(module, "num_experts", 0)
+        names = ("w1", "v1", "w2")
+        parts = [_fused(f"mlp.{n}", getattr(mlp, n), number, transposed=n == "w2") for n in names]
+        if None not in parts:
+            yield "", DbrxExperts(module, tuple(p for p in parts if p is not None))
+        return
+    up = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+    tensors = getattr(module, up, None), getattr(module, "down_proj", None)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return
+    arguments = _arguments(module)
+    transposed = bool(getattr(module, "is_transposed", arguments == 1))
+    pair = [_fused(n, t, transposed=transposed) for n, t in zip((up, "down_proj"), tensors, strict=True)]
+    if None not in pair and arguments in (1, 3) and not getattr(module, "_is_expert_parallel", False):
+        weights = tuple(p for p in pair if p is not None)
+        yield "", (ExpertsOfAllTokens if arguments == 1 else RoutedExperts)(module, weights)
+
+
+def _fused(name: str, tensor: Any, experts: int = 0, *, transposed: bool = False) -> FusedWeight | None:
+    """The description of a tensor of three dimensions, or of two where it is said how many experts it holds."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or _is_quantised(tensor):
+        return None
+    if tensor.dim() == 2 and experts and tensor.shape[0] % experts == 0:
+        rows, columns = tensor.shape[0] // experts, tensor.shape[1]
+    elif tensor.dim() == 3:
+        experts, rows, columns = tensor.shape
+    else:
+        return None
+    out, into = (columns, rows) if transposed else (rows, columns)
+    return FusedWeight(name, int(experts), int(out), int(into), transposed, tensor.dim() == 2)
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    return not is_sharded(tensor) and is_traceable_wrapper_subclass(tensor)
+
+
+def _arguments(module: Any) -> int:
+    """How many arguments a module's forward pass takes; 0 where that is open."""
+    try:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return 0
+    return 0 if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) else len(parameters)
+
+
+@torch.enable_grad()
+def _is_the_same(experts: Experts) -> bool:
+    """Whether random tokens get the same output and gradient from the module and from `experts`."""
+    module = experts.module
+    if INTERCEPTIONS in vars(module):
+        return True  # it was tried before, and what it gives now is somebody's change of it
+    if not all(is_at_hand(experts.tensor(weight)) for weight in experts.weights):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    first, *others = experts.trial(generator)
+    results = []
+    training = module.training
+    try:
+        module.training = False
+        with torch.random.fork_rng():
+            for forward in (module.forward, lambda *values: experts.forward(lambda n, x, r, out: out, *values)):
+                x = first.clone().requires_grad_()
+                output = forward(x, *others)
+                weights = torch.linspace(-1, 1, output.numel(), device=output.device).reshape(output.shape)
+                (gradient,) = torch.autograd.grad((output * weights).sum(), x)
+                results.append((output.detach(), gradient))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # it is called in some other way
+        return False
+    finally:
+        module.training = training
+    tolerance = _SAME.get(first.dtype, _SAME_IN_16_BITS)
+    return all(
+        a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm()) for a, b in zip(*results, strict=True)
+    )
