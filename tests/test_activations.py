@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_npeff import ParameterDirection, UnsupportedModelError
 from hf_npeff.weights.activations import ChangedActivations, LinearDelta, changed_in_activations, random_like
-from hf_npeff.weights.adapters import layout_of
+from hf_npeff.weights.layouts import layout_of
 from tests.tiny import collate, tiny_batch, tiny_model
 
 LINEAR = r"(q_proj|down_proj|query|value|output\.dense|c_attn|c_fc|c_proj|fc1|out_lin)\.weight"

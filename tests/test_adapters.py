@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hf_npeff import CorruptStoreError, ParameterDirection, UnsupportedModelError
 from hf_npeff.report.modules import energies_of, energies_of_factors
-from hf_npeff.weights.adapters import layout_of, load_delta
+from hf_npeff.weights.dense_delta import load_delta
+from hf_npeff.weights.layouts import layout_of
 from hf_npeff.weights.lora import low_rank
 from tests.tiny import collate, tiny_batch, tiny_model
 

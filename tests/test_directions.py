@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload
 
 from hf_npeff import CorruptStoreError, FormatVersionError, ParameterDirection, UnsupportedModelError
-from hf_npeff.weights.adapters import layout_of
+from hf_npeff.weights.layouts import layout_of
 from tests.tiny import tiny_model
 
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from hf_npeff import Adapter, ParameterDirection, UnsupportedModelError
 from hf_npeff.cli import app
-from hf_npeff.weights.adapters import layout_of
 from hf_npeff.weights.gguf import ARCHITECTURES
+from hf_npeff.weights.layouts import layout_of
 
 gguf = pytest.importorskip("gguf", reason="writing and reading GGUF needs the package gguf")
 

@@ -13,7 +13,7 @@ import torch
 from hf_npeff import FisherConfig, Measurement, NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
 from hf_npeff.fisher.distributions import Bernoulli, Softmax
 from hf_npeff.fisher.predictions import Predictions
-from hf_npeff.weights.adapters import layout_of
+from hf_npeff.weights.layouts import layout_of
 from hf_npeff.weights.measurement import cut, score
 from tests import reference
 from tests.test_activations import direction_of

@@ -16,8 +16,9 @@ from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.models.lifted_model import LiftedModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import shown
-from hf_npeff.weights.adapters import Adapter, layouts_of
+from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.direction_folder import facts_of
+from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.lifted_adapters import (
     LiftedWeights,
     folder_of,

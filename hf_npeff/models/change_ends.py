@@ -16,7 +16,6 @@ from hf_npeff.models.checkpoints import Checkpoint, load_checkpoint
 from hf_npeff.pefs.weights_identity import shown
 from hf_npeff.sharing.files import read_json
 from hf_npeff.sharing.hub import is_hub_id
-from hf_npeff.weights.adapters import Layout, layouts_of
 from hf_npeff.weights.changes import (
     adapter_deltas,
     deltas_of_adapter,
@@ -25,6 +24,7 @@ from hf_npeff.weights.changes import (
     summed,
     tied_weights,
 )
+from hf_npeff.weights.layouts import Layout, layouts_of
 
 Change = tuple[dict[str, Tensor], dict[str, Layout], dict[str, Any]]
 """{parameter: ΔW}, what each parameter is, and what is known of the change."""

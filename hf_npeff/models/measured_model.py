@@ -20,8 +20,9 @@ from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.models.adapted_model import RANK, AdaptedModel
 from hf_npeff.models.fisher_model import FisherModel
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.weights.adapters import Adapter, layouts_of
+from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.lifting import select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
 from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target

@@ -1,24 +1,24 @@
-"""A LoRA adapter's folder, of ours or of anybody's, read as it acts: the scale in B, and what each key changes."""
+"""Adapters' folders: written so that PEFT loads them, and LoRAs of anybody's read as they act, with the scale in B."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from hf_npeff.config import is_count
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.sharing.files import read_json, read_tensors
+from hf_npeff.sharing.cards import write_card
+from hf_npeff.sharing.files import json_bytes, read_json, read_tensors, write_atomically, write_together
+from hf_npeff.weights.layouts import Layout
 
-Layout = Literal["linear", "conv1d", "experts", "experts-transposed", "embedding", "bias", "norm", "other"]
-"""What a parameter is to PEFT."""
-LINEAR_LAYOUTS: tuple[Layout, ...] = ("linear", "conv1d", "experts", "experts-transposed")
-"""Of weights that multiply inputs and nothing else: those of fused experts are (E, out, in), or (E, in, out)."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 """Of every key in a file that PEFT loads."""
@@ -96,3 +96,50 @@ def _parameter_of(key: str, config: Mapping[str, Any], folder: Path) -> tuple[st
         return f"{module}.weight", "embedding"
     conv1d = bool(config.get("fan_in_fan_out")) and module.rpartition(".")[2] in _CONV1D
     return f"{module}.weight", "conv1d" if conv1d else "linear"
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    weights_hash: str | None = None,
+    card: str | None = None,
+) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and README.md, where there is a card.
+
+    Args:
+        folder: made where it is missing.
+        tensors: under the keys of the file.
+        config: of PEFT's adapter; of a dense delta, `kind` is "delta".
+        weights_hash: of the base model's weights.
+        card: README.md; None leaves what is there.
+
+    Raises:
+        ValueError: if another adapter of PEFT's lies there: PEFT reads two files, which cannot be replaced in one step.
+    """
+    # PEFT warns of settings that it does not know; what else is to be kept goes into the file of the weights.
+    metadata = {"format": "pt", **({} if weights_hash is None else {"base_model_weights": weights_hash})}
+    weights = tensors_to_bytes({name: v.detach().cpu().contiguous() for name, v in tensors.items()}, metadata)
+    written = json_bytes(config)
+    is_dense = config.get("kind") == "delta"
+    if not is_dense:
+        _check_replaceable(folder, written)
+    folder.mkdir(parents=True, exist_ok=True)
+    if card is not None:
+        write_card(folder, card)
+    if is_dense:
+        written = json_bytes({**config, "sha256": hashlib.sha256(weights).hexdigest()})
+        write_together(folder, {WEIGHTS: weights, CONFIG: written})
+        return
+    write_atomically(folder / WEIGHTS, weights)
+    write_atomically(folder / CONFIG, written)
+
+
+def _check_replaceable(folder: Path, config: bytes) -> None:
+    """Refuse to write over an adapter with another config: a crash in between would leave half of each."""
+    if (folder / WEIGHTS).exists() and (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != config:
+        raise ValueError(
+            f"{folder} holds another adapter, with other settings or for another model; save to another folder, or "
+            f"remove {CONFIG} and {WEIGHTS} there first"
+        )

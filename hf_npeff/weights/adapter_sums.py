@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.weights.adapter_folder import PREFIX, Layout
+from hf_npeff.weights.adapter_folder import PREFIX
+from hf_npeff.weights.layouts import Layout
 
 _SUMMED = ("linear", "conv1d", "embedding", "bias")
 

@@ -1,4 +1,4 @@
-"""Adapter files for a weight delta: LoRA and SHiRA exactly as PEFT writes them, and dense deltas of our own.
+"""Adapters: a change of the weights as PEFT's LoRA or SHiRA, or dense.
 
 Keys and settings follow what PEFT loads: full module names as targets, one rank for all modules with zero padding,
 lora_alpha equal to the rank, and the scale folded into B. Every adapter is a delta ΔW, so W + ΔW is what runs.
@@ -7,126 +7,40 @@ lora_alpha equal to the rank, and the scale folded into B. Every adapter is a de
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from hf_npeff.config import check_scale, is_count
-from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_module_names, bare_modules, bare_name
-from hf_npeff.fisher.expert_search import find_experts
+from hf_npeff.config import check_scale
+from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.sharing.cards import write_card
 from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card
-from hf_npeff.sharing.files import (
-    FORMAT_VERSION,
-    file_of,
-    json_bytes,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_together,
-)
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.sharing.runtimes import verdicts, where_it_loads
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations
 from hf_npeff.weights.adapter_folder import (
     CONFIG,
-    LINEAR_LAYOUTS,
     PREFIX,
     WEIGHTS,
-    Layout,
     base_weights_of,
     read_lora,
     scaled_lora,
+    write_adapter,
 )
 from hf_npeff.weights.adapter_sums import stacked, sum_config
 from hf_npeff.weights.gguf import check_gguf, write_gguf
+from hf_npeff.weights.layouts import Layout, as_linear_delta, check_all_linear, place_of_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 AdapterKind = Literal["lora", "shira", "delta"]
 _KINDS = {"lora": "LoRA", "shira": "SHiRA", "delta": "dense"}
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
-_WEIGHTS, _CONFIG = WEIGHTS, CONFIG
-
-
-def layout_of(model: nn.Module, parameter: str) -> Layout:
-    """What a parameter, by its name in the bare model, is to PEFT."""
-    return layouts_of(model, [parameter])[parameter]
-
-
-def layouts_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, Layout]:
-    """`layout_of` several parameters."""
-    modules = bare_modules(model)
-    places = {name: name.rpartition(".") for name in parameters}
-    # What an adapter adds has no place in the bare model.
-    layouts = {n: _layout(modules.get(p) or model.get_submodule(p), leaf) for n, (p, _, leaf) in places.items()}
-    if "other" in layouts.values():
-        layouts |= {n: layout for n, layout in _layouts_of_experts(model).items() if n in layouts}
-    return layouts
-
-
-def _layouts_of_experts(model: nn.Module) -> dict[str, Layout]:
-    """Of the parameters of fused experts that hold a matrix for each.
-
-    PEFT takes a module's word for it that they are transposed, and knows nothing of those that do not give it.
-    """
-    bare = bare_module_names(model)
-    layouts: dict[str, Layout] = {}
-    for path, experts in find_experts(model).items():
-        for weight in experts.weights:
-            if not weight.flat and weight.transposed == getattr(experts.module, "is_transposed", False):
-                name = bare_name(f"{path}.{weight.name}", bare)
-                layouts[name] = "experts-transposed" if weight.transposed else "experts"
-    return layouts
-
-
-def as_linear_delta(value: Tensor, layout: Layout) -> LinearDelta:
-    """A weight's ΔW, shaped like the weight, as one of (out, in); those of experts lie one below the other."""
-    value = value if layout in ("linear", "experts") else value.mT
-    return LinearDelta(value.flatten(0, -2), experts=len(value) if layout.startswith("experts") else 1)
-
-
-def _layout(module: nn.Module, leaf: str) -> Layout:
-    if leaf == "bias" and isinstance(module, nn.Linear | Conv1D):
-        return "bias"
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, Conv1D):
-        return "conv1d"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "norm" if "norm" in type(module).__name__.lower() else "other"
-
-
-def place_of_experts(parameter: str, layouts: Mapping[str, Layout]) -> str:
-    """The module of PEFT's that carries a fused parameter: those of one module wrap each other, the last outermost."""
-    module = parameter.rpartition(".")[0]
-    beside = [n for n in layouts if n.rpartition(".")[0] == module and layouts[n].startswith("experts")]
-    beside.sort(key=lambda n: n.endswith(".down_proj"))  # as transformers' experts define them
-    return module + ".base_layer" * (len(beside) - 1 - beside.index(parameter))
-
-
-def check_all_linear(layouts: Mapping[str, Layout]) -> None:
-    """Refuse a change of anything but linear maps' weights, where it is to be added in the activations.
-
-    Raises:
-        UnsupportedModelError: if a parameter is something else.
-    """
-    if wrong := [f"{name} ({layout})" for name, layout in layouts.items() if layout not in LINEAR_LAYOUTS]:
-        raise UnsupportedModelError(
-            f"{', '.join(wrong[:3])} cannot be changed in the activations, only the weights of linear maps can; use "
-            "ParameterDirection.applied_to, which moves the weights themselves, or load the adapter with PEFT"
-        )
 
 
 @dataclass(repr=False)
@@ -185,7 +99,7 @@ class Adapter(Readable):
     info: dict[str, Any] = field(default_factory=dict)
 
     _KIND = "adapter"
-    _FILES = (_WEIGHTS, _CONFIG)
+    _FILES = (WEIGHTS, CONFIG)
 
     @property
     def loads_in(self) -> list[str]:
@@ -374,23 +288,8 @@ class Adapter(Readable):
             ValueError: if an adapter of another rank, kind or model lies there: PEFT reads two files, which cannot be
                 replaced in one step.
         """
-        folder = Path(directory)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.tensors.items()}
-        # PEFT warns of settings that it does not know; what else is to be kept goes into the file of the weights.
-        metadata = {"format": "pt", **({} if self.weights is None else {"base_model_weights": self.weights})}
-        weights, config = tensors_to_bytes(tensors, metadata), json_bytes(self.config)
         card = None if self.about is None else self.card()
-        if self.kind != "delta":
-            _check_replaceable(folder, config)
-        folder.mkdir(parents=True, exist_ok=True)
-        if card is not None:
-            write_card(folder, card)
-        if self.kind == "delta":
-            config = json_bytes({**self.config, "sha256": hashlib.sha256(weights).hexdigest()})
-            write_together(folder, {_WEIGHTS: weights, _CONFIG: config})
-            return
-        write_atomically(folder / _WEIGHTS, weights)
-        write_atomically(folder / _CONFIG, config)
+        write_adapter(Path(directory), self.tensors, self.config, weights_hash=self.weights, card=card)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Adapter:
@@ -435,130 +334,3 @@ class Adapter(Readable):
         if self.about is not None:
             write_card(folder, self.card(repo_id, datasets=datasets, license=license))
         replace(self, about=None).save_pretrained(folder)
-
-
-def _check_replaceable(folder: Path, config: bytes) -> None:
-    """Refuse to write over an adapter with another config: a crash in between would leave half of each."""
-    if (folder / _WEIGHTS).exists() and (folder / _CONFIG).exists() and (folder / _CONFIG).read_bytes() != config:
-        raise ValueError(
-            f"{folder} holds another adapter, with other settings or for another model; save to another folder, or "
-            f"remove {_CONFIG} and {_WEIGHTS} there first"
-        )
-
-
-def retained(deltas: Mapping[str, Tensor], kept: Mapping[str, float]) -> float:
-    """The share of the squared norm of all deltas together, from the share of each."""
-    energies = {name: float(delta.double().square().sum()) for name, delta in deltas.items()}
-    total = sum(energies.values())
-    return sum(kept[name] * energy for name, energy in energies.items()) / total if total else 1.0
-
-
-def check_rank(rank: int) -> None:
-    """Refuse what is no positive whole number.
-
-    Raises:
-        ValueError: if it is not one.
-    """
-    if not is_count(rank):
-        raise ValueError(f"rank must be a positive whole number, but it is {rank!r}")
-
-
-def peft_config(peft_type: str, info: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
-    """What every adapter_config.json of PEFT holds."""
-    return {
-        "peft_type": peft_type,
-        "task_type": _TASK_TYPES.get(str(info.get("task"))),
-        "base_model_name_or_path": info.get("model"),
-        "revision": info.get("revision"),
-        "inference_mode": True,
-        "r": rank,
-        "target_modules": list(targets),
-        "auto_mapping": _auto_mapping(info),
-    }
-
-
-def _auto_mapping(info: Mapping[str, Any]) -> dict[str, str] | None:
-    """What AutoPeftModel needs where the task has no type of PEFT's that loads without a saved head."""
-    if str(info.get("task")) in _TASK_TYPES or not info.get("architecture"):
-        return None
-    return {"base_model_class": str(info["architecture"]), "parent_library": str(info.get("module"))}
-
-
-def shira(
-    deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], *, rank: int, scale: float, info: Mapping[str, Any]
-) -> Adapter:
-    """A sparse SHiRA adapter: the r·(in + out) largest entries of every linear weight's delta.
-
-    Args:
-        deltas: {parameter name: ΔW (out, in)}.
-        layouts: all "linear": PEFT's SHiRA takes nothing else.
-        rank: r, PEFT's measure of how many entries a module has.
-        scale: the deltas are multiplied with it.
-        info: `model`, `revision` and `task`.
-
-    Raises:
-        UnsupportedModelError: if a parameter is not a linear map's weight.
-        ValueError: if the rank or the scale is out of range.
-    """
-    scale = check_scale(scale)
-    check_rank(rank)
-    if wrong := [n for n in deltas if layouts[n] != "linear"]:
-        raise UnsupportedModelError(f"SHiRA carries nn.Linear weights only, not {wrong[:3]}; use LoRA or kind='delta'")
-    tensors: dict[str, Tensor] = {}
-    kept: dict[str, float] = {}
-    targets = []
-    for name, delta in deltas.items():
-        module = name.rpartition(".")[0]
-        flat = delta.flatten().float()
-        size = rank * sum(delta.shape)
-        if size > flat.numel():
-            raise ValueError(
-                f"rank={rank} asks for {size} entries of {name}, which has {flat.numel()}; use a smaller rank or LoRA"
-            )
-        where = torch.topk(flat.abs(), size).indices.sort().values
-        tensors[f"{PREFIX}{module}.shira_weight"] = flat[where] * scale
-        rows, columns = where // delta.shape[1], where % delta.shape[1]
-        tensors[f"{PREFIX}{module}.shira_indices"] = torch.stack([rows, columns]).to(torch.int32)
-        energy = float(flat.double().square().sum())
-        kept[name] = float(flat[where].double().square().sum()) / energy if energy else 1.0
-        targets.append(module)
-    config = {**peft_config("SHIRA", info, rank, targets), "mask_type": "random"}
-    shapes = {name: (delta.shape[0], delta.shape[1]) for name, delta in deltas.items()}
-    return Adapter("shira", tensors, config, retained(deltas, kept), dict(layouts), kept, shapes=shapes)
-
-
-def dense(
-    deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], *, scale: float, info: Mapping[str, Any]
-) -> Adapter:
-    """The whole delta, for `ParameterDirection.from_pretrained`.
-
-    Raises:
-        ValueError: if the scale is 0 or not finite.
-    """
-    scale = check_scale(scale)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "library_name": "hf_npeff",
-        "kind": "delta",
-        "base_model_name_or_path": info.get("model"),
-        "revision": info.get("revision"),
-        "scale": scale,
-        "layouts": dict(layouts),
-        "info": dict(info),
-    }
-    tensors = {name: value.float() * scale for name, value in deltas.items()}
-    return Adapter("delta", tensors, config, 1.0, dict(layouts))
-
-
-def load_delta(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """{parameter name: ΔW} and the config of a dense delta's folder.
-
-    Raises:
-        CorruptStoreError: if a file is missing, altered or foreign.
-        FormatVersionError: if another version of the format wrote it.
-    """
-    folder = Path(directory)
-    if read_json(folder / _CONFIG, None).get("kind") != "delta":
-        raise CorruptStoreError(f"{folder} does not hold a dense delta; PEFT's adapters load with PeftModel")
-    config = read_json(folder / _CONFIG)
-    return read_tensors(file_of(folder, _WEIGHTS, config.get("sha256"))), config

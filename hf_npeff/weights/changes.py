@@ -28,7 +28,7 @@ from hf_npeff.fisher.linear_layers import is_at_hand, is_linear
 from hf_npeff.fisher.tasks import task_of
 from hf_npeff.fisher.weights_hash import identity_of
 from hf_npeff.pefs.weights_identity import difference as difference_of_identities
-from hf_npeff.weights.adapters import Layout
+from hf_npeff.weights.layouts import Layout
 from hf_npeff.weights.moved_weights import squared_norm
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from hf_npeff.sharing.direction_cards import DirectionFacts
 from hf_npeff.sharing.files import FORMAT_VERSION, file_of, json_bytes, read_json, read_tensors, write_together
 from hf_npeff.sharing.hub import LIBRARY, text_columns
 from hf_npeff.sharing.protocols import ReportLike
-from hf_npeff.weights.adapters import Layout, load_delta
+from hf_npeff.weights.dense_delta import load_delta
+from hf_npeff.weights.layouts import Layout
 
 DIRECTION_FILE = "direction.safetensors"
 

@@ -22,19 +22,14 @@ from hf_npeff.sharing.direction_cards import direction_card
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.sharing.protocols import ReportLike
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations
-from hf_npeff.weights.adapters import (
-    Adapter,
-    AdapterKind,
-    Layout,
-    as_linear_delta,
-    check_all_linear,
-    dense,
-    shira,
-)
+from hf_npeff.weights.adapters import Adapter, AdapterKind
 from hf_npeff.weights.arithmetic import DirectionArithmetic
+from hf_npeff.weights.dense_delta import dense
 from hf_npeff.weights.direction_folder import DIRECTION_FILE, facts_of, read_direction, write_direction
+from hf_npeff.weights.layouts import Layout, as_linear_delta, check_all_linear
 from hf_npeff.weights.lora import lora
 from hf_npeff.weights.moved_weights import squared_norm, weights_moved
+from hf_npeff.weights.shira import shira
 
 
 class ParameterDirection(Readable, DirectionArithmetic):

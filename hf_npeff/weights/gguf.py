@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_npeff import extras
 from hf_npeff.errors import CorruptStoreError, UnsupportedModelError
-from hf_npeff.weights.adapter_folder import Layout
+from hf_npeff.weights.layouts import Layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

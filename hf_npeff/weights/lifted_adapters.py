@@ -22,7 +22,8 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes
 from hf_npeff.sharing.files import read_json, read_tensors, sha256_of, write_json
-from hf_npeff.weights.adapters import Adapter, Layout
+from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.layouts import Layout
 from hf_npeff.weights.lifting import check_faithful, sketch_of
 from hf_npeff.weights.lora import MATRICES, assembled
 from hf_npeff.weights.low_rank import Rows, lift_low_rank, mixture_of

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from hf_npeff.config import check_scale
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.weights.adapter_folder import PREFIX, Layout
-from hf_npeff.weights.adapters import Adapter, check_rank, peft_config, place_of_experts, retained
+from hf_npeff.weights.adapter_folder import PREFIX
+from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.layouts import Layout, place_of_experts
+from hf_npeff.weights.peft_config import check_rank, peft_config, retained
 
 MATRICES = ("linear", "conv1d", "embedding")
 """Layouts that get two factors."""

@@ -21,8 +21,9 @@ from hf_npeff.data import Example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations, random_like
-from hf_npeff.weights.adapters import LINEAR_LAYOUTS, Adapter
+from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.layouts import LINEAR_LAYOUTS
 from hf_npeff.weights.lora import low_rank
 
 if TYPE_CHECKING:

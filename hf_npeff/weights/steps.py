@@ -18,8 +18,8 @@ from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.activations import ChangedActivations, LinearDelta
-from hf_npeff.weights.adapters import LINEAR_LAYOUTS
 from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.layouts import LINEAR_LAYOUTS
 
 logger = logging.getLogger(__name__)
 FLOOR = torch.finfo(torch.float32).eps

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from hf_npeff import Adapter, FisherConfig, NPEFFAnalyzer, ParameterDirection
-from hf_npeff.weights.adapters import layout_of
+from hf_npeff.weights.layouts import layout_of
 
 TOKENS = (1, 50, 60, 70, 80, 90, 100, 42, 77)
 """A prompt that every model's vocabulary has."""
