@@ -13,7 +13,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 KEPT = DOCS / "studies" / "languages.json"
-"""As examples/05_take_a_language_out.py writes it."""
+"""In the form that examples/05_take_a_language_out.py writes; put together by hand, see docs/languages.md."""
 _LABELS, _WIDTH, _ROW, _TOP = 230, 480, 26, 46
 _STYLE = """\
 text{font:12px system-ui,sans-serif;fill:#24292f}.axis{stroke:#d0d7de}.s0{fill:#0969da;stroke:#0969da}

@@ -7,6 +7,8 @@ directions, selective ones, and selective ones with a second pass. The cosine of
 exact lifting, by a whole SVD, of a few components. Memory is the peak of lifting in a process of its own, over that of
 computing the PEFs in another, as a multiple of the adapters' size. 16 components are then measured, all together in the
 activations and one after another with moved weights, as this library did before (`in_place`), which is kept here alone.
+
+It was never run from beginning to end: no figures of it are kept, and docs/benchmarks.md has none.
 """
 
 from __future__ import annotations

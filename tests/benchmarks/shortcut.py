@@ -3,7 +3,7 @@
     python -m tests.benchmarks.shortcut runs/shortcut/figures.json
 
 It prints the table, keeps the figures in docs/studies/shortcut.json and draws docs/figures/shortcut.svg, which follows
-the reader's choice of light or dark.
+the reader's choice of light or dark. The figures that are kept now were put together by hand: see docs/shortcut.md.
 """
 
 from __future__ import annotations
