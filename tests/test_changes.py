@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_npeff import IncompatibleWeightsError, NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
-from hf_npeff.weights.changes import outside
+from hf_npeff.weights.change_sums import outside
 from tests.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[9, 10, 11, 12]])

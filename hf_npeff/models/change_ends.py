@@ -16,15 +16,11 @@ from hf_npeff.models.checkpoints import Checkpoint, load_checkpoint
 from hf_npeff.pefs.weights_identity import shown
 from hf_npeff.sharing.files import read_json
 from hf_npeff.sharing.hub import is_hub_id
-from hf_npeff.weights.changes import (
-    adapter_deltas,
-    deltas_of_adapter,
-    difference,
-    provenance,
-    summed,
-    tied_weights,
-)
+from hf_npeff.weights.change_sums import summed
+from hf_npeff.weights.changes import difference, provenance
 from hf_npeff.weights.layouts import Layout, layouts_of
+from hf_npeff.weights.own_weights import tied_weights
+from hf_npeff.weights.peft_changes import adapter_deltas, deltas_of_adapter
 
 Change = tuple[dict[str, Tensor], dict[str, Layout], dict[str, Any]]
 """{parameter: ΔW}, what each parameter is, and what is known of the change."""

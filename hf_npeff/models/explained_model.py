@@ -24,7 +24,7 @@ from hf_npeff.pefs.weights_identity import difference
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.change_effects import SHUFFLED
 from hf_npeff.weights.change_report import ChangeReport
-from hf_npeff.weights.changes import inner
+from hf_npeff.weights.change_sums import inner
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.explaining import Grown, Seen, Watched, explained_change, shuffled
 from hf_npeff.weights.measurement import check_groups, is_linear

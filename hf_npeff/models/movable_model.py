@@ -14,9 +14,9 @@ from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
 from hf_npeff.weights.adapters import Adapter
-from hf_npeff.weights.changes import tied_weights
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.layouts import layouts_of
+from hf_npeff.weights.own_weights import tied_weights
 
 
 class MovableModel(AnalysedModel):

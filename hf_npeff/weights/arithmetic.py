@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from hf_npeff.config import check_scale
-from hf_npeff.weights.changes import check_one_base, projected_out, summed
+from hf_npeff.weights.change_sums import check_one_base, projected_out, summed
 from hf_npeff.weights.layouts import Layout
 from hf_npeff.weights.moved_weights import squared_norm
 

@@ -19,7 +19,7 @@ from hf_npeff.fisher.predictions import Predictions
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights import change_effects as effects
 from hf_npeff.weights.change_report import ChangeReport, ChangeStep, ComponentChange
-from hf_npeff.weights.changes import outside
+from hf_npeff.weights.change_sums import outside
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.measurement import interval, score
 
