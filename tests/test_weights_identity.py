@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import struct
@@ -22,7 +23,7 @@ from hf_npeff.data import Examples
 from hf_npeff.fisher import weights_hash
 from hf_npeff.fisher.weights_hash import digest, identity_of
 from hf_npeff.pefs import weights_identity
-from hf_npeff.pefs.weights_identity import WeightsIdentity
+from hf_npeff.pefs.weights_identity import SEVERAL, WeightsIdentity, joined
 from tests.tiny import tiny_batch, tiny_model
 
 CONFIG = FisherConfig(rank=2, sketch="identity", target_modules=["q_proj"])
@@ -354,6 +355,18 @@ def test_weights_that_meet_are_warned_of(tmp_path: Path, caplog: Any) -> None:
     joint = analyzer.decompose(both, 2, max_iterations=300, progress=False)
     with pytest.raises(IncompatibleWeightsError, match="joined"):
         analyzer.lift(joint, 0, both, data)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_joined_weights_are_nobodys_whatever_the_order(order: tuple[int, ...]) -> None:
+    """Oracle: the kinds themselves. Two known ones differ; what is unknown stays so; what says nothing has no say."""
+    a, b = (WeightsIdentity(name * 8).to_dict() for name in "ab")
+    several, unread = (WeightsIdentity(None, unknown=why).to_dict() for why in (SEVERAL, "on no device"))
+    for parts, expected in (
+        ([None, a, b], several), ([several, a, a], several), ([unread, a, a], unread), ([unread, several, a], several),
+        ([None, a, a], a), ([None, None, None], None),
+    ):  # fmt: skip
+        assert joined([parts[i] for i in order]) == expected
 
 
 def test_stores_of_older_versions_load_and_say_once_that_nothing_is_checked(tmp_path: Path, caplog: Any) -> None:

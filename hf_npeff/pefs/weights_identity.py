@@ -68,13 +68,18 @@ def difference(made: Mapping[str, Any] | None, now: Mapping[str, Any] | None) ->
 
 
 def joined(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """The identity of PEFs that are joined, with a warning where they are of different weights."""
-    first = parts[0]
-    if how := next(filter(None, (difference(first, other) for other in parts[1:])), None):
+    """The identity of PEFs that are joined, with a warning where they are of different weights.
+
+    Where some of the weights are known to be unknown, so are those of all. Parts of older versions, which say nothing,
+    are passed over.
+    """
+    said = [part for part in parts if part is not None]
+    known = [part for part in said if is_known(part)]
+    if how := next(filter(None, (difference(known[0], other) for other in known[1:])), None):
         logger.warning("PEFs of models with different weights are joined (%s); they cannot be lifted", how)
         return WeightsIdentity(None, unknown=SEVERAL).to_dict()
-    known = next((part for part in parts if part is not None), None)
-    return None if known is None else dict(known)
+    unknown = sorted((part for part in said if not is_known(part)), key=lambda part: part.get("unknown") != SEVERAL)
+    return next((dict(part) for part in (*unknown, *known)), None)
 
 
 def shown(identity: Mapping[str, Any] | None) -> str | None:
