@@ -274,6 +274,53 @@ def test_modules_that_compute_something_else_than_experts_are_left_out() -> None
     assert list(find_experts(plain)) == [""]
 
 
+class _Limited(_Doubled):
+    """Looks like experts, and limits what they give, which only large numbers reach."""
+
+    factor = 1.0
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return super().forward(hidden_states, top_k_index, top_k_weights).clamp(-200, 200)
+
+
+class _WithMore(_Doubled):
+    """Looks like experts, and needs what is not there."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        raise KeyError("capacity")
+
+
+def test_experts_that_limit_large_numbers_are_left_out() -> None:
+    """Oracle: the limit; random tokens of norm one do not reach it, those thirty times as large do."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        limited = _Limited()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    index, weights = torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
+    assert limited(x, index, weights).abs().max() < 200 <= limited(30 * x, index, weights).abs().max()
+    assert not find_experts(limited)
+
+
+@pytest.mark.parametrize(("cls", "reason"), [(_Doubled, "0.5 of its norm"), (_WithMore, "KeyError('capacity')")])
+def test_the_log_says_why_what_looks_like_experts_is_none(
+    cls: type[_Doubled], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: half of what the module gives is missing; the error that it raises."""
+    with caplog.at_level(logging.INFO):
+        assert not find_experts(torch.nn.ModuleDict({"mlp": cls()}))
+    assert cls.__name__ in caplog.text and "mlp" in caplog.text and reason in caplog.text
+
+
+def test_experts_in_8_bits_are_left_out_since_their_scales_lie_elsewhere() -> None:
+    """Oracle: the same module in 32 bits, whose experts are seen."""
+    plain = _Doubled()
+    plain.factor = 1.0
+    assert find_experts(plain)
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(plain, name, torch.nn.Parameter(getattr(plain, name).detach().to(torch.float8_e4m3fn), False))
+    assert not find_experts(plain)
+
+
 @pytest.fixture(scope="module")
 def lifted() -> dict[str, Any]:
     """A model of every layout with one of its components in the weights."""

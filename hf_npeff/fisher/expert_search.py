@@ -6,6 +6,7 @@ With random tokens, the forward pass of a known form (`expert_forms`) must give 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -17,7 +18,12 @@ from hf_npeff.fisher.expert_forms import DbrxExperts, ExpertsOfAllTokens, Expert
 from hf_npeff.fisher.experts import INTERCEPTIONS, Experts, FusedWeight
 from hf_npeff.fisher.fsdp import is_sharded
 from hf_npeff.fisher.linear_layers import is_at_hand
+from hf_npeff.fisher.memory import is_out_of_memory
 
+logger = logging.getLogger(__name__)
+
+_SCALES = (1.0, 30.0)
+"""Scales of a trial's tokens, as of `linear_layers`' probes: a limit on what experts give shows with large ones."""
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference of a trial's output that is rounding, by type; `_SAME_IN_16_BITS` for what has fewer bits."""
 _SAME_IN_16_BITS = 3e-2
@@ -37,7 +43,7 @@ def find_experts(model: nn.Module, names: Collection[str] | None = None) -> dict
     for parent, module in model.named_modules():
         for suffix, experts in _candidates(module):
             name = f"{parent}.{suffix}".strip(".")
-            if _is_the_same(experts) if names is None else name in names:
+            if _is_the_same(name, experts) if names is None else name in names:
                 by_name[name] = experts
     return by_name
 
@@ -86,7 +92,8 @@ def _fused(name: str, tensor: Any, experts: int = 0, *, transposed: bool = False
 
 
 def _is_quantised(tensor: Tensor) -> bool:
-    return not is_sharded(tensor) and is_traceable_wrapper_subclass(tensor)
+    """Whether a tensor holds other numbers than its own: a class of torchao's, or 8 bits with scales beside them."""
+    return not is_sharded(tensor) and (tensor.dtype.itemsize == 1 or is_traceable_wrapper_subclass(tensor))
 
 
 def _arguments(module: Any) -> int:
@@ -98,34 +105,52 @@ def _arguments(module: Any) -> int:
     return 0 if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters) else len(parameters)
 
 
-@torch.enable_grad()
-def _is_the_same(experts: Experts) -> bool:
+def _is_the_same(name: str, experts: Experts) -> bool:
     """Whether random tokens get the same output and gradient from the module and from `experts`."""
-    module = experts.module
-    if INTERCEPTIONS in vars(module):
+    if INTERCEPTIONS in vars(experts.module):
         return True  # it was tried before, and what it gives now is somebody's change of it
     if not all(is_at_hand(experts.tensor(weight)) for weight in experts.weights):
         return True
-    generator = torch.Generator().manual_seed(0)
-    first, *others = experts.trial(generator)
+    try:
+        difference = next(filter(None, (_difference(experts, scale) for scale in _SCALES)), None)
+    except Exception as error:  # it is called in some other way
+        if is_out_of_memory(error):
+            raise
+        difference = repr(error)
+    if difference is not None:
+        logger.info(
+            "%s (%s) looks like fused experts and is none, for random tokens: %s",
+            name or "the model",
+            type(experts.module).__name__,
+            difference,
+        )
+    return difference is None
+
+
+@torch.enable_grad()
+def _difference(experts: Experts, scale: float) -> str | None:
+    """How the output or the gradient of random tokens of this scale differs between the module and `experts`."""
+    module = experts.module
+    first, *others = experts.trial(torch.Generator().manual_seed(0))
     results = []
     training = module.training
     try:
         module.training = False
         with torch.random.fork_rng():
             for forward in (module.forward, lambda *values: experts.forward(lambda n, x, r, out: out, *values)):
-                x = first.clone().requires_grad_()
+                x = (scale * first).requires_grad_()
                 output = forward(x, *others)
                 weights = torch.linspace(-1, 1, output.numel(), device=output.device).reshape(output.shape)
                 (gradient,) = torch.autograd.grad((output * weights).sum(), x)
                 results.append((output.detach(), gradient))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # it is called in some other way
-        return False
     finally:
         module.training = training
+    if scale > 1 and not all(bool(value.isfinite().all()) for value in results[0]):
+        return None  # beyond the range of the type there is nothing to compare
     tolerance = _SAME.get(first.dtype, _SAME_IN_16_BITS)
-    return all(
-        a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm()) for a, b in zip(*results, strict=True)
-    )
+    for what, own, other in zip(("output", "gradient"), *results, strict=True):
+        if own.shape != other.shape:
+            return f"its {what} has the shape {tuple(own.shape)}, not {tuple(other.shape)}"
+        if not bool((own - other).norm() <= tolerance * own.norm()):
+            return f"its {what} differs by {float((own - other).norm() / own.norm()):.2g} of its norm"
+    return None

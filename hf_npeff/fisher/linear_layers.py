@@ -9,6 +9,7 @@ taken at their word, and a forward pass that cuts the gradient is noticed when i
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.fisher.memory import is_out_of_memory
 
+logger = logging.getLogger(__name__)
 Behaviour = Literal["product", "rounding", "other"]
 _PROBES = (1.0, 30.0)
 """Scales of the random inputs of a probe: what is linear near zero alone (a clamp) is not linear."""
@@ -73,9 +76,10 @@ def _probed(module: Any, scale: float) -> Behaviour:
         module.training = False
         with torch.random.fork_rng():
             output = module.forward(x)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever it needs, it is not x alone
+    except Exception as error:  # whatever it needs, it is not x alone
+        if is_out_of_memory(error):
+            raise
+        logger.info("a %s is no linear map: called with x alone, it fails: %r", type(module).__name__, error)
         return "other"
     finally:
         module.training = training
