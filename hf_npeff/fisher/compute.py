@@ -26,6 +26,7 @@ from hf_npeff.errors import NPEFFError
 from hf_npeff.fisher.batching import alike
 from hf_npeff.fisher.forward import NotFiniteError, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll
+from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.rechecks import Rechecks
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
@@ -256,10 +257,6 @@ class _BatchSize:
         logger.warning("out of memory: going on with at most %d tokens in a batch", self.max_tokens)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _shard(
     maker: RowMaker,
     start: int,
@@ -302,7 +299,7 @@ def _shard(
             forward.refuse_batches(str(error))
             continue
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             sizer.halve(len(batch), max(lengths[i] for i in batch), error)
             continue

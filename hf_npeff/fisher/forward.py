@@ -32,6 +32,7 @@ from hf_npeff.fisher.batching import (
 )
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.linear_maps import LinearMap, sees_images, shapes_of
+from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
 from hf_npeff.images import with_images_joined
@@ -62,6 +63,11 @@ class NotFiniteError(ValueError):
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 """What models raise for inputs of shapes that they do not take."""
+
+
+def _in_words(error: Exception) -> str:
+    """A model's own error, with its class: a `KeyError` says no more than a name."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_REASON]}"
 
 
 class _NotTogetherError(Exception):
@@ -165,18 +171,28 @@ class ForwardPass:
         try:
             self.head.outputs(self.model, self.batch([example], device))
         except _FAILURES as error:
-            self.trials.images_joined = True
-            try:
-                self.head.outputs(self.model, self.batch([example], device))
-            except _FAILURES:
-                self.trials.images_joined = self.trials.image_layout_is_known = False
-                raise ValueError(
-                    f"the model takes the images of example {example.id!r} neither as they are nor with a dimension of "
-                    f"examples before them ({' '.join(str(error).split())[:_REASON]}): give what its processor returns "
-                    "for this example, with return_tensors='pt'"
-                ) from error
+            self.trials.image_layout_is_known = False
+            if is_out_of_memory(error):
+                raise
+            self._try_images_joined(example, device, error)
         finally:
             self._state.restore()
+
+    def _try_images_joined(self, example: Example, device: torch.device | str, stacked: Exception) -> None:
+        """Settle that images are joined, where the model failed with `stacked` for those stacked by example."""
+        self.trials.image_layout_is_known = self.trials.images_joined = True
+        try:
+            self.head.outputs(self.model, self.batch([example], device))
+        except _FAILURES as error:
+            self.trials.image_layout_is_known = self.trials.images_joined = False
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"the model takes the images of example {example.id!r} neither as they are nor with a dimension of "
+                f"examples before them ({_in_words(stacked)}): give what its processor returns for this example, with "
+                "return_tensors='pt'"
+            ) from stacked
+        logger.info("the images of a batch are joined, since stacked by example they fail: %s", _in_words(stacked))
 
     def outputs(self, examples: Sequence[Example]) -> Outputs:
         """One forward pass.
@@ -309,12 +325,10 @@ class ForwardPass:
             together = self.outputs(examples)
         except NotFiniteError:
             return float("inf")
-        except torch.OutOfMemoryError:
-            raise
         except _FAILURES as error:
-            if "can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise
-            raise _NotTogetherError(" ".join(str(error).split())[:_REASON]) from error
+            raise _NotTogetherError(_in_words(error)) from error
         return max(
             relative_change(together.logits[i][together.valid[i]], own.logits[0][own.valid[0]])
             for i, own in enumerate(alone)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.batching import percent, relative_change, row_tolerance, span_of
+from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.row_check import check_rows
 from hf_npeff.fisher.rows import RowMaker
 
@@ -105,7 +106,9 @@ class Rechecks:
         maker = self._maker
         try:
             check = check_rows(maker.forward, maker.config, maker.metric, [example])
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             logger.info("example %r is too long for its gradients to be compared with autograd's", example.id)
             return None
         if check.unseen:
