@@ -44,7 +44,9 @@ def test_an_adapter_and_its_card_say_where_it_loads() -> None:
     assert plain.loads_in == [runtime.name for runtime in RUNTIMES]
     norms = direction_of(model, r"(q_proj|norm)\.weight").to_adapter(rank=2, model=model)
     assert norms.loads_in == ["PEFT", "transformers"]
-    assert "| Loads in | PEFT, transformers; not OpenVINO GenAI" in norms.card()
+    assert "| Loads in | PEFT, transformers; not OpenVINO GenAI, which drops a part" in norms.card()
+    # transformers takes a SHiRA adapter whole and applies it to other entries of the weights: nothing is dropped.
+    assert where_it_loads("shira", ["linear"]) == "PEFT; not transformers, which changes other weights without a word"
 
 
 @pytest.mark.parametrize("scale", [0.7, -3.0])

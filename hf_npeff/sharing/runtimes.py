@@ -21,6 +21,11 @@ _PART_OF: dict[str, Part] = {
     "norm": "norms",
 }
 _WORST: tuple[Verdict, ...] = ("wrong", "dropped", "refused", "not tested", "loads")
+_SILENT: dict[Verdict, str] = {
+    "dropped": "drops a part without a word",
+    "wrong": "changes other weights without a word",
+}
+"""What a card warns of: nothing else would tell."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,8 @@ def where_it_loads(kind: str, layouts: Iterable[str]) -> str:
     if not told:
         return "hf_npeff alone"
     good = ", ".join(name for name, verdict in told.items() if verdict == "loads")
-    bad = [name for name, verdict in told.items() if verdict in ("dropped", "wrong")]
-    return good + (f"; not {', '.join(bad)}, which drops a part without a word" if bad else "")
+    warnings = [f"; not {name}, which {_SILENT[verdict]}" for name, verdict in told.items() if verdict in _SILENT]
+    return good + "".join(warnings)
 
 
 def table() -> list[str]:
