@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from hf_npeff import Decomposition, DecompositionConfig, FisherConfig
 from hf_npeff.cli import app
 from hf_npeff.decomposition.associations import AssociationRequest, log_tails
+from hf_npeff.decomposition.features import features_of
 from hf_npeff.sharing.cards import decomposition_card
 from tests.random_decomposition import WORDS, random_decomposition
 
@@ -72,6 +73,19 @@ def test_planted_words_and_columns_are_named_first() -> None:
     words = planted().associations(columns=["text"])
     assert next(numbers for feature, numbers in words.groups.items() if "zebra" in feature) == [1, 2]
     assert "sesame oil" in words[0].associations[0].feature  # without the column the words stand for themselves
+
+
+def test_a_threshold_says_the_number_that_parts_the_examples() -> None:
+    """Oracle: the examples counted by the number in the feature's text; a column without any number has no feature."""
+    years = [1951 + i for i in range(60)]
+    columns = {"year": years, "score": [float("nan") for _ in years]}
+    features = features_of(columns, {}, texts=False)
+    assert sorted(feature.text.split()[:2] for feature in features) == [["year", "≤"], ["year", "≥"]]
+    for feature in features:
+        _, sign, number = feature.text.split()
+        assert feature.where == [
+            i for i, y in enumerate(years) if (y <= float(number) if sign == "≤" else y >= float(number))
+        ]
 
 
 def test_accuracy_is_counted_on_a_components_examples_and_on_the_others() -> None:

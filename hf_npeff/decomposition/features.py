@@ -115,9 +115,11 @@ def _add_columns(
         elif column.kind == "number" and column.data is not None:
             data = torch.from_numpy(column.data).double()
             known = data[~data.isnan()]
+            if not len(known):
+                continue
             low, high = torch.quantile(known, torch.tensor(_NUMBERS, dtype=torch.float64)).tolist()
-            has["column", f"{column.name} ≤ {low:.3g}"] = (data <= low).nonzero()[:, 0].tolist()
-            has["column", f"{column.name} ≥ {high:.3g}"] = (data >= high).nonzero()[:, 0].tolist()
+            has["column", f"{column.name} ≤ {low:g}"] = (data <= low).nonzero()[:, 0].tolist()
+            has["column", f"{column.name} ≥ {high:g}"] = (data >= high).nonzero()[:, 0].tolist()
 
 
 def _distinct(has: Mapping[tuple[Kind, str], list[int]], n: int) -> list[Feature]:
