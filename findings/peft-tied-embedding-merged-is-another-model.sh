@@ -44,4 +44,4 @@ for target, tied in (("embed_tokens", True), ("embed_tokens", False), ("down_pro
 off = {key: off / moved for key, (moved, off) in results.items()}
 sys.exit(0 if off["embed_tokens", True] > 0.5 and max(off["embed_tokens", False], off["down_proj", True]) < 1e-3 else 1)
 PYTHON
-"$folder/venv/bin/python" "$folder/merged.py" 2> /dev/null
+"$folder/venv/bin/python" "$folder/merged.py" 2> "$folder/errors" || { tail -5 "$folder/errors"; exit 1; }

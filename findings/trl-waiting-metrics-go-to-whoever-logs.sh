@@ -7,7 +7,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 torch==2.13.0
+"$folder/venv/bin/python" -m pip install --quiet trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 torch==2.13.0 \
+    datasets==5.2.0 tokenizers==0.23.3
 cat > "$folder/logged.py" <<'PYTHON'
 import sys
 
