@@ -142,7 +142,7 @@ class AssociationRequest:
         top: associations of a component that are kept, the most certain ones.
         level: corrected p-value up to which an association counts.
         shuffles: how often the examples are shuffled; the smallest corrected p-value is 1 / (shuffles + 1).
-        max_examples: the max examples of more examples than this, so many are drawn at random.
+        max_examples: if there are more examples, so many are drawn at random.
         seed: the seed of the shuffles and the drawing.
 
     Raises:

@@ -135,8 +135,8 @@ class Associations(Sequence[ComponentAssociations]):
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; each component with its automatic label."""
         values = asdict(self)
-        for component, made in zip(self.components, values["components"], strict=True):
-            made["automatic_label"] = component.label
+        for component, content in zip(self.components, values["components"], strict=True):
+            content["automatic_label"] = component.label
         return values
 
     def __repr__(self) -> str:

@@ -56,10 +56,10 @@ def _meaning(now: Decomposition) -> dict[str, list[Any]]:
     """What the examples of each component have in common, and how often the model is right on them."""
     if not described_by(now.columns):
         return {name: [None] * len(now) for name in ("accuracy", "association", "associated")}
-    found = now.associations(texts=now.texts is not None)
-    first = [next(iter(one.associations), None) for one in found]
+    components = now.associations(texts=now.texts is not None)
+    first = [next(iter(component.associations), None) for component in components]
     return {
-        "accuracy": [None if one.accuracy is None else one.accuracy[0] for one in found],
+        "accuracy": [None if component.accuracy is None else component.accuracy[0] for component in components],
         "association": [None if a is None else a.feature for a in first],
         "associated": [None if a is None else a.share for a in first],
     }

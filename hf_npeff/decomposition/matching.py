@@ -72,9 +72,9 @@ def baseline(decomposition: Decomposition, pefs: PEFs, *, of_coefficients: bool)
         _, S = similarities(decomposition, again)
     else:
         S = (decomposition.pseudo_fishers.double() @ again.pseudo_fishers.double().T).abs()
-    found = {i: s for i, _, s in matches(S)}
-    lowest = float(torch.quantile(torch.tensor(list(found.values()), dtype=torch.float64), 0.05))
-    return Baseline(found, again.explained, lowest)
+    similarity = {i: s for i, _, s in matches(S)}
+    lowest = float(torch.quantile(torch.tensor(list(similarity.values()), dtype=torch.float64), 0.05))
+    return Baseline(similarity, again.explained, lowest)
 
 
 def matches(S: Tensor) -> list[tuple[int, int, float]]:

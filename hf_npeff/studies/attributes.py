@@ -16,7 +16,7 @@ class Attributes:
     """Annotations of n examples as yes-or-no attributes.
 
     Attributes:
-        names: the names of the attributes, a of them, "column=value" or a column of booleans.
+        names: a names, one for each attribute: "column=value", or a column of booleans.
         values: (n, a) of 1, 0 and NaN, which is "not annotated".
         excluded: {attribute or column: why it is left out}.
 

@@ -196,7 +196,7 @@ class TaskResult(StudyResult):
         excluded: {why: how many rows}.
         accuracy: share of prompts whose likeliest next token begins an accepted answer.
         decomposition: the decomposition of the prompts.
-        factors: the factors of the annotated columns, or None where there are none that can be measured.
+        factors: the scores of the annotated columns, or None where there are none that can be measured.
         reason: why there are no factors.
     """
 

@@ -27,6 +27,7 @@ import torch
 
 from hf_npeff import ChangeReport, FisherConfig, NPEFFAnalyzer, ParameterDirection
 from tests.benchmarks.measure import machine
+from tests.benchmarks.sets import train
 from tests.trigger_words import RULES, TrainedCase, sentences, trained, trained_case
 
 QUICK: dict[str, Any] = {"n_restarts": 2, "max_iterations": 300, "tolerance": 1e-6}
@@ -160,14 +161,7 @@ def fine_tuned(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = copy.deepcopy(model).train()
-        model.get_input_embeddings().requires_grad_(False)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
-        for _ in range(steps):
-            batch = [rows[i] for i in torch.randint(len(rows), (16,)).tolist()]
-            inputs = tokenizer([row["text"] for row in batch], padding=True, return_tensors="pt")
-            model(**inputs, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(model, tokenizer, rows, steps)
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,20 @@ def classifier(rows: list[dict[str, Any]], steps: int = STEPS) -> tuple[Any, Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(package, num_labels=INTENTS).train()
-        model.get_input_embeddings().requires_grad_(False)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
-        for _ in range(steps):
-            batch = [rows[i] for i in torch.randint(len(rows), (16,)).tolist()]
-            inputs = tokenizer([row["text"] for row in batch], padding=True, return_tensors="pt")
-            model(**inputs, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train(model, tokenizer, rows, steps)
     return model.eval(), tokenizer
+
+
+def train(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], steps: int) -> None:
+    """So many steps of a classifier on batches of 16 rows, drawn from torch's own generator; its embeddings frozen."""
+    model.get_input_embeddings().requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    for _ in range(steps):
+        batch = [rows[i] for i in torch.randint(len(rows), (16,)).tolist()]
+        inputs = tokenizer([row["text"] for row in batch], padding=True, return_tensors="pt")
+        model(**inputs, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @torch.no_grad()

@@ -142,20 +142,8 @@ function componentView(j) {
         component.stability === null
           ? null
           : pill("stable", number(component.stability, 2), "Mean best |cosine| with the components of other restarts"),
-        component.accuracy
-          ? pill(
-              "right",
-              percent(component.accuracy[0]),
-              `Of its examples; of the others ${percent(component.accuracy[1])}`,
-            )
-          : null,
-        component.error
-          ? pill(
-              "mean error",
-              number(component.error[0]),
-              `On its examples; on the others ${number(component.error[1])}`,
-            )
-          : null,
+        pillInAndOut("right", component.accuracy, percent),
+        pillInAndOut("mean error", component.error, number),
         ratio === null ? null : pill("KL ratio", number(ratio), "KL on its top examples over KL on others"),
         categories()
           .slice(0, 3)
@@ -196,4 +184,9 @@ function componentView(j) {
     ),
   );
   setTitle(labelOf(j));
+}
+
+/** A number on a component's examples, and in words that on the others; nothing where it is not known. */
+function pillInAndOut(name, pair, shown) {
+  return pair ? pill(name, shown(pair[0]), `On its examples; on the others ${shown(pair[1])}`) : null;
 }
