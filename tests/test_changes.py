@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from hf_npeff import IncompatibleWeightsError, NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
+from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.change_sums import outside
+from hf_npeff.weights.directions import as_direction
+from hf_npeff.weights.own_weights import tied_weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[9, 10, 11, 12]])
@@ -308,3 +311,54 @@ def test_an_adapter_that_does_nothing_is_refused_and_so_is_one_without_a_base(tm
     with pytest.raises(UnsupportedModelError, match="base="):
         ParameterDirection.from_adapter(tmp_path / "zero")
     assert NPEFFAnalyzer(model_of()).weights()["hash"]
+
+
+def tied_pair(names: list[str]) -> tuple[Any, Any]:
+    """A tiny model with tied weights, and the same with a LoRA at some of their modules."""
+    base = model_of("llama", tie_word_embeddings=True)
+    return base, adapted(model_of("llama", tie_word_embeddings=True), peft.LoraConfig(r=2, target_modules=names))
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_an_adapter_of_one_module_of_a_tied_weight_is_no_change_of_the_weight(names: list[str], tmp_path: Path) -> None:
+    """Oracle: PEFT adds what it learned behind that module alone; the weight would move in both."""
+    base, wrapped = tied_pair(names)
+    wrapped.save_pretrained(tmp_path)
+    for make in (
+        lambda: ParameterDirection.from_adapter(tmp_path, base=base, check_base=False),
+        lambda: ParameterDirection.from_adapter(wrapped),
+    ):
+        with pytest.raises(ValueError, match="are one tied weight"):
+            make()
+
+
+def test_an_adapter_of_both_modules_of_a_tied_weight_moves_it_once(tmp_path: Path) -> None:
+    """Oracle: the model with the direction that the adapter was made of; PEFT's own logits."""
+    base = model_of("llama", tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    rows, columns = base.get_parameter(name).shape
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(rows, 2, generator=generator) @ torch.randn(2, columns, generator=generator)
+    direction = ParameterDirection({name: delta}, {name: "embedding"}, tied_weights(base, [name]))
+    made = direction.to_adapter(rank=2, scale=0.5)
+    made.save_pretrained(tmp_path)
+    with direction.applied_to(base, 0.5), torch.no_grad():
+        expected = base(IDS).logits
+    loaded = peft.PeftModel.from_pretrained(model_of("llama", tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    read = Adapter.load(tmp_path)
+    assert len(read.layouts) == 2
+    changes = [as_direction(made, base), as_direction(read, base)]
+    changes.append(ParameterDirection.from_adapter(tmp_path, base=base, check_base=False))
+    for change in changes:
+        with change.applied_to(base), torch.no_grad():
+            torch.testing.assert_close(base(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fine", [torch.float16, torch.float32])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_coarser_copy_differs_by_nothing_whichever_comes_first(fine: torch.dtype, backwards: bool) -> None:
+    """Oracle: bfloat16 has the same bytes as float16, and fewer digits: a copy in it is the same model."""
+    ends = [model_of().to(fine), model_of().to(fine).to(torch.bfloat16)]
+    with pytest.raises(ValueError, match="to rounding"):
+        ParameterDirection.between(*(reversed(ends) if backwards else ends))

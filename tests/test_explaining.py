@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -282,13 +283,18 @@ def test_reports_are_kept_with_and_without_texts(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_explained_as_its_direction() -> None:
-    """Oracle: the report of the direction that the adapter holds."""
+    """Oracle: the report of the direction that the adapter holds; one of other weights is refused."""
     analyzer, pefs, decomposition, data = world()
     lifted = analyzer.lift(decomposition, 1, pefs, data, selective=False)
     adapter = lifted.to_adapter(rank=16, scale=0.3)
     report = analyzer.explain_change(decomposition, pefs, data, adapter, **QUICK)
     again = analyzer.explain_change(decomposition, pefs, data, 0.3 * lifted, **QUICK)
     assert report.kl == pytest.approx(again.kl, rel=1e-3, abs=1e-7)
+    assert adapter.weights is not None
+    elsewhere = dataclasses.replace(adapter, weights="0" * len(adapter.weights))
+    with pytest.raises(IncompatibleWeightsError, match="the adapter was made for"):
+        analyzer.explain_change(decomposition, pefs, data, elsewhere, **QUICK)
+    analyzer.explain_change(decomposition, pefs, data, elsewhere, check_weights=False, **QUICK)
 
 
 def test_what_cannot_be_explained_is_refused() -> None:

@@ -19,7 +19,7 @@ from hf_npeff.sharing.hub import is_hub_id
 from hf_npeff.weights.change_sums import summed
 from hf_npeff.weights.changes import difference, provenance
 from hf_npeff.weights.layouts import Layout, layouts_of
-from hf_npeff.weights.own_weights import tied_weights
+from hf_npeff.weights.own_weights import each_once, tied_weights
 from hf_npeff.weights.peft_changes import adapter_deltas, deltas_of_adapter
 
 Change = tuple[dict[str, Tensor], dict[str, Layout], dict[str, Any]]
@@ -73,7 +73,7 @@ def change_of_adapter(
     if check_base:
         for name, place in places.items():
             _check_recorded(name, recorded[name][0], place, about)
-    parts = [(w, deltas_of_adapter(end.model, str(places[name]))) for name, w in wanted.items()]
+    parts = [(w, each_once(end.model, deltas_of_adapter(end.model, str(places[name])))) for name, w in wanted.items()]
     deltas, layouts = summed(parts, [layouts_of(end.model, part) for _, part in parts])
     if not deltas:
         raise ValueError(f"the adapters {list(wanted)} with these weights add up to nothing")
@@ -266,4 +266,5 @@ def _of_wrapped(model: nn.Module, base: Any) -> Change:
         for wrapper in acting:
             wrapper._disable_adapters = False
     info = about | {"method": "adapter", "adapters": dict.fromkeys(names, 1.0)}
+    deltas = each_once(model, deltas)
     return deltas, layouts_of(base_of(model), deltas), info | tied_weights(model, deltas)

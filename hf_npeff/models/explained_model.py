@@ -20,12 +20,12 @@ from hf_npeff.fisher.predictions import predict
 from hf_npeff.models.edited_model import EditedModel
 from hf_npeff.models.measured_model import MeasuredModel
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.pefs.weights_identity import difference
+from hf_npeff.pefs.weights_identity import difference, shown
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.change_effects import SHUFFLED
 from hf_npeff.weights.change_report import ChangeReport
 from hf_npeff.weights.change_sums import inner
-from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.directions import ParameterDirection, as_direction
 from hf_npeff.weights.explaining import Grown, Seen, Watched, explained_change, shuffled
 from hf_npeff.weights.measurement import check_groups, is_linear
 from hf_npeff.weights.row_products import row_products
@@ -87,8 +87,10 @@ class ExplainedModel(MeasuredModel, EditedModel):
             tuple(steps), by, count, growth, n_new, examples, draws, batch_size, seed, check_weights
         )
         analyzer = self.for_decomposition(decomposition)
-        direction = change if isinstance(change, ParameterDirection) else _as_direction(change)
+        direction = as_direction(change, analyzer.model)
         weights = analyzer.weights_for(decomposition, pefs, check_weights)
+        if check_weights and isinstance(change, Adapter):
+            _check_made_for(change, weights)
         in_place = analyzer._check_change(direction, request, weights)
         chosen = analyzer.examples_of(decomposition, dataset, pefs)
         check_groups(chosen, by)
@@ -210,11 +212,14 @@ def _analysed(change: ParameterDirection, names: Mapping[str, Any]) -> Parameter
     return ParameterDirection(kept, {name: change.layouts[name] for name in names}, unit=False)
 
 
-def _as_direction(adapter: Adapter) -> ParameterDirection:
-    """An adapter's change, from its config."""
-    deltas = {name: adapter.delta(name).float() for name in adapter.layouts}
-    info = {"model": adapter.config.get("base_model_name_or_path"), "revision": adapter.config.get("revision")}
-    return ParameterDirection(deltas, adapter.layouts, {**info, "method": "adapter"}, unit=False)
+def _check_made_for(adapter: Adapter, weights: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose file says that it is of other weights."""
+    now = shown(weights)
+    if adapter.weights is not None and now is not None and adapter.weights != now:
+        raise IncompatibleWeightsError(
+            f"the adapter was made for weights with the hash {adapter.weights}, and the model's have {now}: give the "
+            "analyzer the model that the adapter belongs to. check_weights=False goes on all the same."
+        )
 
 
 def _moved(model: Any, change: ParameterDirection, scale: float, in_place: bool) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from hf_npeff.models.adapted_model import RANK, AdaptedModel
 from hf_npeff.models.fisher_model import FisherModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.adapters import Adapter
-from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.directions import as_direction
 from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.lifting import select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
@@ -92,7 +92,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
             seed=seed,
             search_rounds=search_rounds,
         )
-        direction = _as_direction(direction)
+        direction = as_direction(direction, self.model)
         self.check_movable(direction, in_place=not is_linear(direction))
         component = decomposition.index_of(component)
         examples = self.examples_of(decomposition, dataset)
@@ -402,11 +402,3 @@ class MeasuredModel(FisherModel, AdaptedModel):
             active = active_examples(decomposition.transform(pefs))[:, component].tolist()
             known |= dict(zip((example.content for example in new), active, strict=True))
         return [known[example.content] for example in examples]
-
-
-def _as_direction(change: Change) -> ParameterDirection:
-    """An adapter as the dense direction that it is, of its own length."""
-    if isinstance(change, ParameterDirection):
-        return change
-    deltas = {name: change.delta(name) for name in change.layouts}
-    return ParameterDirection(deltas, change.layouts, {"method": "adapter"}, unit=False)

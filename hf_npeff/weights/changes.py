@@ -28,7 +28,7 @@ _NAMED = 5
 def difference(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What the effective weights of two models differ by.
 
-    Where the types differ, the wider weights are first rounded to the narrower type, so that a copy in 16 bits differs
+    Where the types differ, the finer weights are first rounded to the coarser type, so that a copy in 16 bits differs
     by nothing. A tied weight comes once, under its first name in `before`.
 
     Args:
@@ -68,7 +68,7 @@ def difference(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], 
     if not deltas:
         raise ValueError("the two models have the same weights" + (", to rounding" if rounded else "") + ": no change")
     if rounded:
-        logger.info("weights of different types were compared in the narrower one: %s", ", ".join(sorted(rounded)))
+        logger.info("weights of different types were compared in the coarser one: %s", ", ".join(sorted(rounded)))
     info = provenance(before) | {"method": "between", "after": name_of(after)} | tied_weights(before, deltas)
     if buffers := _changed_buffers(before, after):
         logger.warning("buffers differ too, which a change of weights does not carry: %s", buffers[:_NAMED])

@@ -22,6 +22,7 @@ from hf_npeff.sharing.direction_cards import direction_card
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.sharing.protocols import ReportLike
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations
+from hf_npeff.weights.adapter_folder import PREFIX
 from hf_npeff.weights.adapters import Adapter, AdapterKind
 from hf_npeff.weights.arithmetic import DirectionArithmetic
 from hf_npeff.weights.dense_delta import dense
@@ -29,6 +30,7 @@ from hf_npeff.weights.direction_folder import DIRECTION_FILE, facts_of, read_dir
 from hf_npeff.weights.layouts import Layout, as_linear_delta, check_all_linear
 from hf_npeff.weights.lora import lora
 from hf_npeff.weights.moved_weights import squared_norm, weights_moved
+from hf_npeff.weights.own_weights import each_once, own_weights
 from hf_npeff.weights.shira import shira
 
 
@@ -102,7 +104,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
     ) -> ParameterDirection:
         """What leads from one model's weights to another's: training, a merge, an adapter, an edit.
 
-        Weights of different types are compared in the narrower one. A tied weight comes once. The models stay as they
+        Weights of different types are compared in the coarser one. A tied weight comes once. The models stay as they
         are; adapters that act in them count as part of them.
 
         Args:
@@ -162,7 +164,8 @@ class ParameterDirection(Readable, DirectionArithmetic):
             IncompatibleWeightsError: if the adapter says that it was made for other weights.
             OSError: if the adapter or its base model is not there.
             UnsupportedModelError: if PEFT cannot merge the adapter, or the base model is quantised or offloaded.
-            ValueError: if the adapter does not fit the base model, or changes nothing.
+            ValueError: if the adapter does not fit the base model, changes modules that share a weight unlike each
+                other, or changes nothing.
 
         Example:
             >>> direction.to_adapter(rank=2, scale=0.3).save_pretrained("runs/some-lora")
@@ -363,3 +366,22 @@ class ParameterDirection(Readable, DirectionArithmetic):
             return cls(deltas, layouts, info, unit="natural_scale" not in info)
         except ValueError as error:
             raise CorruptStoreError(f"{directory} holds no direction: {error}") from error
+
+
+def as_direction(change: ParameterDirection | Adapter, model: nn.Module) -> ParameterDirection:
+    """An adapter as the dense direction of its own length that it is in a model; a direction as it is.
+
+    Raises:
+        UnsupportedModelError: if the adapter stores what a norm becomes.
+        ValueError: if it changes the modules of a tied weight otherwise than each other.
+    """
+    if isinstance(change, ParameterDirection):
+        return change
+    whole = {name: change.delta(name).float() for name in change.layouts}
+    # A LoRA reaches the modules that it has factors for, and any other change the weight wherever it is.
+    places = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in change.tensors}
+    also = {f"{place}.weight" for place in places} if change.kind == "lora" else own_weights(model)
+    deltas = each_once(model, whole, also)
+    info = {"model": change.config.get("base_model_name_or_path"), "revision": change.config.get("revision")}
+    layouts = {name: change.layouts[name] for name in deltas}
+    return ParameterDirection(deltas, layouts, {**info, "method": "adapter"}, unit=False)
