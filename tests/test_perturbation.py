@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_npeff import (
+    NPEFF,
     Decomposition,
     DecompositionConfig,
     FisherConfig,
@@ -177,6 +178,35 @@ def test_evaluating_components_gives_a_report_each_and_the_decomposition_keeps_t
         .card()
     )
     assert c.decomposition[4].top_examples(1).ids[0] in card and "Ratio" in card
+
+
+def test_predictions_are_measured_where_the_components_were_analysed() -> None:
+    """Oracle: an analyzer that has the decomposition's settings; another, of the same model, measures the same."""
+    model = tiny_model("gpt2", "causal-lm", dtype=torch.float32)
+    rows = tiny_batch(model, 16, seed=3)
+    fisher = FisherConfig(rank=2, positions="all", sketch="countsketch", sketch_dim=256)
+    same, other = NPEFFAnalyzer(model, fisher=fisher), NPEFFAnalyzer(model)
+    pefs = same.compute_pefs(rows, progress=False)
+    found = NPEFF(3, n_restarts=1, progress=False).fit(pefs)
+    direction = same.lift(found, 1, pefs, rows, selective=False)
+    (adapter,) = same.lift_adapters(found, pefs, rows, 2, [1], selective=False)
+    settings: dict[str, Any] = {"n_top": 4, "n_others": 6, "scale": 0.3}
+
+    def measured(analyzer: NPEFFAnalyzer) -> list[Any]:
+        alone = analyzer.evaluate_direction(direction, found, 1, rows, held_out=rows, **settings)
+        (adapted,) = analyzer.evaluate_adapters([adapter], found, rows, **settings)
+        whole, lifted = (
+            analyzer.evaluate_components(found, pefs, rows, [1], rank=r, lift={"selective": False}, **settings)[0]
+            for r in (None, 2)
+        )
+        pool = analyzer.off_target(direction, rows[:6], decomposition=found, component=1, rounds=0)
+        assert alone.held_out is not None
+        group = alone.held_out.to_dict()["steps"][0]["groups"]["all"]
+        return [*(r.best.top for r in (alone, adapted, whole, lifted)), group["kl"], pool.to_dict()]
+
+    assert measured(other) == measured(same)
+    last = NPEFFAnalyzer(model).measure(direction, rows, scales=(0.3,)).to_dict()["steps"][0]["groups"]["all"]
+    assert last["kl"] != pytest.approx(measured(same)[4], rel=0.05), "the last token alone is another question"
 
 
 def test_the_best_step_is_measured_on_held_out_data_by_group(

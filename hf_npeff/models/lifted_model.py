@@ -21,7 +21,6 @@ from hf_npeff.data import Example
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Reading
-from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.models.movable_model import MovableModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.directions import ParameterDirection
@@ -238,8 +237,7 @@ class LiftedModel(MovableModel):
     ) -> tuple[list[Example], Tensor | None]:
         """Examples, and (n, b) which of them each change does not spare; None where all are spared by all."""
         if decomposition is None:
-            limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
-            return list(limits.checked(self.read(dataset, reading, max_examples=max_examples))), None
+            return self._checked(self.read(dataset, reading, max_examples=max_examples)), None
         if max_examples is not None or reading != Reading():
             raise ValueError("with decomposition= the data set is read whole, and as it was analysed")
         if unknown := [repr(each) for each in changes if "component" not in each.info]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_npeff.config import (
     LiftRequest,
@@ -16,7 +16,6 @@ from hf_npeff.data import Example
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Reading
-from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.models.adapted_model import RANK, AdaptedModel
 from hf_npeff.models.fisher_model import FisherModel
 from hf_npeff.pefs.store import PEFs
@@ -28,6 +27,8 @@ from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_l
 from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target
 from hf_npeff.weights.perturbation import PerturbationReport
 from hf_npeff.weights.trials import evaluate, evaluate_together
+
+_Self = TypeVar("_Self", bound="MeasuredModel")
 
 _MEASURED_TOGETHER = 32
 """Adapters whose searches take turns. Chosen: each is held twice meanwhile, beside a random one of its size."""
@@ -95,16 +96,25 @@ class MeasuredModel(FisherModel, AdaptedModel):
         direction = as_direction(direction, self.model)
         self.check_movable(direction, in_place=not is_linear(direction))
         component = decomposition.index_of(component)
-        examples = self.examples_of(decomposition, dataset)
+        analyzer = self._predicting_as(decomposition)
+        examples = analyzer.examples_of(decomposition, dataset)
         if held_out is None and by is not None:
             raise ValueError(f"by={by!r} is a column of held_out, which is not given")
-        with self.forward_pass() as forward:
+        with analyzer.forward_pass() as forward:
             report = evaluate(forward, direction, decomposition, component, examples, request)
-        report = self._searched(report, direction, decomposition, examples, request)
+        report = analyzer._searched(report, direction, decomposition, examples, request)
         if held_out is None:
             return report
-        measured = self.measure(direction, held_out, scales=(report.scale,), by=by, batch_size=batch_size, seed=seed)
+        step = report.scale
+        measured = analyzer.measure(direction, held_out, scales=(step,), by=by, batch_size=batch_size, seed=seed)
         return replace(report, held_out=measured)
+
+    def _predicting_as(self: _Self, decomposition: Decomposition) -> _Self:
+        """An analyzer that predicts at the positions where the decomposition's examples were analysed."""
+        made_elsewhere = decomposition.info.get("sketch") is None  # no positions are known of such rows
+        if made_elsewhere or decomposition.fisher_config.positions == self.fisher.positions:
+            return self
+        return self.for_decomposition(decomposition)
 
     def evaluate_components(
         self,
@@ -143,13 +153,13 @@ class MeasuredModel(FisherModel, AdaptedModel):
         if rank is not None and request.method == "exact" and analyzer._moves_linear_maps():
             low = min(rank, max(min(shape) for shape in analyzer.shapes.values()))
             adapters = analyzer._adapters(decomposition, wanted, pefs, examples, request, weights, rank=low)
-            return self._measured_together(adapters, decomposition, wanted, examples, pefs, measuring)
+            return analyzer._measured_together(adapters, decomposition, wanted, examples, pefs, measuring)
         reports = []
         for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, request, weights):
             self.check_movable(direction, in_place=not is_linear(direction))
-            with self.forward_pass() as forward:
+            with analyzer.forward_pass() as forward:
                 report = evaluate(forward, direction, decomposition, j, examples, measuring, (pefs.sketch(), pefs))
-            report = self._searched(report, direction, decomposition, examples, measuring)
+            report = analyzer._searched(report, direction, decomposition, examples, measuring)
             decomposition.evaluations[j] = report.summary()
             reports.append(report)
         return reports
@@ -193,8 +203,9 @@ class MeasuredModel(FisherModel, AdaptedModel):
             raise ValueError("evaluate_adapters takes adapters of components, as lift_adapters makes them")
         components = [decomposition.index_of(j) for j in numbers if j is not None]
         self.check_movable(adapters[0], in_place=False)
-        examples = self.examples_of(decomposition, dataset, pefs)
-        return self._measured_together(adapters, decomposition, components, examples, pefs, request)
+        analyzer = self._predicting_as(decomposition)
+        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        return analyzer._measured_together(adapters, decomposition, components, examples, pefs, request)
 
     def _measured_together(
         self,
@@ -313,8 +324,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         )
         self.check_movable(change, in_place=not is_linear(change))
         examples_read = self.read(dataset, Reading(**reading), max_examples=max_examples)
-        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
-        examples = list(limits.checked(examples_read))
+        examples = self._checked(examples_read)
         check_groups(examples, by)
         with self.forward_pass() as forward:
             return measure(
@@ -377,20 +387,20 @@ class MeasuredModel(FisherModel, AdaptedModel):
         if (decomposition is None) != (component is None):
             raise ValueError("decomposition and component go together: the second is a number in the first")
         self.check_movable(change, in_place=not is_linear(change))
-        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
-        pool = list(limits.checked(self.read(dataset, Reading(**reading), max_examples=max_examples)))
+        analyzer = self if decomposition is None else self._predicting_as(decomposition)
+        pool = analyzer._checked(analyzer.read(dataset, Reading(**reading), max_examples=max_examples))
         if rounds:
             check_tokens(pool)
         if decomposition is not None and component is not None:
             component = decomposition.index_of(component)
-            own = self._active_on(decomposition, component, pool)
+            own = analyzer._active_on(decomposition, component, pool)
             pool = [example for example, is_own in zip(pool, own, strict=True) if not is_own]
             if not pool:
                 raise ValueError(
                     f"component {component} is active on all inputs; give others that it should leave alone"
                 )
         whose = None if decomposition is None or component is None else (decomposition, component)
-        return self._search(change, pool, request, whose)
+        return analyzer._search(change, pool, request, whose)
 
     def _active_on(self, decomposition: Decomposition, component: int, examples: Sequence[Example]) -> list[bool]:
         """Whether a component is active; PEFs are computed of those inputs alone that were not analysed."""

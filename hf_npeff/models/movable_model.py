@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters, base_of
+from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
@@ -79,6 +81,15 @@ class MovableModel(AnalysedModel):
         weights = info.get("weights")
         if weights is not None:
             warn_of_other_weights(weights, self.weights(), "the change was made with other weights than the model has")
+
+    def _checked(self, examples: Iterable[Example]) -> list[Example]:
+        """The examples of data that was not analysed.
+
+        Raises:
+            ValueError: if the model cannot take one of them.
+        """
+        limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
+        return list(limits.checked(examples))
 
     def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
         """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.
