@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
+from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.fisher.gradients import Receiver, RowCollector
 from hf_npeff.fisher.linear_maps import find_linear_maps
@@ -309,6 +310,35 @@ def test_the_log_says_why_what_looks_like_experts_is_none(
     with caplog.at_level(logging.INFO):
         assert not find_experts(torch.nn.ModuleDict({"mlp": cls()}))
     assert cls.__name__ in caplog.text and "mlp" in caplog.text and reason in caplog.text
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_experts_in_an_adapter_have_its_rows_and_those_of_before_are_refused(family: str) -> None:
+    """Oracle: JᵀSJ by autograd over the weights inside PEFT's wrapper; the adapter moves what the model predicts.
+
+    An analyzer that was made before knows the experts under another name, where no hook would see them.
+    """
+    model, examples = model_of(family), examples_of(3)
+    bare = analyzer_of(model)
+    known = dense_rows(model, examples[0], bare.maps)
+    parameters = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=parameters)).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    analyzer = analyzer_of(wrapped)
+    pefs = analyzer.compute_pefs(examples, batch_size=3, progress=False)
+    weights = bare_parameters(wrapped)
+    wrapped.get_parameter = weights.__getitem__
+    for i, example in enumerate(examples):
+        rows = dense_rows(wrapped, example, analyzer.maps)
+        A = pefs.factors[i].double() * pefs.norms[i].sqrt()
+        assert reference.relative_error_of_factors(rows, A) <= 1e-4
+        assert i > 0 or reference.relative_error_of_factors(known, A) > 1e-2
+    with pytest.raises(UnsupportedModelError, match=r"experts held fused experts"):
+        bare.compute_pefs(examples, progress=False)
+    assert all("forward" not in vars(module) for module in wrapped.modules())
 
 
 def test_experts_in_8_bits_are_left_out_since_their_scales_lie_elsewhere() -> None:

@@ -69,6 +69,9 @@ class LinearHooks:
 
     `begin(batch)` comes before each forward pass and says how many examples it holds. After the pass, `ran` are the
     parameters whose modules were called.
+
+    Raises:
+        UnsupportedModelError: on entering, if a module holds no fused experts any more.
     """
 
     def __init__(self, model: nn.Module, maps: Sequence[LinearMap], receiver: Receiver):
@@ -92,7 +95,13 @@ class LinearHooks:
         if self._fused:
             # Whoever leaves early leaves no module changed.
             try:
-                for name, experts in find_experts(self._model, self._fused).items():
+                modules_of_experts = find_experts(self._model, self._fused)
+                if moved := sorted(self._fused.keys() - modules_of_experts.keys()):
+                    raise UnsupportedModelError(
+                        f"{moved[0]} held fused experts when the analyzer was made and holds none now, as happens "
+                        "where an adapter was put around them or taken off: make a new NPEFFAnalyzer of the model"
+                    )
+                for name, experts in modules_of_experts.items():
                     wanted = functools.partial(self._is_wanted, name)
                     self._handles.append(experts.intercept(self._tap(name, self._fused[name]), wanted))
             except BaseException:
