@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import processors
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_npeff.data import Examples
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading, shown_texts
 from hf_npeff.encoding.shapes import encoded_as
+from hf_npeff.encoding.values import is_medium
 from tests.tiny import tiny_tokenizer
 
 CLASSIFIER = ModelNeeds("sequence-classification", max_length=48)
@@ -387,6 +389,29 @@ def test_images_and_sounds_beside_a_text_are_refused_not_dropped(beside: Mapping
     assert ids_of(rows, ModelNeeds(task), text_column="text") == [
         tiny_tokenizer()(t)["input_ids"] for t in (LONG, OTHER)
     ]
+
+
+@pytest.mark.parametrize(
+    "beside", [{"path": "a.txt", "bytes": 1234}, {"sampling_rate": 16000, "seconds": 3.5}, {"path": "a.txt"}]
+)
+def test_data_about_files_is_no_image_and_no_sound(beside: Mapping[str, Any]) -> None:
+    """Oracle: the text's own ids; what lies beside it holds neither bytes nor samples."""
+    rows = [{"text": LONG, "file": beside}, {"text": OTHER, "file": beside}]
+    assert ids_of(rows, ModelNeeds("sequence-classification")) == [
+        tiny_tokenizer()(t)["input_ids"] for t in (LONG, OTHER)
+    ]
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [{"bytes": b"", "path": None}, {"bytes": None, "path": "a.png"}, {"array": np.zeros(2), "sampling_rate": 8}],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_images_and_sounds_are_known_in_every_form_that_datasets_gives(
+    feature: Mapping[str, Any], several: bool
+) -> None:
+    """Oracle: the forms of its features Image and Audio, encoded and, for sounds, decoded; of one and of a list."""
+    assert is_medium([feature, feature] if several else feature)
 
 
 def test_one_column_of_images_is_read_for_image_classification() -> None:

@@ -45,9 +45,15 @@ def is_words(value: Any) -> bool:
 
 
 def is_medium(value: Any) -> bool:
-    """Whether it is an image or a sound, or a list of such, as the library datasets holds them, decoded or not."""
+    """Whether it is an image or a sound, or a list of such, as the library datasets holds them, decoded or not.
+
+    Data about a file, such as its path and how many bytes it has, or a sampling rate alone, is none.
+    """
     if isinstance(value, list):
         return bool(value) and all(map(is_medium, value))
     if isinstance(value, Mapping):
-        return "sampling_rate" in value or {"bytes", "path"} <= value.keys()
+        if "sampling_rate" in value:
+            return any(isinstance(part, list | bytes) or hasattr(part, "dtype") for part in value.values())
+        kinds = {"bytes": bytes | bytearray | None, "path": str | None}
+        return all(name in value and isinstance(value[name], kind) for name, kind in kinds.items())
     return any(kind.__module__.split(".")[0] in ("PIL", "torchcodec") for kind in type(value).__mro__)
