@@ -25,6 +25,7 @@ import transformers
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, ParameterDirection, demo
 from tests import api, guide
+from tests.benchmarks import edit_figures, shortcut
 from tests.benchmarks.report import SPEED_MARK
 from tests.benchmarks.report_rows import speed_table
 from tests.hub_server import HubServer
@@ -100,6 +101,22 @@ def test_the_readme_is_short_and_its_table_of_speed_is_that_of_the_kept_figures(
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150
     assert text.split(SPEED_MARK)[1].strip() == speed_table()
+
+
+def test_the_pages_on_a_language_and_a_shortcut_show_the_figures_that_are_kept() -> None:
+    """Oracle: tables and drawings made again from docs/studies."""
+    docs = REPOSITORY / "docs"
+    page = (docs / "shortcut.md").read_text(encoding="utf-8")
+    figures = json.loads((docs / "studies" / "shortcut.json").read_text(encoding="utf-8"))
+    tasks = {task: shortcut.rows_of(figures[task]) for task in ("planted", "names")}
+    assert all(shortcut.table(rows) in page for rows in tasks.values())
+    assert shortcut.drawing(tasks) == (docs / "figures" / "shortcut.svg").read_text(encoding="utf-8")
+    kept = json.loads(edit_figures.KEPT.read_text(encoding="utf-8"))
+    assert edit_figures.languages(kept) == (docs / "figures" / "languages.svg").read_text(encoding="utf-8")
+    lines = [line for line in (docs / "languages.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    for line, method in zip(lines[3:], kept["methods"].values(), strict=True):
+        shown = [float(cell) for cell in line.replace("*", "").split("|")[2:-1]]
+        assert shown == pytest.approx(list(method["gains"].values()), abs=0.0051)
 
 
 GUIDE_WORLD = """
