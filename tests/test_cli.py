@@ -170,10 +170,15 @@ print(json.dumps(logits))
 """
 
 
-def test_all_components_become_adapters_in_one_run_and_one_repository(world: World, tmp_path: Path) -> None:
+def test_all_components_become_adapters_in_one_run_and_one_repository(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: W + ΔW of each adapter; PEFT loads each from a loopback Hub by its folder, and the card's code runs."""
-    options = ("--all", "-o", tmp_path / "all", "--n-top", 4, "--n-others", 8, "--rank", 2, "--json")
-    report = told(run("perturb", "found", "pefs", "model", "data.jsonl", *options, cwd=world.folder))
+    options = ("--all", "-o", str(tmp_path / "all"), "--n-top", "4", "--n-others", "8", "--rank", "2", "--json")
+    monkeypatch.chdir(world.folder)
+    lifted = CliRunner().invoke(app, ["perturb", "found", "pefs", "model", "data.jsonl", *options])
+    assert lifted.exit_code == 0, lifted.output
+    report = json.loads(lifted.stdout)
     found = Decomposition.from_pretrained(world.folder / "found")
     assert [r["component"] for r in report["components"]] == list(range(len(found)))
     assert json.loads((tmp_path / "all" / "report.json").read_text())["components"] == report["components"]
@@ -203,13 +208,13 @@ def test_all_components_become_adapters_in_one_run_and_one_repository(world: Wor
                  "tokens": tokens, "card": str(tmp_path / "card.md")}  # fmt: skip
         script = [sys.executable, "-c", LOADS_ALL, json.dumps(given)]
         done = subprocess.run(script, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-        wrong = run("push", tmp_path / "all", "alice/x", "--components", "99", cwd=tmp_path, env=env)
+    wrong = CliRunner().invoke(app, ["push", str(tmp_path / "all"), "alice/x", "--components", "99"])  # before any Hub
     assert done.returncode == 0, done.stderr
     logits = json.loads(done.stdout.splitlines()[-1])
     assert logits.pop("card").startswith("PeftModel") and few == {"component-0", "component-2"}
     for j, expected in truth.items():
         assert (torch.tensor(logits[j]) - expected).abs().max() < 1e-4 and (expected - before).abs().max() > 1e-3
-    assert wrong.returncode == 1 and "[99]" in wrong.stderr
+    assert wrong.exit_code == 1 and "[99]" in wrong.stderr
     card = files["README.md"].decode()
     assert all(f"component-{j}" in card for j in range(len(found))) and 'subfolder="component-0"' in card
     assert b'"alice/all", subfolder="component-2"' in files["component-2/README.md"]

@@ -42,6 +42,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def test_the_models_that_are_compared_are_the_ones_that_are_written() -> None:
+    """Identity of the two lists."""
     assert set(FAMILIES) == set(ARCHITECTURES)
 
 
@@ -85,6 +86,7 @@ def test_the_product_of_the_factors_is_the_change_of_the_bases_tensor(family: st
 def test_what_llama_cpp_would_drop_or_refuse_is_refused_by_name(
     family: str, pattern: str, named: str, tmp_path: Path
 ) -> None:
+    """Oracle: the part's name in the error, and no file."""
     model = model_of(family)
     adapter = direction_of(model, pattern).to_adapter(rank=1, model=model)
     with pytest.raises(UnsupportedModelError, match=re.escape(named)):
@@ -93,6 +95,7 @@ def test_what_llama_cpp_would_drop_or_refuse_is_refused_by_name(
 
 
 def test_heads_that_share_the_embeddings_experts_and_unknown_types_are_refused(tmp_path: Path) -> None:
+    """Oracle: what each error names; the one adapter that llama.cpp takes is the only file."""
     model = model_of("llama")
     head = direction_of(model, "lm_head.weight").to_adapter()
     head.to_gguf(tmp_path / "head.gguf", base=model.config)
@@ -157,6 +160,7 @@ def test_a_saved_adapter_of_anybody_is_written_with_its_scale(tmp_path: Path) ->
 
 
 def test_the_command_writes_what_the_method_writes(tmp_path: Path) -> None:
+    """Identity of the bytes."""
     model = model_of("llama")
     adapter = direction_of(model).to_adapter(rank=2)
     adapter.save_pretrained(tmp_path / "adapter")

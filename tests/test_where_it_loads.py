@@ -39,6 +39,7 @@ def test_the_worst_part_decides() -> None:
 
 
 def test_an_adapter_and_its_card_say_where_it_loads() -> None:
+    """Oracle: the rows of the table, read by hand."""
     model, _ = setting("llama", "causal-lm")
     plain = direction_of(model).to_adapter(rank=2)
     assert plain.loads_in == [runtime.name for runtime in RUNTIMES]
@@ -106,6 +107,7 @@ def test_a_sum_is_exact(family: str, task: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_summed_is_refused() -> None:
+    """Oracle: what each error names."""
     model, _ = setting("llama", "causal-lm")
     plain = direction_of(model).to_adapter()
     norms: Any = direction_of(model, r"(q_proj|norm)\.weight").to_adapter(model=model)
