@@ -362,3 +362,39 @@ def test_a_coarser_copy_differs_by_nothing_whichever_comes_first(fine: torch.dty
     ends = [model_of().to(fine), model_of().to(fine).to(torch.bfloat16)]
     with pytest.raises(ValueError, match="to rounding"):
         ParameterDirection.between(*(reversed(ends) if backwards else ends))
+
+
+@pytest.mark.parametrize("begun", ["pissa", "olora"])
+def test_an_adapter_that_begins_by_changing_the_base_is_told_whole(begun: Any, tmp_path: Path) -> None:
+    """Oracle: PEFT's own logits; the base model bit for bit; its factors alone are refused."""
+    base = model_of()
+    wrapped = adapted(model_of(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=begun))
+    wrapped.save_pretrained(tmp_path)
+    before = state(base)
+    change = ParameterDirection.from_adapter(tmp_path, base=base)
+    assert_same(before, state(base))
+    loaded = peft.PeftModel.from_pretrained(model_of(), tmp_path)
+    with change.applied_to(base), torch.no_grad():
+        torch.testing.assert_close(base(IDS).logits, loaded(IDS).logits, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(base(IDS).logits, wrapped(IDS).logits, atol=2e-5, rtol=1e-4)
+    with pytest.raises(UnsupportedModelError, match=f"init_lora_weights='{begun}'"):
+        Adapter.load(tmp_path)
+
+
+def test_an_adapter_of_some_tokens_is_not_read_as_one_of_all(tmp_path: Path) -> None:
+    """Oracle: PEFT's activated LoRA, which acts from a token sequence on."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[10], task_type="CAUSAL_LM")
+    adapted(model_of(), config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="alora_invocation_tokens"):
+        Adapter.load(tmp_path)
+
+
+def test_an_adapter_with_a_module_saved_whole_is_not_scaled(tmp_path: Path) -> None:
+    """Oracle: what is saved is the new head, so that no factor of it is a scaled change."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    wrapped = adapted(model_of(task="sequence-classification"), config)
+    wrapped.save_pretrained(tmp_path)
+    adapter = Adapter.load(tmp_path)
+    for act in (lambda: adapter.scaled(2.0), lambda: 2.0 * adapter, lambda: adapter.delta("score.weight")):
+        with pytest.raises(UnsupportedModelError, match=r"score\.weight"):
+            act()

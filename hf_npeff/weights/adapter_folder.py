@@ -25,8 +25,23 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<name>lora_(?:embedding_)?[AB])(?P<leaf>\.weight|\.bias)?")
 _CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
 """What transformers calls its Conv1D modules: `fan_in_fan_out` holds for them, and not for a head beside them."""
-_ELSEWHERE = ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "megatron_config", "target_parameters")
-"""Settings that make the change another than BA·alpha/r."""
+_ELSEWHERE = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "megatron_config",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Settings that make the change another than BA·alpha/r, or one that acts on some tokens only."""
+_OF_FACTORS_ALONE = ("gaussian", "orthogonal", "eva", "mica")
+"""What PEFT's `init_lora_weights` calls beginnings that leave the base model's weights as they are."""
 
 
 def read_lora(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Layout]]:
@@ -49,6 +64,12 @@ def read_lora(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
             f"{folder} is a LoRA with {others[0]}={config[others[0]]!r}, so its change is not BA·lora_alpha/r; "
             "load it with PEFT"
         )
+    if begins_elsewhere(config):
+        raise UnsupportedModelError(
+            f"{folder} is a LoRA with init_lora_weights={config['init_lora_weights']!r}, which changes the base "
+            "model's weights before training, so its change is not BA·lora_alpha/r; convert it with PEFT "
+            "(path_initial_model_for_weight_conversion of save_pretrained), or use ParameterDirection.from_adapter"
+        )
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     if not is_count(rank) or not isinstance(alpha, int | float):
@@ -61,6 +82,13 @@ def read_lora(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     if scale != 1:
         tensors = scaled_lora(tensors, scale)
     return tensors, {**config, "lora_alpha": rank, "use_rslora": False}, layouts
+
+
+def begins_elsewhere(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT changes the base model's weights when it loads the adapter, as of PiSSA, OLoRA or CorDA."""
+    begun: Any = config.get("init_lora_weights")
+    named = isinstance(begun, str) and begun.lower() not in _OF_FACTORS_ALONE
+    return named or bool(config.get("kasa_config"))
 
 
 def scaled_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from hf_npeff.weights.adapter_folder import (
 )
 from hf_npeff.weights.adapter_sums import stacked, sum_config
 from hf_npeff.weights.gguf import check_gguf, write_gguf
-from hf_npeff.weights.layouts import Layout, as_linear_delta, check_all_linear, place_of_experts
+from hf_npeff.weights.layouts import STORED_WHOLE, Layout, as_linear_delta, check_all_linear, place_of_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -174,20 +174,21 @@ class Adapter(Readable):
         """
         if self.kind != "lora":
             raise UnsupportedModelError(f"only a LoRA has factors, and this adapter is {_KINDS[self.kind]}")
-        deltas = {n: self._linear_delta(n) for n, kind in self.layouts.items() if kind not in ("bias", "norm")}
+        deltas = {n: self._linear_delta(n) for n, kind in self.layouts.items() if kind not in ("bias", *STORED_WHOLE)}
         return {name: (delta.left, delta.right) for name, delta in deltas.items() if delta.right is not None}
 
     def scaled(self, scale: float) -> Adapter:
         """The adapter of a change that is longer by so much, or points the other way.
 
         Raises:
-            UnsupportedModelError: if it stores what a norm becomes, and not by how much it changes.
+            UnsupportedModelError: if it stores what a parameter becomes, such as a norm's or a head's, and not by how
+                much it changes.
             ValueError: if the scale is 0 or not finite.
         """
         scale = check_scale(scale)
-        if "norm" in self.layouts.values() and self.kind == "lora":
+        if stored := [name for name, layout in self.layouts.items() if self.kind == "lora" and layout in STORED_WHOLE]:
             raise UnsupportedModelError(
-                "the adapter stores what norms become; lift again, or use to_adapter(scale=...)"
+                f"the adapter stores what {stored[0]} becomes; lift again, or use to_adapter(scale=...)"
             )
         changes = ("lora_B.", "lora_embedding_B", "shira_weight")
         tensors = {
@@ -203,14 +204,14 @@ class Adapter(Readable):
 
         Raises:
             KeyError: if the adapter does not change that parameter.
-            UnsupportedModelError: if it stores the parameter's new value, as PEFT does with norms.
+            UnsupportedModelError: if it stores the parameter's new value, as PEFT does with norms and heads.
         """
         if name not in self.layouts:
             raise KeyError(f"{name!r} is not among this adapter's parameters: {list(self.layouts)[:3]} …")
         layout = self.layouts[name]
         if self.kind == "delta":
             return self.tensors[name]
-        if layout == "norm":
+        if layout in STORED_WHOLE:
             raise UnsupportedModelError(f"the adapter stores what {name} becomes, and not by how much it changes")
         if layout == "bias":
             return self.tensors[f"{PREFIX}{name.removesuffix('bias')}lora_B.bias"]
@@ -299,8 +300,8 @@ class Adapter(Readable):
 
         Raises:
             CorruptStoreError: if a file is missing or damaged, or keys and config are no LoRA's.
-            UnsupportedModelError: if it is another kind of adapter, or DoRA or a setting such as `rank_pattern` makes
-                its change another than BA·lora_alpha/r.
+            UnsupportedModelError: if it is another kind of adapter, or DoRA, PiSSA or a setting such as `rank_pattern`
+                makes its change another than BA·lora_alpha/r.
         """
         tensors, config, layouts = read_lora(directory)
         base = (config.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"

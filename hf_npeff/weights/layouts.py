@@ -18,6 +18,9 @@ Layout = Literal["linear", "conv1d", "experts", "experts-transposed", "embedding
 LINEAR_LAYOUTS: tuple[Layout, ...] = ("linear", "conv1d", "experts", "experts-transposed")
 """Of weights that multiply inputs and nothing else: those of fused experts are (E, out, in), or (E, in, out)."""
 
+STORED_WHOLE: tuple[Layout, ...] = ("norm", "other")
+"""Of parameters whose new value a LoRA of PEFT holds (`modules_to_save`), not what is added to it."""
+
 
 def layout_of(model: nn.Module, parameter: str) -> Layout:
     """What a parameter, by its name in the bare model, is to PEFT."""

@@ -8,6 +8,7 @@ means it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import acting_adapters, bare_module_names, is_wrapper, wrapped_by
 from hf_npeff.fisher.linear_layers import is_at_hand
+from hf_npeff.weights.adapter_folder import begins_elsewhere
 from hf_npeff.weights.own_weights import name_of, own_weights, subtracted
 
 
@@ -110,7 +112,7 @@ def deltas_of_adapter(base: nn.Module, adapter: str, **where: Any) -> dict[str, 
         UnsupportedModelError: if PEFT cannot merge it.
         ValueError: if it does not fit the model: modules that this lacks, or of other shapes; or it changes nothing.
     """
-    from peft import PeftModel  # takes a second
+    from peft import PeftConfig, PeftModel  # takes a second
 
     if any(is_wrapper(module) for module in base.modules()):
         raise ValueError("base= is wrapped by PEFT already; give the bare model, or the wrapped one as the adapter")
@@ -118,7 +120,9 @@ def deltas_of_adapter(base: nn.Module, adapter: str, **where: Any) -> dict[str, 
     small = {name: weight.clone() for name, weight in before.items() if weight.dim() < 2}
     with handed_back(base):
         try:
-            wrapped = PeftModel.from_pretrained(base, adapter, **where)
+            # Weights that PEFT changes in place would be neither compared nor brought back.
+            own = begins_elsewhere(PeftConfig.from_pretrained(adapter, **where).to_dict())
+            wrapped = PeftModel.from_pretrained(copy.deepcopy(base) if own else base, adapter, **where)
         except (RuntimeError, ValueError, KeyError) as error:
             lines = [line.strip() for line in str(error).splitlines()][:3]  # PEFT lists every parameter
             raise ValueError(f"{adapter} is not an adapter of {name_of(base)}: {' '.join(lines)}") from error
