@@ -76,6 +76,18 @@ def test_taking_a_few_examples_does_not_join_the_shards() -> None:
     assert "factors" not in pefs._shards.joined
 
 
+def test_joined_pefs_name_every_example_that_a_part_left_out_once(tmp_path: Path) -> None:
+    """Oracle: the lists of the parts, of which two are of one store; they are read back from disk."""
+    a, b = ({"id": name, "reason": "the model gives NaN"} for name in "ab")
+    one, other = PEFs.from_factors(normal(4, 1, 2)), PEFs.from_factors(normal(2, 1, 2))
+    one.info["skipped"], other.info["skipped"] = [a], [b]
+    both = PEFs.concatenate([one[:2], one[2:], other])
+    assert both.info["skipped"] == [a, b]
+    both.save(tmp_path / "both")
+    assert PEFs.load(tmp_path / "both").info["skipped"] == [a, b]
+    assert one.info["skipped"] == [a]
+
+
 def test_misuse_is_refused() -> None:
     """Oracle: the documented errors."""
     pefs = pefs_of()
@@ -83,6 +95,9 @@ def test_misuse_is_refused() -> None:
         pefs[3]  # type: ignore[call-overload]
     with pytest.raises(IndexError, match="7"):
         pefs[[7]]
+    with pytest.raises(TypeError, match="float32"):
+        pefs[torch.tensor([1.0, 0.0, 1.0])]
+    assert len(pefs[[]]) == 0
     with pytest.raises(ValueError, match=r"torch\.bool.*\(1,\)"):
         pefs.filter([True])
     with pytest.raises(ValueError, match=r"chunk.*0"):

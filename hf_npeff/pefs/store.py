@@ -248,7 +248,13 @@ class PEFs(Readable):
     def __getitem__(self, which: Sequence[int] | Tensor) -> PEFs: ...
 
     def __getitem__(self, which: Any) -> PEFs:
-        """PEFs of a slice, a list of indices or a boolean mask."""
+        """PEFs of a slice, a list of indices or a boolean mask.
+
+        Raises:
+            IndexError: if an example does not exist.
+            TypeError: if it is one index, or numbers that are not whole.
+            ValueError: if a mask has another length.
+        """
         n = len(self)
         if isinstance(which, slice):
             indices = list(range(*which.indices(n)))
@@ -260,6 +266,8 @@ class PEFs(Readable):
             chosen = torch.as_tensor(which)
             if chosen.dtype == torch.bool:
                 return self.filter(chosen)
+            if len(chosen) and chosen.dtype.is_floating_point:  # perhaps a mask, whose 0 and 1 are examples too
+                raise TypeError(f"expected whole numbers, a slice or booleans for a mask, but got {chosen.dtype}")
             indices = [int(i) for i in chosen]
             if bad := [i for i in indices if not -n <= i < n]:
                 raise IndexError(f"there are {n} examples; these do not exist: {bad[:10]}")
@@ -303,7 +311,12 @@ class PEFs(Readable):
         shards = [{name: s[name] for name in names} for p in parts for s in p._shards.parts]
         columns = {k: [v for p in parts for v in p.columns[k]] for k in first.columns}
         weights = joined([part.info.get("weights") for part in parts])
-        return PEFs({}, columns, first.info if weights is None else {**first.info, "weights": weights}, shards)
+        skipped: list[Any] = []  # parts of one store name the same ones
+        for entry in (entry for part in parts for entry in part.info.get("skipped", ())):
+            if entry not in skipped:
+                skipped.append(entry)
+        own = {"weights": weights, "skipped": skipped}
+        return PEFs({}, columns, {**first.info, **{name: value for name, value in own.items() if value}}, shards)
 
     # On disk
 
