@@ -180,6 +180,10 @@ def test_a_report_of_another_decomposition_is_refused_and_private_texts_stay_out
     assert not any(row["text"] in held for row in report.changed + report.unexplained)
     with pytest.raises(ValueError, match="do not belong"):
         gather(decomposition, Extras(change={**report.to_dict(), "n": 3}), texts=True, layout=None)
+    others = copy.copy(decomposition)  # as many examples, and others
+    others.example_ids = [f"other-{i}" for i in range(report.n)]
+    with pytest.raises(ValueError, match="do not belong"):
+        gather(others, Extras(change=report), texts=True, layout=None)
 
 
 @pytest.fixture(scope="module")

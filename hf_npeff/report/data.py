@@ -99,7 +99,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
     if extras.training is not None:
         _add_training(page, read_run(extras.training, len(decomposition)), texts)
     if extras.change is not None:
-        page.facts["change"] = _change_facts(extras.change, len(decomposition.example_ids), len(decomposition), texts)
+        page.facts["change"] = _change_facts(extras.change, decomposition, texts)
     page.facts["notes"] = notes
     return page
 
@@ -243,15 +243,22 @@ def _report_facts(report: ReportLike | Mapping[str, Any], texts: bool) -> dict[s
     return {**kept, **counts, "changed": changed}
 
 
-def _change_facts(report: HasDict | Mapping[str, Any], n: int, r: int, texts: bool) -> dict[str, Any]:
+def _change_facts(report: HasDict | Mapping[str, Any], decomposition: Decomposition, texts: bool) -> dict[str, Any]:
     """What the page shows of a change; texts are those of the page's own examples."""
     content = finite(dict(report if isinstance(report, Mapping) else report.to_dict()))
+    ids, n, r = decomposition.example_ids, len(decomposition.example_ids), len(decomposition)
     own = [each for each in content["components"] if not each["new"]]
     if content["n"] != n or sorted(each["component"] for each in own) != list(range(r)):
         raise ValueError(
             f"the change report is of {content['n']} examples and {len(own)} components, and the decomposition has {n} "
             f"and {r}: they do not belong together"
         )
+    for row in (*content["changed"], *content["unexplained"]):
+        if not 0 <= row["index"] < n or ids[row["index"]] != row["id"]:
+            raise ValueError(
+                f"the change report has {row['id']!r} as its example {row['index']}, and the decomposition does not: "
+                "they do not belong together"
+            )
     for name in ("changed", "unexplained"):
         content[name] = [{k: v for k, v in row.items() if k != "text"} for row in content[name]]
     if not texts:
