@@ -63,6 +63,24 @@ def test_a_spared_change_is_the_dense_solution_of_its_equations(family: str) -> 
     assert spared.info["spared"]["cosine"] == pytest.approx(spared.cosine(direction), abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("longest", [6, 7])
+def test_a_decoders_padding_is_left_out_also_where_both_sides_are_equally_long(family: str, longest: int) -> None:
+    """Oracle: one example at a time, without padding; the encoder's side of the batch is seven tokens long."""
+    analyzer = NPEFFAnalyzer(tiny_model(family, dtype=torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {side: torch.randint(5, 20, (n,), generator=generator).tolist() for side, n in sides.items()}
+        for sides in ({"input_ids": 7, "labels": 3}, {"input_ids": 4, "labels": longest}, {"input_ids": 7, "labels": 5})
+    ]
+    deltas = {m.parameter: torch.randn(m.shape, generator=generator) for m in analyzer.maps}
+    direction = analyzer.direction_of(deltas, {})
+    together, alone = (analyzer.spare(direction, rows, ridge=0.1, batch_size=size) for size in (4, 1))
+    assert together.info["spared"]["tokens"] == alone.info["spared"]["tokens"] == 18
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, atol=1e-4 * float(value.abs().max()), rtol=1e-3)
+
+
 def test_a_spared_change_disturbs_layers_least_for_what_it_keeps() -> None:
     """Oracle: the objective itself, at the change and around it; what is said of the disturbance is measured."""
     model, rows, analyzer, direction = case("bert")

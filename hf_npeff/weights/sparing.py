@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.padding import IGNORED
 from hf_npeff.weights.activations import LinearDelta, check_linear
 from hf_npeff.weights.lora import low_rank
 
@@ -74,10 +75,8 @@ def second_moments(
     out = torch.zeros(len(examples), 1, dtype=torch.bool) if left_out is None else left_out.cpu()
     every, without = _Sums(), [_Sums() for _ in range(out.shape[1])]
     with _watched(forward.model, check_linear(forward.model, parameters), every, without):
-        for places in forward.batches(examples, batch_size, trials=False):
+        for places, masks in _told_apart(forward, examples, batch_size):
             batch = [examples[i] for i in places]
-            inputs = forward.batch(batch, "cpu")
-            masks = [mask for mask in (inputs.real, inputs.decoder_real) if mask is not None]
             every.begin(len(batch), masks, None)
             for sums, column in zip(without, out.T, strict=True):
                 sums.begin(len(batch), masks, column[places])
@@ -85,6 +84,32 @@ def second_moments(
             for sums in (every, *without):
                 sums.end()
     return [_difference(every, sums, parameters) for sums in without]
+
+
+def _told_apart(
+    forward: ForwardPass, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Batches, and where their tokens are: of the encoder, and of the decoder where there is one.
+
+    Which of the two an input belongs to is told by its size. Where the two have as many places and other padding, every
+    example gets a batch of its own, which has no padding.
+    """
+    for places in forward.batches(examples, batch_size, trials=False):
+        masks = _masks_of(forward, [examples[i] for i in places])
+        if len(masks) == 2 and masks[0].numel() == masks[1].numel() and not torch.equal(*masks):
+            yield from (([i], _masks_of(forward, [examples[i]])) for i in places)
+        else:
+            yield places, masks
+
+
+def _masks_of(forward: ForwardPass, batch: Sequence[Example]) -> list[Tensor]:
+    """Where the tokens of a batch are, (B, t) bool; a decoder without ids of its own reads its labels, one later."""
+    inputs = forward.batch(batch, "cpu")
+    decoder, labels = inputs.decoder_real, inputs.get("labels")
+    reads_labels = getattr(getattr(forward.model, "config", None), "is_encoder_decoder", False) and decoder is None
+    if reads_labels and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        decoder = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0  # up to the last that counts; padding follows
+    return [mask for mask in (inputs.real, decoder) if mask is not None]
 
 
 def _difference(every: _Sums, sums: _Sums, parameters: Mapping[str, LinearDelta]) -> SecondMoments:
