@@ -14,7 +14,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters, base_of, is_wrapper
 from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.fisher.experts import FusedWeight
-from hf_npeff.fisher.linear_layers import behaviour, is_linear
+from hf_npeff.fisher.linear_layers import Behaviour, behaviour, is_linear
 
 CUT = (
     "{name} cuts the gradient: {how}, so that all rows before it would be those of another network. Layers that "
@@ -85,15 +85,19 @@ def _identity(module: nn.Module) -> int:
     return id(getattr(module, "weight", module))
 
 
-def _check_that_none_rounds(model: nn.Module) -> None:
-    """Refuse a model one of whose linear maps, analysed or not, lets no gradient through to what comes before it.
+def _behaviours(model: nn.Module) -> dict[nn.Module, Behaviour]:
+    """What the forward pass of every linear map is, analysed or not.
 
     Raises:
-        UnsupportedModelError: if one does.
+        UnsupportedModelError: if one rounds its input, and so lets no gradient through to what comes before it.
     """
+    behaviours: dict[nn.Module, Behaviour] = {}
     for name, module in model.named_modules():
-        if is_linear(module) and behaviour(module) == "rounding":
-            raise UnsupportedModelError(CUT.format(name=name, how="it rounds its input"))
+        if is_linear(module):
+            behaviours[module] = behaviour(module)
+            if behaviours[module] == "rounding":
+                raise UnsupportedModelError(CUT.format(name=name, how="it rounds its input"))
+    return behaviours
 
 
 def find_linear_maps(
@@ -138,8 +142,8 @@ def find_linear_maps(
             f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) matches none of the model's "
             f"{len(known)} linear maps, for instance {known[:8]}"
         )
-    _check_that_none_rounds(model)
-    candidates, chosen = chosen, [(n, m) for n, m in chosen if behaviour(m) == "product"]
+    behaviours = _behaviours(model)
+    candidates, chosen = chosen, [(n, m) for n, m in chosen if behaviours[m] == "product"]
     if candidates and not chosen and not fused:
         raise UnsupportedModelError(
             f"none of the {len(candidates)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their "
