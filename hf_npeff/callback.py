@@ -64,8 +64,9 @@ class NPEFFCallback(TrainerCallback):
     - `npeff/associated/j`: share of its examples that have what is most surely in common to them, a word or a value of
       a column, where there is such a thing; `history` has it in words.
 
-    When training ends, `report_` says what changed from the first point to the last, and `npeff/change.json` in
-    `args.output_dir` holds it, without texts where the run pushes and texts are not asked for.
+    When training ends, `report_` says what changed from the first point to the last, of a resumed run from the first
+    point after that, and `npeff/change.json` in `args.output_dir` holds it, without texts where the run pushes and
+    texts are not asked for.
 
     Every checkpoint gets a folder `npeff/` with the last point's decomposition and `history.jsonl`, from which a
     resumed run goes on. Processes share the probe out; they meet in `args.output_dir`, which all must see. Weights
@@ -169,6 +170,7 @@ class NPEFFCallback(TrainerCallback):
         self.decomposition_: Decomposition | None = None
         self.report_: ChangeReport | None = None
         self._points: list[RunPoint] = []  # the first and the last
+        self._resumed_at = 0
         self._seen: tuple[int, int] | None = None
         self._trainer: Callable[[], Any] = lambda: None
         self._warned = False
@@ -213,7 +215,7 @@ class NPEFFCallback(TrainerCallback):
         elif self.fisher.output_factor == "exact":
             self._check_enough_rows(analyzer.rows_per_example(analyzer.read(self.probe)[0].choices))
         self.history, self.decomposition_, self._seen, self._pushed = [], None, None, None
-        self._points, self.report_ = [], None
+        self._points, self.report_, self._resumed_at = [], None, state.global_step
         if state.global_step > 0:
             self._resume(args, state)
         if self.on_start and not self.history:
@@ -307,7 +309,7 @@ class NPEFFCallback(TrainerCallback):
         analyzer = self._analyzer(**kwargs)
         examples = analyzer.examples_of(self._points[0].decomposition, self.probe)
         first, last = self._points
-        self.report_ = run_change(analyzer, first, last, examples)
+        self.report_ = run_change(analyzer, first, last, examples, self._resumed_at)
         if state.is_world_process_zero:
             self.report_.save(_output(args) / FOLDER, texts=self.include_texts or not args.push_to_hub)
 

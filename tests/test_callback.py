@@ -251,6 +251,18 @@ def test_the_end_of_training_says_what_changed_from_the_first_point(tmp_path: Pa
     assert len(report.components) == R and all(each.growth is not None for each in report.components)
 
 
+def test_the_report_of_a_resumed_run_says_where_it_begins(tmp_path: Path) -> None:
+    """Oracle: the steps of both runs' points; the run that was left alone says nothing of the kind."""
+    whole, resumed = callback(every=1), callback(every=1)
+    run(tmp_path, whole, save_strategy="steps", save_steps=2)
+    run(tmp_path, resumed, resume=str(tmp_path / "checkpoint-2"))
+    assert whole.report_ is not None and resumed.report_ is not None
+    assert (whole.report_.change["before"], resumed.report_.change["before"]) == ("step 1", "step 3")
+    told = [note for note in resumed.report_.notes if "resumed from the checkpoint of step 2" in note]
+    assert len(told) == 1 and "up to step 3" in told[0]
+    assert not any("resumed" in note for note in whole.report_.notes)
+
+
 class Reporter(TrainerCallback):
     """What a tracker (trackio, W&B) is handed, which all listen to `on_log`."""
 

@@ -164,6 +164,25 @@ def test_the_component_that_was_moved_comes_first_and_without_it_nothing_is_left
         assert report.without[0].without == j and report.without[0].kl < 1e-6 * report.curve[2].kl
 
 
+def test_the_order_of_the_data_changes_nothing_and_a_component_that_is_not_there_is_refused_first() -> None:
+    """Oracle: the data in the order of the PEFs; components counted from the end are those from the start."""
+    analyzer, pefs, decomposition, data = world()
+    change, settings = change_by(), {"steps": (), "growth": False, "by": "odd", "draws": 20}
+    straight, turned = (
+        analyzer.explain_change(decomposition, pefs, rows, change, take_out=wanted, **settings)
+        for rows, wanted in ((data, [1, 3]), (data[::-1], [1, -1]))
+    )
+    assert turned.to_dict() == straight.to_dict() and [step.without for step in turned.without] == [1, 3]
+
+    def runs(*_: Any) -> None:
+        raise AssertionError("the model runs")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParameterDirection, "applied_to", runs)
+        with pytest.raises(IndexError, match="4"):
+            analyzer.explain_change(decomposition, pefs, data, change, take_out=[4], **settings)
+
+
 def test_a_random_change_ranks_nothing() -> None:
     """Oracle: p-values of random changes are uniform: 120 changes of one component each, so that the share below .1
     and below .5 is within 3 standard deviations (.027 and .046 each), and so for the cosines'."""

@@ -17,7 +17,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from hf_npeff import NPEFFAnalyzer
+from hf_npeff import NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
 from hf_npeff.cli import app
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -138,6 +138,25 @@ def test_code_of_a_models_repository_runs_only_when_the_user_says_so(with_code: 
     analyzer = NPEFFAnalyzer.from_pretrained(folder, trust_remote_code=True)
     assert canary.exists()
     assert "trust_remote_code" not in json.dumps(analyzer.provenance()) + json.dumps(analyzer.fisher.to_dict())
+
+
+def test_comparing_models_never_runs_their_code(with_code: tuple[Path, Path], tmp_path: Path) -> None:
+    """Oracle: a file that the code makes; the control is the loaded model, which the message asks for."""
+    folder, canary = with_code
+    plain = tmp_path / "plain"
+    model = tiny_model("gpt2", dtype=torch.float32)
+    model.save_pretrained(plain)
+    tiny_tokenizer().save_pretrained(plain)
+    (tmp_path / "data.txt").write_text("the cat\na dog ran\n")
+    with pytest.raises(UnsupportedModelError, match=r"code of its own.*load the model yourself"):
+        ParameterDirection.between(model, folder)
+    arguments = ["diff", str(plain), str(folder), str(tmp_path / "data.txt"), "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1 and "code of its own" in refused.output
+    assert not canary.exists()
+    after = NPEFFAnalyzer.from_pretrained(folder, trust_remote_code=True).model
+    with pytest.raises(ValueError, match=r"same weights|architecture"):
+        ParameterDirection.between(model, after)
 
 
 def test_a_replayed_run_does_not_bring_its_trust_along(with_code: tuple[Path, Path], tmp_path: Path) -> None:

@@ -90,14 +90,18 @@ def _loaded(
         return Checkpoint(compiled if isinstance(compiled, nn.Module) else which, None, None, task or "")
     if not isinstance(which, str | os.PathLike):
         raise ValueError(f"expected a loaded model, a folder or an id on the Hub, but got {type(which).__name__}")
-    return load_checkpoint(
-        which,
-        task=task,
-        processing_class=None,
-        revision=revision,
-        where=where,
-        settings={"dtype": dtype},
-    )
+    settings = {"dtype": dtype}
+    try:
+        return load_checkpoint(
+            which, task=task, processing_class=None, revision=revision, where=where, settings=settings
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{os.fspath(which)} brings code of its own, which is not run where models are compared; load the model "
+            "yourself and give ParameterDirection.between or from_adapter what was loaded"
+        ) from error
 
 
 def check_tokenizer(before: Any, after: str, revision: str | None = None, **where: Any) -> None:
@@ -117,7 +121,7 @@ def check_tokenizer(before: Any, after: str, revision: str | None = None, **wher
     if not callable(getattr(before, "get_vocab", None)):
         return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(after, revision=revision or "main", **where)
+        tokenizer = AutoTokenizer.from_pretrained(after, revision=revision or "main", trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # an adapter, or a checkpoint of weights alone
     _check_vocabularies(before, tokenizer)

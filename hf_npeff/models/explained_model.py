@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_npeff.config import ChangeRequest
+from hf_npeff.config import ChangeRequest, LiftRequest
 from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
@@ -75,6 +75,7 @@ class ExplainedModel(MeasuredModel, EditedModel):
             check_weights: refuse a decomposition, PEFs or a change of other weights than the model has now.
 
         Raises:
+            IndexError: if `take_out` names a component that does not exist.
             IncompatibleSketchError: if PEFs, decomposition and model do not belong together.
             IncompatibleWeightsError: if they, or the change, are of other weights.
             UnsupportedModelError: if weights are quantised, offloaded or sharded and `growth` is asked for, or the
@@ -96,16 +97,15 @@ class ExplainedModel(MeasuredModel, EditedModel):
         check_groups(chosen, by)
         if pefs.cotangents is None:
             raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere): nothing can be explained")
+        named = None if isinstance(take_out, int) else [decomposition.index_of(j) for j in take_out]
         watched = analyzer._watched(pefs, chosen, request)
         seen = analyzer._seen(direction, pefs, watched, request, in_place)
         grown = analyzer._grown(decomposition, direction, pefs, chosen, request, weights) if growth else None
         explained = explained_change(decomposition, pefs, direction, watched, seen, grown, request)
-        wanted = explained.most_changed(count) if isinstance(take_out, int) else list(take_out)
-        for j in wanted:
-            (lifted,) = analyzer.lift(
-                decomposition, [j], pefs, dataset, selective=False, form="plain", batch_size=batch_size,
-                check_weights=check_weights,
-            )  # fmt: skip
+        lifting = LiftRequest(selective=False, form="plain", batch_size=batch_size, check_weights=check_weights)
+        for j in explained.most_changed(count) if named is None else named:
+            plans = analyzer._planned(decomposition, [j], pefs, lifting)
+            (lifted,) = analyzer._lift(decomposition, plans, pefs, chosen, lifting, weights)
             try:
                 left = direction.without(lifted)
             except ValueError:  # nothing is left

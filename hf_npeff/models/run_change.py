@@ -49,7 +49,9 @@ def seen_at(
         return RunPoint(step, pefs, decomposition, predict(forward, examples, size))
 
 
-def run_change(analyzer: FisherModel, first: RunPoint, last: RunPoint, examples: list[Example]) -> ChangeReport:
+def run_change(
+    analyzer: FisherModel, first: RunPoint, last: RunPoint, examples: list[Example], resumed_at: int = 0
+) -> ChangeReport:
     """What changed from the first point of a run to the last, through the components of the first.
 
     The weights of the first point are gone, so nothing is said of the change itself: no cosines, no norm.
@@ -59,6 +61,7 @@ def run_change(analyzer: FisherModel, first: RunPoint, last: RunPoint, examples:
         first: the point that the change begins with.
         last: the one that it ends with, of the same examples.
         examples: the probe set, in the order of the PEFs.
+        resumed_at: the step of the checkpoint from which the run went on; 0 where it began anew.
     """
     encoded = Encoded.of(first.pefs.info)
     truth = [None] * len(examples) if encoded is None else analyzer.description.truth_of(examples, encoded)
@@ -69,4 +72,10 @@ def run_change(analyzer: FisherModel, first: RunPoint, last: RunPoint, examples:
     origin = {"method": "training", "model": first.pefs.info.get("model"), "after": f"step {last.step}"}
     origin["before"] = f"step {first.step}"
     request = ChangeRequest(steps=(), take_out=0)
-    return explained_change(first.decomposition, first.pefs, None, watched, seen, grown, request, origin).report()
+    explained = explained_change(first.decomposition, first.pefs, None, watched, seen, grown, request, origin)
+    if resumed_at:
+        explained.notes.append(
+            f"the run was resumed from the checkpoint of step {resumed_at}, and earlier models are not at hand: what "
+            f"changed up to step {first.step} is not in this report"
+        )
+    return explained.report()
