@@ -113,9 +113,7 @@ class AdaptedModel(LiftedModel):
             memory_budget=memory_budget,
         )
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
-        analyzer = self.for_decomposition(decomposition)
-        weights = analyzer.weights_for(decomposition, pefs, check_weights)
-        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, check_weights)
         folder = None if output_dir is None else Path(output_dir)
         return analyzer._adapters(
             decomposition, wanted, pefs, examples, request, weights, rank=rank, passes=passes, folder=folder,

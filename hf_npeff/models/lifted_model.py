@@ -107,9 +107,7 @@ class LiftedModel(MovableModel):
             memory_budget=memory_budget,
         )
         wanted = select(decomposition, components)
-        analyzer = self.for_decomposition(decomposition)
-        weights = analyzer.weights_for(decomposition, pefs, check_weights)
-        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, check_weights)
         plans = analyzer._planned(decomposition, wanted, pefs, request)
         directions = analyzer._lift(decomposition, plans, pefs, examples, request, weights)
         return directions[0] if hasattr(components, "__index__") else directions
@@ -128,10 +126,8 @@ class LiftedModel(MovableModel):
             A component's number and its direction, in the order of `components`.
         """
         wanted = select(decomposition, components)
-        analyzer = self.for_decomposition(decomposition)
         request = LiftRequest(**settings)
-        weights = analyzer.weights_for(decomposition, pefs, request.check_weights)
-        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, request.check_weights)
         yield from analyzer._lift_each(decomposition, wanted, pefs, examples, request, weights)
 
     def _lift_each(
@@ -287,9 +283,7 @@ class LiftedModel(MovableModel):
             raise ValueError(f"n_top and batch_size must be at least 1, but they are {n_top} and {batch_size}")
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         chosen = {j: decomposition[j].top_examples(n_top).indices for j in wanted}
-        analyzer = self.for_decomposition(decomposition)
-        analyzer.weights_for(decomposition, pefs, check_weights)
-        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        analyzer, _, examples = self._opened(decomposition, pefs, dataset, check_weights)
         decode = getattr(self.processing_class, "decode", None)
         with analyzer.forward_pass() as forward:
             return token_alignments(

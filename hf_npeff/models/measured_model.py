@@ -147,9 +147,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         """
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         request, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
-        analyzer = self.for_decomposition(decomposition)
-        weights = analyzer.weights_for(decomposition, pefs, request.check_weights)
-        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, request.check_weights)
         if rank is not None and request.method == "exact" and analyzer._moves_linear_maps():
             low = min(rank, max(min(shape) for shape in analyzer.shapes.values()))
             adapters = analyzer._adapters(decomposition, wanted, pefs, examples, request, weights, rank=low)

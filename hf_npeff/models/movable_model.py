@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.own_weights import tied_weights
+
+_Self = TypeVar("_Self", bound="MovableModel")
 
 
 class MovableModel(AnalysedModel):
@@ -90,6 +92,20 @@ class MovableModel(AnalysedModel):
         """
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
         return list(limits.checked(examples))
+
+    def _opened(
+        self: _Self, decomposition: Decomposition, pefs: PEFs, dataset: Any, check_weights: bool
+    ) -> tuple[_Self, dict[str, Any], list[Example]]:
+        """An analyzer with the decomposition's sketch, the model's weights, and the examples in the order of the PEFs.
+
+        Raises:
+            IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
+            IncompatibleWeightsError: if the model's weights have changed since, and are to be checked.
+            ValueError: if the dataset or the PEFs are others than were decomposed.
+        """
+        analyzer = self.for_decomposition(decomposition)
+        weights = analyzer.weights_for(decomposition, pefs, check_weights)
+        return analyzer, weights, analyzer.examples_of(decomposition, dataset, pefs)
 
     def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
         """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.
