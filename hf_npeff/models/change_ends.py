@@ -104,13 +104,16 @@ def _loaded(
         ) from error
 
 
-def check_tokenizer(before: Any, after: str, revision: str | None = None, **where: Any) -> None:
+def check_tokenizer(
+    before: Any, after: str, revision: str | None = None, *, trust_remote_code: bool = False, **where: Any
+) -> None:
     """Refuse a checkpoint whose tokenizer gives tokens other numbers than the one before; without one all is well.
 
     Args:
         before: a tokenizer, or None.
         after: a folder, or an id on the Hub.
         revision: of the checkpoint.
+        trust_remote_code: as of transformers, which asks on the terminal where it is left open.
         **where: as of downloads.
 
     Raises:
@@ -121,7 +124,9 @@ def check_tokenizer(before: Any, after: str, revision: str | None = None, **wher
     if not callable(getattr(before, "get_vocab", None)):
         return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(after, revision=revision or "main", trust_remote_code=False, **where)
+        tokenizer = AutoTokenizer.from_pretrained(
+            after, revision=revision or "main", trust_remote_code=trust_remote_code, **where
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # an adapter, or a checkpoint of weights alone
     _check_vocabularies(before, tokenizer)
