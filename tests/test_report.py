@@ -382,6 +382,7 @@ def test_extras_that_do_not_fit_are_refused(tmp_path: Path, fitted: tuple[PEFs, 
         (Extras(energies={-1: {"w": 1.0}}), "energies.*-1"),
         (Extras(adapters={5: "x"}), "adapters.*5"),
         (Extras(reports={7: {}}), "reports.*7"),
+        (Extras(reports={0: {"changed": [{"index": 1, "id": "elsewhere"}]}}), "elsewhere.*1"),
         (Extras(compare=elsewhere), "examples.*sketch"),
     ):
         with pytest.raises(ValueError, match=words):

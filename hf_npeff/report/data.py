@@ -92,7 +92,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
         notes.append("The map of examples was left out.")
     _add_alignments(page, extras.alignments, texts)
     _add_energies(page, decomposition, extras.energies, notes)
-    page.facts["reports"] = {str(j): _report_facts(report, texts) for j, report in extras.reports.items()}
+    page.facts["reports"] = {str(j): _report_facts(report, decomposition) for j, report in extras.reports.items()}
     page.facts["adapters"] = {str(j): str(where) for j, where in extras.adapters.items()}
     if extras.compare is not None:
         _add_comparison(page, decomposition, extras.compare, texts)
@@ -235,30 +235,37 @@ def _add_energies(
     page.arrays["energy"] = table.shares
 
 
-def _report_facts(report: ReportLike | Mapping[str, Any], texts: bool) -> dict[str, Any]:
+def _report_facts(report: ReportLike | Mapping[str, Any], decomposition: Decomposition) -> dict[str, Any]:
     content = dict(report if isinstance(report, Mapping) else report.to_dict())
+    _check_same_examples("the report", content.get("changed") or (), decomposition)
     changed = [{k: v for k, v in row.items() if k != "text"} for row in content.get("changed") or ()]
     kept = {k: content.get(k) for k in ("target", "best", "opposite", "random", "reached")}
     counts = {"n_top": len(content.get("top_examples") or ()), "n_others": len(content.get("other_examples") or ())}
     return {**kept, **counts, "changed": changed}
 
 
+def _check_same_examples(what: str, rows: Sequence[Mapping[str, Any]], decomposition: Decomposition) -> None:
+    """Refuse rows of examples, each with its index and id, that stand elsewhere in the decomposition or not at all."""
+    ids = decomposition.example_ids
+    for row in rows:
+        if not 0 <= row["index"] < len(ids) or ids[row["index"]] != row["id"]:
+            raise ValueError(
+                f"{what} has {row['id']!r} as its example {row['index']}, and the decomposition does not: they do not "
+                "belong together"
+            )
+
+
 def _change_facts(report: HasDict | Mapping[str, Any], decomposition: Decomposition, texts: bool) -> dict[str, Any]:
     """What the page shows of a change; texts are those of the page's own examples."""
     content = finite(dict(report if isinstance(report, Mapping) else report.to_dict()))
-    ids, n, r = decomposition.example_ids, len(decomposition.example_ids), len(decomposition)
+    n, r = len(decomposition.example_ids), len(decomposition)
     own = [each for each in content["components"] if not each["new"]]
     if content["n"] != n or sorted(each["component"] for each in own) != list(range(r)):
         raise ValueError(
             f"the change report is of {content['n']} examples and {len(own)} components, and the decomposition has {n} "
             f"and {r}: they do not belong together"
         )
-    for row in (*content["changed"], *content["unexplained"]):
-        if not 0 <= row["index"] < n or ids[row["index"]] != row["id"]:
-            raise ValueError(
-                f"the change report has {row['id']!r} as its example {row['index']}, and the decomposition does not: "
-                "they do not belong together"
-            )
+    _check_same_examples("the change report", [*content["changed"], *content["unexplained"]], decomposition)
     for name in ("changed", "unexplained"):
         content[name] = [{k: v for k, v in row.items() if k != "text"} for row in content[name]]
     if not texts:
