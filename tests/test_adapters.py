@@ -245,6 +245,8 @@ def test_a_scaled_adapter_is_that_of_a_longer_change(kind: Any) -> None:
     direction = direction_of(tiny_model("llama", "causal-lm", dtype=torch.float32))
     short, long = (direction.to_adapter(rank=2, scale=scale, kind=kind) for scale in (0.5, -1.0))
     scaled = short.scaled(-2.0)
+    assert (-2.0 * short).retained_energy == (-short).retained_energy == short.retained_energy
+    assert (short * -2.0).about == scaled.about and repr(-2.0 * short) == repr(scaled)
     for name in direction:
         torch.testing.assert_close(scaled.delta(name), long.delta(name))
     assert scaled.about is not None and scaled.about.scale == -1.0

@@ -68,6 +68,8 @@ def test_adapters_are_the_best_cuts_of_exact_lifting(
         truth = best_cut(direction, rank)
         cosines.append(cosine(adapter, truth))
         assert adapter.retained_energy == pytest.approx(squared(truth), abs=0.03)
+        assert adapter.is_estimate and f"keeps {adapter.kept}" in repr(adapter) and adapter.kept.startswith("about ")
+        assert "| about " in adapter.card()
         length = squared({n: adapter.delta(n) for n in direction}) ** 0.5
         assert length == pytest.approx(squared(truth) ** 0.5, abs=0.05), "a part of the unit direction"
         assert adapter.info["component"] == j and adapter.info.get("ridge") == direction.info.get("ridge")

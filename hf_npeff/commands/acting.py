@@ -169,7 +169,7 @@ def _perturbed_at_once(
     values = [report.to_dict() for report in reports]
     write_result(output / "report.json", {"components": values})
     shown = [
-        table(f"{components[r.component].label}; keeps {a.retained_energy:.0%}", EFFECT_COLUMNS, effect_rows(r))
+        table(f"{components[r.component].label}; keeps {a.kept}", EFFECT_COLUMNS, effect_rows(r))
         for a, r in zip(adapters, reports, strict=True)
     ]
     from rich.console import Group

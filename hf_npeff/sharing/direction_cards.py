@@ -71,6 +71,7 @@ def adapter_card(
     kind: str = "LoRA",
     rank: int | None = None,
     retained_energy: float | None = None,
+    is_estimate: bool = False,
     loads_in: str | None = None,
     auto_class: str = "AutoModel",
     repo_id: str | None = None,
@@ -84,6 +85,7 @@ def adapter_card(
         kind: "LoRA" or "SHiRA", which PEFT loads, or "dense", which `ParameterDirection.from_pretrained` does.
         rank: the rank of the adapter's matrices.
         retained_energy: share of the direction's squared norm that the adapter keeps.
+        is_estimate: whether that is an estimate.
         loads_in: the programs that load it; see `runtimes.where_it_loads`.
         auto_class: transformers' class that loads the model.
         repo_id: where the adapter will be found; None for a folder, whose code runs in that folder.
@@ -95,13 +97,14 @@ def adapter_card(
     """
     if not auto_class.isidentifier():
         raise ValueError(f"auto_class must be the name of a class of transformers, but it is {auto_class!r}")
+    about_energy = f"{'about ' if is_estimate else ''}{percent(retained_energy)}"
     table_rows = [
         ("Commit of the base model", about.revision),
         ("Hash of its weights", about.weights),
         ("Lifted by", about.lift),
         ("Kind", kind),
         ("Rank", rank),
-        ("Energy of the direction that it keeps", None if retained_energy is None else percent(retained_energy)),
+        ("Energy of the direction that it keeps", None if retained_energy is None else about_energy),
         ("Loads in", loads_in),
         *about.effects,
     ]

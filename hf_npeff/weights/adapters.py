@@ -51,7 +51,8 @@ class Adapter(Readable):
         kind: "lora", "shira" or "delta".
         tensors: what the safetensors file holds.
         config: adapter_config.json.
-        retained_energy: share of ‖ΔW‖² that the adapter keeps, 0 to 1.
+        retained_energy: share of ‖ΔW‖² that the adapter keeps, 0 to 1; `is_estimate` says of lifted components whether
+            it is an estimate.
         layouts: what every parameter is that it changes, by name.
         retained_by_weight: the same for every weight.
         about: the direction that it is made of, for the card; None writes none.
@@ -62,7 +63,9 @@ class Adapter(Readable):
 
     Example:
         >>> adapter = direction.to_adapter(rank=2, scale=0.3)
-        >>> 0 < adapter.retained_energy <= 1
+        >>> 0 < adapter.retained_energy <= 1 and not adapter.is_estimate
+        True
+        >>> adapter.kept == f"{adapter.retained_energy:.0%}"
         True
         >>> with adapter.applied_in_activations(model):
         ...     moved = model(torch.tensor([[9, 10, 11]])).logits
@@ -107,12 +110,22 @@ class Adapter(Readable):
         told = verdicts(self.kind, self.layouts.values())
         return [name for name, verdict in told.items() if verdict == "loads"]
 
+    @property
+    def is_estimate(self) -> bool:
+        """Whether `retained_energy` is an estimate."""
+        return self.info.get("retained_energy") == "estimated"
+
+    @property
+    def kept(self) -> str:
+        """`retained_energy` in words: "62%", or "about 62%" where it is an estimate."""
+        return f"{'about ' if self.is_estimate else ''}{self.retained_energy:.0%}"
+
     @classmethod
     def sum(cls, adapters: Sequence[Adapter], scales: Sequence[float] | None = None) -> Adapter:
         """Several LoRA adapters of one model as one: Σ scale·ΔW exactly, of the sum of their ranks.
 
-        PEFT's `add_weighted_adapter` cuts such a sum to the largest rank unless it is asked for "cat". `a + b`, `-a`
-        and `0.5 * a` are sums too.
+        PEFT's `add_weighted_adapter` cuts such a sum to the largest rank unless it is asked for "cat". `a + b`
+        is such a sum; `-a` and `0.5 * a` are `a.scaled(...)`, and say as `a` does what of the change they keep.
 
         Args:
             adapters: one or more.
@@ -142,19 +155,19 @@ class Adapter(Readable):
         return Adapter.sum([self, other]) if isinstance(other, Adapter) else NotImplemented
 
     def __mul__(self, scale: object) -> Adapter:
-        """So many times the change; see `sum`."""
-        return Adapter.sum([self], [scale]) if isinstance(scale, int | float) else NotImplemented
+        """So many times the change; see `scaled`."""
+        return self.scaled(scale) if isinstance(scale, int | float) else NotImplemented
 
     __rmul__ = __mul__
 
     def __neg__(self) -> Adapter:
-        """The change backwards; see `sum`."""
+        """The change backwards; see `scaled`."""
         return self * -1.0
 
     def __repr__(self) -> str:
         rank = f" of rank {self.config['r']}" if self.config.get("r") else ""
         whose = "" if self.about is None or self.about.component is None else f"component {self.about.component}, "
-        kept = f"keeps {self.retained_energy:.0%} of the change"
+        kept = f"keeps {self.kept} of the change"
         return f"Adapter({whose}{_KINDS[self.kind]}{rank} in {len(self.layouts)} parameters, {kept})"
 
     def linear_deltas(self) -> dict[str, LinearDelta]:
@@ -270,6 +283,7 @@ class Adapter(Readable):
             kind=_KINDS[self.kind],
             rank=self.config.get("r"),
             retained_energy=self.retained_energy,
+            is_estimate=self.is_estimate,
             loads_in=where_it_loads(self.kind, self.layouts.values()),
             auto_class=self.architecture,
             repo_id=repo_id,

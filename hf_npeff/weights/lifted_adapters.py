@@ -26,7 +26,7 @@ from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.layouts import Layout
 from hf_npeff.weights.lifting import check_faithful, sketch_of
 from hf_npeff.weights.lora import MATRICES, assembled
-from hf_npeff.weights.low_rank import Rows, lift_low_rank, mixture_of
+from hf_npeff.weights.low_rank import Rows, is_whole, lift_low_rank, mixture_of
 from hf_npeff.weights.plans import Plan
 from hf_npeff.weights.thin_sums import Cut
 
@@ -104,10 +104,12 @@ def lift_to_adapters(
     cuts = lift_low_rank(rows, rank, passes=passes)
     sketch, scales = sketch_of(pefs, known), decomposition.scales
     metric = request.form != "plain" and scales is not None and sketch.blocks is not None
+    whole = all(is_whole(shape, rank) for shape in forward.shapes.values())
     for number, p in enumerate(plans):
         parts = {name: _Part.of(cut, number) for name, cut in cuts.items()}
         cosine = _cosine(parts, p.target, sketch, scales)
         facts = p.info | {"estimated_cosine": cosine, "form": "metric" if metric else "plain", "passes": passes}
+        facts["retained_energy"] = "exact" if whole else "estimated"
         if metric:
             assert scales is not None and sketch.blocks is not None
             parts = {n: part.times(float(scales[sketch.blocks[n].start]) ** 2) for n, part in parts.items()}

@@ -122,12 +122,13 @@ def _lifted(rows: Rows, rank: int, passes: int, seed: int, batch_size: int) -> d
     if passes == 1:
         return {name: sums.take(name, rank) for name in places}
     cuts = {name: sums.take(name, sizes_of(rank)[0]) for name in places}
-    projected = ProjectedSums({name: cut for name, cut in cuts.items() if not _is_whole(places[name][0], rank)})
+    projected = ProjectedSums({name: cut for name, cut in cuts.items() if not is_whole(places[name][0], rank)})
     _go_through(rows, projected, batch_size)
     return {name: projected.take(name, cuts.pop(name), rank) for name in places}
 
 
-def _is_whole(shape: tuple[int, int], rank: int) -> bool:
+def is_whole(shape: tuple[int, int], rank: int) -> bool:
+    """Whether the sums of a weight are kept whole for a rank, so that the energy of its cuts is exact."""
     return is_kept_whole(shape, *sizes_of(rank))
 
 
@@ -137,7 +138,7 @@ def _bases(rows: Rows, places: Places, rank: int, seed: int, batch_size: int) ->
     One backward pass of the mixture, over a sample of the examples.
     """
     k, s = sizes_of(rank)
-    large = {name: place[0] for name, place in places.items() if not _is_whole(place[0], rank)}
+    large = {name: place[0] for name, place in places.items() if not is_whole(place[0], rank)}
     generator = torch.Generator().manual_seed(seed)
     maps = [m for m in rows.forward.maps if m.parameter in large]
     sample = SampleSums(large, s, generator)
