@@ -89,6 +89,10 @@ def test_an_adapter_is_explained_and_its_card_says_so(world: World, monkeypatch:
     said = json.loads(done.stdout)
     assert said["change"]["adapters"] == {"lora": 1.0} and said["mean_kl"] > 0
     assert not (world.folder / "explained" / "pefs").exists()
+    again = run(
+        "explain-adapter", "--config", "explained/run.yaml", "-o", "again-explained", "--json", cwd=world.folder
+    )
+    assert told(again)["curve"] == said["curve"]
     texts = [json.loads(line)["text"] for line in (world.folder / "data.jsonl").read_text().splitlines()]
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
         env = hub.env("hf_alice", home=world.folder / "home")

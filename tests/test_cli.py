@@ -123,6 +123,33 @@ def test_a_run_yaml_replays_to_the_same_result_and_options_beside_it_go_first(wo
         assert second == first.replace(f"output: {name}\n", f"output: again/{name}\n")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "explain found model new.txt",
+        "perturb found pefs model data.jsonl --component 2 --kind delta --scale 0.1 --n-top 4 --n-others 8 "
+        "--eval data.jsonl --by label",
+        "perturb found pefs model data.jsonl --all --rank 2 --scale 0.1 --n-top 4 --n-others 8",
+        "edit pefs model data.jsonl --change one.json --outcome 0 --ridge 0.001 --no-check-weights",
+    ],
+)
+def test_the_run_yaml_of_a_command_that_uses_components_replays(
+    world: World, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: what the first run printed and wrote down; only the folder is another."""
+    monkeypatch.chdir(world.folder)
+    (world.folder / "one.json").write_text(json.dumps({"e0": 0.02}))
+    first = CliRunner().invoke(app, [*line.split(), "-o", str(tmp_path / "a"), "--json"])
+    assert first.exit_code == 0, first.output
+    again = ["--config", str(tmp_path / "a" / "run.yaml"), "-o", str(tmp_path / "b"), "--json"]
+    second = CliRunner().invoke(app, [line.split()[0], *again])
+    assert second.exit_code == 0, second.output
+    written = [yaml.safe_load((tmp_path / at / "run.yaml").read_text()) for at in "ab"]
+    assert written[1]["settings"].pop("output") != written[0]["settings"].pop("output")
+    assert written[1] == written[0]
+    assert json.loads(second.stdout) | {"output": ""} == json.loads(first.stdout) | {"output": ""}
+
+
 def test_components_explain_and_perturb(world: World) -> None:
     named = run("components", "found", "--component", 2, "--rename", "past [bold]tense", "--top", 4, cwd=world.folder)
     assert named.returncode == 0, named.stderr

@@ -379,7 +379,13 @@ class TestCommands:
         assert (folder / "table.md").read_text().startswith(("|", "**")) and b"<svg" in (
             folder / "figure.svg"
         ).read_bytes()
-        assert yaml.safe_load((folder / "run.yaml").read_text())["command"] == name
+        written = yaml.safe_load((folder / "run.yaml").read_text())
+        assert written["command"] == name
+        again = CliRunner().invoke(app, ["study", name, "--config", f"out/{name}/run.yaml", "-o", f"again/{name}"])
+        assert again.exit_code == 0, again.output
+        replayed = yaml.safe_load((world / "again" / name / "run.yaml").read_text())
+        assert replayed["settings"].pop("output") != written["settings"].pop("output")
+        assert replayed == written
 
     def test_planted_heuristics_have_a_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Oracle: the files, read back; an untrained model, so nothing about what is found."""
