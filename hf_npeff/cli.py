@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_npeff import __version__
-from hf_npeff.commands import acting, changing, editing, exporting, looking, making, reporting, studying
+from hf_npeff.commands import acting, changing, editing, exporting, looking, making, publishing, reporting, studying
 
 app = typer.Typer(
     name="hf-npeff",
@@ -29,7 +29,7 @@ _COMMANDS = (
     changing.explain_adapter,
     reporting.report,
     exporting.export,
-    acting.push,
+    publishing.push,
 )
 for _command in _COMMANDS:  # in the order of the help
     app.command(_command.__name__.replace("_", "-"))(_command)

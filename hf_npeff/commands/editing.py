@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, read_data
-from hf_npeff.commands.options import Data, Model, Output, PEFsArgument, Result, command, table, write_result
+from hf_npeff.commands.options import (
+    AdapterKind,
+    Data,
+    Keep,
+    Model,
+    Output,
+    PEFsArgument,
+    Result,
+    command,
+    table,
+    write_result,
+)
 from hf_npeff.config import EditRequest
 
 
@@ -29,11 +40,9 @@ def edit(
         str | None,
         typer.Option(help="Whose log-odds: a class or token number, a class's name, a token, or a column of them."),
     ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="PEFs of other data to be left alone: a folder, or a repository on the Hub.")
-    ] = None,
+    keep: Keep = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter's matrices.")] = 4,
-    kind: Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Kind of adapter.")] = "lora",
+    kind: AdapterKind = "lora",
 ) -> Result:
     """Move log-odds by a weight change that leaves other examples alone, and write it as an adapter.
 

@@ -60,6 +60,10 @@ PEFsArgument = Annotated[str, typer.Argument(help="PEFs: a folder, or a reposito
 DecompositionArgument = Annotated[str, typer.Argument(help="A decomposition: a folder, or a repository on the Hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 MaybeOutput = Annotated[Path | None, typer.Option("--output", "-o", help="A folder to write.")]
+Keep = Annotated[
+    str | None, typer.Option(help="PEFs of other data to be left alone: a folder, or a repository on the Hub.")
+]
+AdapterKind = Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Kind of adapter.")]
 BatchSize = Annotated[int, typer.Option(help="Examples of a forward pass.")]
 
 
