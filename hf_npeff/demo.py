@@ -23,7 +23,6 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.models.adapted_model import RANK
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.report.modules import energies_of_factors
 from hf_npeff.studies.factors import best_components, purity
 from hf_npeff.studies.settings import DemoConfig
 from hf_npeff.studies.word_relations import package_folder, word_relation_prompts
@@ -155,7 +154,7 @@ def _perturb(
         force=True,
         title=MODEL_ID.split("/")[-1],
         alignments=analyzer.token_alignments(decomposition, pefs, prompts, list(pure), n_top=_SHADED, batch_size=16),
-        energies={j: energies_of_factors(adapter.factors()) for j, adapter in adapters.items()},
+        energies={j: adapter.energies() for j, adapter in adapters.items()},
         reports=reports,
         adapters={purest: str(folder / "adapter")},
     )

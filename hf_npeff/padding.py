@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_npeff.encoding.labels import IGNORED
+
 TOKEN_COLUMNS = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
     "decoder_input_ids", "decoder_attention_mask",
@@ -19,10 +21,6 @@ _OTHER_TOKENS = ("_input_ids", "_attention_mask", "_token_type_ids")
 """How names end of the same columns for another text, such as InstructBLIP's question for its Q-Former."""
 _NOT_OF_TOKENS = ("pixel_", "image_", "input_features", "input_values", "audio_", "video_")
 """How names of inputs begin that have no entry for a token, even where a size is the number of tokens by chance."""
-IGNORED = -100
-"""The label of a position that is not counted, as everywhere in transformers."""
-
-
 _AXES_AND_TEXT = 4
 """Rows of position ids that begin with the text's own, by which transformers tells packed documents apart."""
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_npeff import CorruptStoreError, ParameterDirection, UnsupportedModelError
-from hf_npeff.report.modules import energies_of, energies_of_factors
 from hf_npeff.weights.dense_delta import load_delta
 from hf_npeff.weights.layouts import layout_of
 from hf_npeff.weights.lora import low_rank
@@ -262,4 +261,5 @@ def test_a_scaled_adapter_is_that_of_a_longer_change(kind: Any) -> None:
         return
     for name, (B, A) in scaled.factors().items():
         torch.testing.assert_close(B @ A, long.delta(name))
-    assert energies_of_factors(scaled.factors()) == pytest.approx(energies_of({n: long.delta(n) for n in direction}))
+    dense = ParameterDirection({n: long.delta(n) for n in direction}, direction.layouts, unit=False)
+    assert scaled.energies() == pytest.approx(dense.energies())

@@ -34,7 +34,7 @@ from hf_npeff.encoding.columns import CORRECT, as_column, columns_of, correctnes
 from hf_npeff.errors import CorruptStoreError, FormatVersionError
 from hf_npeff.report import examples, notebook, plots
 from hf_npeff.report.data import Extras
-from hf_npeff.report.modules import by_layer, energies_of, estimated_energies, place_of
+from hf_npeff.report.modules import by_layer, estimated_energies, place_of
 from hf_npeff.report.pack import pack, quantised
 from hf_npeff.report.page import write, write_space
 from hf_npeff.report.training import history_file, read_run
@@ -227,7 +227,7 @@ def test_energies_by_layer_and_kind() -> None:
         "model.layers.10.mlp.up.weight": torch.tensor([[0.0, 4.0]]),
         "lm_head.weight": torch.tensor([[12.0]]),
     }
-    energies = energies_of(direction)
+    energies = ParameterDirection(direction, dict.fromkeys(direction, "linear")).energies()
     assert energies == pytest.approx({k: v / 169 for k, v in zip(direction, (9, 16, 144), strict=True)})
     table = by_layer({1: energies}, 3, [1])
     assert table.layers == ["0", "10", "other"] and table.kinds == ["mlp.up", "lm_head"]
@@ -251,7 +251,7 @@ def test_without_a_sketch_the_estimate_is_the_lifted_directions() -> None:
         estimated = estimated_energies(found)
         assert estimated is not None
         for j, direction in enumerate(analyzer.lift(found, [0, 1], pefs, data, selective=False)):
-            assert estimated[j] == pytest.approx(energies_of(direction), abs=2e-3)
+            assert estimated[j] == pytest.approx(direction.energies(), abs=2e-3)
     found.info["sketch"] = None
     assert estimated_energies(found) is None
 
@@ -678,7 +678,7 @@ def test_the_command_shades_tokens_and_shows_what_perturb_found(world: Path, mon
             assert sum(one["contributions"]) + one["unplaced"] == pytest.approx(one["alignment"], rel=1e-3)
     assert facts["reports"]["1"]["best"] == perturbed["best"] and facts["adapters"] == {"1": "off/adapter"}
     assert set(facts["modules"]["exact"]) == {0, 1, 2}
-    truth = energies_of(ParameterDirection.load(world / "off" / "direction"))
+    truth = ParameterDirection.load(world / "off" / "direction").energies()
     assert np.nansum(arrays["energy"][1]) == pytest.approx(1, abs=1e-5) and np.nanmax(
         arrays["energy"][1]
     ) == pytest.approx(max(by_layer({0: truth}, 1).shares[0][~np.isnan(by_layer({0: truth}, 1).shares[0])]), rel=1e-4)

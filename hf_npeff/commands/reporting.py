@@ -170,7 +170,6 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
         OSError: if a folder was not written by `perturb`.
     """
     from hf_npeff.errors import CorruptStoreError
-    from hf_npeff.report.modules import energies_of
     from hf_npeff.sharing.files import read_json
     from hf_npeff.weights.directions import ParameterDirection
 
@@ -184,7 +183,7 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
             raise CorruptStoreError(f"{folder / 'report.json'} is no report of a component")
         measured.reports[j] = content
         if (folder / "direction").is_dir():
-            measured.energies[j] = energies_of(ParameterDirection.load(folder / "direction"))
+            measured.energies[j] = ParameterDirection.load(folder / "direction").energies()
         if (folder / "adapter").is_dir():
             measured.adapters[j] = str(folder / "adapter")
     return measured
@@ -204,7 +203,6 @@ def _measure(
 ) -> str | None:
     """Run the model over top examples, and lift components where their modules are wanted; the model's revision."""
     from hf_npeff.pefs.store import PEFs
-    from hf_npeff.report.modules import energies_of
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
     analyzer = analyzer_for(model, loading, decomposition, reading)
@@ -212,5 +210,5 @@ def _measure(
     left = [j for j in range(len(decomposition)) if j not in measured.energies]
     if modules and left:
         for j, direction in analyzer.lift_each(decomposition, left, fishers, dataset, **request):
-            measured.energies[j] = energies_of(direction)
+            measured.energies[j] = direction.energies()
     return analyzer.revision

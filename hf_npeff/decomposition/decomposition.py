@@ -201,8 +201,8 @@ class Decomposition(Readable):
         Args:
             path: the path of the file.
             alignments: from `NPEFFAnalyzer.token_alignments`: tokens of top examples are shaded by them.
-            energies: {component: energies_of(direction)}, with `hf_npeff.report.modules.energies_of`: the modules in
-                which each component lives. By default they are estimated, where the sketch keeps the modules apart.
+            energies: {component: direction.energies()}: the modules in which each component lives. By default they are
+                estimated, where the sketch keeps the modules apart.
             reports: {component: PerturbationReport}: answers before and after.
             adapters: {component: folder or repository} of adapters, for the code that loads them.
             compare: another decomposition, to compare with.

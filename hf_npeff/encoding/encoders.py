@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_npeff.encoding.chat import as_lines, conversation_of, is_conversation, messages_of, turn_of
-from hf_npeff.encoding.labels import numbers_of_tags
+from hf_npeff.encoding.labels import IGNORED, numbers_of_tags
 from hf_npeff.encoding.record import Encoded, ModelNeeds
 from hf_npeff.encoding.values import as_python, at, is_words
 
 logger = logging.getLogger(__name__)
-IGNORED = -100
-"""A label that counts nowhere, as in transformers."""
 
 
 @dataclass(frozen=True)

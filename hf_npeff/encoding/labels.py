@@ -16,6 +16,8 @@ _GENERIC = re.compile(r"label_?\d+", re.IGNORECASE)
 """transformers' own names of classes that have none."""
 _SHORTEST_PREFIX = 3
 """Letters that two names must share at least for one to be short for the other, as "neg" is for "negative"."""
+IGNORED = -100
+"""The label of a position that is not counted, as everywhere in transformers."""
 NO_CLASS = -1
 """Stands for a label that is no class of the model."""
 

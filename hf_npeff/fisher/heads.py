@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, base_of
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
@@ -20,7 +21,6 @@ from hf_npeff.fisher.head_weights import inside, weight_of
 from hf_npeff.fisher.outputs import HeadJacobian, HeadTraits, OutputHead, Outputs
 from hf_npeff.fisher.tasks import AUTO_CLASSES, task_of
 from hf_npeff.fisher.terms import gathered, packed, real_tokens, shifted, up_to_the_last
-from hf_npeff.padding import IGNORED
 
 logger = logging.getLogger(__name__)
 

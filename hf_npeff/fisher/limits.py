@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_npeff.data import Example
+from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.fisher.bare_model import base_of
-from hf_npeff.padding import IGNORED
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
-from hf_npeff.padding import IGNORED, Batch
+from hf_npeff.padding import Batch
 
 
 def shifted(model: nn.Module, labels: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
+from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.distributions import Softmax
 from hf_npeff.fisher.output_factors import rows_per_example
 from hf_npeff.fisher.outputs import OutputHead, traits_of
-from hf_npeff.padding import IGNORED
 from hf_npeff.weights.outcomes import labels_of
 
 

@@ -43,7 +43,7 @@ class Extras:
 
     Attributes:
         alignments: alignments of top examples, position by position, from `NPEFFAnalyzer.token_alignments`.
-        energies: {component: {parameter: share}}, from `energies_of(direction)`.
+        energies: {component: {parameter: share}}, from `direction.energies()`.
         reports: {component: PerturbationReport, or what its `to_dict` gives}.
         adapters: {component: folder or repository of its adapter}.
         compare: another decomposition.

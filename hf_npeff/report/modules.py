@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hf_npeff.pefs.sketches import Sketch
 
@@ -34,23 +33,6 @@ class ModuleEnergies:
     kinds: list[str]
     shares: np.ndarray
     exact: list[int]
-
-
-def energies_of(direction: Mapping[str, Tensor]) -> dict[str, float]:
-    """{parameter: its share of ‖Δ‖²} of a direction, such as a `ParameterDirection`."""
-    squares = {
-        name: float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2 for name, delta in direction.items()
-    }
-    total = sum(squares.values()) or 1.0
-    return {name: value / total for name, value in squares.items()}
-
-
-def energies_of_factors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """The same of a change in factors {parameter: (B, A)}, such as `Adapter.factors`; ‖BA‖² = tr((BᵀB)(AAᵀ))."""
-    wide = {name: (B.double(), A.double()) for name, (B, A) in factors.items()}
-    squares = {name: float(((B.T @ B) * (A @ A.T)).sum()) for name, (B, A) in wide.items()}
-    total = sum(squares.values()) or 1.0
-    return {name: value / total for name, value in squares.items()}
 
 
 def estimated_energies(decomposition: Decomposition) -> dict[int, dict[str, float]] | None:

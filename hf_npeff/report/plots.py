@@ -136,7 +136,7 @@ def modules(
     Args:
         decomposition: whose component.
         component: its number.
-        energies: {component: {parameter: share}} from `energies_of(direction)`; None estimates them from the sketch.
+        energies: {component: {parameter: share}} from `direction.energies()`; None estimates them from the sketch.
 
     Raises:
         ValueError: if they are not given and this sketch adds the modules up.
@@ -145,7 +145,7 @@ def modules(
     j = decomposition.index_of(component)
     known = energies or estimated_energies(decomposition)
     if known is None or j not in known:
-        raise ValueError("this sketch adds the modules up: lift the component and pass {j: energies_of(direction)}")
+        raise ValueError("this sketch adds the modules up: lift the component and pass {j: direction.energies()}")
     table = by_layer({j: known[j]}, len(decomposition))
     heat = go.Heatmap(z=table.shares[j], x=table.kinds, y=table.layers, colorscale="Viridis", hoverongaps=False)
     return _figure(

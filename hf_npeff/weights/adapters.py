@@ -190,6 +190,17 @@ class Adapter(Readable):
         deltas = {n: self._linear_delta(n) for n, kind in self.layouts.items() if kind not in ("bias", *STORED_WHOLE)}
         return {name: (delta.left, delta.right) for name, delta in deltas.items() if delta.right is not None}
 
+    def energies(self) -> dict[str, float]:
+        """{weight: its share of ‖ΔW‖²} of a LoRA, the largest first; ‖BA‖² = tr((BᵀB)(AAᵀ)), so no ΔW is formed.
+
+        Raises:
+            UnsupportedModelError: if it is no LoRA.
+        """
+        wide = {name: (B.double(), A.double()) for name, (B, A) in self.factors().items()}
+        squares = {name: float(((B.T @ B) * (A @ A.T)).sum()) for name, (B, A) in wide.items()}
+        total = sum(squares.values()) or 1.0
+        return dict(sorted(((n, value / total) for n, value in squares.items()), key=lambda item: -item[1]))
+
     def scaled(self, scale: float) -> Adapter:
         """The adapter of a change that is longer by so much, or points the other way.
 

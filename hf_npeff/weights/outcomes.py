@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.data import Example
-from hf_npeff.encoding.encoders import IGNORED
-from hf_npeff.encoding.labels import NO_CLASS, Truth, truth_of
+from hf_npeff.encoding.labels import IGNORED, NO_CLASS, Truth, truth_of
 from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.distributions import Gaussian
 from hf_npeff.fisher.forward import ForwardPass

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.data import Example
+from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.padding import IGNORED
 from hf_npeff.weights.activations import LinearDelta, check_linear
 from hf_npeff.weights.lora import low_rank
 
