@@ -229,7 +229,7 @@ def test_energies_by_layer_and_kind() -> None:
     }
     energies = ParameterDirection(direction, dict.fromkeys(direction, "linear")).energies()
     assert energies == pytest.approx({k: v / 169 for k, v in zip(direction, (9, 16, 144), strict=True)})
-    table = by_layer({1: energies}, 3, [1])
+    table = by_layer({1: energies}, 3, [1], order=list(direction))
     assert table.layers == ["0", "10", "other"] and table.kinds == ["mlp.up", "lm_head"]
     assert np.isnan(table.shares[0]).all() and np.isnan(table.shares[1, 0, 1])
     assert table.shares[1, :, 0][:2].tolist() == pytest.approx([9 / 169, 16 / 169])

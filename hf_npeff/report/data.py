@@ -15,7 +15,7 @@ from hf_npeff.decomposition.matching import matches, similarities
 from hf_npeff.encoding.columns import Column, columns_of, described_by
 from hf_npeff.encoding.record import shown_columns, shown_texts
 from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_components, place
-from hf_npeff.report.modules import ModuleEnergies, by_layer, estimated_energies
+from hf_npeff.report.modules import ModuleEnergies, analysed_parameters, by_layer, estimated_energies
 from hf_npeff.report.pack import quantised
 from hf_npeff.report.training import Run, read_run
 from hf_npeff.sharing.files import finite
@@ -230,7 +230,9 @@ def _add_energies(
             "lifted."
         )
         return
-    table: ModuleEnergies = by_layer(energies, len(decomposition), list(measured or ()))
+    table: ModuleEnergies = by_layer(
+        energies, len(decomposition), list(measured or ()), analysed_parameters(decomposition)
+    )
     page.facts["modules"] = {"layers": table.layers, "kinds": table.kinds, "exact": table.exact}
     page.arrays["energy"] = table.shares
 

@@ -63,15 +63,25 @@ def place_of(parameter: str) -> tuple[str, str]:
     return f"{match['prefix']}.{match['number']}", match["kind"]
 
 
-def by_layer(energies: Mapping[int, Mapping[str, float]], r: int, exact: Sequence[int] = ()) -> ModuleEnergies:
+def analysed_parameters(decomposition: Decomposition) -> list[str]:
+    """Their names in the model's order; none where rows were made elsewhere."""
+    sketch = decomposition.info.get("sketch")
+    return [] if sketch is None else [*Sketch.from_dict(sketch).shapes]
+
+
+def by_layer(
+    energies: Mapping[int, Mapping[str, float]], r: int, exact: Sequence[int] = (), order: Sequence[str] = ()
+) -> ModuleEnergies:
     """Energies by parameter → by layer and kind.
 
     Args:
         energies: {component: {parameter: share}}.
         r: components of the decomposition.
         exact: the components whose energies were measured in the parameters.
+        order: parameters in the model's order; those that are not in it come last, in the order of `energies`.
     """
-    names = list(dict.fromkeys(name for shares in energies.values() for name in shares))
+    known = dict.fromkeys(name for shares in energies.values() for name in shares)
+    names = list(dict.fromkeys([*(name for name in order if name in known), *known]))
     places = {name: place_of(name) for name in names}
     layers = list(dict.fromkeys(layer for layer, _ in places.values() if layer))
     if any(not layer for layer, _ in places.values()):

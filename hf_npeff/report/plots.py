@@ -17,7 +17,7 @@ from hf_npeff.decomposition.matching import matches, similarities
 from hf_npeff.encoding.columns import CORRECT, Column, columns_of
 from hf_npeff.extras import load
 from hf_npeff.report.examples import Layout, explained_by, place
-from hf_npeff.report.modules import by_layer, estimated_energies
+from hf_npeff.report.modules import analysed_parameters, by_layer, estimated_energies
 from hf_npeff.report.training import read_run
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def modules(
     known = energies or estimated_energies(decomposition)
     if known is None or j not in known:
         raise ValueError("this sketch adds the modules up: lift the component and pass {j: direction.energies()}")
-    table = by_layer({j: known[j]}, len(decomposition))
+    table = by_layer({j: known[j]}, len(decomposition), order=analysed_parameters(decomposition))
     heat = go.Heatmap(z=table.shares[j], x=table.kinds, y=table.layers, colorscale="Viridis", hoverongaps=False)
     return _figure(
         go, heat, title=f"{decomposition[j].label}: energy", x="module", y="layer", yaxis_autorange="reversed"
