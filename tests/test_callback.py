@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_npeff import ChangeReport, Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, NPEFFCallback
-from tests import tiny
+from tests import tiny, warm_processes
 from tests.hub_server import HubServer
 from tests.logged import warned_by
 
@@ -397,11 +396,8 @@ def two_processes(folder: Path) -> None:
 
 def test_two_processes_train_the_same_and_tell_the_same_of_the_same_weights(tmp_path: Path) -> None:
     """Oracle: the two-process run without the callback, bit for bit; one process on the trained weights."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.test_callback", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in warm_processes.two_of_torch(["-m", "tests.test_callback", tmp_path]):
+        assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for result in (first, second):
         assert result["equal"] and result["losses"][0] == result["losses"][1]
@@ -425,14 +421,8 @@ def pushing(folder: Path) -> None:
 def test_the_decomposition_travels_with_the_model_without_the_probes_texts(tmp_path: Path) -> None:
     """Oracle: the files in a loopback Hub's repository, read back as any folder."""
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.test_callback", "push", str(tmp_path / "run")],
-            cwd=ROOT,
-            env=hub.env(token="hf_alice", home=tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        command = ["-m", "tests.test_callback", "push", tmp_path / "run"]
+        done = warm_processes.run(command, env=hub.env(token="hf_alice", home=tmp_path / "home"))
         assert done.returncode == 0, done.stderr[-3000:]
         files = hub.repos["alice/trained"].files()
     assert {"config.json", "model.safetensors", "README.md"} <= files.keys()

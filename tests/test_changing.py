@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ from hf_npeff.cli import app
 from hf_npeff.report.data import Extras, gather
 from hf_npeff.report.page import write
 from hf_npeff.sharing.change_cards import TITLE_OF_SECTION, add_change_section, change_section
+from tests import warm_processes
 from tests.browser import Browser, Page, find_browser
 from tests.hub_server import HubServer
-from tests.test_cli import REPOSITORY, run, told
+from tests.test_cli import run, told
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
 SMALL = ("--rank", 2, "--sketch", "countsketch", "--sketch-dim", 256, "--n-components", 3, "--n-restarts", 1)
@@ -126,10 +125,7 @@ print(json.dumps({"norm": change.norm, "revision": change.info["revision"], "lor
                   "base": lora.info["model"]}))
 """
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
-        env = hub.env("hf_alice", home=tmp_path) | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(world.folder)], env=env, capture_output=True, text=True, timeout=300
-        )
+        done = warm_processes.run(["-c", script, world.folder], env=hub.env("hf_alice", home=tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     here = ParameterDirection.between(world.folder / "model", world.folder / "after")

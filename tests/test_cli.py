@@ -29,6 +29,7 @@ from hf_npeff.cli import app
 from hf_npeff.commands.inputs import DataOptions, ModelOptions, read_data
 from hf_npeff.commands.options import attribute_docs
 from hf_npeff.decomposition.matching import matches, similarities
+from tests import warm_processes
 from tests.hub_server import HubServer
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
@@ -38,10 +39,7 @@ DOCS = REPOSITORY / "docs" / "cli.md"
 
 def run(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """`python -m hf_npeff` as a process of its own, without a network unless `env` has one."""
-    given = os.environ if env is None else env
-    command = [sys.executable, "-m", "hf_npeff", *map(str, arguments)]
-    environment = {**given, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return warm_processes.run(["-m", "hf_npeff", *arguments], cwd=cwd, env=env)
 
 
 def told(done: subprocess.CompletedProcess[str]) -> Any:
@@ -233,8 +231,7 @@ def test_all_components_become_adapters_in_one_run_and_one_repository(
         )
         given = {"components": list(range(len(found))), "model": str(world.folder / "model"), "repo": "alice/all",
                  "tokens": tokens, "card": str(tmp_path / "card.md")}  # fmt: skip
-        script = [sys.executable, "-c", LOADS_ALL, json.dumps(given)]
-        done = subprocess.run(script, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+        done = warm_processes.run(["-c", LOADS_ALL, json.dumps(given)], env=env)
     wrong = CliRunner().invoke(app, ["push", str(tmp_path / "all"), "alice/x", "--components", "99"])  # before any Hub
     assert done.returncode == 0, done.stderr
     logits = json.loads(done.stdout.splitlines()[-1])
@@ -408,7 +405,10 @@ def test_the_demo_gets_its_options_and_a_dry_run_writes_nothing(world: World, mo
 
 
 def test_the_version_is_told() -> None:
-    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == hf_npeff.__version__
+    """By an interpreter that has imported nothing before."""
+    command = [sys.executable, "-m", "hf_npeff", "--version"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == hf_npeff.__version__
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")

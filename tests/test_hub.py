@@ -9,8 +9,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from hf_npeff import CorruptStoreError, Decomposition, FormatVersionError, NPEFF
 from hf_npeff.config import DecompositionConfig
 from hf_npeff.sharing.files import sha256_of
 from hf_npeff.sharing.hub import clear_errors, is_hub_id, resolve_folder, text_columns
+from tests import warm_processes
 from tests.hub_server import HubServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,10 +46,8 @@ def message(function, *arguments, **options):
 def person(hub: HubServer, script: str, *, token: str | None, home: Path, **given: Any) -> dict[str, Any]:
     """Run a script as a user with a cache of their own; `given` goes in as JSON, the script's `out` comes back."""
     code = f"{PREAMBLE}\n{textwrap.dedent(script)}\nprint(json.dumps(out))"
-    env = hub.env(token, home=home) | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", code, json.dumps(given, default=str)]
     home.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=300, cwd=home)
+    done = warm_processes.run(["-c", code, json.dumps(given, default=str)], env=hub.env(token, home=home), cwd=home)
     assert done.returncode == 0, done.stderr
     assert "hf_alice" not in done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from hf_npeff import NPEFF, NPEFFError, ParameterDirection, PEFs
 from hf_npeff.fisher.compute import _missing
 from hf_npeff.fisher.rows import RowMaker
-from tests import planted, workers
+from tests import planted, warm_processes, workers
 from tests.logged import warned_by
 from tests.systems import linux_only
 
@@ -219,7 +219,8 @@ def test_a_worker_that_dies_stops_the_others_and_finished_shards_stay(tmp_path: 
 @linux_only("os.fork with torch's threads")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """Oracle: every file of a run that was left alone, after SIGKILL at 20 random moments and a second run each."""
-    subprocess.run([sys.executable, "-m", "tests.workers", "kills", str(tmp_path)], cwd=ROOT, check=True, timeout=300)
+    done = warm_processes.run(["-m", "tests.workers", "kills", tmp_path])
+    assert done.returncode == 0, done.stderr
     left = json.loads((tmp_path / "left.json").read_text())
     assert len(set(left)) >= 4, f"the kills came at too few different moments: {left}"
     whole = contents(tmp_path / "whole")

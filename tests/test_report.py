@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import re
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +39,7 @@ from hf_npeff.report.page import write, write_space
 from hf_npeff.report.training import history_file, read_run
 from hf_npeff.weights.perturbation import Effect
 from hf_npeff.weights.token_alignments import TokenAlignment
-from tests import reference
+from tests import reference, warm_processes
 from tests.hub_server import HubServer
 from tests.planted import planted
 from tests.random_decomposition import random_decomposition
@@ -583,10 +582,9 @@ def test_a_space_is_a_page_and_a_card(tmp_path: Path, fitted: tuple[PEFs, Decomp
     card = (tmp_path / "space" / "README.md").read_text(encoding="utf-8")
     assert "sdk: static" in card and "\ntitle: 'A: ''title'' of mine'" in card
     code = "import sys; from hf_npeff.report.page import push_space; print(push_space(*sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(tmp_path / "space"), "alice/components"]
+    command = ["-c", code, tmp_path / "space", "alice/components"]
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
-        environment = {**hub.env("hf_alice", home=tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parent.parent)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = warm_processes.run(command, env=hub.env("hf_alice", home=tmp_path / "home"))
         assert done.returncode == 0, done.stderr
         stored = hub.repos["spaces/alice/components"].files()
     assert "alice/components" in done.stdout
@@ -724,12 +722,11 @@ def test_names_of_a_page_reach_the_folder(world: Path, monkeypatch: pytest.Monke
 def test_a_published_space_has_no_texts_unless_they_are_asked_for(world: Path, tmp_path: Path) -> None:
     """Oracle: the data of index.html as the loopback Hub holds it; the page beside it has the texts."""
     with HubServer(tokens={"hf_alice": "alice"}) as hub:
-        environment = {**hub.env("hf_alice", home=tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
         for name, extra in (("public", ()), ("whole", ("--include-texts",))):
             page = f"{name}/page.html"
-            command = [sys.executable, "-m", "hf_npeff", "report", "found", "-o", page, "--map", "none"]
+            command = ["-m", "hf_npeff", "report", "found", "-o", page, "--map", "none"]
             command += ["--space", f"alice/{name}", *extra]
-            done = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=300)
+            done = warm_processes.run(command, cwd=world, env=hub.env("hf_alice", home=tmp_path))
             assert done.returncode == 0, done.stderr
             stored = hub.repos[f"spaces/alice/{name}"].files()
             (tmp_path / name).write_bytes(stored["index.html"])

@@ -6,7 +6,6 @@ import ast
 import json
 import logging
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 
 from hf_npeff import NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
 from hf_npeff.cli import app
+from tests import warm_processes
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -245,9 +245,8 @@ def secretive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     home = tmp_path_factory.mktemp("secret")
     code = f"import json, sys\ngiven, out = json.loads(sys.argv[1]), {{}}\n{SECRETIVE}\nprint(json.dumps(out))"
     with HubServer(tokens={CANARY: "alice", "hf_other": "bob"}) as hub:
-        env = hub.env(home=home / "hub") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", code, json.dumps({"token": CANARY})]
-        done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=300)
+        env = hub.env(home=home / "hub")
+        done = warm_processes.run(["-c", code, json.dumps({"token": CANARY})], env=env, cwd=home)
         assert done.returncode == 0, done.stderr[-3000:]
         stored = b"\n".join(
             content for repo in hub.repos.values() for content in _contents_of(repo)
