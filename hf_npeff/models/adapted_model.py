@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_npeff.config import LiftForm, LiftRequest, Ridge, check_integer
-from hf_npeff.data import Example
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
@@ -17,6 +16,7 @@ from hf_npeff.models.lifted_model import LiftedModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import shown
 from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.direction_folder import facts_of
 from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.lifted_adapters import (
@@ -113,21 +113,17 @@ class AdaptedModel(LiftedModel):
             memory_budget=memory_budget,
         )
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
-        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, check_weights)
+        analyzer, decomposed = self._opened(decomposition, pefs, dataset, check_weights)
         folder = None if output_dir is None else Path(output_dir)
         return analyzer._adapters(
-            decomposition, wanted, pefs, examples, request, weights, rank=rank, passes=passes, folder=folder,
-            include_texts=include_texts,
-        )  # fmt: skip
+            decomposed, wanted, request, rank=rank, passes=passes, folder=folder, include_texts=include_texts
+        )
 
     def _adapters(
         self,
-        decomposition: Decomposition,
+        decomposed: Decomposed,
         wanted: list[int],
-        pefs: PEFs,
-        examples: list[Example],
         request: LiftRequest,
-        weights: Mapping[str, Any],
         *,
         rank: int,
         passes: int = 1,
@@ -135,16 +131,17 @@ class AdaptedModel(LiftedModel):
         include_texts: bool = False,
     ) -> list[Adapter]:
         """`lift_adapters` for examples that are encoded already."""
-        changed = self._changed_weights(weights, pefs, rank)
-        plans = self._planned(decomposition, wanted, pefs, request)
+        decomposition, pefs = decomposed.decomposition, decomposed.pefs
+        changed = self._changed_weights(decomposed.weights, pefs, rank)
+        plans = self._planned(decomposed, wanted, request)
         settings: dict[str, Any] = {"rank": rank, "passes": passes, "form": request.form}
-        settings |= {"weights": weights.get("hash"), "pefs": pefs.fingerprint}
+        settings |= {"weights": decomposed.weights.get("hash"), "pefs": pefs.fingerprint}
         done = {}
         for p in plans if folder is not None else ():
             assert folder is not None
             done[p.component] = load_lifted(folder_of(folder, p.component), settings_hash(p, settings))
         missing = [p for p in plans if done.get(p.component) is None]
-        lifted = self._lifted(decomposition, missing, plans, pefs, examples, request, changed, rank, passes)
+        lifted = self._lifted(decomposed, missing, plans, request, changed, rank, passes)
         made = {}
         processes = self.processes()
         for p, adapter in zip(missing, lifted, strict=True):
@@ -152,16 +149,14 @@ class AdaptedModel(LiftedModel):
             if folder is not None and processes.index == 0:
                 save_lifted(made[p.component], folder_of(folder, p.component), settings_hash(p, settings))
         processes.meet()
-        found = {j: _described(adapter, decomposition, include_texts) for j, adapter in done.items() if adapter}
-        return [(found | made)[j] for j in wanted]
+        resumed = {j: _described(adapter, decomposition, include_texts) for j, adapter in done.items() if adapter}
+        return [(resumed | made)[j] for j in wanted]
 
     def _lifted(
         self,
-        decomposition: Decomposition,
+        decomposed: Decomposed,
         plans: list[Plan],
         of_run: list[Plan],
-        pefs: PEFs,
-        examples: list[Example],
         request: LiftRequest,
         changed: LiftedWeights,
         rank: int,
@@ -171,19 +166,9 @@ class AdaptedModel(LiftedModel):
             return
         with self.forward_pass() as forward:
             yield from lift_to_adapters(
-                forward,
-                decomposition,
-                plans,
-                pefs,
-                examples,
-                request,
-                changed,
-                of_run=of_run,
-                rank=rank,
-                passes=passes,
-                processes=self.processes(),
-                known=self._sketch,
-            )
+                forward, decomposed, plans, request, changed,
+                of_run=of_run, rank=rank, passes=passes, processes=self.processes(),
+            )  # fmt: skip
 
     def _changed_weights(self, weights: Mapping[str, Any], pefs: PEFs, rank: int) -> LiftedWeights:
         """What adapters need to know of the parameters, and refusals before the model runs."""

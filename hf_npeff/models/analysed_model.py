@@ -36,7 +36,8 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes, on_cpu
 from hf_npeff.sharing.files import read_json
-from hf_npeff.weights.lifting import align, check_decomposed
+from hf_npeff.weights.decomposed import check_decomposed
+from hf_npeff.weights.lifting import align
 
 logger = logging.getLogger(__name__)
 

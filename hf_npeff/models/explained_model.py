@@ -25,6 +25,7 @@ from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.change_effects import SHUFFLED
 from hf_npeff.weights.change_report import ChangeReport
 from hf_npeff.weights.change_sums import inner
+from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.directions import ParameterDirection, as_direction
 from hf_npeff.weights.explaining import Grown, Seen, Watched, explained_change, shuffled
 from hf_npeff.weights.measurement import check_groups, is_linear
@@ -95,8 +96,8 @@ class ExplainedModel(MeasuredModel, EditedModel):
         in_place = analyzer._check_change(direction, request, weights)
         chosen = analyzer.examples_of(decomposition, dataset, pefs)
         check_groups(chosen, by)
-        if pefs.cotangents is None:
-            raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere): nothing can be explained")
+        decomposed = Decomposed(decomposition, pefs, chosen, weights, analyzer._sketch)
+        decomposed.cotangents()  # without them nothing can be explained
         named = None if isinstance(take_out, int) else [decomposition.index_of(j) for j in take_out]
         watched = analyzer._watched(pefs, chosen, request)
         seen = analyzer._seen(direction, pefs, watched, request, in_place)
@@ -104,8 +105,7 @@ class ExplainedModel(MeasuredModel, EditedModel):
         explained = explained_change(decomposition, pefs, direction, watched, seen, grown, request)
         lifting = LiftRequest(selective=False, form="plain", batch_size=batch_size, check_weights=check_weights)
         for j in explained.most_changed(count) if named is None else named:
-            plans = analyzer._planned(decomposition, [j], pefs, lifting)
-            (lifted,) = analyzer._lift(decomposition, plans, pefs, chosen, lifting, weights)
+            (lifted,) = analyzer._lift(decomposed, analyzer._planned(decomposed, [j], lifting), lifting)
             try:
                 left = direction.without(lifted)
             except ValueError:  # nothing is left

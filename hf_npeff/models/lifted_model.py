@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Reading
 from hf_npeff.models.movable_model import MovableModel
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import lift_components, plan, select
 from hf_npeff.weights.plans import Plan
@@ -107,9 +108,8 @@ class LiftedModel(MovableModel):
             memory_budget=memory_budget,
         )
         wanted = select(decomposition, components)
-        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, check_weights)
-        plans = analyzer._planned(decomposition, wanted, pefs, request)
-        directions = analyzer._lift(decomposition, plans, pefs, examples, request, weights)
+        analyzer, decomposed = self._opened(decomposition, pefs, dataset, check_weights)
+        directions = analyzer._lift(decomposed, analyzer._planned(decomposed, wanted, request), request)
         return directions[0] if hasattr(components, "__index__") else directions
 
     def lift_each(
@@ -127,39 +127,25 @@ class LiftedModel(MovableModel):
         """
         wanted = select(decomposition, components)
         request = LiftRequest(**settings)
-        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, request.check_weights)
-        yield from analyzer._lift_each(decomposition, wanted, pefs, examples, request, weights)
+        analyzer, decomposed = self._opened(decomposition, pefs, dataset, request.check_weights)
+        yield from analyzer._lift_each(decomposed, wanted, request)
 
     def _lift_each(
-        self,
-        decomposition: Decomposition,
-        wanted: list[int],
-        pefs: PEFs,
-        examples: list[Example],
-        request: LiftRequest,
-        weights: Mapping[str, Any],
+        self, decomposed: Decomposed, wanted: list[int], request: LiftRequest
     ) -> Iterator[tuple[int, ParameterDirection]]:
-        plans = self._planned(decomposition, wanted, pefs, request)
+        plans = self._planned(decomposed, wanted, request)
         for start in range(0, len(wanted), _LIFTED_TOGETHER):
             group = slice(start, start + _LIFTED_TOGETHER)
-            directions = self._lift(decomposition, plans[group], pefs, examples, request, weights)
-            yield from zip(wanted[group], directions, strict=True)
+            yield from zip(wanted[group], self._lift(decomposed, plans[group], request), strict=True)
 
-    def _planned(self, decomposition: Decomposition, wanted: list[int], pefs: PEFs, request: LiftRequest) -> list[Plan]:
-        return plan(decomposition, wanted, pefs, request, self.device if self.device.type == "cuda" else None)
+    def _planned(self, decomposed: Decomposed, wanted: list[int], request: LiftRequest) -> list[Plan]:
+        device = self.device if self.device.type == "cuda" else None
+        return plan(decomposed.decomposition, wanted, decomposed.pefs, request, device)
 
-    def _lift(
-        self,
-        decomposition: Decomposition,
-        plans: list[Plan],
-        pefs: PEFs,
-        examples: list[Example],
-        request: LiftRequest,
-        weights: Mapping[str, Any],
-    ) -> list[ParameterDirection]:
+    def _lift(self, decomposed: Decomposed, plans: list[Plan], request: LiftRequest) -> list[ParameterDirection]:
         with self.forward_pass() as forward:
-            lifted = lift_components(forward, decomposition, plans, pefs, examples, request, self._sketch)
-        kept = {"fingerprint": pefs.fingerprint, "weights": dict(weights)}
+            lifted = lift_components(forward, decomposed, plans, request)
+        kept = {"fingerprint": decomposed.pefs.fingerprint, "weights": dict(decomposed.weights)}
         return [self.direction_of(direction.deltas, {**kept, **direction.info}) for direction in lifted]
 
     def spare(
@@ -283,9 +269,7 @@ class LiftedModel(MovableModel):
             raise ValueError(f"n_top and batch_size must be at least 1, but they are {n_top} and {batch_size}")
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         chosen = {j: decomposition[j].top_examples(n_top).indices for j in wanted}
-        analyzer, _, examples = self._opened(decomposition, pefs, dataset, check_weights)
+        analyzer, decomposed = self._opened(decomposition, pefs, dataset, check_weights)
         decode = getattr(self.processing_class, "decode", None)
         with analyzer.forward_pass() as forward:
-            return token_alignments(
-                forward, decomposition, pefs, examples, chosen, decode, batch_size, analyzer._sketch
-            )
+            return token_alignments(forward, decomposed, chosen, decode, batch_size)

@@ -147,13 +147,14 @@ class MeasuredModel(FisherModel, AdaptedModel):
         """
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         request, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
-        analyzer, weights, examples = self._opened(decomposition, pefs, dataset, request.check_weights)
+        analyzer, decomposed = self._opened(decomposition, pefs, dataset, request.check_weights)
+        examples = list(decomposed.examples)
         if rank is not None and request.method == "exact" and analyzer._moves_linear_maps():
             low = min(rank, max(min(shape) for shape in analyzer.shapes.values()))
-            adapters = analyzer._adapters(decomposition, wanted, pefs, examples, request, weights, rank=low)
+            adapters = analyzer._adapters(decomposed, wanted, request, rank=low)
             return analyzer._measured_together(adapters, decomposition, wanted, examples, pefs, measuring)
         reports = []
-        for j, direction in analyzer._lift_each(decomposition, wanted, pefs, examples, request, weights):
+        for j, direction in analyzer._lift_each(decomposed, wanted, request):
             self.check_movable(direction, in_place=not is_linear(direction))
             with analyzer.forward_pass() as forward:
                 report = evaluate(forward, direction, decomposition, j, examples, measuring, (pefs.sketch(), pefs))

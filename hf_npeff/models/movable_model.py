@@ -16,6 +16,7 @@ from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
 from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.own_weights import tied_weights
@@ -95,8 +96,8 @@ class MovableModel(AnalysedModel):
 
     def _opened(
         self: _Self, decomposition: Decomposition, pefs: PEFs, dataset: Any, check_weights: bool
-    ) -> tuple[_Self, dict[str, Any], list[Example]]:
-        """An analyzer with the decomposition's sketch, the model's weights, and the examples in the order of the PEFs.
+    ) -> tuple[_Self, Decomposed]:
+        """An analyzer with the decomposition's sketch, and what it lifts components from.
 
         Raises:
             IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
@@ -105,7 +106,8 @@ class MovableModel(AnalysedModel):
         """
         analyzer = self.for_decomposition(decomposition)
         weights = analyzer.weights_for(decomposition, pefs, check_weights)
-        return analyzer, weights, analyzer.examples_of(decomposition, dataset, pefs)
+        examples = analyzer.examples_of(decomposition, dataset, pefs)
+        return analyzer, Decomposed(decomposition, pefs, examples, weights, analyzer._sketch)
 
     def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
         """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.

@@ -14,17 +14,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_npeff.config import LiftRequest
-from hf_npeff.data import Example
-from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.pefs.sketches import Sketch
-from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes
 from hf_npeff.sharing.files import read_json, read_tensors, sha256_of, write_json
 from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.layouts import Layout
-from hf_npeff.weights.lifting import check_faithful, sketch_of
+from hf_npeff.weights.lifting import check_faithful
 from hf_npeff.weights.lora import MATRICES, assembled
 from hf_npeff.weights.low_rank import Rows, is_whole, lift_low_rank, mixture_of
 from hf_npeff.weights.plans import Plan
@@ -59,35 +57,29 @@ def folder_of(output_dir: Path, component: int) -> Path:
 
 def lift_to_adapters(
     forward: ForwardPass,
-    decomposition: Decomposition,
+    decomposed: Decomposed,
     plans: Sequence[Plan],
-    pefs: PEFs,
-    examples: Sequence[Example],
     request: LiftRequest,
-    weights: LiftedWeights,
+    changed: LiftedWeights,
     *,
     of_run: Sequence[Plan],
     rank: int,
     passes: int,
     processes: Processes,
-    known: Sketch | None = None,
 ) -> Iterator[Adapter]:
     """Components as LoRA adapters of their unit directions, from one pass over the examples.
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposition: of `pefs`.
+        decomposed: what they are lifted from.
         plans: of the components, with coefficients.
-        pefs: those that were decomposed.
-        examples: theirs, in their order.
         request: form and batch size.
-        weights: what is changed.
+        changed: the weights that adapters change.
         of_run: the plans of all components of a run, those that are lifted already among them: where to look for low
             rank depends on all, so that a run that goes on gives what it would have given.
         rank: of every weight.
         passes: 2 measures the leading directions again, exactly.
         processes: those that share the examples out.
-        known: a sketch that need not be rebuilt where it is that of `pefs`.
 
     Yields:
         An adapter a plan, in order.
@@ -95,14 +87,14 @@ def lift_to_adapters(
     Raises:
         ValueError: if the gradients of the model do not add up to a component.
     """
-    assert pefs.cotangents is not None
     stacked = torch.stack([p.coefficients for p in plans if p.coefficients is not None])
     everything = torch.stack([p.coefficients for p in of_run if p.coefficients is not None])
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
     stacked = stacked / stacked.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    rows = Rows(forward, examples, pefs.cotangents, stacked, mixture_of(everything), request.batch_size, processes)
+    of_examples = (decomposed.examples, decomposed.cotangents(), stacked)
+    rows = Rows(forward, *of_examples, mixture_of(everything), request.batch_size, processes)
     cuts = lift_low_rank(rows, rank, passes=passes)
-    sketch, scales = sketch_of(pefs, known), decomposition.scales
+    sketch, scales = decomposed.sketch(), decomposed.decomposition.scales
     metric = request.form != "plain" and scales is not None and sketch.blocks is not None
     whole = all(is_whole(shape, rank) for shape in forward.shapes.values())
     for number, p in enumerate(plans):
@@ -115,7 +107,7 @@ def lift_to_adapters(
             parts = {n: part.times(float(scales[sketch.blocks[n].start]) ** 2) for n, part in parts.items()}
         kept, total = (sum(values) for values in zip(*((q.kept, q.energy) for q in parts.values()), strict=True))
         check_faithful(facts, cosine / max(kept / total, 1e-12) ** 0.5 if total > 0 else 0.0)
-        yield _adapter(parts, total**0.5, weights, rank, facts)
+        yield _adapter(parts, total**0.5, changed, rank, facts)
 
 
 @dataclass(frozen=True)

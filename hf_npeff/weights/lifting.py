@@ -28,8 +28,9 @@ from hf_npeff.decomposition.objective import alignments
 from hf_npeff.decomposition.weighting import balanced, mixing_of
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.pefs.sketches import Sketch
-from hf_npeff.pefs.store import PEFs, check_same_sketch
+from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.compressed_sensing import sparse_preimage
+from hf_npeff.weights.decomposed import Decomposed, check_decomposed
 from hf_npeff.weights.exact_lifting import lift_exact
 from hf_npeff.weights.plans import Plan, made_selective
 
@@ -94,34 +95,23 @@ def plan(
 
 
 def lift_components(
-    forward: ForwardPass,
-    decomposition: Decomposition,
-    plans: Sequence[Plan],
-    pefs: PEFs,
-    examples: Sequence[Example],
-    request: LiftRequest,
-    known: Sketch | None = None,
+    forward: ForwardPass, decomposed: Decomposed, plans: Sequence[Plan], request: LiftRequest
 ) -> list[Lifted]:
     """Components in parameter space.
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposition: the decomposition of `pefs`.
+        decomposed: what they are lifted from.
         plans: as `plan` made them.
-        pefs: those that were decomposed.
-        examples: theirs, in their order.
         request: method and form.
-        known: a sketch that need not be rebuilt where it is that of `pefs`.
 
     Raises:
         ValueError: if the gradients of the model do not add up to a component.
     """
-    scales = decomposition.scales
-    sketch = sketch_of(pefs, known)
+    scales, sketch = decomposed.decomposition.scales, decomposed.sketch()
     if request.method == "exact":
         rows = torch.stack([p.coefficients for p in plans if p.coefficients is not None])
-        assert pefs.cotangents is not None
-        directions = lift_exact(forward, examples, pefs.cotangents, rows, request.batch_size)
+        directions = lift_exact(forward, decomposed.examples, decomposed.cotangents(), rows, request.batch_size)
     else:
         directions = [_from_sketch(sketch, unbalanced(p.target, scales).float(), request) for p in plans]
     # Measured: the metric form was more selective for 5 of 6 components of a small model and 3 of 3 of SmolLM2.
@@ -137,11 +127,6 @@ def lift_components(
         scale_to_unit(in_metric(deltas, sketch, scales) if metric else deltas)
         lifted.append(Lifted(deltas, info))
     return lifted
-
-
-def sketch_of(pefs: PEFs, known: Sketch | None) -> Sketch:
-    """The sketch of the PEFs, which need not be rebuilt where it is the one that is known."""
-    return known if known is not None and known.fingerprint == pefs.fingerprint else pefs.sketch()
 
 
 def lift_combination(
@@ -183,18 +168,6 @@ def lift_combination(
             "that the PEFs were computed with; load the model that they came from"
         )
     return deltas, cosine
-
-
-def check_decomposed(decomposition: Decomposition, pefs: PEFs) -> None:
-    """Refuse PEFs that are not those of a decomposition.
-
-    Raises:
-        IncompatibleSketchError: if they are of another sketch.
-        ValueError: if they are of other examples, or no PEFs.
-    """
-    check_same_sketch(decomposition, pefs)
-    if pefs.example_ids != decomposition.example_ids:
-        raise ValueError("these PEFs are not those of the decomposition: their example ids differ")
 
 
 def _combined_rows(

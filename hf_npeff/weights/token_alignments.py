@@ -27,7 +27,7 @@ from hf_npeff.fisher.parameters import sketched_rows
 from hf_npeff.fisher.routing import Routing, product_by_expert
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
-from hf_npeff.weights.lifting import check_decomposed, sketch_of
+from hf_npeff.weights.decomposed import Decomposed, check_decomposed
 
 Decode = Callable[[list[int]], str]
 
@@ -121,39 +121,31 @@ class TokenCollector(Receiver):
 
 def token_alignments(
     forward: ForwardPass,
-    decomposition: Decomposition,
-    pefs: PEFs,
-    examples: Sequence[Example],
+    decomposed: Decomposed,
     chosen: Mapping[int, Sequence[int]],
     decode: Decode | None,
     batch_size: int,
-    known: Sketch | None = None,
 ) -> list[TokenAlignment]:
     """Alignments of chosen examples, position by position, from one backward pass for every example and component.
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposition: the decomposition of `pefs`.
-        pefs: those that were decomposed, with their cotangents.
-        examples: theirs, in their order.
+        decomposed: components, and the rows and examples that they were found in.
         chosen: {component: examples}; those on which a component's coefficient is zero are left out.
         decode: token ids → text; None where there is no tokenizer.
         batch_size: examples of a forward pass.
-        known: a sketch that need not be rebuilt where it is that of `pefs`.
 
     Raises:
         IncompatibleSketchError: if the PEFs are of another sketch than the decomposition.
         ValueError: if they are other examples, or hold no cotangents: their rows were made elsewhere.
     """
-    check_decomposed(decomposition, pefs)
-    if pefs.cotangents is None:
-        raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere), so no pass can be replayed")
-    sketch = sketch_of(pefs, known).to(forward.device)
-    replay = _Replay(forward, sketch, decomposition, pefs, pefs.cotangents, examples, decode)
+    check_decomposed(decomposed.decomposition, decomposed.pefs)
+    cotangents, sketch = decomposed.cotangents(), decomposed.sketch().to(forward.device)
+    replay = _Replay(forward, sketch, decomposed, cotangents, decode)
     alignments: dict[tuple[int, int], TokenAlignment] = {}
     for j, given in chosen.items():
-        wanted = [i for i in given if decomposition.coefficients[i, j] > 0]
-        for batch in forward.batches([examples[i] for i in wanted], batch_size):
+        wanted = [i for i in given if decomposed.decomposition.coefficients[i, j] > 0]
+        for batch in forward.batches([decomposed.examples[i] for i in wanted], batch_size):
             for alignment in replay.run(j, [wanted[at] for at in batch]):
                 alignments[j, alignment.example] = alignment
     return [alignments[j, i] for j, given in chosen.items() for i in given if (j, i) in alignments]
@@ -182,10 +174,8 @@ class _Replay:
 
     forward: ForwardPass
     sketch: Sketch
-    decomposition: Decomposition
-    pefs: PEFs
+    decomposed: Decomposed
     cotangents: Tensor
-    examples: Sequence[Example]
     decode: Decode | None
 
     def run(self, j: int, indices: list[int]) -> list[TokenAlignment]:
@@ -196,10 +186,11 @@ class _Replay:
             return [alignment for i in indices for alignment in self._batch(j, [i])]
 
     def _batch(self, j: int, indices: list[int]) -> list[TokenAlignment]:
-        forward, batch = self.forward, [self.examples[i] for i in indices]
-        N, weights = mixed_rows(self.decomposition, self.pefs, j, indices)
+        forward, batch = self.forward, [self.decomposed.examples[i] for i in indices]
+        decomposition = self.decomposed.decomposition
+        N, weights = mixed_rows(decomposition, self.decomposed.pefs, j, indices)
         ids, mask = _input_positions(forward, batch)
-        g = scaled(self.decomposition, j)
+        g = scaled(decomposition, j)
         seq2seq = bool(getattr(getattr(forward.model, "config", None), "is_encoder_decoder", False))
         positions = _patches(forward, batch) if mask is None else mask.shape[1]
         collector = TokenCollector(self.sketch, g, positions, _Placed(seq2seq))
