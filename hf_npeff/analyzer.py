@@ -21,7 +21,7 @@ class NPEFFAnalyzer(ExplainedModel):
     hooks, random state), exceptions included.
 
     Args:
-        model: a transformers model, PEFT-wrapped or not.
+        model: a transformers model, PEFT-wrapped or not, or a SentenceTransformer.
         processing_class: its tokenizer, image processor or processor; needed unless the data is encoded.
         fisher: how PEFs are computed.
         accelerator: an `accelerate.Accelerator`; by default one is made when it is needed.

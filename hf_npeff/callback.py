@@ -240,7 +240,11 @@ class NPEFFCallback(TrainerCallback):
 
     # A point
 
-    def _analyzer(self, model: nn.Module, processing_class: Any = None, **_: Any) -> NPEFFAnalyzer:
+    def _analyzer(
+        self, model: Any, processing_class: Any = None, st_model: nn.Module | None = None, **_: Any
+    ) -> NPEFFAnalyzer:
+        # SetFit hands its own object on, which is no module, and beside it the SentenceTransformer that is trained.
+        model = model if st_model is None else st_model
         # PartialState and not a second Accelerator, which would take over Trainer's gradient accumulation.
         analyzer = NPEFFAnalyzer(
             model,
@@ -253,7 +257,8 @@ class NPEFFCallback(TrainerCallback):
         return analyzer
 
     def _point(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        weights = (state.global_step, sum(p._version for p in kwargs["model"].parameters()))
+        trained: nn.Module = kwargs["model"] if kwargs.get("st_model") is None else kwargs["st_model"]
+        weights = (state.global_step, sum(p._version for p in trained.parameters()))
         if weights == self._seen or (self.max_points is not None and len(self.history) >= self.max_points):
             return
         self._seen = weights

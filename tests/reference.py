@@ -82,6 +82,27 @@ def terms_of(task: str, positions: str | Sequence[int] = "last", *, mask_token: 
     return terms
 
 
+def embedding_terms(pooling: str, *, normalised: bool, skipped: int = 0, kept: int | None = None) -> TermsOf:
+    """Return what an embedding model predicts, as a function of its transformer and a batch of one: one Gaussian.
+
+    Its mean is the embedding e; of variance I, so that F = JᵀJ with J = ∂e/∂θ.
+
+    Args:
+        pooling: "mean", "cls" or "lasttoken".
+        normalised: Whether e is divided by its length.
+        skipped: Tokens of the prompt that are not pooled.
+        kept: How many of the numbers of e count; all when None.
+    """
+
+    def terms(model: PreTrainedModel, batch: Batch) -> list[Term]:
+        states = model(**{key: batch[key] for key in _MODEL_INPUTS if key in batch}).last_hidden_state[0, skipped:]
+        e = {"mean": states.sum(0) / len(states), "cls": states[0], "lasttoken": states[-1]}[pooling]
+        e = e / e.square().sum().sqrt() if normalised else e
+        return [Term(e[:kept], "gaussian")]
+
+    return terms
+
+
 def _kind(model: PreTrainedModel) -> str:
     problem = getattr(model.config, "problem_type", None)
     if problem == "multi_label_classification":

@@ -29,7 +29,7 @@ def test_the_page_has_the_table() -> None:
 
 def test_the_worst_part_decides() -> None:
     """Oracle: the rows of the table."""
-    by_name = {runtime.name: runtime.verdicts for runtime in RUNTIMES}
+    by_name = {runtime.name: runtime.verdicts for runtime in RUNTIMES if runtime.name != "sentence-transformers"}
     assert set(verdicts("lora", ["linear", "conv1d"]).values()) == {"loads"}
     mixed = verdicts("lora", ["linear", "norm"])
     assert mixed == {name: told["norms"] for name, told in by_name.items()}
@@ -42,7 +42,11 @@ def test_an_adapter_and_its_card_say_where_it_loads() -> None:
     """Oracle: the rows of the table, read by hand."""
     model, _ = setting("llama", "causal-lm")
     plain = direction_of(model).to_adapter(rank=2)
-    assert plain.loads_in == [runtime.name for runtime in RUNTIMES]
+    assert plain.loads_in == ["PEFT", "transformers", "vLLM", "llama.cpp", "OpenVINO GenAI"]
+    plain.config["task_type"] = "FEATURE_EXTRACTION"
+    assert plain.loads_in == ["PEFT", "transformers", "sentence-transformers"]
+    plain.config["task_type"] = None  # of a classifier: the others run language models
+    assert plain.loads_in == ["PEFT", "transformers"]
     norms = direction_of(model, r"(q_proj|norm)\.weight").to_adapter(rank=2, model=model)
     assert norms.loads_in == ["PEFT", "transformers"]
     assert "| Loads in | PEFT, transformers; not OpenVINO GenAI, which drops a part" in norms.card()

@@ -56,7 +56,8 @@ class FisherConfig(_JsonConfig):
             rows, else "spectral", the near-optimal ones; "projection" and "sampling" are unbiased random ones.
         spectral_metric: in what the "spectral" rows of a language model are the best ones: the metric of its last
             "hidden" state, which is free, or that of the "parameters", measured by h backward passes over four texts.
-            "auto" measures it for causal language models of h ≤ 256; ask for it where n is large beside h.
+            "auto" measures it for causal language models of h ≤ 256; ask for it where n is large beside h. Of an
+            embedding, whose own directions count alike, it is always measured unless "hidden" is asked for.
         positions: where a sequence model's prediction is taken: "last" (the next token after the prompt), "labels"
             (wherever a label is given), "all"; "auto" is the task's own: "last" for causal and seq2seq LMs, the mask
             tokens for masked LMs, every token for token classification.

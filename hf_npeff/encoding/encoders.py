@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_npeff.encoding.chat import as_lines, conversation_of, is_conversation, messages_of, turn_of
+from hf_npeff.encoding.embedding_texts import EmbeddingTexts
 from hf_npeff.encoding.labels import IGNORED, numbers_of_tags
 from hf_npeff.encoding.record import Encoded, ModelNeeds
 from hf_npeff.encoding.values import as_python, at, is_words
@@ -94,6 +95,8 @@ class Encoder:
         if self.needs.continues and self.around[1] and record.kind in ("text", "pair", "words", "completion"):
             tokens = " ".join(map(str, self.tokenizer.convert_ids_to_tokens(self.around[1])))
             notes.append(f"{tokens}, which the tokenizer appends, is left off")
+        if isinstance(self.tokenizer, EmbeddingTexts) and self.tokenizer.prompt:
+            notes.append(f"the prompt {self.tokenizer.prompt!r} comes before every text")
         return notes
 
     def warn_of_end(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -102,6 +102,11 @@ class ModelNeeds:
         return self.task == "causal-lm"
 
     @property
+    def embeds(self) -> bool:
+        """Whether it turns a text into a vector."""
+        return self.task == "feature-extraction"
+
+    @property
     def generates(self) -> bool:
         """Whether it writes a text, so that a second text may be its answer."""
         return self.task in ("causal-lm", "seq2seq-lm")

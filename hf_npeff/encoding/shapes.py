@@ -318,6 +318,8 @@ class _Shapes:
             raise self._unclear(
                 [first, second, *others], "a language model reads one text, and how these become one is not known"
             )
+        if self.needs.embeds:
+            raise self._unclear([first, second], "an embedding is of one text, and there are two")
         given = TEXTS if self.needs.task == "question-answering" else (*TEXTS, *OUTPUTS)
         others = [n for n in self.strings if n not in (first, second) and n in given and self._is_prose(n)]
         others += [n for n in self.strings if n not in (first, second) and n[:-1] == first[:-1] and n[-1].isalnum()]

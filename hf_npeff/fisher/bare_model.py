@@ -9,10 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+
+def is_sentence_transformer(model: nn.Module) -> bool:
+    """Whether a model is a SentenceTransformer: a transformers model with pooling behind it, whose answer is a vector.
+
+    It is told by the name of its class, so that the package sentence-transformers need not be there.
+    """
+    return isinstance(model, nn.Sequential) and any(c.__name__ == "SentenceTransformer" for c in type(model).__mro__)
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's, torch.compile's or a data-parallel wrapper."""
+    """The transformers model inside PEFT's, torch.compile's or a data-parallel wrapper, or a SentenceTransformer."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
@@ -20,6 +29,8 @@ def base_of(model: nn.Module) -> nn.Module:
             model = model.get_base_model()  # type: ignore[operator]
         elif isinstance(getattr(model, "module", None), nn.Module):  # data-parallel wrappers
             model = model.module  # type: ignore[assignment]
+        elif is_sentence_transformer(model):
+            return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
         else:
             return model
 

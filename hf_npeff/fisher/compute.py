@@ -327,7 +327,7 @@ def _columns(maker: RowMaker, examples: Sequence[Example], tensors: Mapping[str,
     kept = {name for e in examples for name in e.columns} - set(columns)
     columns |= {name: [e.columns.get(name) for e in examples] for name in sorted(kept)}
     describe = maker.forward.describe
-    if describe is not None and "prediction" not in columns:
+    if describe is not None and not maker.forward.traits.embeds and "prediction" not in columns:
         columns["prediction"] = describe(tensors["predictions"])
     return columns
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_module_names, base_of
+from hf_npeff.fisher.bare_model import bare_module_names, base_of, is_sentence_transformer
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
+from hf_npeff.fisher.embeddings import EMBEDDING_TASK, EmbeddingHead
 from hf_npeff.fisher.head_weights import inside, weight_of
 from hf_npeff.fisher.outputs import HeadJacobian, HeadTraits, OutputHead, Outputs
 from hf_npeff.fisher.tasks import AUTO_CLASSES, task_of
@@ -60,6 +61,8 @@ def head_of(
         if not isinstance(task, OutputHead):
             raise ValueError(f"task must be a name ({_KNOWN}) or an object with an `outputs` method, not {task!r}")
         return task
+    if is_sentence_transformer(model) and task in (None, EMBEDDING_TASK):
+        return EmbeddingHead(model, positions)
     base = base_of(model)
     name = task or task_of(base)
     if name is None or name not in AUTO_CLASSES:

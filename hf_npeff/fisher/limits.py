@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_npeff.data import Example
 from hf_npeff.encoding.labels import IGNORED
-from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.fisher.bare_model import base_of, is_sentence_transformer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,10 @@ class ModelLimits:
         decoder = base.get_decoder() if getattr(base.config, "is_encoder_decoder", False) else None
         vocabularies = {"input_ids": _vocabulary(base), "decoder_input_ids": _vocabulary(decoder)}
         vocabulary = {name: size for name, size in vocabularies.items() if size is not None}
-        return cls(vocabulary, _positions(base), needs_labels)
+        # A SentenceTransformer cuts texts earlier than its transformer has to.
+        given = getattr(model, "max_seq_length", None) if is_sentence_transformer(model) else None
+        limits = [limit for limit in (_positions(base), given) if limit is not None]
+        return cls(vocabulary, min(limits, default=None), needs_labels)
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples, each refused here if the model cannot take it; those that are too long together at the end.

@@ -9,6 +9,9 @@ own are best only where C is a multiple of the identity. Examples share most of 
 residual stream, the layers are the same), so its mean over a few of them, each at unit trace, serves for all, drawn
 by 0.2 towards the identity because they do not share all of it.
 
+Of an embedding the source is the embedding itself, and S = I prefers no direction of it: the best rows are the top
+eigenvectors of C alone, so there C is always measured.
+
 The few are texts of random tokens, made from the seed: an example's rows then depend on the model, the config and the
 example alone, whatever data set it comes in. They cost h backward passes each, once.
 
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.data import Example
+from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import MadeOneByOne, RowCollector, backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
@@ -39,6 +43,8 @@ _FREE = 256
 """The widest hidden state whose h backward passes over each pilot nobody has to ask for."""
 _IDENTITY_LIMIT = 65_536
 """Parameters up to which inner products of rows are taken without a sketch: h rows of them fit anywhere."""
+_COPIES = 64
+"""Of a pilot in a batch, each with a direction of an embedding: what a matrix product takes in one go."""
 _SIDE = 16
 """Of the Kronecker sketch that they are taken in otherwise."""
 
@@ -50,7 +56,7 @@ def is_free(h: int) -> bool:
 
 def pilot_examples(model: Any, seed: int) -> list[Example]:
     """Texts of random tokens of a language model's vocabulary."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = base_of(model).get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (_PILOTS, _PILOT_TOKENS), generator=generator).tolist()
     ones = [1] * _PILOT_TOKENS
@@ -66,7 +72,8 @@ def measure_metric(
     """The mean metric of a few examples, from the rows of every direction of the hidden state.
 
     Args:
-        forward: whose source is the last hidden state (B, t, h); the last of the t positions is taken.
+        forward: whose source is the last hidden state (B, t, h), the last of whose t positions is taken, or the
+            embedding (B, 1, k).
         maps: the linear maps under analysis.
         pilots: the examples.
         seed: the seed of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
@@ -77,9 +84,8 @@ def measure_metric(
     sketch.to(forward.device)
     total = None
     for pilot in pilots:
-        collector = RowCollector(sketch)
-        backward_passes(forward.model, maps, collector, 1, forward.source_of([pilot]), _every_direction)
-        (rows,) = collector.rows
+        together = _COPIES if forward.traits.embeds and not forward.one_at_a_time else 1
+        rows = _rows_of_directions(forward, maps, sketch, pilot, together)
         C = (rows @ rows.T).double()
         C = C / C.diagonal().sum().clamp_min(torch.finfo(C.dtype).tiny)
         total = C if total is None else total + C
@@ -87,12 +93,24 @@ def measure_metric(
     return HiddenMetric.of(total)
 
 
-def _every_direction(source: Tensor) -> MadeOneByOne:
-    """The h cotangents (1, t, h) that enter along one direction each of the last position's hidden state."""
+def _rows_of_directions(
+    forward: ForwardPass, maps: Sequence[LinearMap], sketch: Sketch, pilot: Example, together: int
+) -> Tensor:
+    """The sketched rows (h, d) of every direction of the last position's source, so many of them in a backward pass."""
+    collector = RowCollector(sketch)
+    size = 0
 
-    def along(i: int) -> Tensor:
-        cotangent = torch.zeros_like(source)
-        cotangent[0, -1, i] = 1
-        return cotangent
+    def every_direction(source: Tensor) -> MadeOneByOne:
+        nonlocal size
+        size = source.shape[-1]
 
-    return MadeOneByOne(source.shape[-1], along)
+        def along(number: int) -> Tensor:
+            cotangent = torch.zeros_like(source)
+            for copy in range(min(together, size - number * together)):
+                cotangent[copy, -1, number * together + copy] = 1
+            return cotangent
+
+        return MadeOneByOne(-(-size // together), along)
+
+    backward_passes(forward.model, maps, collector, together, forward.source_of([pilot] * together), every_direction)
+    return collector.rows.transpose(0, 1).flatten(0, 1)[:size]

@@ -196,9 +196,12 @@ def _random(
 def _spectral(
     distribution: Distribution, jacobian: HeadJacobian | None, c: int, at_hidden: bool, metric: HiddenMetric | None
 ) -> Tensor:
-    """√λ C^(−½)u at the hidden state, or S J u/√λ at the logits, for the top c eigenpairs: (N, s, c)."""
+    """√λ C^(−½)u at the hidden state, or S J u/√λ at the logits, for the top c eigenpairs: (N, s, c).
+
+    Where there is no head's Jacobian, a metric is one of the logits themselves, as the hidden state's is.
+    """
     values, vectors = top_eigenpairs(distribution, jacobian, c, metric=metric)
-    if at_hidden:
+    if at_hidden or (jacobian is None and metric is not None):
         vectors = vectors if metric is None else metric.inverse_root.to(vectors) @ vectors
         return vectors * values.sqrt()[:, None]
     V = distribution.hessian_times(vectors if jacobian is None else jacobian.push(vectors))
@@ -224,17 +227,16 @@ def top_eigenpairs(
         jacobian: J_head, or None for the identity (then h = k).
         c: how many; at most h.
         rounds: blocks of the Krylov space.
-        metric: C; only where a Jacobian is known.
+        metric: C, of what the Jacobian reads; of the logits without one.
     """
     logits = distribution.logits
     N, k = logits.shape
     h = k if jacobian is None else jacobian.weight.shape[1]
 
     def times(Q: Tensor) -> Tensor:
-        if jacobian is None:
-            return distribution.hessian_times(Q)
         Q = Q if root is None else root @ Q
-        Y = jacobian.pull(distribution.hessian_times(jacobian.push(Q)))
+        Y = distribution.hessian_times(Q if jacobian is None else jacobian.push(Q))
+        Y = Y if jacobian is None else jacobian.pull(Y)
         return Y if root is None else root @ Y
 
     root = None if metric is None else metric.root.to(logits)

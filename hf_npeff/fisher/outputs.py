@@ -76,6 +76,7 @@ class HeadTraits:
         at_hidden: whether cotangents enter at the hidden state that the output embedding reads.
         vocabulary: whether it predicts tokens.
         weights: modules whose weights are read outside the forward pass.
+        embeds: whether it predicts an embedding, which has no words.
     """
 
     task: str
@@ -83,6 +84,7 @@ class HeadTraits:
     at_hidden: bool = False
     vocabulary: bool = False
     weights: tuple[nn.Module, ...] = ()
+    embeds: bool = False
 
 
 @runtime_checkable

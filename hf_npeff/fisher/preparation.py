@@ -91,10 +91,10 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
 
     Raises:
         ValueError: if the config asks for the metric of the parameters, and rows do not enter at the hidden state
-            of a causal language model.
+            of a causal language model or at an embedding.
     """
-    wanted = config.spectral_metric
-    usable = forward.traits.task == "causal-lm" and forward.traits.at_hidden
+    wanted, embeds = config.spectral_metric, forward.traits.embeds
+    usable = embeds or (forward.traits.task == "causal-lm" and forward.traits.at_hidden)
     # Linear weights may also be analysed as `parameters`: what is analysed decides, not how.
     others = find_linear_maps(forward.model) if usable and forward.parameters else []
     maps = [*forward.maps, *(m for m in others if m.parameter in forward.parameters)]
@@ -104,12 +104,12 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
     if wanted == "parameters" and not usable:
         raise ValueError(
             "spectral_metric='parameters' is of spectral rows that enter at a causal language model's last hidden "
-            "state; leave spectral_metric at 'auto' for this model and output factor"
+            "state, or at an embedding; leave spectral_metric at 'auto' for this model and output factor"
         )
     if first is None or not usable or wanted == "hidden":
         return config, None
     if wanted == "auto":
-        wanted = "parameters" if is_free(first.source.shape[-1]) else "hidden"
+        wanted = "parameters" if embeds or is_free(first.source.shape[-1]) else "hidden"
         config = replace(config, spectral_metric=wanted)
     if wanted == "hidden":
         return config, None

@@ -28,6 +28,7 @@ from hf_npeff.weights.lifted_adapters import (
     settings_hash,
 )
 from hf_npeff.weights.lifting import select
+from hf_npeff.weights.peft_config import loading_class
 from hf_npeff.weights.plans import Plan
 
 RANK = 4
@@ -193,7 +194,7 @@ class AdaptedModel(LiftedModel):
 def _described(adapter: Adapter, decomposition: Decomposition, include_texts: bool) -> Adapter:
     """With what its card says."""
     about = facts_of(adapter.info, None, decomposition, include_texts)
-    architecture = str(adapter.info.get("architecture") or "AutoModel")
+    architecture = loading_class(adapter.info)
     return replace(
         adapter, about=replace(about, scale=1.0), architecture=architecture, weights=shown(adapter.info.get("weights"))
     )

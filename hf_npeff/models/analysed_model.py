@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example, Examples, records_of
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.encoding.embedding_texts import EmbeddingTexts
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.errors import IncompatibleSketchError, UnsupportedModelError
-from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.fisher.bare_model import base_of, is_sentence_transformer
 from hf_npeff.fisher.batching import BatchTrials
+from hf_npeff.fisher.embeddings import check_sentence_transformer
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.frozen import frozen
 from hf_npeff.fisher.fsdp import FSDPModel
@@ -48,11 +50,16 @@ _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 """What transformers' configs call the token that stands for a part of an image."""
 
 
+def _is_of(model: Any, processing_class: Any) -> bool:
+    """Whether nothing but the SentenceTransformer's own tokenizer is asked for, which alone knows no prompt."""
+    return processing_class is None or any(processing_class is own for own in (model.tokenizer, model.processor))
+
+
 class AnalysedModel:
     """A model with the settings under which it is analysed; `NPEFFAnalyzer` adds the stages.
 
     Attributes:
-        model: the transformers model.
+        model: the transformers model, or the SentenceTransformer around it.
         processing_class: its tokenizer, image processor or processor, or None.
         fisher: how PEFs are computed.
         head: what it predicts, and where.
@@ -83,6 +90,9 @@ class AnalysedModel:
         model = before_compiling if isinstance(before_compiling, nn.Module) else model
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
+        check_sentence_transformer(model)
+        if is_sentence_transformer(model) and _is_of(model, processing_class):
+            processing_class = EmbeddingTexts(model)
         if not hasattr(base_of(model), "config"):
             raise UnsupportedModelError(
                 f"{type(model).__name__} is no model of transformers: it has no config. Load one with its head through "

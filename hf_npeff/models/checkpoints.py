@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.embeddings import EMBEDDING_TASK
 from hf_npeff.fisher.tasks import AUTO_CLASSES, loader_of
 from hf_npeff.sharing.files import read_json
 from hf_npeff.sharing.hub import commit_of_model, is_hub_id
@@ -24,6 +25,7 @@ _TASK_OF_ADAPTER = {
     "SEQ_CLS": "sequence-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
 }
 """{PEFT's name of a task: ours}."""
 _CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
@@ -98,6 +100,10 @@ def load_checkpoint(
     )
     settings = dict(settings) if classes is None else {**settings, "num_labels": classes}
     checkpoint = _load_model(base, task, processing_class, pinned, where, trust_remote_code, settings)
+    if checkpoint.task == EMBEDDING_TASK:
+        inner: Any = checkpoint.model
+        inner.load_adapter(os.fspath(model_id), adapter_kwargs=of_adapter)
+        return checkpoint
     model = PeftModel.from_pretrained(checkpoint.model, os.fspath(model_id), **of_adapter)
     return Checkpoint(model.eval(), checkpoint.processing_class, checkpoint.commit, checkpoint.task)
 
@@ -120,7 +126,11 @@ def _load_model(
     commit = commit_of_model(model_id, revision=revision, **where)
     hub = {"revision": commit or revision or "main", **where, "trust_remote_code": trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(model_id, **hub)
-    loader = loader_of(config, task)
+    loader = None if task == EMBEDDING_TASK else loader_of(config, task)
+    if loader is None and task in (None, EMBEDDING_TASK):
+        model = _sentence_transformer(model_id, hub, settings)
+        if model is not None:
+            return Checkpoint(model, processing_class, commit, EMBEDDING_TASK)
     if loader is None:
         raise UnsupportedModelError(
             f"{model_id} has the architectures {getattr(config, 'architectures', None) or []}, and none has a head "
@@ -131,6 +141,42 @@ def _load_model(
     if processing_class is None:
         processing_class = _processing_class(model_id, known_task, hub)
     return Checkpoint(model, processing_class, commit, known_task)
+
+
+def _sentence_transformer(model_id: Any, hub: Mapping[str, Any], settings: Mapping[str, Any]) -> nn.Module | None:
+    """The SentenceTransformer that a checkpoint holds; None where it has no modules.json, which lists its modules.
+
+    Raises:
+        UnsupportedModelError: if the package sentence-transformers is missing.
+    """
+    where = {name: hub[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in hub}
+    listed = transformers.utils.cached_file(
+        os.fspath(model_id),
+        "modules.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where,
+    )
+    if listed is None:
+        return None
+    try:
+        from sentence_transformers import SentenceTransformer  # not a requirement, and it takes seconds
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{os.fspath(model_id)} is a model of sentence-transformers: pip install sentence-transformers"
+        ) from error
+    given = {name: value for name, value in settings.items() if value is not None}
+    model: nn.Module = SentenceTransformer(
+        os.fspath(model_id),
+        device=None if "device_map" in given else "cpu",
+        revision=hub["revision"],
+        token=hub.get("token"),
+        cache_folder=hub.get("cache_dir"),
+        local_files_only=bool(hub.get("local_files_only")),
+        trust_remote_code=bool(hub.get("trust_remote_code")),
+        model_kwargs=given,
+    )
+    return model.eval()
 
 
 def _number_of_classes(model_id: str | os.PathLike[str], where: Mapping[str, Any]) -> int | None:

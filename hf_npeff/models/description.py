@@ -66,7 +66,7 @@ class ModelDescription:
         """
         config: Any = base_of(self.model).config
         traits = traits_of(self.head)
-        k = getattr(config, "num_labels", None)
+        k = getattr(self.head, "size", None) if traits.embeds else getattr(config, "num_labels", None)
         if traits.task == "multiple-choice":
             k = choices
         elif traits.vocabulary:
@@ -77,16 +77,18 @@ class ModelDescription:
 
     @property
     def label_names(self) -> dict[str, str] | None:
-        """{number of a class: its name}; None of a language model."""
+        """{number of a class: its name}; None of a language model, and of one that embeds."""
         base: Any = base_of(self.model)
-        if traits_of(self.head).vocabulary:
+        if traits_of(self.head).vocabulary or traits_of(self.head).embeds:
             return None
         return {
             str(number): str(name) for number, name in (getattr(base.config, "id2label", None) or {}).items()
         } or None
 
     def describe(self, predictions: Tensor) -> list[str]:
-        """Predictions for people: tokens, class names, or numbers."""
+        """Predictions for people: tokens, class names, or numbers; nothing of embeddings."""
+        if traits_of(self.head).embeds:
+            return [""] * len(predictions)
         base: Any = base_of(self.model)
         vocabulary = traits_of(self.head).vocabulary
         names = getattr(base.config, "id2label", None) or {}
@@ -115,7 +117,7 @@ class ModelDescription:
         if self.fisher.positions == "labels" or task == "token-classification":
             tokens = [[token for token in e.inputs.get("labels", ()) if token != IGNORED] for e in examples]
             return [each if each and min(each) >= 0 else None for each in tokens]
-        if encoded.label_column is None or traits_of(self.head).vocabulary:
+        if encoded.label_column is None or traits_of(self.head).vocabulary or traits_of(self.head).embeds:
             return [None] * len(examples)
         info = {"label_names": self.label_names, "task": task, "dataset": {"encoded": encoded.to_dict()}}
         column = [e.columns.get(encoded.label_column) for e in examples]

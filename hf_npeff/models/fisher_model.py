@@ -202,9 +202,15 @@ class FisherModel(AnalysedModel):
             tokens=_USUAL_TOKENS if tokens is None else tokens,
             c=self.rows_per_example(choices),
             r=n_components,
-            source=getattr(text, "hidden_size", 1) if hidden else getattr(config, "num_labels", 1),
+            source=getattr(text, "hidden_size", 1) if hidden else self._outputs_of_head(config),
             storage_bytes=getattr(torch, self.fisher.storage_dtype).itemsize,
         )
+
+    def _outputs_of_head(self, config: Any) -> int:
+        """The numbers that the head gives for an example, as far as they are known."""
+        if traits_of(self.head).embeds:
+            return int(getattr(self.head, "size", None) or getattr(config, "hidden_size", None) or 1)
+        return int(getattr(config, "num_labels", 1))
 
 
 def progress_wanted() -> bool:

@@ -31,7 +31,7 @@ _LINES = 256
 _CARD_LIMIT = 2**20
 """Characters of a README.md that are read, whoever wrote it: bounds the memory."""
 _TEMPLATES = Path(__file__).parent / "templates"
-_TEXT_TASKS = ("causal-lm", "sequence-classification", "token-classification")
+_TEXT_TASKS = ("causal-lm", "sequence-classification", "token-classification", "feature-extraction")
 _CODE = re.compile(r"^```python\n.*?^```$", re.MULTILINE | re.DOTALL)
 """A block of code. No text that a user brought can begin one: `escaped` takes its backticks."""
 HERE = "."

@@ -87,7 +87,7 @@ def adapter_card(
         retained_energy: share of the direction's squared norm that the adapter keeps.
         is_estimate: whether that is an estimate.
         loads_in: the programs that load it; see `runtimes.where_it_loads`.
-        auto_class: transformers' class that loads the model.
+        auto_class: the class that loads the model: transformers', or "SentenceTransformer".
         repo_id: where the adapter will be found; None for a folder, whose code runs in that folder.
         datasets: ids of the data sets that the examples are from.
         license: an identifier of the Hub.
@@ -137,10 +137,31 @@ _FURTHER = """Ways that are exact, but for norms, which PEFT stores whole:
 """
 
 
+EMBEDDING_CLASS = "SentenceTransformer"
+
+
+def loading_into_embeddings(base_model: str, pinned: str, place: str) -> list[str]:
+    """Lines that load an embedding model and the adapter at `place` into it.
+
+    Args:
+        base_model: its id or folder.
+        pinned: further arguments for it.
+        place: arguments for the adapter.
+    """
+    return [
+        f"from sentence_transformers import {EMBEDDING_CLASS}",
+        "",
+        f"model = {EMBEDDING_CLASS}({literal(base_model)}{pinned})",
+        f"model.load_adapter({place})",
+    ]
+
+
 def _adapter_code(about: DirectionFacts, kind: str, auto_class: str, where: str) -> list[str]:
     """Lines that load the base model with the adapter."""
     pinned = "" if about.revision is None else f", revision={literal(about.revision)}"
     model = f"model = {auto_class}.from_pretrained({literal(about.base_model)}{pinned})"
+    if auto_class == EMBEDDING_CLASS and kind != "dense":
+        return loading_into_embeddings(about.base_model, pinned, literal(where))
     if kind != "dense":
         return [
             "from peft import PeftModel",
@@ -151,8 +172,11 @@ def _adapter_code(about: DirectionFacts, kind: str, auto_class: str, where: str)
             "with model.disable_adapter():",
             "    ...  # the base model as it was",
         ]
+    library = "transformers"
+    if auto_class == EMBEDDING_CLASS:
+        library, model = "sentence_transformers", f"model = {auto_class}({literal(about.base_model)}{pinned})"
     return [
-        f"from transformers import {auto_class}",
+        f"from {library} import {auto_class}",
         "",
         "from hf_npeff import ParameterDirection",
         "",

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_npeff.errors import CorruptStoreError
 from hf_npeff.sharing.cards import CITATION, HERE, fill, metadata, model_link
+from hf_npeff.sharing.direction_cards import EMBEDDING_CLASS, loading_into_embeddings
 from hf_npeff.sharing.markdown import TITLE, escaped, literal, number, percent, plain, table
 
 _SHOWN = 3
@@ -51,6 +52,10 @@ def gallery_card(
         f"model = {auto_class}.from_pretrained({literal(model)}{pinned})",
         f"model = PeftModel.from_pretrained(model, {place})",
     ]
+    if auto_class == EMBEDDING_CLASS:
+        # transformers passes on to PEFT what is in adapter_kwargs.
+        within = f"{literal(HERE if repo_id is None else repo_id)}, adapter_kwargs={{'subfolder': {literal(first)}}}"
+        code = loading_into_embeddings(model, pinned, within)
     return fill(
         "adapters",
         front_matter=metadata("npeff-adapter", model, datasets, license, "peft"),

@@ -38,6 +38,7 @@ class Runtime:
         verdicts: {part of an adapter: what happens to it}.
         how: what has to be done, for people.
         shown_by: the command that shows the row.
+        task_type: PEFT's name of the models that it was run with; None where it runs any model.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Runtime:
     verdicts: Mapping[Part, Verdict]
     how: str
     shown_by: str
+    task_type: str | None = None
 
 
 _EVERYTHING: dict[Part, Verdict] = dict.fromkeys(
@@ -66,6 +68,14 @@ RUNTIMES: tuple[Runtime, ...] = (
         "`pytest tests/test_where_it_loads.py`",
     ),
     Runtime(
+        "sentence-transformers",
+        "6.2.0",
+        {**_EVERYTHING, "experts": "not tested", "SHiRA": "wrong"},
+        "`model.load_adapter(folder)`; embedding models alone",
+        "`pytest tests/test_sentence_transformers.py`",
+        "FEATURE_EXTRACTION",
+    ),
+    Runtime(
         "vLLM",
         "0.32.0",
         {
@@ -78,6 +88,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         },
         "`LLM(model, enable_lora=True, max_lora_rank=8)` or `vllm serve --enable-lora --lora-modules name=folder`",
         "`make runtimes-vllm`",
+        "CAUSAL_LM",
     ),
     Runtime(
         "llama.cpp",
@@ -92,6 +103,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         },
         "`adapter.to_gguf(file)`, then `--lora file`; the refusals are `to_gguf`'s",
         "`make runtimes`, `pytest tests/test_gguf.py`",
+        "CAUSAL_LM",
     ),
     Runtime(
         "OpenVINO GenAI",
@@ -106,16 +118,18 @@ RUNTIMES: tuple[Runtime, ...] = (
         },
         '`AdapterConfig(Adapter("adapter_model.safetensors"))`, which ignores `lora_alpha`: our scale is in B',
         "`make runtimes-openvino`",
+        "CAUSAL_LM",
     ),
 )
 
 
-def verdicts(kind: str, layouts: Iterable[str]) -> dict[str, Verdict]:
+def verdicts(kind: str, layouts: Iterable[str], task_type: str | None = "CAUSAL_LM") -> dict[str, Verdict]:
     """{program: the worst verdict on a part of the adapter}; of a dense change, which hf_npeff alone reads, none.
 
     Args:
         kind: "lora", "shira" or "delta".
         layouts: what its parameters are.
+        task_type: PEFT's name of what the base model does. Programs that run other models are not among the result.
     """
     if kind == "delta":
         return {}
@@ -123,17 +137,23 @@ def verdicts(kind: str, layouts: Iterable[str]) -> dict[str, Verdict]:
     return {
         runtime.name: min((runtime.verdicts[part] for part in parts), key=_WORST.index, default="loads")
         for runtime in RUNTIMES
+        if runtime.task_type in (None, task_type)
     }
 
 
-def where_it_loads(kind: str, layouts: Iterable[str]) -> str:
+def where_it_loads(kind: str, layouts: Iterable[str], task_type: str | None = "CAUSAL_LM") -> str:
     """A line for people: the programs that load all of an adapter, and those that would load it wrongly.
+
+    Args:
+        kind: see `verdicts`.
+        layouts: see `verdicts`.
+        task_type: see `verdicts`.
 
     Example:
         >>> where_it_loads("lora", ["linear", "norm"])
         'PEFT, transformers; not OpenVINO GenAI, which drops a part without a word'
     """
-    told = verdicts(kind, layouts)
+    told = verdicts(kind, layouts, task_type)
     if not told:
         return "hf_npeff alone"
     good = ", ".join(name for name, verdict in told.items() if verdict == "loads")

@@ -56,7 +56,7 @@ class Adapter(Readable):
         layouts: what every parameter is that it changes, by name.
         retained_by_weight: the same for every weight.
         about: the direction that it is made of, for the card; None writes none.
-        architecture: transformers' class that loads the base model, for the card.
+        architecture: the class that loads the base model, for the card.
         shapes: the shapes of the parameters, where the tensors do not tell them (SHiRA).
         weights: hash of the base model's weights, kept as `base_model_weights` in the safetensors file's metadata.
         info: how a lifted component's adapter was made, as `ParameterDirection.info` says it; empty of other adapters.
@@ -107,7 +107,7 @@ class Adapter(Readable):
     @property
     def loads_in(self) -> list[str]:
         """Programs that load all of it, of those in `sharing.runtimes.RUNTIMES`."""
-        told = verdicts(self.kind, self.layouts.values())
+        told = verdicts(self.kind, self.layouts.values(), self.config.get("task_type"))
         return [name for name, verdict in told.items() if verdict == "loads"]
 
     @property
@@ -295,7 +295,7 @@ class Adapter(Readable):
             rank=self.config.get("r"),
             retained_energy=self.retained_energy,
             is_estimate=self.is_estimate,
-            loads_in=where_it_loads(self.kind, self.layouts.values()),
+            loads_in=where_it_loads(self.kind, self.layouts.values(), self.config.get("task_type")),
             auto_class=self.architecture,
             repo_id=repo_id,
             datasets=datasets,

@@ -31,6 +31,7 @@ from hf_npeff.weights.layouts import Layout, as_linear_delta, check_all_linear
 from hf_npeff.weights.lora import lora
 from hf_npeff.weights.moved_weights import squared_norm, weights_moved
 from hf_npeff.weights.own_weights import each_once, own_weights
+from hf_npeff.weights.peft_config import loading_class
 from hf_npeff.weights.shira import shira
 
 
@@ -309,7 +310,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
             raise ValueError(f"kind must be 'lora', 'shira' or 'delta', but it is {kind!r}")
         adapter.about = replace(facts_of(self.info, report, decomposition, include_texts), scale=scale)
         adapter.weights = shown(self.info.get("weights"))
-        adapter.architecture = str(self.info.get("architecture") or "AutoModel")
+        adapter.architecture = loading_class(self.info)
         return adapter
 
     def save_pretrained(

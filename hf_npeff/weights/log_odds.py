@@ -121,6 +121,11 @@ def head_of_examples(forward: ForwardPass, examples: Sequence[Example]) -> tuple
     """
     with torch.no_grad():
         outputs = forward.outputs(examples[:1])
+    if forward.traits.embeds:
+        raise UnsupportedModelError(
+            "an edit moves the log-odds of a class, a label or a token, or a predicted number, and the numbers of an "
+            "embedding mean nothing one by one; lift a component of it, or train a classifier on top and edit that"
+        )
     if forward.traits.task in ("question-answering", "multiple-choice"):
         raise UnsupportedModelError(
             "an edit moves the log-odds of a class, a label or a token, or a predicted number; this model points at "

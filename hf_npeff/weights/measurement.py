@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_npeff.config import INTERVAL, MeasureRequest
 from hf_npeff.data import Example
+from hf_npeff.fisher.distributions import HALF_SQUARED
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations, random_like
@@ -153,7 +154,10 @@ class Measurement:
     def __repr__(self) -> str:
         step = next(s for s in self.steps if not s.random)
         effect = step.groups[ALL]
-        parts = [f"KL {effect.kl:.3g}, answers changed {effect.flips:.0%}"]
+        numbers = not effect.predicted  # which all move
+        parts = [
+            f"{HALF_SQUARED} {effect.kl:.3g}" if numbers else f"KL {effect.kl:.3g}, answers changed {effect.flips:.0%}"
+        ]
         if effect.accuracy is not None:
             parts.append("accuracy {:.3f} → {:.3f}".format(*effect.accuracy))
         if effect.error is not None:

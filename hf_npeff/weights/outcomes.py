@@ -92,6 +92,8 @@ def watch(
         return Watched(indices, examples, before, _tags(examples, before))
     if traits_of(forward.head).vocabulary:
         why = "a language model's tokens are no classes"
+    elif traits_of(forward.head).embeds:
+        why = "an embedding is no class"
     elif column is None:
         why = "the data has no labels"
     elif any(len(logits) != 1 for logits in before.logits):

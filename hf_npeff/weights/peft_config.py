@@ -9,7 +9,11 @@ from torch import Tensor
 
 from hf_npeff.config import is_count
 
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
+_TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "feature-extraction": "FEATURE_EXTRACTION",
+}
 
 
 def peft_config(peft_type: str, info: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
@@ -31,6 +35,12 @@ def _auto_mapping(info: Mapping[str, Any]) -> dict[str, str] | None:
     if str(info.get("task")) in _TASK_TYPES or not info.get("architecture"):
         return None
     return {"base_model_class": str(info["architecture"]), "parent_library": str(info.get("module"))}
+
+
+def loading_class(info: Mapping[str, Any]) -> str:
+    """The class that loads the base model: transformers', or SentenceTransformer of an embedding model."""
+    embeds = info.get("task") == "feature-extraction"
+    return "SentenceTransformer" if embeds else str(info.get("architecture") or "AutoModel")
 
 
 def check_rank(rank: int) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.fisher.distributions import HALF_SQUARED
 from hf_npeff.weights.measurement import Measurement
 from hf_npeff.weights.off_target import OffTarget
 
@@ -148,9 +149,10 @@ class PerturbationReport:
 
     def __repr__(self) -> str:
         b = self.best
+        what = "KL" if b.top_flips is not None else HALF_SQUARED
         return (
-            f"PerturbationReport(component {self.component}: KL {b.top:.3g} on top, {b.others:.3g} on others, ratio "
-            f"{b.ratio:.3g} at scale {b.scale:.3g}; random {self.random.ratio:.3g})"
+            f"PerturbationReport(component {self.component}: {what} {b.top:.3g} on top, {b.others:.3g} on others, "
+            f"ratio {b.ratio:.3g} at scale {b.scale:.3g}; random {self.random.ratio:.3g})"
         )
 
 

@@ -104,7 +104,7 @@ function effectPanel(j) {
     h(
       "p",
       { class: "small muted" },
-      "KL from the original predictions, in nats. A selective component moves its own examples and leaves the others; a random direction of equal length is there to compare with.",
+      "KL from the original predictions, in nats; of numbers and embeddings half their squared distance. A selective component moves its own examples and leaves the others; a random direction of equal length is there to compare with.",
     ),
     table,
     report && !changed.length ? h("p", { class: "muted" }, "No answer changed.") : null,
