@@ -45,8 +45,8 @@ def test_an_adapter_and_its_card_say_where_it_loads() -> None:
     assert plain.loads_in == ["PEFT", "transformers", "vLLM", "llama.cpp", "OpenVINO GenAI"]
     plain.config["task_type"] = "FEATURE_EXTRACTION"
     assert plain.loads_in == ["PEFT", "transformers", "sentence-transformers"]
-    plain.config["task_type"] = None  # of a classifier: the others run language models
-    assert plain.loads_in == ["PEFT", "transformers"]
+    plain.config |= {"task_type": None, "auto_mapping": {"base_model_class": "BertForSequenceClassification"}}
+    assert plain.loads_in == ["PEFT", "transformers"]  # the others run language models
     norms = direction_of(model, r"(q_proj|norm)\.weight").to_adapter(rank=2, model=model)
     assert norms.loads_in == ["PEFT", "transformers"]
     assert "| Loads in | PEFT, transformers; not OpenVINO GenAI, which drops a part" in norms.card()

@@ -123,13 +123,14 @@ RUNTIMES: tuple[Runtime, ...] = (
 )
 
 
-def verdicts(kind: str, layouts: Iterable[str], task_type: str | None = "CAUSAL_LM") -> dict[str, Verdict]:
+def verdicts(kind: str, layouts: Iterable[str], task_type: str | None = None) -> dict[str, Verdict]:
     """{program: the worst verdict on a part of the adapter}; of a dense change, which hf_npeff alone reads, none.
 
     Args:
         kind: "lora", "shira" or "delta".
         layouts: what its parameters are.
-        task_type: PEFT's name of what the base model does. Programs that run other models are not among the result.
+        task_type: PEFT's name of what the base model does: programs for other models are not among the result. None,
+            where it is not known, stands for a language model.
     """
     if kind == "delta":
         return {}
@@ -137,11 +138,11 @@ def verdicts(kind: str, layouts: Iterable[str], task_type: str | None = "CAUSAL_
     return {
         runtime.name: min((runtime.verdicts[part] for part in parts), key=_WORST.index, default="loads")
         for runtime in RUNTIMES
-        if runtime.task_type in (None, task_type)
+        if runtime.task_type in (None, task_type or "CAUSAL_LM")
     }
 
 
-def where_it_loads(kind: str, layouts: Iterable[str], task_type: str | None = "CAUSAL_LM") -> str:
+def where_it_loads(kind: str, layouts: Iterable[str], task_type: str | None = None) -> str:
     """A line for people: the programs that load all of an adapter, and those that would load it wrongly.
 
     Args:

@@ -107,8 +107,13 @@ class Adapter(Readable):
     @property
     def loads_in(self) -> list[str]:
         """Programs that load all of it, of those in `sharing.runtimes.RUNTIMES`."""
-        told = verdicts(self.kind, self.layouts.values(), self.config.get("task_type"))
+        told = verdicts(self.kind, self.layouts.values(), self._task_type)
         return [name for name, verdict in told.items() if verdict == "loads"]
+
+    @property
+    def _task_type(self) -> str | None:
+        """PEFT's name of what the base model does; a classifier, whose class alone is kept, has none."""
+        return self.config.get("task_type") or ("other" if self.config.get("auto_mapping") else None)
 
     @property
     def is_estimate(self) -> bool:
@@ -295,7 +300,7 @@ class Adapter(Readable):
             rank=self.config.get("r"),
             retained_energy=self.retained_energy,
             is_estimate=self.is_estimate,
-            loads_in=where_it_loads(self.kind, self.layouts.values(), self.config.get("task_type")),
+            loads_in=where_it_loads(self.kind, self.layouts.values(), self._task_type),
             auto_class=self.architecture,
             repo_id=repo_id,
             datasets=datasets,
