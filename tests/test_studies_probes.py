@@ -8,17 +8,11 @@ import pytest
 import torch
 
 from hf_npeff import NPEFF, PEFs
+from hf_npeff.baselines.row_dictionaries import coordinates, pef_inner_products
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import FactorsConfig, first_half
 from hf_npeff.studies.overview import overview
-from hf_npeff.studies.probes import (
-    by_kind,
-    coordinates,
-    diagnose,
-    linear_probes,
-    over_data_sets,
-    pef_inner_products,
-)
+from hf_npeff.studies.probes import by_kind, diagnose, linear_probes, over_data_sets
 
 pytest.importorskip("sklearn", reason="the probes are scikit-learn's")
 

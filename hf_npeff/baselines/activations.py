@@ -123,22 +123,38 @@ def hidden_states(analyzer: NPEFFAnalyzer, dataset: Any, site: Site, *, batch_si
         >>> hidden_states(analyzer, dataset, Site(model, layer=0)).shape
         torch.Size([24, 16])
     """
+    return hidden_states_at(analyzer, dataset, [site], batch_size=batch_size)[0]
+
+
+def hidden_states_at(
+    analyzer: NPEFFAnalyzer, dataset: Any, sites: Sequence[Site], *, batch_size: int = 16
+) -> list[Tensor]:
+    """Hidden states (n, h) at several sites, from the same forward passes; see `hidden_states`.
+
+    Raises:
+        ValueError: if there are no sites, or the data is empty or cannot be encoded.
+    """
+    if not sites:
+        raise ValueError("hidden states are read at one site at least, but `sites` is empty")
     examples = analyzer.read(dataset)
     everything = examples[:]
-    states: list[Tensor] = [torch.empty(0)] * len(everything)
+    states: list[list[Tensor]] = [[torch.empty(0)] * len(everything) for _ in sites]
     with analyzer.forward_pass() as forward, torch.no_grad():
         for batch in forward.batches(everything, batch_size):
-            seen: list[Tensor] = []
+            seen: list[list[Tensor]] = [[] for _ in sites]
 
-            def read(hidden: Tensor, into: list[Tensor] = seen) -> Tensor:
+            def read(hidden: Tensor, into: list[Tensor]) -> Tensor:
                 into.append(hidden.detach().to("cpu", torch.float32))
                 return hidden
 
-            with site.editing(read):
+            with contextlib.ExitStack() as stack:
+                for site, into in zip(sites, seen, strict=True):
+                    stack.enter_context(site.editing(functools.partial(read, into=into)))
                 forward.outputs([everything[i] for i in batch])
-            for i, state in zip(batch, seen[-1], strict=True):
-                states[i] = state
-    return torch.stack(states)
+            for of_site, rows in zip(states, seen, strict=True):
+                for i, state in zip(batch, rows[-1], strict=True):
+                    of_site[i] = state
+    return [torch.stack(of_site) for of_site in states]
 
 
 class FeatureAblation:

@@ -17,6 +17,8 @@ from hf_npeff.studies.settings import (
     ComparisonConfig,
     FactorsConfig,
     InContextConfig,
+    MechanismsConfig,
+    MinimalPairsConfig,
     PlantedConfig,
     RatingsConfig,
     SelectivityConfig,
@@ -134,6 +136,32 @@ def planted(
     from hf_npeff.studies.planted import run_planted
 
     return _written(run_planted(config_, seeds=range(seeds), found_at=found_at), output)
+
+
+@study
+def mechanisms(toys_: MechanismsConfig, output: Output = Path("runs/mechanisms")) -> Result:
+    """Do components point where toy models of superposition are known to keep what they do?
+
+    Finished toys are kept in the folder's `parts`; a run that was interrupted goes on there.
+
+    Example: `hf-npeff study mechanisms --seeds 2 -o runs/mechanisms`
+    """
+    from hf_npeff.studies.mechanisms import run_mechanisms
+
+    return _written(run_mechanisms(toys_, parts=output / "parts"), output)
+
+
+@study
+def minimal_pairs(paired: MinimalPairsConfig, output: Output = Path("runs/minimal_pairs")) -> Result:
+    """Where one factor of an example changes, does the one feature move that is for it, and no other?
+
+    Finished seeds are kept in the folder's `parts`; a run that was interrupted goes on there.
+
+    Example: `hf-npeff study minimal_pairs --data home_assistant --seeds 1 -o runs/minimal_pairs`
+    """
+    from hf_npeff.studies.pair_study import run_minimal_pairs
+
+    return _written(run_minimal_pairs(paired, parts=output / "parts"), output)
 
 
 @command
@@ -302,5 +330,5 @@ def tasks(
     return _written(run_task(analyzer, prompts, known, comparison, measured), output)
 
 
-STUDIES = (factors, selectivity, planted, ratings, in_context, ablations, tasks)
+STUDIES = (factors, selectivity, mechanisms, minimal_pairs, planted, ratings, in_context, ablations, tasks)
 """In the order of the help."""

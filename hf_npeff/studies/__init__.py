@@ -10,6 +10,8 @@ if TYPE_CHECKING:  # at run time a name is imported when it is first asked for, 
     from hf_npeff.studies.detection import score_ratings
     from hf_npeff.studies.factors import run_factors
     from hf_npeff.studies.in_context import run_in_context
+    from hf_npeff.studies.mechanisms import run_mechanisms
+    from hf_npeff.studies.pair_study import run_minimal_pairs
     from hf_npeff.studies.planted import run_planted
     from hf_npeff.studies.prompted import load_task, make_prompts, run_task
     from hf_npeff.studies.raters import InferenceChat, LocalChat, rate
@@ -29,6 +31,8 @@ _MODULE_OF = {
     "run_ablations": "ablations",
     "run_factors": "factors",
     "run_in_context": "in_context",
+    "run_mechanisms": "mechanisms",
+    "run_minimal_pairs": "pair_study",
     "run_planted": "planted",
     "run_selectivity": "selectivity",
     "run_task": "prompted",
@@ -47,6 +51,8 @@ __all__ = [
     "run_ablations",
     "run_factors",
     "run_in_context",
+    "run_mechanisms",
+    "run_minimal_pairs",
     "run_planted",
     "run_selectivity",
     "run_task",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_npeff.baselines.activations import activation_kmeans
 from hf_npeff.baselines.method import MethodResult
+from hf_npeff.baselines.row_dictionaries import coordinates, pef_inner_products
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.extras import load
 from hf_npeff.pefs.store import PEFs
@@ -77,19 +78,6 @@ def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -
             probe.fit(X[here].numpy(), (values[here] == 1).numpy())
         scores[name] = auroc(torch.from_numpy(probe.decision_function(X[there].numpy())), values[there] == 1)
     return scores
-
-
-def coordinates(gram: Tensor) -> Tensor:
-    """Points (n, n) with these inner products (n, n), positive semi-definite up to rounding."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    return vectors * values.clamp_min(0).sqrt()
-
-
-def pef_inner_products(rows: Tensor) -> Tensor:
-    """⟨F_i, F_j⟩ = ‖A_i A_jᵀ‖²_F of rows (n, c, d): (n, n)."""
-    n, c, _ = rows.shape
-    flat = rows.flatten(0, 1).to(torch.promote_types(rows.dtype, torch.float32))
-    return (flat @ flat.T).square().reshape(n, c, n, c).sum((1, 3))
 
 
 def diagnose(

@@ -242,3 +242,126 @@ class InContextConfig:
             raise ValueError(f"shots must be two or more rising numbers of at least 0, but they are {self.shots}")
         if min(self.queries, self.n_components, self.n_restarts, self.batch_size) < 1:
             raise ValueError("queries, n_components, n_restarts and batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class MechanismsConfig:
+    """Toy models whose mechanisms are known, and how they are decomposed.
+
+    Attributes:
+        toys: features and hidden numbers of each toy model of superposition, as "5-2"; 5-2 and 40-10 by default.
+        probability: probability that a feature is there, in training and in the examples.
+        steps: the number of steps of training.
+        batch_size: examples of a step.
+        learning_rate: the first learning rate; it falls to 0.
+        n: examples to analyse, none of them all zero.
+        n_restarts: the number of restarts of the decomposition.
+        seeds: toys of every size, with the seeds 0, 1, ….
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    toys: str | tuple[str, ...] | None = None
+    probability: float = 0.05
+    steps: int = 4000
+    batch_size: int = 1024
+    learning_rate: float = 5e-3
+    n: int = 1000
+    n_restarts: int = 8
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        for features, hidden in self.sizes:
+            if not 1 <= hidden < features:
+                raise ValueError(f"a toy of {features} features needs 1 to {features - 1} hidden numbers, not {hidden}")
+        if not 0 < self.probability <= 1 or self.learning_rate <= 0:
+            raise ValueError("probability must be in (0, 1], and learning_rate positive")
+        if min(self.steps, self.batch_size, self.n, self.n_restarts, self.seeds) < 1:
+            raise ValueError("steps, batch_size, n, n_restarts and seeds must be at least 1")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The toys, in the table's order."""
+        given = ("5-2", "40-10") if self.toys is None else self.toys
+        return (given,) if isinstance(given, str) else tuple(given)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(features, hidden numbers) of every toy.
+
+        Raises:
+            ValueError: if there are none, or one is not written as "5-2".
+        """
+        parts = [name.split("-") for name in self.names]
+        if not parts or any(len(p) != 2 or not all(x.isdecimal() for x in p) for p in parts):
+            raise ValueError(f"toys must be written as features-hidden, as '5-2', but they are {self.toys!r}")
+        return [(int(a), int(b)) for a, b in parts]
+
+
+PAIR_DATA = ("word_relations", "home_assistant")
+
+
+@dataclass(frozen=True)
+class MinimalPairsConfig:
+    """Pairs of examples that differ in one factor, and how methods are fitted to them.
+
+    The settings of single methods were chosen on seed 10, which the study's own seeds 0, 1, … are not.
+
+    Attributes:
+        data: which, of word_relations and home_assistant; both by default.
+        words: words of each class of the word relations.
+        per_attribute: pairs of every attribute of Home Assistant's sentences, at least, where there are as many.
+        steps: the number of steps of fine-tuning on Home Assistant's sentences.
+        rank: c, rows kept per example.
+        n_components: the number of features of every method.
+        n_restarts: the number of restarts of NPEFF, of k-means and of gradient clustering, alike.
+        layers: layers whose hidden states are read, evenly spread.
+        sae_k: features of an example that the autoencoder of hidden states keeps.
+        gradient_k: the same of the autoencoder of gradients.
+        sae_steps: the number of steps of an autoencoder's training.
+        atoms_alpha: weight of the L1 penalty of Gradient Atoms.
+        atoms_ridge: ridge of their whitening, as a share of the mean eigenvalue.
+        dictionary_alpha: weight of the L1 penalty of dictionary learning on PEFs.
+        batch_size: examples of a forward pass.
+        seeds: data, models and fits with the seeds first_seed, first_seed + 1, ….
+        first_seed: the first seed.
+        untrained: whether seed first_seed comes again with random weights.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+
+    data: str | tuple[str, ...] | None = None
+    words: int = 6
+    per_attribute: int = 16
+    steps: int = 200
+    rank: int = 4
+    n_components: int = 16
+    n_restarts: int = 4
+    layers: int = 6
+    sae_k: int = 4
+    gradient_k: int = 4
+    sae_steps: int = 1000
+    atoms_alpha: float = 0.1
+    atoms_ridge: float = 0.1
+    dictionary_alpha: float = 0.1
+    batch_size: int = 32
+    seeds: int = 3
+    first_seed: int = 0
+    untrained: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.names or not set(self.names) <= set(PAIR_DATA):
+            raise ValueError(f"data must be among {PAIR_DATA}, but it is {self.data!r}")
+        counts = (self.words, self.per_attribute, self.steps, self.rank, self.n_components, self.n_restarts)
+        if min(*counts, self.layers, self.sae_k, self.gradient_k, self.sae_steps, self.batch_size, self.seeds) < 1:
+            raise ValueError("words, steps, rank, n_components, seeds and other counts must be at least 1")
+        if min(self.atoms_alpha, self.atoms_ridge, self.dictionary_alpha) <= 0 or self.first_seed < 0:
+            raise ValueError("atoms_alpha, atoms_ridge and dictionary_alpha must be positive, first_seed at least 0")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The data, in the table's order."""
+        given = PAIR_DATA if self.data is None else self.data
+        return (given,) if isinstance(given, str) else tuple(given)

@@ -32,23 +32,33 @@ def package_folder(name: str, install: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def sections() -> dict[str, dict[str, str]]:
+    """{section: {word: answer}} of gensim's copy of questions-words.txt, in the file's order.
+
+    Raises:
+        ModuleNotFoundError: if gensim is not installed.
+    """
+    path = package_folder("gensim", "run pip install 'hf-npeff[demo]'") / "test" / "test_data" / "questions-words.txt"
+    found: dict[str, dict[str, str]] = {}
+    pairs: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(":"):
+            pairs = found.setdefault(line[1:].strip(), {})
+        else:
+            a, b, c, d = line.split()
+            pairs |= {a: b, c: d}
+    return found
+
+
 def word_pairs() -> dict[str, list[tuple[str, str]]]:
     """{relation: [(word, answer), …]} from gensim's copy of questions-words.txt, in the file's order.
 
     Raises:
         ModuleNotFoundError: if gensim is not installed.
     """
-    path = package_folder("gensim", "run pip install 'hf-npeff[demo]'") / "test" / "test_data" / "questions-words.txt"
-    sections: dict[str, dict[str, str]] = {}
-    pairs: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(":"):
-            pairs = sections.setdefault(line[1:].strip(), {})
-        else:
-            a, b, c, d = line.split()
-            pairs |= {a: b, c: d}
+    given = sections()
     return {
-        relation: list({pair: None for name in names for pair in sections[name].items()})
+        relation: list({pair: None for name in names for pair in given[name].items()})
         for relation, names in WORD_RELATIONS.items()
     }
 

@@ -1,0 +1,209 @@
+"""Examples that differ in exactly one factor: crossed word relations, and Home Assistant's sentences.
+
+Every row says its factors (a word, or yes and no) and its base: the rest of it, which the rows of a base share.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_npeff.studies.datasets import _sentences
+from hf_npeff.studies.word_relations import package_folder, sections
+
+Factors = Mapping[str, str | bool]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two examples of one base that differ in one factor, in one direction.
+
+    Attributes:
+        has: the example that has the attribute.
+        lacks: the other one.
+        attribute: what the first has and the second lacks.
+        instead: what the second has in its place, or None where the factor is yes or no.
+        base: what both share.
+    """
+
+    has: int
+    lacks: int
+    attribute: str
+    instead: str | None
+    base: str
+
+
+def attributes_of(factors: Sequence[Factors]) -> tuple[list[str], Tensor]:
+    """The names of the attributes, "factor=value" or a factor of yes and no, and who has them (n, a) bool."""
+    names = dict.fromkeys(
+        name if isinstance(value, bool) else f"{name}={value}" for row in factors for name, value in row.items()
+    )
+    have = [[row.get(n) is True or (("=" in n) and row[n.split("=")[0]] == n.split("=")[1]) for n in names]
+            for row in factors]  # fmt: skip
+    return list(names), torch.tensor(have)
+
+
+def minimal_pairs(factors: Sequence[Factors], bases: Sequence[str]) -> list[Pair]:
+    """All pairs of one base that differ in exactly one factor; a factor of several values gives both directions."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, base in enumerate(bases):
+        members[base].append(i)
+    pairs: list[Pair] = []
+    for base, rows in members.items():
+        for a, i in enumerate(rows):
+            for k in rows[a + 1 :]:
+                different = [name for name in factors[i] if factors[i][name] != factors[k][name]]
+                if len(different) == 1:
+                    pairs += _directed(i, k, different[0], factors, base)
+    return pairs
+
+
+def _directed(i: int, k: int, name: str, factors: Sequence[Factors], base: str) -> Iterator[Pair]:
+    if isinstance(factors[i][name], bool):
+        has, lacks = (i, k) if factors[i][name] else (k, i)
+        yield Pair(has, lacks, name, None, base)
+        return
+    first, second = (f"{name}={factors[x][name]}" for x in (i, k))
+    yield Pair(i, k, first, second, base)
+    yield Pair(k, i, second, first, base)
+
+
+# Word relations
+
+_CLASSES = {
+    "verb": ("participle", "past tense", "third person"),
+    "adjective": ("comparative", "superlative"),
+    "country": ("nationality", "capital"),
+}
+
+
+def _tables() -> dict[str, dict[str, str]]:
+    """{relation: {word: answer}}; the past tense of "dance" by way of "dancing"."""
+    given = sections()
+    participle, past = given["gram5-present-participle"], given["gram7-past-tense"]
+    cities = {**given["capital-world"], **given["capital-common-countries"]}
+    return {
+        "participle": participle,
+        "past tense": {word: past[form] for word, form in participle.items() if form in past},
+        "third person": given["gram9-plural-verbs"],
+        "comparative": given["gram3-comparative"],
+        "superlative": given["gram4-superlative"],
+        "nationality": given["gram6-nationality-adjective"],
+        "capital": {country: city for city, country in cities.items()},
+    }
+
+
+def crossed_relations(words: int = 6, shots: int = 3, seed: int = 0) -> list[dict[str, Any]]:
+    """Few-shot prompts, relation × capital letters × separator, for the same words after the same words shown.
+
+    Words are verbs (participle, past tense, third person), adjectives (comparative, superlative) and countries
+    (nationality, capital), so that a relation changes and nothing else.
+
+    Args:
+        words: words of each of the three classes.
+        shots: solved pairs before the query.
+        seed: the seed of the choice.
+
+    Returns:
+        `text`, `answer`, `factors` (relation, upper, colon) and `base` (the word).
+
+    Raises:
+        ValueError: if a class has too few words.
+        ModuleNotFoundError: if gensim is not installed.
+    """
+    tables, rng = _tables(), random.Random(seed)
+    rows = []
+    for kind, relations in _CLASSES.items():
+        common = sorted(set.intersection(*(set(tables[r]) for r in relations)))
+        if len(common) < max(words, shots + 1):
+            raise ValueError(f"there are {len(common)} words for {kind}, too few for words={words}, shots={shots}")
+        for word in rng.sample(common, words):
+            shown = rng.sample([w for w in common if w != word], shots)
+            for relation in relations:
+                for upper in (False, True):
+                    for colon in (False, True):
+                        sign = ":" if colon else " ->"
+                        lines = [f"{w}{sign} {tables[relation][w]}" for w in shown] + [f"{word}{sign}"]
+                        text, answer = "\n".join(lines), tables[relation][word]
+                        factors = {"relation": relation, "upper": upper, "colon": colon}
+                        text, answer = (text.upper(), answer.upper()) if upper else (text, answer)
+                        rows.append({"text": text, "answer": answer, "factors": factors, "base": f"{kind} {word}"})
+    return rows
+
+
+# Home Assistant
+
+INTENTS = (
+    "HassTurnOn", "HassTurnOff", "HassIncreaseTimer", "HassDecreaseTimer", "HassPauseTimer", "HassUnpauseTimer",
+    "HassCancelTimer", "HassTimerStatus",
+)  # fmt: skip
+"""Those of which the grammar has most pairs that differ in a few words."""
+SLOTS = ("area", "name", "floor", "minutes", "hours")
+_SPAN = 3
+"""Words that may differ in a row. Chosen: "switch on the" against "turn off"; more would be another sentence."""
+_LARGEST_BASE = 6
+"""Sentences of one base, so that no base is all of the data."""
+
+
+def home_assistant_rows(per_template: int = 12, seed: int = 0) -> list[dict[str, Any]]:
+    """English sentences of eight intents: `text`, `factors` (the intent, and which slots it fills), `targets`.
+
+    Raises:
+        ModuleNotFoundError: if home-assistant-intents or hassil is not installed.
+    """
+    package_folder("hassil", "run pip install hassil")
+    folder = package_folder("home_assistant_intents", "run pip install home-assistant-intents hassil") / "data"
+    grammar = json.loads((folder / "en.json").read_text(encoding="utf-8"))
+    rows: dict[str, dict[str, Any]] = {}
+    for row in _sentences(grammar, per_template, random.Random(seed)):
+        text = row["text"].lower()
+        if row["intent"] in INTENTS and text not in rows:
+            factors = {"intent": row["intent"], **{slot: slot in row["slots"] for slot in SLOTS}}
+            other = sorted(set(row["slots"]) - set(SLOTS))
+            targets = [float(row["intent"] == name) for name in INTENTS] + [float(factors[s]) for s in SLOTS]
+            rows[text] = {"text": text, "factors": factors, "other": other, "targets": targets}
+    return list(rows.values())
+
+
+def with_bases(rows: Sequence[Mapping[str, Any]], per_attribute: int = 16, seed: int = 0) -> list[dict[str, Any]]:
+    """Sentences in bases: the same words but for a few in one place, at most one sentence for the same factors.
+
+    Bases are taken in a random order while an attribute has fewer than `per_attribute` pairs; none shares a sentence
+    with another.
+
+    Returns:
+        The rows of the bases, with `base`.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        words = row["text"].split()
+        for start in range(len(words) + 1):
+            for end in range(start, min(len(words), start + _SPAN) + 1):
+                if len(words) - (end - start) >= max(2, end - start):  # as much is shared as differs
+                    places[f"{' '.join(words[:start])} … {' '.join(words[end:])}"].append(number)
+    keys = sorted(key for key, members in places.items() if len(members) > 1)
+    random.Random(seed).shuffle(keys)
+    names, _ = attributes_of([row["factors"] for row in rows])
+    counts, used, kept = dict.fromkeys(names, 0), set(), []
+    for key in keys:
+        group: dict[str, int] = {}
+        for number in places[key]:
+            if number not in used and rows[number]["other"] == rows[places[key][0]]["other"]:
+                group.setdefault(json.dumps(rows[number]["factors"], sort_keys=True), number)
+        members = list(group.values())[:_LARGEST_BASE]
+        pairs = minimal_pairs([rows[m]["factors"] for m in members], [key] * len(members))
+        if any(counts[pair.attribute] < per_attribute for pair in pairs):
+            for pair in pairs:
+                counts[pair.attribute] += 1
+            used.update(members)
+            kept += [{**rows[m], "base": key} for m in members]
+        if min(counts.values()) >= per_attribute:
+            break
+    return kept

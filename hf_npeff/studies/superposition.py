@@ -1,0 +1,95 @@
+"""Toy models of superposition (Elhage et al. 2022): x̂ = ReLU(WᵀW x + b), more features than hidden numbers.
+
+What such a model does is known: feature j is handled by column j of W and by nothing else, so a mechanism is a change
+of that column alone, along itself. Trained on sparse inputs, the columns share m dimensions and still act apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+_WEIGHT_DECAY = 0.01
+"""The usual one of AdamW, as in the published toys."""
+
+
+class SuperpositionConfig(PretrainedConfig):
+    """The sizes of a toy model: `num_labels` features in `hidden_size` dimensions."""
+
+    model_type = "superposition"
+
+
+class SuperpositionForSequenceClassification(PreTrainedModel):
+    """x̂ = ReLU(WᵀW x + b), as a regression of k numbers.
+
+    Attributes:
+        embed: W (m, k).
+        bias: b (k,).
+    """
+
+    config_class = SuperpositionConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        m, k = config.hidden_size, config.num_labels
+        self.embed = nn.Parameter(torch.empty(m, k))
+        self.bias = nn.Parameter(torch.zeros(k))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: `superposition_model` draws the weights from a generator of its own."""
+
+    def forward(self, input_values: Tensor, **_: Any) -> SequenceClassifierOutput:
+        """Features (B, k) as they come back: `logits` (B, k)."""
+        hidden = input_values @ self.embed.T
+        return SequenceClassifierOutput(logits=(hidden @ self.embed + self.bias).relu())
+
+
+def sparse_features(n: int, k: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Inputs (n, k): every feature is there with this probability, uniform in [0, 1], else 0; some may be all zero."""
+    present = torch.rand(n, k, generator=generator) < probability
+    return torch.rand(n, k, generator=generator) * present
+
+
+def superposition_model(features: int, hidden: int, seed: int) -> SuperpositionForSequenceClassification:
+    """A model with random weights, columns of about unit length; the global random state is left as it was."""
+    config: Any = SuperpositionConfig
+    model = SuperpositionForSequenceClassification(
+        config(num_labels=features, hidden_size=hidden, problem_type="regression")
+    )
+    with torch.no_grad():
+        model.embed.copy_(torch.randn(hidden, features, generator=torch.Generator().manual_seed(seed)) / hidden**0.5)
+    return model.eval()
+
+
+def train_superposition(
+    model: SuperpositionForSequenceClassification,
+    *,
+    probability: float,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> float:
+    """Train to give back sparse inputs; the mean squared error of the last tenth of the steps."""
+    k = model.config.num_labels
+    assert k is not None
+    # No two seeds of the study share a stream with the weights
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
+    last, errors = max(1, steps // 10), []
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)  # falls to 0, so that columns come to rest
+        x = sparse_features(batch_size, k, probability, generator)
+        loss = (model(x).logits - x).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step >= steps - last:
+            errors.append(float(loss.detach()))
+    return sum(errors) / len(errors)

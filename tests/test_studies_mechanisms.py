@@ -1,0 +1,118 @@
+"""Known mechanisms: toy models of superposition. Oracles: dense Jacobians, loops over columns, files read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_npeff.studies.mechanisms import MechanismsResult, run_mechanisms, similarities, toy_pefs
+from hf_npeff.studies.parts import kept_part
+from hf_npeff.studies.settings import MechanismsConfig
+from hf_npeff.studies.superposition import sparse_features, superposition_model, train_superposition
+from tests import reference
+
+pytest.importorskip("sklearn", reason="the command asks for the libraries of the studies")
+
+
+def test_the_pefs_of_a_toy_are_those_of_its_dense_jacobian() -> None:
+    """Oracle: reverse-mode Jacobian of ReLU(WᵀWx + b) by W, one input at a time; unit variance: F = JᵀJ."""
+    model = superposition_model(5, 2, seed=0)
+    with torch.no_grad():
+        model.bias.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(3))
+    x = sparse_features(30, 5, 0.4, torch.Generator().manual_seed(1))
+    x = x[x.sum(1) > 0]
+    pefs = toy_pefs(model, x)
+    for i, row in enumerate(x):
+        W, b = model.embed.detach(), model.bias.detach()
+        J = torch.autograd.functional.jacobian(lambda w, r=row, c=b: (w.T @ (w @ r) + c).relu(), W).flatten(1)
+        A = pefs.factors[i]
+        unit = reference.unit(J).to(A.dtype)
+        assert torch.allclose(A.T @ A, unit.T @ unit, atol=1e-5), i
+
+
+def test_similarities_are_those_of_a_loop_over_columns() -> None:
+    """Oracle: the definitions, column by column and with the other columns set to zero."""
+    generator = torch.Generator().manual_seed(0)
+    G, W = torch.randn(4, 6, generator=generator), torch.randn(2, 3, generator=generator)
+    by_column, whole = similarities(G, W)
+    for r in range(4):
+        for j in range(3):
+            part = G[r].reshape(2, 3)
+            alone = torch.zeros(2, 3)
+            alone[:, j] = W[:, j]
+            cosine = torch.nn.functional.cosine_similarity
+            assert float(by_column[r, j]) == pytest.approx(abs(float(cosine(part[:, j], W[:, j], dim=0))), abs=1e-6)
+            assert float(whole[r, j]) == pytest.approx(
+                abs(float(cosine(part.flatten(), alone.flatten(), dim=0))), abs=1e-6
+            )
+    zero = torch.zeros(1, 6)
+    zero[0, 0] = 1.0  # columns 1 and 2 of this direction are zero
+    assert similarities(zero, W)[0][0, 1:].tolist() == [0, 0]
+
+
+def test_training_makes_a_pentagon() -> None:
+    """Oracle: known since Elhage et al.: five sparse features in two dimensions lie 72° apart, at equal lengths."""
+    model = superposition_model(5, 2, seed=0)
+    train_superposition(model, probability=0.05, steps=1500, batch_size=512, learning_rate=1e-2, seed=0)
+    W = model.embed.detach()
+    angles = torch.atan2(W[1], W[0]).sort().values
+    gaps = torch.diff(angles, append=angles[:1] + 2 * torch.pi)
+    assert torch.allclose(gaps, torch.full((5,), 2 * torch.pi / 5), atol=0.1)
+    lengths = W.norm(dim=0)
+    assert float(lengths.max() / lengths.min()) < 1.1
+
+
+def test_components_are_the_columns_and_a_random_dictionary_is_not(tmp_path: Path) -> None:
+    """Oracle: the model's own columns; the bar of 0.95 is the study's; a finished part is not computed again."""
+    config = MechanismsConfig(toys="5-2", steps=1500, batch_size=512, learning_rate=1e-2, n=200, n_restarts=2, seeds=1)
+    result = run_mechanisms(config, parts=tmp_path)
+    rows = result.toys[0]["rows"]
+    assert rows["NPEFF"]["whole"] > 0.95 > 0.7 > rows["random directions"]["whole"]
+    assert rows["NPEFF"]["by_column"] >= rows["NPEFF"]["whole"] > rows["NPEFF, weights untrained"]["whole"]
+    assert rows["NPEFF"]["coefficients"] > 0.9
+    file = tmp_path / "5-2-0.json"
+    kept = json.loads(file.read_text())
+    kept["part"]["loss"] = -1.0
+    file.write_text(json.dumps(kept))
+    assert run_mechanisms(config, parts=tmp_path).toys[0]["loss"] == -1.0
+
+
+def test_a_part_of_other_settings_is_computed_again(tmp_path: Path) -> None:
+    """Oracle: how often it is computed."""
+    calls: list[int] = []
+
+    def compute() -> dict[str, Any]:
+        calls.append(1)
+        return {"value": float("nan"), "pair": (1, 2)}
+
+    for settings in ({"seed": 0}, {"seed": 0}, {"seed": 1}, {"seed": (1,)}, {"seed": [1]}):
+        assert kept_part(tmp_path, "a", settings, compute) == {"value": None, "pair": [1, 2]}
+    assert len(calls) == 3
+    assert kept_part(None, "a", {}, compute)["pair"] == [1, 2] and len(calls) == 4
+
+
+def test_the_page_is_that_of_its_results(tmp_path: Path) -> None:
+    """Identity: docs/studies/mechanisms, written again from its result.json; its figures carry its first sentence."""
+    pytest.importorskip("matplotlib", reason="it draws the figures")
+    from tests.test_docs import REPOSITORY
+
+    folder = REPOSITORY / "docs" / "studies" / "mechanisms"
+    result = MechanismsResult.from_dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    result.write(tmp_path)
+    for name in ("README.md", "table.md", "result.json"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8"), name
+    assert min(min(result.values(toy, "NPEFF", "whole")) for toy in ("5-2", "40-10")) >= 0.95
+    assert result.config == MechanismsConfig()
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [({"toys": "5x2"}, "'5x2'"), ({"toys": "2-5"}, "2 features"), ({"probability": 0.0}, "probability"),
+     ({"seeds": 0}, "seeds"), ({"toys": ()}, "toys")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(setting: dict[str, Any], named: str) -> None:
+    """Oracle: the error names the setting."""
+    with pytest.raises(ValueError, match=named):
+        MechanismsConfig(**setting)
