@@ -206,7 +206,7 @@ def test_the_study_keeps_its_parts_and_writes_its_page(
         features = {name: [torch.rand(40, 4, generator=generator)] for name in names}
         return {**features, "SAE, alone": [torch.rand(40, 4, generator=generator) for _ in range(2)]}, {"none": None}
 
-    def part(config: MinimalPairsConfig, seed: int, trained: bool) -> dict[str, Any]:
+    def part(config: MinimalPairsConfig, seed: int, trained: bool, load_model: Any) -> dict[str, Any]:
         calls.append(seed)
         factors, bases = crossed(5)
         rows = [{"text": "", "factors": f, "base": b} for f, b in zip(factors, bases, strict=True)]
@@ -236,3 +236,9 @@ def test_settings_out_of_range_are_refused(setting: dict[str, Any], named: str) 
     """Oracle: the error names the setting."""
     with pytest.raises(ValueError, match=named):
         MinimalPairsConfig(**setting)
+
+
+def test_word_relations_need_a_language_model() -> None:
+    """Oracle: the error names what to pass, before anything is computed."""
+    with pytest.raises(ValueError, match="load_model"):
+        run_minimal_pairs(MinimalPairsConfig("word_relations"))

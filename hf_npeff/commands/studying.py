@@ -159,9 +159,10 @@ def minimal_pairs(paired: MinimalPairsConfig, output: Output = Path("runs/minima
 
     Example: `hf-npeff study minimal_pairs --data home_assistant --seeds 1 -o runs/minimal_pairs`
     """
+    from hf_npeff.demo import load_model
     from hf_npeff.studies.pair_study import run_minimal_pairs
 
-    return _written(run_minimal_pairs(paired, parts=output / "parts"), output)
+    return _written(run_minimal_pairs(paired, load_model=load_model, parts=output / "parts"), output)
 
 
 @command

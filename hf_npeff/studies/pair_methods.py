@@ -40,20 +40,18 @@ _DECAY = 0.01
 _EXAMPLES_A_STEP = 32
 _LONGEST = 48
 """Tokens of a sentence, at most: the data's have fewer."""
+_LM_TARGETS = r"model\.layers\.[12]\d\.mlp\.(gate|up|down)_proj"
 _LM_SKETCH = 16_384
-"""Numbers a row of the language model, as in the demo."""
+"""Numbers a row of the language model, as in the demo, and the MLPs of its upper two thirds."""
 
 
-def relation_analyzer(rank: int, seed: int, *, trained: bool = True) -> NPEFFAnalyzer:
-    """SmolLM2 as the demo analyses it, or the same model with random weights."""
-    from hf_npeff.demo import TARGETS, load_model
-
-    model, tokenizer = load_model()
+def relation_analyzer(model: Any, tokenizer: Any, rank: int, seed: int, *, trained: bool = True) -> NPEFFAnalyzer:
+    """A language model of 30 layers as the demo analyses it, or the same model with random weights."""
     if not trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(model)(model.config).eval()
-    fisher = FisherConfig(rank=rank, target_modules=TARGETS, sketch="two-stage", sketch_dim=_LM_SKETCH, seed=seed)
+    fisher = FisherConfig(rank=rank, target_modules=_LM_TARGETS, sketch="two-stage", sketch_dim=_LM_SKETCH, seed=seed)
     return NPEFFAnalyzer(model, tokenizer, fisher=fisher)
 
 

@@ -16,6 +16,8 @@ from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import MinimalPairsConfig
 
+Loader = Callable[[], tuple[Any, Any]]
+"""Gives a language model and its tokenizer."""
 _TRAINED, _UNTRAINED = "trained", "random weights"
 _SHUFFLED_SEED = 1
 """Of the permutation of examples: any."""
@@ -154,45 +156,54 @@ def _interval(row: Mapping[str, Any]) -> str:
     return f"{number(row['margin'], 2)} ({number(row['low'], 2)} to {number(row['high'], 2)})"
 
 
-def run_minimal_pairs(config: MinimalPairsConfig | None = None, *, parts: Path | None = None) -> MinimalPairsResult:
+def run_minimal_pairs(
+    config: MinimalPairsConfig | None = None, *, load_model: Loader | None = None, parts: Path | None = None
+) -> MinimalPairsResult:
     """Make pairs that differ in one factor, fit every method, and measure whose right feature moves alone.
 
     Args:
         config: the settings.
+        load_model: gives the language model of the word relations and its tokenizer; called for every seed.
         parts: a folder where every finished seed is kept; a run that was interrupted goes on there.
 
     Raises:
+        ValueError: if there are to be word relations and no `load_model`.
         ModuleNotFoundError: if a package of the data, a model or the methods is not installed.
     """
     config = config or MinimalPairsConfig()
+    if load_model is None and "word_relations" in config.names:
+        raise ValueError("word_relations need a language model: pass load_model, for instance hf_npeff.demo.load_model")
     data = {}
     for name in config.names:
         seeds = range(config.first_seed, config.first_seed + config.seeds)
-        trained = [_kept(parts, config, name, seed, True) for seed in seeds]
+        trained = [_kept(parts, config, name, seed, True, load_model) for seed in seeds]
         rows: dict[str, Any] = {
             "facts": _facts(trained),
             _TRAINED: _summaries(trained, "margins"),
             "shuffled": _summaries(trained, "shuffled"),
         }
         if config.untrained:
-            rows[_UNTRAINED] = _summaries([_kept(parts, config, name, config.first_seed, False)], "margins")
+            rows[_UNTRAINED] = _summaries([_kept(parts, config, name, config.first_seed, False, load_model)], "margins")
         data[name] = rows
     return MinimalPairsResult(data, config)
 
 
-def _kept(parts: Path | None, config: MinimalPairsConfig, name: str, seed: int, trained: bool) -> dict[str, Any]:
+def _kept(
+    parts: Path | None, config: MinimalPairsConfig, name: str, seed: int, trained: bool, load_model: Loader | None
+) -> dict[str, Any]:
     settings = {**asdict(config), "data": name, "seeds": None, "first_seed": None, "untrained": None}
     settings |= {"seed": seed, "trained": trained}
 
     def compute() -> dict[str, Any]:
-        return _DATA[name](config, seed, trained)
+        return _DATA[name](config, seed, trained, load_model)
 
     return kept_part(parts, f"{name}-{seed}{'' if trained else '-untrained'}", settings, compute)
 
 
-def _relations(config: MinimalPairsConfig, seed: int, trained: bool) -> dict[str, Any]:
+def _relations(config: MinimalPairsConfig, seed: int, trained: bool, load_model: Loader | None) -> dict[str, Any]:
+    assert load_model is not None
     rows = crossed_relations(config.words, seed=seed)
-    analyzer = relation_analyzer(config.rank, seed, trained=trained)
+    analyzer = relation_analyzer(*load_model(), config.rank, seed, trained=trained)
     tokenizer: Any = analyzer.processing_class
     # Whether the likeliest token begins the answer
     firsts = [tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"][0] for row in rows]
@@ -200,7 +211,7 @@ def _relations(config: MinimalPairsConfig, seed: int, trained: bool) -> dict[str
                      config, seed)  # fmt: skip
 
 
-def _sentences(config: MinimalPairsConfig, seed: int, trained: bool) -> dict[str, Any]:
+def _sentences(config: MinimalPairsConfig, seed: int, trained: bool, _: Loader | None) -> dict[str, Any]:
     every = home_assistant_rows(seed=seed)
     rows = with_bases(every, config.per_attribute, seed=seed)
     texts = {row["text"] for row in rows}
@@ -214,7 +225,7 @@ def _sentences(config: MinimalPairsConfig, seed: int, trained: bool) -> dict[str
     return _measured(analyzer, rows, "first", right, config, seed)
 
 
-_DATA: dict[str, Callable[[MinimalPairsConfig, int, bool], dict[str, Any]]] = {
+_DATA: dict[str, Callable[[MinimalPairsConfig, int, bool, Loader | None], dict[str, Any]]] = {
     "word_relations": _relations,
     "home_assistant": _sentences,
 }
