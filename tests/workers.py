@@ -183,7 +183,8 @@ def sharded(folder: Path) -> None:
         model = shard(plain.model, problem)
         ours = NPEFFAnalyzer(model, plain.processing_class, fisher=plain.fisher)
         pefs = ours.compute_pefs(data, folder / name, batch_size=2, shard_size=3)
-        if name == "bert":  # only the first process has something to do again
+        if name == "bert":  # only the first process has something to do again, once both have read the store
+            torch.distributed.barrier()
             for path in (folder / name).glob("pefs-00000*") if os.environ["RANK"] == "0" else ():
                 path.unlink()
             torch.distributed.barrier()
