@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -642,6 +643,43 @@ def spare(changes: Mapping[str, Tensor], inputs: Mapping[str, Tensor], ridge: fl
 
 
 # Measures -----------------------------------------------------------------------------------------------------------
+
+
+def on_grid(W: Tensor, scheme: str) -> Tensor:
+    """A weight (out, in) rounded to the nearest points of a grid, number by number, as plain Python arithmetic.
+
+    Args:
+        W: Its `in` a multiple of 32 for Q8_0 and Q4_0.
+        scheme: "int8" (a row has 255 points), "Q8_0" and "Q4_0" (32 numbers share a step of 16 bits), "nf4" (64
+            numbers, by the weight's order, share a largest size; 16 points, quantiles of a normal distribution).
+    """
+    size = {"int8": W.shape[1], "Q8_0": 32, "Q4_0": 32, "nf4": 64}[scheme]
+    numbers = W.double().flatten().tolist()
+    return torch.tensor([y for i in range(0, len(numbers), size) for y in _block(numbers[i : i + size], scheme)]).view(
+        W.shape
+    )
+
+
+def _block(block: list[float], scheme: str) -> list[float]:
+    largest = max(block, key=abs)
+    if largest == 0:
+        return block
+    step = {"int8": abs(largest) / 127, "Q8_0": abs(largest) / 127, "Q4_0": largest / -8, "nf4": abs(largest)}[scheme]
+    kept = step if scheme in ("int8", "nf4") else float(torch.tensor(step).half())
+    points = {"int8": range(-127, 128), "Q8_0": range(-127, 128), "Q4_0": range(-8, 8), "nf4": NF4}[scheme]
+    return [kept * min(points, key=lambda point: abs(step * point - x)) for x in block]
+
+
+def _nf4_points() -> list[float]:
+    """Appendix E of Dettmers et al. 2023 by its definition: quantiles of N(0, 1), eight above zero and seven below."""
+    normal, offset = NormalDist(), 0.9677083
+    above = [normal.inv_cdf(0.5 + (offset - 0.5) * i / 8) for i in range(1, 9)]
+    below = [-normal.inv_cdf(0.5 + (offset - 0.5) * i / 7) for i in range(7, 0, -1)]
+    return [x / normal.inv_cdf(offset) for x in (*below, 0.0, *above)]
+
+
+NF4 = _nf4_points()
+"""The points of "nf4"."""
 
 
 def kl(logits_p: Tensor, logits_q: Tensor, kind: str = "softmax") -> float:

@@ -64,7 +64,7 @@ COMMANDS: list[tuple[type, Callable[..., Any], dict[str, str]]] = [
 ]
 """(settings, the command with an option for each, {setting without an option: the other way to it})."""
 
-WIDER = ("output_dir", "scales", "ranks", "rank")
+WIDER = ("output_dir", "scales", "ranks", "rank", "quantise")
 """Settings that a method takes as any kind of path or sequence, and keeps as one kind."""
 
 VALUES = {

@@ -14,7 +14,8 @@ from hf_npeff import FisherConfig, Measurement, NPEFFAnalyzer, ParameterDirectio
 from hf_npeff.fisher.distributions import Bernoulli, Softmax
 from hf_npeff.fisher.predictions import Predictions
 from hf_npeff.weights.layouts import layout_of
-from hf_npeff.weights.measurement import cut, score
+from hf_npeff.weights.measurement import cut
+from hf_npeff.weights.scoring import score
 from tests import reference
 from tests.test_activations import direction_of
 from tests.tiny import collate, tiny_batch, tiny_model

@@ -17,6 +17,7 @@ LiftMethod = Literal["exact", "adjoint", "compressed_sensing"]
 LiftForm = Literal["auto", "plain", "metric"]
 SparseSolver = Literal["iht", "fista"]
 Ridge = float | Literal["auto"]
+Quantisation = Literal["int8", "Q8_0", "Q4_0", "nf4"]
 Towards = Literal["mean", "highest"]
 
 BATCH_SIZE = 8

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hf_npeff.config.checks import check_integer, check_positive, check_scale, is_count
-from hf_npeff.config.choices import BATCH_SIZE
+from hf_npeff.config.checks import check_choice, check_integer, check_positive, check_scale, is_count
+from hf_npeff.config.choices import BATCH_SIZE, Quantisation
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class MeasureRequest:
         by: a column whose values make groups, beside that of all examples.
         both_signs: measure every scale backwards too.
         random: measure a random change of equal norm at every size.
+        quantise: grids of 8 and 4 bits, "int8", "Q8_0", "Q4_0" and "nf4", to which the base model is rounded: the
+            change is then measured as an adapter beside it, and merged into it before it is rounded.
         worst: how many of the most changed examples of every group are named.
         batch_size: examples of a forward pass.
         seed: seed of the random change and of the bootstrap.
@@ -74,11 +76,14 @@ class MeasureRequest:
     by: str | None = None
     both_signs: bool = False
     random: bool = True
+    quantise: tuple[Quantisation, ...] = ()
     worst: int = 5
     batch_size: int = BATCH_SIZE
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for scheme in self.quantise:
+            check_choice("quantise", scheme, Quantisation)
         if not self.scales or not self.ranks:
             raise ValueError(f"scales and ranks must not be empty, but they are {self.scales} and {self.ranks}")
         for scale in self.scales:

@@ -11,6 +11,7 @@ from hf_npeff.config import (
     MeasureRequest,
     OffTargetRequest,
     PerturbationRequest,
+    Quantisation,
 )
 from hf_npeff.data import Example
 from hf_npeff.decomposition.component import active_examples
@@ -276,6 +277,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         by: str | None = MeasureRequest.by,
         both_signs: bool = MeasureRequest.both_signs,
         random: bool = MeasureRequest.random,
+        quantise: Sequence[Quantisation] = MeasureRequest.quantise,
         worst: int = MeasureRequest.worst,
         batch_size: int = MeasureRequest.batch_size,
         max_examples: int | None = None,
@@ -295,6 +297,9 @@ class MeasuredModel(FisherModel, AdaptedModel):
             by: a column whose values make groups, beside that of all examples.
             both_signs: measure every scale backwards too.
             random: measure a random change of equal norm at every size.
+            quantise: grids of 8 and 4 bits, "int8", "Q8_0", "Q4_0" and "nf4" (see `weights.requantised`), to which the
+                weights of the linear maps are rounded meanwhile: what the change then does as an adapter beside them,
+                and merged into them before they are rounded, each against the rounded base model.
             worst: how many of the most changed examples of every group are named.
             batch_size: examples of a forward pass.
             max_examples: only the first ones.
@@ -307,9 +312,10 @@ class MeasuredModel(FisherModel, AdaptedModel):
 
         Raises:
             UnsupportedModelError: if an adapter, a direction to be cut to a rank, or a change of sharded weights is not
-                one of linear maps alone.
-            ValueError: if an argument is out of range, there is no column `by`, or the model differs from that of
-                the change.
+                one of linear maps alone; if `quantise` is given and weights are quantised, offloaded or sharded, or the
+                change is not one of linear maps alone.
+            ValueError: if an argument is out of range, there is no column `by`, the model differs from that of the
+                change, or a grid does not fit a weight.
         """
         request = MeasureRequest(
             scales=tuple(scales),
@@ -317,6 +323,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
             by=by,
             both_signs=both_signs,
             random=random,
+            quantise=(quantise,) if isinstance(quantise, str) else tuple(quantise),  # type: ignore[arg-type]
             worst=worst,
             batch_size=batch_size,
             seed=seed,

@@ -114,6 +114,8 @@ def measure_rows(measurement: Measurement) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for step in measurement.steps:
         size = f"{step.scale:.3g}" + (" (random change)" if step.random else "")
+        if step.quantised is not None:
+            size += f" {'merged into' if step.merged else 'beside'} {step.quantised}: {step.kept:.0%} kept"
         for group, e in step.groups.items():
             score = ("", "")
             odds = "" if e.log_odds is None else "{:+.2f} → {:+.2f}".format(*e.log_odds)

@@ -296,7 +296,7 @@ def doses(measurement: Measurement, rank: int | None = None) -> go.Figure:
         ValueError: if nothing was measured at that rank.
     """
     go = _plotly()
-    steps = [step for step in measurement.steps if step.rank == rank]
+    steps = [step for step in measurement.steps if step.rank == rank and step.quantised is None]
     if not steps:
         raise ValueError(f"nothing was measured at rank {rank}; there are {[s.rank for s in measurement.steps]}")
     kinds = {

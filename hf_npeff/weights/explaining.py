@@ -21,7 +21,7 @@ from hf_npeff.weights import change_effects as effects
 from hf_npeff.weights.change_report import ChangeReport, ChangeStep, ComponentChange
 from hf_npeff.weights.change_sums import outside
 from hf_npeff.weights.directions import ParameterDirection
-from hf_npeff.weights.measurement import interval, score
+from hf_npeff.weights.scoring import interval, score
 
 _MODULES = 20
 """Parameters whose share of the change is listed. Chosen: what a person reads."""

@@ -6,7 +6,6 @@ pass over the data, with the change added in the activations where it is one of 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,16 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hf_npeff.config import INTERVAL, MeasureRequest
+from hf_npeff.config import MeasureRequest, Quantisation
 from hf_npeff.data import Example
 from hf_npeff.fisher.distributions import HALF_SQUARED
 from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations, random_like
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.layouts import LINEAR_LAYOUTS
 from hf_npeff.weights.lora import low_rank
+from hf_npeff.weights.requantised import kept_of, maps_to_round, weights_rounded
+from hf_npeff.weights.scoring import Score, interval, score
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 Change: TypeAlias = ParameterDirection | Adapter
 ALL = "all"
 """The group of all examples."""
-_BOOTSTRAPS = 1000
-"""Draws of an interval. Chosen: 25 of them lie beyond each end."""
 _QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """Of the KL of a group's examples: most, the middle, few and hardly any lie above."""
 _MOST_GROUPS = 100
@@ -90,12 +90,18 @@ class Step:
         rank: what every weight's change was cut to, or None for the change as it is.
         random: whether it was a random change of equal norm instead.
         groups: {group: effect}; "all" holds all examples.
+        quantised: the grid that the base model was rounded to, with which the effects are compared; None: to none.
+        merged: whether the change was merged into the base model before that; else it was added beside it.
+        kept: the share of the change of the predictions that is left of it on the grid (see `requantised.kept_of`).
     """
 
     scale: float
     rank: int | None
     random: bool
     groups: dict[str, GroupEffect]
+    quantised: Quantisation | None = None
+    merged: bool = False
+    kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ class Measurement:
         change: what was measured, in words.
         by: the column that makes the groups, or None.
         n: examples.
-        steps: every scale at every rank, and after them random changes of equal norm, of the first rank.
+        steps: every scale at every rank, and after them random changes of equal norm, of the first rank; then, of the
+            first rank too, the change on every grid, beside the base model and merged into it.
 
     Example:
         >>> measured = analyzer.measure(direction, dataset, scales=(0.2, 0.4), ranks=(None, 2))
@@ -125,16 +132,33 @@ class Measurement:
     steps: list[Step]
 
     def at(self, scale: float = 1.0, rank: int | None = None, *, random: bool = False) -> dict[str, GroupEffect]:
-        """{group: effect} of one step.
+        """{group: effect} of one step on the model as it is.
 
         Raises:
             KeyError: if it was not measured.
         """
         for step in self.steps:
-            if (step.scale, step.rank, step.random) == (scale, rank, random):
+            if (step.scale, step.rank, step.random, step.quantised) == (scale, rank, random, None):
                 return step.groups
-        known = [(s.scale, s.rank, s.random) for s in self.steps]
+        known = [(s.scale, s.rank, s.random) for s in self.steps if s.quantised is None]
         raise KeyError(f"nothing was measured at {(scale, rank, random)}; (scale, rank, random) are {known}")
+
+    def on_grid(self, scheme: Quantisation, *, merged: bool, scale: float = 1.0) -> Step:
+        """One step on a base model that was rounded to a grid.
+
+        Args:
+            scheme: one of `quantise`.
+            merged: merged before it was rounded, or beside it.
+            scale: the step's.
+
+        Raises:
+            KeyError: if it was not measured.
+        """
+        for step in self.steps:
+            if (step.quantised, step.merged, step.scale) == (scheme, merged, scale):
+                return step
+        known = [(s.quantised, s.merged, s.scale) for s in self.steps if s.quantised is not None]
+        raise KeyError(f"nothing was measured at {(scheme, merged, scale)}; (scheme, merged, scale) are {known}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -162,6 +186,8 @@ class Measurement:
             parts.append("accuracy {:.3f} → {:.3f}".format(*effect.accuracy))
         if effect.error is not None:
             parts.append("error {:.3g} → {:.3g}".format(*effect.error))
+        left = {s.quantised: s.kept for s in reversed(self.steps) if s.merged and s.kept is not None}
+        parts += [f"merged into {scheme} {kept:.0%} is kept" for scheme, kept in reversed(left.items())]
         more = f", {len(self.steps)} steps" if len(self.steps) > 1 else ""
         return f"Measurement({', '.join(parts)} at scale {step.scale:.3g}, {self.n} examples{more})"
 
@@ -231,13 +257,17 @@ def measure(
         request: how.
 
     Raises:
-        UnsupportedModelError: if an adapter, or a direction to be cut to a rank, changes anything but linear maps.
-        ValueError: if there is no column `by`, or the model lacks a parameter or has one of another shape.
+        UnsupportedModelError: if an adapter, or a direction to be cut to a rank or merged into a grid, changes anything
+            but linear maps; if weights that are to be rounded are quantised already.
+        ValueError: if there is no column `by`, the model lacks a parameter or has one of another shape, or a grid does
+            not fit a weight.
     """
     groups = check_groups(examples, request.by)
     whole: Any = change
-    if is_linear(change) or isinstance(change, Adapter) or any(rank is not None for rank in request.ranks):
+    cutting = any(rank is not None for rank in request.ranks)
+    if is_linear(change) or isinstance(change, Adapter) or cutting or request.quantise:
         whole = change.linear_deltas()
+    maps = maps_to_round(forward.model, list(whole), request.quantise) if request.quantise else []
     variants = {rank: whole if rank is None else cut(whole, rank) for rank in request.ranks}
     before = predict(forward, examples, request.batch_size)
     watching = _Watching(forward, examples, truth, groups, before, request)
@@ -252,6 +282,8 @@ def measure(
         other = random_like(other, request.seed) if isinstance(other, dict) else other.random_like(request.seed)
         sizes = dict.fromkeys(abs(scale) for scale in request.steps)
         steps += [Step(size, first, True, watching.effects(other, size)) for size in sizes]
+    if request.quantise:
+        steps += watching.on_grids(maps, variants[request.ranks[0]], request.ranks[0])
     return Measurement(repr(change), request.by, len(examples), steps)
 
 
@@ -277,10 +309,35 @@ class _Watching:
         assert self.forward.describe is not None
         return [self.forward.describe(answer) for answer in predictions.answers()]
 
+    def on_grids(self, maps: Sequence[LinearMap], deltas: Mapping[str, LinearDelta], rank: int | None) -> list[Step]:
+        """The change on a base model that is rounded: beside it, and merged into it before."""
+        steps = []
+        whole = {scale: self._predicted(deltas, scale) for scale in self.request.steps}
+        model, around = self.forward.model, (self.forward, self.examples, self.truth, self.groups)
+        for scheme in self.request.quantise:
+            with weights_rounded(model, maps, scheme):
+                before = predict(self.forward, self.examples, self.request.batch_size)
+                beside = {scale: self._predicted(deltas, scale) for scale in self.request.steps}
+            watching = _Watching(*around, before, self.request)
+            for scale in self.request.steps:
+                with weights_rounded(model, maps, scheme, deltas, scale):
+                    merged = predict(self.forward, self.examples, self.request.batch_size)
+                for is_merged, after in ((False, beside[scale]), (True, merged)):
+                    kept = kept_of((self.before, whole[scale]), (before, after))
+                    groups = watching.compared(after)
+                    steps.append(Step(scale, rank, False, groups, quantised=scheme, merged=is_merged, kept=kept))
+        return steps
+
+    def _predicted(self, what: Any, scale: float) -> Predictions:
+        with applied(self.forward.model, what, scale):
+            return predict(self.forward, self.examples, self.request.batch_size)
+
     def effects(self, what: Any, scale: float) -> dict[str, GroupEffect]:
         """A step's effect on every group."""
-        with applied(self.forward.model, what, scale):
-            after = predict(self.forward, self.examples, self.request.batch_size)
+        return self.compared(self._predicted(what, scale))
+
+    def compared(self, after: Predictions) -> dict[str, GroupEffect]:
+        """The effect on every group of what led to these predictions."""
         kl, said = self.before.kl_to(after), self._said(after)
         pairs = zip(self.before.answers(), after.answers(), strict=True)
         flipped = torch.tensor([not torch.equal(a, b) for a, b in pairs], dtype=torch.float64)
@@ -346,58 +403,9 @@ class _Watching:
         ]
 
 
-@dataclass(frozen=True)
-class Score:
-    """How right an example's predictions are.
-
-    Attributes:
-        right: share of its terms that are answered right, or None for numbers.
-        loss: mean −log p(label) of its terms, in nats.
-        log_odds: mean log p(label)/(1 − p(label)) of its terms, in nats; NaN for numbers.
-        squared: mean squared error of numbers.
-    """
-
-    right: float | None
-    loss: float
-    log_odds: float = math.nan
-    squared: float = math.nan
-
-
-def score(predictions: Predictions, i: int, label: Any) -> Score | None:
-    """An example's predictions against its label; None without one, or where it does not fit."""
-    if label is None:
-        return None
-    logits = predictions.logits[i].double()
-    wanted = torch.as_tensor(label)
-    answers = predictions.distribution(logits).predictions()[0]
-    if wanted.numel() != answers.numel():
-        return None
-    if predictions.distribution.name == "gaussian":
-        squared = float((logits - wanted.reshape(logits.shape).double()).square().mean())
-        return Score(None, squared / 2, squared=squared)
-    wanted = wanted.reshape(answers.shape).long()
-    right = float((answers == wanted).double().mean())
-    if predictions.distribution.name == "softmax":
-        loss = -logits.log_softmax(-1).gather(-1, wanted[:, None]).mean()
-        others = logits.scatter(-1, wanted[:, None], float("-inf")).logsumexp(-1)
-        odds = logits.gather(-1, wanted[:, None])[:, 0] - others  # 1 − p itself would round to 0
-    else:
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, wanted.double())
-        odds = logits * (2 * wanted.double() - 1)
-    return Score(right, float(loss), float(odds.mean()))
-
-
 def text_of(example: Example) -> str | None:
     """What shows an example to a person: what was read of it, else its longest column of text, or None."""
     if example.text is not None:
         return example.text
     texts = [value for value in example.columns.values() if isinstance(value, str)]
     return max(texts, key=len, default=None)
-
-
-def interval(values: Tensor, seed: int) -> tuple[float, float]:
-    """95% of the mean of values (n,), by drawing n of them with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = values[torch.randint(len(values), (_BOOTSTRAPS, len(values)), generator=generator)].mean(1)
-    low, high = torch.quantile(draws, torch.tensor(INTERVAL, dtype=values.dtype)).tolist()
-    return low, high
