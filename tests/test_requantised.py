@@ -56,7 +56,7 @@ def test_the_other_grids_are_those_of_bitsandbytes(scheme: Any) -> None:
     functional = pytest.importorskip("bitsandbytes", reason="the oracle is the package bitsandbytes").functional
     for seed in range(3):
         # Blocks of 64 that run over the ends of rows are read back wrongly by bitsandbytes 0.50.2 on a CPU:
-        # findings/bitsandbytes-nf4-on-a-cpu-needs-rows-of-64.sh.
+        # findings/bitsandbytes-nf4-on-a-cpu-reads-other-blocks-scales.sh.
         W = weight(seed, rows=16, inputs=128)
         if scheme == "nf4":
             truth = functional.dequantize_4bit(*functional.quantize_4bit(W, quant_type="nf4"))

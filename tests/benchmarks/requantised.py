@@ -3,7 +3,7 @@
     python -m tests.benchmarks.requantised [--queries 16]
 
 SmolLM2-135M-Instruct, as the package of the demo has it: dequantised from 4 bits (Q4_1), a grid that is none of the
-four. Prompts of eight word relations; the component with the purest top examples is lifted selectively at rank 4, at the
+four. Prompts of eight word relations; the component with the purest top examples is lifted selectively at rank 4, at a
 step that moves them by .1 nats, and measured on other prompts. Printed for every grid, beside the base model and merged
 into it: the share of the change of the predictions that is kept, the mean KL on the relation's own prompts and on the
 others, and the leak, the others' over the own, as a multiple of that of the change as it is.

@@ -17,6 +17,8 @@ from hf_npeff.weights.layouts import layout_of
 
 TOKENS = (1, 50, 60, 70, 80, 90, 100, 42, 77)
 """A prompt that every model's vocabulary has."""
+_LARGE = 20
+"""Layers from which a model is no random one."""
 STEP = 0.5
 """Of each change, as a share of the moved weights' norm: enough to move the most likely token."""
 
@@ -88,7 +90,9 @@ def selective_adapter(model: Any) -> Adapter:
     """A component of random prompts, lifted selectively and cut to rank 4."""
     generator = torch.Generator().manual_seed(2)
     prompts = [{"input_ids": torch.randint(3, 200, (8,), generator=generator).tolist()} for _ in range(16)]
-    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2))
+    # Of a real model the upper MLPs: the rows of all linear maps would fill the memory.
+    targets = "all-linear" if model.config.num_hidden_layers < _LARGE else r".*layers\.2\d\.mlp\.\w+_proj"
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2, target_modules=targets))
     pefs = analyzer.compute_pefs(prompts)
     direction = analyzer.lift(analyzer.decompose(pefs, n_components=3), 0, pefs, prompts, selective=True)
     return direction.to_adapter(rank=4, scale=0.1 * direction.norm_in(model))

@@ -50,7 +50,7 @@ def run(node: Path, folder: Path, requests: list[dict[str, Any]]) -> list[torch.
 
 
 def prepared(name: str, model: Any, base: Path, folder: Path) -> tuple[list[Case], list[dict[str, Any]]]:
-    cases = cases_of(model, folder / name, selective=name == "llama")
+    cases = cases_of(model, folder / name, selective=name in ("llama", "smollm2"))
     requests: list[dict[str, Any]] = [{"model": str(base), "tokens": TOKENS, "lora": None}]
     for i, case in enumerate(cases):
         file = folder / f"{name}-{i}.gguf"
