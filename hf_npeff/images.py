@@ -64,8 +64,8 @@ def with_images_joined(inputs: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in inputs.items():
         if is_beside_tokens(name) and isinstance(value, Tensor | list) and is_array(value):
             tensor = torch.as_tensor(value)
-            one = tensor.dim() == (3 if name.startswith("pixel_values") else 1)  # a single image
-            joined[name] = OfOneExample(tensor[None] if one else tensor)
+            is_single = tensor.dim() == (3 if name.startswith("pixel_values") else 1)
+            joined[name] = OfOneExample(tensor[None] if is_single else tensor)
     return joined
 
 

@@ -127,9 +127,9 @@ def _made(
     from hf_npeff.decomposition.estimator import NPEFF
 
     pefs = analyzer.compute_pefs(dataset, output / "pefs", batch_size=explaining.batch_size)
-    found = NPEFF.from_config(decomposing, progress=not are_progress_bars_disabled()).fit(pefs)
-    found.save_pretrained(output / "components")
-    return found, pefs
+    decomposition = NPEFF.from_config(decomposing, progress=not are_progress_bars_disabled()).fit(pefs)
+    decomposition.save_pretrained(output / "components")
+    return decomposition, pefs
 
 
 def _explained(

@@ -180,12 +180,12 @@ def _add_associations(page: PageData, decomposition: Decomposition, texts: bool)
         return
     read = shown_columns({name: decomposition.columns[name] for name in kept}, decomposition.info)
     associations = decomposition.associations(columns=kept, texts=bool(read))
-    for facts, found in zip(page.facts["components"], associations, strict=True):
-        facts["automatic"] = found.label
-        facts["accuracy"], facts["error"] = found.accuracy, found.error
-        facts["associations"] = [
+    for shown, component in zip(page.facts["components"], associations, strict=True):
+        shown["automatic"] = component.label
+        shown["accuracy"], shown["error"] = component.accuracy, component.error
+        shown["associations"] = [
             [a.feature, _short(a.share), _short(a.rest), _short(a.corrected), list(a.same), _short(a.log_p)]
-            for a in found.associations
+            for a in component.associations
         ]
     page.facts["groups"] = [[feature, numbers] for feature, numbers in associations.groups.items()]
 

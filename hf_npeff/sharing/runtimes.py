@@ -154,11 +154,11 @@ def where_it_loads(kind: str, layouts: Iterable[str], task_type: str | None = No
         >>> where_it_loads("lora", ["linear", "norm"])
         'PEFT, transformers; not OpenVINO GenAI, which drops a part without a word'
     """
-    told = verdicts(kind, layouts, task_type)
-    if not told:
+    verdict_of = verdicts(kind, layouts, task_type)
+    if not verdict_of:
         return "hf_npeff alone"
-    good = ", ".join(name for name, verdict in told.items() if verdict == "loads")
-    warnings = [f"; not {name}, which {_SILENT[verdict]}" for name, verdict in told.items() if verdict in _SILENT]
+    good = ", ".join(name for name, verdict in verdict_of.items() if verdict == "loads")
+    warnings = [f"; not {name}, which {_SILENT[verdict]}" for name, verdict in verdict_of.items() if verdict in _SILENT]
     return good + "".join(warnings)
 
 

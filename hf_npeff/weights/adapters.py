@@ -107,8 +107,8 @@ class Adapter(Readable):
     @property
     def loads_in(self) -> list[str]:
         """Programs that load all of it, of those in `sharing.runtimes.RUNTIMES`."""
-        told = verdicts(self.kind, self.layouts.values(), self._task_type)
-        return [name for name, verdict in told.items() if verdict == "loads"]
+        verdict_of = verdicts(self.kind, self.layouts.values(), self._task_type)
+        return [name for name, verdict in verdict_of.items() if verdict == "loads"]
 
     @property
     def _task_type(self) -> str | None:

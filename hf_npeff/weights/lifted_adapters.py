@@ -100,14 +100,14 @@ def lift_to_adapters(
     for number, p in enumerate(plans):
         parts = {name: _Part.of(cut, number) for name, cut in cuts.items()}
         cosine = _cosine(parts, p.target, sketch, scales)
-        facts = p.info | {"estimated_cosine": cosine, "form": "metric" if metric else "plain", "passes": passes}
-        facts["retained_energy"] = "exact" if whole else "estimated"
+        info = p.info | {"estimated_cosine": cosine, "form": "metric" if metric else "plain", "passes": passes}
+        info["retained_energy"] = "exact" if whole else "estimated"
         if metric:
             assert scales is not None and sketch.blocks is not None
             parts = {n: part.times(float(scales[sketch.blocks[n].start]) ** 2) for n, part in parts.items()}
         kept, total = (sum(values) for values in zip(*((q.kept, q.energy) for q in parts.values()), strict=True))
-        check_faithful(facts, cosine / max(kept / total, 1e-12) ** 0.5 if total > 0 else 0.0)
-        yield _adapter(parts, total**0.5, changed, rank, facts)
+        check_faithful(info, cosine / max(kept / total, 1e-12) ** 0.5 if total > 0 else 0.0)
+        yield _adapter(parts, total**0.5, changed, rank, info)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _cosine(parts: Mapping[str, _Part], target: Tensor, sketch: Sketch, scales: 
 
 
 def _adapter(
-    parts: Mapping[str, _Part], norm: float, weights: LiftedWeights, rank: int, facts: Mapping[str, Any]
+    parts: Mapping[str, _Part], norm: float, weights: LiftedWeights, rank: int, own: Mapping[str, Any]
 ) -> Adapter:
     """A component's LoRA, cut from its unit direction."""
     factors, vectors, kept = {}, {}, {}
@@ -165,7 +165,7 @@ def _adapter(
             kept[name] = 1.0
     total = sum(part.energy for part in parts.values())
     share = sum(kept[name] * part.energy for name, part in parts.items()) / total if total > 0 else 1.0
-    info = {**weights.info, **facts}
+    info = {**weights.info, **own}
     adapter = assembled(
         factors,
         vectors,

@@ -146,9 +146,9 @@ def _bases(rows: Rows, places: Places, rank: int, seed: int, batch_size: int) ->
     chosen = sorted(used[i] for i in torch.randperm(len(used), generator=generator)[:_SAMPLED].tolist())
     for indices in rows.batches(chosen, batch_size) if maps else ():
         stored = rows.cotangents[indices].double()
-        one = torch.einsum("ic,icts->its", rows.mixture[indices].double().to(stored.device), stored)
+        cotangents = torch.einsum("ic,icts->its", rows.mixture[indices].double().to(stored.device), stored)
         source = rows.forward.source_of([rows.examples[i] for i in indices])
-        backward_passes(rows.forward.model, maps, sample, len(indices), source, _always([one]))
+        backward_passes(rows.forward.model, maps, sample, len(indices), source, _always([cotangents]))
     bases = {}
     for name, shape in large.items():
         drawn = sample.of(name, shape)
