@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -80,11 +80,7 @@ def report(
     - `hf-npeff report runs/components --pefs runs/pefs --model distilbert/distilgpt2 --data prompts.txt`
     - `hf-npeff report runs/components --space user/components-of-distilgpt2`
     """
-    missing = [name for name, value in (("--pefs", pefs), ("--model", model), ("--data", data)) if value is None]
-    if len(missing) in (1, 2) or (modules and missing):
-        raise typer.BadParameter(
-            f"--pefs, --model and --data go together: tokens and modules need all three, and {missing[0]} is missing"
-        )
+    _check_all_or_none({"--pefs": pefs, "--model": model, "--data": data}, needed=modules)
     folder = Path(decomposition) if Path(decomposition).is_dir() else Path()
     page = folder / "report.html" if page is None else page
     force = _may_write(page, space, force)
@@ -101,6 +97,15 @@ def report(
         return _written(page, None, revision)
     url = _publish(decomposed, page.parent / "space", space, measured, settings, texts and include_texts, private)
     return _written(page, url, revision)
+
+
+def _check_all_or_none(given: Mapping[str, str | None], *, needed: bool) -> None:
+    """Refuse some of the options that a model is run with without the others, or none where they are needed."""
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) in (1, 2) or (needed and missing):
+        raise typer.BadParameter(
+            f"--pefs, --model and --data go together: tokens and modules need all three, and {missing[0]} is missing"
+        )
 
 
 def _written(page: Path, url: str | None, revision: str | None) -> Result:

@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -230,6 +230,22 @@ def _members(W: Tensor) -> Tensor:
 # How surprising they are
 
 
+class _Tails(NamedTuple):
+    """How surprising features are in components.
+
+    Attributes:
+        sizes: (M,) examples that have each feature.
+        counts: (M, r) of them in each component.
+        observed: (M, r) log-probabilities of so many or more.
+        corrected: (M, r) p-values, corrected for all that is looked at.
+    """
+
+    sizes: Tensor
+    counts: Tensor
+    observed: Tensor
+    corrected: Tensor
+
+
 def _associations_of(
     features: Sequence[Feature], members: Tensor, request: AssociationRequest
 ) -> list[list[Association]]:
@@ -240,9 +256,36 @@ def _associations_of(
         members: (n, r) bool.
         request: how many, and how certain.
     """
-    (n, r), M = members.shape, len(features)
-    if M == 0:
+    n, r = members.shape
+    if not features:
         return [[] for _ in range(r)]
+    sizes, counts, observed, corrected = _tails_of(features, members, request)
+    tables = []
+    for j in range(r):
+        order = torch.argsort(observed[:, j], stable=True)[: request.top].tolist()
+        m = int(members[:, j].sum())
+        tables.append(
+            [
+                Association(
+                    features[f].kind,
+                    features[f].text,
+                    k := int(counts[f, j]),
+                    k / m,
+                    (int(sizes[f]) - k) / max(n - m, 1),
+                    float(observed[f, j]),
+                    float(corrected[f, j]),
+                    features[f].same,
+                )
+                for f in order
+                if float(corrected[f, j]) <= request.level
+            ]
+        )
+    return tables
+
+
+def _tails_of(features: Sequence[Feature], members: Tensor, request: AssociationRequest) -> _Tails:
+    """Tails of the hypergeometric distribution, and what shuffled examples make of the lowest one."""
+    (n, r), M = members.shape, len(features)
     sizes = torch.tensor([len(f.where) for f in features])
     rows = torch.repeat_interleave(torch.arange(M), sizes)
     places = torch.tensor([i for f in features for i in f.where])
@@ -268,28 +311,7 @@ def _associations_of(
     lowest = lowest.sort().values
     # Rounding of the logarithms must not make a tie a difference.
     reached = torch.searchsorted(lowest, observed + 1e-9, right=True)
-    corrected = (1 + reached) / (1 + request.shuffles)
-    tables = []
-    for j in range(r):
-        order = torch.argsort(observed[:, j], stable=True)[: request.top].tolist()
-        m = int(members[:, j].sum())
-        tables.append(
-            [
-                Association(
-                    features[f].kind,
-                    features[f].text,
-                    k := int(counts[f, j]),
-                    k / m,
-                    (int(sizes[f]) - k) / max(n - m, 1),
-                    float(observed[f, j]),
-                    float(corrected[f, j]),
-                    features[f].same,
-                )
-                for f in order
-                if float(corrected[f, j]) <= request.level
-            ]
-        )
-    return tables
+    return _Tails(sizes, counts, observed, (1 + reached) / (1 + request.shuffles))
 
 
 def log_tails(n: int, m: int, sizes: Tensor) -> Tensor:

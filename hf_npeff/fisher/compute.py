@@ -24,7 +24,7 @@ from hf_npeff.config import ComputeRequest
 from hf_npeff.data import Example, Examples, batches_by_length
 from hf_npeff.errors import NPEFFError
 from hf_npeff.fisher.batching import alike
-from hf_npeff.fisher.forward import NotFiniteError, PaddingError
+from hf_npeff.fisher.forward import ForwardPass, NotFiniteError, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll
 from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.rechecks import Rechecks
@@ -268,18 +268,13 @@ def _shard(
 ) -> _Shard:
     """The examples from `start` on, in batches of similar length."""
     forward, checked = maker.forward, len(rechecks.results)
-    lengths = [e.length for e in examples]
     order: list[int] = []
     results: list[dict[str, Tensor]] = []
     dtype = getattr(torch, maker.config.storage_dtype)
     pending = list(range(len(examples)))
     reasons: dict[int, str] = {}
     while pending:
-        left = [lengths[i] for i in pending]
-        batch = [pending[i] for i in next(batches_by_length(left, sizer.value, sizer.max_tokens))]
-        batch = [batch[i] for i in alike([examples[i] for i in batch], forward.traits.takes)[0]]
-        if not forward.may_share([examples[i] for i in batch]):
-            batch = batch[:1]
+        batch = _next_batch(forward, examples, pending, sizer)
         together = [examples[i] for i in batch]
         try:
             with forward.blaming_padding(together):
@@ -301,7 +296,7 @@ def _shard(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            sizer.halve(len(batch), max(lengths[i] for i in batch), error)
+            sizer.halve(len(batch), max(e.length for e in together), error)
             continue
         rows["factors"] = rows["factors"].to(dtype)
         results.append({name: value.detach().cpu() for name, value in rows.items()})
@@ -316,6 +311,16 @@ def _shard(
     tensors = _in_order(results, order)
     kept = [example for i, example in enumerate(examples) if i not in reasons]
     return _Shard(start, tensors, _columns(maker, kept, tensors), skipped, checks)
+
+
+def _next_batch(
+    forward: ForwardPass, examples: Sequence[Example], pending: Sequence[int], sizer: _BatchSize
+) -> list[int]:
+    """Of the examples that are left, some of similar length that may share a forward pass."""
+    lengths = [examples[i].length for i in pending]
+    batch = [pending[i] for i in next(batches_by_length(lengths, sizer.value, sizer.max_tokens))]
+    batch = [batch[i] for i in alike([examples[i] for i in batch], forward.traits.takes)[0]]
+    return batch if forward.may_share([examples[i] for i in batch]) else batch[:1]
 
 
 def _columns(maker: RowMaker, examples: Sequence[Example], tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -246,39 +246,14 @@ class TransformersHead:
     ) -> Outputs:
         """Logits of the counted positions only: the output embedding is handed nothing else to multiply."""
         assert self.embedding is not None
-        seen: dict[str, Tensor] = {}
-        here = threading.get_ident()
-        why = "reads the weight of its output embedding without calling it"  # as MobileBERT does
 
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            nonlocal why
-            if threading.get_ident() != here:  # somebody else's prediction meanwhile
-                return args
-            if args[0].dim() != 3:  # ProphetNet's, with a dimension of the tokens that it predicts at once
-                why = f"calls its output embedding on states of {args[0].dim()} dimensions"
-                return args
-            virtual = self._virtual_tokens(model, args[0], arguments)
-            seen["hidden"] = gathered(args[0], index.to(args[0].device) + virtual)
-            return (seen["hidden"], *args[1:])
+        def counted(hidden: Tensor) -> Tensor:
+            return gathered(hidden, index.to(hidden.device) + self._virtual_tokens(model, hidden, arguments))
 
-        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if threading.get_ident() != here or "hidden" not in seen:
-                return output
-            # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
-            if output.requires_grad:
-                seen["linear"] = output.view_as(output)
-                return seen["linear"]
-            seen["linear"] = output.detach().requires_grad_()
-            return seen["linear"].clone()  # Chameleon changes its logits in place, which a leaf does not bear
-
-        handles = [self.embedding.register_forward_pre_hook(before), self.embedding.register_forward_hook(after)]
-        try:
+        with _WatchedEmbedding(self.embedding, counted) as watched:
             logits = _logits_of(model(**arguments))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if "linear" not in seen:
-            return self._at_logits(gathered(logits, index), valid, why)
+        if watched.linear is None or watched.hidden is None:
+            return self._at_logits(gathered(logits, index), valid, watched.why_not)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         weight = weight_of(self.embedding, wide)
         if weight is None:
@@ -286,11 +261,11 @@ class TransformersHead:
                 logits, valid, "has an adapter around its output embedding that does not only add to it"
             )
         slope = None
-        if logits is not seen["linear"] and torch.is_grad_enabled():
-            (slope,) = torch.autograd.grad(logits.sum(), seen["linear"], retain_graph=True)
+        if logits is not watched.linear and torch.is_grad_enabled():
+            (slope,) = torch.autograd.grad(logits.sum(), watched.linear, retain_graph=True)
             slope = slope.detach().to(wide.dtype).flatten(0, 1)
             slope = None if bool((slope == 1).all()) else slope
-        source = seen["hidden"] if self.traits.at_hidden else logits
+        source = watched.hidden if self.traits.at_hidden else logits
         return Outputs(
             source,
             wide,
@@ -318,6 +293,54 @@ class TransformersHead:
         real = real_tokens(batch, logits[:, 0], decoder=False)
         wide = wide.masked_fill(~real[:, None].to(wide.device), float("-inf"))
         return Outputs(logits, wide, torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device), Softmax)
+
+
+class _WatchedEmbedding:
+    """A model's output embedding, which is handed the counted positions only while it is watched.
+
+    Attributes:
+        hidden: the states that it was handed; None where it was not called, or not as expected.
+        linear: what it made of them.
+        why_not: what the model does instead, where it was not.
+    """
+
+    def __init__(self, embedding: nn.Module, counted: Callable[[Tensor], Tensor]):
+        self._embedding, self._counted = embedding, counted
+        self._thread = threading.get_ident()
+        self._handles: list[Any] = []
+        self.hidden: Tensor | None = None
+        self.linear: Tensor | None = None
+        self.why_not = "reads the weight of its output embedding without calling it"  # as MobileBERT does
+
+    def __enter__(self) -> _WatchedEmbedding:
+        self._handles = [
+            self._embedding.register_forward_pre_hook(self._before),
+            self._embedding.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != self._thread:  # somebody else's prediction meanwhile
+            return args
+        if args[0].dim() != 3:  # ProphetNet's, with a dimension of the tokens that it predicts at once
+            self.why_not = f"calls its output embedding on states of {args[0].dim()} dimensions"
+            return args
+        self.hidden = self._counted(args[0])
+        return (self.hidden, *args[1:])
+
+    def _after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if threading.get_ident() != self._thread or self.hidden is None:
+            return output
+        # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
+        if output.requires_grad:
+            self.linear = output.view_as(output)
+            return self.linear
+        self.linear = output.detach().requires_grad_()
+        return self.linear.clone()  # Chameleon changes its logits in place, which a leaf does not bear
 
 
 def _logits_of(result: Any) -> Tensor:

@@ -136,7 +136,7 @@ def assembled(
         UnsupportedModelError: if a parameter is of no kind that LoRA carries.
     """
     tensors: dict[str, Tensor] = {}
-    targets, saved, biases = [], [], {}
+    targets = []
     for name, (B, A) in factors.items():
         module = name.rpartition(".")[0]
         for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight moves in all of its modules
@@ -147,17 +147,9 @@ def assembled(
             targets.append(place)
     for name, pair in (experts or {}).items():
         tensors |= {f"{PREFIX}{place_of_experts(name, layouts)}.{key}": value for key, value in pair.items()}
-    for name, delta in vectors.items():
-        module, _, leaf = name.rpartition(".")
-        if layouts[name] == "bias":
-            biases[module] = delta * scale
-        elif layouts[name] == "norm":
-            if absolute is None or name not in absolute:
-                raise ValueError(f"PEFT stores {name} whole: pass the model to to_adapter(model=...)")
-            tensors[f"{PREFIX}{module}.{leaf}"] = absolute[name].float() + scale * delta.float()
-            saved.append(module)
-        else:
-            raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
+    biases, norms = _biases_and_norms(vectors, layouts, scale, absolute or {})
+    tensors |= {f"{PREFIX}{name}": value for name, value in norms.items()}
+    saved = [name.rpartition(".")[0] for name in norms]
     if experts and biases:
         raise UnsupportedModelError(
             f"PEFT carries no bias beside fused experts ({next(iter(experts))}); use kind='delta'"
@@ -176,6 +168,28 @@ def assembled(
     if experts:
         config["target_parameters"] = list(experts)
     return Adapter("lora", tensors, config, retained[0], dict(layouts), retained[1])
+
+
+def _biases_and_norms(
+    vectors: Mapping[str, Tensor], layouts: Mapping[str, Layout], scale: float, absolute: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """{module: the change of its bias}, and {norm's weight: what it becomes}.
+
+    Raises:
+        ValueError: if what a norm was is not known.
+        UnsupportedModelError: if a parameter is neither.
+    """
+    biases, norms = {}, {}
+    for name, delta in vectors.items():
+        if layouts[name] == "bias":
+            biases[name.rpartition(".")[0]] = delta * scale
+        elif layouts[name] != "norm":
+            raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
+        elif name not in absolute:
+            raise ValueError(f"PEFT stores {name} whole: pass the model to to_adapter(model=...)")
+        else:
+            norms[name] = absolute[name].float() + scale * delta.float()
+    return biases, norms
 
 
 def _lora_pair(B: Tensor, A: Tensor, scale: float, embeds: bool) -> dict[str, Tensor]:
