@@ -25,7 +25,9 @@ from hf_npeff.decomposition.objective import (
     total_energy,
 )
 
-_DAMPING = 1e-3  # the least λ of a step
+_DAMPING = (
+    1e-3  # the least λ of a step, times the diagonal. Chosen: hardly shortens a step, and M stays well-conditioned
+)
 _DEPENDENT = 1e-6  # of the largest row or eigenvalue: below it, rows count as dependent on others
 
 

@@ -39,7 +39,7 @@ SAMPLE = 64
 _PROSE_WORDS = 3
 """Words a value, on average, from which a column counts as prose: names and classes are mostly shorter."""
 _PROSE_CHARACTERS = 8
-"""The same in characters, for scripts that put no spaces between words."""
+"""The same in characters, for scripts that put no spaces between words. Chosen: some two make a word there."""
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
 

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _PADDING_EXAMPLES = 64
 """Examples among which the shortest and the longest try out what padding does, before the first batch is made."""
 _REASON = 200
-"""Letters of a model's own error that people are told."""
+"""Letters of a model's own error that people are told. Chosen: two lines."""
 _NO_LOGITS = "the model gives NaN or infinite logits"
 _Self = TypeVar("_Self", bound="ForwardPass")
 

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 _EXAMPLES = 8
 """Examples of the self-test: 28 pairs, whose mean error the sketch is judged by."""
 _TOKENS = 2048
-"""Their tokens together, at most: the self-test's memory is bounded."""
+"""Their tokens together, at most: bounds the self-test's memory. Chosen: some texts of a paragraph each."""
 _NAMED = 6
-"""Kinds of weights that a warning names, at most, the largest first."""
+"""Kinds of weights that a warning names, at most, the largest first. Chosen: what one line holds."""
 
 
 def prepare(

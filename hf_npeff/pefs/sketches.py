@@ -34,6 +34,7 @@ TWO_STAGE_SIDE = 128
 """Side of a module's block after the first stage. Chosen: the second stage has 128² numbers of a module to place, not
 out·in; the self-test measures the error of both together."""
 _VERSION = 1
+"""Goes into the fingerprint: rows of other formulas for signs and places must never meet."""
 _FEW_SIGNS = 2**20
 """So many signs are kept as numbers of 32 bits, ready to multiply with; more of them as 8 bits."""
 _FEW_BLOCKS = 8

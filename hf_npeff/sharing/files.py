@@ -28,11 +28,13 @@ from hf_npeff.errors import CorruptStoreError, FormatVersionError
 from hf_npeff.sharing.parquet_footer import has_known_codecs
 
 FORMAT_VERSION = 1
+"""Of every config.json; files of another one are refused by name."""
 _JSON_MARK = "\x00json:"
 _JSON_LIMIT = 2**26
 """Bytes of a JSON file: far above any that is written here."""
 _TABLE_LIMIT, _TABLE_RATIO = 2**28, 100
-"""Bytes of a table in memory: so many, and so many times the file's size."""
+"""Bytes of a table in memory: so many, and so many times the file's size. Chosen: far above what columns of ids and
+texts need, and little beside a machine's memory, which a small file must not fill."""
 _TABLE_TYPES = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
 
 

@@ -319,6 +319,8 @@ _ALWAYS_TEXT = {
     "messages",
 }  # fmt: skip
 _LABEL_VALUES, _LABEL_LENGTH = 64, 64
+"""The most values of a column of labels, and characters of one. Chosen: names of classes are short and few; what is
+taken for texts by mistake only stays here."""
 
 
 def text_columns(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any] | None = None) -> list[str]:

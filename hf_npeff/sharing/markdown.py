@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 CELL, TITLE = 120, 80
-"""Characters of a table's cell, and of a value within a title."""
+"""Characters of a table's cell, and of a value within a title. Chosen: two lines, and one."""
 
 
 def plain(value: object, length: int = CELL) -> str:

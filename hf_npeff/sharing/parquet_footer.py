@@ -14,7 +14,7 @@ from typing import Any
 _TRUE, _FALSE, _I8, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 _DEPTH = 32
 """Structures within structures. Chosen: more than any footer needs; it bounds the recursion."""
-_UNCOMPRESSED, _SNAPPY = 0, 1
+_UNCOMPRESSED, _SNAPPY = 0, 1  # as in parquet.thrift, CompressionCodec
 
 
 def has_known_codecs(path: Path) -> bool:

@@ -25,7 +25,7 @@ from hf_npeff.studies.factors import FactorsResult, first_half, run_factors
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, PlantedConfig
 
-_PAD, _CLS, _SEP = 0, 1, 2
+_PAD, _CLS, _SEP = 0, 1, 2  # the first numbers of a vocabulary of its own
 _FIRST_CUE = 3
 """The number of the first token that is a cue: after those that every sentence may have."""
 TARGETS = r".*attention\.self\.value"

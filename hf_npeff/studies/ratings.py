@@ -23,6 +23,7 @@ from hf_npeff.sharing.files import write_atomically
 from hf_npeff.studies.settings import RatingsConfig
 
 _FORMAT = 1
+"""Of key.json, so that a later format can be told from this one."""
 
 
 @dataclass(frozen=True)

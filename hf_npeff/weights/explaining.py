@@ -26,7 +26,7 @@ from hf_npeff.weights.scoring import interval, score
 _MODULES = 20
 """Parameters whose share of the change is listed. Chosen: what a person reads."""
 _TOP = 5
-"""Examples of a component that are shown."""
+"""Examples of a component that are shown. Chosen: what a glance takes in."""
 _MOST_CHANGED = 0.75
 """Quantile of KL above which examples count as most changed, where it is asked what they have in common."""
 _STATIONARY = 0.8

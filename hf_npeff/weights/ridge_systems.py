@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 4096
-"""Rows that are multiplied at a time."""
+"""Rows that are widened to float64 and multiplied at a time: bounds the memory."""
 _STEPS = 64
 """Of Lanczos' method at most, for the largest eigenvalue: its error shrinks exponentially in them, and is 1e-12 for the
 spectra of PEFs."""
