@@ -109,7 +109,7 @@ def test_the_pages_on_a_language_and_a_shortcut_show_the_figures_that_are_kept()
     page = (docs / "shortcut.md").read_text(encoding="utf-8")
     figures = json.loads((docs / "studies" / "shortcut.json").read_text(encoding="utf-8"))
     tasks = {task: shortcut.rows_of(figures[task]) for task in shortcut.TASKS}
-    assert all(shortcut.table(rows) in page for rows in tasks.values())
+    assert all(table in page for table in shortcut.tables(figures).values())
     assert shortcut.drawing(tasks) == (docs / "figures" / "shortcut.svg").read_text(encoding="utf-8")
     kept = json.loads(edit_figures.KEPT.read_text(encoding="utf-8"))
     assert edit_figures.languages(kept) == (docs / "figures" / "languages.svg").read_text(encoding="utf-8")

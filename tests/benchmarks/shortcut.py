@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.shortcut runs/shortcut/figures.json
 
-It prints the table, keeps the figures in docs/studies/shortcut.json and draws docs/figures/shortcut.svg, which follows
-the reader's choice of light or dark. The figures that are kept now were put together by hand: see docs/shortcut.md.
+It prints the tables, keeps the figures in docs/studies/shortcut.json and draws docs/figures/shortcut.svg, which follows
+the reader's choice of light or dark.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TASKS = ("planted", "names")
 """Those of the example, in the order of the page."""
 ORDER = (
     "as trained", "edit", "edit, rank 4", "last layer", "LEACE", "component", "autoencoder", "fine-tuned on 4",
-    "fine-tuned on 16", "fine-tuned on 64", "fine-tuned on 256", "fine-tuned on 300",
+    "fine-tuned on 16", "fine-tuned on 64", "fine-tuned on 256",
 )  # fmt: skip
 STYLE = (
     "text{font:12px sans-serif;fill:#222}.g{stroke:#ddd}.misleads{fill:#c8553d}.helps{fill:#1f5fa8}"
@@ -33,13 +33,26 @@ Rows = dict[str, dict[str, list[float | None]]]
 """{what was tried: {cell: accuracy of every seed, None where it was not tried}}."""
 
 
-def rows_of(seeds: dict[str, dict[str, Any]]) -> Rows:
-    """What was tried for any of the seeds."""
-    return {
-        name: {cell: [seed.get(name, {}).get(cell) for seed in seeds.values()] for cell in CELLS}
-        for name in ORDER
-        if any(name in seed for seed in seeds.values())
-    }
+def rows_of(seeds: dict[str, dict[str, Any]], split: str | None = None) -> Rows:
+    """What was tried for any of the seeds; on the test, or on the split of that name."""
+    scores = [
+        {name: cells if split is None else cells.get(split, {}) for name, cells in measured(s)} for s in seeds.values()
+    ]
+    rows = {name: {cell: [s.get(name, {}).get(cell) for s in scores] for cell in CELLS} for name in ORDER}
+    return {name: row for name, row in rows.items() if any(v is not None for values in row.values() for v in values)}
+
+
+def measured(seed: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What was tried for a seed, with its accuracies."""
+    return [(name, seed[name]) for name in ORDER if name in seed]
+
+
+def tables(figures: dict[str, Any]) -> dict[str, str]:
+    """Every table of the page: of each task, and of the planted one on the split that was probed."""
+    rows = {task: rows_of(figures[task]) for task in TASKS if task in figures}
+    if "planted" in figures:
+        rows["planted, same split"] = rows_of(figures["planted"], "same split")
+    return {name: table(each) for name, each in rows.items() if each}
 
 
 def table(rows: Rows) -> str:
@@ -85,13 +98,13 @@ def drawing(tasks: dict[str, Rows]) -> str:
 
 
 def main() -> None:
-    figures = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    tasks = {task: rows_of(figures[task]) for task in TASKS if task in figures}
-    for name, rows in tasks.items():
-        print(f"{name}\n\n{table(rows)}\n")
     kept = DOCS / "studies" / "shortcut.json"
+    figures = json.loads(kept.read_text(encoding="utf-8")) | json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for name, lines in tables(figures).items():
+        print(f"{name}\n\n{lines}\n")
     kept.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (DOCS / "figures" / "shortcut.svg").write_text(drawing(tasks), encoding="utf-8")
+    drawn = drawing({task: rows_of(figures[task]) for task in TASKS if task in figures})
+    (DOCS / "figures" / "shortcut.svg").write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":
