@@ -66,7 +66,9 @@ runtimes-openvino: $(VENV)/ready-for-test $(RUNTIMES)/openvino/ready ## Adapters
 	@$(BIN)/python -m tests.runtimes.in_openvino --python $(RUNTIMES)/openvino/bin/python $(ARGS)
 
 study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
-	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison $(ARGS)
+	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison --fair-output docs/studies/fair $(ARGS)
+	@$(BIN)/hf-npeff study mechanisms -o docs/studies/mechanisms
+	@$(BIN)/hf-npeff study minimal_pairs -o docs/studies/minimal_pairs
 
 browser: ## Install Chromium where apt can; without it the browser tests are skipped
 	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \

