@@ -69,7 +69,7 @@ class MinimalPairsConfig(RivalsConfig):
     data: str | tuple[str, ...] | None = None
     words: int = 4
     per_attribute: int = 12
-    steps: int = 300
+    steps: int = 200
     rank: int = 4
     seeds: int = 3
     first_seed: int = 0
