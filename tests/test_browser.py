@@ -19,6 +19,7 @@ import torch
 from hf_npeff import Decomposition, DecompositionConfig, FisherConfig
 from hf_npeff.report.data import Extras
 from hf_npeff.report.page import write
+from hf_npeff.weights.change_report import ChangeReport, ChangeStep, ComponentChange
 from hf_npeff.weights.token_alignments import TokenAlignment
 from tests.browser import Browser, Page, find_browser
 from tests.random_decomposition import random_decomposition
@@ -31,6 +32,7 @@ VIEWS = (
     "#/map",
     "#/comparison",
     "#/training",
+    "#/change",
     "#/about",
     "#/component/0",
     "#/component/5",
@@ -79,6 +81,52 @@ def planted(names: bool = True) -> Decomposition:
     )
 
 
+def searched() -> dict[str, Any]:
+    """What a search for inputs off target ended at, from the second of the others."""
+    case = {"index": 1, "text": EVIL[1], "before": "a", "after": "b"}
+    ends = [
+        {**case, "input_ids": [1, 2], "replaced": 2, "kl_start": 0.21, "kl": kl, "own": own}
+        for kl, own in ((0.34, False), (0.9, True))
+    ]
+    return {"scale": 0.3, "n": 3, "mean": 0.04, "worst": [{**case, "id": "id-8", "kl": 0.21}],
+            "searched": ends, "tried": 240}  # fmt: skip
+
+
+def measured() -> dict[str, Any]:
+    """A measurement on other data: two groups at two steps, and a random change."""
+    worst = [{"index": 0, "id": "elsewhere", "text": EVIL[3], "kl": 0.8, "before": "a", "after": "c"}]
+
+    def step(scale: float, random: bool) -> dict[str, Any]:
+        size = 1e-6 if random else abs(scale)
+        effect = {"n": 9, "kl_interval": [0.9 * size, 1.1 * size], "flips": 0.25, "accuracy": [0.75, 0.5], "worst": worst}
+        return {"scale": scale, "rank": None, "random": random,
+                "groups": {"all": {**effect, "kl": size}, "kind=fruit": {**effect, "kl": 2 * size}}}  # fmt: skip
+
+    return {"change": "x", "by": "kind", "n": 9, "steps": [step(0.3, False), step(0.6, False), step(0.3, True)]}
+
+
+def changed_by_something() -> dict[str, Any]:
+    """A report of a change, most of it on component 2."""
+    row = {"index": 7, "id": "id-7", "text": "x", "before": "a", "after": EVIL[1], "kl": 0.7, "component": 2}
+    return ChangeReport(
+        change={"model": "org/planted-model", "after": EVIL[0]},
+        n=N,
+        norm=1.5,
+        modules={"model.layers.0.mlp.weight": 0.75, "model.layers.1.mlp.weight": 0.25},
+        outside={"lm_head.weight": 0.1},
+        kl=[0.1] * N,
+        kl_interval=(0.05, 0.15),
+        predicted=[0.1] * N,
+        components=[ComponentChange(j, f"component {j}", kl=0.3 / (1 + abs(j - 2))) for j in range(R)],
+        changed=[row],
+        unexplained=[row],
+        associations=[],
+        curve=[ChangeStep(s, None, 0.1 * s, (0.0, 0.2), s / 2, {"all": 1 - s / 2}) for s in (0, 0.5, 1)],
+        without=[],
+        notes=["planted"],
+    ).to_dict()
+
+
 def extras(folder: Path) -> Extras:
     """Everything that can stand beside a decomposition."""
     effect = {
@@ -89,6 +137,8 @@ def extras(folder: Path) -> Extras:
         "interval": [9.0, 15.0],
         "top_flips": 0.5,
         "other_flips": 0.1,
+        "other_worst": 0.21,
+        "other_worst_example": 8,
     }
     changed = [
         {"index": 42, "id": "id-42", "top": True, "before": " wider", "after": EVIL[1]},
@@ -102,7 +152,9 @@ def extras(folder: Path) -> Extras:
         "reached": True,
         "changed": changed,
         "top_examples": [42, 36],
-        "other_examples": [1, 2, 3],
+        "other_examples": [1, 8, 3],
+        "tried": [(-0.3, 0.4), (0.15, 0.2), (0.3, 0.5)],
+        "off_target": searched(),
     }
     second = planted(names=False)
     second.coefficients = second.coefficients[:, [2, 0, 1, 5, 4, 3]]
@@ -132,6 +184,8 @@ def extras(folder: Path) -> Extras:
         ],
         energies=energies,
         reports={0: report},
+        measurements={0: measured()},
+        change=changed_by_something(),
         adapters={0: "me/adapter-0"},
         compare=second,
         training=folder,
@@ -263,9 +317,9 @@ def test_components_are_sorted(page: Page) -> None:
     active = [c.active_share for c in found]
     assert numbers(page) == list(range(R))
     expected = {
-        "most active": sorted(range(R), key=lambda j: -active[j]),
+        "largest share of the examples": sorted(range(R), key=lambda j: -active[j]),
         "most stable": list(range(R))[::-1],
-        "KL ratio": [0, 3, 1, 2, 4, 5],
+        "most selective": [0, 3, 1, 2, 4, 5],
         "name": sorted(range(R), key=lambda j: found[j].label.lower()),
     }
     for option, order in expected.items():
@@ -280,6 +334,57 @@ def test_components_are_sorted(page: Page) -> None:
     assert numbers(page) == sorted(range(R), key=lambda j: -purity[j])
     shown = [float(text.rstrip("%")) / 100 for text in page.texts(".purity b")]
     assert shown == pytest.approx([purity[j] for j in numbers(page)], abs=0.006)
+
+
+def test_the_overview_opens_with_what_was_analysed_and_what_is_worth_seeing(page: Page) -> None:
+    """Oracle: planted truth: the purest, most selective, most often wrong and most stable component, a link each."""
+    found, associations = planted(), planted().associations()
+    lead = page.run("document.querySelector('.hero').innerText")
+    assert "org/planted-model" in lead and "48 examples" in lead and "6 components" in lead and "65.0% explained" in lead
+    kinds = [[found.columns["label"][i] for i in ranked(found, j)[:12]] for j in range(R)]
+    share = [max(map(tops.count, tops)) / len(tops) for tops in kinds]
+    purest = max(range(R), key=lambda j: (share[j], found[j].active_share, -j))
+    wrongest = min(range(R), key=lambda j: (associations[j].accuracy or (2,))[0])
+    shown = dict(zip(page.texts(".worth b"), page.each(".worth a", "e.hash"), strict=True))
+    assert shown == {
+        "Purest": f"#/component/{purest}",
+        "Most selective": "#/component/0",
+        "Most often wrong": f"#/component/{wrongest}",
+        "Most stable": "#/component/5",
+    }
+    said = page.texts(".worth a")
+    assert f"{share[purest]:.0%} of its top examples: label" in said[0] and "12 times" in said[1]
+    assert {"active", "stable", "explained", "right", "KL ratio"} <= set(page.texts(".terms dt"))
+    page.show("#/component/5")
+    assert "stable" in page.texts(".terms dt") and "KL ratio" not in page.texts(".terms dt")
+
+
+def test_the_certificate_says_target_off_target_worst_and_control(page: Page) -> None:
+    """Oracle: the planted report: its numbers, worst inputs in their order, doses, and the measurement by group."""
+    page.show("#/component/0")
+    rows = page.each(".certificate tbody tr", "Array.from(e.cells, (c) => c.innerText.trim())")
+    assert [float(row[1]) for row in rows] == [0.5, 0.04, 0.21, 0.34, 0.5]
+    assert rows[0][2] == "50% of the answers changed" and "example 8" in rows[2][2]
+    assert "240 inputs tried" in rows[3][0] and rows[3][2].startswith("<img src=x") and rows[3][2].endswith("a → b")
+    assert page.each(".certificate a", "e.hash") == ["#/example/8"]
+    worst = page.each("[aria-label='Worst off-target cases'] tbody tr", "e.cells[0].innerText + '|' + e.cells[4].innerText")
+    assert [w.split("|")[0] for w in worst] == ["0.9", "0.34", "0.21"] and "counts as its own" in worst[0]
+    panel = "section[aria-labelledby=s-certificate] .lines"
+    titles = page.texts(f"{panel} circle title")
+    assert "its top examples, step -0.3: 0.4" in titles and "others, step 0.3: 0.04" in titles
+    groups = page.each("[aria-label='Measured on other data'] tbody tr", "Array.from(e.cells, (c) => c.innerText)")
+    assert groups[1] == ["0.3", "kind=fruit", "9", "0.6", "25%", "75% → 50%"]
+    page.show("#/component/3")
+    assert page.texts(".certificate") == []  # only its ratio is known
+
+
+def test_a_change_is_shown(page: Page) -> None:
+    """Oracle: the planted report."""
+    page.show("#/change")
+    assert page.texts(".change-component th")[0].startswith("component 0")
+    assert "mean KL" in page.run("main.innerText") and "planted" in page.run("main.innerText")
+    assert page.each(".answers td:first-child", "e.innerText") == ["0.7", "0.7"]
+    assert page.run("window.hacked") is None
 
 
 SELECT = "document.querySelector('.search').select()"
@@ -322,7 +427,7 @@ def test_associations_are_shown_sorted_and_searched(page: Page) -> None:
     page.choose("Sort by", "most certain association")
     assert numbers(page) == expected
     assert [text.startswith("auto: ") for text in page.texts(".automatic")] == [True] * len(page.texts(".automatic"))
-    page.choose("Sort by", "least often right")
+    page.choose("Sort by", "most often wrong")
     scores = [found[j].accuracy for j in numbers(page)]
     assert [s[0] for s in scores if s] == sorted(s[0] for s in scores if s)
     page.choose("Show", "with an association")
@@ -344,7 +449,7 @@ def test_thousands_of_components_are_a_few_elements(browser: Browser, tmp_path: 
     assert opened.run(
         "document.querySelector('[aria-posinset=\"3000\"]').getBoundingClientRect().bottom <= innerHeight"
     )
-    opened.choose("Sort by", "least active")
+    opened.choose("Sort by", "smallest share of the examples")
     assert len(set(numbers(opened))) == len(numbers(opened)) < 100
     assert opened.errors == []
     opened.close()
@@ -422,9 +527,9 @@ def test_columns_modules_neighbours_and_perturbations_of_a_component(page: Page)
     assert page.texts(".heat td .offscreen") == [f"{5 * (1 + layer):.1f}%" for layer in range(4) for _ in range(2)]
     near = [int(text) for text in page.texts(".neighbours .badge")]
     assert sorted(near) == [1, 2, 3, 4, 5]
-    rows = page.texts(".plain tbody tr")
+    rows = page.texts("[aria-label='Effect of the step'] tbody tr")
     assert rows[0].startswith("this step0.30.50.0412") and rows[2].startswith("a random direction")
-    answers = page.each(".answers tbody tr", "Array.from(e.cells, (c) => c.innerText)")
+    answers = page.each("[aria-label^='Answers of'] tbody tr", "Array.from(e.cells, (c) => c.innerText)")
     assert answers[0][1:] == ["wider", re.sub(r"\s+", " ", EVIL[1])[:40].rstrip() + "…"] or answers[0][2].startswith(
         "<img src=x"
     )
@@ -444,9 +549,11 @@ def test_the_code_can_be_copied(page: Page, browser: Browser) -> None:
     page.show("#/component/0")
     browser.send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     page.send("Page.bringToFront")
-    page.click("pre + button")
-    page.wait("document.querySelector('pre + button').textContent === 'Copied'")
-    assert page.run("navigator.clipboard.readText()") == page.texts("pre")[0]
+    for button in (".hero .quiet", "pre + button"):
+        page.run("navigator.clipboard.writeText('nothing yet')")
+        page.click(button)
+        page.wait(f"document.querySelector('{button}').textContent === 'Copied'")
+        assert page.run("navigator.clipboard.readText()") == page.texts("pre")[0]
 
 
 def test_names_are_typed_saved_and_read_back(page: Page, browser: Browser, tmp_path: Path) -> None:

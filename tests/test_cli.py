@@ -31,6 +31,7 @@ from hf_npeff.commands.options import attribute_docs
 from hf_npeff.decomposition.matching import matches, similarities
 from tests import warm_processes
 from tests.hub_server import HubServer
+from tests.test_report import read as page_facts
 from tests.tiny import WORDS, tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -207,6 +208,11 @@ def test_all_components_become_adapters_in_one_run_and_one_repository(
     found = Decomposition.from_pretrained(world.folder / "found")
     assert [r["component"] for r in report["components"]] == list(range(len(found)))
     assert json.loads((tmp_path / "all" / "report.json").read_text())["components"] == report["components"]
+    page = ("--perturbation", str(tmp_path / "all"), "--map", "none", "-o", str(tmp_path / "all.html"))
+    shown = CliRunner().invoke(app, ["report", "found", *page])
+    assert shown.exit_code == 0, shown.output
+    facts = page_facts(tmp_path / "all.html")[0]
+    assert list(facts["reports"]) == list(facts["adapters"]) == [str(j) for j in range(len(found))]
     model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(world.folder / "model").eval()
     tokens = [9, 10, 11]
     truth, before = {}, model(input_ids=torch.tensor([tokens])).logits[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_npeff import NPEFF, PerturbationReport
-from hf_npeff.encoding.columns import correctness
+from hf_npeff.encoding.columns import columns_of, correctness, with_label_names
 from hf_npeff.encoding.labels import Truth, class_numbers, truth_of
 from hf_npeff.weights.perturbation import PerturbationReport as Report
 from tests.analyses import analyzer_of
@@ -185,6 +185,20 @@ def test_what_the_page_calls_right() -> None:
     assert correctness({"label": [0, 1], "prediction": ["0", "1"]}, None, {"task": "causal-lm"}) is None
     asked = correctness({"answer": ["Oslo", "Rome"], "prediction": [" Os", "x"]}, None, {"task": "causal-lm"})
     assert asked is not None and asked.data is not None and [asked.values[c] for c in asked.data] == ["right", "wrong"]
+
+
+def test_columns_of_labels_are_shown_by_name_where_there_are_names() -> None:
+    """Oracle: by hand. The data set's names before the model's; no label, placeholders and other tasks stay as they are."""
+    info = {"task": "sequence-classification", "label_names": {"0": "NEGATIVE", "1": "POSITIVE"}}
+    columns = {"y": [0, 1], "label": [0, 1, 1, -1], "prediction": ["POSITIVE"] * 4}
+    assert with_label_names(columns, info)["label"] == ["NEGATIVE", "POSITIVE", "POSITIVE", -1]
+    shown = next(column for column in columns_of(columns, info["label_names"], info) if column.name == "label")
+    assert set(shown.values) == {"NEGATIVE", "POSITIVE", "-1"}
+    record = {"kind": "text", "columns": ["text"], "label_column": "y", "label_names": ["pos", "neg"]}
+    own = {**info, "dataset": {"encoded": record}}
+    assert with_label_names(columns, own)["y"] == ["pos", "neg"] and with_label_names(columns, own)["label"][0] == 0
+    for other in ({"task": "causal-lm"}, {"label_names": {"0": "LABEL_0", "1": "LABEL_1"}}):
+        assert with_label_names(columns, {**info, **other}) == columns
 
 
 def test_a_class_that_is_never_predicted_is_wrong_where_classes_have_no_names() -> None:

@@ -344,7 +344,13 @@ def test_private_texts_stay_out(tmp_path: Path, fitted: tuple[PEFs, Decompositio
         "other_flips": 0.0,
         "interval": [8, 12],
     }
-    report = {"best": effect, "opposite": None, "random": effect, "changed": changed, "target": 0.5, "reached": True}
+    worst = [{"index": 0, "id": "1", "text": "hacked", "kl": 0.2, "before": "a", "after": "b"}]
+    groups = {"all": {"n": 1, "kl": 0.1, "worst": worst}, "column=hacked": {"n": 1, "kl": 0.1, "worst": worst}}
+    step = {"scale": 1.0, "rank": None, "random": False, "groups": groups}
+    end = {**worst[0], "input_ids": [1], "replaced": 1, "kl_start": 0.1, "own": False}
+    report = {"best": effect, "opposite": None, "random": effect, "changed": changed, "target": 0.5, "reached": True,
+              "other_examples": [1], "held_out": {"n": 1, "steps": [step]},
+              "off_target": {"tried": 4, "worst": worst, "searched": [end]}}  # fmt: skip
     extras = Extras(
         alignments=[TokenAlignment(0, 3, 1.0, ["hacked", "x"], [0.5, 0.5], 0.0)], reports={0: report}, compare=found
     )

@@ -52,7 +52,7 @@ def report(
     compare: Annotated[str | None, typer.Option(help="Another decomposition, to compare with.")] = None,
     training: Annotated[Path | None, typer.Option(help="Folder of a training run with an NPEFFCallback.")] = None,
     perturbation: Annotated[
-        list[Path] | None, typer.Option(help="A folder that perturb wrote. Repeat for several.")
+        list[Path] | None, typer.Option(help="A folder that perturb wrote, with --all or without. Repeat for several.")
     ] = None,
     pefs: Annotated[str | None, typer.Option(help="The PEFs, with --model and --data, to shade tokens.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's id on the Hub, or its folder.")] = None,
@@ -177,20 +177,24 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
     from hf_npeff.errors import CorruptStoreError
     from hf_npeff.sharing.files import read_json
     from hf_npeff.weights.directions import ParameterDirection
+    from hf_npeff.weights.lifted_adapters import folder_of
 
     measured = _Measured()
     for folder in folders:
         if not (folder / "report.json").is_file():
             raise FileNotFoundError(f"{folder} holds no report.json; give a folder that `hf-npeff perturb` wrote")
         content = read_json(folder / "report.json", None)
-        j = content.get("component")
-        if not isinstance(j, int):
-            raise CorruptStoreError(f"{folder / 'report.json'} is no report of a component")
-        measured.reports[j] = content
-        if (folder / "direction").is_dir():
-            measured.energies[j] = ParameterDirection.load(folder / "direction").energies()
-        if (folder / "adapter").is_dir():
-            measured.adapters[j] = str(folder / "adapter")
+        several: Any = content.get("components")  # perturb --all
+        for each in several if isinstance(several, list) else [content]:
+            j: Any = each.get("component") if isinstance(each, dict) else None
+            if not isinstance(j, int):
+                raise CorruptStoreError(f"{folder / 'report.json'} is not the report of a component")
+            measured.reports[j] = each
+            adapter = folder / "adapter" if each is content else folder_of(folder, j)
+            if adapter.is_dir():
+                measured.adapters[j] = str(adapter)
+        if not isinstance(several, list) and (folder / "direction").is_dir():
+            measured.energies[content["component"]] = ParameterDirection.load(folder / "direction").energies()
     return measured
 
 

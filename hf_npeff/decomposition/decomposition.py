@@ -187,6 +187,7 @@ class Decomposition(Readable):
         alignments: Sequence[TokenAlignmentLike] = (),
         energies: Mapping[int, Mapping[str, float]] | None = None,
         reports: Mapping[int, ReportLike | Mapping[str, Any]] | None = None,
+        measurements: Mapping[int, HasDict | Mapping[str, Any]] | None = None,
         adapters: Mapping[int, str] | None = None,
         compare: Decomposition | None = None,
         training: str | os.PathLike[str] | None = None,
@@ -203,7 +204,9 @@ class Decomposition(Readable):
             alignments: from `NPEFFAnalyzer.token_alignments`: tokens of top examples are shaded by them.
             energies: {component: direction.energies()}: the modules in which each component lives. By default they are
                 estimated, where the sketch keeps the modules apart.
-            reports: {component: PerturbationReport}: answers before and after.
+            reports: {component: PerturbationReport}: the certificate of its step, and answers before and after.
+            measurements: {component: Measurement}: its dose curve on other data; texts of that data go along with
+                `texts`.
             adapters: {component: folder or repository} of adapters, for the code that loads them.
             compare: another decomposition, to compare with.
             training: the folder of a run with an `NPEFFCallback`.
@@ -226,11 +229,12 @@ class Decomposition(Readable):
         extras = Extras(
             alignments,
             energies,
-            dict(reports or {}),
-            dict(adapters or {}),
-            compare,
-            None if training is None else Path(training),
-            change,
+            reports=dict(reports or {}),
+            measurements=dict(measurements or {}),
+            adapters=dict(adapters or {}),
+            compare=compare,
+            training=None if training is None else Path(training),
+            change=change,
         )
         return write(self, path, extras=extras, texts=texts, layout=layout, title=title, force=force)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from hf_npeff.encoding.columns import CORRECT, INTERNAL, as_column, correctness
+from hf_npeff.encoding.columns import CORRECT, INTERNAL, as_column, correctness, with_label_names
 from hf_npeff.encoding.record import shown_columns
 
 Kind = Literal["word", "words", "begins", "ends", "column"]
@@ -101,7 +101,7 @@ def _add_columns(
     kept: Mapping[str, Sequence[Any]],
 ) -> None:
     """The values of columns; of numbers, being among the lowest or highest quarter; whether predictions are right."""
-    described = [as_column(name, values) for name, values in columns.items()]
+    described = [as_column(name, values) for name, values in with_label_names(columns, info).items()]
     if CORRECT not in columns and (correct := correctness(kept, info.get("label_names"), info)) is not None:
         described.append(correct)
     for column in described:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hf_npeff.encoding.labels import truth_of
+from hf_npeff.encoding.labels import is_placeholder, truth_of
 from hf_npeff.encoding.record import Encoded
 
 MOST_CATEGORIES = 2000
@@ -176,13 +176,42 @@ def _correct(right: Sequence[bool | None]) -> Column | None:
     return Column(CORRECT, "category", values, np.array([values.index(word) for word in words], dtype=np.uint16))
 
 
+def with_label_names(
+    columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any]
+) -> Mapping[str, Sequence[Any]]:
+    """The columns, with the names of classes in place of their numbers in the column of labels, where they are known.
+
+    The data set's own names come before the model's; transformers' placeholders (LABEL_0) are no names.
+
+    Args:
+        columns: {name: values}.
+        info: the `info` of the PEFs or the decomposition: its task, the names, and the record of what was read.
+    """
+    record = Encoded.of(info)
+    known = record.label_column if record is not None else None
+    name = known if known in columns else next((each for each in ("label", "labels") if each in columns), None)
+    if name is None or info.get("task") not in _CLASSES:
+        return columns
+    names = dict(enumerate(record.label_names or ())) if record is not None else {}
+    names = names or {int(number): str(word) for number, word in (info.get("label_names") or {}).items()}
+    if len(names) < 2 or all(is_placeholder(word) for word in names.values()):  # one name: a regression's
+        return columns
+    return {**columns, name: [_named(value, names) for value in columns[name]]}
+
+
+def _named(value: Any, names: Mapping[int, str]) -> Any:
+    """The name of a class for its number; any other value as it is."""
+    return names.get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def columns_of(
     columns: Mapping[str, Sequence[Any]],
     label_names: Mapping[str, str] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> list[Column]:
     """Every column that is worth a look, with the derived `prediction correct`; those that can colour come first."""
-    kept = [as_column(name, values) for name, values in columns.items() if name not in INTERNAL]
+    named = with_label_names(columns, info or {})
+    kept = [as_column(name, values) for name, values in named.items() if name not in INTERNAL]
     correct = None if CORRECT in columns else correctness(columns, label_names, info)
     if correct is not None:
         kept.append(correct)

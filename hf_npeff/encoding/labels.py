@@ -22,6 +22,11 @@ NO_CLASS = -1
 """Stands for a label that is no class of the model."""
 
 
+def is_placeholder(name: str) -> bool:
+    """Whether it is transformers' own name of a class that has none, such as "LABEL_0"."""
+    return _GENERIC.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class Truth:
     """Labels that can be compared with predictions.
@@ -197,7 +202,7 @@ def _unpacked(value: Any) -> Any:
 
 
 def _named(names: Mapping[int, str] | None) -> bool:
-    return bool(names) and not all(_GENERIC.fullmatch(str(name)) for name in (names or {}).values())
+    return bool(names) and not all(is_placeholder(str(name)) for name in (names or {}).values())
 
 
 def _simple(name: object) -> str:

@@ -13,7 +13,8 @@ from hf_npeff import __version__
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.matching import matches, similarities
 from hf_npeff.encoding.columns import Column, columns_of, described_by
-from hf_npeff.encoding.record import shown_columns, shown_texts
+from hf_npeff.encoding.record import Encoded, shown_columns, shown_texts
+from hf_npeff.report.certificates import as_facts, check_same_examples, measured_facts
 from hf_npeff.report.examples import LANDMARKS, Layout, explained_by, nearest_components, place
 from hf_npeff.report.modules import ModuleEnergies, analysed_parameters, by_layer, estimated_energies
 from hf_npeff.report.pack import quantised
@@ -45,6 +46,7 @@ class Extras:
         alignments: alignments of top examples, position by position, from `NPEFFAnalyzer.token_alignments`.
         energies: {component: {parameter: share}}, from `direction.energies()`.
         reports: {component: PerturbationReport, or what its `to_dict` gives}.
+        measurements: {component: Measurement, or what its `to_dict` gives}: a dose curve on any data.
         adapters: {component: folder or repository of its adapter}.
         compare: another decomposition.
         training: the folder of a training run with an NPEFFCallback.
@@ -54,6 +56,7 @@ class Extras:
     alignments: Sequence[TokenAlignmentLike] = ()
     energies: Mapping[int, Mapping[str, float]] | None = None
     reports: Mapping[int, ReportLike | Mapping[str, Any]] = field(default_factory=dict)
+    measurements: Mapping[int, HasDict | Mapping[str, Any]] = field(default_factory=dict)
     adapters: Mapping[int, str] = field(default_factory=dict)
     compare: Decomposition | None = None
     training: Path | None = None
@@ -92,7 +95,10 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
         notes.append("The map of examples was left out.")
     _add_alignments(page, extras.alignments, texts)
     _add_energies(page, decomposition, extras.energies, notes)
-    page.facts["reports"] = {str(j): _report_facts(report, decomposition) for j, report in extras.reports.items()}
+    page.facts["reports"] = {
+        str(j): as_facts(report, decomposition, texts) for j, report in extras.reports.items()
+    }
+    page.facts["measurements"] = {str(j): measured_facts(each, texts) for j, each in extras.measurements.items()}
     page.facts["adapters"] = {str(j): str(where) for j, where in extras.adapters.items()}
     if extras.compare is not None:
         _add_comparison(page, decomposition, extras.compare, texts)
@@ -109,6 +115,7 @@ def _mentioned(extras: Extras) -> dict[str, list[int]]:
         "alignments": [alignment.component for alignment in extras.alignments],
         "energies": list(extras.energies or ()),
         "reports": list(extras.reports),
+        "measurements": list(extras.measurements),
         "adapters": list(extras.adapters),
     }
 
@@ -126,6 +133,8 @@ def _add_decomposition(page: PageData, decomposition: Decomposition) -> None:
         "architecture": info.get("architecture"),
         "task": info.get("task"),
         "sketch_error": (info.get("selftest") or {}).get("sketch_error"),
+        "coverage": (info.get("selftest") or {}).get("coverage"),
+        "read": None if (encoded := Encoded.of(info)) is None else str(encoded),
         "explained": decomposition.explained,
         "losses": [float(x) for x in decomposition.loss_history],
         "converged": decomposition.converged,
@@ -237,26 +246,6 @@ def _add_energies(
     page.arrays["energy"] = table.shares
 
 
-def _report_facts(report: ReportLike | Mapping[str, Any], decomposition: Decomposition) -> dict[str, Any]:
-    content = dict(report if isinstance(report, Mapping) else report.to_dict())
-    _check_same_examples("the report", content.get("changed") or (), decomposition)
-    changed = [{k: v for k, v in row.items() if k != "text"} for row in content.get("changed") or ()]
-    kept = {k: content.get(k) for k in ("target", "best", "opposite", "random", "reached")}
-    counts = {"n_top": len(content.get("top_examples") or ()), "n_others": len(content.get("other_examples") or ())}
-    return {**kept, **counts, "changed": changed}
-
-
-def _check_same_examples(what: str, rows: Sequence[Mapping[str, Any]], decomposition: Decomposition) -> None:
-    """Refuse rows of examples, each with its index and id, that stand elsewhere in the decomposition or not at all."""
-    ids = decomposition.example_ids
-    for row in rows:
-        if not 0 <= row["index"] < len(ids) or ids[row["index"]] != row["id"]:
-            raise ValueError(
-                f"{what} has {row['id']!r} as its example {row['index']}, and the decomposition does not: they do not "
-                "belong together"
-            )
-
-
 def _change_facts(report: HasDict | Mapping[str, Any], decomposition: Decomposition, texts: bool) -> dict[str, Any]:
     """What the page shows of a change; texts are those of the page's own examples."""
     content = finite(dict(report if isinstance(report, Mapping) else report.to_dict()))
@@ -267,7 +256,7 @@ def _change_facts(report: HasDict | Mapping[str, Any], decomposition: Decomposit
             f"the change report is of {content['n']} examples and {len(own)} components, and the decomposition has {n} "
             f"and {r}: they do not belong together"
         )
-    _check_same_examples("the change report", [*content["changed"], *content["unexplained"]], decomposition)
+    check_same_examples("the change report", [*content["changed"], *content["unexplained"]], decomposition)
     for name in ("changed", "unexplained"):
         content[name] = [{k: v for k, v in row.items() if k != "text"} for row in content[name]]
     if not texts:

@@ -7,7 +7,7 @@ each at the step whose mean KL on the top examples reaches a target, always besi
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Effect:
         top_squared_error: mean (prediction − label)² before and after.
         other_squared_error: the same on the others.
         other_worst: the largest KL on one of the others.
+        other_worst_example: the index of that example.
     """
 
     scale: float
@@ -65,6 +66,7 @@ class Effect:
     top_squared_error: tuple[float, float] | None = None
     other_squared_error: tuple[float, float] | None = None
     other_worst: float | None = None
+    other_worst_example: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class PerturbationReport:
             and PEFT's `merge_and_unload` would take. What is measured here is the step without rounding wherever it is
             added in the activations. None where the weights cannot be moved: quantised, offloaded or sharded.
         step_cosine: the cosine of the rounded step with the step, likewise.
+        tried: (scale, mean KL on the top examples in nats) of every step that the search tried, by scale: a dose curve.
 
     Example:
         >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, target_kl=0.1, n_top=4)
@@ -112,6 +115,7 @@ class PerturbationReport:
     off_target: OffTarget | None = None
     step_length: float | None = None
     step_cosine: float | None = None
+    tried: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def scale(self) -> float:
@@ -134,6 +138,7 @@ class PerturbationReport:
             "kl_top": self.best.top,
             "kl_others": self.best.others,
             "kl_worst": self.best.other_worst,
+            "worst_example": self.best.other_worst_example,
             "kl_searched": None if self.off_target is None else self.off_target.worst_kl,
             "ratio": self.best.ratio,
             "kl_random": self.random.top,

@@ -121,6 +121,7 @@ class _Trial:
             _said_of_labels(self.top, self.others),
             step_length=None if rounded is None else rounded.length,
             step_cosine=None if rounded is None else rounded.cosine,
+            tried=[(step, float(self.top.before.kl_to(self.tried[step]).mean())) for step in sorted(self.tried)],
         )
 
 
@@ -293,6 +294,7 @@ def _effect(
         errors[1],
         other_errors[1],
         float(b.max()),
+        others.indices[int(b.argmax())],
     )
 
 

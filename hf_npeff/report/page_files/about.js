@@ -29,11 +29,12 @@ function aboutView() {
           h(
             "p",
             {},
-            "A component is active on an example where it carries at least 5% of the example's coefficients. Purity is the share of the most common value among its top ",
+            "Purity is the share of the most common value among a component's top ",
             String(TOP),
-            " examples. Stability compares restarts: near 1 means that other starts found it too. The KL ratio says how much more its own examples move than others when the weights move along it.",
+            " examples.",
           ),
-          h("p", {}, "Coefficients are kept in 16 bits of each component's largest."),
+          legend(Object.keys(TERMS)),
+          h("p", {}, "Coefficients are rounded to 16 bits of each component's largest."),
         ),
         facts.notes.length
           ? section(

@@ -33,7 +33,7 @@ function changeView() {
       ),
       h(
         "td",
-        { title: range(c.kl_interval) },
+        { title: range(c.kl_interval), class: "number" },
         number(c.kl),
         c.kl === null
           ? null
@@ -55,7 +55,7 @@ function changeView() {
       h(
         "tr",
         {},
-        h("td", {}, number(row.kl)),
+        h("td", { class: "number" }, number(row.kl)),
         h("td", {}, h("a", { href: `#/example/${row.index}` }, isolated(line(lastLine(titleOf(row.index)), 80)))),
         h("td", {}, isolated(line(row.before, 40) || "␣")),
         h("td", { class: "after" }, isolated(line(row.after, 40) || "␣")),

@@ -138,13 +138,13 @@ function componentView(j) {
       h(
         "div",
         { class: "pills" },
-        pill("active", percent(component.active, 1), "Share of the examples on which it is active"),
+        pill("active", percent(component.active, 1), TERMS.active),
         component.stability === null
           ? null
-          : pill("stable", number(component.stability, 2), "Mean best |cosine| with the components of other restarts"),
+          : pill("stable", number(component.stability, 2), TERMS.stable),
         pillInAndOut("right", component.accuracy, percent),
         pillInAndOut("mean error", component.error, number),
-        ratio === null ? null : pill("KL ratio", number(ratio), "KL on its top examples over KL on others"),
+        ratio === null ? null : pill("KL ratio", number(ratio), TERMS["KL ratio"]),
         categories()
           .slice(0, 3)
           .map((c) => {
@@ -157,12 +157,20 @@ function componentView(j) {
                 )
               : null;
           }),
+        component.automatic
+          ? h("span", { class: "pill", title: TERMS.auto }, "auto: ", isolated(line(component.automatic, 60)))
+          : null,
+        copyCodeButton(j),
+      ),
+      legend(
+        ["active", component.stability !== null && "stable", component.accuracy && "right", component.error && "mean error",
+          ratio !== null && "KL ratio", component.automatic && "auto"].filter(Boolean),
       ),
     ),
     h(
       "div",
       { class: "columns" },
-      h("div", {}, topExamples(j), effectPanel(j)),
+      h("div", {}, topExamples(j), certificatePanel(j), effectPanel(j), measurementPanel(j)),
       h(
         "div",
         {},

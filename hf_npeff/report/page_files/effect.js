@@ -151,9 +151,16 @@ direction.to_adapter(rank=1, scale=${scale ?? 0.1}).save_pretrained("component-$
 ${load(quote(`component-${j}`))}`;
 }
 
-function codePanel(j) {
-  const code = loadingCode(j),
-    button = h("button", { type: "button", class: "quiet" }, "Copy the code that loads this adapter");
-  button.addEventListener("click", () => copyText(code, button));
-  return section("Its adapter", h("pre", { tabindex: "0", "aria-label": "Code" }, h("code", {}, code)), button);
+function copyCodeButton(j) {
+  const words = facts.adapters[j] ? "Copy the code that loads its adapter" : "Copy the code that makes its adapter";
+  const button = h("button", { type: "button", class: "quiet" }, words);
+  button.addEventListener("click", () => copyText(loadingCode(j), button));
+  return button;
 }
+
+const codePanel = (j) =>
+  section(
+    "Its adapter",
+    h("pre", { tabindex: "0", "aria-label": "Code" }, h("code", {}, loadingCode(j))),
+    copyCodeButton(j),
+  );

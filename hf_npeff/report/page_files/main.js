@@ -33,7 +33,10 @@ function route() {
   const view = VIEWS.find((v) => v.path === path && v.there());
   const owner = path === "component" ? "" : path === "example" ? "examples" : (view?.path ?? "");
   for (const link of document.querySelectorAll("#tabs a")) {
-    if (link.hash === `#/${owner}`) link.setAttribute("aria-current", "page");
+    if (link.hash === `#/${owner}`) {
+      link.setAttribute("aria-current", "page");
+      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 40; // where not all tabs fit
+    }
     else link.removeAttribute("aria-current");
   }
   const before = current;

@@ -16,6 +16,8 @@ function loadNames() {
 
 const nameOf = (j) => (given.has(j) ? given.get(j) || null : facts.components[j].name);
 const labelOf = (j) => nameOf(j) ?? `component ${j}`;
+/** Its name, else what its examples have in common, said to be automatic. */
+const calledOf = (j) => nameOf(j) ?? (facts.components[j].automatic ? `auto: ${facts.components[j].automatic}` : labelOf(j));
 
 function rename(j, name) {
   const clean = name.trim();

@@ -4,12 +4,12 @@ const overviewState = { sort: "number", column: null, value: "", search: "", onl
 
 const SORTS = {
   number: ["number", (j) => j],
-  active: ["most active", (j) => -facts.components[j].active],
-  rare: ["least active", (j) => facts.components[j].active],
+  active: ["largest share of the examples", (j) => -facts.components[j].active],
+  rare: ["smallest share of the examples", (j) => facts.components[j].active],
   purity: ["purest", (j) => -purity(j, overviewState.column).share],
-  ratio: ["KL ratio", (j) => -(ratioOf(j) ?? -1)],
+  ratio: ["most selective", (j) => -(ratioOf(j) ?? -1)],
   stability: ["most stable", (j) => -(facts.components[j].stability ?? -1)],
-  accuracy: ["least often right", (j) => facts.components[j].accuracy?.[0] ?? 2],
+  accuracy: ["most often wrong", (j) => facts.components[j].accuracy?.[0] ?? 2],
   error: ["largest error", (j) => -(facts.components[j].error?.[0] ?? -1)],
   association: ["most certain association", (j) => associationsOf(j)[0]?.logP ?? 1],
   name: ["name", (j) => labelOf(j).toLowerCase()],
@@ -53,6 +53,7 @@ function card(j) {
     labelOf(j),
     `active on ${percent(component.active)} of the examples`,
     pure && `${percent(pure.share)} of its top examples are ${pure.value ?? "without a value"}`,
+    component.automatic && `automatic label: ${line(component.automatic, 60)}`,
     ratio !== null && `KL ratio ${number(ratio)}`,
   ]
     .filter(Boolean)
@@ -86,8 +87,13 @@ function card(j) {
           { class: "automatic", title: "Automatic: what its examples have more often than the others" },
           h("span", { class: "muted" }, "auto: "),
           isolated(line(component.automatic, 60)),
+          associationsOf(j)
+            .slice(0, 1)
+            .map((a) => h("span", { class: "muted" }, ` ${percent(a.share)}, others ${percent(a.rest)}`)),
         )
-      : null,
+      : component.associations
+        ? h("div", { class: "automatic muted" }, "auto: nothing surely in common")
+        : null,
     h("div", { class: "snippets" }, top.length ? top.slice(0, 3).map((i) => snippet(i, 90)) : "Active on no example."),
     h(
       "div",
@@ -185,7 +191,10 @@ function overview() {
         { class: "lead" },
         `What ${facts.model ?? "this model"} does alike on ${plural(n, "example")}: ${plural(r, "component")} explain ${percent(facts.explained, 1)} of how the predictions depend on the weights.`,
       ),
+      analysed(),
     ),
+    highlights(overviewState.column),
+    legend(termsHere()),
     h(
       "div",
       { class: "controls" },

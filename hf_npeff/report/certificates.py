@@ -1,0 +1,106 @@
+"""What a page says of a measured step: what it does to a component's own examples, to others, and at worst."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_npeff.sharing.protocols import DecompositionLike, HasDict
+
+_GROUPS = 8
+"""Groups of a dose curve. Chosen: as many as there are colours that colour-blind readers tell apart."""
+
+
+def as_facts(report: HasDict | Mapping[str, Any], decomposition: DecompositionLike, texts: bool) -> dict[str, Any]:
+    """What the page shows of a PerturbationReport.
+
+    Args:
+        report: the report, or what its `to_dict` gives.
+        decomposition: the one whose component was measured.
+        texts: whether texts go along that the page does not have anyway.
+
+    Raises:
+        ValueError: if the report is of examples that the decomposition does not have.
+    """
+    content = dict(report if isinstance(report, Mapping) else report.to_dict())
+    check_same_examples("the report", content.get("changed") or (), decomposition)
+    changed = [{k: v for k, v in row.items() if k != "text"} for row in content.get("changed") or ()]
+    kept = {k: content.get(k) for k in ("target", "best", "opposite", "random", "reached")}
+    others = list(content.get("other_examples") or ())
+    facts = {
+        **kept,
+        "n_top": len(content.get("top_examples") or ()),
+        "n_others": len(others),
+        "changed": changed,
+        "tried": list(content.get("tried") or ()),
+    }
+    if (searched := content.get("off_target")) is not None:
+        facts["searched"] = _searched(searched, others, texts)
+    if (held_out := content.get("held_out")) is not None:
+        facts["held_out"] = measured_facts(held_out, texts)
+    return facts
+
+
+def _searched(found: Mapping[str, Any], others: Sequence[int], texts: bool) -> dict[str, Any]:
+    """The most moved inputs of the pool, which are the report's other examples, and those that the search ended at."""
+    worst = [_case(row, texts) | {"example": _at(others, row["index"])} for row in found["worst"]]
+    ends = [
+        _case(row, texts) | {"replaced": row["replaced"], "own": row["own"], "start": _at(others, row["index"])}
+        for row in found["searched"]
+    ]
+    return {"tried": found["tried"], "worst": worst, "ends": ends}
+
+
+def _at(others: Sequence[int], place: int) -> int | None:
+    return others[place] if 0 <= place < len(others) else None
+
+
+def _case(row: Mapping[str, Any], texts: bool) -> dict[str, Any]:
+    """An input, its KL, and the answers before and after."""
+    text = row.get("text") if texts else None
+    return {"kl": row["kl"], "before": row["before"], "after": row["after"], "text": text, "id": row.get("id")}
+
+
+def measured_facts(measurement: HasDict | Mapping[str, Any], texts: bool) -> dict[str, Any]:
+    """What the page shows of a Measurement: its groups by dose, and the most moved examples of its longest step.
+
+    Args:
+        measurement: the measurement, or what its `to_dict` gives.
+        texts: whether texts of its examples go along.
+    """
+    content = dict(measurement if isinstance(measurement, Mapping) else measurement.to_dict())
+    first = content["steps"][0]["rank"]
+    steps = sorted((s for s in content["steps"] if s["rank"] == first), key=lambda s: (s["random"], s["scale"]))
+    names = list(steps[0]["groups"])[:_GROUPS]
+    if not texts:  # a group is named by a value of a column, which may be a text
+        names = names[:1]
+    shown = ("n", "kl", "kl_interval", "flips", "accuracy", "error")
+    longest = max((s for s in steps if not s["random"]), key=lambda s: abs(s["scale"]))
+    return {
+        "n": content["n"],
+        "steps": [
+            {
+                "scale": s["scale"],
+                "random": s["random"],
+                "groups": {name: {key: s["groups"][name].get(key) for key in shown} for name in names},
+            }
+            for s in steps
+        ],
+        "worst_scale": longest["scale"],
+        "worst": [_case(row, texts) for row in longest["groups"][names[0]]["worst"]],
+    }
+
+
+def check_same_examples(what: str, rows: Sequence[Mapping[str, Any]], decomposition: DecompositionLike) -> None:
+    """Refuse rows of examples, each with its index and id, that stand elsewhere in the decomposition or not at all.
+
+    Raises:
+        ValueError: if there is such a row.
+    """
+    ids = decomposition.example_ids
+    for row in rows:
+        if not 0 <= row["index"] < len(ids) or ids[row["index"]] != row["id"]:
+            raise ValueError(
+                f"{what} has {row['id']!r} as its example {row['index']}, and the decomposition does not: they do not "
+                "belong together"
+            )
