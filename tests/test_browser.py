@@ -98,7 +98,13 @@ def measured() -> dict[str, Any]:
 
     def step(scale: float, random: bool) -> dict[str, Any]:
         size = 1e-6 if random else abs(scale)
-        effect = {"n": 9, "kl_interval": [0.9 * size, 1.1 * size], "flips": 0.25, "accuracy": [0.75, 0.5], "worst": worst}
+        effect = {
+            "n": 9,
+            "kl_interval": [0.9 * size, 1.1 * size],
+            "flips": 0.25,
+            "accuracy": [0.75, 0.5],
+            "worst": worst,
+        }
         return {"scale": scale, "rank": None, "random": random,
                 "groups": {"all": {**effect, "kl": size}, "kind=fruit": {**effect, "kl": 2 * size}}}  # fmt: skip
 
@@ -340,7 +346,9 @@ def test_the_overview_opens_with_what_was_analysed_and_what_is_worth_seeing(page
     """Oracle: planted truth: the purest, most selective, most often wrong and most stable component, a link each."""
     found, associations = planted(), planted().associations()
     lead = page.run("document.querySelector('.hero').innerText")
-    assert "org/planted-model" in lead and "48 examples" in lead and "6 components" in lead and "65.0% explained" in lead
+    assert (
+        "org/planted-model" in lead and "48 examples" in lead and "6 components" in lead and "65.0% explained" in lead
+    )
     kinds = [[found.columns["label"][i] for i in ranked(found, j)[:12]] for j in range(R)]
     share = [max(map(tops.count, tops)) / len(tops) for tops in kinds]
     purest = max(range(R), key=lambda j: (share[j], found[j].active_share, -j))
@@ -367,7 +375,9 @@ def test_the_certificate_says_target_off_target_worst_and_control(page: Page) ->
     assert rows[0][2] == "50% of the answers changed" and "example 8" in rows[2][2]
     assert "240 inputs tried" in rows[3][0] and rows[3][2].startswith("<img src=x") and rows[3][2].endswith("a → b")
     assert page.each(".certificate a", "e.hash") == ["#/example/8"]
-    worst = page.each("[aria-label='Worst off-target cases'] tbody tr", "e.cells[0].innerText + '|' + e.cells[4].innerText")
+    worst = page.each(
+        "[aria-label='Worst off-target cases'] tbody tr", "e.cells[0].innerText + '|' + e.cells[4].innerText"
+    )
     assert [w.split("|")[0] for w in worst] == ["0.9", "0.34", "0.21"] and "counts as its own" in worst[0]
     panel = "section[aria-labelledby=s-certificate] .lines"
     titles = page.texts(f"{panel} circle title")

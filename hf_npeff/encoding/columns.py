@@ -176,9 +176,7 @@ def _correct(right: Sequence[bool | None]) -> Column | None:
     return Column(CORRECT, "category", values, np.array([values.index(word) for word in words], dtype=np.uint16))
 
 
-def with_label_names(
-    columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any]
-) -> Mapping[str, Sequence[Any]]:
+def with_label_names(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any]) -> Mapping[str, Sequence[Any]]:
     """The columns, with the names of classes in place of their numbers in the column of labels, where they are known.
 
     The data set's own names come before the model's; transformers' placeholders (LABEL_0) are no names.

@@ -95,9 +95,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
         notes.append("The map of examples was left out.")
     _add_alignments(page, extras.alignments, texts)
     _add_energies(page, decomposition, extras.energies, notes)
-    page.facts["reports"] = {
-        str(j): as_facts(report, decomposition, texts) for j, report in extras.reports.items()
-    }
+    page.facts["reports"] = {str(j): as_facts(report, decomposition, texts) for j, report in extras.reports.items()}
     page.facts["measurements"] = {str(j): measured_facts(each, texts) for j, each in extras.measurements.items()}
     page.facts["adapters"] = {str(j): str(where) for j, where in extras.adapters.items()}
     if extras.compare is not None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _FILES = Path(__file__).parent / "page_files"
 _SCRIPTS = (
-    "data", "dom", "charts", "list", "names", "worth", "overview", "shading", "panels", "certificate", "effect", "component",
-    "example", "map", "comparison", "training", "change", "about", "main",
+    "data", "dom", "charts", "list", "names", "worth", "overview", "shading", "panels", "certificate", "effect",
+    "component", "example", "map", "comparison", "training", "change", "about", "main",
 )  # fmt: skip
 
 
