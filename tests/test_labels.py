@@ -188,7 +188,7 @@ def test_what_the_page_calls_right() -> None:
 
 
 def test_columns_of_labels_are_shown_by_name_where_there_are_names() -> None:
-    """Oracle: by hand. Names of the data set before those of the model; placeholders and other tasks stay as they are."""
+    """Oracle: by hand. Names of the data set before the model's; placeholders and other tasks stay as they are."""
     info = {"task": "sequence-classification", "label_names": {"0": "NEGATIVE", "1": "POSITIVE"}}
     columns = {"y": [0, 1], "label": [0, 1, 1, -1], "prediction": ["POSITIVE"] * 4}
     assert with_label_names(columns, info)["label"] == ["NEGATIVE", "POSITIVE", "POSITIVE", -1]
