@@ -9,9 +9,11 @@ from hf_npeff.config import (
 )
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.estimator import NPEFF
+from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.models.explained_model import ExplainedModel
-from hf_npeff.models.fisher_model import progress_wanted
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.progress import progress_wanted
+from hf_npeff.sharing.hub import shown_model
 
 
 class NPEFFAnalyzer(ExplainedModel):
@@ -58,6 +60,10 @@ class NPEFFAnalyzer(ExplainedModel):
         >>> analyzer.off_target(direction, ["the cat saw the king", "rome is old"], scale=report.scale, rounds=2).n
         2
     """
+
+    def __repr__(self) -> str:
+        name = shown_model(self.description.provenance({})["model"])
+        return f"NPEFFAnalyzer({name}, {traits_of(self.head).task}, {len(self.maps)} linear maps under analysis)"
 
     def decompose(
         self,

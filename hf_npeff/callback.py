@@ -118,6 +118,9 @@ class NPEFFCallback(TrainerCallback):
         [1, 2]
     """
 
+    def __repr__(self) -> str:
+        return f"NPEFFCallback({len(self.probe)} probe examples, every {self.every}, {len(self.history)} points so far)"
+
     def __init__(
         self,
         probe_dataset: Any,

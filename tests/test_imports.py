@@ -22,6 +22,7 @@ FLOORS = (
     "extras",  # libraries that only some functions need
     "config",
     "processes",  # which of several this is
+    "progress",  # what is going on, for people
     "encoding",  # which columns are read, and how
     "padding",  # taken off examples, put on batches
     "images",  # whose they are, in a batch of texts with images

@@ -23,7 +23,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_npeff import FisherConfig, NPEFFAnalyzer
+from hf_npeff import NPEFF, FisherConfig, NPEFFAnalyzer, NPEFFCallback
 from hf_npeff.baselines import MethodResult
 from hf_npeff.sharing.pretrained import Publishable, Readable
 from hf_npeff.studies import RatingStudy
@@ -181,3 +181,53 @@ def test_the_example_runs(
     said: list[str] = []
     doctest.DocTestRunner(optionflags=FLAGS).run(test, out=said.append)
     assert not said, "".join(said)
+
+
+def test_everything_public_is_a_short_line_in_a_terminal(world: dict[str, Any]) -> None:
+    """Oracle: the length and the lines of each repr, of every kind of object that a user is handed."""
+    objects = copy.deepcopy({key: world[key] for key in world if key != "home"})
+    analyzer, data, pefs = objects["analyzer"], objects["dataset"], objects["pefs"]
+    found, direction = objects["decomposition"], objects["direction"]
+    found.info["model"] = f"/{'long/' * 60}model"  # as temporary folders are
+    report = analyzer.evaluate_direction(direction, found, 0, data, n_top=3, n_others=4, search_rounds=1)
+    measured = analyzer.measure(direction, data, by="animal", scales=(0.1, 0.2))
+    change = analyzer.explain_change(found, pefs, data, 0.3 * direction, growth=False)
+    associations, top = found.associations(shuffles=19), found[0].top_examples(20)
+    with analyzer.forward_pass() as forward:
+        outputs = forward.outputs(analyzer.read(data).examples[:2])
+    shown = {
+        "Associations": associations,
+        "ComponentAssociations": associations[0],
+        "FisherConfig": FisherConfig(rank=2, target_modules=("a", "b"), sketch="two-stage", sketch_dim=256, seed=3),
+        "DecompositionConfig": found.config,
+        "NPEFFAnalyzer": analyzer,
+        "Outputs": outputs,
+        "PEFs": pefs,
+        "NPEFF": NPEFF(3, n_restarts=2),
+        "Decomposition": found,
+        "Component": found[0],
+        "TopExamples": top,
+        "ParameterDirection": direction,
+        "Adapter": direction.to_adapter(rank=2),
+        "PerturbationReport": report,
+        "Effect": report.best,
+        "Measurement": measured,
+        "Step": measured.steps[0],
+        "GroupEffect": measured.at(0.1)["all"],
+        "OffTarget": report.off_target,
+        "ChangeReport": change,
+        "ComponentChange": change.components[0],
+        "ChangeStep": change.curve[0],
+        "NPEFFCallback": NPEFFCallback(data, every="epoch", n_components=3),
+        "Estimate": analyzer.estimate(data),
+        "TokenAlignment": analyzer.token_alignments(found, pefs, data, [0], n_top=1)[0],
+    }
+    assert {name: type(value).__name__ for name, value in shown.items()} == {name: name for name in shown}
+    for name, value in shown.items():
+        assert repr(value).startswith(name) and len(repr(value)) < 200 and "\n" not in repr(value), repr(value)
+    classes = {name for name, value in PUBLIC.items() if inspect.isclass(value) and not issubclass(value, Exception)}
+    kept = {name for name in classes if PUBLIC[name].__module__.split(".")[1] not in ("baselines", "studies")}
+    assert kept - {"OutputHead"} <= set(shown)
+    tables = ("Associations", "Decomposition", "Component", "TopExamples", "PerturbationReport", "Measurement",
+              "OffTarget", "ChangeReport", "Estimate")  # fmt: skip
+    assert all("<table>" in shown[name]._repr_html_() for name in tables)

@@ -189,6 +189,15 @@ def test_damage_is_noticed_and_the_file_named(tmp_path: Path, victim: str, damag
         PEFs.load(tmp_path / "p")
 
 
+def test_of_an_unfinished_store_it_is_said_what_finishes_it(tmp_path: Path) -> None:
+    """Oracle: the message, by the command and by the function that go on."""
+    pefs_of().save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
+    with pytest.raises(CorruptStoreError, match=r"run compute again.*hf-npeff compute.*compute_pefs"):
+        PEFs.load(tmp_path)
+
+
 def test_wrong_contents_are_refused(tmp_path: Path) -> None:
     """Oracle: the documented errors for a manifest or config that says something else."""
     pefs_of().save(tmp_path / "p")

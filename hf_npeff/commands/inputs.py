@@ -64,21 +64,28 @@ def read_data(data: str, reading: DataOptions) -> Any:
         OSError: if it is not there.
         ValueError: if it is of no known type, cannot be read, or the split must be named.
     """
-    from hf_npeff.sharing.hub import is_hub_id
+    from hf_npeff.sharing.hub import is_hub_id, near_names
 
     path = Path(data).expanduser()
     kind = path.suffix.lower()
     if path.is_file() or kind in _FILES:
         if not path.is_file():
-            raise FileNotFoundError(f"there is no file {data}")
+            raise FileNotFoundError(f"there is no file {data}{near_names(data)}")
         if reading.split is not None or reading.subset is not None:
             raise ValueError(f"--split and --subset are for data sets on the Hub, and {data} is a file")
         return _limited(_read_file(path, kind), reading.max_examples)
     if not path.is_dir() and not is_hub_id(data):
-        raise FileNotFoundError(f"{data} is neither a file nor the id of a data set on the Hub")
+        raise FileNotFoundError(f"{data} is neither a file nor the id of a data set on the Hub{near_names(data)}")
     import datasets
 
-    dataset = datasets.load_dataset(data, reading.subset, split=reading.split)
+    try:
+        dataset = datasets.load_dataset(data, reading.subset, split=reading.split)
+    except OSError as error:  # no connection, no such data set: the name may be that of a file
+        if path.is_dir():
+            raise
+        raise OSError(
+            f"there is no file and no folder {data}{near_names(data)}; on the Hub: {str(error).splitlines()[0]}"
+        ) from error
     if isinstance(dataset, dict):
         if len(dataset) > 1:
             raise ValueError(f"{data} has the splits {', '.join(map(str, dataset))}; choose one with --split")

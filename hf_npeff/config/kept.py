@@ -29,6 +29,14 @@ class _JsonConfig:
         """The settings as JSON types."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}  # type: ignore[call-overload]
 
+    def __repr__(self) -> str:
+        changed = ", ".join(
+            f"{field.name}={value!r}"
+            for field in fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, field.name)) != field.default
+        )
+        return f"{type(self).__name__}({changed})"
+
     @classmethod
     def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
         """The config with these settings.
@@ -46,7 +54,7 @@ class _JsonConfig:
         return cls(**values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FisherConfig(_JsonConfig):
     """How per-example Fishers are computed.
 
@@ -124,7 +132,7 @@ class FisherConfig(_JsonConfig):
         check_choice("storage_dtype", self.storage_dtype, StorageDtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecompositionConfig(_JsonConfig):
     """How PEFs are decomposed.
 

@@ -71,6 +71,9 @@ class ComponentAssociations:
     accuracy: tuple[float, float] | None = None
     error: tuple[float, float] | None = None
 
+    def __repr__(self) -> str:
+        return f"ComponentAssociations({self.component}, {self.label!r}, {len(self.associations)} associations)"
+
     @property
     def label(self) -> str | None:
         """A short label made of the first associations, for people to be told that it is automatic; None without any.

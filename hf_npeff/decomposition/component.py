@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_npeff.sharing.markdown import plain
 from hf_npeff.sharing.protocols import DecompositionLike
 
 ACTIVE_SHARE = 0.05
 """A component is active on an example when it carries more than this share of its coefficients' sum. Chosen: what
 people read depends on it (on how many examples a component is active, which are the others), no fit does."""
+_REPR_EXAMPLES, _REPR_EXAMPLE = 3, 40
+"""Examples of a repr, and characters of each. Chosen: a line holds them."""
 
 
 def active_examples(coefficients: Tensor) -> Tensor:
@@ -60,6 +63,15 @@ class TopExamples:
     def lines(self, as_text: Callable[[Any], str] = str) -> list[str]:
         """Each on a line, its text or id with the prediction where it was kept."""
         return example_lines(self.texts or self.ids, self.columns.get("prediction"), as_text)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(plain(line, _REPR_EXAMPLE) for line in (self.texts or self.ids)[:_REPR_EXAMPLES])
+        return f"TopExamples({len(self)}: {shown}{', …' if len(self) > _REPR_EXAMPLES else ''})"
+
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_top_examples
+
+        return of_top_examples(self)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for i in range(len(self)):

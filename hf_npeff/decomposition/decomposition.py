@@ -23,7 +23,7 @@ from hf_npeff.pefs.store import PEFs, check_same_sketch
 from hf_npeff.pefs.weights_identity import warn_of_other_weights
 from hf_npeff.sharing.cards import decomposition_card, write_card
 from hf_npeff.sharing.files import write_together
-from hf_npeff.sharing.hub import text_columns
+from hf_npeff.sharing.hub import shown_model, text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.sharing.protocols import HasDict, ReportLike, TokenAlignmentLike
 
@@ -335,9 +335,10 @@ class Decomposition(Readable):
         return W, N
 
     def __repr__(self) -> str:
+        model = shown_model(self.info["model"]) if self.info.get("model") else "rows made elsewhere"
         return (
             f"Decomposition({len(self)} components of {len(self.example_ids):,} examples, "
-            f"{self.explained:.1%} explained, {self.info.get('model') or 'rows made elsewhere'})"
+            f"{self.explained:.1%} explained, {model})"
         )
 
     # On disk

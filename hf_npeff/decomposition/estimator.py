@@ -109,6 +109,10 @@ class NPEFF:
         self.progress = progress
         self.decomposition_: Decomposition | None = None
 
+    def __repr__(self) -> str:
+        settings = repr(self.config).partition("(")[2].removesuffix(")")
+        return f"NPEFF({settings or f'n_components={self.config.n_components}'})"
+
     @classmethod
     def from_config(cls, config: DecompositionConfig, **kwargs: Any) -> NPEFF:
         """An estimator with a config's settings.

@@ -52,8 +52,22 @@ class Estimate:
         """Of computing all PEFs."""
         return self.forward + self.backward + self.sketching
 
+    def __repr__(self) -> str:
+        return f"Estimate({_flops(self.flops)} for {self.n:,} examples, {_bytes(self.disk)} on disk; print() shows all)"
+
     def __str__(self) -> str:
-        rows = [
+        width = max(len(name) for name, _ in self.rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in self.rows)
+
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import table
+
+        return table(repr(self), ("", ""), self.rows)
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much), in words."""
+        return [
             ("examples n", f"{self.n:,} of {self.tokens:.0f} tokens"),
             ("rows an example c", f"{self.c}"),
             ("numbers a row d", f"{self.d:,} ({self.sketch})"),
@@ -66,8 +80,6 @@ class Estimate:
             (f"one iteration with {self.r} components", _flops(self.iteration)),
             ("memory of a fit, without memory_budget", _bytes(self.fit_memory)),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
 def numbers_of(kind: Kind, dim: int | None, shapes: Mapping[str, tuple[int, int]]) -> int:

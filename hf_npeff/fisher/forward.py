@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from hf_npeff import progress
 from hf_npeff.data import Example, batches_by_length, collate
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.batching import (
@@ -219,6 +220,7 @@ class ForwardPass:
             places = (~fine).nonzero()[:, 0].tolist()
             remedy = "leave them out (on_error='skip') or fix the model"
             raise NotFiniteError(examples, places, _NO_LOGITS, remedy)
+        progress.current().count(len(examples))
         return outputs
 
     def source_of(self, examples: Sequence[Example]) -> Callable[[], Tensor]:

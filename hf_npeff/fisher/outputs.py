@@ -65,6 +65,10 @@ class Outputs:
     at_hidden: bool = False
     several: bool = False
 
+    def __repr__(self) -> str:
+        shape = tuple(self.logits.shape)
+        return f"Outputs(logits {shape}, source {tuple(self.source.shape)}, {self.distribution.name})"
+
 
 @dataclass(frozen=True)
 class HeadTraits:

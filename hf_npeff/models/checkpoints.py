@@ -16,7 +16,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.embeddings import EMBEDDING_TASK
 from hf_npeff.fisher.tasks import AUTO_CLASSES, loader_of
 from hf_npeff.sharing.files import read_json
-from hf_npeff.sharing.hub import commit_of_model, is_hub_id
+from hf_npeff.sharing.hub import commit_of_model, is_hub_id, near_names, no_folder
 
 logger = logging.getLogger(__name__)
 _TASK_OF_ADAPTER = {
@@ -111,7 +111,8 @@ def load_checkpoint(
 def _check_place(model_id: str | os.PathLike[str], what: str | None = None) -> None:
     if not os.path.isdir(model_id) and not is_hub_id(model_id):
         what = repr(os.fspath(model_id)) if what is None else what
-        raise OSError(f"{what} is neither a folder nor the id of a model on the Hub (user/name)")
+        near = near_names(os.fspath(model_id))
+        raise OSError(f"{what} is neither a folder nor the id of a model on the Hub (user/name){near}")
 
 
 def _load_model(
@@ -125,7 +126,12 @@ def _load_model(
 ) -> Checkpoint:
     commit = commit_of_model(model_id, revision=revision, **where)
     hub = {"revision": commit or revision or "main", **where, "trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(model_id, **hub)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_id, **hub)
+    except OSError as error:
+        if os.path.isdir(model_id):
+            raise
+        raise OSError(f"{no_folder(os.fspath(model_id))}; on the Hub: {str(error).splitlines()[0]}") from error
     loader = None if task == EMBEDDING_TASK else loader_of(config, task)
     if loader is None and task in (None, EMBEDDING_TASK):
         model = _sentence_transformer(model_id, hub, settings)

@@ -17,12 +17,16 @@ from hf_npeff.models.movable_model import MovableModel
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs, check_pefs
 from hf_npeff.pefs.weights_identity import check_same_weights
+from hf_npeff.progress import working
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.editing import Goal, goal_of, lift_contrast, outcome_info, sides, step_towards, tried
+from hf_npeff.weights.edits import STEPS
 from hf_npeff.weights.lifting import align
 from hf_npeff.weights.log_odds import Naming, observe
 from hf_npeff.weights.plans import check_kept
 
+_READ_BY_STEP = 2 + len(STEPS)
+"""How often every example is read for a step: the outcomes and their gradients, the lifting, the trials."""
 _FIRST = 8
 """Examples of the self-test where rows are computed again; the sketch is known."""
 
@@ -155,9 +159,10 @@ class EditedModel(MovableModel):
         weights = analyzer._weights_of(pefs, keep, check_weights)
         examples = analyzer._examples_of_pefs(pefs, dataset)
         naming = Naming(pefs.columns, analyzer.description.label_names, analyzer._encoder())
-        with analyzer.forward_pass() as forward:
-            goal = goal_of(forward, pefs, examples, request, naming)
-        direction = analyzer._edited(pefs, examples, goal, request, weights)
+        with working("editing", len(examples) * (2 + _READ_BY_STEP * iterations + iterations - 1)):
+            with analyzer.forward_pass() as forward:
+                goal = goal_of(forward, pefs, examples, request, naming)
+            direction = analyzer._edited(pefs, examples, goal, request, weights)
         direction.info.update(fingerprint=pefs.fingerprint)
         return direction
 

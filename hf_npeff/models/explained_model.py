@@ -21,6 +21,7 @@ from hf_npeff.models.edited_model import EditedModel
 from hf_npeff.models.measured_model import MeasuredModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import difference, shown
+from hf_npeff.progress import working
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.change_effects import SHUFFLED
 from hf_npeff.weights.change_report import ChangeReport
@@ -99,20 +100,23 @@ class ExplainedModel(MeasuredModel, EditedModel):
         decomposed = Decomposed(decomposition, pefs, chosen, weights, analyzer._sketch)
         decomposed.cotangents()  # without them nothing can be explained
         named = None if isinstance(take_out, int) else [decomposition.index_of(j) for j in take_out]
-        watched = analyzer._watched(pefs, chosen, request)
-        seen = analyzer._seen(direction, pefs, watched, request, in_place)
-        grown = analyzer._grown(decomposition, direction, pefs, chosen, request, weights) if growth else None
-        explained = explained_change(decomposition, pefs, direction, watched, seen, grown, request)
-        lifting = LiftRequest(selective=False, form="plain", batch_size=batch_size, check_weights=check_weights)
-        for j in explained.most_changed(count) if named is None else named:
-            (lifted,) = analyzer._lift(decomposed, analyzer._planned(decomposed, [j], lifting), lifting)
-            try:
-                left = direction.without(lifted)
-            except ValueError:  # nothing is left
-                explained.add_without(j, None)
-                continue
-            with _moved(analyzer.model, left, 1.0, in_place), analyzer.forward_pass() as forward:
-                explained.add_without(j, predict(forward, chosen, batch_size))
+        # Before; every part of the way; products with the rows; the rows after; the lifting and the rest, one by one.
+        passes = 2 + len(request.scales) + growth + 2 * count
+        with working("explaining the change", passes * len(chosen)):
+            watched = analyzer._watched(pefs, chosen, request)
+            seen = analyzer._seen(direction, pefs, watched, request, in_place)
+            grown = analyzer._grown(decomposition, direction, pefs, chosen, request, weights) if growth else None
+            explained = explained_change(decomposition, pefs, direction, watched, seen, grown, request)
+            lifting = LiftRequest(selective=False, form="plain", batch_size=batch_size, check_weights=check_weights)
+            for j in explained.most_changed(count) if named is None else named:
+                (lifted,) = analyzer._lift(decomposed, analyzer._planned(decomposed, [j], lifting), lifting)
+                try:
+                    left = direction.without(lifted)
+                except ValueError:  # nothing is left
+                    explained.add_without(j, None)
+                    continue
+                with _moved(analyzer.model, left, 1.0, in_place), analyzer.forward_pass() as forward:
+                    explained.add_without(j, predict(forward, chosen, batch_size))
         return explained.report()
 
     def _check_change(self, change: ParameterDirection, request: ChangeRequest, weights: Mapping[str, Any]) -> bool:

@@ -30,6 +30,7 @@ from hf_npeff.fisher.sketch_choice import DEFAULT_DIMS
 from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.shards import remove_store
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.progress import progress_wanted
 
 logger = logging.getLogger(__name__)
 _FIRST = 64
@@ -211,8 +212,3 @@ class FisherModel(AnalysedModel):
         if traits_of(self.head).embeds:
             return int(getattr(self.head, "size", None) or getattr(config, "hidden_size", None) or 1)
         return int(getattr(config, "num_labels", 1))
-
-
-def progress_wanted() -> bool:
-    """Whether progress bars are shown where a call leaves that open."""
-    return os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() not in ("1", "ON", "YES", "TRUE")

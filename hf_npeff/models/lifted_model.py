@@ -23,6 +23,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Reading
 from hf_npeff.models.movable_model import MovableModel
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.progress import working
 from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.lifting import lift_components, plan, select
@@ -143,7 +144,8 @@ class LiftedModel(MovableModel):
         return plan(decomposed.decomposition, wanted, decomposed.pefs, request, device)
 
     def _lift(self, decomposed: Decomposed, plans: list[Plan], request: LiftRequest) -> list[ParameterDirection]:
-        with self.forward_pass() as forward:
+        told = f"lifting component {plans[0].component}" if len(plans) == 1 else f"lifting {len(plans)} components"
+        with self.forward_pass() as forward, working(told, len(decomposed.examples)):
             lifted = lift_components(forward, decomposed, plans, request)
         kept = {"fingerprint": decomposed.pefs.fingerprint, "weights": dict(decomposed.weights)}
         return [self.direction_of(direction.deltas, {**kept, **direction.info}) for direction in lifted]
@@ -198,7 +200,7 @@ class LiftedModel(MovableModel):
         for each in changes:
             self.check_movable(each, in_place=False)
         examples, left_out = self._to_be_spared(changes, dataset, decomposition, max_examples, Reading(**reading))
-        with self.forward_pass() as forward:
+        with self.forward_pass() as forward, working("reading what is to be spared", len(examples)):
             sets = second_moments(forward, examples, deltas[0], batch_size, left_out)
         made = []
         sets = sets if len(sets) > 1 else sets * len(changes)
@@ -271,5 +273,5 @@ class LiftedModel(MovableModel):
         chosen = {j: decomposition[j].top_examples(n_top).indices for j in wanted}
         analyzer, decomposed = self._opened(decomposition, pefs, dataset, check_weights)
         decode = getattr(self.processing_class, "decode", None)
-        with analyzer.forward_pass() as forward:
+        with analyzer.forward_pass() as forward, working("aligning tokens", sum(map(len, chosen.values()))):
             return token_alignments(forward, decomposed, chosen, decode, batch_size)

@@ -20,14 +20,16 @@ from hf_npeff.encoding.record import Reading
 from hf_npeff.models.adapted_model import RANK, AdaptedModel
 from hf_npeff.models.fisher_model import FisherModel
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.progress import working
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import as_direction
 from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.lifting import select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
 from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target
+from hf_npeff.weights.off_target import examples_read as searched_examples
 from hf_npeff.weights.perturbation import PerturbationReport
-from hf_npeff.weights.trials import evaluate, evaluate_together
+from hf_npeff.weights.trials import evaluate, evaluate_together, examples_read
 
 _Self = TypeVar("_Self", bound="MeasuredModel")
 
@@ -154,7 +156,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
             low = min(rank, max(min(shape) for shape in analyzer.shapes.values()))
             adapters = analyzer._adapters(decomposed, wanted, request, rank=low)
             return analyzer._measured_together(adapters, decomposition, wanted, examples, pefs, measuring)
-        reports = []
+        reports: list[PerturbationReport] = []
         for j, direction in analyzer._lift_each(decomposed, wanted, request):
             self.check_movable(direction, in_place=not is_linear(direction))
             with analyzer.forward_pass() as forward:
@@ -220,14 +222,18 @@ class MeasuredModel(FisherModel, AdaptedModel):
         changes = [adapter.linear_deltas() for adapter in adapters]
         rows = None if pefs is None else (pefs.sketch(), pefs)
         reports: list[PerturbationReport] = []
-        with self.forward_pass() as forward:
+        told = f"measuring {len(changes)} components"
+        with self.forward_pass() as forward, working(told, examples_read(len(changes), request)) as progress:
             for start in range(0, len(changes), _MEASURED_TOGETHER):
                 few = slice(start, start + _MEASURED_TOGETHER)
+                progress.later = examples_read(len(changes[few.stop :]), request)
                 reports += evaluate_together(
                     forward, changes[few], decomposition, components[few], examples, request, rows
                 )
-        pairs = zip(reports, adapters, strict=True)
-        reports = [self._searched(report, adapter, decomposition, examples, request) for report, adapter in pairs]
+        each = searched_examples(request.n_others, OffTargetRequest(1.0, rounds=request.search_rounds))
+        with working("searching for inputs off target", each * len(reports)):
+            pairs = zip(reports, adapters, strict=True)
+            reports = [self._searched(report, adapter, decomposition, examples, request) for report, adapter in pairs]
         decomposition.evaluations |= {j: report.summary() for j, report in zip(components, reports, strict=True)}
         return reports
 
@@ -260,7 +266,8 @@ class MeasuredModel(FisherModel, AdaptedModel):
         """A change on a pool that it is not meant for, and what a search from it ends at."""
         decode = getattr(self.processing_class, "decode", None)
         special = getattr(self.processing_class, "all_special_ids", ())
-        with self.forward_pass() as forward:
+        told = "searching for inputs off target" if request.rounds else "measuring inputs off target"
+        with self.forward_pass() as forward, working(told, searched_examples(len(pool), request)):
             result, ends = off_target(forward, change, pool, request, special=special, decode=decode)
         if whose is not None and ends:
             own = self._active_on(*whose, ends)

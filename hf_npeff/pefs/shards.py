@@ -148,7 +148,10 @@ def read_store(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[dict
     info = read_json(folder / "config.json")
     manifest = read_json(folder / "manifest.json")
     if manifest.get("finished") is not True:
-        raise CorruptStoreError(f"{folder} is not finished; run compute_pefs again with this output_dir to resume")
+        raise CorruptStoreError(
+            f"{folder} is not finished: run compute again, with the same settings and this folder (hf-npeff compute, or "
+            "compute_pefs(output_dir=…)), and it goes on where it stopped"
+        )
     check_info(info, folder / "config.json")
     listed = manifest.get("shards")
     entries = [checked_entry(entry, folder) for entry in listed] if isinstance(listed, list) else []

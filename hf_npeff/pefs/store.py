@@ -18,7 +18,7 @@ from hf_npeff.pefs.shards import ID, Shards, StoreWriter, read_store
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.weights_identity import joined
 from hf_npeff.sharing.cards import pefs_card, write_card
-from hf_npeff.sharing.hub import text_columns
+from hf_npeff.sharing.hub import shown_model, text_columns
 from hf_npeff.sharing.pretrained import Readable, warn_of_local_model
 from hf_npeff.sharing.protocols import HasFingerprint
 
@@ -221,7 +221,7 @@ class PEFs(Readable):
         return row.T @ row
 
     def __repr__(self) -> str:
-        model = self.info.get("model") or "rows made elsewhere"
+        model = shown_model(self.info["model"]) if self.info.get("model") else "rows made elsewhere"
         return f"PEFs({len(self):,} examples × {self.rank} rows × {self.dim:,} numbers, {model})"
 
     # Parts of it

@@ -10,9 +10,10 @@ from hf_npeff.sharing.markdown import plain
 
 if TYPE_CHECKING:
     from hf_npeff.decomposition.associations import Associations
-    from hf_npeff.decomposition.component import Component
+    from hf_npeff.decomposition.component import Component, TopExamples
     from hf_npeff.decomposition.decomposition import Decomposition
     from hf_npeff.weights.measurement import Measurement
+    from hf_npeff.weights.off_target import OffTarget
     from hf_npeff.weights.perturbation import PerturbationReport
 
 _ROWS, _EXAMPLES = 50, 10
@@ -66,10 +67,25 @@ def of_decomposition(decomposition: Decomposition) -> str:
 
 def of_component(component: Component) -> str:
     """Its top examples."""
-    top = component.top_examples(_EXAMPLES)
+    return of_top_examples(component.top_examples(_EXAMPLES), repr(component))
+
+
+def of_top_examples(top: TopExamples, title: str | None = None) -> str:
+    """An example a row; the title says of what."""
     lines = top.lines(_last_part)
     rows = [(i, f"{w:.3f}", line) for i, w, line in zip(top.ids, top.coefficients, lines, strict=True)]
-    return table(repr(component), ("id", "coefficient", "example"), rows)
+    return table(title or f"{len(top)} top examples", ("id", "coefficient", "example"), rows[:_ROWS])
+
+
+def of_off_target(found: OffTarget) -> str:
+    """The most moved inputs, and those that the search ended at."""
+    rows = [
+        (f"{row['kl']:.3g}", "as it is", row["text"] or row["id"], row["before"], row["after"]) for row in found.worst
+    ]
+    for row in found.searched:
+        how = f"{row['replaced']} tokens replaced" + (", the component's own" if row["own"] else "")
+        rows.append((f"{row['kl']:.3g}", how, row["text"] or "", row["before"], row["after"]))
+    return table(repr(found), ("KL", "", "input", "before", "after"), rows[:_ROWS])
 
 
 def of_associations(associations: Associations) -> str:

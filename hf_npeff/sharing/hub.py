@@ -7,6 +7,7 @@ to do; tokens never appear in a message.
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 import re
@@ -82,7 +83,9 @@ def resolve_folder(
     if name and local.is_dir():
         return _within(local, inner, name)
     if not isinstance(id_or_path, str) or not _REPO_ID.fullmatch(name):
-        raise OSError(f"{name!r} is neither a folder nor the id of a repository on the Hub (user/name)")
+        raise OSError(
+            f"{name!r} is neither a folder nor the id of a repository on the Hub (user/name){near_names(name)}"
+        )
     prefix = "" if inner is None else f"{glob.escape(str(inner))}/"
     patterns = None if allow_patterns is None else [prefix + pattern for pattern in allow_patterns]
     with clear_errors(name, revision=revision, token=token, local_files_only=local_files_only):
@@ -97,6 +100,27 @@ def resolve_folder(
             library_version=__version__,
         )
     return _within(Path(folder), inner, name)
+
+
+def no_folder(name: str) -> str:
+    """That there is no folder of a name, with those that are called nearly so: a mistyped path is no network error."""
+    return f"there is no folder {name}{near_names(name)}"
+
+
+def _not_here(name: str, writing: bool) -> str:
+    """What comes before an error of the Hub about a name that may have been meant as a path; nothing otherwise."""
+    return "" if writing or not _REPO_ID.fullmatch(name) else f"{no_folder(name)}; as a repository on the Hub, "
+
+
+def near_names(name: str) -> str:
+    """Files and folders that are called nearly as a path that is not there, as a question; nothing where none is."""
+    path = Path(name).expanduser()
+    try:
+        known = [each.name for each in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.name, known)
+    return f" (did you mean {' or '.join(str(path.with_name(each)) for each in near)}?)" if near else ""
 
 
 def _within(folder: Path, inner: PurePosixPath | None, name: str) -> Path:
@@ -259,7 +283,8 @@ def clear_errors(
         clearer: Exception = _told(error, name, at, local_files_only=local_files_only, writing=writing)
     except Exception as error:
         if type(error).__module__.startswith(_NETWORK) or isinstance(error, ConnectionError | TimeoutError):
-            clearer = OSError(f"{at}: the Hub cannot be reached ({_shortly(error, token)}); check the connection")
+            why = f"the Hub cannot be reached ({_shortly(error, token)}); check the connection"
+            clearer = OSError(f"{_not_here(name, writing)}{at}: {why}")
         elif isinstance(error, OSError | ValueError | RuntimeError):
             clearer = OSError(f"{at}: the transfer failed: {_shortly(error, token)}")
         else:
@@ -281,17 +306,21 @@ def _told(error: Exception, name: str, at: str, *, local_files_only: bool, writi
     if isinstance(error, RepositoryNotFoundError):
         if writing and status == 401:
             return OSError(f"{at} cannot be written to without a valid token; {log_in}")
-        return OSError(f"there is no folder and no repository {name}, or it is private: check the name, or {log_in}")
+        near = near_names(name)
+        return OSError(
+            f"there is no folder and no repository {name}, or it is private: check the name, or {log_in}{near}"
+        )
     if isinstance(error, RevisionNotFoundError):
         return OSError(
             f"{name} exists, but not {at.removeprefix(name).strip() or 'its main branch'}; check the revision"
         )
     if isinstance(error, OfflineModeIsEnabled):
-        return OSError(f"{at} needs the Hub, and HF_HUB_OFFLINE=1 forbids that; unset it")
+        here = _not_here(name, writing)
+        return OSError(f"{here}{at} needs the Hub, and HF_HUB_OFFLINE=1 forbids that; unset it")
     if isinstance(error, LocalEntryNotFoundError):
         remedy = "use local_files_only=False once" if local_files_only else "connect once (without HF_HUB_OFFLINE)"
         reached = "" if local_files_only else ", and the Hub cannot be reached"
-        return OSError(f"{at} is no folder here and not in the cache{reached}; {remedy}")
+        return OSError(f"{_not_here(name, writing)}{at} is not in the cache{reached}; {remedy}")
     if isinstance(error, EntryNotFoundError):
         return OSError(f"{at} lacks a file that is needed")
     if status == 401:

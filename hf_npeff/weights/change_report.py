@@ -58,6 +58,11 @@ class ComponentChange:
     top: list[str] = field(default_factory=list)
     new: bool = False
 
+    def __repr__(self) -> str:
+        kl = "" if self.kl is None else f", KL {self.kl:.3g}"
+        growth = "" if self.growth is None else f", {self.growth}"
+        return f"ComponentChange({self.component}, {self.label[:60]!r}{kl}{growth})"
+
 
 @dataclass(frozen=True)
 class ChangeStep:
@@ -82,6 +87,10 @@ class ChangeStep:
     accuracy: dict[str, float] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     n: dict[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        without = "" if self.without is None else f" without component {self.without}"
+        return f"ChangeStep({self.scale:.0%} of the change{without}, KL {self.kl:.3g})"
 
 
 @dataclass(frozen=True)

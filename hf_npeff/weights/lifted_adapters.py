@@ -18,6 +18,7 @@ from hf_npeff.errors import CorruptStoreError
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.processes import Processes
+from hf_npeff.progress import working
 from hf_npeff.sharing.files import read_json, read_tensors, sha256_of, write_json
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.decomposed import Decomposed
@@ -93,7 +94,9 @@ def lift_to_adapters(
     stacked = stacked / stacked.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     of_examples = (decomposed.examples, decomposed.cotangents(), stacked)
     rows = Rows(forward, *of_examples, mixture_of(everything), request.batch_size, processes)
-    cuts = lift_low_rank(rows, rank, passes=passes)
+    told = f"lifting {len(plans)} components to rank {rank}"
+    with working(told, passes * len(processes.share(len(rows.used)))):
+        cuts = lift_low_rank(rows, rank, passes=passes)
     sketch, scales = decomposed.sketch(), decomposed.decomposition.scales
     metric = request.form != "plain" and scales is not None and sketch.blocks is not None
     whole = all(is_whole(shape, rank) for shape in forward.shapes.values())

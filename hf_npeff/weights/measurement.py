@@ -21,6 +21,7 @@ from hf_npeff.fisher.distributions import HALF_SQUARED
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.progress import working
 from hf_npeff.weights.activations import LinearDelta, changed_in_activations, random_like
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import ParameterDirection
@@ -80,6 +81,10 @@ class GroupEffect:
     predicted: dict[str, tuple[float, float]] = field(default_factory=dict)
     worst: list[dict[str, Any]] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        accuracy = "" if self.accuracy is None else ", accuracy {:.3f} → {:.3f}".format(*self.accuracy)
+        return f"GroupEffect(KL {self.kl:.3g} on {self.n} examples, answers changed {self.flips:.0%}{accuracy})"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -102,6 +107,12 @@ class Step:
     quantised: Quantisation | None = None
     merged: bool = False
     kept: float | None = None
+
+    def __repr__(self) -> str:
+        what = "random change" if self.random else f"rank {self.rank}" if self.rank is not None else "whole change"
+        if self.quantised is not None:
+            what += f" {'merged into' if self.merged else 'beside'} {self.quantised}"
+        return f"Step({what} at scale {self.scale:.3g}: {self.groups[ALL]}, {len(self.groups)} groups)"
 
 
 @dataclass(frozen=True)
@@ -269,21 +280,25 @@ def measure(
         whole = change.linear_deltas()
     maps = maps_to_round(forward.model, list(whole), request.quantise) if request.quantise else []
     variants = {rank: whole if rank is None else cut(whole, rank) for rank in request.ranks}
-    before = predict(forward, examples, request.batch_size)
-    watching = _Watching(forward, examples, truth, groups, before, request)
-    steps = [
-        Step(scale, rank, False, watching.effects(what, scale))
-        for rank, what in variants.items()
-        for scale in request.steps
-    ]
-    if request.random:
-        first = request.ranks[0]
-        other: Any = variants[first]
-        other = random_like(other, request.seed) if isinstance(other, dict) else other.random_like(request.seed)
-        sizes = dict.fromkeys(abs(scale) for scale in request.steps)
-        steps += [Step(size, first, True, watching.effects(other, size)) for size in sizes]
-    if request.quantise:
-        steps += watching.on_grids(maps, variants[request.ranks[0]], request.ranks[0])
+    sizes = list(dict.fromkeys(abs(scale) for scale in request.steps)) if request.random else []
+    passes = 1 + len(variants) * len(request.steps) + len(sizes)
+    if request.quantise:  # whole, then on every grid the base model, beside it and merged
+        passes += len(request.steps) + len(request.quantise) * (1 + 2 * len(request.steps))
+    with working("measuring the change", passes * len(examples)):
+        before = predict(forward, examples, request.batch_size)
+        watching = _Watching(forward, examples, truth, groups, before, request)
+        steps = [
+            Step(scale, rank, False, watching.effects(what, scale))
+            for rank, what in variants.items()
+            for scale in request.steps
+        ]
+        if sizes:
+            first = request.ranks[0]
+            other: Any = variants[first]
+            other = random_like(other, request.seed) if isinstance(other, dict) else other.random_like(request.seed)
+            steps += [Step(size, first, True, watching.effects(other, size)) for size in sizes]
+        if request.quantise:
+            steps += watching.on_grids(maps, variants[request.ranks[0]], request.ranks[0])
     return Measurement(repr(change), request.by, len(examples), steps)
 
 

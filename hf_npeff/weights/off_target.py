@@ -59,6 +59,11 @@ class OffTarget:
         """As JSON types."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_off_target
+
+        return of_off_target(self)
+
     def __repr__(self) -> str:
         return (
             f"OffTarget(KL {self.mean:.3g} on average over {self.n} inputs, at most {self.worst[0]['kl']:.3g} in the "
@@ -118,6 +123,12 @@ def off_target(
             kls = {"kl_start": float(kl[i]), "kl": float(final[row])}
             searched.append({**about, "replaced": changed, **kls, **said(row), "own": None})
     return OffTarget(request.scale, len(pool), float(kl.mean()), worst, searched, tried), ends
+
+
+def examples_read(pool: int, request: OffTargetRequest) -> int:
+    """How many examples the model reads for `off_target`, before and after the change."""
+    starts = min(pool, request.starts) if request.rounds else 0
+    return 2 * (pool + starts * request.candidates * request.rounds + starts)
 
 
 def check_tokens(examples: Sequence[Example]) -> None:

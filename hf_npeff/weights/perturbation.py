@@ -68,6 +68,11 @@ class Effect:
     other_worst: float | None = None
     other_worst_example: int | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"Effect(KL {self.top:.3g} on top, {self.others:.3g} on others, ratio {self.ratio:.3g} at {self.scale:.3g})"
+        )
+
 
 @dataclass(frozen=True)
 class PerturbationReport:

@@ -168,7 +168,7 @@ def predicted_step(
     else:
         along = sketch.apply({name: deltas[name].matrix().float() for name in sketch.shapes}).cpu()
     few = pefs[list(indices)]
-    slopes = few.factors.cpu().float() @ along
+    slopes = few.factors.cpu().float() @ along.float()
     kl = float(0.5 * (few.norms.cpu().float() * slopes.square().sum(1)).mean())
     return math.sqrt(target / kl) if math.isfinite(kl) and kl > FLOOR * target else None
 

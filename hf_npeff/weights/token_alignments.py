@@ -53,6 +53,10 @@ class TokenAlignment:
     contributions: list[float]
     unplaced: float
 
+    def __repr__(self) -> str:
+        where = f"component {self.component}, example {self.example}"
+        return f"TokenAlignment({where}, {len(self.contributions)} positions, {self.alignment:.3g})"
+
 
 class TokenCollector(Receiver):
     """A receiver that takes the inner product of every position's gradient with one direction g in the sketch.

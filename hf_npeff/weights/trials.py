@@ -23,6 +23,7 @@ from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.progress import current, working
 from hf_npeff.weights.activations import LinearDelta, random_like
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.moved_weights import rounding_of
@@ -34,6 +35,8 @@ _QUANTILES = (0.1, 0.5, 0.9)
 """Of the KL of single examples, for the report: a tenth, half and nine tenths lie below."""
 _BOOTSTRAPS = 1000
 """Draws of an interval. Chosen: 25 of them lie beyond each end, which then varies by a few per cent of its width."""
+_USUAL_ROUNDS = 3
+"""Rounds of a search for the step of each sign; seen on language models and classifiers, for the estimate of time."""
 _FIRST_STEP = 0.02
 """The first step to try where stored rows do not predict one: short beside the norm of any model's weights."""
 
@@ -60,6 +63,17 @@ class _Trial:
         self.reached: dict[float, bool] = {}
         self.measured: list[tuple[Effect, Predictions, Predictions]] = []
         self.random: Effect | None = None
+
+    @property
+    def left(self) -> int:
+        """About how many examples are still to be predicted."""
+        top, others = len(self.top.examples), len(self.others.examples)
+        if self.random is not None:
+            return 0
+        if self.measured:
+            return top + others
+        searching = 0 if self.reached else 2 * top
+        return searching + max(len(self.reached), 2) * others + top + others
 
     def measuring(self, start: float | None) -> Generator[list[_Wanted], list[Predictions], None]:
         """The search of both signs, their effects, and a random change at the best step.
@@ -148,6 +162,26 @@ def evaluate(
     Raises:
         ValueError: if the component is active on no example, or all examples are among the top ones.
     """
+    with working(f"measuring component {component}", examples_read(1, request)):
+        return _evaluated(forward, direction, decomposition, component, examples, request, rows)
+
+
+def examples_read(components: int, request: PerturbationRequest) -> int:
+    """About how many examples the model reads to measure components."""
+    rounds = 1 if request.scale is not None else 2 * _USUAL_ROUNDS
+    signs = 1 if request.scale is not None else 2
+    return components * ((2 + rounds) * request.n_top + (2 + signs) * request.n_others)
+
+
+def _evaluated(
+    forward: ForwardPass,
+    direction: ParameterDirection,
+    decomposition: Decomposition,
+    component: int,
+    examples: Sequence[Example],
+    request: PerturbationRequest,
+    rows: tuple[Sketch, PEFs] | None,
+) -> PerturbationReport:
     ((top, others),) = _watched(forward, decomposition, [component], examples, request)
     trial = _Trial(component, top, others, request, longest_step(direction, forward.model))
     steps = Steps(forward, direction, request.batch_size)
@@ -158,6 +192,7 @@ def evaluate(
     jobs = next(running)
     with contextlib.suppress(StopIteration):
         while True:
+            current().expect(trial.left)
             along = steps.random(request.seed) if jobs[0].random else steps
             jobs = running.send(along.predict([(job.examples, job.step) for job in jobs]))
     return trial.report(forward, decomposition, direction)
@@ -200,6 +235,7 @@ def evaluate_together(
         running[number] = trials[-1].measuring(start)
         wanted[number] = next(running[number])
     while wanted:
+        current().expect(sum(trial.left for trial in trials))
         jobs = [
             (number + len(changes) * job.random, job.examples, job.step)
             for number, some in wanted.items()
@@ -219,8 +255,9 @@ def _size_of(model: nn.Module, change: Mapping[str, LinearDelta]) -> float | Non
     parameters = bare_parameters(model)
     if not all(name in parameters and is_at_hand(parameters[name]) for name in change):
         return None
-    norms = (float(torch.linalg.vector_norm(parameters[name].detach(), dtype=torch.float32)) for name in change)
-    return sum(norm**2 for norm in norms) ** 0.5
+    weights = [parameters[name].detach() for name in change]
+    norms = (torch.linalg.vector_norm(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights)
+    return sum(float(norm) ** 2 for norm in norms) ** 0.5
 
 
 def _watched(
