@@ -149,8 +149,8 @@ def read_store(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[dict
     manifest = read_json(folder / "manifest.json")
     if manifest.get("finished") is not True:
         raise CorruptStoreError(
-            f"{folder} is not finished: run compute again, with the same settings and this folder (hf-npeff compute, or "
-            "compute_pefs(output_dir=…)), and it goes on where it stopped"
+            f"{folder} is not finished: run compute again with the same settings and this folder (hf-npeff compute, or "
+            "compute_pefs with output_dir), and it goes on where it stopped"
         )
     check_info(info, folder / "config.json")
     listed = manifest.get("shards")
