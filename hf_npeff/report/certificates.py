@@ -70,7 +70,8 @@ def measured_facts(measurement: HasDict | Mapping[str, Any], texts: bool) -> dic
     """
     content = dict(measurement if isinstance(measurement, Mapping) else measurement.to_dict())
     first = content["steps"][0]["rank"]
-    steps = sorted((s for s in content["steps"] if s["rank"] == first), key=lambda s: (s["random"], s["scale"]))
+    own = [s for s in content["steps"] if s["rank"] == first and s.get("quantised") is None]
+    steps = sorted(own, key=lambda s: (s["random"], s["scale"]))
     names = list(steps[0]["groups"])[:_GROUPS]
     if not texts:  # a group is named by a value of a column, which may be a text
         names = names[:1]
