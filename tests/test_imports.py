@@ -67,6 +67,10 @@ DOORWAYS: dict[tuple[str, str], str] = {
     ("weights.measurement", "report"): "the folder of the next two",
     ("weights.measurement", "report.notebook"): "what Jupyter shows of a Measurement",
     ("weights.measurement", "report.plots"): "Measurement.plot",
+    ("fisher.cost", "report"): "the folder of the next",
+    ("fisher.cost", "report.notebook"): "what Jupyter shows of an Estimate",
+    ("weights.off_target", "report"): "the folder of the next",
+    ("weights.off_target", "report.notebook"): "what Jupyter shows of an OffTarget",
     ("weights.perturbation", "report"): "the folder of the next",
     ("weights.perturbation", "report.notebook"): "what Jupyter shows of a PerturbationReport",
 }

@@ -185,16 +185,22 @@ def with_label_names(columns: Mapping[str, Sequence[Any]], info: Mapping[str, An
         columns: {name: values}.
         info: the `info` of the PEFs or the decomposition: its task, the names, and the record of what was read.
     """
+    name, names = label_names_of(columns, info)
+    return columns if not names else {**columns, name: [_named(value, names) for value in columns[name]]}
+
+
+def label_names_of(columns: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[str, dict[int, str]]:
+    """The column of labels, and the names of its numbers; no names where they are not known. See `with_label_names`."""
     record = Encoded.of(info)
     known = record.label_column if record is not None else None
     name = known if known in columns else next((each for each in ("label", "labels") if each in columns), None)
     if name is None or info.get("task") not in _CLASSES:
-        return columns
+        return "", {}
     names = dict(enumerate(record.label_names or ())) if record is not None else {}
     names = names or {int(number): str(word) for number, word in (info.get("label_names") or {}).items()}
     if len(names) < 2 or all(is_placeholder(word) for word in names.values()):  # one name: a regression's
-        return columns
-    return {**columns, name: [_named(value, names) for value in columns[name]]}
+        return name, {}
+    return name, names
 
 
 def _named(value: Any, names: Mapping[int, str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_npeff.encoding.columns import label_names_of
 from hf_npeff.sharing.protocols import DecompositionLike, HasDict
 
 _GROUPS = 8
@@ -37,7 +38,7 @@ def as_facts(report: HasDict | Mapping[str, Any], decomposition: DecompositionLi
     if (searched := content.get("off_target")) is not None:
         facts["searched"] = _searched(searched, others, texts)
     if (held_out := content.get("held_out")) is not None:
-        facts["held_out"] = measured_facts(held_out, texts)
+        facts["held_out"] = measured_facts(held_out, decomposition, texts)
     return facts
 
 
@@ -61,11 +62,14 @@ def _case(row: Mapping[str, Any], texts: bool) -> dict[str, Any]:
     return {"kl": row["kl"], "before": row["before"], "after": row["after"], "text": text, "id": row.get("id")}
 
 
-def measured_facts(measurement: HasDict | Mapping[str, Any], texts: bool) -> dict[str, Any]:
+def measured_facts(
+    measurement: HasDict | Mapping[str, Any], decomposition: DecompositionLike, texts: bool
+) -> dict[str, Any]:
     """What the page shows of a Measurement: its groups by dose, and the most moved examples of its longest step.
 
     Args:
         measurement: the measurement, or what its `to_dict` gives.
+        decomposition: the one whose component was measured, for the names of classes.
         texts: whether texts of its examples go along.
     """
     content = dict(measurement if isinstance(measurement, Mapping) else measurement.to_dict())
@@ -73,6 +77,8 @@ def measured_facts(measurement: HasDict | Mapping[str, Any], texts: bool) -> dic
     own = [s for s in content["steps"] if s["rank"] == first and s.get("quantised") is None]
     steps = sorted(own, key=lambda s: (s["random"], s["scale"]))
     names = list(steps[0]["groups"])[:_GROUPS]
+    label, classes = label_names_of(decomposition.columns, decomposition.info)
+    called = {f"{label}={number}": f"{label}={name}" for number, name in classes.items()}
     if not texts:  # a group is named by a value of a column, which may be a text
         names = names[:1]
     shown = ("n", "kl", "kl_interval", "flips", "accuracy", "error")
@@ -83,7 +89,9 @@ def measured_facts(measurement: HasDict | Mapping[str, Any], texts: bool) -> dic
             {
                 "scale": s["scale"],
                 "random": s["random"],
-                "groups": {name: {key: s["groups"][name].get(key) for key in shown} for name in names},
+                "groups": {
+                    called.get(name, name): {key: s["groups"][name].get(key) for key in shown} for name in names
+                },
             }
             for s in steps
         ],

@@ -96,7 +96,9 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
     _add_alignments(page, extras.alignments, texts)
     _add_energies(page, decomposition, extras.energies, notes)
     page.facts["reports"] = {str(j): as_facts(report, decomposition, texts) for j, report in extras.reports.items()}
-    page.facts["measurements"] = {str(j): measured_facts(each, texts) for j, each in extras.measurements.items()}
+    page.facts["measurements"] = {
+        str(j): measured_facts(each, decomposition, texts) for j, each in extras.measurements.items()
+    }
     page.facts["adapters"] = {str(j): str(where) for j, where in extras.adapters.items()}
     if extras.compare is not None:
         _add_comparison(page, decomposition, extras.compare, texts)

@@ -4,7 +4,7 @@ function changeView() {
   const change = facts.change,
     about = change.change;
   const mean = change.kl.reduce((sum, x) => sum + x, 0) / change.kl.length;
-  const end = about.after ?? (about.adapters ? Object.keys(about.adapters).join(", ") : about.method ?? "a change");
+  const end = about.after ?? (about.adapters ? Object.keys(about.adapters).join(", ") : (about.method ? `a change (${about.method})` : "a change"));
   const cells = (names) => names.map((name) => h("th", { scope: "col" }, name));
   const scroller = (label, header, rows, kind = "plain") =>
     h(

@@ -216,7 +216,15 @@ function lineChart(xs, lines, { label, low = 0, high = 1, over = "steps", format
   const x = (v) => left + ((v - first) / span) * (width - left - right);
   const y = (v) => top + (1 - (v - low) / (high - low || 1)) * (height - top - bottom);
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((t) => low + t * (high - low));
-  const marks = xs.length > 8 ? [0, 1, 2, 3, 4].map((t) => xs[Math.round((t * (xs.length - 1)) / 4)]) : xs;
+  const some = xs.length > 8 ? [0, 1, 2, 3, 4].map((t) => xs[Math.round((t * (xs.length - 1)) / 4)]) : xs;
+  // No label on top of another: each keeps its distance from the one before it, and from the last.
+  const marks = some.reduce(
+    (kept, m, at) =>
+      !at || at === some.length - 1 || (x(m) - x(kept[kept.length - 1]) > 60 && x(some[some.length - 1]) - x(m) > 60)
+        ? [...kept, m]
+        : kept,
+    [],
+  );
   return h(
     "figure",
     { class: "lines" },

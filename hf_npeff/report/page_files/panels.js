@@ -116,7 +116,7 @@ function modulesPanel(j) {
       "Most of its energy: ",
       all
         .slice(0, 3)
-        .map(([layer, kind, v], at) => `${at ? ", " : ""}layer ${layer} ${kind} ${percent(v)}`)
+        .map(([layer, kind, v], at) => `${at ? ", " : ""}${layer === "other" ? "" : `layer ${layer} `}${kind} ${percent(v)}`)
         .join(""),
     ),
     heatTable(layers, kinds, value, "Share of its energy by layer and kind of module"),
