@@ -20,6 +20,7 @@ from hf_npeff import Decomposition, PEFs
 from hf_npeff.config import DecompositionConfig, FisherConfig
 from hf_npeff.sharing.cards import decomposition_card, pefs_card, point_card_to
 from hf_npeff.sharing.direction_cards import DirectionFacts, adapter_card, direction_card
+from hf_npeff.sharing.gallery_cards import gallery_card
 from hf_npeff.sharing.markdown import escaped, plain
 from tests.planted import planted
 
@@ -105,7 +106,37 @@ def example_cards() -> dict[str, str]:
         kl_searched=0.34,
         kl_random=0.0000021,
         ratio=33.3,
+        top_flips=0.75,
+        other_flips=0.03,
+        worst="relation-7 → word7",
+        measured="the direction, whole",
+        stability=0.97,
+        coverage=0.79,
+        sketch_error=0.0421,
+        weights="9efb9e5502969068136b8341fa81e306",
     )
+    gallery = {
+        "base_model": "example-org/tiny-causal-lm",
+        "revision": COMMIT,
+        "auto_class": "AutoModelForCausalLM",
+        "components": [
+            {
+                "component": j,
+                "folder": f"component-{j}",
+                "name": TOPICS[j] if j < 3 else None,
+                "examples": [f"relation-{i} → word{i}" for i in range(j, 48, 4)],
+                "scale": (-1) ** j * 0.25,
+                "kl_top": 0.5,
+                "kl_others": 0.01 * (j + 1),
+                "kl_worst": 0.1 * (j + 1),
+                "kl_random": 2e-6,
+                "top_flips": 0.75,
+                "stability": float(decomposition.stability[j]),
+                "retained_energy": 0.6,
+            }
+            for j in range(4)
+        ],
+    }
     rows, _, _ = planted(12, 2, 32, 4, overlap=0.1, noise=0.0, active=1, seed=0)
     pefs = PEFs.from_factors(rows, label=[TOPICS[i % 4] for i in range(12)])
     pefs.info |= decomposition.info
@@ -126,6 +157,7 @@ def example_cards() -> dict[str, str]:
             repo_id="example-org/tiny-comparative",
         ),
         "direction.md": direction_card(about, repo_id="example-org/tiny-comparative-direction"),
+        "gallery.md": gallery_card(gallery, repo_id="example-org/tiny-components"),
     }
 
 
@@ -162,6 +194,29 @@ def skeleton(card: str) -> list[str]:
         children = [c for c in token.children or () if c.type not in ("text", "text_special", "softbreak")]
         found += [f"  {child.type}" for child in children if child.content != "<!-- -->"]
     return found
+
+
+def test_a_components_card_says_what_it_does_how_surely_and_how_it_was_made() -> None:
+    """Oracle: the numbers that the card was given, each beside its name; nothing is said where nothing is known."""
+    rows = {row[0]: row[1] for row in cells(example_cards()["adapter.md"]) if len(row) == 2}
+    expected = {
+        "What was measured": "the direction, whole",
+        "Effect: KL on its top examples": "1.2; 75% of the answers change",
+        "Off target: KL on other examples": "0.036; 3% of the answers change",
+        "Off target: KL on the worst of the other examples": "0.21: relation-7 → word7",
+        "Off target: KL on the worst input that a search among other tokens found": "0.34",
+        "Control: KL of a random direction of the same size on its top examples": "2.1e-06",
+        "Stability of the component": "0.97",
+        "Share of the parameters analysed": "79.0%",
+        "Error of the sketch": "0.0421",
+        "Made and tested with weights of the hash": "9efb9e5502969068136b8341fa81e306",
+    }
+    assert {name: rows.get(name) for name in expected} == expected
+    bare = adapter_card(DirectionFacts("org/model", component=0, stability=float("nan")))
+    assert "Nothing was measured." in bare and "Stability" not in bare
+    table = cells(example_cards()["gallery.md"])
+    assert table[0][3] == "Stability" and [row[3] for row in table[1:]] == ["0.99", "0.97", "0.62", "0.98"]
+    assert [row[8] for row in table[1:]] == ["0.1", "0.2", "0.3", "0.4"] and table[1][6] == "75%"
 
 
 @pytest.mark.parametrize("name", ["decomposition.md", "pefs.md", "adapter.md", "direction.md"])

@@ -194,7 +194,7 @@ def test_everything_public_is_a_short_line_in_a_terminal(world: dict[str, Any]) 
     change = analyzer.explain_change(found, pefs, data, 0.3 * direction, growth=False)
     associations, top = found.associations(shuffles=19), found[0].top_examples(20)
     with analyzer.forward_pass() as forward:
-        outputs = forward.outputs(analyzer.read(data).examples[:2])
+        outputs = forward.outputs([analyzer.read(data)[0]])
     shown = {
         "Associations": associations,
         "ComponentAssociations": associations[0],

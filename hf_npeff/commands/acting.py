@@ -171,7 +171,7 @@ def _all_perturbed(
     reports = analyzer.evaluate_adapters(adapters, components, dataset, fishers, **vars(measuring))
     measured = []
     for adapter, report in zip(adapters, reports, strict=True):
-        about = facts_of(adapter.info, report, components, False)
+        about = replace(facts_of(adapter.info, report, components, False), measured="this adapter")
         measured.append(replace(adapter.scaled(report.scale), about=about))
     save_gallery(measured, output, reports)
     values = [report.to_dict() for report in reports]

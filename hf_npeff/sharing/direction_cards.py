@@ -29,6 +29,13 @@ class DirectionFacts:
         kl_random: the same for a random direction of the same size.
         ratio: kl_top / kl_others.
         weights: hash of the base model's weights, and of the adapters that were active.
+        top_flips: share of its top examples whose answer changes; None for regression.
+        other_flips: the same of other examples.
+        worst: the other example with the largest KL, on a line.
+        measured: what was measured: the whole direction, or the adapter.
+        stability: mean best |cosine| of the component with those of other starts.
+        coverage: share of the parameters that were analysed.
+        sketch_error: error of inner products of PEFs in the sketch.
     """
 
     base_model: str
@@ -45,24 +52,65 @@ class DirectionFacts:
     kl_random: float | None = None
     ratio: float | None = None
     weights: str | None = None
+    top_flips: float | None = None
+    other_flips: float | None = None
+    worst: str | None = None
+    measured: str | None = None
+    stability: float | None = None
+    coverage: float | None = None
+    sketch_error: float | None = None
 
     @property
     def effects(self) -> list[tuple[str, object]]:
         """What was measured, for a table."""
-        values = {
-            "Step": self.scale,
-            "KL on its top examples": self.kl_top,
-            "KL on other examples": self.kl_others,
-            "KL on the most changed of the other examples": self.kl_worst,
-            "KL on the worst input that a search among other tokens found": self.kl_searched,
-            "KL of a random direction of the same size": self.kl_random,
-            "Ratio": self.ratio,
-        }
-        return [(name, None if value is None else number(value)) for name, value in values.items()]
+        worst = None if self.kl_worst is None else number(self.kl_worst) + (f": {self.worst}" if self.worst else "")
+        return [
+            ("What was measured", self.measured),
+            ("Step", _digits(self.scale)),
+            ("Effect: KL on its top examples", _with_flips(self.kl_top, self.top_flips)),
+            ("Off target: KL on other examples", _with_flips(self.kl_others, self.other_flips)),
+            ("Off target: KL on the worst of the other examples", worst),
+            ("Off target: KL on the worst input that a search among other tokens found", _digits(self.kl_searched)),
+            ("Control: KL of a random direction of the same size on its top examples", _digits(self.kl_random)),
+            ("Ratio of effect to off target", _digits(self.ratio)),
+        ]
+
+    @property
+    def origin(self) -> list[tuple[str, object]]:
+        """Where it came from, for a table."""
+        return [
+            ("Commit of the base model", self.revision),
+            ("Made and tested with weights of the hash", self.weights),
+            ("Lifted by", self.lift),
+            ("Stability of the component", _digits(self.stability)),
+            ("Share of the parameters analysed", None if self.coverage is None else percent(self.coverage)),
+            ("Error of the sketch", _digits(self.sketch_error)),
+        ]
 
     def label(self, what: str) -> str:
         """What it is, with the component's name."""
         return what if self.name is None else f"{what} ({plain(self.name, TITLE)})"
+
+
+def _digits(value: float | None) -> str | None:
+    return None if value is None or number(value) == "–" else number(value)
+
+
+def _with_flips(kl: float | None, flips: float | None) -> str | None:
+    return None if kl is None else number(kl) + ("" if flips is None else f"; {flips:.0%} of the answers change")
+
+
+def _effect_table(about: DirectionFacts) -> str:
+    """What was measured as a table, or that nothing was."""
+    rows = fact_rows(about.effects)
+    head = "| | |\n|---|---|"
+    return f"{head}\n{rows}\n\n{_EFFECT_NOTE}" if rows else "Nothing was measured."
+
+
+_EFFECT_NOTE = """\
+KL is how far the predictions move from the original ones, in nats, on average over the examples; of numbers and
+embeddings it is half their squared distance. A ratio far above 1 means that the change is confined to the component's
+own examples."""
 
 
 def adapter_card(
@@ -99,14 +147,11 @@ def adapter_card(
         raise ValueError(f"auto_class must be the name of a class of transformers, but it is {auto_class!r}")
     about_energy = f"{'about ' if is_estimate else ''}{percent(retained_energy)}"
     table_rows = [
-        ("Commit of the base model", about.revision),
-        ("Hash of its weights", about.weights),
-        ("Lifted by", about.lift),
+        *about.origin,
         ("Kind", kind),
         ("Rank", rank),
         ("Energy of the direction that it keeps", None if retained_energy is None else about_energy),
         ("Loads in", loads_in),
-        *about.effects,
     ]
     what = "direction" if about.component is None else f"component {about.component}"
     label = about.label(what)
@@ -119,6 +164,7 @@ def adapter_card(
         kind=f"a {escaped(kind)} adapter",
         model=model_link(about.base_model, about.revision),
         examples=_example_lines(about.top_examples),
+        effects=_effect_table(about),
         facts=fact_rows(table_rows),
         load_code="\n".join(_adapter_code(about, kind, auto_class, HERE if repo_id is None else repo_id)),
         further="" if kind == "dense" else _FURTHER,
@@ -210,12 +256,6 @@ def direction_card(
         "",
         f"direction = ParameterDirection.from_pretrained({literal(HERE if repo_id is None else repo_id)})",
     ]
-    table_rows = [
-        ("Commit of the base model", about.revision),
-        ("Hash of its weights", about.weights),
-        ("Lifted by", about.lift),
-        *about.effects,
-    ]
     label = about.label("direction" if about.component is None else f"component {about.component}")
     return fill(
         "direction",
@@ -224,7 +264,8 @@ def direction_card(
         what=escaped(label[0].upper() + label[1:]),
         model=model_link(about.base_model, about.revision),
         examples=_example_lines(about.top_examples),
-        facts=fact_rows(table_rows),
+        effects=_effect_table(about),
+        facts=fact_rows(about.origin),
         load_code="\n".join(code),
         citation=CITATION,
     )

@@ -12,7 +12,10 @@ from hf_npeff.sharing.markdown import TITLE, escaped, literal, number, percent, 
 
 _SHOWN = 3
 """Top examples of a component in the table. Chosen: a line each."""
-_COLUMNS = ("Folder", "Component", "Top examples", "Step", "KL on them", "KL on others", "Kept")
+_COLUMNS = (
+    "Folder", "Component", "Top examples", "Stability", "Step", "KL on them", "Answers changed", "KL on others",
+    "Worst", "Random", "Kept",
+)  # fmt: skip
 
 
 def gallery_card(
@@ -26,7 +29,8 @@ def gallery_card(
 
     Args:
         gallery: what adapters.json holds: `base_model`, `revision`, `auto_class`, and `components`, each with its
-            number, folder, name, examples, scale, kl_top, kl_others and retained_energy.
+            number, folder, name, examples, scale, kl_top, kl_others and retained_energy, and, of those that are written
+            now, stability, top_flips, kl_worst and kl_random.
         repo_id: where it will be found; None for a folder, whose code runs in that folder.
         datasets: ids of the data sets that the examples are from.
         license: an identifier of the Hub.
@@ -69,7 +73,9 @@ def gallery_card(
 
 
 def _row(component: Mapping[str, Any]) -> list[str]:
-    numbers = [component[name] for name in ("scale", "kl_top", "kl_others")]
+    step, top, others = (_number(component[name]) for name in ("scale", "kl_top", "kl_others"))
+    stability, worst, random = (_number(component.get(name)) for name in ("stability", "kl_worst", "kl_random"))
+    flips = component.get("top_flips")
     label = str(int(component["component"]))
     name = component["name"]
     examples = "; ".join(plain(str(line), TITLE) for line in component["examples"][:_SHOWN])
@@ -77,6 +83,16 @@ def _row(component: Mapping[str, Any]) -> list[str]:
         escaped(component["folder"]),
         escaped(label if name is None else f"{label} ({plain(str(name), TITLE)})"),
         escaped(examples),
-        *("–" if value is None else number(float(value)) for value in numbers),
+        stability,
+        step,
+        top,
+        "–" if flips is None else f"{float(flips):.0%}",
+        others,
+        worst,
+        random,
         percent(component["retained_energy"]),
     ]
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else number(float(value))

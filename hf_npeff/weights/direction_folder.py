@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -114,22 +114,48 @@ def facts_of(
         base_model=str(info.get("model") or "unknown"),
         revision=info.get("revision"),
         component=component,
-        lift=info.get("method"),
+        lift=_made(info),
         weights=shown(info.get("weights")),
     )
     if decomposition is not None and component is not None:
         lines = _lines_of(decomposition, component, include_texts)
-        about = replace(about, name=decomposition[component].name, top_examples=lines)
+        tested, stability = decomposition.info.get("selftest") or {}, decomposition[component].stability
+        about = replace(
+            about,
+            name=decomposition[component].name,
+            top_examples=lines,
+            stability=stability,
+            coverage=tested.get("coverage"),
+            sketch_error=tested.get("sketch_error"),
+        )
     if report is not None:
-        measured: dict[str, Any] = report.summary()
-        names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_searched", "kl_random", "ratio")
-        about = replace(about, **{name: measured[name] for name in names})
+        summary: dict[str, Any] = report.summary()
+        names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_searched", "kl_random", "ratio", "top_flips",
+                 "other_flips")  # fmt: skip
+        about = replace(about, **{name: summary[name] for name in names}, measured="the direction, whole")
+        if decomposition is not None and (worst := summary.get("worst_example")) is not None:
+            about = replace(about, worst=_shown(decomposition, include_texts, [worst])[0])
     return about
+
+
+def _made(info: Mapping[str, Any]) -> str | None:
+    """How a direction was made, in words."""
+    method = info.get("method")
+    if method is None or not info.get("selective"):
+        return method
+    ridge = info.get("ridge")
+    shown_ridge = f", ridge {ridge:.1g}" if isinstance(ridge, int | float) else ""
+    return f"{method}, selective against {info.get('left_alone')} examples{shown_ridge}"
 
 
 def _lines_of(decomposition: Decomposition, component: int, include_texts: bool) -> list[str]:
     """A component's top examples for a card: texts where they may be shown, else ids, with the predictions."""
-    top = decomposition[component].top_examples(10)  # Chosen: what a card lists
+    return _shown(decomposition, include_texts, decomposition[component].top_examples(10).indices)  # what a card lists
+
+
+def _shown(decomposition: Decomposition, include_texts: bool, indices: Sequence[int]) -> list[str]:
+    """Examples on a line each, without texts unless they may be shown."""
     private = () if include_texts else text_columns(decomposition.columns, decomposition.info)
-    kept = {name: values for name, values in top.columns.items() if name not in private}
-    return example_lines(shown_texts(kept, decomposition.info) or top.ids, kept.get("prediction"))
+    kept = {name: [values[i] for i in indices] for name, values in decomposition.columns.items() if name not in private}
+    ids = [decomposition.example_ids[i] for i in indices]
+    return example_lines(shown_texts(kept, decomposition.info) or ids, kept.get("prediction"))

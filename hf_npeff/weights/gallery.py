@@ -47,6 +47,10 @@ def save_gallery(adapters: Sequence[Adapter], folder: Path, reports: Sequence[Re
                 "scale": about.scale,
                 "kl_top": measured.get("kl_top"),
                 "kl_others": measured.get("kl_others"),
+                "kl_worst": measured.get("kl_worst"),
+                "kl_random": measured.get("kl_random"),
+                "top_flips": measured.get("top_flips"),
+                "stability": about.stability,
                 "retained_energy": adapter.retained_energy,
             }
         )
