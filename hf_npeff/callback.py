@@ -70,7 +70,7 @@ class NPEFFCallback(TrainerCallback):
 
     Every checkpoint gets a folder `npeff/` with the last point's decomposition and `history.jsonl`, from which a
     resumed run goes on. Processes share the probe out; they meet in `args.output_dir`, which all must see. Weights
-    must be whole in every process, as under DDP.
+    may be whole in every process, as under DDP, or sharded by FSDP2.
 
     Trainer shows its callbacks no way to log, so `attach(trainer)` may be used to say which Trainer this is. After a
     plain `add_callback` it is the one found on the call stack of the event. Where there is none (another training loop

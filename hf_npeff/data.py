@@ -210,7 +210,10 @@ def records_of(dataset: Any, max_examples: int | None, image_token: int | None =
         return [_as_record(r, i) for i, r in enumerate(dataset)]
     if hasattr(dataset, "__iter__"):
         if max_examples is None:
-            raise ValueError("an iterable dataset has no length: pass max_examples")
+            raise ValueError(
+                "an iterable dataset has no length: pass max_examples, or, where a call takes none, the examples "
+                "themselves: list(dataset.take(n))"
+            )
         return [_as_record(r, i) for i, r in enumerate(itertools.islice(iter(dataset), max_examples))]
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # a torch map-style dataset
         return [_as_record(dataset[i], i) for i in range(len(dataset))]

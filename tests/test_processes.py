@@ -182,6 +182,21 @@ def test_a_direction_is_measured_on_a_sharded_model(in_pieces: Path) -> None:
         assert (top, others) == pytest.approx((report.best.top, report.best.others), rel=1e-4)
 
 
+def test_components_are_followed_while_a_sharded_model_trains(two: Path, tmp_path: Path) -> None:
+    """Oracle: the same training without the callback, bit for bit; the whole model in one process, to 1e-4."""
+    model = workers.tiny.tiny_model("llama", vocab_size=20, dtype=torch.float32, tie_word_embeddings=False)
+    one = workers.trained(model, tmp_path, follow=True)
+    for rank in (0, 1):
+        ours, plain = (json.loads((two / f"followed-{follow}-{rank}.json").read_text()) for follow in (True, False))
+        assert ours["losses"] == plain["losses"]
+        assert ours["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert [point["step"] for point in ours["history"]] == [1, 2, 3]
+        assert [point["explained"] for point in ours["history"]] == pytest.approx(
+            [point["explained"] for point in one["history"]], abs=1e-4
+        )
+        assert ours["kl"] == pytest.approx(one["kl"], rel=1e-3) and ours["kl"] > 0
+
+
 def test_what_a_sharded_model_cannot_do_is_refused_with_the_way_out(in_pieces: Path) -> None:
     """Oracle: the messages, of both processes."""
     for rank in (0, 1):

@@ -94,6 +94,7 @@ def everything(folder: Path) -> None:
     wrapped_models(folder)
     moved(folder)
     sharded(folder / "sharded")
+    followed(folder)
 
 
 def adapters(folder: Path) -> None:
@@ -199,6 +200,43 @@ def sharded(folder: Path) -> None:
         required = all(p.requires_grad for p in model.parameters())
         torch.save((same and required, direction), folder / f"{name}-{os.environ['RANK']}.pt")
     refused(folder)
+
+
+def trained(model: Any, folder: Path, *, follow: bool) -> dict[str, Any]:
+    """Three steps of SGD on the same batch in every process, with the events that a Trainer sends; what came of them."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from hf_npeff import FisherConfig, NPEFFCallback
+
+    data = tiny.tiny_batch(model, 5, seed=1, labels=True)
+    batch = tiny.collate(data, model)
+    arguments, control = TrainingArguments(str(folder), use_cpu=True, report_to="none"), TrainerControl()
+    state = TrainerState(is_world_process_zero=os.environ.get("RANK", "0") == "0")
+    probe = [{"input_ids": row["input_ids"]} for row in data]
+    callback = NPEFFCallback(probe, every=1, n_components=2, n_restarts=1, fisher=FisherConfig(rank=2))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        state.global_step = step + 1
+        if follow:
+            callback.on_step_end(arguments, state, control, model=model)
+    if follow:
+        callback.on_train_end(arguments, state, control, model=model)
+    report = callback.report_
+    return {"losses": losses, "history": callback.history, "kl": None if report is None else report.mean_kl}
+
+
+def followed(folder: Path) -> None:
+    """Training with every process holding half of every weight, with our callback and without."""
+    for follow in (True, False):
+        model = shard(tiny.tiny_model("llama", vocab_size=20, dtype=torch.float32, tie_word_embeddings=False), {})
+        result = trained(model, folder / "followed", follow=follow)
+        (folder / f"followed-{follow}-{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
 def refused(folder: Path) -> None:
