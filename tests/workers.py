@@ -203,7 +203,7 @@ def sharded(folder: Path) -> None:
 
 
 def trained(model: Any, folder: Path, *, follow: bool) -> dict[str, Any]:
-    """Three steps of SGD on the same batch in every process, with the events that a Trainer sends; what came of them."""
+    """Three steps of SGD on one batch, the same in every process, with the events that a Trainer sends."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from hf_npeff import FisherConfig, NPEFFCallback
