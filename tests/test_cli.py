@@ -378,10 +378,10 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
         ("decompose nowhere/at/all -o x", 1, "neither a folder nor the id"),
         ("perturb found pefs model new.txt --component 0 -o x", 1, "not in this dataset"),
         ("push nowhere user/repo", 1, "no folder nowhere"),
-        ("push found user/repo --components all", 1, "does not hold such"),
+        ("push found user/repo --components all", 1, "does not hold several"),
         ("perturb found pefs model data.jsonl -o x", 1, "either --component"),
         ("perturb found pefs model data.jsonl --all --component 0 -o x", 1, "either --component"),
-        ("perturb found pefs model data.jsonl --all --kind shira -o x", 1, "--kind is of a single component"),
+        ("perturb found pefs model data.jsonl --all --kind shira -o x", 1, "--kind is for a single component"),
         ("dissolve", 2, "dissolve"),
     ],
 )

@@ -91,7 +91,7 @@ def perturb(
     if component is None:
         alone = {"--kind": kind != "lora", "--spare": spare, "--eval": evaluate_on is not None, "--by": by is not None}
         if given := [name for name, is_given in alone.items() if is_given]:
-            raise ValueError(f"{given[0]} is of a single component, and goes with --component")
+            raise ValueError(f"{given[0]} is for a single component: use it with --component, not with --all")
     opened = _opened(decomposition, pefs, model, data, loading, reading, keep)
     if component is None:
         return _all_perturbed(opened, output, lifting, measuring, RANK if rank is None else rank)

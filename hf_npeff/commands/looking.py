@@ -61,7 +61,7 @@ def components(
     decomposed = read_decomposition(decomposition)
     if rename is not None:
         if component is None:
-            raise typer.BadParameter("which one? add --component", param_hint="--rename")
+            raise typer.BadParameter("say which component is to get the name: add --component", param_hint="--rename")
         decomposed.rename(component, rename)
     if names is not None:
         decomposed.rename(names)

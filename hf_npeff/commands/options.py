@@ -154,7 +154,9 @@ def _replay(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} is not a run.yaml that hf-npeff wrote ({type(error).__name__})") from error
     # A run.yaml may name the function, with underscores, of a command whose name has dashes.
     if str(command).replace("_", "-") != str(context.info_name).replace("_", "-"):
-        raise typer.BadParameter(f"{path} is of the command {command!r}; run `hf-npeff {command} --config {path}`")
+        raise typer.BadParameter(
+            f"{path} was written by the command {command!r}; run `hf-npeff {command} --config {path}`"
+        )
     if unknown := sorted(set(settings) - {parameter.name for parameter in context.command.params}):
         raise typer.BadParameter(f"{path} has settings that {command} does not have: {', '.join(map(str, unknown))}")
     context.default_map = {name: value for name, value in settings.items() if name not in _NEVER_REPLAYED}

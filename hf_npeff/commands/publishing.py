@@ -67,7 +67,9 @@ def push(
             url = push_folder(published, repo, delete_patterns=["component-*/*"], **where)
         return Result({"kind": "adapters", "url": url}, url)
     if components is not None:
-        raise ValueError(f"--components is of several adapters, and {folder} does not hold such ({INDEX} is missing)")
+        raise ValueError(
+            f"--components chooses among several adapters, and {folder} does not hold several ({INDEX} is missing)"
+        )
     if (folder / "decomposition.safetensors").is_file():
         kind, url = "decomposition", read_decomposition(str(folder)).push_to_hub(repo, **where, **contents)
     elif (folder / "manifest.json").is_file():

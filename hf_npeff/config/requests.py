@@ -122,7 +122,7 @@ class LiftRequest:
                 "selective=True combines the rows of all examples: it goes with method='exact' and without top_examples"
             )
         if not self.may_be_selective and (self.ridge != "auto" or self.keep is not None):
-            raise ValueError("ridge and keep are of selective directions: they go with selective=True")
+            raise ValueError("ridge and keep are for selective directions: use them with selective=True")
 
     @property
     def may_be_selective(self) -> bool:

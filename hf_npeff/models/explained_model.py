@@ -127,7 +127,7 @@ class ExplainedModel(MeasuredModel, EditedModel):
         wrong = [name for name, value in change.items() if parameters[name].shape != value.shape]
         if wrong and all(is_at_hand(parameters[name]) for name in wrong):
             shapes = {name: (tuple(parameters[name].shape), tuple(change[name].shape)) for name in wrong[:3]}
-            raise ValueError(f"the model and the change have parameters of other shapes: {shapes}")
+            raise ValueError(f"the model and the change have parameters of different shapes: {shapes}")
         made = change.info.get("weights")
         if request.check_weights and (how := difference(made, weights)):
             raise IncompatibleWeightsError(

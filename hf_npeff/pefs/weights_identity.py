@@ -130,7 +130,7 @@ def warn_of_other_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any]
         what: is the matter, in a clause.
     """
     if how := difference(made, now):
-        logger.warning("%s (%s): numbers of the one are compared with those of the other", what, how)
+        logger.warning("%s (%s), so their numbers may not be comparable", what, how)
 
 
 @lru_cache(maxsize=64)  # chosen: the stores of a session

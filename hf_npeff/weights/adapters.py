@@ -217,7 +217,8 @@ class Adapter(Readable):
         scale = check_scale(scale)
         if stored := [name for name, layout in self.layouts.items() if self.kind == "lora" and layout in STORED_WHOLE]:
             raise UnsupportedModelError(
-                f"the adapter stores what {stored[0]} becomes; lift again, or use to_adapter(scale=...)"
+                f"the adapter stores the new value of {stored[0]} and not its change, so it cannot be scaled; lift again, or "
+                "use to_adapter(scale=...)"
             )
         changes = ("lora_B.", "lora_embedding_B", "shira_weight")
         tensors = {
@@ -241,7 +242,7 @@ class Adapter(Readable):
         if self.kind == "delta":
             return self.tensors[name]
         if layout in STORED_WHOLE:
-            raise UnsupportedModelError(f"the adapter stores what {name} becomes, and not by how much it changes")
+            raise UnsupportedModelError(f"the adapter stores the new value of {name} and not its change")
         if layout == "bias":
             return self.tensors[f"{PREFIX}{name.removesuffix('bias')}lora_B.bias"]
         if layout in ("experts", "experts-transposed"):
@@ -293,7 +294,7 @@ class Adapter(Readable):
             ValueError: if it is not known what the adapter is about, or the license or a data set's id is malformed.
         """
         if self.about is None:
-            raise ValueError("this adapter was made from no direction of this library; its card has nothing to say")
+            raise ValueError("this adapter was not made from a direction of hf_npeff, so nothing is known for a card")
         return adapter_card(
             self.about,
             kind=_KINDS[self.kind],

@@ -116,7 +116,7 @@ def _check_alike(old: Mapping[str, Tensor], new: Mapping[str, Tensor], before: n
         first = list(shapes.items())[:_NAMED]
         vocabulary = all(a[1:] == b[1:] and len(a) == 2 for a, b in shapes.values())
         why = " their vocabularies, or numbers of classes, differ:" if vocabulary else ""
-        raise ValueError(f"{said} have parameters of other shapes;{why} {dict(first)} (before, after)")
+        raise ValueError(f"{said} have parameters of different shapes;{why} {dict(first)} (before, after)")
 
 
 def _same(first: Tensor | None, second: Tensor) -> bool:
