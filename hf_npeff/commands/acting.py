@@ -42,7 +42,7 @@ _Component = Annotated[int | None, typer.Option(help="Component number.")]
 _Everything = Annotated[
     bool, typer.Option("--all", help="All components at once, from one pass over the data: a folder each.")
 ]
-_Rank = Annotated[int | None, typer.Option(help="Rank of the adapter's matrices; by default 1, and 4 of --all.")]
+_Rank = Annotated[int | None, typer.Option(help="Rank of the adapter's matrices; 1 by default, and 4 with --all.")]
 _Spare = Annotated[
     bool,
     typer.Option(

@@ -41,7 +41,7 @@ class DataOptions(Reading):
     Attributes:
         split: split of a data set on the Hub, such as "validation".
         subset: configuration of a data set on the Hub, such as "mnli".
-        max_examples: only the first ones.
+        max_examples: use only so many examples, the first ones.
     """
 
     split: str | None = None

@@ -25,7 +25,7 @@ def push(
         Path, typer.Argument(help="Folder of a decomposition, PEFs, a direction, an adapter, or several adapters.")
     ],
     repo: Annotated[str, typer.Argument(help="The repository on the Hub, user/name; made where it is missing.")],
-    private: Annotated[bool, typer.Option("--private", help="Only in a private repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Push to a private repository only.")] = False,
     include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the examples' texts too.")] = False,
     components: Annotated[
         str | None, typer.Option(help="Which of several adapters: all, or numbers such as 0,3,7; all by default.")
@@ -35,7 +35,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="The commit's title.")] = None,
     explained: Annotated[
         Path | None,
-        typer.Option(help="Of an adapter: the folder that explain-adapter or diff wrote, for its card."),
+        typer.Option(help="The folder that explain-adapter or diff wrote, for the card of an adapter."),
     ] = None,
 ) -> Result:
     """Publish a folder on the Hub. Texts stay here unless they are asked for.

@@ -66,7 +66,7 @@ def report(
         bool, typer.Option(help="Refuse PEFs and decompositions of other weights than the model has now.")
     ] = LiftRequest.check_weights,
     space: Annotated[str | None, typer.Option(help="Push a static Space to this repository, user/name.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only in a private Space.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Push to a private Space only.")] = False,
     include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the texts in the Space too.")] = False,
 ) -> Result:
     """Write one self-contained HTML file on which components are explored.

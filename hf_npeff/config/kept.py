@@ -59,7 +59,7 @@ class FisherConfig(_JsonConfig):
     """How per-example Fishers are computed.
 
     Attributes:
-        rank: c, the rows kept per example (`exact` with one output term keeps all of its own).
+        rank: rows kept per example, c (`exact` with one output term keeps all of its own).
         output_factor: which rows stand for the output distribution. "auto" is "exact" where that takes at most `rank`
             rows, else "spectral", the near-optimal ones; "projection" and "sampling" are unbiased random ones.
         spectral_metric: in what the "spectral" rows of a language model are the best ones: the metric of its last
@@ -74,12 +74,13 @@ class FisherConfig(_JsonConfig):
         exclude_modules: left out of those, a regular expression or a list.
         parameters: further parameters (biases, norms, embeddings): a regular expression for the whole
             name, or a list of names. They are analysed by `torch.autograd`, at a higher cost.
-        sketch: how p numbers a row become d. "auto" takes the cheapest that meets `sketch_tolerance` on the first
-            examples; "identity" keeps all p.
+        sketch: how the p numbers of a row become d. "auto" takes the cheapest that meets `sketch_tolerance` on the
+            first examples; "identity" keeps all p.
         sketch_dim: for "kronecker" the side of a module's block, otherwise d. None: chosen by "auto", else 16
             (kronecker) or 16,384.
-        sketch_tolerance: relative error of the inner products of PEFs that "auto" must meet, and that warns above.
-        storage_limit: the most numbers a row that "auto" may store.
+        sketch_tolerance: relative error of the inner products of PEFs that "auto" must meet; above it there is a
+            warning.
+        storage_limit: the most numbers that "auto" may store of a row.
         seed: seed of the sketch and of random output factors.
         storage_dtype: number type of the rows on disk and in memory.
 
@@ -137,10 +138,10 @@ class DecompositionConfig(_JsonConfig):
     """How PEFs are decomposed.
 
     Attributes:
-        n_components: r.
+        n_components: the number of components, r.
         solver: "block_power" (no learning rate, the loss never rises) or "reference" (the paper's gradient steps).
         max_iterations: the most iterations of one start.
-        tolerance: a start ends when an iteration improves the loss by less than this share of it.
+        tolerance: least improvement of the loss by an iteration, as a share of it; a start ends below that.
         balance: "module" divides every module's block of the rows by the square root of its PEF's mean norm before the
             decomposition, so that modules weigh alike; "none" does not.
         power: γ in (0, 1]. PEFs are replaced by their matrix powers F^γ at unit norm: 1 is the paper's, less

@@ -143,9 +143,10 @@ class EditRequest:
         remove: column whose influence is to be taken out, instead: the mean log-odds of the examples with each of its
             values move to the mean of all, which stays.
         given: column within each value of which `remove` compares examples; None compares all.
-        towards: where to. "mean": as above. "highest": the examples of the value with the highest mean log-odds stay,
-            and those of the others get their log-odds, rank by rank. With the label as the outcome that is the value
-            with which the model is right, so that what it does there is what it is to do everywhere.
+        towards: where the log-odds move to. "mean": to the mean of all. "highest": the examples of the value with the
+            highest mean log-odds stay, and those of the others get their log-odds, rank by rank. With the label as the
+            outcome that is the value with which the model is right, so that what it does there is what it is to do
+            everywhere.
         outcome: whose log-odds: the number of a class, label, token or output; the name of a class; a text of one
             token; or a column that holds one for every example. None where there is one only, or two classes.
         keep: PEFs of other data, of the same sketch and weights, that are to be left alone too.

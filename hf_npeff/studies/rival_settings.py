@@ -18,10 +18,10 @@ class RivalsConfig:
         n_restarts: the number of restarts of NPEFF, of k-means and of gradient clustering, alike.
         layers: layers whose hidden states are read, evenly spread.
         sae_k: features of an example that the autoencoder of hidden states keeps.
-        gradient_k: the same of the autoencoder of gradients.
+        gradient_k: features of an example that the autoencoder of gradients keeps.
         sae_steps: the number of steps of an autoencoder's training.
         atoms_alpha: weight of the L1 penalty of Gradient Atoms.
-        atoms_ridge: ridge of their whitening, as a share of the mean eigenvalue.
+        atoms_ridge: ridge of Gradient Atoms' whitening, as a share of the mean eigenvalue.
         dictionary_alpha: weight of the L1 penalty of dictionary learning on PEFs.
         batch_size: examples of a forward pass.
 
@@ -53,11 +53,11 @@ class MinimalPairsConfig(RivalsConfig):
     """Pairs of examples that differ in one factor.
 
     Attributes:
-        data: which, of word_relations and home_assistant; both by default.
+        data: which data sets, of word_relations and home_assistant; both by default.
         words: words of each class of the word relations.
         per_attribute: pairs of every attribute of Home Assistant's sentences, at least, where there are as many.
         steps: the number of steps of fine-tuning on Home Assistant's sentences.
-        rank: c, rows kept per example.
+        rank: rows kept per example, c.
         seeds: data, models and fits with the seeds first_seed, first_seed + 1, ….
         first_seed: the first seed.
         untrained: whether seed first_seed comes again with random weights.

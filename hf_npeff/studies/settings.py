@@ -34,7 +34,7 @@ class ComparisonConfig:
 
     Attributes:
         n_components: the number of components of every method: components, clusters, features.
-        methods: which, of npeff, gradient_clustering, sae, kmeans, nmf and random; all by default.
+        methods: which methods, of npeff, gradient_clustering, sae, kmeans, nmf and random; all by default.
         power: the power of NPEFF's PEFs; see DecompositionConfig.
         balance: the balance of NPEFF's modules; see DecompositionConfig.
         n_restarts: the number of restarts of NPEFF, of k-means, and of gradient clustering, alike.
@@ -143,13 +143,13 @@ class PlantedConfig:
     """A task with planted heuristics.
 
     Attributes:
-        cues: how many; cue i serves label i mod `labels`.
-        labels: how many, each yes or no.
+        cues: the number of cues; cue i serves label i mod `labels`.
+        labels: the number of labels, each yes or no.
         fillers: words that mean nothing.
         length: words of a sentence.
         most: cues of a sentence, at most.
         likely: probability of a label where one of its cues is present.
-        unlikely: the same elsewhere.
+        unlikely: probability of a label where none of its cues is present.
         n_train: sentences to train on.
         n: sentences to analyse.
         steps: the number of steps of training.

@@ -217,8 +217,8 @@ class Adapter(Readable):
         scale = check_scale(scale)
         if stored := [name for name, layout in self.layouts.items() if self.kind == "lora" and layout in STORED_WHOLE]:
             raise UnsupportedModelError(
-                f"the adapter stores the new value of {stored[0]} and not its change, so it cannot be scaled; lift again, "
-                "or use to_adapter(scale=...)"
+                f"the adapter stores the new value of {stored[0]} and not its change, so it cannot be scaled; lift "
+                "again, or use to_adapter(scale=...)"
             )
         changes = ("lora_B.", "lora_embedding_B", "shira_weight")
         tensors = {
