@@ -12,6 +12,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
+from hf_npeff.fisher.differences import check_differences
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
@@ -56,7 +57,7 @@ def prepare(
 
     Raises:
         NotFiniteError: if the model gives NaN; with `skip`, if it does for all of them.
-        UnsupportedModelError: if the rows from the hooks are not the model's gradients.
+        UnsupportedModelError: if the rows from the hooks are not autograd's gradients, or these not the model's.
         ValueError: if the config asks for a metric that this model and output factor do not have.
     """
     config, metric = choose_metric(forward, config)
@@ -64,6 +65,7 @@ def prepare(
     pair = pair_of(few, forward.limits)
     rows = check_batch(forward, config, metric, pair)
     rows.refuse_wrong(forward, pair[0])
+    differences = check_differences(forward, config, metric, pair)
     total = _size(forward.model, forward.maps)
     forward = forward.with_maps([m for m in forward.maps if m not in rows.unseen])
     if not forward.shapes:
@@ -78,7 +80,9 @@ def prepare(
     sketch, measured, tried = chosen_sketch(forward, config, metric, few, sketch)
     covered = sum(a * b for a, b in forward.shapes.values()) / max(total, 1)
     left_out = tuple(m.parameter for m in rows.unseen)
-    selftest = SelfTest(len(few), measured, rows.error, min(covered, 1.0), tried, left_out)
+    selftest = SelfTest(
+        len(few), measured, rows.error, min(covered, 1.0), tried, left_out, differences.error, differences.note
+    )
     tested = tuple(pair[:1] if forward.one_at_a_time else pair)
     return RowMaker(forward, config, sketch.to(forward.device), metric, selftest, tested)
 

@@ -50,6 +50,9 @@ class SelfTest:
         coverage: share of the model's parameters under analysis.
         tried: {sketch: error} of every sketch that "auto" measured.
         left_out: target modules whose weights the model reads without calling the module: hooks do not see them.
+        difference_error: relative difference of autograd's gradients from central differences of the predictions, or
+            None where these say nothing (see `differences`).
+        difference_note: why they say nothing, or what is missing from the gradients; empty where they agree.
 
     A store's `selftest` has `later` as well: what was found where rows were checked again (see `Rechecks`).
     """
@@ -60,6 +63,8 @@ class SelfTest:
     coverage: float
     tried: dict[str, float]
     left_out: tuple[str, ...] = ()
+    difference_error: float | None = None
+    difference_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -69,9 +74,13 @@ class SelfTest:
         """One line for people."""
         error = "not measured" if self.sketch_error is None else f"{self.sketch_error:.3f}"
         rows = "not checked" if self.row_error is None else f"{self.row_error:.1e}"
+        gradients = "not checked" if self.difference_error is None else f"{self.difference_error:.1e}"
+        if self.difference_note:
+            gradients += f" ({self.difference_note})"
         return (
-            f"self-test on {self.examples} examples: rows against autograd {rows}, {self.coverage:.1%} of the "
-            f"parameters, {sketch.kind} sketch of {sketch.dim:,} numbers, error of PEF inner products {error}"
+            f"self-test on {self.examples} examples: rows against autograd {rows}, gradients against differences "
+            f"{gradients}, {self.coverage:.1%} of the parameters, {sketch.kind} sketch of {sketch.dim:,} numbers, "
+            f"error of PEF inner products {error}"
         )
 
     def log(self, sketch: Sketch, tolerance: float) -> None:

@@ -1,0 +1,397 @@
+"""Are autograd's gradients those of the model? Compared with central differences of what it predicts.
+
+A `detach`, `torch.no_grad`, rounded activations or a custom function with a wrong backward pass leave autograd
+consistent with itself: rows from hooks and autograd agree, and both are those of another network. So every map under
+analysis is moved a little along random directions (`nudges`), and
+
+    (⟨v, z(s)⟩ − ⟨v, z(−s)⟩) / 2s      is compared with      Σ σ (x·a)(δ·b),
+
+z what the model predicts, v a sum of the cotangents with random signs, s the relative change of every map's output. The
+directions are random, so parameters whose gradient is missing altogether count like all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.config import FisherConfig
+from hf_npeff.data import Example
+from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.fisher.batching import percent, precision_of
+from hf_npeff.fisher.experts import INTERCEPTIONS
+from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
+from hf_npeff.fisher.gradients import backward_passes
+from hf_npeff.fisher.nudges import Directions, Nudges, Slopes
+from hf_npeff.fisher.output_factors import HiddenMetric
+from hf_npeff.fisher.outputs import Outputs
+from hf_npeff.fisher.rounding import CASTS, Rounding, Roundings, moved
+from hf_npeff.fisher.rows import choose_cotangents
+
+logger = logging.getLogger(__name__)
+_LOST_BY_ROUNDING = 0.25
+"""Relative difference of the gradients of a model that rounds from those without rounding. What 8 bits change is a few
+percent, and 4 bits up to .2, since they move activations; of a gradient that stops at the rounding more is missing."""
+_COARSE = (0.1, 0.05, 0.02)
+"""Relative changes that are larger than the steps of 4 to 8 bits, where differences see through rounding."""
+_ALWAYS_LOSES = {"round", "round_"} | CASTS
+"""Operations that stand for their input; `floor` may as well be there for the rest that it leaves (x − ⌊x⌋)."""
+_SHARE = 0.1
+"""Of the whole difference, what a block or a map has to have of it to be named."""
+_NAMED = 6
+"""Modules that a message lists one by one, at most."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """With which steps gradients are compared, and what they have to agree to.
+
+    Attributes:
+        sizes: relative changes of the maps' outputs, tried in this order until differences agree with gradients.
+        slopes: how many are compared, over the examples and directions.
+        tolerance: relative difference from the gradients that is put down to rounding and curvature.
+        wrong: what differences at two sizes have in common against the gradients, relative, above which these are
+            wrong; rounding is not common to them.
+        agreement: how much differences at the two sizes may differ, as a share of their difference from the gradients.
+    """
+
+    sizes: tuple[float, ...]
+    slopes: int
+    tolerance: float
+    wrong: float
+    agreement: float
+
+
+_EXACT = Steps((1e-3, 2e-4, 4e-5), 4, 1e-2, 2e-2, 0.25)
+"""In 32 bits and more. Rounding of what a model predicts, 1e-7 to 1e-6, over 2s and curvature, s² to 100 s² of the
+tiny random models of the sweep, are both below 1e-3 for s = 1e-3 (measured: 7e-5 at the median, 3e-4 for nine of ten).
+Smaller steps are for models with kinks, whose error falls like √s, and for routers, which must not change their mind;
+at 4e-5 rounding is 3e-3. That one random direction hardly meets a missing part of the gradient has a chance of a few
+percent, that four of them do of one in a million."""
+_IN_16_BITS = {
+    torch.float16: Steps((1e-2, 2e-2), 8, 5e-2, 0.1, 1.0),
+    torch.bfloat16: Steps((3e-2, 2e-2), 8, 0.15, 0.2, 1.0),
+}
+"""Rounding is 1e-3 and 1e-2 of what a model predicts, so steps are as large as curvature lets them be. Of sound tiny
+models .01 to .05 remain for float16 and .05 to .1 for bfloat16, of which two sizes have .03 and .06 in common; of those
+that stop a gradient at the middle of three layers, .3 to .5."""
+
+
+@dataclass(frozen=True)
+class DifferenceCheck:
+    """What gradients are worth beside central differences.
+
+    Attributes:
+        error: the relative difference of the slopes; None where differences say nothing.
+        note: why they say nothing, or what is missing from the gradients; empty where they agree.
+    """
+
+    error: float | None
+    note: str = ""
+
+
+@dataclass
+class _Slopes:
+    """Slopes (B, K) along the directions, float64, and the model that they are of.
+
+    Attributes:
+        gradient: by autograd.
+        by_map: {parameter: its part}.
+        v: the cotangent.
+        calls: what the pass has rounded.
+    """
+
+    gradient: Tensor
+    by_map: dict[str, Tensor]
+    v: Tensor
+    calls: list[Rounding] = field(default_factory=list)
+
+    def part(self, names: Collection[str]) -> Tensor:
+        """Of these parameters alone."""
+        parts = [value for name, value in self.by_map.items() if name in names]
+        return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.gradient)
+
+    def distance_from(self, other: _Slopes) -> float:
+        """Relative to the other's, over all maps, directions and examples."""
+        own, others = (torch.stack([s.by_map[name] for name in other.by_map]) for s in (self, other))
+        return _rms(own - others) / max(_rms(others), math.ulp(0.0))
+
+
+def check_differences(
+    forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, pair: Sequence[Example]
+) -> DifferenceCheck:
+    """Compare gradients with differences, on the examples of the row check.
+
+    Costs one forward and one backward pass over them, and four forward passes; more where those do not agree.
+
+    Args:
+        forward: the forward pass.
+        config: the output factor, whose cotangents are used, and the seed.
+        metric: see `RowMaker`.
+        pair: the examples; where they must not share a batch, the first is used alone.
+
+    Raises:
+        UnsupportedModelError: if the gradients are not the model's, and it is not one of transformers' own that is
+            made so; it names the modules.
+    """
+    if not forward.maps:
+        return DifferenceCheck(None, "no linear map is under analysis")
+    few = pair[:1] if forward.one_at_a_time else pair
+    test = _Test(forward, config, metric, few)
+    try:
+        return test.run()
+    except NotFiniteError as error:
+        return DifferenceCheck(None, f"{error.reason} after a small change of the weights")
+
+
+class _Test:
+    """One comparison; see `check_differences`."""
+
+    def __init__(self, forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, few: Sequence[Example]):
+        self._forward, self._config, self._metric, self._few = forward, config, metric, few
+        self._steps = _IN_16_BITS.get(precision_of(forward.model), _EXACT)
+        directions = Directions(forward.maps, max(1, self._steps.slopes // len(few)), config.seed)
+        self._directions, self._nudges = directions, Nudges(forward.model, directions)
+        self._unrounded = False
+
+    def run(self) -> DifferenceCheck:
+        """The result.
+
+        Raises:
+            UnsupportedModelError: see `check_differences`.
+        """
+        with self._nudges:
+            slopes = self._slopes()
+            if rounded := self._rounded(slopes):
+                return self._without_rounding(slopes, rounded)
+            return self._compared(slopes)
+
+    # Passes -----------------------------------------------------------------------------------------------------------
+
+    def _watching(self) -> Roundings:
+        return Roundings(self._forward.model, undone=self._unrounded)
+
+    def _slopes(self) -> _Slopes:
+        """By autograd, in a pass that measures σ too where that is open."""
+        forward, few, slopes = self._forward, self._few, Slopes(self._directions)
+        outputs: list[Outputs] = []
+        chosen: list[Tensor] = []
+
+        def source() -> Tensor:
+            with self._watching() as watched:
+                outputs.append(forward.outputs(few))
+            calls.extend(watched.calls)
+            return outputs[0].source
+
+        def entering(source: Tensor) -> list[Tensor]:
+            V = choose_cotangents(self._config, self._metric, outputs[0], few).values
+            generator = torch.Generator().manual_seed(self._config.seed)
+            signs = 2 * torch.randint(0, 2, V.shape[:3], generator=generator) - 1
+            chosen.append((V * signs.to(V)[..., None]).sum(2))
+            return chosen
+
+        calls: list[Rounding] = []
+        self._nudges.rest()
+        backward_passes(forward.model, forward.maps, slopes, len(few), source, entering)
+        sizes = self._nudges.sizes()
+        by_map = {name: value.cpu() * sizes[name] for name, value in slopes.by_map.items()}
+        return _Slopes(torch.stack(list(by_map.values())).sum(0), by_map, chosen[0].double(), calls)
+
+    @torch.no_grad()
+    def _value(self, v: Tensor, direction: int, size: float, names: Collection[str] | None) -> Tensor:
+        """⟨v, z⟩ (B,) of the nudged model."""
+        self._nudges.at(direction, size, names)
+        with self._watching() if self._unrounded else contextlib.nullcontext():
+            z = self._forward.outputs(self._few).source.double()
+        return torch.where(v != 0, v * z, 0.0).flatten(1).sum(1).cpu()
+
+    def _differences(self, v: Tensor, size: float, names: Collection[str] | None = None) -> Tensor:
+        """Central differences (B, K)."""
+        columns = []
+        for k in range(self._directions.count):
+            up, down = (self._value(v, k, signed, names) for signed in (size, -size))
+            columns.append((up - down) / (2 * size))
+        return torch.stack(columns, 1)
+
+    # What they say ----------------------------------------------------------------------------------------------------
+
+    def _rounded(self, slopes: _Slopes) -> list[Rounding]:
+        """The calls that round what depends on the maps."""
+        if not slopes.calls:
+            return []
+        with self._watching() as watched:
+            self._value(slopes.v, 0, self._steps.sizes[0], None)
+        return moved(slopes.calls, watched.calls)
+
+    def _compared(self, slopes: _Slopes) -> DifferenceCheck:
+        """Gradients beside differences, at one size after another."""
+        steps, errors, before = self._steps, [], None
+        for size in steps.sizes:
+            differences = self._differences(slopes.v, size)
+            errors.append(_relative(slopes.gradient, differences))
+            if self._is_true(errors[-1] <= steps.tolerance):
+                return DifferenceCheck(errors[-1])
+            if before is not None:
+                common, apart = _in_common(slopes.gradient, before, differences)
+                if self._is_true(common > steps.wrong and apart <= steps.agreement):
+                    return self._wrong(slopes, size, common)
+            before = differences
+        return DifferenceCheck(
+            None,
+            f"differences from {percent(min(errors))} to {percent(max(errors))} that do not settle with smaller steps, "
+            "as where a model routes or rounds",
+        )
+
+    def _is_true(self, statement: bool) -> bool:
+        """Whether it holds in one of the processes that share a model: they go on together."""
+        return bool(self._forward.fsdp.most(int(statement)))
+
+    def _without_rounding(self, slopes: _Slopes, rounded: Sequence[Rounding]) -> DifferenceCheck:
+        """What of the gradients is lost where the model rounds, and whether the rest is right."""
+        where = ", ".join(dict.fromkeys(f"{call.module or 'the model'} ({call.operation})" for call in rounded))
+        self._unrounded = True
+        try:
+            smooth = self._slopes()
+        except (RuntimeError, TypeError, ValueError, UnsupportedModelError) as error:
+            note = f"activations are rounded in {where}, and without that the model fails: {error}"
+            return DifferenceCheck(None, note)
+        lost = slopes.distance_from(smooth)
+        plain = all(call.operation in _ALWAYS_LOSES for call in rounded)
+        if self._is_true(lost > _LOST_BY_ROUNDING and (plain or self._seen_in_coarse_steps(slopes, smooth))):
+            raise UnsupportedModelError(
+                f"activations are rounded in {where}, where no gradient comes through: autograd's gradients are "
+                f"{percent(lost)} off from those without rounding. Load the model without quantised activations, or "
+                "give the rounding a backward pass (a straight-through estimator)"
+            )
+        result = self._compared(smooth)
+        note = f"activations are rounded in {where}; differences are those without rounding"
+        return DifferenceCheck(result.error, f"{note}. {result.note}" if result.note else note)
+
+    def _seen_in_coarse_steps(self, slopes: _Slopes, smooth: _Slopes) -> bool:
+        """Whether differences over steps larger than those of the rounding are the gradients without rounding."""
+        self._unrounded = False
+        coarse = torch.stack([self._differences(slopes.v, size) for size in _COARSE])
+        self._unrounded = True
+        return _rms(coarse - smooth.gradient) < _rms(coarse - slopes.gradient)
+
+    # Whose difference it is -------------------------------------------------------------------------------------------
+
+    def _wrong(self, slopes: _Slopes, size: float, error: float) -> DifferenceCheck:
+        """A warning where a model of transformers is made so; otherwise an error.
+
+        Raises:
+            UnsupportedModelError: if something is not transformers' own.
+        """
+        much = (
+            f"autograd's gradients differ by {percent(error)} from what a small change of the linear maps does to the "
+            "predictions (central differences of two sizes agree)"
+        )
+        foreign = foreign_parts(self._forward)
+        if not foreign:
+            name = type(base_of(self._forward.model)).__name__
+            note = f"{name} as transformers has it stops or replaces gradients: {much}"
+            logger.warning("%s. Rows are those of its own backward pass", note)
+            return DifferenceCheck(error, note)
+        affected, last = self._affected(slopes, size)
+        every = {m.parameter: m.modules for m in self._forward.maps}
+        leave = "" if affected >= every.keys() else f", or leave out {_excluded(every, affected)}"
+        raise UnsupportedModelError(
+            f"{much}. The gradient is cut or wrong behind {last}, which has its part in the difference and is the last "
+            "of such maps: look there for a detach, torch.no_grad or an autograd function whose backward pass is "
+            f"missing or wrong (not transformers' own: {', '.join(foreign[:_NAMED])}). Mend that{leave}"
+        )
+
+    def _affected(self, slopes: _Slopes, size: float) -> tuple[set[str], str]:
+        """The parameters whose gradients are wrong, in whole blocks but for the last; and the last one's module."""
+        missing = _rms(self._differences(slopes.v, size) - slopes.gradient)
+
+        def is_wrong(names: Collection[str]) -> bool:
+            difference = self._differences(slopes.v, size, names) - slopes.part(names)
+            own = _rms(difference)
+            return self._is_true(own > _SHARE * missing / math.sqrt(len(blocks)))
+
+        blocks: dict[str, list[str]] = {}
+        modules = {m.parameter: m.modules[-1] for m in self._forward.maps}
+        for name in modules:
+            blocks.setdefault(_block(name), []).append(name)
+        wrong = [block for block, names in blocks.items() if is_wrong(names)] or list(blocks)
+        inside = [name for name in blocks[wrong[-1]] if is_wrong([name])] or blocks[wrong[-1]]
+        before = {name for block in wrong[:-1] for name in blocks[block]}
+        return before | set(inside), modules[inside[-1]]
+
+
+def _block(parameter: str) -> str:
+    """The layer that a parameter is in, or all that is in no numbered one."""
+    found = re.match(r"(?:.*?\.)?\d+\.", parameter)
+    return found.group().rstrip(".") if found else ""
+
+
+def _excluded(modules: Mapping[str, Sequence[str]], affected: Collection[str]) -> str:
+    """What leaves out these parameters: their modules, or a regular expression of their blocks where they are many."""
+    names = [name for parameter in affected for name in modules[parameter]]
+    if len(names) <= _NAMED:
+        return f"all that is before it, with exclude_modules={sorted(names)!r}"
+    blocks = {_block(parameter) for parameter in affected}
+    whole = {b for b in blocks if b and all(p in affected for p in modules if _block(p) == b)}
+    single = [name for p in affected if _block(p) not in whole for name in modules[p]]
+    patterns = [*(re.escape(block) + r"\..*" for block in sorted(whole)), *map(re.escape, sorted(single))]
+    return f"all that is before it, with exclude_modules={'|'.join(patterns)!r}"
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _relative(gradient: Tensor, differences: Tensor) -> float:
+    """Of two slopes, relative to the larger one: a gradient that is missing is off by 1."""
+    size = max(_rms(gradient), _rms(differences))
+    return _rms(gradient - differences) / size if size else 0.0
+
+
+def _in_common(gradient: Tensor, first: Tensor, second: Tensor) -> tuple[float, float]:
+    """What two differences have in common against a gradient, relative to slopes; how far apart they are beside it."""
+    a, b = first - gradient, second - gradient
+    shared = math.sqrt(max(float((a * b).mean()), 0.0))
+    size = max(_rms(gradient), math.sqrt(max(float((first * second).mean()), 0.0)))
+    return (shared / size if size else 0.0), (_rms(a - b) / shared if shared else math.inf)
+
+
+_OWN = ("torch", "transformers", "peft", "accelerate")
+"""Packages whose modules are as they were published."""
+_ATTENTIONS = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+
+
+_REPLACED_BY_US = {"_hf_hook", "_original_forward", INTERCEPTIONS}
+"""Attributes of modules whose forward pass Accelerate or this package has replaced."""
+
+
+def foreign_parts(forward: ForwardPass) -> list[str]:
+    """What of a model is not as transformers has it: modules of other packages, replaced forward passes, hooks."""
+    parts: list[str] = []
+    own_head = type(forward.head).__module__.startswith(__name__.split(".")[0])
+    if not own_head:
+        parts.append(f"the head {type(forward.head).__name__}")
+    for name, module in forward.model.named_modules():
+        kinds = type(module), type(module).forward
+        foreign = any(kind.__module__.split(".")[0] not in _OWN for kind in kinds if kind.__module__)
+        replaced = "forward" in vars(module) and not _REPLACED_BY_US & vars(module).keys()
+        if foreign or replaced or _hooks_of_others(module):
+            parts.append(f"{name or 'the model'}, a {type(module).__name__}")
+    attention = getattr(getattr(base_of(forward.model), "config", None), "_attn_implementation", None)
+    if attention not in _ATTENTIONS:
+        parts.append(f"the attention {attention!r}")
+    return parts
+
+
+def _hooks_of_others(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    packages = (getattr(hook, "__module__", "").split(".")[0] for hook in hooks)
+    return any(package not in (*_OWN, __name__.split(".")[0]) for package in packages)

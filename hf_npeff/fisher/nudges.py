@@ -1,0 +1,201 @@
+"""Small changes of linear maps, added in the activations: y ← y + s·σ·(x·a) b for random a and b, drawn per map.
+
+With the weight W + s·σ·b aᵀ a map would give the same, and no weight is read or written, so quantised, offloaded and
+sharded weights are moved like all others. σ makes the change as large as y itself, over all that a map is given: s is
+the relative change of every map's output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.fisher.expert_search import find_experts
+from hf_npeff.fisher.gradients import Receiver
+from hf_npeff.fisher.linear_maps import LinearMap
+from hf_npeff.fisher.routing import Routing, Tap
+
+
+class Directions:
+    """K random directions of every map, the same for whoever asks: a (in, K) and b (out, K), float32 or wider.
+
+    Args:
+        maps: any maps.
+        count: K.
+        seed: what they are drawn with, together with a map's name.
+    """
+
+    def __init__(self, maps: Sequence[LinearMap], count: int, seed: int):
+        self.maps = {m.parameter: m for m in maps}
+        self.count = count
+        self._seed = seed
+        self._drawn: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def of(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of one map, where `like` is; of fused experts b is (E·out, K), and a is the same for all."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = name, like.device, dtype
+        if key not in self._drawn:
+            digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            out, into = self.maps[name].shape
+            a, b = (torch.randn(n, self.count, generator=generator) for n in (into, out))
+            self._drawn[key] = a.to(like.device, dtype), b.to(like.device, dtype)
+        return self._drawn[key]
+
+    def of_experts(self, name: str, like: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Those of fused experts: a (in, K), and b (S, out, K) of the expert of every row."""
+        a, b = self.of(name, like)
+        return a, b.unflatten(0, (len(routing.counts), -1))[routing.experts]
+
+
+class Slopes(Receiver):
+    """A receiver that keeps how fast ⟨source, cotangent⟩ grows along the directions, by the gradients of autograd.
+
+    Attributes:
+        by_map: {parameter: Σ_t (x_t·a)(δ_t·b) (B, K)}, float64, before σ.
+    """
+
+    def __init__(self, directions: Directions):
+        self.by_map: dict[str, Tensor] = {}
+        self._directions = directions
+
+    def take_input(self, name: str, x: Tensor) -> Tensor:
+        """X·a (B, t, K)."""
+        a, _ = self._directions.of(name, x)
+        return x.to(a.dtype) @ a
+
+    def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
+        """Add those of a module's call."""
+        _, b = self._directions.of(name, delta)
+        self._add(name, (saved.to(delta.device) * (delta.to(b.dtype) @ b)).double().sum(1))
+
+    def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        """X·a (S, K)."""
+        return self.take_input(name, x)
+
+    def take_routed_gradient(self, name: str, saved: Tensor, delta: Tensor, routing: Routing) -> None:
+        """Add those of a call of fused experts."""
+        _, b = self._directions.of_experts(name, delta, routing)
+        each = (saved * torch.einsum("so,sok->sk", delta.to(b.dtype), b)).double()
+        self._add(name, each.new_zeros(routing.batch, each.shape[1]).index_add_(0, routing.examples, each))
+
+    def _add(self, name: str, values: Tensor) -> None:
+        before = self.by_map.get(name)
+        self.by_map[name] = values if before is None else before + values.to(before.device)
+
+
+class Nudges:
+    """Forward passes that are nudged along the directions, inside `with`; no hook is left on exit.
+
+    Until `at` is called, passes run as they are, and σ is measured in them. Every call of a module is nudged, those
+    without gradients too.
+
+    Args:
+        model: any model; its weights are not read.
+        directions: which way, and for which maps.
+    """
+
+    def __init__(self, model: nn.Module, directions: Directions):
+        self._model = model
+        self._directions = directions
+        self._handles: list[Any] = []
+        self._outputs: dict[str, Any] = {}
+        self._changes: dict[str, Any] = {}
+        self._step: tuple[int, float, Collection[str]] | None = None
+        self._thread = threading.get_ident()
+        self._sizes: dict[str, Tensor] = {}
+
+    def at(self, direction: int, size: float, names: Collection[str] | None = None) -> None:
+        """The next passes are nudged by `size` along direction k: all maps, or those of these parameters."""
+        self._step = direction, size, self._directions.maps.keys() if names is None else names
+
+    def rest(self) -> None:
+        """The next passes run as they are; σ is measured in them if it has not been."""
+        self._step = None
+
+    def sizes(self) -> Mapping[str, Tensor]:
+        """{parameter: σ (K,)} of the maps that ran; 0 where a map's input or output is zero."""
+        if not self._sizes:
+            ratios = {name: (self._outputs[name] / self._changes[name]).sqrt() for name in self._outputs}
+            self._sizes = {name: torch.where(ratio.isfinite(), ratio, 0.0) for name, ratio in ratios.items()}
+        return self._sizes
+
+    def __enter__(self) -> Nudges:
+        modules = dict(self._model.named_modules())
+        fused: dict[str, dict[str, str]] = {}
+        try:
+            for m in self._directions.maps.values():
+                if m.fused is not None:
+                    fused.setdefault(m.modules[0], {})[m.fused.name] = m.parameter
+                    continue
+                for name in m.modules:
+                    hook = self._hook(m.parameter)
+                    self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
+            for path, experts in find_experts(self._model, fused).items() if fused else ():
+                self._handles.append(experts.intercept(self._tap(fused[path]), self._is_wanted))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _is_wanted(self) -> bool:
+        """Whether a call is not somebody else's prediction meanwhile."""
+        return threading.get_ident() == self._thread
+
+    def _hook(self, parameter: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if not self._is_wanted():
+                return output
+            x = args[0] if args else next(iter(kwargs.values()))
+            a, b = self._directions.of(parameter, x)
+            return self._nudged(parameter, output, x, a, b)
+
+        return hook
+
+    def _tap(self, parameters: Mapping[str, str]) -> Tap:
+        def tap(weight: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
+            if weight not in parameters:
+                return output
+            a, b = self._directions.of_experts(parameters[weight], x, routing)
+            return self._nudged(parameters[weight], output, x, a, b)
+
+        return tap
+
+    def _nudged(self, parameter: str, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """A map's output with (x·a) b added, or as it is where σ is measured."""
+        if self._step is None:
+            if not self._sizes:
+                self._measure(parameter, output.detach(), x.detach().to(a.dtype) @ a, b)
+            return output
+        direction, size, names = self._step
+        sigma = self.sizes().get(parameter)
+        if parameter not in names or sigma is None:
+            return output
+        step = x.detach().to(a.dtype) @ (a[:, direction] * (size * float(sigma[direction])))
+        wide = torch.promote_types(output.dtype, torch.float32)
+        added = step[..., None] * b[..., direction].to(step.device)
+        return (output.to(wide) + added.to(output.device, wide).reshape(output.shape)).to(output.dtype)
+
+    def _measure(self, parameter: str, output: Tensor, xa: Tensor, b: Tensor) -> None:
+        """Add a call's Σ y² and Σ ‖(x·a) b‖² (K,)."""
+        squares, lengths = xa.double().square(), b.double().square()
+        if b.dim() == 3:  # fused experts: b by row
+            change = (squares * lengths.sum(1)).sum(0)
+        else:
+            change = squares.flatten(0, -2).sum(0) * lengths.sum(0)
+        total = output.double().square().sum()
+        self._outputs[parameter] = self._outputs.get(parameter, 0) + total.cpu()
+        self._changes[parameter] = self._changes.get(parameter, 0) + change.cpu()
