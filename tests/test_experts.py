@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate import disk_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
@@ -339,6 +341,33 @@ def test_experts_in_an_adapter_have_its_rows_and_those_of_before_are_refused(fam
     with pytest.raises(UnsupportedModelError, match=r"experts held fused experts"):
         bare.compute_pefs(examples, progress=False)
     assert all("forward" not in vars(module) for module in wrapped.modules())
+
+
+def _on_disk(model: Any, folder: Path) -> Any:
+    return disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("how", ["disk_offload", "lora", "modules_to_save"])
+def test_fused_experts_under_a_wrapper_have_the_rows_of_the_bare_model(how: str, tmp_path: Path) -> None:
+    """Oracle: the bare model in one process; a new adapter changes nothing, and offloaded weights are the same.
+
+    Two processes with FSDP2: tests/test_processes.py.
+    """
+    examples = examples_of(3)
+    truth = analyzer_of(model_of("mixtral")).compute_pefs(examples, batch_size=3, progress=False)
+    wrap: dict[str, Any] = {
+        "disk_offload": lambda model: _on_disk(model, tmp_path),
+        "lora": lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])),
+        "modules_to_save": lambda model: get_peft_model(
+            model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"])
+        ),
+    }
+    model = wrap[how](model_of("mixtral")).eval()
+    pefs = analyzer_of(model).compute_pefs(examples, batch_size=3, progress=False)
+    assert pefs.sketch().shapes == truth.sketch().shapes
+    assert any("experts" in name for name in truth.sketch().shapes)
+    torch.testing.assert_close(pefs.factors, truth.factors, atol=1e-6, rtol=1e-6)
+    assert pefs.info["selftest"]["difference_error"] < 1e-2
 
 
 def test_experts_in_8_bits_are_left_out_since_their_scales_lie_elsewhere() -> None:

@@ -143,9 +143,12 @@ SHARDED: dict[str, dict[str, Any]] = {
     "llama, everything resharded": {"family": "llama", "reshard_after_forward": True},
     "llama, norm and head together": {"family": "llama", "together": True, "n": 3},
     "llama, all positions": {"family": "llama", "settings": {"positions": "all"}},
+    "mixtral": {"family": "mixtral", "n": 3},
+    "mixtral, experts by themselves": {"family": "mixtral", "n": 3, "apart": "experts"},
     "gemma2": {"family": "gemma2", "settings": {"sketch": "auto", "sketch_dim": None, "sketch_tolerance": 1.0}},
 }
-"""FSDP2: a classifier, a head read outside the passes, one softmax a token (so passes differ), soft-capped logits."""
+"""FSDP2: a classifier, a head read outside the passes, one softmax a token (so passes differ), fused experts, soft-capped
+logits."""
 
 
 def sharded_problem(name: str) -> tuple[Any, list[dict[str, Any]]]:
@@ -163,6 +166,9 @@ def shard(model: Any, problem: dict[str, Any]) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for name, part in model.named_modules():
+        if "apart" in problem and name.endswith(problem["apart"]):
+            fully_shard(part, mesh=mesh)
     for part in model.modules():
         if isinstance(part, torch.nn.ModuleList):
             for layer in part:
