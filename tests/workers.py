@@ -147,8 +147,8 @@ SHARDED: dict[str, dict[str, Any]] = {
     "mixtral, experts by themselves": {"family": "mixtral", "n": 3, "apart": "experts"},
     "gemma2": {"family": "gemma2", "settings": {"sketch": "auto", "sketch_dim": None, "sketch_tolerance": 1.0}},
 }
-"""FSDP2: a classifier, a head read outside the passes, one softmax a token (so passes differ), fused experts, soft-capped
-logits."""
+"""FSDP2: a classifier, a head read outside the passes, one softmax a token (so passes differ), fused experts,
+soft-capped logits."""
 
 
 def sharded_problem(name: str) -> tuple[Any, list[dict[str, Any]]]:
