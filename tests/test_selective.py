@@ -11,11 +11,14 @@ from torch import Tensor
 
 from hf_npeff import Decomposition, FisherConfig, IncompatibleSketchError, NPEFFAnalyzer, ParameterDirection, PEFs
 from hf_npeff.config import LiftRequest
+from hf_npeff.weights.contrast import Contrast
+from hf_npeff.weights.cross_validation import cross_validated, folds_of_kept, partition
+from hf_npeff.weights.downdates import Downdates
 from hf_npeff.weights.lifting import combination
 from hf_npeff.weights.ridge import SELECTIVE_RIDGES, folds_of
 from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
 from hf_npeff.weights.row_space import bytes_needed, row_space, unscaled_rows
-from hf_npeff.weights.selective import Contrast, cross_validated, selective
+from hf_npeff.weights.selective import selective, selective_together
 from tests import reference
 from tests.logged import warned_by
 from tests.tiny import tiny_batch, tiny_model
@@ -202,20 +205,80 @@ def test_the_cross_validated_score_is_that_of_examples_that_were_left_out(case: 
     alone, W = quiet(found, j), found.coefficients[:, j].double()
     contrast = Contrast(space, W, alone, space.coordinates(other) if kept else None)
     beta = combination(found, pefs)[0][j]
-    scores = cross_validated(contrast, beta, contrast.top())
-    number = min(5, contrast.number)
-    folds = [(folds_of(alone, number) == f) for f in range(number)]
+    (scores,) = cross_validated([contrast], beta[None], [contrast.top()])
+    fold_of, number = partition(contrast)
+    folds = [alone & (fold_of == f) for f in range(number)]
     if int((~alone & (W > 0)).sum()) >= 2 * number:
         folds = [fold | (folds_of(~alone & (W > 0), number) == f) for f, fold in enumerate(folds)]
     else:
         pytest.fail("choose a case with enough active examples")
-    keep_folds = [(folds_of(torch.ones(len(other), dtype=torch.bool), number) == f) for f in range(number)]
+    keep_folds = [folds_of_kept(raw(other), number) == f for f in range(number)]
     for share in (1.0, SELECTIVE_RIDGES[4]):
         truth = reference.held_out_selectivity(
             raw(pefs), beta, W, alone, [f.nonzero()[:, 0].tolist() for f in folds], share * contrast.top(),
             raw(other) if kept else None, [f.nonzero()[:, 0].tolist() for f in keep_folds] if kept else (),
         )  # fmt: skip
         assert scores[share] == pytest.approx(truth, rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_directions_solved_together_are_those_of_each_by_itself(case: Case, kept: bool) -> None:
+    """Oracle: M of each, dense, from the rows left alone: its folds, its scores and (M + λI)⁻¹ g; relative 1e-9."""
+    _, _, pefs, found, other = case
+    space = row_space(pefs)
+    W, X = found.coefficients.double(), space.rows
+    known = space.coordinates(other) if kept else None
+    chosen = [j for j in range(len(found)) if int(quiet(found, j).sum()) >= 2]
+    assert len(chosen) > 2
+    contrasts = [Contrast(space, W[:, j], quiet(found, j), known) for j in chosen]
+    betas = combination(found, pefs)[0][chosen]
+    for contrast, beta, (coefficients, y, info) in zip(
+        contrasts, betas, selective_together(contrasts, betas, "auto"), strict=True
+    ):
+        M, g = contrast.disturbance(), torch.einsum("nc,ncm->m", beta, X)
+        shift = info["ridge"] * float(torch.linalg.eigvalsh(M)[-1])
+        truth = torch.linalg.solve(M + shift * torch.eye(len(M), dtype=M.dtype), g)
+        assert (y - truth).norm() < 1e-9 * truth.norm()
+        torch.testing.assert_close(coefficients, space.coefficients(truth), rtol=1e-7, atol=1e-9)
+        assert info["effective_rank"] == pytest.approx(effective_rank(M, shift), rel=1e-9)
+        assert torch.equal(coefficients, selective(contrast, beta, info["ridge"])[0]), "a run that goes on finds it"
+        (alone,) = cross_validated([contrast], beta[None], [contrast.top()])
+        assert list(info["cross_validation"].values()) == pytest.approx(list(alone.values()), rel=1e-9)
+
+
+@pytest.mark.parametrize("taken", [0, 3, 25])
+def test_rows_are_taken_out_of_a_matrix_for_many_ridges(taken: int) -> None:
+    """Oracle: dense inverses of what is left, with few rows taken out, none, and more than products are used for."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(60, 40, generator=generator, dtype=torch.float64) * 0.8 ** torch.arange(40)
+    g = torch.randn(40, generator=generator, dtype=torch.float64)
+    B, A = X.T @ X, X[:taken]
+    left, eye = B - A.T @ A, torch.eye(40, dtype=torch.float64)
+    known = Downdates(B)
+    shifts = [1.0, 1e-3, 1e-5]
+    truth = torch.stack([torch.linalg.solve(left + shift * eye, g) for shift in shifts], 1)
+    W, h = known.to_eigenvectors(A), known.to_eigenvectors(g)
+    solved = known.from_eigenvectors(known.solve(W, h, shifts).T).T
+    assert ((solved - truth).norm(dim=0) < 1e-9 * truth.norm(dim=0)).all()
+    assert known.solve(W, h, [1e-12]).isfinite().all()
+    assert known.top(W) == pytest.approx(float(torch.linalg.eigvalsh(left)[-1]), rel=1e-12)
+    for shift in shifts:
+        trace = float(torch.trace(left @ torch.linalg.inv(left + shift * eye)))
+        assert known.effective_rank(W, shift) == pytest.approx(trace, rel=1e-9)
+
+
+def test_examples_are_parted_once_unless_those_to_be_left_alone_lie_unevenly() -> None:
+    """Identities: directions share folds; one that leaves few alone parts those, each fold with as many up to one."""
+    pefs = PEFs.from_factors(torch.randn(30, 1, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    space, W = row_space(pefs), torch.ones(30, dtype=torch.float64)
+    alone = torch.arange(30) >= 4
+    shared, folds = partition(Contrast(space, W, alone))
+    assert folds == 5 and sorted(torch.bincount(shared).tolist()) == [6] * 5
+    assert torch.equal(shared, partition(Contrast(space, W, torch.arange(30) < 26))[0])
+    few = Contrast(space, W, shared == 0)
+    own, folds = partition(few)
+    assert folds == 5 and torch.equal(own >= 0, few.alone)
+    assert sorted(torch.bincount(own[few.alone]).tolist()) == [1, 1, 1, 1, 2]
 
 
 def test_auto_takes_the_ridge_of_the_best_score_and_says_so(case: Case) -> None:

@@ -14,13 +14,14 @@ from hf_npeff.data import Example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.contrast import Contrast
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.edits import Functionals, Wanted, changes_by_id, largest_step, removal, solve, warn_of_share
 from hf_npeff.weights.lifting import lift_combination
 from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observe, outcomes_of
 from hf_npeff.weights.plans import check_kept
 from hf_npeff.weights.row_space import combined_rows, row_space
-from hf_npeff.weights.selective import Contrast, most_different
+from hf_npeff.weights.selective import most_different
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import IncompatibleSketchError
 from hf_npeff.pefs.store import PEFs, check_same_sketch
 from hf_npeff.pefs.weights_identity import check_same_weights
+from hf_npeff.weights.contrast import NONE_LEFT, Contrast
 from hf_npeff.weights.row_space import combined_rows, row_space
-from hf_npeff.weights.selective import NONE_LEFT, Contrast, selective
+from hf_npeff.weights.selective import selective_together
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,8 @@ def made_selective(
     kept = None if request.keep is None else space.coordinates(request.keep)
     back = decomposition.scales if scales is None else None
     at = space.rows.device
-    solved = [
-        selective(
-            Contrast(space, W[:, p.component].to(at), ~active[:, p.component].to(at), kept), coefficients, request.ridge
-        )
-        for p, coefficients in zip(chosen, beta, strict=True)
-    ]
+    contrasts = [Contrast(space, W[:, p.component].to(at), ~active[:, p.component].to(at), kept) for p in chosen]
+    solved = selective_together(contrasts, beta, request.ridge)
     solutions = torch.stack([solution for solution, _, _ in solved])
     directions = combined_rows(pefs, solutions, scales, space.rows).cpu()
     if back is not None:

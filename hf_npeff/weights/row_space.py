@@ -152,8 +152,8 @@ def row_space(
 
 
 def bytes_needed(m: int, R: int, d: int) -> int:
-    """Bytes of m dimensions of R rows of d numbers: X, the basis and what it is made from, and matrices (m, m)."""
-    return 8 * m * (R + 2 * d + _SQUARES * m)
+    """Bytes of m dimensions of R rows of d numbers: X, turned too, the basis and its source, and matrices (m, m)."""
+    return 8 * m * (2 * R + 2 * d + _SQUARES * m)
 
 
 def _whole(pefs: PEFs, scales: Tensor | None, like: Tensor) -> RowSpace:

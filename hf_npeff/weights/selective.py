@@ -12,151 +12,80 @@ so `keep` only needs its inner products with the rows, no backward pass. Without
 δ ∝ (O + λI)⁻¹ g is the optimum among all weight changes: every term of it lies in the span. λ → ∞ gives g. λ is given
 as a share of the largest eigenvalue of M.
 
-`ridge="auto"` takes the λ of the best predicted selectivity on examples that were held out: folds of the examples to be
-left alone are taken out of M, folds of the component's examples out of g = Aᵀβ, and
-
-    score(λ) = Σ_i W_ij ‖A_i δ_(−fold i)‖² / Σ_i W_ij    over    the mean of ‖A_i δ_(−fold i)‖² over those left alone
+`ridge="auto"` takes the λ of the best predicted selectivity on examples that were held out (cross_validation.py). What
+all examples disturb is factored once for all components, and the few that one moves are taken out (downdates.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_npeff.config import Ridge
-from hf_npeff.weights.ridge import FOLDS, SELECTIVE_RIDGES, choose_ridge, folds_of, held_out
-from hf_npeff.weights.ridge_systems import (
-    effective_rank,
-    fold_grams,
-    gram,
-    shifted,
-    solve_shifted,
-    top_eigenpair,
-    top_eigenvalue,
-)
-from hf_npeff.weights.row_space import RowSpace
-
-NONE_LEFT = (
-    "no examples are left alone: what is to move is active on all of them. Give PEFs of other data as keep=, or use "
-    "selective=False for a component's own direction"
-)
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """What is to move and what is not, in the coordinates of a `RowSpace`.
-
-    Attributes:
-        space: the space of the rows that were decomposed.
-        wanted: (n,) how much each of their examples is wanted to move: coefficients of the component, or 1 and 0.
-        alone: (n,) bool, which of them are to be left alone.
-        kept: (n', c', m), coordinates of further rows to be left alone, or None.
-    """
-
-    space: RowSpace
-    wanted: Tensor
-    alone: Tensor
-    kept: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if not self.number:
-            raise ValueError(NONE_LEFT)
-
-    @property
-    def number(self) -> int:
-        """N, the examples to be left alone."""
-        return int(self.alone.sum()) + (0 if self.kept is None else len(self.kept))
-
-    def disturbance(self) -> Tensor:
-        """M (m, m)."""
-        total = gram(self.space.rows, self.alone)
-        if self.kept is not None:
-            total += gram(self.kept)
-        return total / self.number
-
-    def top(self) -> float:
-        """The largest eigenvalue of M; 0 where nothing moves the examples to be left alone."""
-        return top_eigenvalue(self.disturbance())
+from hf_npeff.weights.contrast import Contrast
+from hf_npeff.weights.cross_validation import cross_validated, folds_of_kept
+from hf_npeff.weights.downdates import Downdates
+from hf_npeff.weights.ridge import FOLDS, SELECTIVE_RIDGES, choose_ridge, folds_of
+from hf_npeff.weights.ridge_systems import fold_grams, gram, shifted, top_eigenpair, top_eigenvalue
 
 
 def selective(contrast: Contrast, coefficients: Tensor, ridge: Ridge) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The selective direction of g = Σ_ic β_ic A_ic.
+    """`selective_together` for one direction, of coefficients (n, c)."""
+    return selective_together([contrast], coefficients[None], ridge)[0]
+
+
+def selective_together(
+    contrasts: Sequence[Contrast], coefficients: Tensor, ridge: Ridge
+) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """The selective directions of several g_j = Σ_ic β_jic A_ic.
 
     Args:
-        contrast: what is to move and what is not.
-        coefficients: β (n, c) of unscaled rows.
-        ridge: λ over the largest eigenvalue of M, or "auto".
+        contrasts: what each is to move and what not, in one space and with the same `kept`.
+        coefficients: β (r, n, c) of unscaled rows.
+        ridge: λ over the largest eigenvalue of each M, or "auto".
 
     Returns:
-        The direction's coefficients (n, c) of unscaled rows, its coordinates y (m,), and what is kept of it.
+        For each its coefficients (n, c) of unscaled rows, its coordinates y (m,), and what is kept of it.
 
     Raises:
         ValueError: if `ridge` is "auto" and there are too few examples to hold some out.
     """
-    X = contrast.space.rows
-    beta = coefficients.to(X)
-    g = torch.einsum("ncm,nc->m", X, beta)
-    M = contrast.disturbance()
-    top = top_eigenvalue(M)
-    chosen = choose_ridge(ridge, lambda: cross_validated(contrast, beta, top))
-    shift = chosen.share * top if top > 0 else 1.0  # where nothing is disturbed, every λ gives g
-    y = solve_shifted(M, g, shift)
-    info = {
-        "selective": True,
-        **chosen.info(),
-        "effective_rank": effective_rank(M, shift),
-        "left_alone": contrast.number,
-        "cosine_with_component": float(y @ g / (y.norm() * g.norm()).clamp_min(torch.finfo(y.dtype).tiny)),
-        **contrast.space.info(),
-    }
-    return contrast.space.coefficients(y), y, info
-
-
-def cross_validated(contrast: Contrast, coefficients: Tensor, top: float) -> dict[float, float]:
-    """{ridge: predicted selectivity on examples that were held out}, by folds over the examples.
-
-    Raises:
-        ValueError: if there are fewer than two examples to be left alone.
-    """
-    if contrast.number < 2:
-        raise ValueError(
-            "ridge='auto' holds examples out, and there is only one to be left alone; give ridge= as a number, such "
-            "as 0.01, or more examples"
-        )
-    X = contrast.space.rows
-    active = contrast.wanted.to(X) * ~contrast.alone
-    folds = min(FOLDS, contrast.number)
-    out = held_out(contrast.alone, folds)
-    if int((active > 0).sum()) >= 2 * folds:  # else g itself would be another one without them
-        out |= held_out(active > 0, folds)
-    beta = coefficients[:, None] * (~out).to(X)[..., None]  # (n, folds, c)
-    g = torch.einsum("ncm,nfc->fm", X, beta)
-    grams = _held_out_grams(contrast, folds)
-    M = grams.sum(0)
-    moving = (active > 0)[:, None]
-    watched = out & moving if bool((out & moving).any()) else moving.expand_as(out)
-    weight = float((active[:, None] * watched).sum())
-    solutions = [solve_shifted((M - grams) / contrast.number, g, share * (top or 1.0)) for share in SELECTIVE_RIDGES]
-    moved, disturbed = torch.zeros(2, len(SELECTIVE_RIDGES), dtype=torch.float64)
-    for f in range(folds):
-        Y = torch.stack([y[f] for y in solutions], 1)  # (m, ridges)
-        which = watched[:, f]
-        moved += (active[which] @ (X[which] @ Y).square().sum(1)).cpu()
-        disturbed += (Y * (grams[f] @ Y)).sum(0).cpu()
-    tiny = torch.finfo(X.dtype).tiny
-    scores = (moved / weight) / (disturbed / contrast.number).clamp_min(tiny)
-    return dict(zip(SELECTIVE_RIDGES, scores.tolist(), strict=True))
+    space = contrasts[0].space
+    beta = coefficients.to(space.rows)
+    whole = Downdates(contrasts[0].everything())
+    rows = whole.to_eigenvectors(space.rows)
+    others = [rows[~contrast.alone].flatten(0, 1) for contrast in contrasts]
+    tops = [whole.top(W) / contrast.number for W, contrast in zip(others, contrasts, strict=True)]
+    judged = cross_validated(contrasts, beta, tops) if ridge == "auto" else []
+    made = []
+    for j, (contrast, W, top) in enumerate(zip(contrasts, others, tops, strict=True)):
+        chosen = choose_ridge(ridge, partial(judged.__getitem__, j))
+        g = beta[j].flatten() @ rows.flatten(0, 1)  # by itself: to the bit the same whatever the others are
+        N = contrast.number
+        shift = N * chosen.share * top if top > 0 else 1.0  # where nothing is disturbed, every λ gives g
+        y = N * whole.solve(W, g, [shift])[:, 0]
+        info = {
+            "selective": True,
+            **chosen.info(),
+            "effective_rank": whole.effective_rank(W, shift),
+            "left_alone": N,
+            "cosine_with_component": float(y @ g / (y.norm() * g.norm()).clamp_min(torch.finfo(y.dtype).tiny)),
+            **space.info(),
+        }
+        y = whole.from_eigenvectors(y)
+        made.append((space.coefficients(y), y, info))
+    return made
 
 
 def _held_out_grams(contrast: Contrast, folds: int) -> Tensor:
     """(folds, m, m): Σ X_iᵀX_i over the examples of each fold that are to be left alone, kept ones included."""
     grams = fold_grams(contrast.space.rows, folds_of(contrast.alone, folds), folds)
     if (kept := contrast.kept) is not None:
-        everywhere = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
-        grams += fold_grams(kept, folds_of(everywhere, folds), folds)
+        grams += fold_grams(kept, folds_of_kept(kept, folds), folds)
     return grams
 
 

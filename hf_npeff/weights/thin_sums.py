@@ -240,10 +240,15 @@ def _outside(rows: Tensor, values: Tensor) -> Tensor:
     if room == 0:
         return values[..., :0]
     for _ in range(2):  # what is nearly in the basis is orthogonal to it only after a second time
-        values = values - rows.T @ (rows @ values)
+        values = values - _times(rows.T, _times(rows, values))
         size = values.norm(dim=(1, 2), keepdim=True)
         values = torch.linalg.qr(values / size.clamp_min(torch.finfo(values.dtype).tiny))[0]
-    return values - rows.T @ (rows @ values)
+    return values - _times(rows.T, _times(rows, values))
+
+
+def _times(matrix: Tensor, values: Tensor) -> Tensor:
+    """Return matrix (a, n) @ values (r, n, k) as one product: torch would copy the matrix for every one of the r."""
+    return torch.einsum("an,rnk->rak", matrix, values)
 
 
 def _cut(bases: Bases, X: Tensor, Y: Tensor, rest: Tensor, rank: int) -> Cut:
@@ -251,8 +256,8 @@ def _cut(bases: Bases, X: Tensor, Y: Tensor, rest: Tensor, rank: int) -> Cut:
     k, phi, xi = bases.thin, bases.left, bases.right
     Q, P = _outside(phi, X), _outside(xi, Y.mT)
     # The coordinates of X_j in [Φᵀ, Q′] and of Y_jᵀ in [Ξᵀ, P′].
-    of_x = torch.cat([phi @ X, Q.mT @ X], 1)
-    of_y = torch.cat([xi @ Y.mT, P.mT @ Y.mT], 1)
+    of_x = torch.cat([_times(phi, X), Q.mT @ X], 1)
+    of_y = torch.cat([_times(xi, Y.mT), P.mT @ Y.mT], 1)
     s, t = len(phi), len(xi)
     M = X.new_zeros(len(X), of_x.shape[1], of_y.shape[1])
     M[:, k:s, k:t] = rest
@@ -264,8 +269,8 @@ def _cut(bases: Bases, X: Tensor, Y: Tensor, rest: Tensor, rank: int) -> Cut:
     M[:, s:, :k] = of_x[:, s:]
     M[:, :k, t:] = of_y[:, t:].mT
     U, S, V = _leading(M, rank)
-    left = phi.T @ U[:, :s] + Q @ U[:, s:]
-    right = xi.T @ V[:, :t] + P @ V[:, t:]
+    left = _times(phi.T, U[:, :s]) + Q @ U[:, s:]
+    right = _times(xi.T, V[:, :t]) + P @ V[:, t:]
     return Cut(left, S, right, _energy(bases, M, estimate))
 
 

@@ -17,9 +17,10 @@ import time
 import torch
 
 from hf_npeff import PEFs
+from hf_npeff.weights.contrast import Contrast
 from hf_npeff.weights.edits import solve
 from hf_npeff.weights.row_space import combined_rows, row_space
-from hf_npeff.weights.selective import Contrast, selective
+from hf_npeff.weights.selective import selective
 
 INNER = 600
 """Dimensions with a spectrum of their own, above noise: as of 224 prompts of SmolLM2."""
