@@ -125,7 +125,7 @@ def tried(
         with direction.applied_to(forward.model, scale):
             return observe(forward, examples, goal.outcomes, request.batch_size).values - now.values
 
-    return largest_step(goal.missing(now), step.predicted, change_at)
+    return largest_step(goal.missing(now), step.predicted, change_at, step.info.get("ridge"))
 
 
 def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, Any]:

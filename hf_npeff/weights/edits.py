@@ -295,7 +295,7 @@ def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> d
 
 
 def largest_step(
-    wanted: Wanted, predicted: Tensor, change_at: Callable[[float], Tensor]
+    wanted: Wanted, predicted: Tensor, change_at: Callable[[float], Tensor], ridge: float | None = None
 ) -> tuple[float, dict[str, float]]:
     """The largest of a quarter, a half and the whole that does what was predicted, tried on the model.
 
@@ -303,6 +303,7 @@ def largest_step(
         wanted: the groups in which changes are judged.
         predicted: (n,) changes of the whole step.
         change_at: a step → the changes (n,) that the model shows.
+        ridge: the one that the step was solved with, for the error.
 
     Returns:
         The step, and {step: error} of those that were tried.
@@ -321,6 +322,11 @@ def largest_step(
     if best is None:
         raise ValueError(
             f"no step does what was predicted: a quarter of it differs from its prediction by {errors['0.25']:.0%}. "
-            "Ask for smaller changes, raise ridge, or take rows that express more of the outcome"
+            + (
+                "Raise ridge"
+                if ridge is None
+                else f"Raise ridge, which was {ridge:.1g}, for instance to {10 * ridge:.1g}"
+            )
+            + ", ask for smaller changes, or take rows that express more of the outcome (a larger rank)"
         )
     return best, errors
