@@ -1,11 +1,15 @@
-"""The figure of docs/languages.md, from the kept figures: `python -m tests.benchmarks.edit_figures`.
+"""The table and the figure of docs/languages.md, from what examples/05_take_a_language_out.py wrote.
 
-Drawn by hand as SVG, so that one file has the colours of a light page and of a dark one.
+    python -m tests.benchmarks.edit_figures runs/language/figures.json
+
+It prints the table, keeps the figures in docs/studies/languages.json and draws docs/figures/languages.svg: SVG by hand,
+so that one file has the colours of a light page and of a dark one.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,7 +17,6 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 KEPT = DOCS / "studies" / "languages.json"
-"""In the form that examples/05_take_a_language_out.py writes; put together by hand, see docs/languages.md."""
 _LABELS, _WIDTH, _ROW, _TOP = 230, 480, 26, 46
 _STYLE = """\
 text{font:12px system-ui,sans-serif;fill:#24292f}.axis{stroke:#d0d7de}.s0{fill:#0969da;stroke:#0969da}
@@ -66,10 +69,25 @@ def languages(figures: Mapping[str, Any]) -> str:
     return dots(rows, series, (0, 1, 2, 3, 4, 5, 6, 7), "change of cross-entropy on held-out articles, nats a token")
 
 
+def table(figures: Mapping[str, Any]) -> str:
+    """Markdown: cross-entropy before, and the gains of every method."""
+    columns = list(figures["before"])
+    lines = [
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+        "| before (nats) | " + " | ".join(f"{figures['before'][name]:.2f}" for name in columns) + " |",
+    ]
+    for method, found in figures["methods"].items():
+        lines.append(f"| {method} | " + " | ".join(f"{found['gains'][name]:+.2f}" for name in columns) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Write the figure."""
-    drawn = languages(json.loads(KEPT.read_text(encoding="utf-8")))
-    (DOCS / "figures" / "languages.svg").write_text(drawn, encoding="utf-8")
+    """Keep the figures, print the table, draw the figure."""
+    figures = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    KEPT.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (DOCS / "figures" / "languages.svg").write_text(languages(figures), encoding="utf-8")
+    print(table(figures))
 
 
 if __name__ == "__main__":
