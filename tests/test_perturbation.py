@@ -226,7 +226,7 @@ def test_the_best_step_is_measured_on_held_out_data_by_group(
     assert report.best.other_worst == pytest.approx(worst, rel=1e-4, abs=1e-7)
     assert report.summary()["kl_worst"] == report.best.other_worst
     card = direction.to_adapter(scale=-0.4, report=report, decomposition=c.decomposition).card()
-    assert "most changed of the other examples" in card
+    assert "the worst of the other examples" in card
     with pytest.raises(ValueError, match="held_out"):
         c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, by="group", **settings)
 
