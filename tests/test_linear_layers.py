@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from hf_npeff import UnsupportedModelError
+from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
 from hf_npeff.fisher.linear_layers import behaviour
 from hf_npeff.fisher.linear_maps import find_linear_maps
 from tests import reference, tiny
@@ -266,3 +268,57 @@ def test_what_is_left_out_is_told_by_its_share_whatever_its_shape(caplog: pytest
         analyzer_of(model, target_modules=["q_proj"], parameters=["w1"]).compute_pefs(tiny.tiny_batch(model, 2, seed=1))
     assert not warned_by(caplog, "fisher.preparation")
     assert find_linear_maps(model, ["q_proj"])
+
+
+def _pruned(layer: nn.Linear) -> str:
+    prune.random_unstructured(layer, "weight", 0.5)
+    return "weight_orig"
+
+
+def _normed(layer: nn.Linear) -> str:
+    nn.utils.parametrizations.weight_norm(layer)
+    return "parametrizations.weight.original1"
+
+
+def _normed_as_before(layer: nn.Linear) -> str:
+    nn.utils.weight_norm(layer)
+    return "weight_v"
+
+
+@pytest.mark.parametrize("change", [_pruned, _normed, _normed_as_before])
+def test_weights_that_are_made_of_others_are_left_out_by_name_and_those_are_right(
+    change: Callable[[nn.Linear], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: autograd's gradient of the parameter that is there, zero where a mask hides it; nobody can move `weight`.
+
+    The advice is followed: the parameter that the warning names is given in `parameters`.
+    """
+    model: Any = tiny.tiny_model("bert", "sequence-classification", dtype=torch.float32)
+    name = f"bert.pooler.dense.{change(model.bert.pooler.dense)}"
+    assert "bert.pooler.dense.weight" not in {m.parameter for m in find_linear_maps(model)}
+    examples = tiny.tiny_batch(model, 3, seed=1)
+    settings: dict[str, Any] = {"output_factor": "exact", "rank": 2, "sketch": "identity"}
+    with caplog.at_level(logging.WARNING):
+        NPEFFAnalyzer(model, fisher=FisherConfig(**settings)).compute_pefs(examples, progress=False)
+    assert name in caplog.text
+    fisher = FisherConfig(target_modules=[], parameters=[name], **settings)
+    pefs = NPEFFAnalyzer(model, fisher=fisher).compute_pefs(examples, batch_size=3, progress=False)
+    parameter = dict(model.named_parameters())[name]
+    for i, example in enumerate(examples):
+        logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0]
+        J = torch.stack([torch.autograd.grad(z, parameter, retain_graph=True)[0].flatten() for z in logits]).double()
+        p = logits.detach().double().softmax(-1)
+        truth = J.T @ (p.diag() - p.outer(p)) @ J
+        A = pefs.factors[i].double() * pefs.norms[i].double().sqrt()
+        assert (A.T @ A - truth).norm() <= 1e-4 * truth.norm()
+
+
+def test_a_model_that_returns_tuples_is_refused_with_what_to_set() -> None:
+    """Oracle: the setting that the error names."""
+    model: Any = tiny.tiny_model("bert", "sequence-classification")
+    examples = tiny.tiny_batch(model, 2, seed=1)
+    model.config.return_dict = False
+    with pytest.raises(UnsupportedModelError, match=r"config\.return_dict = True"):
+        NPEFFAnalyzer(model).compute_pefs(examples, progress=False)
+    model.config.return_dict = True
+    assert len(NPEFFAnalyzer(model).compute_pefs(examples, progress=False)) == 2

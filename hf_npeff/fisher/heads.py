@@ -345,6 +345,10 @@ class _WatchedEmbedding:
 
 def _logits_of(result: Any) -> Tensor:
     logits = result.get("logits") if hasattr(result, "get") else None
+    if isinstance(result, tuple):
+        raise UnsupportedModelError(
+            "the model returns a tuple, whose parts have no names: set model.config.return_dict = True"
+        )
     if logits is None:
         raise UnsupportedModelError(
             "the model returns no logits, so it predicts nothing that a Fisher could be taken of; load it with a head "

@@ -52,8 +52,19 @@ def is_at_hand(weight: Tensor | None) -> bool:
     )
 
 
+def is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weight is no parameter but made of others in every pass: masks, weight norm, parametrizations.
+
+    A row of such a weight would be that of numbers which cannot be changed, some of them masked.
+    """
+    return isinstance(vars(module).get("weight"), Tensor) or "weight" in getattr(module, "parametrizations", ())
+
+
 def behaviour(module: nn.Module) -> Behaviour:
     """What a linear map's forward pass is: x Wᵀ + b; that of a rounded x, so that no gradient reaches x; or neither."""
+    if is_computed(module):
+        logger.info("a %s is no linear map: its weight is made of other parameters", type(module).__name__)
+        return "other"
     own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # Accelerate's calls the original one
     if not own_forward and type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return "product"

@@ -114,7 +114,8 @@ def find_linear_maps(
     model's output embedding, maps that share an input embedding's weight, the vision tower of a model that takes
     images, and the parts of a loaded PEFT adapter. Inside PEFT's wrappers modules and weights go by the names of the
     bare model. An empty list chooses none.
-    Modules whose forward pass is not x Wᵀ + b are left out (`linear_layers.behaviour`).
+    Modules whose forward pass is not x Wᵀ + b are left out, and those whose weight is made of other parameters in every
+    pass, as pruning and weight norm do (`linear_layers.behaviour`).
 
     Raises:
         ValueError: if nothing matches, or a regular expression is not one.
@@ -148,7 +149,9 @@ def find_linear_maps(
         raise UnsupportedModelError(
             f"none of the {len(candidates)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their "
             f"rows (for instance {candidates[0][0]}, a {type(candidates[0][1]).__name__} whose forward pass is "
-            "another). Weights that are quantised anew in every pass do this: load the model as it was saved"
+            "another). Weights that are quantised anew in every pass do this: load the model as it was saved. So do "
+            "weights that are made of others by pruning, weight norm or a parametrization: make them permanent "
+            "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or name those in `parameters`"
         )
     weights, names = {_identity(m) for _, m in chosen}, {n for n, _ in chosen}
     # A tied weight's gradient is the sum over all its modules.
