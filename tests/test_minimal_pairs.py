@@ -20,10 +20,18 @@ from hf_npeff.studies.minimal_pairs import (
     shuffled,
     summary,
 )
-from hf_npeff.studies.pair_data import attributes_of, crossed_relations, home_assistant_rows, minimal_pairs, with_bases
+from hf_npeff.studies.pair_data import (
+    attributes_of,
+    crossed_relations,
+    cue_rows,
+    home_assistant_rows,
+    minimal_pairs,
+    with_bases,
+)
 from hf_npeff.studies.pair_methods import all_features, answers, layers_of
 from hf_npeff.studies.pair_study import MinimalPairsResult, run_minimal_pairs
 from hf_npeff.studies.rival_settings import MinimalPairsConfig
+from hf_npeff.studies.settings import PlantedConfig
 from tests import reference
 from tests.tiny import tiny_batch, tiny_model
 
@@ -76,6 +84,19 @@ class TestPairs:
             row["answer"].lower() for row in rows if row["factors"]["relation"] == "participle"
         }
 
+    def test_a_sentence_comes_again_without_each_of_its_cues(self) -> None:
+        """Oracle: the token ids: a cue is there where its factor says so, and pairs differ in one token."""
+        config = PlantedConfig(cues=5, labels=2, most=3, length=6)
+        rows = cue_rows(config, bases=8, seed=0)
+        for row in rows:
+            there = {f"cue {token - 3}" for token in row["input_ids"] if 3 <= token < 8}
+            assert there == {name for name, has in row["factors"].items() if has}
+        pairs = minimal_pairs([row["factors"] for row in rows], [row["base"] for row in rows])
+        assert len(pairs) == len(rows) - 8
+        for pair in pairs:
+            both = zip(rows[pair.has]["input_ids"], rows[pair.lacks]["input_ids"], strict=True)
+            assert sum(a != b for a, b in both) == 1
+
     def test_sentences_of_a_base_differ_in_one_place(self) -> None:
         """Oracle: the texts: cut after the common beginning and before the common end, at most three words are left."""
         pytest.importorskip("hassil", reason="it reads the grammars")
@@ -97,7 +118,7 @@ class TestMargins:
         assert margin_of(change, 0, []) == (pytest.approx(-2 / 6), False)
         assert margin_of(change, 0, [3]) == (pytest.approx(1 / 3), True)
         assert margin_of(change, 1, [3]) == (-1.0, False)  # it falls where it should rise
-        assert margin_of(torch.zeros(4), 0, []) == (0.0, False)
+        assert margin_of(torch.zeros(4), 0, []) == (-1.0, False)  # nothing moves
         assert margin_of(torch.tensor([1.0, 0.0]), 0, []) == (1.0, True)
 
     def test_features_are_assigned_one_to_one(self) -> None:
@@ -176,7 +197,8 @@ def test_every_method_is_read_both_ways_and_at_every_layer(small: dict[str, Any]
     features, known = all_features(small["analyzer"], small["dataset"], "first", config, 0)
     methods = {name.rsplit(", ", 1)[0] for name in features} - {"random"}
     assert methods == {
-        "NPEFF", "NPEFF, power 0.5", "gradient clustering", "gradient clustering, all rows", "Gradient Atoms",
+        "NPEFF", "NPEFF, power 0.5", "NPEFF, power 0.25", "Gradient Atoms, not whitened",
+        "gradient clustering", "gradient clustering, all rows", "Gradient Atoms",
         "dictionary learning on PEFs", "NMF on PEFs", "autoencoder of gradients", "SAE", "activations, k-means",
         "activations, NMF",
     }  # fmt: skip
@@ -205,7 +227,7 @@ def test_the_study_keeps_its_parts_and_writes_its_page(
     """Oracle: how often a part is computed; the page read back; identity through JSON."""
     pytest.importorskip("matplotlib", reason="it draws the figures")
     calls: list[int] = []
-    names = ("NPEFF, alone", "gradient clustering, alone", "Gradient Atoms, alone", "activations, k-means, alone")
+    names = (pair_study.REFERENCE, "gradient clustering, alone", "Gradient Atoms, alone", "activations, k-means, alone")
 
     def fitted(analyzer: Any, dataset: Any, position: str, config: Any, seed: int) -> tuple[Any, dict[str, Any]]:
         generator = torch.Generator().manual_seed(seed)
@@ -230,7 +252,39 @@ def test_the_study_keeps_its_parts_and_writes_its_page(
     read = MinimalPairsResult.from_dict(json.loads((tmp_path / "result.json").read_text()))
     assert read.page() == (tmp_path / "README.md").read_text() and read.config == config
     assert set(read.data["home_assistant"]["trained"]) == {*names, "SAE, alone", "SAE, alone, layer by attribute"}
+    less = read.data["home_assistant"]["differences"]
+    rows = read.data["home_assistant"]["trained"]
+    for name in names:  # means over the same pairs, so differences of means
+        assert less[name]["margin"] == pytest.approx(rows[pair_study.REFERENCE]["margin"] - rows[name]["margin"])
     assert "random weights" in read.table() and read.data["home_assistant"]["facts"]["pairs"] == 160
+
+
+def test_the_page_is_that_of_its_results(tmp_path: Path) -> None:
+    """Identity: docs/studies/minimal_pairs, written again from its result.json."""
+    pytest.importorskip("matplotlib", reason="it draws the figures")
+    from tests.test_docs import REPOSITORY
+
+    folder = REPOSITORY / "docs" / "studies" / "minimal_pairs"
+    result = MinimalPairsResult.from_dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    result.write(tmp_path)
+    for name in ("README.md", "table.md", "result.json"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8"), name
+    text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
+    best = {"NPEFF, γ = 0.25, alignments": "NPEFF, power 0.25, alone", "NPEFF, γ = 1, alignments": "NPEFF, alone",
+            "random": "random", "NMF on the same PEFs": "NMF on PEFs, alone",
+            "gradient clustering": "gradient clustering, alone",
+            "gradient clustering with all rows of a PEF": "gradient clustering, all rows, alone",
+            "dictionary learning on the same PEFs": "dictionary learning on PEFs, alone",
+            "SAE": "SAE, alone, layer by attribute",
+            "Gradient Atoms": "Gradient Atoms, alone",
+            "Gradient Atoms, not whitened": "Gradient Atoms, not whitened, alone",
+            "autoencoder of gradients": "autoencoder of gradients, alone",
+            "activations, k-means": "activations, k-means, alone, layer by attribute"}  # fmt: skip
+    rows = result.data["planted_cues"]["trained"]
+    for shown, name in best.items():
+        row = rows[name]
+        figures = f"{row['margin']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {row['hits']:.0%} |"
+        assert f"| {shown} | {figures}" in text, name
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Every attribute gets a feature of its own, one to one, on half of the bases. On 
 exactly one factor, features are asked how far they move. A pair's margin is (right − wrong) / (right + wrong): right is
 how far the attribute's own feature rises, wrong how far the feature moves that moves most of all others, in units of
 each feature's spread over the examples. It is 1 where nothing else moves, 0 where another moves as far, −1 where the
-right one does not rise. Then the halves change places.
+right one does not rise, also where nothing moves. Then the halves change places.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def margin_of(change: Tensor, right: int, apart: Sequence[int]) -> tuple[float, 
     others[[right, *apart]] = False
     rises = max(float(change[right]), 0.0)
     wrong = float(change[others].abs().max()) if bool(others.any()) else 0.0
-    return ((rises - wrong) / (rises + wrong) if rises + wrong > 0 else 0.0), rises > wrong
+    return ((rises - wrong) / (rises + wrong) if rises > 0 else -1.0), rises > wrong
 
 
 def pair_margins(

@@ -1,4 +1,4 @@
-"""Examples that differ in exactly one factor: crossed word relations, and Home Assistant's sentences.
+"""Examples that differ in exactly one factor: planted cues, crossed word relations, Home Assistant's sentences.
 
 Every row says its factors (a word, or yes and no) and its base: the rest of it, which the rows of a base share.
 """
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_npeff.studies.datasets import _sentences
+from hf_npeff.studies.planted import CLS, FIRST_CUE, SEP
+from hf_npeff.studies.settings import PlantedConfig
 from hf_npeff.studies.word_relations import package_folder, sections
 
 Factors = Mapping[str, str | bool]
@@ -135,6 +137,42 @@ def crossed_relations(words: int = 6, shots: int = 3, seed: int = 0) -> list[dic
                         factors = {"relation": relation, "upper": upper, "colon": colon}
                         text, answer = (text.upper(), answer.upper()) if upper else (text, answer)
                         rows.append({"text": text, "answer": answer, "factors": factors, "base": f"{kind} {word}"})
+    return rows
+
+
+# Planted cues
+
+
+def cue_rows(config: PlantedConfig, bases: int = 48, seed: int = 0) -> list[dict[str, Any]]:
+    """Sentences of planted cues, each also with one of its cues replaced by a filler word, for every cue in turn.
+
+    Args:
+        config: the task; see `planted_sentences`.
+        bases: sentences to begin with, of two cues or more where the task allows them.
+        seed: the seed of the drawing.
+
+    Returns:
+        `input_ids`, `factors` (every cue, there or not) and `base`.
+    """
+    rng = random.Random(seed)
+    first_filler = FIRST_CUE + config.cues
+    rows = []
+    for number in range(bases):
+        cues = rng.sample(range(config.cues), rng.randint(min(2, config.most), config.most))
+        words = [FIRST_CUE + cue for cue in cues]
+        words += [first_filler + rng.randrange(config.fillers) for _ in range(config.length - len(cues))]
+        order = rng.sample(range(config.length), config.length)
+        instead = first_filler + rng.randrange(config.fillers)
+        for left_out in (None, *range(len(cues))):
+            changed = [instead if i == left_out else word for i, word in enumerate(words)]
+            kept = [cue for i, cue in enumerate(cues) if i != left_out]
+            rows.append(
+                {
+                    "input_ids": [CLS, *(changed[i] for i in order), SEP],
+                    "factors": {f"cue {cue}": cue in kept for cue in range(config.cues)},
+                    "base": f"sentence {number}",
+                }
+            )
     return rows
 
 

@@ -25,8 +25,8 @@ from hf_npeff.studies.factors import FactorsResult, first_half, run_factors
 from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, PlantedConfig
 
-_PAD, _CLS, _SEP = 0, 1, 2  # the first numbers of a vocabulary of its own
-_FIRST_CUE = 3
+_PAD, CLS, SEP = 0, 1, 2  # the first numbers of a vocabulary of its own
+FIRST_CUE = 3
 """The number of the first token that is a cue: after those that every sentence may have."""
 TARGETS = r".*attention\.self\.value"
 """What attention copies, in both layers: where a cue acts; the same for NPEFF and gradient clustering."""
@@ -37,7 +37,7 @@ COMPARISON = ComparisonConfig(n_components=16, power=0.5, n_restarts=8, batch_si
 def planted_sentences(config: PlantedConfig, n: int, seed: int) -> list[dict[str, Any]]:
     """Sentences: `input_ids`, `targets` (0.0 or 1.0 a label), `cues` (a list of names)."""
     rng = random.Random(seed)
-    first_filler = _FIRST_CUE + config.cues
+    first_filler = FIRST_CUE + config.cues
     rows = []
     for _ in range(n):
         cues = sorted(rng.sample(range(config.cues), rng.randint(0, config.most)))
@@ -45,10 +45,10 @@ def planted_sentences(config: PlantedConfig, n: int, seed: int) -> list[dict[str
         targets = [
             float(rng.random() < (config.likely if k in served else config.unlikely)) for k in range(config.labels)
         ]
-        words = [_FIRST_CUE + cue for cue in cues]
+        words = [FIRST_CUE + cue for cue in cues]
         words += [first_filler + rng.randrange(config.fillers) for _ in range(config.length - len(cues))]
         rng.shuffle(words)
-        rows.append({"input_ids": [_CLS, *words, _SEP], "targets": targets, "cues": [f"cue {cue}" for cue in cues]})
+        rows.append({"input_ids": [CLS, *words, SEP], "targets": targets, "cues": [f"cue {cue}" for cue in cues]})
     return rows
 
 
@@ -62,7 +62,7 @@ def planted_model(config: PlantedConfig) -> tuple[nn.Module, float]:
         torch.manual_seed(config.seed)
         settings: Any = transformers.BertConfig  # its annotations lack what every config takes
         bert = settings(
-            vocab_size=_FIRST_CUE + config.cues + config.fillers,
+            vocab_size=FIRST_CUE + config.cues + config.fillers,
             hidden_size=config.hidden,
             num_hidden_layers=2,
             num_attention_heads=4,  # chosen: so small a model needs no more
