@@ -270,21 +270,7 @@ def test_the_page_is_that_of_its_results(tmp_path: Path) -> None:
     for name in ("README.md", "table.md", "result.json"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8"), name
     text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
-    best = {"NPEFF, γ = 0.25, alignments": "NPEFF, power 0.25, alone", "NPEFF, γ = 1, alignments": "NPEFF, alone",
-            "random": "random", "NMF on the same PEFs": "NMF on PEFs, alone",
-            "gradient clustering": "gradient clustering, alone",
-            "gradient clustering with all rows of a PEF": "gradient clustering, all rows, alone",
-            "dictionary learning on the same PEFs": "dictionary learning on PEFs, alone",
-            "SAE": "SAE, alone, layer by attribute",
-            "Gradient Atoms": "Gradient Atoms, alone",
-            "Gradient Atoms, not whitened": "Gradient Atoms, not whitened, alone",
-            "autoencoder of gradients": "autoencoder of gradients, alone",
-            "activations, k-means": "activations, k-means, alone, layer by attribute"}  # fmt: skip
-    rows = result.data["planted_cues"]["trained"]
-    for shown, name in best.items():
-        row = rows[name]
-        figures = f"{row['margin']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {row['hits']:.0%} |"
-        assert f"| {shown} | {figures}" in text, name
+    assert result.best_table() in text
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,22 @@ class MinimalPairsResult(StudyResult):
             parts.append(f"{data.replace('_', ' ')}:\n\n{markdown(header, body)}")
         return "\n\n".join(parts)
 
+    def best_table(self) -> str:
+        """A row a method: its best reading's margin, interval and share of hits on every data set."""
+        kinds = dict.fromkeys(_kind(name) for data in self.data for name in self.methods(data))
+        body = []
+        for kind in kinds:
+            cells = []
+            for data in self.data:
+                name = next((n for n in self.methods(data) if _kind(n) == kind), None)
+                row = self.data[data][_TRAINED].get(name)
+                cells += ["–", "–"] if row is None else [_interval(row), f"{row['hits']:.0%}"]
+            body.append([kind, *cells])
+        header = ["best reading of each method"]
+        for data in self.data:
+            header += [data.replace("_", " "), "right one first"]
+        return markdown(header, body)
+
     def draw(self, figure: Any) -> None:
         """Margins with their intervals, a panel a data set."""
         for panel, data in enumerate(self.data):
@@ -203,6 +219,11 @@ _READING = """How to read it:
   on seed 10 of the planted cues ([what was tried](settings_planted_cues.json)). Gradient Atoms are shown without their
   whitening too, which was better there.
 """
+
+
+def _kind(name: str) -> str:
+    """The method of a row, without its reading."""
+    return name.split(", competing")[0].split(", alone")[0]
 
 
 def _ours(name: str) -> bool:
