@@ -90,8 +90,8 @@ def selective_adapter(model: Any) -> Adapter:
     """A component of random prompts, lifted selectively and cut to rank 4."""
     generator = torch.Generator().manual_seed(2)
     prompts = [{"input_ids": torch.randint(3, 200, (8,), generator=generator).tolist()} for _ in range(16)]
-    # Of a real model the upper MLPs: the rows of all linear maps would fill the memory.
-    targets = "all-linear" if model.config.num_hidden_layers < _LARGE else r".*layers\.2\d\.mlp\.\w+_proj"
+    # Of a real model the last MLPs: the rows of all linear maps would fill the memory.
+    targets = "all-linear" if model.config.num_hidden_layers < _LARGE else r".*layers\.2[89]\.mlp\.\w+_proj"
     analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2, target_modules=targets))
     pefs = analyzer.compute_pefs(prompts)
     direction = analyzer.lift(analyzer.decompose(pefs, n_components=3), 0, pefs, prompts, selective=True)
