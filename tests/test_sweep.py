@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm_processes
 from tests.sweep import table
 from tests.sweep.judge import RAW, UNBUILT, WRONG
 from tests.sweep.run import cases_of_tests, in_third
@@ -22,8 +21,9 @@ def test_no_model_type_of_a_fixed_third_is_silently_wrong_or_fails_without_words
     In a process of its own, which forks for every type. What cannot be built tells nothing; most can.
     """
     path = tmp_path / "results.jsonl"
-    run = [sys.executable, "-m", "tests.sweep.run", "--third", "--right-only", "--jobs", "1", "--results", str(path)]
-    subprocess.run(run, check=True, cwd=ROOT, capture_output=True, timeout=900)
+    command = ["-m", "tests.sweep.run", "--third", "--right-only", "--jobs", "1", "--results", path]
+    done = warm_processes.run(command, timeout=900)
+    assert done.returncode == 0, done.stderr
     results = table.read(path)
     bad = {key: r.get("message", "") for key, r in results.items() if r["outcome"] in (RAW, WRONG)}
     assert bad == {}

@@ -29,7 +29,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 WITHOUT_HUB = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.utils.data",
-    "scipy.optimize", "scipy.sparse", "sympy", "pandas", "pyarrow.parquet", "safetensors.torch", "typer", "yaml",
+    "scipy.optimize", "scipy.sparse", "sympy", "httpx", "requests", "fsspec", "pandas", "pyarrow.parquet",
+    "safetensors.torch", "typer", "yaml",
 )  # fmt: skip
 """What takes long to import and reads no setting of the Hub."""
 WITH_HUB = (

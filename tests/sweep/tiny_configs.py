@@ -174,7 +174,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "donut-swin": _STAGES,
     "dots3_note_text": {"num_key_value_heads": HEADS},
-    "efficientnet": {"image_size": 64, "hidden_dim": 2560},
+    "efficientnet": {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
     "emu3": {"vocabulary_map": {"<image>": 13, "<|extra_200|>": 14}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 2]}},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32},

@@ -145,7 +145,9 @@ def _examples(model: Any, kind: str) -> list[dict[str, Any]]:
         if kind == "sequence-classification" and model.config.is_encoder_decoder:
             words[-1] = EOS  # BART reads its classes there
         if kind == "seq2seq-lm":
-            example["labels"] = words[: 1 + length // 3]
+            example["labels"] = words[
+                : 1 + length // 4
+            ]  # of two lengths; every term takes a pass per token of the vocabulary
         examples.append(example)
     missing = _missing(model, kind, examples)
     for example in examples if missing else ():
