@@ -192,7 +192,7 @@ def test_a_weight_that_is_read_without_its_module_is_named_on_exit() -> None:
     with changed_in_activations(model, {"called.weight": delta}):
         model(x)
     with (
-        pytest.raises(UnsupportedModelError, match="read without calling the module"),
+        pytest.raises(UnsupportedModelError, match=r"\bread\b.*applied_to"),
         changed_in_activations(model, {"called.weight": delta, "read.weight": delta}),
     ):
         model(x)
@@ -220,7 +220,7 @@ def test_what_is_no_linear_map_is_refused_by_name() -> None:
         with pytest.raises(ValueError, match="scale"), direction.applied_in_activations(model, scale):
             pass
     other = tiny_model("llama", dtype=torch.float32)
-    with pytest.raises(ValueError, match="no parameters named"), direction.applied_in_activations(other):
+    with pytest.raises(ValueError, match=r"\['[\w.]+'"), direction.applied_in_activations(other):
         pass
     name = next(iter(direction))
     wrong = ParameterDirection({name: torch.ones(3, 5)}, {name: "conv1d"})
@@ -232,7 +232,7 @@ def test_what_cannot_be_assigned_is_refused() -> None:
     """Oracle: the errors; a batch of another size, and a module that sees something else than examples."""
     model = _ReadsWeights()
     with ChangedActivations(model, [{"called.weight": LinearDelta(torch.ones(4, 4))}]) as changed:
-        with pytest.raises(ValueError, match="2 numbers of changes and 1 scales"):
+        with pytest.raises(ValueError, match=r"2.*1"):
             changed.assign([0, 0], [1.0])
         with pytest.raises(IndexError):
             changed.assign([1], [1.0])

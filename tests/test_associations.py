@@ -120,12 +120,12 @@ def test_without_texts_the_error_says_what_to_keep_and_columns_are_looked_at_alo
     """Oracle: the error's words; and the association of the column that stays."""
     decomposition = planted()
     del decomposition.columns["text"]
-    with pytest.raises(ValueError, match="no texts were kept"):
+    with pytest.raises(ValueError, match=r"columns=.*texts=False"):
         decomposition.associations()
     assert decomposition.associations(texts=False)[0].associations[0].feature == "kind = a"
     for name in list(decomposition.columns):
         del decomposition.columns[name]
-    with pytest.raises(ValueError, match="neither texts nor columns"):
+    with pytest.raises(ValueError, match=r"texts.*columns"):
         decomposition.associations(texts=False)
 
 

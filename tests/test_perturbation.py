@@ -152,9 +152,9 @@ def test_adapters_are_measured_together_as_each_is_with_moved_weights(trained_ca
         assert c.decomposition.evaluations[j] == report.summary()
     together = c.analyzer.evaluate_components(c.decomposition, c.pefs, c.data, [3], rank=2, **settings)
     assert together[0].scale == pytest.approx(reports[3].scale, rel=0.05)
-    with pytest.raises(ValueError, match="adapters of components"):
+    with pytest.raises(ValueError, match="lift_adapters"):
         c.analyzer.evaluate_adapters([], c.decomposition, c.data)
-    with pytest.raises(ValueError, match="adapters of components"):
+    with pytest.raises(ValueError, match="lift_adapters"):
         c.analyzer.evaluate_adapters([moved.to_adapter(1)], c.decomposition, c.data)
 
 

@@ -64,7 +64,7 @@ def as_run(layer: Any) -> Tensor:
 
 
 def refuses(model: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.\d.*cuts the gradient.*quantise"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.\d"):
         analyzer_of(model, **SETTINGS).compute_pefs(tiny.tiny_batch(plain(), 2, seed=2), progress=False)
 
 

@@ -346,7 +346,7 @@ def test_what_cannot_be_selective_is_refused(case: Case, caplog: pytest.LogCaptu
     """Oracle: the errors that the documentation promises; left open, a component without others is lifted plainly."""
     analyzer, data, pefs, found, other = case
     whole = analyzer.decompose(pefs, 1, max_iterations=3000, tolerance=1e-10, progress=False)
-    with pytest.raises(ValueError, match="no examples are left alone"):
+    with pytest.raises(ValueError, match=r"keep=.*selective=False"):
         analyzer.lift(whole, 0, pefs, data, selective=True)
     with caplog.at_level(logging.WARNING, logger="hf_npeff"):
         plain = analyzer.lift(whole, 0, pefs, data, selective=None)
@@ -377,7 +377,7 @@ def test_what_cannot_be_selective_is_refused(case: Case, caplog: pytest.LogCaptu
     elsewhere.info = {**other.info, "model": "another/model"}
     with pytest.raises(IncompatibleSketchError, match="another model"):
         analyzer.lift(found, 0, pefs, data, selective=True, keep=elsewhere)
-    with pytest.raises(ValueError, match="all rows are zero"):
+    with pytest.raises(ValueError, match="zero"):
         row_space(PEFs.from_factors(torch.zeros(4, 2, 8)))
     for ids, against, words in (
         (["e99"], None, "not among"),

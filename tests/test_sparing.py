@@ -187,11 +187,11 @@ def test_what_cannot_be_spared_is_refused() -> None:
         analyzer.spare(embedding, rows)
     pefs = analyzer.compute_pefs(rows, progress=False)
     decomposition = analyzer.decompose(pefs, 1, n_restarts=1, progress=False)
-    with pytest.raises(ValueError, match=r"active on all"):
+    with pytest.raises(ValueError, match=r"\[0\]"):
         analyzer.spare(direction, rows, decomposition=decomposition)
-    with pytest.raises(ValueError, match="of no component"):
+    with pytest.raises(ValueError, match="ParameterDirection"):
         analyzer.spare(direction.random_like(), rows, decomposition=decomposition)
-    with pytest.raises(ValueError, match="as it was analysed"):
+    with pytest.raises(ValueError, match="decomposition="):
         analyzer.spare(direction, rows, decomposition=decomposition, max_examples=2)
     with pytest.raises(ValueError, match="the same weights"):
         analyzer.spare([], rows)
