@@ -26,14 +26,10 @@ class DirectionArithmetic(Mapping[str, Tensor]):
     layouts: dict[str, Layout]
     info: dict[str, Any]
 
-    def __init__(
-        self,
-        deltas: Mapping[str, Tensor],
-        layouts: Mapping[str, Layout],
-        info: Mapping[str, Any] | None = None,
-        *,
-        unit: bool = True,
-    ):
+    def _changed(
+        self: _Self, deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], info: Mapping[str, Any]
+    ) -> _Self:
+        """Another direction of the same kind, as long as it is."""
         raise NotImplementedError
 
     @property
@@ -48,7 +44,7 @@ class DirectionArithmetic(Mapping[str, Tensor]):
         deltas, layouts = summed([(weight, self), (other_weight, other)], [self.layouts, other.layouts])
         if not deltas:
             raise ValueError("the changes cancel: their sum is zero")
-        return type(self)(deltas, layouts, {**self._origin(), "method": "sum"}, unit=False)
+        return self._changed(deltas, layouts, {**self._origin(), "method": "sum"})
 
     def _origin(self) -> dict[str, Any]:
         """What a sum keeps of what is known."""
@@ -87,7 +83,7 @@ class DirectionArithmetic(Mapping[str, Tensor]):
         if not isinstance(factor, int | float) or isinstance(factor, bool):
             return NotImplemented
         factor = check_scale(factor)
-        return type(self)({n: factor * v for n, v in self.items()}, self.layouts, self.info, unit=False)
+        return self._changed({n: factor * v for n, v in self.items()}, self.layouts, self.info)
 
     __rmul__ = __mul__
 
@@ -121,7 +117,7 @@ class DirectionArithmetic(Mapping[str, Tensor]):
         size = sum(map(squared_norm, left.values())) ** 0.5
         if size <= 1e-6 * self.norm:  # float32's rounding of the parts that cancel
             raise ValueError("nothing is left of the change without these directions")
-        return type(self)(left, layouts, {**self._origin(), "method": "without"}, unit=False)
+        return self._changed(left, layouts, {**self._origin(), "method": "without"})
 
     def energies(self) -> dict[str, float]:
         """{parameter: its share of ‖Δ‖²}, the largest first; the norm there is its square root times `norm`.

@@ -90,6 +90,11 @@ class ParameterDirection(Readable, DirectionArithmetic):
         self.layouts: dict[str, Layout] = dict(layouts)
         self.info: dict[str, Any] = dict(info or {}) | ({} if unit else {"natural_scale": 1.0})
 
+    def _changed(
+        self, deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], info: Mapping[str, Any]
+    ) -> ParameterDirection:
+        return ParameterDirection(deltas, layouts, info, unit=False)
+
     # Changes that are there already
 
     @classmethod
