@@ -10,8 +10,6 @@ import hashlib
 import json
 import random
 import struct
-import subprocess
-import sys
 import textwrap
 import urllib.error
 import urllib.request
@@ -21,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm_processes
 from tests.hub_server import HubServer
 
 PREAMBLE = """
@@ -53,8 +52,7 @@ def hub() -> Iterator[HubServer]:
 def client(hub: HubServer, script: str, *, token: str | None = "hf_alice", home: Path, **given: Any) -> dict[str, Any]:
     """Run a script with the real client; `given` goes in as JSON, the script's `out` comes back."""
     code = f"{PREAMBLE}\n{textwrap.dedent(script)}\nprint(json.dumps(out))"
-    arguments = [sys.executable, "-c", code, json.dumps(given, default=str)]
-    done = subprocess.run(arguments, env=hub.env(token, home=home), capture_output=True, text=True, timeout=120)
+    done = warm_processes.run(["-c", code, json.dumps(given, default=str)], env=hub.env(token, home=home), timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
