@@ -93,9 +93,8 @@ def report(
         request = {"batch_size": batch_size, "check_weights": check_weights}
         revision = _measure(measured, decomposed, pefs, model, data, loading, reading, modules, top, request)
     decomposed.to_html(page, **settings, **measured.arguments(), texts=texts, force=force)
-    if space is None:
-        return _written(page, None, revision)
-    url = _publish(decomposed, page.parent / "space", space, measured, settings, texts and include_texts, private)
+    public = texts and include_texts
+    url = None if space is None else _publish(decomposed, page, space, measured, settings, public, private)
     return _written(page, url, revision)
 
 
@@ -128,17 +127,18 @@ def _checked_run(folder: Path, r: int) -> Path:
 
 def _publish(
     decomposition: Decomposition,
-    place: Path,
+    beside: Path,
     repo: str,
     measured: _Measured,
     settings: dict[str, Any],
     texts: bool,
     private: bool,
 ) -> str:
-    """Write the folder of a Space and push it; adapters that are on nobody else's disk are not mentioned."""
+    """Write the folder of a Space beside the page and push it; adapters on nobody else's disk are not mentioned."""
     from hf_npeff.report.page import push_space, write_space
     from hf_npeff.sharing.hub import is_hub_id
 
+    place = beside.parent / "space"
     adapters = {j: where for j, where in measured.adapters.items() if is_hub_id(where)}
     public = replace(measured, adapters=adapters)
     with tempfile.TemporaryDirectory() as temporary:

@@ -271,7 +271,6 @@ def _shard(
     forward, checked = maker.forward, len(rechecks.results)
     order: list[int] = []
     results: list[dict[str, Tensor]] = []
-    dtype = getattr(torch, maker.config.storage_dtype)
     pending = list(range(len(examples)))
     reasons: dict[int, str] = {}
     while pending:
@@ -299,19 +298,17 @@ def _shard(
                 raise
             sizer.halve(len(batch), max(e.length for e in together), error)
             continue
-        rows["factors"] = rows["factors"].to(dtype)
+        rows["factors"] = rows["factors"].to(getattr(torch, maker.config.storage_dtype))
         results.append({name: value.detach().cpu() for name, value in rows.items()})
         order += batch
         taken = set(batch)
         pending = [i for i in pending if i not in taken]
         bar.update(len(batch))
     skipped = [{"id": examples[i].id, "reason": reasons[i]} for i in sorted(reasons)]
-    checks = rechecks.results[checked:]
-    if not results:
-        return _Shard(start, {}, {}, skipped, checks)
     tensors = _in_order(results, order)
     kept = [example for i, example in enumerate(examples) if i not in reasons]
-    return _Shard(start, tensors, _columns(maker, kept, tensors), skipped, checks)
+    columns = _columns(maker, kept, tensors) if kept else {}
+    return _Shard(start, tensors, columns, skipped, rechecks.results[checked:])
 
 
 def _next_batch(
@@ -342,7 +339,7 @@ def _in_order(results: Sequence[Mapping[str, Tensor]], order: Sequence[int]) -> 
     """The tensors of batches as those of one shard, its examples put back from `order`."""
     place = torch.argsort(torch.tensor(order))
     tensors = {}
-    for name in results[0]:
+    for name in results[0] if results else ():
         values = [r[name] for r in results]
         if name == "cotangents":  # (B, c, t, s): batches differ in their number of terms
             values = [v.transpose(1, 2) for v in values]
