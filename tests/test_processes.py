@@ -35,8 +35,8 @@ def torchrun(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two processes compute and fit."""
     folder = tmp_path_factory.mktemp("two")
-    for done in warm_processes.two_of_torch(["-m", "tests.workers", "everything", folder]):
-        assert done.returncode == 0, done.stderr
+    done = torchrun("everything", folder)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -92,7 +92,7 @@ def test_a_ddp_model_gives_what_the_model_inside_it_gives(two: Path) -> None:
 
 
 def test_accelerate_starts_two_processes_on_cpus_by_this_config_file(two: Path, tmp_path: Path) -> None:
-    """Oracle: the store that the two processes of the other tests wrote; a lone process writes other shards.
+    """Oracle: the store that torchrun's two processes wrote; a lone process writes other shards.
 
     The config file is the one in docs/models.md.
     """
