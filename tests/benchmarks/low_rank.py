@@ -3,10 +3,12 @@
     python -m tests.benchmarks.low_rank [--models MiniLM SmolLM2] [--components 64] [--keep]
 
 Adapters of rank 4 of 64 components, over the time of computing the PEFs in the same process (processor time): plain
-directions, selective ones, and selective ones with a second pass. The cosine of an adapter is that with the best cut of
-exact lifting, by a whole SVD, of a few components. Memory is the peak of lifting in a process of its own, over that of
-computing the PEFs in another, as a multiple of the adapters' size. 16 components are then measured, all together in the
-activations and one after another with moved weights, as this library did before (`in_place`), which is kept here alone.
+directions, selective ones, and selective ones with a second pass. The cosine of an adapter is that with the best cut
+of exact lifting, by a whole SVD, of a few components. Solving for selective directions is timed alone too, against
+solving for each by itself as this library did before (`solved_apart`), of a few components, times their number.
+Memory is the peak of lifting in a process of its own, over that of computing the PEFs in another, as a multiple of
+the adapters' size. 16 components are then measured, all together in the activations and one after another with moved
+weights, as this library did before (`in_place`), which is kept here alone.
 
 It was never run from beginning to end: no figures of it are kept, and docs/benchmarks.md has none.
 """
@@ -27,10 +29,16 @@ from typing import Any
 import torch
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, PEFs
+from hf_npeff.config import LiftRequest
+from hf_npeff.decomposition.component import ACTIVE_SHARE
 from hf_npeff.fisher.predictions import predict
+from hf_npeff.weights.contrast import Contrast
+from hf_npeff.weights.lifting import combination
 from hf_npeff.weights.perturbation import choose_examples
+from hf_npeff.weights.plans import Plan, made_selective
+from hf_npeff.weights.row_space import row_space
 from hf_npeff.weights.steps import find_scale, longest_step
-from tests.benchmarks import sets
+from tests.benchmarks import sets, solved_apart
 from tests.benchmarks.measure import keep, machine
 
 RANK, BATCH, CHECKED, MEASURED = 4, 16, 6, 16
@@ -80,6 +88,25 @@ def cosines(analyzer: NPEFFAnalyzer, found: Any, pefs: PEFs, data: Any, adapters
     return values
 
 
+def solving(found: Any, pefs: PEFs) -> dict[str, float]:
+    """Seconds of solving for all selective directions together, and one after another; how many ridges differ."""
+    beta = combination(found, pefs)[0]
+    plans = [Plan(j, torch.zeros(pefs.dim, dtype=torch.float64), beta[j], {}) for j in range(len(found))]
+    begin = time.process_time()
+    made = made_selective(found, plans, pefs, LiftRequest(selective=True), None, None)
+    together = time.process_time() - begin
+    W = found.coefficients.double()
+    active = W / W.sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny) > ACTIVE_SHARE
+    wanted = range(0, len(found), max(1, len(found) // CHECKED))[:CHECKED]
+    begin = time.process_time()
+    space = row_space(pefs, inside=beta)
+    shared = time.process_time() - begin
+    ridges = [solved_apart.selective(Contrast(space, W[:, j], ~active[:, j]), beta[j])[1] for j in wanted]
+    apart = shared + (time.process_time() - begin - shared) * len(found) / len(wanted)
+    same = sum(ridge == made[j].info["ridge"] for ridge, j in zip(ridges, wanted, strict=True))
+    return {"together, s": together, "apart, s": apart, "ratio": apart / together, "same ridge": same / len(wanted)}
+
+
 def in_place(
     analyzer: NPEFFAnalyzer, found: Any, j: int, direction: Any, data: Any
 ) -> dict[float, tuple[float, float]]:
@@ -125,7 +152,8 @@ def compared(name: str, components: int) -> dict[str, Any]:
     base = time.process_time() - begin
     found = analyzer.decompose(pefs, components, n_restarts=2, progress=False)
     print(f"{name}: {len(pefs)} PEFs in {base:.0f} s of the processor; {found}", flush=True)
-    figures: dict[str, Any] = {"n": len(pefs), "PEFs, s": base, "ways": {}}
+    figures: dict[str, Any] = {"n": len(pefs), "PEFs, s": base, "solving": solving(found, pefs), "ways": {}}
+    print(f"  {figures['solving']}", flush=True)
     for way, settings in WAYS.items():
         begin = time.process_time()
         adapters = analyzer.lift_adapters(found, pefs, data, RANK, batch_size=BATCH, **settings)
@@ -153,7 +181,7 @@ def lone(what: str, name: str, components: int, folder: str) -> None:
     before = peak()
     output = f"{folder}-adapters"
     adapters = analyzer.lift_adapters(
-        found, pefs, data, RANK, selective=False, batch_size=BATCH, output_dir=output, check_weights=False
+        found, pefs, data, RANK, selective=True, batch_size=BATCH, output_dir=output, check_weights=False
     )
     size = sum(t.numel() * t.element_size() for a in adapters for t in a.tensors.values()) / 2**20
     print(json.dumps({"peak": peak(), "before": before, "adapters": size}))
