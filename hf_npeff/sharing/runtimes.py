@@ -70,7 +70,7 @@ RUNTIMES: tuple[Runtime, ...] = (
     Runtime(
         "sentence-transformers",
         "6.2.0",
-        {**_EVERYTHING, "experts": "not tested", "SHiRA": "wrong"},
+        {**dict.fromkeys(_EVERYTHING, "not tested"), "linear maps": "loads"},
         "`model.load_adapter(folder)`; embedding models alone",
         "`pytest tests/test_sentence_transformers.py`",
         "FEATURE_EXTRACTION",
