@@ -12,7 +12,8 @@ ones. The names are those of the package `gender-guesser`.
     python examples/07_take_a_shortcut_out.py --output runs/shortcut
 
 It writes runs/shortcut/figures.json and an adapter for every seed. Run again, it goes on where it stopped. --baselines
-names what else is tried; all of it takes about four minutes a model on one core. docs/shortcut.md discusses the figures.
+names what else is tried; all of it takes about four minutes a model on one core. docs/shortcut.md discusses the
+figures.
 """
 
 import argparse
