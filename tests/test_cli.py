@@ -370,7 +370,7 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
         ("compute model data.jsonl -o x --sketch magic", 2, "magic"),
         ("compute no/model data.jsonl -o x", 1, "no/model"),
         ("compute modle data.jsonl -o x", 1, "no folder modle (did you mean model?)"),
-        ("compute model dota.jsonl -o x", 1, "no file dota.jsonl (did you mean data.jsonl?)"),
+        ("compute model dota.jsonl -o x", 1, "no file dota.jsonl (did you mean data.jsonl"),
         ("components fuond", 1, "no folder fuond (did you mean found?)"),
         ("compute --config found/run.yaml", 2, "decompose"),
         ("compute --config data.jsonl", 2, "run.yaml"),

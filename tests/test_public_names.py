@@ -34,8 +34,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 PACKAGES = ("hf_npeff", "hf_npeff.baselines", "hf_npeff.studies")
 FACADE = ("NPEFFAnalyzer", "PEFs", "NPEFF", "Decomposition", "Component", "ParameterDirection", "NPEFFCallback")
 """Classes whose public methods need an example too: one of their own, or a call in an example of the class."""
-SKIPPED = {"Publishable.push_to_hub", "list_decompositions", "load_published", "InferenceChat"}
-"""Names with an example that cannot run here, since it needs a network or a large model: marked +SKIP."""
+SKIPPED = {"Publishable.push_to_hub", "list_decompositions", "load_published", "InferenceChat", "run_minimal_pairs"}
+"""Names with an example that cannot run here, since it needs a network, a large model or minutes: marked +SKIP."""
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

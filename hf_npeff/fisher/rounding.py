@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _ROUNDS = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "fix", "fix_"}
-CASTS = {"to", "type", "char", "byte", "short", "int", "long"}
-"""Names of methods and functions; a cast counts where it goes from floating point to integers or to 8 bits."""
-_INTEGERS = {"char", "byte", "short", "int", "long"}
+CASTS = {"to", "type", "char", "byte"}
+"""Names of methods and functions; a cast counts where it goes from floating point to 8 bits, as quantisers do. Wider
+integers made of activations are choices, such as which expert a token goes to: nothing is computed with them."""
+_EIGHT_BITS = {"char", "byte"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Roundings(TorchFunctionMode):
 
     Args:
         model: whose modules are named.
-        undone: leave everything unrounded, also what is cast to integers.
+        undone: leave everything unrounded, also what is cast to 8 bits.
 
     Attributes:
         calls: in order.
@@ -86,12 +87,12 @@ class Roundings(TorchFunctionMode):
 
 
 def _is_coarse(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a cast goes to integers or to floating point of 8 bits."""
-    if name in _INTEGERS:
+    """Whether a cast goes to integers or floating point of 8 bits."""
+    if name in _EIGHT_BITS:
         return True
     given = [*args[1:], *kwargs.values()]
     types = [v if isinstance(v, torch.dtype) else v.dtype for v in given if isinstance(v, torch.dtype | Tensor)]
-    return any(dtype != torch.bool and (not dtype.is_floating_point or dtype.itemsize == 1) for dtype in types)
+    return any(dtype != torch.bool and dtype.itemsize == 1 for dtype in types)
 
 
 def moved(before: list[Rounding], after: list[Rounding]) -> list[Rounding]:

@@ -139,6 +139,12 @@ def run_fair(
     Raises:
         ValueError: if no attribute can be measured.
         ModuleNotFoundError: if scikit-learn or scipy is not installed.
+
+    Example:
+        >>> from hf_npeff.studies.rival_settings import FairConfig
+        >>> few = FairConfig(n_components=3, seeds=1, n_restarts=1, sae_steps=5, sizes=(2, 3), layers=1)
+        >>> attributes = Attributes.from_columns({"animal": [row["animal"] for row in dataset]}, min_count=5)
+        >>> result = run_fair(analyzer, dataset, attributes, "last", few)
     """
     config = config or FairConfig()
     choose = first_half(len(attributes.values), config.seed)

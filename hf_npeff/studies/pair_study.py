@@ -247,6 +247,11 @@ def run_minimal_pairs(
     Raises:
         ValueError: if there are to be word relations and no `load_model`.
         ModuleNotFoundError: if a package of the data, a model or the methods is not installed.
+
+    Example:
+        >>> from hf_npeff.studies.rival_settings import MinimalPairsConfig
+        >>> cues = MinimalPairsConfig(data="planted_cues", seeds=1)
+        >>> result = run_minimal_pairs(cues, parts=Path("runs/pairs"))  # doctest: +SKIP
     """
     config = config or MinimalPairsConfig()
     if load_model is None and "word_relations" in config.names:

@@ -67,6 +67,8 @@ class Adapter(Readable):
         True
         >>> adapter.kept == f"{adapter.retained_energy:.0%}"
         True
+        >>> round(sum(adapter.energies().values()), 6)
+        1.0
         >>> with adapter.applied_in_activations(model):
         ...     moved = model(torch.tensor([[9, 10, 11]])).logits
         >>> adapter.linear_deltas().keys() == adapter.layouts.keys()
