@@ -335,7 +335,7 @@ def test_what_cannot_be_explained_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\['[\w.]+'"):
         explain(ParameterDirection({"nothing.weight": torch.ones(2, 2)}, {"nothing.weight": "linear"}))
     name = "transformer.h.0.mlp.c_fc.weight"
-    with pytest.raises(ValueError, match="different shapes.*c_fc"):
+    with pytest.raises(ValueError, match=r"different shapes.*c_fc"):
         explain(ParameterDirection({name: torch.ones(2, 2)}, {name: "conv1d"}))
     with pytest.raises(ValueError, match="under analysis"):
         explain(change_by(names="ln_f"))
