@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_npeff.sharing.files import finite, write_atomically
 from hf_npeff.studies.fair import FairResult
 from hf_npeff.studies.result import StudyResult, markdown, number
 
@@ -118,6 +117,7 @@ class FairOverview(StudyResult):
 
     def page(self) -> str:
         """The page that `write` leaves as README.md."""
+        reading = _READING.format(told_at=next(iter(self.results.values())).config.told_at)
         described = []
         for name, result in self.results.items():
             listed = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in result.kinds().items())
@@ -126,28 +126,17 @@ class FairOverview(StudyResult):
             "# Fair readings and controls\n\n![AUROC](figure.svg)\n\n"
             f"{self.verdict()}\n\nMade by `{self.command}`; every cell holds its values on "
             f"{', '.join(name.replace('_', ' ') for name in self.results)}.\n\n{self.table()}\n\n"
-            f"Components of NPEFF by their number:\n\n{self.curve()}\n\n{_READING}\n" + "\n".join(described) + "\n"
+            f"Components of NPEFF by their number:\n\n{self.curve()}\n\n{_READING.format(told_at=told_at)}\n"
+            + "\n".join(described)
+            + "\n"
         )
-
-    def write(self, folder: Path) -> None:
-        """Write result.json, table.md, figure.svg and README.md.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(finite(self.to_dict()), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(folder / "result.json", text.encode())
-        write_atomically(folder / "table.md", (self.table() + "\n").encode())
-        self.save_figure(folder / "figure.svg")
-        write_atomically(folder / "README.md", self.page().encode())
 
 
 _READING = """How to read it:
 
 - **Told by the output**: attributes that a logistic regression on the model's log-probabilities tells with an AUROC of
-  at least 0.8 on held-out examples; **not told**: the others. NPEFF sees how predictions depend on weights, so its
-  claim is the former. This is what the output shows, not what changes it: for that see
+  at least {told_at:g} on held-out examples; **not told**: the others. NPEFF sees how predictions depend on weights, so
+  its claim is the former. This is what the output shows, not what changes it: for that see
   [minimal pairs](../minimal_pairs/README.md), where one factor is changed and the KL is measured.
 - Features and layers are chosen on one half of the examples and measured on the other. Hidden states are those of the
   layer that is best for all attributes; **layer by attribute** takes the best for each.

@@ -132,15 +132,6 @@ class MechanismsResult(StudyResult):
             f"components as features.\n\n{self.table()}\n\n{_READING}"
         )
 
-    def write(self, folder: Path) -> None:
-        """Write result.json, table.md, figure.svg and README.md.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        super().write(folder)
-        (folder / "README.md").write_text(self.page(), encoding="utf-8")
-
 
 _READING = """How to read it:
 

@@ -163,15 +163,6 @@ class MinimalPairsResult(StudyResult):
             )
         return " ".join(sentences)
 
-    def write(self, folder: Path) -> None:
-        """Write result.json, table.md, figure.svg and README.md.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        super().write(folder)
-        (folder / "README.md").write_text(self.page(), encoding="utf-8")
-
 
 _OF_DATA = {
     "planted_cues": ("sentences",),

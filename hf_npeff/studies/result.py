@@ -1,4 +1,4 @@
-"""What every study leaves behind: result.json, table.md and figure.svg."""
+"""What every study leaves behind: result.json, table.md, figure.svg, and a page where it has one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ class StudyResult(ABC):
     def draw(self, figure: Any) -> None:
         """Draw on an empty `matplotlib.figure.Figure`."""
 
+    def page(self) -> str:
+        """A page around the figure and the table, in Markdown; empty where the study has none."""
+        return ""
+
     def write(self, folder: Path) -> None:
-        """Write result.json, table.md and figure.svg.
+        """Write result.json, table.md and figure.svg, and README.md where there is a page.
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
@@ -40,6 +44,8 @@ class StudyResult(ABC):
         write_atomically(folder / "result.json", text.encode())
         write_atomically(folder / "table.md", (self.table() + "\n").encode())
         self.save_figure(folder / "figure.svg")
+        if page := self.page():
+            write_atomically(folder / "README.md", page.encode())
 
     def save_figure(self, path: Path) -> None:
         """Write the figure; the same result gives the same file.
