@@ -126,9 +126,7 @@ class FairOverview(StudyResult):
             "# Fair readings and controls\n\n![AUROC](figure.svg)\n\n"
             f"{self.verdict()}\n\nMade by `{self.command}`; every cell holds its values on "
             f"{', '.join(name.replace('_', ' ') for name in self.results)}.\n\n{self.table()}\n\n"
-            f"Components of NPEFF by their number:\n\n{self.curve()}\n\n{_READING.format(told_at=told_at)}\n"
-            + "\n".join(described)
-            + "\n"
+            f"Components of NPEFF by their number:\n\n{self.curve()}\n\n{reading}\n" + "\n".join(described) + "\n"
         )
 
 
