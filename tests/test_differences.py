@@ -120,6 +120,8 @@ FAULTS: dict[str, tuple[str, Callable[..., Any], str]] = {
         "post_attention_layernorm", lambda n, x: n(x.detach().to(torch.float8_e4m3fn).to(x.dtype)),
         "self_attn.o_proj",
     ),
+    "integers read back": ("mlp.act_fn", lambda inner, x: (inner(x) * 64).int().float() / 64, "mlp.act_fn"),
+    "integers times a scale": ("mlp.act_fn", lambda inner, x: (inner(x) * 64).to(torch.int64) * 0.015625, "mlp.act_fn"),
 }  # fmt: skip
 """Fault → the module of the middle layer that it is put around, its forward pass, what the error has to name."""
 

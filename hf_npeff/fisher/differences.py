@@ -120,8 +120,9 @@ class _Slopes:
         return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.gradient)
 
     def distance_from(self, other: _Slopes) -> float:
-        """Relative to the other's, over all maps, directions and examples."""
-        own, others = (torch.stack([s.by_map[name] for name in other.by_map]) for s in (self, other))
+        """Relative to the other's, over all maps, directions and examples; a map that no gradient reaches has zeros."""
+        names, none = self.by_map.keys() | other.by_map.keys(), torch.zeros_like(self.gradient)
+        own, others = (torch.stack([s.by_map.get(name, none) for name in names]) for s in (self, other))
         return _rms(own - others) / max(_rms(others), math.ulp(0.0))
 
 
