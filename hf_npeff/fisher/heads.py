@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,8 @@ from hf_npeff.fisher.bare_model import bare_module_names, base_of, is_sentence_t
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.embeddings import EMBEDDING_TASK, EmbeddingHead
 from hf_npeff.fisher.head_weights import inside, weight_of
+from hf_npeff.fisher.memory import is_out_of_memory
+from hf_npeff.fisher.output_embedding import WatchedEmbedding, is_jacobian
 from hf_npeff.fisher.outputs import HeadJacobian, HeadTraits, OutputHead, Outputs
 from hf_npeff.fisher.tasks import AUTO_CLASSES, task_of
 from hf_npeff.fisher.terms import gathered, packed, real_tokens, shifted, up_to_the_last
@@ -250,8 +251,11 @@ class TransformersHead:
         def counted(hidden: Tensor) -> Tensor:
             return gathered(hidden, index.to(hidden.device) + self._virtual_tokens(model, hidden, arguments))
 
-        with _WatchedEmbedding(self.embedding, counted) as watched:
-            logits = _logits_of(model(**arguments))
+        with WatchedEmbedding(self.embedding, counted) as watched:
+            logits = self._logits_at_counted(model, arguments, watched)
+        if logits is None:
+            logits = counted(_logits_of(model(**arguments)))
+            return self._at_logits(logits, valid, "needs its states at all positions where it makes its logits")
         if watched.linear is None or watched.hidden is None:
             return self._at_logits(gathered(logits, index), valid, watched.why_not)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
@@ -265,16 +269,24 @@ class TransformersHead:
             (slope,) = torch.autograd.grad(logits.sum(), watched.linear, retain_graph=True)
             slope = slope.detach().to(wide.dtype).flatten(0, 1)
             slope = None if bool((slope == 1).all()) else slope
+        jacobian = HeadJacobian(weight, slope)
+        differentiable = torch.is_grad_enabled() and watched.hidden.requires_grad
+        if self.traits.at_hidden and differentiable and not is_jacobian(jacobian, logits, watched.hidden):
+            return self._at_logits(logits, valid, "does more than multiply by the weight of its output embedding")
         source = watched.hidden if self.traits.at_hidden else logits
-        return Outputs(
-            source,
-            wide,
-            valid,
-            self.distribution,
-            HeadJacobian(weight, slope),
-            self.traits.at_hidden,
-            self.several,
-        )
+        return Outputs(source, wide, valid, self.distribution, jacobian, self.traits.at_hidden, self.several)
+
+    @staticmethod
+    def _logits_at_counted(model: nn.Module, arguments: Mapping[str, Any], watched: WatchedEmbedding) -> Tensor | None:
+        """Logits of the positions that the embedding is handed; None where a model adds others to them."""
+        try:
+            logits = _logits_of(model(**arguments))
+        except RuntimeError as error:
+            if watched.hidden is None or is_out_of_memory(error):
+                raise
+            logger.info("with its states at the counted positions alone, the model fails: %r", error)
+            return None
+        return logits if watched.hidden is None or logits.shape[:2] == watched.hidden.shape[:2] else None
 
     def _at_logits(self, logits: Tensor, valid: Tensor, why: str) -> Outputs:
         """Cotangents that enter at the logits (B, t, k): right for every model, with k numbers where h would do."""
@@ -293,54 +305,6 @@ class TransformersHead:
         real = real_tokens(batch, logits[:, 0], decoder=False)
         wide = wide.masked_fill(~real[:, None].to(wide.device), float("-inf"))
         return Outputs(logits, wide, torch.ones(wide.shape[:2], dtype=torch.bool, device=wide.device), Softmax)
-
-
-class _WatchedEmbedding:
-    """A model's output embedding, which is handed the counted positions only while it is watched.
-
-    Attributes:
-        hidden: the states that it was handed; None where it was not called, or not as expected.
-        linear: what it made of them.
-        why_not: what the model does instead, where it was not.
-    """
-
-    def __init__(self, embedding: nn.Module, counted: Callable[[Tensor], Tensor]):
-        self._embedding, self._counted = embedding, counted
-        self._thread = threading.get_ident()
-        self._handles: list[Any] = []
-        self.hidden: Tensor | None = None
-        self.linear: Tensor | None = None
-        self.why_not = "reads the weight of its output embedding without calling it"  # as MobileBERT does
-
-    def __enter__(self) -> _WatchedEmbedding:
-        self._handles = [
-            self._embedding.register_forward_pre_hook(self._before),
-            self._embedding.register_forward_hook(self._after),
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if threading.get_ident() != self._thread:  # somebody else's prediction meanwhile
-            return args
-        if args[0].dim() != 3:  # ProphetNet's, with a dimension of the tokens that it predicts at once
-            self.why_not = f"calls its output embedding on states of {args[0].dim()} dimensions"
-            return args
-        self.hidden = self._counted(args[0])
-        return (self.hidden, *args[1:])
-
-    def _after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if threading.get_ident() != self._thread or self.hidden is None:
-            return output
-        # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
-        if output.requires_grad:
-            self.linear = output.view_as(output)
-            return self.linear
-        self.linear = output.detach().requires_grad_()
-        return self.linear.clone()  # Chameleon changes its logits in place, which a leaf does not bear
 
 
 def _logits_of(result: Any) -> Tensor:

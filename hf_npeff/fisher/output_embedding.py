@@ -1,0 +1,103 @@
+"""A model's output embedding while it is watched, and whether logits are the function of its states that they seem."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.fisher.outputs import HeadJacobian
+
+_SAME = {2: 2e-2, 4: 1e-3}
+"""Relative difference of two gradients at the states, by the bytes of a number. Rounding is below 1e-2 in bfloat16, and
+below 1e-3 in float32 where a GPU multiplies in TF32; what a formula that was not thought of changes is far above."""
+
+
+class WatchedEmbedding:
+    """A model's output embedding, which is handed the counted positions only while it is watched.
+
+    Attributes:
+        hidden: the states that it was handed; None where it was not called, or not as expected.
+        linear: what it made of them.
+        why_not: what the model does instead, where it was not.
+    """
+
+    def __init__(self, embedding: nn.Module, counted: Callable[[Tensor], Tensor]):
+        self._embedding, self._counted = embedding, counted
+        self._thread = threading.get_ident()
+        self._handles: list[Any] = []
+        self.hidden: Tensor | None = None
+        self.linear: Tensor | None = None
+        self.why_not = "reads the weight of its output embedding without calling it"  # as MobileBERT does
+
+    def __enter__(self) -> WatchedEmbedding:
+        self._handles = [
+            self._embedding.register_forward_pre_hook(self._before),
+            self._embedding.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != self._thread:  # somebody else's prediction meanwhile
+            return args
+        if args[0].dim() != 3:  # ProphetNet's, with a dimension of the tokens that it predicts at once
+            self.why_not = f"calls its output embedding on states of {args[0].dim()} dimensions"
+            return args
+        self.hidden = self._counted(args[0])
+        return (self.hidden, *args[1:])
+
+    def _after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if threading.get_ident() != self._thread or self.hidden is None:
+            return output
+        # A tensor of its own: the slope's backward pass must not reach hooks on the embedding's output.
+        if output.requires_grad:
+            self.linear = output.view_as(output)
+            return self.linear
+        self.linear = output.detach().requires_grad_()
+        return self.linear.clone()  # Chameleon changes its logits in place, which a leaf does not bear
+
+
+def is_jacobian(jacobian: HeadJacobian, logits: Tensor, states: Tensor) -> bool:
+    """Whether J_headᵀu is what autograd gives for a random u, and nothing reaches the logits but through the states.
+
+    An embedding may scale its product by learned numbers (nGPT's heads do), and a model may normalise its logits
+    afterwards: neither is a weight with a slope for every logit. A second head, or a mechanism that copies from the
+    prompt, adds logits of its own.
+
+    Args:
+        jacobian: J_head of N terms, as it seems to be.
+        logits: (B, t, k) with B·t = N, in the graph of `states`.
+        states: (B, t, h), what the embedding is handed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
+    (pulled,) = torch.autograd.grad(logits, states, u, retain_graph=True, allow_unused=True)
+    if pulled is None or _has_path_beside(logits, states):
+        return False
+    expected = jacobian.pull(u.to(jacobian.weight.dtype).flatten(0, 1)[..., None])[..., 0]
+    difference = (pulled.to(expected.dtype).flatten(0, 1) - expected).norm()
+    return bool(difference <= _SAME[min(4, logits.dtype.itemsize, states.dtype.itemsize)] * expected.norm())
+
+
+def _has_path_beside(logits: Tensor, states: Tensor) -> bool:
+    """Whether anything that requires a gradient reaches the logits without passing the states."""
+    end = states.grad_fn
+    waiting: list[Any] = [logits.grad_fn]
+    seen = {None, end}
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not states:
+            return True
+        waiting.extend(source for source, _ in node.next_functions)
+    return False
