@@ -134,15 +134,16 @@ def test_the_sketch_of_an_exactly_lifted_direction_is_the_component(trained_case
 
 
 def test_components_share_the_forward_pass_and_are_those_lifted_alone(trained_case: TrainedCase) -> None:
-    """Oracle: single lifts, and a count of the model's forward calls."""
+    """Oracle: single lifts, and a count of the model's forward calls, without those that compare predictions first."""
     c = trained_case
     calls: list[int] = []
+    settings: dict[str, Any] = {"selective": False, "check_weights": False}
     handle = c.analyzer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        single = [c.analyzer.lift(c.decomposition, j, c.pefs, c.data, selective=False) for j in (1, 2)]
+        single = [c.analyzer.lift(c.decomposition, j, c.pefs, c.data, **settings) for j in (1, 2)]
         alone = len(calls) // 2
         calls.clear()
-        together = c.analyzer.lift(c.decomposition, [1, 2], c.pefs, c.data, selective=False)
+        together = c.analyzer.lift(c.decomposition, [1, 2], c.pefs, c.data, **settings)
     finally:
         handle.remove()
     assert len(calls) == alone == len(c.data) // 8

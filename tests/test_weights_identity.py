@@ -369,8 +369,8 @@ def test_joined_weights_are_nobodys_whatever_the_order(order: tuple[int, ...]) -
         assert joined([parts[i] for i in order]) == expected
 
 
-def test_stores_of_older_versions_load_and_say_once_that_nothing_is_checked(tmp_path: Path, caplog: Any) -> None:
-    """Oracle: the log."""
+def test_stores_of_older_versions_load_and_say_once_that_weights_are_not_checked(tmp_path: Path, caplog: Any) -> None:
+    """Oracle: the log; of a model that predicts something else the error, which needs no hash."""
     weights_identity._say_once.cache_clear()
     model = tiny_model("llama")
     analyzer, data, _ = analysed(model, tmp_path)
@@ -378,10 +378,12 @@ def test_stores_of_older_versions_load_and_say_once_that_nothing_is_checked(tmp_
     del config["weights"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     caplog.set_level(logging.WARNING)
-    moved(model)
     for _ in range(2):
         pefs = analyzer.compute_pefs(data, tmp_path)
     assert len(pefs) == 8 and caplog.text.count("do not say which weights") == 1
+    moved(model)
+    with pytest.raises(IncompatibleWeightsError):
+        analyzer.compute_pefs(data, tmp_path)
 
 
 # Examples

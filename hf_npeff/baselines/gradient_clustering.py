@@ -287,6 +287,8 @@ def lift_combinations(
     remedy = "Give the model those weights again, or cluster the gradients of those that it has."
     check_same_weights(pefs.info.get("weights") if check_weights else weights, weights, "these PEFs", remedy)
     examples = align(analyzer.read(dataset, like=pefs.info), pefs.example_ids, pefs.content_hashes)
+    if check_weights:
+        analyzer.check_predictions(pefs, examples)
     with analyzer.forward_pass() as forward:
         lifted = lift_exact(forward, examples, pefs.cotangents, coefficients, batch_size)
     return [analyzer.direction_of(matrices, {**origin, "weights": weights}) for matrices in lifted]

@@ -29,6 +29,7 @@ from hf_npeff.fisher.gradients import CalledOnceForAll
 from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.rechecks import Rechecks
 from hf_npeff.fisher.rows import RowMaker
+from hf_npeff.fisher.same_predictions import STORED, check_predictions, places_to_compare
 from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights
@@ -98,6 +99,7 @@ def compute(
         The PEFs; the loaded store on every process.
 
     Raises:
+        IncompatibleWeightsError: if the model predicts something else for the examples of a store than it did.
         ValueError: if the model gives NaN; with `on_error="skip"`, if it does for every example, or for none alone.
             Without it, if the store was begun with it and lacks examples.
         NPEFFError: if memory runs out, or another process dies or does not answer in time.
@@ -143,6 +145,8 @@ def _in_folder(
     processes.meet(_goes_on(folder))
     writer = writer or StoreWriter(folder, info, write_info=False)
     done = writer.done()
+    if request.check_weights and done:
+        _check_predictions(maker, examples, writer, done)
     if not request.skip and (left_out := writer.skipped()):
         raise ValueError(
             f"{folder} was begun with on_error='skip', and {_these(left_out)} were left out; go on with "
@@ -163,6 +167,27 @@ def _in_folder(
         writer.finish(len(examples))
     processes.meet(_goes_on(folder))
     return PEFs.load(folder, verify=False)
+
+
+def _check_predictions(maker: RowMaker, examples: Examples, writer: StoreWriter, done: Mapping[int, int]) -> None:
+    """Refuse to go on with a store if the model predicts something else for a few of its examples.
+
+    Raises:
+        IncompatibleWeightsError: if it does.
+    """
+    start = next((start for start in sorted(done) if start in writer.filled()), None)
+    if start is None:
+        return  # all were left out
+    tensors, columns = writer.shard(start)
+    place = {name: start + i for i, name in enumerate(examples.ids[start : start + done[start]])}
+    some = places_to_compare(len(columns[ID]))
+    check_predictions(
+        maker.forward,
+        [examples[place[columns[ID][i]]] for i in some],
+        {name: tensors[name][some] if name in tensors else None for name in STORED},
+        f"the PEFs in {writer.folder}",
+        "Use another output_dir, or resume=False to begin again.",
+    )
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class RowMaker:
         if not joint:
             rows, V = reduce_rows(rows, V, self.config.rank)
         unit, norms = normalise(rows)
-        return {"factors": unit, "norms": norms, "cotangents": V.transpose(1, 2), **_predictions(outputs)}
+        return {"factors": unit, "norms": norms, "cotangents": V.transpose(1, 2), **predictions_of(outputs)}
 
     def rows_of(self, examples: Sequence[Example], values: Tensor) -> Tensor:
         """Sketched rows (B, c, d) for cotangents (B, c, t, s) that are given."""
@@ -126,7 +126,8 @@ def _enter(V: Tensor, joint: bool) -> list[Tensor]:
     return passes
 
 
-def _predictions(outputs: Outputs) -> dict[str, Tensor]:
+def predictions_of(outputs: Outputs) -> dict[str, Tensor]:
+    """What is stored of a batch's predictions: predictions, log_probs, and the entropies of classes."""
     B, t, _ = outputs.logits.shape
     distribution = outputs.distribution(outputs.logits.flatten(0, 1))
     best, log_probs = distribution.predictions()

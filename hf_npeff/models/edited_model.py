@@ -77,6 +77,8 @@ class EditedModel(MovableModel):
         analyzer = self.with_settings_of(pefs)
         weights = analyzer._weights_of(pefs, keep, check_weights)
         examples = analyzer._examples_of_pefs(pefs, dataset)
+        if check_weights:
+            analyzer.check_predictions(pefs, examples)
         with analyzer.forward_pass() as forward:
             deltas, info = lift_contrast(
                 forward, pefs, examples, masks, request, analyzer._own_sketch(), analyzer._solver_device()
@@ -158,6 +160,8 @@ class EditedModel(MovableModel):
         analyzer = self.with_settings_of(pefs)
         weights = analyzer._weights_of(pefs, keep, check_weights)
         examples = analyzer._examples_of_pefs(pefs, dataset)
+        if check_weights:
+            analyzer.check_predictions(pefs, examples)
         naming = Naming(pefs.columns, analyzer.description.label_names, analyzer._encoder())
         with working("editing", len(examples) * (2 + _READ_BY_STEP * iterations + iterations - 1)):
             with analyzer.forward_pass() as forward:

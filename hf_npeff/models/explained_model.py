@@ -96,6 +96,8 @@ class ExplainedModel(MeasuredModel, EditedModel):
             _check_made_for(change, weights)
         in_place = analyzer._check_change(direction, request, weights)
         chosen = analyzer.examples_of(decomposition, dataset, pefs)
+        if check_weights:
+            analyzer.check_predictions(pefs, chosen)
         check_groups(chosen, by)
         decomposed = Decomposed(decomposition, pefs, chosen, weights, analyzer._sketch)
         decomposed.cotangents()  # without them nothing can be explained

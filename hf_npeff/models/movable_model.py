@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters, base_of
 from hf_npeff.fisher.limits import ModelLimits
+from hf_npeff.fisher.same_predictions import STORED, check_predictions, places_to_compare
 from hf_npeff.models.analysed_model import AnalysedModel
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_weights
@@ -107,7 +108,25 @@ class MovableModel(AnalysedModel):
         analyzer = self.for_decomposition(decomposition)
         weights = analyzer.weights_for(decomposition, pefs, check_weights)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
+        if check_weights:
+            analyzer.check_predictions(pefs, examples)
         return analyzer, Decomposed(decomposition, pefs, examples, weights, analyzer._sketch)
+
+    def check_predictions(self, pefs: PEFs, examples: Sequence[Example]) -> None:
+        """Refuse PEFs of a model that predicts something else now, although its weights are the same.
+
+        Args:
+            pefs: whose cotangents are replayed.
+            examples: theirs, in their order.
+
+        Raises:
+            IncompatibleWeightsError: if it predicts something else for a few of them.
+        """
+        some = places_to_compare(len(pefs))
+        stored = {name: None if (v := getattr(pefs, name)) is None else v[some] for name in STORED}
+        remedy = "Give the model back what it had, or compute PEFs with it as it is and decompose them."
+        with self.forward_pass() as forward:
+            check_predictions(forward, [examples[i] for i in some], stored, "these PEFs", remedy)
 
     def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
         """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.

@@ -270,6 +270,14 @@ class StoreWriter:
                 continue  # not whole: written again
         return shards
 
+    def filled(self) -> list[int]:
+        """The first examples of the shards that hold any."""
+        return sorted(start for start, entry in self._entries().items() if entry["examples"])
+
+    def shard(self, start: int) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+        """The tensors and columns of the shard whose first example is number `start`."""
+        return read_shard(self.folder, self._entries()[start], verify=False)
+
     def skipped(self) -> list[dict[str, str]]:
         """{id, reason} of every example that was skipped, in order."""
         return [example for _, entry in sorted(self._entries().items()) for example in entry["skipped"]]
