@@ -16,7 +16,9 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from packaging.version import Version
 from torch import Tensor, nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_npeff import FisherConfig, IncompatibleWeightsError, NPEFFAnalyzer, ParameterDirection, PEFs
 from hf_npeff.data import Examples
@@ -174,12 +176,22 @@ def test_adapters_count_while_they_act() -> None:
     values = lora(copy.deepcopy(bare)).state_dict()
     named.load_state_dict({name.replace(".default.", ".other."): value for name, value in values.items()})
     assert weights_identity.difference(of(named).to_dict(), wrapped.to_dict()) is None
+
+
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"transformers asks for PEFT {MIN_PEFT_VERSION} here"
+)
+def test_an_adapter_that_transformers_put_in_is_the_one_that_peft_put_around() -> None:
+    """Oracle: the model of PEFT with the same numbers."""
+    bare = tiny_model("llama")
+    around = lora(copy.deepcopy(bare))
+    values = around.state_dict()
     put_in = copy.deepcopy(bare)
-    put_in.add_adapter(peft.LoraConfig(r=2, target_modules=["v_proj"]))  # by transformers, with no model of PEFT around
+    put_in.add_adapter(peft.LoraConfig(r=2, target_modules=["v_proj"]))
     with torch.no_grad():
         for name, parameter in put_in.named_parameters():
             parameter.copy_(values[f"base_model.model.{name}"])
-    assert of(put_in) == wrapped
+    assert of(put_in) == of(around)
 
 
 def test_virtual_tokens_are_an_adapter() -> None:

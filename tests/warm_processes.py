@@ -43,6 +43,8 @@ WITH_HUB = (
     "hf_npeff.cli",
 )
 _OF_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_")
+PATHS = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+"""Other versions of packages are tried by a folder of them in PYTHONPATH; these processes must run those too."""
 _CAN_FORK = sys.platform.startswith("linux")
 """Elsewhere a fork of a process that has loaded so much is not safe, and processes start from nothing."""
 Command = Sequence[object]
@@ -109,7 +111,7 @@ def _run_cold(
 ) -> list[subprocess.CompletedProcess[str]]:
     started = [
         subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=cwd, env={**env, "PYTHONPATH": str(ROOT)}, text=True,
+            [sys.executable, *map(str, command)], cwd=cwd, env={**env, "PYTHONPATH": PATHS}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for command, env in zip(commands, environments, strict=True)
@@ -125,7 +127,7 @@ class _WaitingProcess:
     """One that has imported, waits for jobs on its standard input, and forks."""
 
     def __init__(self, imported: Sequence[str]):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": PATHS}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.warm_processes", *imported], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
