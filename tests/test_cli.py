@@ -382,6 +382,8 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
         ("perturb found pefs model data.jsonl -o x", 1, "either --component"),
         ("perturb found pefs model data.jsonl --all --component 0 -o x", 1, "either --component"),
         ("perturb found pefs model data.jsonl --all --kind shira -o x", 1, "--kind is for a single component"),
+        ("perturb found pefs model data.jsonl --component 0 --by label -o x", 1, "give --eval too"),
+        ("perturb found pefs model data.jsonl --component 0 --eval dota.jsonl -o x", 1, "no file dota.jsonl"),
         ("dissolve", 2, "dissolve"),
     ],
 )

@@ -210,9 +210,12 @@ def test_predictions_are_measured_where_the_components_were_analysed() -> None:
 
 
 def test_the_best_step_is_measured_on_held_out_data_by_group(
-    trained_case: TrainedCase, direction: ParameterDirection
+    trained_case: TrainedCase, direction: ParameterDirection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: `measure` of that step; the worst of the others is the largest of their KLs; cards name it."""
+    """Oracle: `measure` of that step; the worst of the others is the largest of their KLs; cards name it.
+
+    A column that is missing is noticed before the search for a step.
+    """
     c = trained_case
     held_out = [{**row, "id": f"h{i}", "group": "ab"[i % 2]} for i, row in enumerate(c.data[40:52])]
     settings: dict[str, Any] = {"scale": -0.4, "n_top": 4, "n_others": 8}
@@ -229,6 +232,9 @@ def test_the_best_step_is_measured_on_held_out_data_by_group(
     assert "the worst of the other examples" in card
     with pytest.raises(ValueError, match="held_out"):
         c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, by="group", **settings)
+    monkeypatch.setattr("hf_npeff.models.measured_model.evaluate", lambda *_: pytest.fail("the search began"))
+    with pytest.raises(ValueError, match="shelf"):
+        c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, held_out=held_out, by="shelf", **settings)
 
 
 def test_a_search_from_the_others_is_on_report_and_card(

@@ -92,6 +92,9 @@ def perturb(
         alone = {"--kind": kind != "lora", "--spare": spare, "--eval": evaluate_on is not None, "--by": by is not None}
         if given := [name for name, is_given in alone.items() if is_given]:
             raise ValueError(f"{given[0]} is for a single component: use it with --component, not with --all")
+    if by is not None and evaluate_on is None:
+        raise ValueError("--by names a column of the data of --eval: give --eval too")
+    held_out = None if evaluate_on is None else read_data(evaluate_on, reading)
     opened = _opened(decomposition, pefs, model, data, loading, reading, keep)
     if component is None:
         return _all_perturbed(opened, output, lifting, measuring, RANK if rank is None else rank)
@@ -101,7 +104,6 @@ def perturb(
     if spare:
         cut, batch_size = rank if kind == "lora" else None, lifting.batch_size
         direction = analyzer.spare(direction, dataset, decomposition=components, rank=cut, batch_size=batch_size)
-    held_out = None if evaluate_on is None else read_data(evaluate_on, reading)
     report = analyzer.evaluate_direction(
         direction, components, component, dataset, **vars(measuring), held_out=held_out, by=by
     )

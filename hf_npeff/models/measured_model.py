@@ -13,7 +13,7 @@ from hf_npeff.config import (
     PerturbationRequest,
     Quantisation,
 )
-from hf_npeff.data import Example
+from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.record import Reading
@@ -103,14 +103,14 @@ class MeasuredModel(FisherModel, AdaptedModel):
         examples = analyzer.examples_of(decomposition, dataset)
         if held_out is None and by is not None:
             raise ValueError(f"by={by!r} is a column of held_out, which is not given")
+        others = None if held_out is None else analyzer._measurable(analyzer.read(held_out, Reading()), by)
         with analyzer.forward_pass() as forward:
             report = evaluate(forward, direction, decomposition, component, examples, request)
         report = analyzer._searched(report, direction, decomposition, examples, request)
-        if held_out is None:
+        if others is None:
             return report
-        step = report.scale
-        measured = analyzer.measure(direction, held_out, scales=(step,), by=by, batch_size=batch_size, seed=seed)
-        return replace(report, held_out=measured)
+        of_best_step = MeasureRequest(scales=(report.scale,), by=by, batch_size=batch_size, seed=seed)
+        return replace(report, held_out=analyzer._measured(direction, others, of_best_step))
 
     def _predicting_as(self: _Self, decomposition: Decomposition) -> _Self:
         """An analyzer that predicts at the positions where the decomposition's examples were analysed."""
@@ -336,13 +336,21 @@ class MeasuredModel(FisherModel, AdaptedModel):
             seed=seed,
         )
         self.check_movable(change, in_place=not is_linear(change))
-        examples_read = self.read(dataset, Reading(**reading), max_examples=max_examples)
-        examples = self._checked(examples_read)
+        read = self.read(dataset, Reading(**reading), max_examples=max_examples)
+        return self._measured(change, self._measurable(read, by), request)
+
+    def _measurable(self, read: Examples, by: str | None) -> tuple[Sequence[Example], Examples]:
+        """Data as read, that fit the model and have the column of the groups."""
+        examples = self._checked(read)
         check_groups(examples, by)
+        return examples, read
+
+    def _measured(
+        self, change: Change, data: tuple[Sequence[Example], Examples], request: MeasureRequest
+    ) -> Measurement:
+        examples, read = data
         with self.forward_pass() as forward:
-            return measure(
-                forward, change, examples, self.description.truth_of(examples, examples_read.encoded), request
-            )
+            return measure(forward, change, examples, self.description.truth_of(examples, read.encoded), request)
 
     def off_target(
         self,
