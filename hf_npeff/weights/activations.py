@@ -158,13 +158,14 @@ def _shape_of(module: Any) -> tuple[int, int]:
 
 
 _Stack: TypeAlias = tuple[Tensor, Tensor]
-"""B (r, out, q) and A (r, q, in) of several changes."""
+"""Bᵀ (n, q, out) and A (n, q, in) of n changes."""
 
 
 class ChangedActivations:
     """A model as weight changes would make it, inside `with`; each example of a batch gets one of them at a scale.
 
-    After `assign`, forward passes of so many examples run with the changes. No hook is left on exit.
+    After `assign`, forward passes of so many examples run with the changes. No hook is left on exit; it may be entered
+    again, with what it has moved to the activations' device and type at hand.
 
     Args:
         model: any model; its weights are not read.
@@ -181,16 +182,22 @@ class ChangedActivations:
         self._changes = changes
         self._places: dict[str, str] = {}
         self._fused: dict[str, dict[str, str]] = {}
+        checked: set[tuple[str, tuple[int, int]]] = set()  # changes of the same weights: each is looked up once
         for change in changes:
-            fused = fused_places(model, change)
+            new = {name: delta for name, delta in change.items() if (name, delta.shape) not in checked}
+            if not new:
+                continue
+            checked |= {(name, delta.shape) for name, delta in new.items()}
+            fused = fused_places(model, new)
             for path, names in fused.items():
                 self._fused[path] = self._fused.get(path, {}) | names
             inside = {name for names in fused.values() for name in names.values()}
-            self._places |= check_linear(model, {n: delta for n, delta in change.items() if n not in inside})
+            self._places |= check_linear(model, {n: delta for n, delta in new.items() if n not in inside})
         self._cast: dict[tuple[int, str, torch.device, torch.dtype], LinearDelta] = {}
         self._stacks: dict[tuple[str, torch.device, torch.dtype], _Stack | None] = {}
         self._numbers: tuple[int, ...] = ()
         self._scales: tuple[float, ...] = ()
+        self._assigned: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._handles: list[Any] = []
         self._ran: set[str] = set()
 
@@ -206,6 +213,7 @@ class ChangedActivations:
         if wrong := [k for k in numbers if not 0 <= k < len(self._changes)]:
             raise IndexError(f"there is no change {wrong[0]}; there are {len(self._changes)}")
         self._numbers, self._scales = tuple(numbers), tuple(map(float, scales))
+        self._assigned.clear()
 
     def assign_all(self, number: int, scale: float) -> None:
         """One change at one scale for every example, however many there are."""
@@ -228,8 +236,6 @@ class ChangedActivations:
     ) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._cast.clear()
-        self._stacks.clear()
         unseen = [path for path in self._places if path not in self._ran and path.rpartition(".")[0] in self._ran]
         if unseen and kind is None:
             raise UnsupportedModelError(
@@ -247,6 +253,10 @@ class ChangedActivations:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             self._ran.add(path)
             x = args[0] if args else next(iter(kwargs.values()))
+            if len(set(zip(self._numbers, self._scales, strict=True))) > 1:
+                each = _per_example(x, len(self._numbers), path).to(torch.promote_types(x.dtype, torch.float32))
+                if (stack := self._stack(parameter, each)) is not None:
+                    return self._with_stack(stack, each, output)
             added = self._added(path, parameter, x)
             if added is None:
                 return output
@@ -306,25 +316,30 @@ class ChangedActivations:
         return self._cast[key]
 
     def _stack(self, parameter: str, like: Tensor) -> _Stack | None:
-        """B (r, out, q) and A (r, q, in) of all changes, where they are several of one rank; kept for later batches."""
+        """Bᵀ (n, q, out) and A (n, q, in) of all changes, where they are several of one rank; kept for later batches."""
         key = parameter, like.device, like.dtype
         if key not in self._stacks:
             deltas = [change.get(parameter) for change in self._changes]
             ranks = {None if d is None or d.right is None else len(d.right) for d in deltas}
             self._stacks[key] = None
             if len(deltas) > 1 and len(ranks) == 1 and None not in ranks:
-                left = torch.stack([d.left for d in deltas if d is not None]).to(like)
+                left = torch.stack([d.left.mT for d in deltas if d is not None]).to(like)
                 right = torch.stack([d.right for d in deltas if d is not None and d.right is not None]).to(like)
                 self._stacks[key] = left, right
         return self._stacks[key]
 
-    def _added_by_stack(self, stack: _Stack, x: Tensor) -> Tensor:
-        """What is added for inputs (B, …, in), each example by its own change."""
-        numbers = torch.tensor(self._numbers, device=x.device)
-        scales = torch.tensor(self._scales, device=x.device, dtype=x.dtype)[:, None, None]
-        left, right = (factor[numbers].mT for factor in stack)
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        return (torch.bmm(flat, right) * scales @ left).reshape(*x.shape[:-1], left.shape[-1])
+    def _with_stack(self, stack: _Stack, x: Tensor, output: Tensor) -> Tensor:
+        """The output with what is added for inputs x (B, …, in), each example by its own change."""
+        key = x.device, x.dtype
+        if key not in self._assigned:
+            scales = torch.tensor(self._scales, device=x.device, dtype=x.dtype)[:, None, None]
+            self._assigned[key] = torch.tensor(self._numbers, device=x.device), scales
+        numbers, scales = self._assigned[key]
+        left, right = (factor.index_select(0, numbers) for factor in stack)
+        inside = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), right.mT) * scales
+        before = output.to(x.device, torch.promote_types(output.dtype, x.dtype)).reshape(len(x), -1, left.shape[-1])
+        after = torch.baddbmm(before, inside.to(before.dtype), left.to(before.dtype))  # one product, and no third tensor
+        return after.reshape(output.shape).to(output.device, output.dtype)
 
     def _added(self, path: str, parameter: str, x: Tensor) -> Tensor | None:
         """What is added to the module's output, shaped like it up to flattening; None for nothing."""
@@ -336,8 +351,6 @@ class ChangedActivations:
                 return None if delta is None or scale == 0 else scale * delta.times(x.to(wide))
             return None
         each = _per_example(x, len(self._numbers), path).to(wide)
-        if (stack := self._stack(parameter, each)) is not None:
-            return self._added_by_stack(stack, each)
         parts: list[tuple[Tensor, Tensor]] = []
         for number in sorted(set(self._numbers)):
             delta = self._delta(number, parameter, x)

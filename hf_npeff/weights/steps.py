@@ -51,7 +51,8 @@ class SharedSteps:
     """
 
     def __init__(self, forward: ForwardPass, changes: Sequence[Mapping[str, LinearDelta]], batch_size: int):
-        self._forward, self._changes, self._batch_size = forward, changes, batch_size
+        self._forward, self._batch_size = forward, batch_size
+        self._changed = ChangedActivations(forward.model, changes)
         self.shared: bool | None = False if forward.one_at_a_time else None
 
     def predict(self, jobs: Sequence[NumberedJob]) -> list[Predictions]:
@@ -60,7 +61,7 @@ class SharedSteps:
         Raises:
             UnsupportedModelError: if the model reads a weight that is changed without calling its module.
         """
-        with ChangedActivations(self._forward.model, self._changes) as changed:
+        with self._changed as changed:
             if len(jobs) > 1 and self.shared is None:
                 self.shared = self._can_share(changed, jobs)
             if len(jobs) > 1 and self.shared:
