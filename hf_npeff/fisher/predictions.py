@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.fisher.distributions import Distribution
 from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.outputs import Outputs
 
 
 @dataclass
@@ -41,6 +42,7 @@ def predict(
     examples: Sequence[Example],
     batch_size: int,
     before_batch: Callable[[Sequence[int]], None] | None = None,
+    outputs_of: Callable[[Sequence[Example]], Outputs] | None = None,
 ) -> Predictions:
     """What the model predicts for the examples, in their order.
 
@@ -49,6 +51,7 @@ def predict(
         examples: in any order; those of similar length share a batch.
         batch_size: the most examples of a batch.
         before_batch: called with the numbers of a batch's examples, in the batch's order, before the model runs.
+        outputs_of: runs the model on a batch; None takes `forward.outputs`.
     """
     logits: dict[int, Tensor] = {}
     distribution: type[Distribution] | None = None
@@ -56,7 +59,7 @@ def predict(
     for batch in forward.batches(examples, batch_size, trials=before_batch is None):
         if before_batch is not None:
             before_batch(batch)
-        outputs = forward.outputs([examples[i] for i in batch])
+        outputs = (outputs_of or forward.outputs)([examples[i] for i in batch])
         distribution = outputs.distribution
         for row, i in enumerate(batch):
             logits[i] = outputs.logits[row, outputs.valid[row]].detach().to("cpu", torch.float32)

@@ -201,6 +201,11 @@ class ChangedActivations:
         self._handles: list[Any] = []
         self._ran: set[str] = set()
 
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules behind which something is added."""
+        return [*self._places, *self._fused]
+
     def assign(self, numbers: Sequence[int], scales: Sequence[float]) -> None:
         """Say which change each example of the coming batches gets, and at which scale; 0 leaves an example as it is.
 
@@ -316,7 +321,7 @@ class ChangedActivations:
         return self._cast[key]
 
     def _stack(self, parameter: str, like: Tensor) -> _Stack | None:
-        """Bᵀ (n, q, out) and A (n, q, in) of all changes, where they are several of one rank; kept for later batches."""
+        """Bᵀ (n, q, out) and A (n, q, in) of all changes, where they are several of one rank; kept for later."""
         key = parameter, like.device, like.dtype
         if key not in self._stacks:
             deltas = [change.get(parameter) for change in self._changes]
@@ -338,7 +343,9 @@ class ChangedActivations:
         left, right = (factor.index_select(0, numbers) for factor in stack)
         inside = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), right.mT) * scales
         before = output.to(x.device, torch.promote_types(output.dtype, x.dtype)).reshape(len(x), -1, left.shape[-1])
-        after = torch.baddbmm(before, inside.to(before.dtype), left.to(before.dtype))  # one product, and no third tensor
+        after = torch.baddbmm(
+            before, inside.to(before.dtype), left.to(before.dtype)
+        )  # one product, and no third tensor
         return after.reshape(output.shape).to(output.device, output.dtype)
 
     def _added(self, path: str, parameter: str, x: Tensor) -> Tensor | None:

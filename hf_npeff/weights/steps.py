@@ -15,6 +15,7 @@ from hf_npeff.fisher.batching import relative_change
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.parameters import is_at_hand
 from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.fisher.unchanged_blocks import UnchangedBlocks
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.activations import ChangedActivations, LinearDelta
@@ -42,17 +43,25 @@ class SharedSteps:
     """What a model predicts after steps along several changes, added in the activations.
 
     All examples of a call share their forward passes, each with a change and a step of its own, unless the model gives
-    something else then than it does for each job alone.
+    something else then than it does for each job alone. Blocks below all changes run once for every example.
 
     Args:
         forward: the forward pass.
         changes: {parameter: delta} of each.
         batch_size: examples of a forward pass.
+
+    Attributes:
+        shared: whether jobs share forward passes; None as long as that was not tried.
+
+    Raises:
+        UnsupportedModelError: if a parameter is not the weight of linear maps alone.
+        ValueError: if the model lacks a parameter, or has one of another shape.
     """
 
     def __init__(self, forward: ForwardPass, changes: Sequence[Mapping[str, LinearDelta]], batch_size: int):
         self._forward, self._batch_size = forward, batch_size
         self._changed = ChangedActivations(forward.model, changes)
+        self._blocks = UnchangedBlocks(forward, self._changed.modules)
         self.shared: bool | None = False if forward.one_at_a_time else None
 
     def predict(self, jobs: Sequence[NumberedJob]) -> list[Predictions]:
@@ -68,9 +77,13 @@ class SharedSteps:
                 return self._together(changed, jobs)
             return [self._alone(changed, *job) for job in jobs]
 
+    def unchanged(self, examples: Sequence[Example]) -> Predictions:
+        """What is predicted with what is assigned; outside of `predict`, by the model as it is."""
+        return predict(self._forward, examples, self._batch_size, outputs_of=self._blocks.outputs)
+
     def _alone(self, changed: ChangedActivations, number: int, examples: Sequence[Example], step: float) -> Predictions:
         changed.assign_all(number, step)
-        return predict(self._forward, examples, self._batch_size)
+        return self.unchanged(examples)
 
     def _together(self, changed: ChangedActivations, jobs: Sequence[NumberedJob]) -> list[Predictions]:
         examples = [example for _, some, _ in jobs for example in some]
@@ -79,7 +92,8 @@ class SharedSteps:
         def assign(batch: Sequence[int]) -> None:
             changed.assign([steps[i][0] for i in batch], [steps[i][1] for i in batch])
 
-        every = predict(self._forward, examples, self._batch_size, before_batch=assign)
+        outputs = self._blocks.outputs
+        every = predict(self._forward, examples, self._batch_size, before_batch=assign, outputs_of=outputs)
         groups, start = [], 0
         for _, some, _ in jobs:
             groups.append(Predictions(every.logits[start : start + len(some)], every.distribution))
@@ -127,6 +141,12 @@ class Steps:
         if other._shared is not None and self._shared is not None:
             other._shared.shared = self._shared.shared
         return other
+
+    def unchanged(self, examples: Sequence[Example]) -> Predictions:
+        """What the model predicts as it is."""
+        if self._shared is not None:
+            return self._shared.unchanged(examples)
+        return predict(self._forward, examples, self._batch_size)
 
     def predict(self, jobs: Sequence[Job]) -> list[Predictions]:
         """What is predicted for the examples of every job, after its step.

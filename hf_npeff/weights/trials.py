@@ -20,7 +20,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.linear_layers import is_at_hand
-from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.fisher.predictions import Predictions
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.progress import current, working
@@ -182,9 +182,9 @@ def _evaluated(
     request: PerturbationRequest,
     rows: tuple[Sketch, PEFs] | None,
 ) -> PerturbationReport:
-    ((top, others),) = _watched(forward, decomposition, [component], examples, request)
-    trial = _Trial(component, top, others, request, longest_step(direction, forward.model))
     steps = Steps(forward, direction, request.batch_size)
+    ((top, others),) = _watched(forward, steps, decomposition, [component], examples, request)
+    trial = _Trial(component, top, others, request, longest_step(direction, forward.model))
     start = None
     if rows is not None and steps.deltas is not None and request.scale is None:
         start = predicted_step(*rows, top.indices, steps.deltas, request.target_kl)
@@ -221,9 +221,9 @@ def evaluate_together(
     Raises:
         ValueError: if a component is active on no example, or all examples are among its top ones.
     """
-    watched = _watched(forward, decomposition, components, examples, request)
     drawn = [random_like(change, request.seed) for change in changes]
     steps = SharedSteps(forward, [*changes, *drawn], request.batch_size)
+    watched = _watched(forward, steps, decomposition, components, examples, request)
     size = _size_of(forward.model, changes[0])
     trials, running, wanted = [], {}, {}
     for number, (component, change, (top, others)) in enumerate(zip(components, changes, watched, strict=True)):
@@ -262,6 +262,7 @@ def _size_of(model: nn.Module, change: Mapping[str, LinearDelta]) -> float | Non
 
 def _watched(
     forward: ForwardPass,
+    steps: SharedSteps | Steps,
     decomposition: Decomposition,
     components: Sequence[int],
     examples: Sequence[Example],
@@ -270,7 +271,7 @@ def _watched(
     """The top examples and the others of every component, each example predicted once."""
     chosen = [choose_examples(decomposition, j, request.n_top, request.n_others, request.seed) for j in components]
     needed = sorted({i for both in chosen for indices in both for i in indices})
-    before = predict(forward, [examples[i] for i in needed], request.batch_size)
+    before = steps.unchanged([examples[i] for i in needed])
     at = {i: place for place, i in enumerate(needed)}
     column = label_column(decomposition.info, decomposition.columns)
 

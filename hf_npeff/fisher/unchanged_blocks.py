@@ -1,0 +1,164 @@
+"""What the blocks of a model give before anything is changed, kept by example: blocks below a change run once.
+
+A change of some layers leaves the hidden states of all blocks before them as they are. Where a model is run many times
+over the same examples, with one change after another, these blocks are run the first time alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_npeff.data import Example
+from hf_npeff.fisher.batching import relative_change
+from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.outputs import Outputs
+
+logger = logging.getLogger(__name__)
+_MOST_BYTES = 2**30
+"""Of all states that are kept: 100,000 tokens of a model with 2,560 numbers a state in float32."""
+
+
+class UnchangedBlocks:
+    """Runs a model whose changes leave its first blocks as they are, these blocks once an example.
+
+    The blocks are members of the model's outermost `nn.ModuleList`s. Which of them come before every changed module is
+    seen in the first forward pass. The first pass that uses what was kept is made in full as well: where a model reads
+    what a block gives in another place too, so that it gives something else, all passes are made in full from then on.
+
+    Args:
+        forward: the forward pass.
+        changed: names of the modules that may give something else from one pass to the next.
+    """
+
+    def __init__(self, forward: ForwardPass, changed: Iterable[str]):
+        self._forward = forward
+        modules = dict(forward.model.named_modules())
+        self._changed = [modules[name] for name in changed]
+        lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+        outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        self._list_of = {block: name for name in outer for block in modules[name].children()}
+        self._below: list[nn.Module] | None = None  # those before the change, once a pass has shown them
+        self._states: dict[int, tuple[Example, Tensor]] = {}  # by identity: an example is held as long as its state is
+        self._bytes = 0
+        self._tried = False
+        self._usable = bool(self._list_of) and not forward.fsdp.active
+
+    def outputs(self, examples: Sequence[Example]) -> Outputs:
+        """`ForwardPass.outputs`, without the blocks whose states are kept.
+
+        Raises:
+            NotFiniteError: if a logit is not finite (the examples are named).
+        """
+        if not self._usable or torch.is_grad_enabled():
+            return self._forward.outputs(examples)
+        states = self._states_of(examples)
+        if states is None:
+            with self._recording(examples):
+                return self._forward.outputs(examples)
+        if self._tried:
+            with self._given(states):
+                return self._forward.outputs(examples)
+        return self._first(examples, states)
+
+    def _first(self, examples: Sequence[Example], states: Tensor) -> Outputs:
+        """The first pass with kept states, compared with the whole one, which is what it returns."""
+        whole = self._forward.outputs(examples)
+        try:
+            with self._given(states):
+                short = self._forward.outputs(examples)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            self._give_up(f"without them it fails: {error}")
+            return whole
+        self._tried = True
+        same = whole.valid.shape == short.valid.shape and torch.equal(whole.valid, short.valid)
+        pairs = zip(short.logits[whole.valid], whole.logits[whole.valid], strict=True) if same else ()
+        if not same or any(relative_change(a, b) > self._forward.tolerance for a, b in pairs):
+            self._give_up("without them it gives something else")
+        return whole
+
+    def _give_up(self, why: str) -> None:
+        logger.info("the blocks below the change run in every pass: %s", why)
+        self._usable = False
+        self._states.clear()
+
+    # What is kept ------------------------------------------------------------------------------------------------
+
+    def _states_of(self, examples: Sequence[Example]) -> Tensor | None:
+        """(B, T, …): the kept states of a batch, zeros where an example is padded; None where one is missing."""
+        kept = [self._states.get(id(example)) for example in examples]
+        states = [pair[1] for pair in kept if pair is not None]
+        if len(states) < len(kept) or len({state.shape[1:] for state in states}) > 1:
+            return None
+        width = max(len(state) for state in states)
+        if any(len(state) != width and len(state) != e.length for state, e in zip(states, examples, strict=True)):
+            return None
+        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+
+    def _keep(self, examples: Sequence[Example], states: Any) -> None:
+        if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != len(examples):
+            self._give_up("what they give is no tensor (examples, positions, numbers)")
+            return
+        padded = states.shape[1] == max(example.length for example in examples)
+        if not padded and len({example.sizes for example in examples}) > 1:
+            return  # positions that are not the tokens', of inputs of several sizes
+        for example, state in zip(examples, states, strict=True):
+            own = (state[: example.length] if padded else state).clone()
+            self._bytes += own.numel() * own.element_size()
+            if self._bytes > _MOST_BYTES:
+                return
+            self._states[id(example)] = example, own
+
+    # Forward passes ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _recording(self, examples: Sequence[Example]) -> Iterator[None]:
+        """Inside `with`, a pass shows which blocks come before the change, and what the last of them gives."""
+        ended: list[nn.Module] = []
+        last: list[Any] = []
+        open_: list[bool] = [True]
+
+        def starts(module: nn.Module, args: Any) -> None:
+            open_[0] = False
+
+        def ends(module: nn.Module, args: Any, output: Any) -> None:
+            if open_[0]:
+                ended.append(module)
+                last[:] = [output]
+
+        handles = [module.register_forward_pre_hook(starts) for module in self._changed]
+        handles += [block.register_forward_hook(ends) for block in self._list_of]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        below = [block for block in ended if self._list_of[block] == self._list_of[ended[-1]]]
+        if not below or len(set(below)) < len(below) or open_[0]:
+            self._give_up("none comes before it, or one runs several times")
+        elif self._below not in (None, below):
+            self._give_up("they differ from pass to pass")
+        else:
+            self._below = below
+            self._keep(examples, last[0])
+
+    @contextlib.contextmanager
+    def _given(self, states: Tensor) -> Iterator[None]:
+        """Inside `with`, the blocks before the change return the kept states, whatever they are called with."""
+        assert self._below is not None
+        before = [(block, vars(block).get("forward")) for block in self._below]
+        try:
+            for block in self._below:
+                block.forward = lambda *args, **kwargs: states
+            yield
+        finally:
+            for block, forward in before:
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
