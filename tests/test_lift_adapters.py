@@ -20,6 +20,7 @@ from hf_npeff import (
     PEFs,
 )
 from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.fewer_cotangents import with_fewer_cotangents
 from hf_npeff.weights.low_rank import sizes_of
 from hf_npeff.weights.thin_sums import Bases, Cut, ThinSums, basis_of
 from tests.test_lifting import fit
@@ -134,10 +135,10 @@ def test_what_is_left_out_is_estimated() -> None:
     assert (ratios - 1).abs().max() < 0.15 and abs(float(ratios.mean()) - 1) < 0.03
 
 
-def test_every_cotangent_is_sent_back_once_whatever_the_number_of_components(
+def test_a_batch_is_sent_back_no_oftener_than_there_are_rows_or_components(
     wide_case: TrainedCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: a count of backward passes: c a batch, and one for each batch of the sample that shows where to look."""
+    """Oracle: a count of backward passes: c a batch or one a component, and one for each batch of the sample."""
     from hf_npeff.fisher import gradients
 
     c = wide_case
@@ -152,7 +153,30 @@ def test_every_cotangent_is_sent_back_once_whatever_the_number_of_components(
         c.analyzer.lift_adapters(c.decomposition, c.pefs, c.data, components=components)
         counts.append(len(calls))
     batches = -(-60 // 8)
-    assert counts[0] == counts[1] <= (c.pefs.rank + 1) * batches
+    assert counts[0] == 2 * batches and counts[1] <= (c.pefs.rank + 1) * batches
+
+
+@pytest.mark.parametrize(("components", "share"), [(2, 1.0), (12, 1.0), (12, 0.0)])
+def test_fewer_cotangents_make_the_same_combinations(components: int, share: float) -> None:
+    """Oracle: combinations of the rows, which are linear in their cotangents: here rows are cotangents, times a matrix.
+
+    Two components need two rows of an example's four, exactly; of twelve, those whose coefficients span two dimensions
+    (share 0) need two, and others all four.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, c, s = 9, 4, 40
+    cotangents = torch.randn(n, c, 1, s, generator=generator)
+    cotangents[3, 2] = 0
+    jacobian = torch.randn(s, 64, generator=generator)
+    inside = torch.randn(n, 2, c, generator=generator)
+    spans = torch.einsum("rnk,nkc->rnc", torch.randn(components, n, 2, generator=generator), inside).double()
+    beta = spans + share * torch.randn(components, n, c, generator=generator).double()
+    pefs = PEFs.from_factors(cotangents[:, :, 0] @ jacobian)
+    mixed, coefficients = with_fewer_cotangents(pefs, cotangents, beta)
+    assert mixed.shape[1] == coefficients.shape[2] == (4 if (components, share) == (12, 1.0) else 2)
+    truth = torch.einsum("rnc,ncd->rd", beta, (cotangents[:, :, 0] @ jacobian).double())
+    found = torch.einsum("rnc,ncd->rd", coefficients, (mixed[:, :, 0] @ jacobian).double())
+    assert ((found - truth).norm(dim=1) < 1e-5 * truth.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from hf_npeff.progress import working
 from hf_npeff.sharing.files import read_json, read_tensors, sha256_of, write_json
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.decomposed import Decomposed
+from hf_npeff.weights.fewer_cotangents import ESTIMATED, ROUNDING, with_fewer_cotangents
 from hf_npeff.weights.layouts import Layout
 from hf_npeff.weights.lifting import check_faithful
 from hf_npeff.weights.lora import MATRICES, assembled
@@ -88,18 +89,22 @@ def lift_to_adapters(
     Raises:
         ValueError: if the gradients of the model do not add up to a component.
     """
-    stacked = torch.stack([p.coefficients for p in plans if p.coefficients is not None])
     everything = torch.stack([p.coefficients for p in of_run if p.coefficients is not None])
+    whole = all(is_whole(shape, rank) for shape in forward.shapes.values())
+    cotangents, everything = with_fewer_cotangents(
+        decomposed.pefs, decomposed.cotangents(), everything, ROUNDING if whole else ESTIMATED
+    )
+    place = {p.component: i for i, p in enumerate(of_run)}
+    stacked = everything[[place[p.component] for p in plans]]
     # Gradients keep their precision, whatever the size of norms, when the largest coefficient is 1; scale is free.
     stacked = stacked / stacked.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    of_examples = (decomposed.examples, decomposed.cotangents(), stacked)
+    of_examples = (decomposed.examples, cotangents, stacked)
     rows = Rows(forward, *of_examples, mixture_of(everything), request.batch_size, processes)
     told = f"lifting {len(plans)} components to rank {rank}"
     with working(told, passes * len(processes.share(len(rows.used)))):
         cuts = lift_low_rank(rows, rank, passes=passes)
     sketch, scales = decomposed.sketch(), decomposed.decomposition.scales
     metric = request.form != "plain" and scales is not None and sketch.blocks is not None
-    whole = all(is_whole(shape, rank) for shape in forward.shapes.values())
     for number, p in enumerate(plans):
         parts = {name: _Part.of(cut, number) for name, cut in cuts.items()}
         cosine = _cosine(parts, p.target, sketch, scales)
