@@ -1,16 +1,15 @@
 """All components at once: adapters against the time and memory of their PEFs, measuring them against moved weights.
 
-    python -m tests.benchmarks.low_rank [--models MiniLM SmolLM2] [--components 64] [--keep]
+    python -m tests.benchmarks.low_rank [--models MiniLM SmolLM2] [--components 64] [--parts lifting …] [--keep]
 
 Adapters of rank 4 of 64 components, over the time of computing the PEFs in the same process (processor time): plain
 directions, selective ones, and selective ones with a second pass. The cosine of an adapter is that with the best cut
 of exact lifting, by a whole SVD, of a few components. Solving for selective directions is timed alone too, against
 solving for each by itself as this library did before (`solved_apart`), of a few components, times their number.
 Memory is the peak of lifting in a process of its own, over that of computing the PEFs in another, as a multiple of
-the adapters' size. 16 components are then measured, all together in the activations and one after another with moved
-weights, as this library did before (`in_place`), which is kept here alone.
-
-It was never run from beginning to end: no figures of it are kept, and docs/benchmarks.md has none.
+the adapters' size. 16 components are then measured in both ways, plain, lifting included: all together in the
+activations, and one after another, lifted whole and measured with moved weights (`in_place`). The KL of a few adapters
+is compared with that of the model whose weights their change is added to.
 """
 
 from __future__ import annotations
@@ -28,20 +27,19 @@ from typing import Any
 
 import torch
 
-from hf_npeff import FisherConfig, NPEFFAnalyzer, PEFs
+from hf_npeff import Adapter, FisherConfig, NPEFFAnalyzer, ParameterDirection, PEFs
 from hf_npeff.config import LiftRequest
 from hf_npeff.decomposition.component import ACTIVE_SHARE
-from hf_npeff.fisher.predictions import predict
 from hf_npeff.weights.contrast import Contrast
 from hf_npeff.weights.lifting import combination
 from hf_npeff.weights.perturbation import choose_examples
 from hf_npeff.weights.plans import Plan, made_selective
 from hf_npeff.weights.row_space import row_space
-from hf_npeff.weights.steps import find_scale, longest_step
-from tests.benchmarks import sets, solved_apart
-from tests.benchmarks.measure import keep, machine
+from tests.benchmarks import in_place, sets, solved_apart
+from tests.benchmarks.measure import keep, kept, machine
 
 RANK, BATCH, CHECKED, MEASURED = 4, 16, 6, 16
+PARTS = ("lifting", "solving", "measuring", "memory")
 EXAMPLES = {"MiniLM": 256, "SmolLM2": 128}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"selective": False},
@@ -71,21 +69,30 @@ def peak() -> float:
     return int(found.group(1)) / 1024 if found else float("nan")
 
 
-def cosines(analyzer: NPEFFAnalyzer, found: Any, pefs: PEFs, data: Any, adapters: Any, selective: bool) -> list[float]:
-    """Of the adapters of a few components with the best cuts of exact lifting."""
+Cut = dict[str, torch.Tensor]
+"""{parameter: the best approximation of a change of it}."""
+
+
+def best_cuts(analyzer: NPEFFAnalyzer, found: Any, pefs: PEFs, data: Any, selective: bool) -> dict[int, Cut]:
+    """Of exact lifting, of a few components."""
     wanted = list(range(0, len(found), max(1, len(found) // CHECKED)))[:CHECKED]
-    values = []
+    cuts = {}
     for j, direction in analyzer.lift_each(found, wanted, pefs, data, selective=selective, batch_size=BATCH):
-        inner = ours = best = 0.0
+        cuts[j] = {}
         for name, delta in direction.items():
             U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-            cut, made = (U[:, :RANK] * S[:RANK]) @ Vh[:RANK], adapters[j].delta(name)
-            inner, ours, best = (
-                total + float((a * b).sum())
-                for total, a, b in ((inner, cut, made), (ours, made, made), (best, cut, cut))
-            )
-        values.append(inner / (ours * best) ** 0.5)
-    return values
+            cuts[j][name] = (U[:, :RANK] * S[:RANK]) @ Vh[:RANK]
+    return cuts
+
+
+def cosine(adapter: Adapter, cut: Cut) -> float:
+    """Over all weights together."""
+    inner = ours = best = 0.0
+    for name, truth in cut.items():
+        made = adapter.delta(name)
+        inner += float((made * truth).sum())
+        ours, best = ours + float(made.square().sum()), best + float(truth.square().sum())
+    return inner / (ours * best) ** 0.5
 
 
 def solving(found: Any, pefs: PEFs) -> dict[str, float]:
@@ -107,44 +114,64 @@ def solving(found: Any, pefs: PEFs) -> dict[str, float]:
     return {"together, s": together, "apart, s": apart, "ratio": apart / together, "same ridge": same / len(wanted)}
 
 
-def in_place(
-    analyzer: NPEFFAnalyzer, found: Any, j: int, direction: Any, data: Any
-) -> dict[float, tuple[float, float]]:
-    """{step of each sign: mean KL on top examples and on others}, with moved weights, a step at a time."""
-    examples = analyzer.examples_of(found, data)
-    with analyzer.forward_pass() as forward:
-        groups = [[examples[i] for i in indices] for indices in choose_examples(found, j, 16, 64, 0)]
-        before = [predict(forward, group, BATCH) for group in groups]
-
-        def kl(step: float, which: int) -> float:
-            with direction.applied_to(analyzer.model, step):
-                return float(before[which].kl_to(predict(forward, groups[which], BATCH)).mean())
-
-        effects = {}
-        for sign in (1, -1):
-            limit = longest_step(direction, analyzer.model)
-            step = sign * find_scale(lambda s, sign=sign: kl(sign * s, 0), 0.5, limit=limit)[0]
-            effects[step] = kl(step, 0), kl(step, 1)
-        random = direction.random_like(0)
-        with random.applied_to(analyzer.model, abs(step)):
-            for group in groups:
-                predict(forward, group, BATCH)
-    return effects
-
-
 def measured(analyzer: NPEFFAnalyzer, found: Any, pefs: PEFs, data: Any) -> dict[str, float]:
-    """Time of measuring 16 components in both ways, lifting included."""
-    wanted = list(range(min(MEASURED, len(found))))
-    begin = time.process_time()
-    analyzer.evaluate_components(found, pefs, data, wanted, batch_size=BATCH, n_top=16, n_others=64)
-    together = time.process_time() - begin
-    begin = time.process_time()
-    for j, direction in analyzer.lift_each(found, wanted, pefs, data, batch_size=BATCH):
-        in_place(analyzer, found, j, direction, data)
-    return {"together, s": together, "in place, s": time.process_time() - begin}
+    """Processor time of measuring 16 components in both ways, lifting included, and of what it consists."""
+    wanted, settings = list(range(min(MEASURED, len(found)))), {"n_top": 16, "n_others": 64, "batch_size": BATCH}
+    clock = time.process_time
+    begin = clock()
+    adapters = analyzer.lift_adapters(found, pefs, data, RANK, wanted, selective=False, batch_size=BATCH)
+    lifted = clock() - begin
+    reports = analyzer.evaluate_adapters(adapters, found, data, pefs, **settings)
+    together = clock() - begin
+    begin = clock()
+    alone = 0.0
+    examples = analyzer.examples_of(found, data)
+    for j, direction in analyzer.lift_each(found, wanted, pefs, data, selective=False, batch_size=BATCH):
+        start = clock()
+        with analyzer.forward_pass() as forward:
+            groups = ([examples[i] for i in chosen] for chosen in choose_examples(found, j, 16, 64, 0))
+            in_place.measured(in_place.Watching.of(forward, *groups, BATCH), direction)
+        alone += clock() - start
+    apart = clock() - begin
+    differences = []
+    for adapter, report in list(zip(adapters, reports, strict=True))[:CHECKED]:
+        deltas = {name: adapter.delta(name) for name in adapter.linear_deltas()}
+        norm = sum(float(d.double().square().sum()) for d in deltas.values()) ** 0.5
+        direction = ParameterDirection(deltas, adapter.layouts)
+        with analyzer.forward_pass() as forward:
+            groups = ([examples[i] for i in chosen] for chosen in (report.top_examples, report.other_examples))
+            watching = in_place.Watching.of(forward, *groups, BATCH)
+            for effect in (report.best, report.opposite):
+                kls = (watching.kl(direction, effect.scale * norm, which) for which in (0, 1))
+                differences += [abs(a - b) for a, b in zip((effect.top, effect.others), kls, strict=True)]
+    return {
+        "together, s": together, "lifting, s": lifted, "in place, s": apart, "lifting whole, s": apart - alone,
+        "ratio": apart / together, "ratio without lifting": alone / (together - lifted),
+        "KL differs, nats": max(differences),
+    }  # fmt: skip
 
 
-def compared(name: str, components: int) -> dict[str, Any]:
+def lifting(analyzer: NPEFFAnalyzer, found: Any, pefs: PEFs, data: Any, base: float) -> dict[str, dict[str, float]]:
+    """{way: time over that of the PEFs, cosines with the best cuts, energy}."""
+    ways, cuts = {}, {}
+    for way, settings in WAYS.items():
+        begin = time.process_time()
+        adapters = analyzer.lift_adapters(found, pefs, data, RANK, batch_size=BATCH, **settings)
+        seconds = time.process_time() - begin
+        selective = settings["selective"]
+        if selective not in cuts:
+            cuts[selective] = best_cuts(analyzer, found, pefs, data, selective)
+        values = [cosine(adapters[j], cut) for j, cut in cuts[selective].items()]
+        retained = statistics.median(a.retained_energy for a in adapters)
+        ways[way] = {
+            "time / PEFs": seconds / base, "cosine": statistics.median(values), "least": min(values),
+            "energy": retained,
+        }  # fmt: skip
+        print(f"  {way}: {ways[way]}", flush=True)
+    return ways
+
+
+def compared(name: str, components: int, parts: Sequence[str]) -> dict[str, Any]:
     """Every figure of one model but memory."""
     analyzer, data = analysis(name)
     begin = time.process_time()
@@ -152,20 +179,16 @@ def compared(name: str, components: int) -> dict[str, Any]:
     base = time.process_time() - begin
     found = analyzer.decompose(pefs, components, n_restarts=2, progress=False)
     print(f"{name}: {len(pefs)} PEFs in {base:.0f} s of the processor; {found}", flush=True)
-    figures: dict[str, Any] = {"n": len(pefs), "PEFs, s": base, "solving": solving(found, pefs), "ways": {}}
-    print(f"  {figures['solving']}", flush=True)
-    for way, settings in WAYS.items():
-        begin = time.process_time()
-        adapters = analyzer.lift_adapters(found, pefs, data, RANK, batch_size=BATCH, **settings)
-        seconds = time.process_time() - begin
-        values = cosines(analyzer, found, pefs, data, adapters, settings["selective"])
-        kept = statistics.median(a.retained_energy for a in adapters)
-        figures["ways"][way] = {
-            "time / PEFs": seconds / base, "cosine": statistics.median(values), "least": min(values), "energy": kept,
-        }  # fmt: skip
-        print(f"  {way}: {figures['ways'][way]}", flush=True)
-    figures["measuring"] = measured(analyzer, found, pefs, data)
-    print(f"  {figures['measuring']}", flush=True)
+    figures: dict[str, Any] = {"n": len(pefs), "components": components, "PEFs, s": base}
+    if "lifting" in parts:
+        figures["ways"] = lifting(analyzer, found, pefs, data, base)
+    for part, make in (
+        ("measuring", lambda: measured(analyzer, found, pefs, data)),
+        ("solving", lambda: solving(found, pefs)),
+    ):
+        if part in parts:
+            figures[part] = make()
+            print(f"  {part}: {figures[part]}", flush=True)
     return figures
 
 
@@ -209,7 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["MiniLM", "SmolLM2"])
     parser.add_argument("--components", type=int, default=64)
-    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the figures; all by default")
+    parser.add_argument("--keep", action="store_true", help="keep the figures for the page")
     parser.add_argument("--lone", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -218,11 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lone(what, name, options.components, folder)
         return
     print(machine())
-    figures = {}
+    figures = dict(kept("low-rank").get("models", {}))
     for name in options.models:
-        figures[name] = {**compared(name, options.components), "memory": memory(name, options.components)}
-    if options.keep:
-        keep("low-rank", {"models": figures})
+        made = compared(name, options.components, options.parts) if set(options.parts) - {"memory"} else {}
+        if "memory" in options.parts:
+            made["memory"] = memory(name, options.components)
+        figures[name] = figures.get(name, {}) | made
+        if options.keep:
+            keep("low-rank", {"models": figures})
 
 
 if __name__ == "__main__":

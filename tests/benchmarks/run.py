@@ -26,7 +26,7 @@ SCRIPTS: list[tuple[str, ...]] = [
     ("stability", "--model", "MiniLM", "--keep"),
     ("scaling", "--keep"),
     ("lifting", "--keep"),
-    ("low_rank", "--keep"),
+    ("low_rank", "--models", "MiniLM", "--keep"),  # SmolLM2 takes half an hour
     ("stopping", "--keep"),
     ("guard", "--keep"),
     ("report",),
