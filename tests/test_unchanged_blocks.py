@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.fisher.predictions import predict
+from hf_npeff.weights.requantised import maps_to_round, weights_rounded
 from hf_npeff.weights.steps import SharedSteps
 from tests.test_activations import direction_of, hooks_of
 from tests.tiny import tiny_batch, tiny_model
@@ -108,3 +109,27 @@ def test_a_model_that_reads_a_lower_block_in_another_place_runs_whole(part: str)
             with direction.applied_to(model, step):
                 truth = predict(forward, some, 1)
             assert (found.logits[0] - truth.logits[0]).abs().max() < 1e-5 * truth.logits[0].abs().max()
+
+
+def test_a_measurement_on_grids_does_not_take_states_of_other_weights() -> None:
+    """Oracle: the change at one scale alone, and on a grid a model whose weights are rounded by hand, whole passes."""
+    model = tiny_model("bert", "sequence-classification", dtype=torch.float32)
+    rows = tiny_batch(model, 5, seed=1)
+    direction = direction_of(model, LAST["bert"])
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=1))
+    measured = analyzer.measure(direction, rows, scales=(1.0, 2.0, 3.0), random=False, quantise=("int8",))
+    examples = list(Examples(rows))
+    maps = maps_to_round(model, list(direction), ("int8",))
+    with analyzer.forward_pass() as forward:
+        before = predict(forward, examples, 1)
+        for scale in (1.0, 2.0, 3.0):
+            with direction.applied_to(model, scale):
+                kl = before.kl_to(predict(forward, examples, 1))
+            assert measured.at(scale)["all"].kl == pytest.approx(float(kl.mean()), rel=1e-3)
+        with weights_rounded(model, maps, "int8"):
+            rounded = predict(forward, examples, 1)
+            with direction.applied_in_activations(model, 2.0):
+                kl = rounded.kl_to(predict(forward, examples, 1))
+    assert measured.on_grid("int8", merged=False, scale=2.0).groups["all"].kl == pytest.approx(
+        float(kl.mean()), rel=1e-3
+    )

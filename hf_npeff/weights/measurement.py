@@ -7,7 +7,7 @@ pass over the data, with the change added in the activations where it is one of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,9 +20,11 @@ from hf_npeff.data import Example
 from hf_npeff.fisher.distributions import HALF_SQUARED
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.linear_maps import LinearMap
+from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.fisher.unchanged_blocks import UnchangedBlocks
 from hf_npeff.progress import working
-from hf_npeff.weights.activations import LinearDelta, changed_in_activations, random_like
+from hf_npeff.weights.activations import ChangedActivations, LinearDelta, changed_in_activations, random_like
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.layouts import LINEAR_LAYOUTS
@@ -284,9 +286,12 @@ def measure(
     passes = 1 + len(variants) * len(request.steps) + len(sizes)
     if request.quantise:  # whole, then on every grid the base model, beside it and merged
         passes += len(request.steps) + len(request.quantise) * (1 + 2 * len(request.steps))
+    outputs_of = None
+    if not isinstance(whole, ParameterDirection):
+        outputs_of = UnchangedBlocks(forward, ChangedActivations(forward.model, [whole]).modules).outputs
     with working("measuring the change", passes * len(examples)):
-        before = predict(forward, examples, request.batch_size)
-        watching = _Watching(forward, examples, truth, groups, before, request)
+        before = predict(forward, examples, request.batch_size, outputs_of=outputs_of)
+        watching = _Watching(forward, examples, truth, groups, before, request, outputs_of)
         steps = [
             Step(scale, rank, False, watching.effects(what, scale))
             for rank, what in variants.items()
@@ -313,9 +318,10 @@ class _Watching:
         groups: Mapping[str, list[int]],
         before: Predictions,
         request: MeasureRequest,
+        outputs_of: Callable[[Sequence[Example]], Outputs] | None = None,
     ):
         self.forward, self.examples, self.truth, self.groups = forward, examples, truth, groups
-        self.before, self.request = before, request
+        self.before, self.request, self._outputs_of = before, request, outputs_of
         self.said = self._said(before)
         self.scores = [score(before, i, label) for i, label in enumerate(truth)]
 
@@ -332,7 +338,7 @@ class _Watching:
         for scheme in self.request.quantise:
             with weights_rounded(model, maps, scheme):
                 before = predict(self.forward, self.examples, self.request.batch_size)
-                beside = {scale: self._predicted(deltas, scale) for scale in self.request.steps}
+                beside = {scale: self._predicted(deltas, scale, rounded=True) for scale in self.request.steps}
             watching = _Watching(*around, before, self.request)
             for scale in self.request.steps:
                 with weights_rounded(model, maps, scheme, deltas, scale):
@@ -343,9 +349,11 @@ class _Watching:
                     steps.append(Step(scale, rank, False, groups, quantised=scheme, merged=is_merged, kept=kept))
         return steps
 
-    def _predicted(self, what: Any, scale: float) -> Predictions:
+    def _predicted(self, what: Any, scale: float, *, rounded: bool = False) -> Predictions:
+        """What is predicted after a step; on a grid all blocks give something else, those below the change too."""
+        outputs_of = None if rounded else self._outputs_of
         with applied(self.forward.model, what, scale):
-            return predict(self.forward, self.examples, self.request.batch_size)
+            return predict(self.forward, self.examples, self.request.batch_size, outputs_of=outputs_of)
 
     def effects(self, what: Any, scale: float) -> dict[str, GroupEffect]:
         """A step's effect on every group."""
