@@ -17,9 +17,10 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_module_names, base_of, is_sentence_transformer
 from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
 from hf_npeff.fisher.embeddings import EMBEDDING_TASK, EmbeddingHead
+from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.head_weights import inside, weight_of
 from hf_npeff.fisher.memory import is_out_of_memory
-from hf_npeff.fisher.output_embedding import WatchedEmbedding, is_jacobian
+from hf_npeff.fisher.output_embedding import WatchedEmbedding, has_path_beside, is_jacobian
 from hf_npeff.fisher.outputs import HeadJacobian, HeadTraits, OutputHead, Outputs
 from hf_npeff.fisher.tasks import AUTO_CLASSES, task_of
 from hf_npeff.fisher.terms import gathered, packed, real_tokens, shifted, up_to_the_last
@@ -270,9 +271,12 @@ class TransformersHead:
             slope = slope.detach().to(wide.dtype).flatten(0, 1)
             slope = None if bool((slope == 1).all()) else slope
         jacobian = HeadJacobian(weight, slope)
-        differentiable = torch.is_grad_enabled() and watched.hidden.requires_grad
-        if self.traits.at_hidden and differentiable and not is_jacobian(jacobian, logits, watched.hidden):
-            return self._at_logits(logits, valid, "does more than multiply by the weight of its output embedding")
+        if self.traits.at_hidden and torch.is_grad_enabled() and watched.hidden.requires_grad:
+            fsdp = FSDPModel(model)
+            fsdp.watch_head(self.embedding)
+            beside = has_path_beside(self.embedding, logits, watched.hidden)
+            if beside or not is_jacobian(jacobian, logits, watched.hidden, fsdp.gather_head):
+                return self._at_logits(logits, valid, "does more than multiply by the weight of its output embedding")
         source = watched.hidden if self.traits.at_hidden else logits
         return Outputs(source, wide, valid, self.distribution, jacobian, self.traits.at_hidden, self.several)
 

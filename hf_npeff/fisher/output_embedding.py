@@ -64,30 +64,35 @@ class WatchedEmbedding:
         return self.linear.clone()  # Chameleon changes its logits in place, which a leaf does not bear
 
 
-def is_jacobian(jacobian: HeadJacobian, logits: Tensor, states: Tensor) -> bool:
-    """Whether J_headᵀu is what autograd gives for a random u, and nothing reaches the logits but through the states.
+def is_jacobian(jacobian: HeadJacobian, logits: Tensor, states: Tensor, gather: Callable[[], None]) -> bool:
+    """Whether J_headᵀu is what autograd gives for a random u.
 
     An embedding may scale its product by learned numbers (nGPT's heads do), and a model may normalise its logits
-    afterwards: neither is a weight with a slope for every logit. A second head, or a mechanism that copies from the
-    prompt, adds logits of its own.
+    afterwards: neither is a weight with a slope for every logit.
 
     Args:
         jacobian: J_head of N terms, as it seems to be.
         logits: (B, t, k) with B·t = N, in the graph of `states`.
         states: (B, t, h), what the embedding is handed.
+        gather: brings the weights back that FSDP2 has taken away after a pass.
     """
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
-    (pulled,) = torch.autograd.grad(logits, states, u, retain_graph=True, allow_unused=True)
-    if pulled is None or _has_path_beside(logits, states):
+    pulled: Tensor | None = torch.autograd.grad(logits, states, u, retain_graph=True, allow_unused=True)[0]
+    if pulled is None:
         return False
+    gather()
     expected = jacobian.pull(u.to(jacobian.weight.dtype).flatten(0, 1)[..., None])[..., 0]
     difference = (pulled.to(expected.dtype).flatten(0, 1) - expected).norm()
     return bool(difference <= _SAME[min(4, logits.dtype.itemsize, states.dtype.itemsize)] * expected.norm())
 
 
-def _has_path_beside(logits: Tensor, states: Tensor) -> bool:
-    """Whether anything that requires a gradient reaches the logits without passing the states."""
+def has_path_beside(embedding: nn.Module, logits: Tensor, states: Tensor) -> bool:
+    """Whether anything that requires a gradient, but the embedding itself, reaches the logits past the states.
+
+    A second head does, and a mechanism that copies from the prompt.
+    """
+    own = {id(parameter) for parameter in embedding.parameters()}
     end = states.grad_fn
     waiting: list[Any] = [logits.grad_fn]
     seen = {None, end}
@@ -97,7 +102,7 @@ def _has_path_beside(logits: Tensor, states: Tensor) -> bool:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not states:
+        if leaf is not None and leaf is not states and id(leaf) not in own:
             return True
         waiting.extend(source for source, _ in node.next_functions)
     return False
