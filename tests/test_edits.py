@@ -23,6 +23,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.weights.edits import Functionals, changes_by_id, largest_step, removal
 from hf_npeff.weights.row_space import unscaled_rows
 from tests import reference
+from tests.logged import warned_by
 from tests.tiny import collate, task_of, tiny_batch, tiny_model, tiny_tokenizer
 
 Made = tuple[NPEFFAnalyzer, list[dict[str, Any]], PEFs]
@@ -219,6 +220,14 @@ def test_an_edit_towards_the_highest_moves_only_the_other_side(binary: Made) -> 
 
 
 # Steps
+
+
+def test_an_edit_that_ends_early_says_so(binary: Made, caplog: pytest.LogCaptureFixture) -> None:
+    """Where no further step does as predicted, what is reached stays, and people are told how many were taken."""
+    analyzer, data, pefs = binary
+    told = analyzer.edit(pefs, data, change={"e1": 3.0, "e6": -3.0}, ridge=1e-6, iterations=8).info
+    ended = [record.args for record in warned_by(caplog, "models.edited_model")]
+    assert [args[:2] for args in ended] == [(len(told["steps"]), 8)]  # type: ignore[index]
 
 
 def test_iterations_come_nearer_to_what_is_wanted(binary: Made) -> None:

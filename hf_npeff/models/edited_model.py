@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,11 +21,12 @@ from hf_npeff.pefs.weights_identity import check_same_weights
 from hf_npeff.progress import working
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.editing import Goal, goal_of, lift_contrast, outcome_info, sides, step_towards, tried
-from hf_npeff.weights.edits import STEPS
+from hf_npeff.weights.edits import STEPS, NoStepError
 from hf_npeff.weights.lifting import align
 from hf_npeff.weights.log_odds import Naming, observe
 from hf_npeff.weights.plans import check_kept
 
+logger = logging.getLogger(__name__)
 _READ_BY_STEP = 2 + len(STEPS)
 """How often every example is read for a step: the outcomes and their gradients, the lifting, the trials."""
 _FIRST = 8
@@ -189,10 +191,11 @@ class EditedModel(MovableModel):
                 direction = self.direction_of(step.deltas, {"weights": weights}, unit=False)
                 try:
                     length, errors = tried(forward, direction, examples, goal, now, step, request)
-                except ValueError:
+                except NoStepError as error:
                     if total is None:
                         raise
-                    break  # what is reached stays
+                    logger.warning("the edit ends after %d of %d steps: %s", number, request.iterations, error)
+                    break
             steps.append(length)
             info = info or {**step.info, "tried": errors}
             predicted = predicted + length * step.predicted

@@ -294,6 +294,10 @@ def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> d
     return dict(zip(RIDGES, (missed / float(t.square().sum())).tolist(), strict=True))
 
 
+class NoStepError(ValueError):
+    """No step along a change does what was predicted of it."""
+
+
 def largest_step(
     wanted: Wanted, predicted: Tensor, change_at: Callable[[float], Tensor], ridge: float | None = None
 ) -> tuple[float, dict[str, float]]:
@@ -309,7 +313,7 @@ def largest_step(
         The step, and {step: error} of those that were tried.
 
     Raises:
-        ValueError: if none does.
+        NoStepError: if none does.
     """
     errors: dict[str, float] = {}
     best = None
@@ -320,7 +324,7 @@ def largest_step(
             break
         best = step
     if best is None:
-        raise ValueError(
+        raise NoStepError(
             f"no step does what was predicted: a quarter of it differs from its prediction by {errors['0.25']:.0%}. "
             + (
                 "Raise ridge"
