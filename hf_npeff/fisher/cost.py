@@ -127,8 +127,9 @@ def estimate(
         out, into = m.shape
         side = dim if kind == "kronecker" and dim else TWO_STAGE_SIDE if kind == "two-stage" else max(out, into)
         k_out, k_in = min(out, side), min(into, side)
-        once = 2 * tokens * into * k_in * (k_in < into)
-        each = 2 * tokens * out * k_out * (k_out < out) + 2 * tokens * k_out * k_in
+        folded = kind == "two-stage"  # every number is read once, not multiplied k times
+        once = 2 * tokens * into * (1 if folded else k_in) * (k_in < into)
+        each = 2 * tokens * out * (1 if folded else k_out) * (k_out < out) + 2 * tokens * k_out * k_in
         sketching += n * (once + c * (each + 2 * k_out * k_in * (kind in ("countsketch", "two-stage"))))
     d = numbers_of(kind, dim, shapes)
     rows_in_gram_space = n * c if n * c < d and n * c <= GRAM_LIMIT else d

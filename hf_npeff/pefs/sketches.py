@@ -7,8 +7,8 @@ A sketch has two stages, and its kind says which of them do something:
                side by side, each module its own block          identity, kronecker
                blocked countsketch, all modules summed          countsketch, two-stage
 
-A side is a Haar-random semi-orthogonal matrix scaled by √(n/k), the identity where the dimension n is no larger than
-the side k. Blocked countsketch cuts a module's m numbers into blocks of d, gives every number an independent sign,
+A side is a random rotation or a fold (see `sides`), the identity where the dimension n is no larger than the side k.
+Blocked countsketch cuts a module's m numbers into blocks of d, gives every number an independent sign,
 shifts every block cyclically by a random offset, and adds the blocks up.
 
 Everything random depends on (seed, parameter name, shape) alone and is drawn on the CPU, so a sketch is the same on
@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +28,10 @@ import torch
 from torch import Tensor
 
 from hf_npeff.errors import FormatVersionError
+from hf_npeff.pefs.sides import FoldedSide, RotatedSide, Side
 
+Sides = Literal["rotated", "folded"]
+_SIDES: dict[Sides, Callable[[int, int, torch.Generator], Side]] = {"rotated": RotatedSide, "folded": FoldedSide}
 Kind = Literal["kronecker", "countsketch", "two-stage", "identity"]
 TWO_STAGE_SIDE = 128
 """Side of a module's block after the first stage. Chosen: the second stage has 128² numbers of a module to place, not
@@ -50,14 +53,6 @@ def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _side(n: int, k: int, generator: torch.Generator) -> Tensor | None:
-    """(k, n) with orthogonal rows of length √(n/k), or None for the identity: E[PᵀP] = I by rotational symmetry."""
-    if k >= n:
-        return None
-    basis, _ = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))
-    return (basis.T * (n / k) ** 0.5).to(torch.float32).contiguous()
-
-
 @dataclass
 class _Block:
     """One parameter's share of a sketch; what is random in it is drawn when it is first used."""
@@ -66,25 +61,10 @@ class _Block:
     size: int
     start: int | None  # of its own slice of the row; None where the modules are summed
     drawn: bool = False
-    sides: tuple[Tensor | None, Tensor | None] = (None, None)
+    sides: tuple[Side | None, Side | None] = (None, None)
     signs: Tensor | None = None
     shifts: list[int] = field(default_factory=list)
     turns: Tensor | None = None  # the shifts, beside the signs
-    casts: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
-
-    def times_side(self, x: Tensor, which: int) -> Tensor:
-        """One of the sides times x (…, n): (…, k); it is turned into the type of x once."""
-        side = self.sides[which]
-        if side is None:
-            return x
-        return x @ self.cast_side(side, which, x)
-
-    def cast_side(self, side: Tensor, which: int, x: Tensor) -> Tensor:
-        """A side transposed (n, k), on the device and in the type of x."""
-        key = which, x.device, x.dtype
-        if key not in self.casts:
-            self.casts[key] = side.to(x.device, x.dtype).T
-        return self.casts[key]
 
 
 class Sketch:
@@ -96,6 +76,8 @@ class Sketch:
         kind: "kronecker", "countsketch", "two-stage" or "identity".
         dim: the side of a module's block for "kronecker"; d for "countsketch" and "two-stage"; unused by "identity".
         seed: the seed of all random numbers.
+        sides: what the sides are, "rotated" or "folded"; None takes "folded" for "two-stage", whose sides are long
+            enough for the one draw to be like the mean of them, and "rotated" for "kronecker".
 
     Attributes:
         dim: d, the numbers of a row.
@@ -103,10 +85,17 @@ class Sketch:
         fingerprint: a hash of everything that fixes the map. Rows of different fingerprints must never meet.
 
     Raises:
-        ValueError: if `kind` is unknown, `shapes` is empty or `dim` is missing.
+        ValueError: if `kind` is unknown, `shapes` is empty or `dim` is missing, or there are no such sides.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], kind: Kind, dim: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        kind: Kind,
+        dim: int | None = None,
+        seed: int = 0,
+        sides: Sides | None = None,
+    ):
         if kind not in ("kronecker", "countsketch", "two-stage", "identity"):
             raise ValueError(f"unknown kind of sketch {kind!r}")
         if not shapes:
@@ -115,6 +104,9 @@ class Sketch:
             dim = None
         elif dim is None or dim < 1:
             raise ValueError(f"a {kind} sketch needs a positive dim, but it is {dim!r}")
+        if sides not in (None, *_SIDES):
+            raise ValueError(f"unknown sides of a sketch {sides!r}; they are one of {', '.join(_SIDES)}")
+        self.sides: Sides = sides or ("folded" if kind == "two-stage" else "rotated")
         self.shapes = {name: (int(rows), int(columns)) for name, (rows, columns) in shapes.items()}
         self.kind: Kind = kind
         self.setting = dim
@@ -145,10 +137,7 @@ class Sketch:
             return part
         shape, width = part.shape, self._width
         if width is not None:
-            part.sides = (
-                _side(shape[0], width, _generator(self.seed, name, shape, width, "out")),
-                _side(shape[1], width, _generator(self.seed, name, shape, width, "in")),
-            )
+            part.sides = self._side(name, shape, 0, width), self._side(name, shape, 1, width)
         if self._summed:
             d = self.setting or 1
             generator = _generator(self.seed, name, shape, d, "count")
@@ -161,11 +150,16 @@ class Sketch:
         part.drawn = True
         return self._moved(part)
 
+    def _side(self, name: str, shape: tuple[int, int], which: int, k: int) -> Side | None:
+        """One of a parameter's sides, None for the identity."""
+        if k >= shape[which]:
+            return None
+        return _SIDES[self.sides](shape[which], k, _generator(self.seed, name, shape, k, ("out", "in")[which]))
+
     def _moved(self, part: _Block) -> _Block:
         part.sides = tuple(s if s is None else s.to(self._device) for s in part.sides)  # type: ignore[assignment]
         part.signs = part.signs if part.signs is None else part.signs.to(self._device)
         part.turns = part.turns if part.turns is None else part.turns.to(self._device)
-        part.casts.clear()
         return part
 
     @property
@@ -176,7 +170,8 @@ class Sketch:
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` rebuilds the sketch from, as JSON types."""
         shapes = [[name, list(shape)] for name, shape in self.shapes.items()]
-        return {"kind": self.kind, "dim": self.setting, "seed": self.seed, "shapes": shapes}
+        folded = {"sides": self.sides} if self.sides == "folded" else {}  # what says nothing of its sides is rotated
+        return {"kind": self.kind, "dim": self.setting, "seed": self.seed, **folded, "shapes": shapes}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sketch:
@@ -190,7 +185,7 @@ class Sketch:
             numbers = [values["seed"], *(n for shape in shapes.values() for n in shape)]
             if not all(isinstance(n, int) and n >= 0 for n in numbers) or not isinstance(values["dim"], int | None):
                 raise ValueError("shapes, dim and seed are whole numbers")
-            return cls(shapes, values["kind"], values["dim"], values["seed"])
+            return cls(shapes, values["kind"], values["dim"], values["seed"], values.get("sides", "rotated"))
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise FormatVersionError(f"not the description of a sketch: {error!r}") from error
 
@@ -205,11 +200,13 @@ class Sketch:
 
     def project_input(self, name: str, x: Tensor) -> Tensor:
         """P_in x: (…, in) → (…, k_in)."""
-        return self._part(name).times_side(x, 1)
+        side = self._part(name).sides[1]
+        return x if side is None else side.times(x)
 
     def project_output(self, name: str, delta: Tensor) -> Tensor:
         """P_out δ: (…, out) → (…, k_out)."""
-        return self._part(name).times_side(delta, 0)
+        side = self._part(name).sides[0]
+        return delta if side is None else side.times(delta)
 
     def has_output_side(self, name: str) -> bool:
         """Whether `project_output` shortens anything."""
@@ -226,16 +223,13 @@ class Sketch:
         Returns:
             (S, k_out).
         """
-        part, out = self._part(name), delta.shape[1]
-        side = part.sides[0]
+        side, out = self._part(name).sides[0], delta.shape[1]
         assert side is not None
-        columns = part.cast_side(side, 0, delta)
-        result = delta.new_empty(len(delta), columns.shape[1])
+        result = delta.new_empty(len(delta), side.size)
         start = 0
         for expert, count in enumerate(counts):
             if count:
-                block = columns[expert * out : (expert + 1) * out]
-                torch.mm(delta[start : start + count], block, out=result[start : start + count])
+                result[start : start + count] = side.times(delta[start : start + count], expert * out)
             start += count
         return result
 
@@ -251,8 +245,8 @@ class Sketch:
         """
         part = self._part(name)
         outer, inner = part.sides
-        k_out = part.shape[0] if outer is None else len(outer)
-        k_in = part.shape[1] if inner is None else len(inner)
+        k_out = part.shape[0] if outer is None else outer.size
+        k_in = part.shape[1] if inner is None else inner.size
         whole_blocks = self.dim // math.gcd(self.dim, k_in)
         at_once = _AT_ONCE if device.type == "cpu" else _AT_ONCE_ELSEWHERE
         step = max(1, at_once // (batch * k_in * whole_blocks)) * whole_blocks
@@ -365,14 +359,14 @@ class Sketch:
             flat = torch.cat([twice[..., shift : shift + d] for shift in part.shifts], -1)
             flat = (flat * part.signs.to(rows.device, rows.dtype))[..., : part.size]
         outer = part.sides[0]
-        return flat.reshape(*rows.shape[:-1], part.shape[0] if outer is None else outer.shape[0], -1)
+        return flat.reshape(*rows.shape[:-1], part.shape[0] if outer is None else outer.size, -1)
 
     def _adjoint_of(self, name: str, rows: Tensor) -> Tensor:
         value = self.placement_adjoint(name, rows)
         outer, inner = self._part(name).sides
         if outer is not None:
-            value = outer.to(value.device, value.dtype).T @ value
-        return value if inner is None else value @ inner.to(value.device, value.dtype)
+            value = outer.adjoint(value.mT).mT
+        return value if inner is None else inner.adjoint(value)
 
 
 def _shifted_sum(flat: Tensor, signs: Tensor, turns: Tensor, d: int, dtype: torch.dtype, together: int = 64) -> Tensor:
