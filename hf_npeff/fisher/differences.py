@@ -394,5 +394,6 @@ def foreign_parts(forward: ForwardPass) -> list[str]:
 
 def _hooks_of_others(module: nn.Module) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
     packages = (getattr(hook, "__module__", "").split(".")[0] for hook in hooks)
     return any(package not in (*_OWN, __name__.split(".")[0]) for package in packages)

@@ -91,7 +91,9 @@ class LinearHooks:
     def __enter__(self) -> LinearHooks:
         modules = dict(self._model.named_modules())
         for name, linear_map in self._modules.items():
-            self._handles.append(modules[name].register_forward_hook(self._hook(name, linear_map), with_kwargs=True))
+            # First: what a hook of somebody else's makes of the output is not the weight's.
+            hook = self._hook(name, linear_map)
+            self._handles.append(modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True))
         if self._fused:
             # Whoever leaves early leaves no module changed.
             try:

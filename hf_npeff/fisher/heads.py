@@ -110,6 +110,7 @@ class TransformersHead:
         analysed = any(id(part) in under_analysis for part in parts)
         self.classifier = None if self.embedding is not None else self._classifier(model)
         self._mask_token = mask_token
+        self._has_jacobian = True
         self.traits = HeadTraits(
             task,
             takes=frozenset({*inspect.signature(model.forward).parameters, "labels"}),
@@ -276,7 +277,9 @@ class TransformersHead:
             fsdp.watch_head(self.embedding)
             beside = has_path_beside(self.embedding, logits, watched.hidden)
             if beside or not is_jacobian(jacobian, logits, watched.hidden, fsdp.gather_head):
-                return self._at_logits(logits, valid, "does more than multiply by the weight of its output embedding")
+                self._has_jacobian = False  # nor where the states require no gradient and nothing can be compared
+        if not self._has_jacobian:
+            return self._at_logits(logits, valid, "does more than multiply by the weight of its output embedding")
         source = watched.hidden if self.traits.at_hidden else logits
         return Outputs(source, wide, valid, self.distribution, jacobian, self.traits.at_hidden, self.several)
 

@@ -137,7 +137,7 @@ class Nudges:
                     continue
                 for name in m.modules:
                     hook = self._hook(m.parameter)
-                    self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
+                    self._handles.append(modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True))
             for path, experts in find_experts(self._model, fused).items() if fused else ():
                 self._handles.append(experts.intercept(self._tap(fused[path]), self._is_wanted))
         except BaseException:

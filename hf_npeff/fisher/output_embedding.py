@@ -36,7 +36,7 @@ class WatchedEmbedding:
     def __enter__(self) -> WatchedEmbedding:
         self._handles = [
             self._embedding.register_forward_pre_hook(self._before),
-            self._embedding.register_forward_hook(self._after),
+            self._embedding.register_forward_hook(self._after, prepend=True),  # before hooks that change logits
         ]
         return self
 

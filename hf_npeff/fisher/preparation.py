@@ -117,7 +117,8 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
         config = replace(config, spectral_metric=wanted)
     if wanted == "hidden":
         return config, None
-    return config, measure_metric(forward, maps, pilots, config.seed)
+    metric = measure_metric(forward, maps, pilots, config.seed)
+    return config, metric if embeds or len(metric.root) == first.source.shape[-1] else None
 
 
 def _outputs_of_text(forward: ForwardPass, text: Example) -> Outputs | None:

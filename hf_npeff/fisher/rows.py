@@ -110,6 +110,8 @@ def choose_cotangents(
 ) -> Cotangents:
     """The cotangents that make the rows of a batch with these outputs."""
     factor = resolve(config.output_factor, outputs, config.rank)
+    if metric is not None and len(metric.root) != outputs.source.shape[-1]:
+        metric = None  # cotangents enter at the logits, as a pass since has shown
     return cotangents(outputs, factor, config.rank, seeds_of([e.id for e in examples], config.seed), metric)
 
 

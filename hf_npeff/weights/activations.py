@@ -231,7 +231,8 @@ class ChangedActivations:
             self._handles.append(modules[path].register_forward_hook(self._watching(path)))
         for path, parameter in self._places.items():
             hook = self._adding(path, parameter)
-            self._handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+            # First: whatever hooks of others make of the output, they make of that of the changed weight.
+            self._handles.append(modules[path].register_forward_hook(hook, prepend=True, with_kwargs=True))
         for path, experts in find_experts(self._model, self._fused).items() if self._fused else ():
             self._handles.append(experts.intercept(self._tap(path), lambda: True))
         return self
