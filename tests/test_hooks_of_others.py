@@ -1,4 +1,4 @@
-"""Hooks that users leave on a model: what they make of a layer's output is the model's, not that of the layer's weight."""
+"""Hooks that users leave on a model: what they make of an output is the model's, not that of the layer's weight."""
 
 from __future__ import annotations
 
