@@ -24,7 +24,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.config import BATCH_SIZE, ComputeRequest, DecompositionConfig, FisherConfig, is_count
-from hf_npeff.data import records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
@@ -32,6 +31,7 @@ from hf_npeff.encoding.record import Reading
 from hf_npeff.models.run_change import RunPoint, run_change, seen_at
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes
+from hf_npeff.records import records_of
 from hf_npeff.sharing.files import read_json_lines, write_atomically
 from hf_npeff.sharing.hub import text_columns
 from hf_npeff.weights.change_report import ChangeReport

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from hf_npeff.encoding.column_names import IDS, MODEL_INPUTS
 from hf_npeff.encoding.encoders import Encoder, Inputs
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
 from hf_npeff.encoding.shapes import SAMPLE, encoded_as
 from hf_npeff.encoding.values import as_number_or_text, as_python, at
-from hf_npeff.images import of_one_example, rows_with_images
+from hf_npeff.images import of_one_example
 from hf_npeff.padding import (
     Batch,
     OfOneExample,
@@ -36,6 +35,10 @@ from hf_npeff.padding import (
     sides_of,
     without_padding,
 )
+from hf_npeff.records import records_of
+
+_PROSE_WORDS = 3
+"""Words of a value from which it may be something to read: names and classes are mostly shorter."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ class Examples(Sequence[Example]):
             raise ValueError(f"columns {missing} are not in the dataset; it has {sorted(first)}")
         self._columns = columns
         self._ids = self._ids_of(first)
+        self._decided = set()
+        if record.kind not in ("tensors", "image") and (reading is None or reading.text_column is None):
+            self._decided = {name for row in rows for name, value in row.items() if value is not None}
 
     def _ids_of(self, first: Mapping[str, Any]) -> list[str]:
         for name in IDS:
@@ -168,10 +174,21 @@ class Examples(Sequence[Example]):
         return {**kept, **dict.fromkeys(made, encoded.shown)}
 
     def _encode(self, record: Mapping[str, Any], i: int) -> Inputs:
+        self._check_decided(record, i)
         try:
             return self._encoder(record)
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"example {self._ids[i]!r} cannot be encoded: {error}") from error
+
+    def _check_decided(self, record: Mapping[str, Any], i: int) -> None:
+        """Refuse a row with text in a column that was empty where it was decided what to read."""
+        for name in record if self._decided else ():
+            value = None if name in self._decided else as_python(record[name])
+            if isinstance(value, str) and len(value.split()) >= _PROSE_WORDS:
+                raise ValueError(
+                    f"example {self._ids[i]!r} has text in the column {name!r}, which is empty in the first {SAMPLE} "
+                    "rows, by which it was decided what to read: name what is to be read with text_column="
+                )
 
     def check_labelled(self, name: str) -> None:
         """Refuse a column of labels that holds none.
@@ -189,55 +206,6 @@ class Examples(Sequence[Example]):
         return list(self._ids)
 
 
-def records_of(dataset: Any, max_examples: int | None, image_token: int | None = None) -> Any:
-    """Anything → a sequence of dictionaries.
-
-    Raises:
-        ValueError: if it is of no known kind, or has no length and no `max_examples`.
-    """
-    if isinstance(dataset, Examples):
-        raise ValueError("expected a dataset, got Examples; pass what they were made from")
-    if isinstance(dataset, str):
-        raise ValueError("expected a dataset, got one string; put texts in a list")
-    if isinstance(dataset, DataLoader):
-        return _unbatched(dataset, max_examples, image_token)
-    if isinstance(dataset, Mapping):
-        return _rows_of_columns(dataset, image_token)
-    dataset = _without_format(dataset)
-    if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
-        return dataset
-    if isinstance(dataset, Sequence):
-        return [_as_record(r, i) for i, r in enumerate(dataset)]
-    if hasattr(dataset, "__iter__"):
-        if max_examples is None:
-            raise ValueError(
-                "an iterable dataset has no length: pass max_examples, or, where a call takes none, the examples "
-                "themselves: list(dataset.take(n))"
-            )
-        return [_as_record(r, i) for i, r in enumerate(itertools.islice(iter(dataset), max_examples))]
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # a torch map-style dataset
-        return [_as_record(dataset[i], i) for i in range(len(dataset))]
-    raise ValueError(
-        f"expected a datasets.Dataset, a list of strings or dictionaries, a dictionary of tensors or a DataLoader, "
-        f"but got {type(dataset).__name__}"
-    )
-
-
-_FORMATS = ("numpy", "torch", "pandas", "arrow", "polars", "jax", "tensorflow")
-
-
-def _without_format(dataset: Any) -> Any:
-    """A data set of `datasets` that gives Python's own types, whatever it was set to; transforms are kept."""
-    if not hasattr(dataset, "with_format"):
-        return dataset
-    known = getattr(dataset, "format", None)
-    if known is None:  # an IterableDataset does not tell, and has no transforms
-        return dataset.with_format(None)
-    if known["type"] not in _FORMATS:
-        return dataset
-    return dataset.with_format(None, columns=known["columns"])
-
-
 def _class_names(features: Any) -> dict[str, list[str]]:
     """{column: names of its classes} of a data set of `datasets`, for single labels and for lists of them."""
     names = {}
@@ -248,42 +216,10 @@ def _class_names(features: Any) -> dict[str, list[str]]:
     return names
 
 
-def _as_record(record: Any, i: int) -> Mapping[str, Any]:
-    if isinstance(record, str):
-        return {"text": record}
-    if not isinstance(record, Mapping):
-        raise ValueError(f"example {i} is a {type(record).__name__}; expected a string or a dictionary")
-    return record
-
-
 def _column(records: Any, name: str, n: int) -> list[Any]:
     if isinstance(records, list):
         return [record.get(name) for record in records[:n]]
     return list(itertools.islice(records[name], n))
-
-
-def _rows_of_columns(columns: Mapping[str, Any], image_token: int | None) -> list[dict[str, Any]]:
-    """A dictionary of tensors or lists, padded by an attention mask or not, → its rows without padding."""
-    if with_images := rows_with_images(columns, image_token):
-        return [without_padding(row) for row in with_images]
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"a dictionary of columns needs columns of one length, but they have {lengths}")
-    rows = []
-    for i in range(next(iter(lengths.values()))):
-        rows.append(without_padding({name: values[i] for name, values in columns.items()}))
-    return rows
-
-
-def _unbatched(loader: DataLoader[Any], max_examples: int | None, image_token: int | None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for batch in loader:
-        if not isinstance(batch, Mapping):
-            raise ValueError(f"a DataLoader must give dictionaries of tensors, but it gave {type(batch).__name__}")
-        rows += _rows_of_columns(batch, image_token)
-        if max_examples is not None and len(rows) >= max_examples:
-            break
-    return rows
 
 
 def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
@@ -296,6 +232,9 @@ def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
 def _tensor_inputs(record: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
     if task not in (None, "multiple-choice"):
         record = of_one_example(record, image_classes=task == "image-classification")
+    ids = as_python(record.get("input_ids"))
+    if "input_ids" in record and (not isinstance(ids, list) or any(isinstance(each, str) for each in ids)):
+        raise ValueError(f"input_ids must be the numbers of an example's tokens, but they are {str(ids)[:80]}")
     if _is_padded_on_the_left(record):
         record = without_padding(dict(record))
     inputs: dict[str, Any] = {}

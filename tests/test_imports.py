@@ -26,6 +26,7 @@ FLOORS = (
     "encoding",  # which columns are read, and how
     "padding",  # taken off examples, put on batches
     "images",  # whose they are, in a batch of texts with images
+    "records",
     "data",
     # Low, because all that is kept has its methods from sharing/pretrained.py and is written with sharing/files.py.
     # What cards say of higher floors' objects they read through sharing/protocols.py.

@@ -42,7 +42,7 @@ def _written(result: StudyResult, folder: Path) -> Result:
 
 
 def _attributes(dataset: Any, names: list[str], min_count: int) -> Attributes:
-    from hf_npeff.data import records_of
+    from hf_npeff.records import records_of
     from hf_npeff.studies.attributes import Attributes
 
     rows = list(records_of(dataset, None))

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_npeff.encoding.column_names import SYSTEMS
 from hf_npeff.encoding.record import ModelNeeds
 from hf_npeff.encoding.values import as_python, at
 
@@ -19,6 +20,8 @@ _ROLES = {
     "function_response": "tool",
 }  # fmt: skip
 """Roles in data sets that say "from" and "value", as ShareGPT does → those of chat templates."""
+_MESSAGE_KEYS = 4
+"""Keys of a message at most: beside role and content a name, tool calls or a weight."""
 
 
 def is_conversation(value: Any) -> bool:
@@ -28,6 +31,16 @@ def is_conversation(value: Any) -> bool:
         and bool(value)
         and all(isinstance(m, Mapping) and ("role" in m or ("from" in m and "value" in m)) for m in value)
     )
+
+
+def is_single_message(value: Any) -> bool:
+    """Whether it is a message, and no example: a role and its content, or from and value, and little else."""
+    if not isinstance(value, Mapping):
+        return False
+    for role, content in (("role", "content"), ("from", "value")):
+        if role in value and content in value and len(value) <= _MESSAGE_KEYS:
+            return isinstance(value[role], str) and value[role].lower() in _ROLES
+    return False
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
@@ -55,7 +68,8 @@ def conversation_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[
 
     Args:
         record: the row.
-        columns: the columns of the messages, and those beside them: system, tools, documents, chat_template_kwargs.
+        columns: the columns of the messages, and those beside them: the system message (`SYSTEMS`), tools, documents,
+            chat_template_kwargs.
 
     Raises:
         ValueError: if the messages are no conversation, the tools no list, or there are two system messages.
@@ -66,9 +80,9 @@ def conversation_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[
         value = as_python(record.get(name))
         if value is None or value == "" or value == []:
             continue
-        if name == "system":
+        if name in SYSTEMS:
             if messages[0]["role"] == "system" and messages[0].get("content") != value:
-                raise ValueError("the column 'system' and the conversation's own system message differ")
+                raise ValueError(f"the column {name!r} and the conversation's own system message differ")
             if messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": str(value)}, *messages]
             continue

@@ -23,6 +23,10 @@ IDS = ("id", "example_id", "idx", "guid")
 LABELS = ("label", "labels")
 OTHER_IDS = re.compile(r"(.*[_-])?(id|ids|idx|guid|uuid|index|hash|url|link|path|file|filename|date|timestamp)", re.I)
 CONVERSATIONS = ("messages", "conversations", "conversation")
+SYSTEMS = ("system", "system_prompt", "system_message")
+"""Where the system message of a conversation, or of a prompt, stands by itself."""
+BESIDE_CONVERSATIONS = ("context", "contexts", "passage", "passages", "functions")
+"""What a conversation may be about, which no chat template is given by that name."""
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels", "label")
 CONTEXTS = (

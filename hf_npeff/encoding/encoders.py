@@ -340,7 +340,10 @@ def text_at(row: Mapping[str, Any], name: str) -> str:
     """
     value = as_python(at(row, name))
     if not isinstance(value, str):
-        raise ValueError(f"the column {name!r} must hold text, but it holds {type(value).__name__}")
+        raise ValueError(
+            f"the column {name!r} must hold text, but it holds {type(value).__name__}; "
+            "leave the example out, or name another column with text_column="
+        )
     return value
 
 

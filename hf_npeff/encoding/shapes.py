@@ -13,6 +13,7 @@ from typing import Any
 from hf_npeff.encoding.chat import is_conversation
 from hf_npeff.encoding.column_names import (
     ANSWERS,
+    BESIDE_CONVERSATIONS,
     CHOICES,
     CONTEXTS,
     CONVERSATIONS,
@@ -27,6 +28,7 @@ from hf_npeff.encoding.column_names import (
     PROMPTS,
     QUESTIONS,
     SECONDS,
+    SYSTEMS,
     TAGS,
     TEXTS,
     WORDS,
@@ -76,7 +78,7 @@ class _Shapes:
         class_names: Mapping[str, Sequence[str]],
     ):
         self.rows, self.reading, self.needs, self.class_names = rows, reading, needs, class_names
-        self.first = {name: self._value(name) for name in rows[0]}
+        self.first = {name: self._value(name) for name in dict.fromkeys(name for row in rows for name in row)}
         self.strings = [name for name, value in self.first.items() if isinstance(value, str)]
         self.conversations = [name for name, value in self.first.items() if is_conversation(value)]
         self.words = [n for n, v in self.first.items() if is_words(v) and n not in (*OUTPUTS, *CHOICES, *TAGS)]
@@ -201,13 +203,15 @@ class _Shapes:
         name = columns[0] if len(columns) == 1 else known[0] if len(known) == 1 else None
         if name is None:
             raise self._unclear(columns, "several conversations stand side by side")
+        if about := [n for n in BESIDE_CONVERSATIONS if self.first.get(n)]:
+            raise self._unclear([name, *about], "what the conversation is about stands beside it, and is not read")
         return self._of_conversation(name)
 
     def _of_conversation(self, name: str) -> Encoded:
         target = self._target(name)
         if target is not None and not is_conversation(self.first.get(target)):
             raise ValueError(f"{name!r} holds conversations, so its target {target!r} must too")
-        beside = [n for n in ("system", "tools", "documents", "chat_template_kwargs") if self.first.get(n)]
+        beside = [n for n in (*SYSTEMS, "tools", "documents", "chat_template_kwargs") if self.first.get(n)]
         return self._made("completion" if target else "chat", (name, *beside), target)
 
     def _target(self, name: str) -> str | None:
@@ -276,6 +280,9 @@ class _Shapes:
         choices = self._choice_columns()
         if choices not in ((), ("answers",)):  # `answers` hold what is right, not what there is to choose from
             raise self._unclear([*self.strings, *choices], "the choices belong to the text")
+        systems = [n for n in SYSTEMS if self.needs.generates and self.first.get(n)]
+        if systems and len(self.strings) > len(systems):
+            raise self._unclear(self.strings, "a system prompt stands beside the text")
         if pair := self._pair():
             return self._of_pair(*pair)
         known = [name for name in self.strings if name in TEXTS]
@@ -323,6 +330,10 @@ class _Shapes:
         given = TEXTS if self.needs.task == "question-answering" else (*TEXTS, *OUTPUTS)
         others = [n for n in self.strings if n not in (first, second) and n in given and self._is_prose(n)]
         others += [n for n in self.strings if n not in (first, second) and n[:-1] == first[:-1] and n[-1].isalnum()]
+        if self.needs.task == "sequence-classification" and any(name in self.first for name in LABELS):
+            # With labels beside it an answer is judged, and not the truth.
+            judged = [n for n in ANSWERS if n in self.strings and not self._is_category(n)]
+            others += [n for n in judged if n not in (first, second, *others)]
         if others:
             raise self._unclear([first, second, *others], "more than two columns hold text")
         return self._made("pair", (first, second))

@@ -253,7 +253,7 @@ class TransformersHead:
         def counted(hidden: Tensor) -> Tensor:
             return gathered(hidden, index.to(hidden.device) + self._virtual_tokens(model, hidden, arguments))
 
-        with WatchedEmbedding(self.embedding, counted) as watched:
+        with WatchedEmbedding(self.embedding, counted, first=self.traits.at_hidden) as watched:
             logits = self._logits_at_counted(model, arguments, watched)
         if logits is None:
             logits = counted(_logits_of(model(**arguments)))

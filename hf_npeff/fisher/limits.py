@@ -12,6 +12,7 @@ from torch import nn
 from hf_npeff.data import Example
 from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.fisher.bare_model import base_of, is_sentence_transformer
+from hf_npeff.padding import is_nested, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,17 @@ class ModelLimits:
         vocabulary: {input: the ids that its embedding knows}; inputs without an embedding are not in it.
         positions: the most tokens, or None.
         needs_labels: whether every example brings the labels of its tokens.
+        labels_by_token: whether these are of the tokens of the input, not of a decoder's.
+        padding: the padding token, and how many of them at an end without an attention mask are padding: one that is
+            also another special token may end a text once. None: there is none.
         truncated: how many of the examples that were checked had been cut.
     """
 
     vocabulary: Mapping[str, int]
     positions: int | None
     needs_labels: bool
+    labels_by_token: bool = False
+    padding: tuple[int, int] | None = None
     truncated: int = 0
 
     @classmethod
@@ -42,7 +48,8 @@ class ModelLimits:
         # A SentenceTransformer cuts texts earlier than its transformer has to.
         given = getattr(model, "max_seq_length", None) if is_sentence_transformer(model) else None
         limits = [limit for limit in (_positions(base), given) if limit is not None]
-        return cls(vocabulary, min(limits, default=None), needs_labels)
+        by_token = needs_labels and decoder is None
+        return cls(vocabulary, min(limits, default=None), needs_labels, by_token, _padding(base.config))
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples, each refused here if the model cannot take it; those that are too long together at the end.
@@ -74,10 +81,12 @@ class ModelLimits:
         """Refuse an example that the model cannot take, whatever its length.
 
         Raises:
-            ValueError: if it has no tokens, ids that are no token of the model, or no labels where they are needed.
+            ValueError: if it has no tokens, ids that are no token of the model, inputs that do not go along its tokens,
+                padding that no mask tells, or no labels where they are needed.
         """
         if example.length == 0:
             raise ValueError(f"example {example.id!r} has no tokens, so nothing to predict from; leave it out")
+        self._check_tokens(example)
         for name, size in self.vocabulary.items():
             ids = _flat(example.inputs.get(name, ()))
             if ids and not 0 <= min(ids) <= max(ids) < size:
@@ -97,10 +106,51 @@ class ModelLimits:
                 f"positions='labels' finds nothing to predict in example {example.id!r}: all its labels are −100"
             )
 
+    def _check_tokens(self, example: Example) -> None:
+        """Refuse a text whose mask, positions or labels are not those of its tokens."""
+        ids, mask = example.inputs.get("input_ids"), example.inputs.get("attention_mask")
+        if not isinstance(ids, list) or is_nested(ids):
+            return
+        if any(isinstance(token, float) for token in ids):
+            raise ValueError(f"example {example.id!r} has input_ids that are no whole numbers: {str(ids)[:80]}")
+        names = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
+        by_token = [name for name in names if shape_of(example.inputs.get(name)) not in ((), (len(ids),))]
+        by_token = [name for name in by_token if len(shape_of(example.inputs[name])) == 1]
+        if self.labels_by_token and len(example.inputs.get("labels", ids)) != len(ids):
+            by_token.append("labels")
+        if by_token:
+            name = by_token[0]
+            raise ValueError(
+                f"example {example.id!r} has {len(ids)} input_ids and {len(example.inputs[name])} {name}: give one for "
+                "each token"
+            )
+        if mask is not None and len(shape_of(mask)) == 1 and not any(mask):
+            raise ValueError(f"the attention mask of example {example.id!r} hides all its tokens; leave it out")
+        if mask is None and self.padding is not None:
+            token, count = self.padding
+            if ids[-count:] == [token] * count or ids[:count] == [token] * count:
+                raise ValueError(
+                    f"example {example.id!r} begins or ends with {count} of the padding token {token}, and has no "
+                    "attention_mask, so the model would take padding for text: add attention_mask (1 at every token "
+                    "that counts, 0 at padding), or leave the padding out"
+                )
+
 
 def _flat(ids: Any) -> list[int]:
     """Token ids of an example, of all its choices together where it has several."""
     return [i for each in ids for i in (_flat(each) if isinstance(each, list) else [each])]
+
+
+def _padding(config: Any) -> tuple[int, int] | None:
+    """See `ModelLimits.padding`."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    token = getattr(text, "pad_token_id", None)
+    if not isinstance(token, int):
+        return None
+    names = ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
+    others = [getattr(text, name, None) for name in names]
+    flat = [i for other in others for i in (other if isinstance(other, list) else [other])]
+    return token, 2 if token in flat else 1
 
 
 def _vocabulary(model: Any) -> int | None:

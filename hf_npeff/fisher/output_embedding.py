@@ -19,14 +19,20 @@ below 1e-3 in float32 where a GPU multiplies in TF32; what a formula that was no
 class WatchedEmbedding:
     """A model's output embedding, which is handed the counted positions only while it is watched.
 
+    Args:
+        embedding: the module.
+        counted: its input → the states at the counted positions.
+        first: watch what it multiplies, before hooks of others change it; not where hooks of ours are on it as well,
+            which the slope's backward pass must not reach.
+
     Attributes:
         hidden: the states that it was handed; None where it was not called, or not as expected.
         linear: what it made of them.
         why_not: what the model does instead, where it was not.
     """
 
-    def __init__(self, embedding: nn.Module, counted: Callable[[Tensor], Tensor]):
-        self._embedding, self._counted = embedding, counted
+    def __init__(self, embedding: nn.Module, counted: Callable[[Tensor], Tensor], first: bool):
+        self._embedding, self._counted, self._first = embedding, counted, first
         self._thread = threading.get_ident()
         self._handles: list[Any] = []
         self.hidden: Tensor | None = None
@@ -36,7 +42,7 @@ class WatchedEmbedding:
     def __enter__(self) -> WatchedEmbedding:
         self._handles = [
             self._embedding.register_forward_pre_hook(self._before),
-            self._embedding.register_forward_hook(self._after, prepend=True),  # before hooks that change logits
+            self._embedding.register_forward_hook(self._after, prepend=self._first),
         ]
         return self
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.config import FisherConfig
-from hf_npeff.data import Example, Examples, records_of
+from hf_npeff.data import Example, Examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.encoding.embedding_texts import EmbeddingTexts
 from hf_npeff.encoding.record import Encoded, ModelNeeds, Reading
@@ -37,6 +37,7 @@ from hf_npeff.models.description import ModelDescription
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes, on_cpu
+from hf_npeff.records import records_of
 from hf_npeff.sharing.files import read_json
 from hf_npeff.weights.decomposed import check_decomposed
 from hf_npeff.weights.lifting import align

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from hf_npeff.analyzer import NPEFFAnalyzer
-from hf_npeff.data import records_of
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.outputs import traits_of
+from hf_npeff.records import records_of
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import fit_methods
 from hf_npeff.studies.factors import FactorsResult, run_factors
