@@ -14,6 +14,7 @@ from typing import Any
 
 _GENERIC = re.compile(r"label_?\d+", re.IGNORECASE)
 """transformers' own names of classes that have none."""
+_DIGITS = re.compile(r"[0-9]+")
 _SHORTEST_PREFIX = 3
 """Letters that two names must share at least for one to be short for the other, as "neg" is for "negative"."""
 IGNORED = -100
@@ -69,12 +70,32 @@ def truth_of(
     numbering = class_numbers(data_names, model_names, k)
     if isinstance(numbering, str):
         return Truth([None] * len(values), numbering)
+    if distribution == "softmax" and data_names is None and (why := _why_from_one(values, model_names, k)):
+        return Truth([None] * len(values), why)
     if distribution == "bernoulli":
         return _multi_label(values, k, data_names, numbering, model_names)
     classes = [_class(value, numbering, model_names, k) for value in values]
     if any(value is not None for value in classes):
         return Truth(classes)
     return Truth(classes, "no label is a class of the model")
+
+
+def _why_from_one(values: Sequence[Any], model_names: Mapping[int, str] | None, k: int) -> str | None:
+    """Why whole numbers are no numbers of classes, where they count from 1, or seem to; else None."""
+    real = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    numbers = [int(v) for v in real if float(v).is_integer() and v >= 0]
+    if not numbers or min(numbers) == 0:
+        return None
+    if max(numbers) == k:
+        return f"the labels go from {min(numbers)} to {k}, and classes are counted from 0: subtract 1"
+    digits = [_DIGITS.findall(str(name)) for _, name in sorted((model_names or {}).items())]
+    if digits == [[str(i + 1)] for i in range(k)]:
+        low = min(numbers)
+        return (
+            f"it is not clear whether the label {low} is the class {(model_names or {})[low - 1]!r} or the class number "
+            f"{low}, which counts from 0: give the labels their names, or a ClassLabel feature"
+        )
+    return None
 
 
 def class_numbers(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hf_npeff import progress
 from hf_npeff.data import Example, batches_by_length, collate
-from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.errors import NPEFFError, UnsupportedModelError
+from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.batching import (
     TRIED_TOGETHER,
     BatchTrials,
@@ -73,6 +74,19 @@ def _in_words(error: Exception) -> str:
 
 class _NotTogetherError(Exception):
     """The model fails for a batch of examples each of which it takes."""
+
+
+class ModelFailsError(ValueError, RuntimeError):
+    """The model's own forward pass raises an error; a RuntimeError too, as the model's mostly is."""
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was raised by this package, which says what is wrong, and not by the model."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    name = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
+    return isinstance(error, NPEFFError) or name.split(".")[0] == __name__.split(".")[0]
 
 
 class PaddingError(ValueError):
@@ -201,17 +215,25 @@ class ForwardPass:
         Raises:
             NotFiniteError: if a logit is not finite (the examples are named).
             UnsupportedModelError: if the model has no way to compute in the type of its weights.
+            ModelFailsError: if it raises an error of its own.
         """
         try:
             outputs = self.head.outputs(self.model, self.batch(examples, self.device))
             self._state.restore()  # each pass finds the model as it came
-        except RuntimeError as error:
+        except _FAILURES as error:
             self._state.restore()
-            if "Double" not in str(error) or all(p.dtype != torch.float64 for p in self.model.parameters()):
+            if is_out_of_memory(error) or _is_ours(error):
                 raise
-            raise UnsupportedModelError(
-                f"the model does not run in float64 ({error}): load it in float32, or, where its experts are at fault, "
-                "with experts_implementation='eager'"
+            if "Double" in str(error) and any(p.dtype == torch.float64 for p in self.model.parameters()):
+                raise UnsupportedModelError(
+                    f"the model does not run in float64 ({error}): load it in float32, or, where its experts are at "
+                    "fault, with experts_implementation='eager'"
+                ) from error
+            names = sorted(examples[0].inputs)
+            raise ModelFailsError(
+                f"{type(base_of(self.model)).__name__} fails for the inputs {names} of the example"
+                f"{'s' if len(examples) > 1 else ''} {[e.id for e in examples[:3]]} ({_in_words(error)}): give what it "
+                "takes, such as all that its processor or tokenizer returns, and see that the model itself runs on it"
             ) from error
         self.fsdp.gather_head(outputs.source)
         finite = torch.isfinite(outputs.logits) | outputs.logits.isneginf()

@@ -149,6 +149,8 @@ def cotangents(
             if factor == "exact":
                 values, vectors = distribution.eigen()
                 V = vectors * values.sqrt()[:, None]
+                if V.shape[-1] == 0:  # one class, which is certain: a row that is zero
+                    V = V.new_zeros(*V.shape[:-1], 1)
             else:
                 V = _spectral(distribution, head, rank, outputs.at_hidden, metric)
             pieces.append(_to_source(V, head, outputs.at_hidden and factor == "exact"))

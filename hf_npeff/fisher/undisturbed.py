@@ -29,6 +29,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         UnsupportedModelError: if the weights were made under `torch.inference_mode`, which autograd cannot use, or a
             compiled model cannot be run as it was written.
     """
+    check_default_device()
     with _lock_of(model), torch.inference_mode(False), _as_written(model):
         if made := next((name for name, p in model.named_parameters() if p.is_inference()), None):
             raise UnsupportedModelError(
@@ -36,6 +37,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 "(torch.no_grad does no harm)"
             )
         yield
+
+
+def check_default_device() -> None:
+    """Refuse a default device of PyTorch's other than the CPU: random numbers are drawn there, and masks made.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        raise ValueError(
+            f"PyTorch makes new tensors on {str(device)!r} (torch.set_default_device, or a torch.device in a with "
+            "statement), and an analysis makes its own on the CPU: call torch.set_default_device(None) once the model "
+            "is loaded; it stays where it is, and is run there"
+        )
 
 
 def _lock_of(model: nn.Module) -> Any:

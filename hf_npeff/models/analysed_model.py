@@ -31,6 +31,7 @@ from hf_npeff.fisher.linear_maps import by_hooks, find_linear_maps, shapes_of, w
 from hf_npeff.fisher.outputs import OutputHead, traits_of
 from hf_npeff.fisher.parameters import find_parameters, modules_of
 from hf_npeff.fisher.tasks import task_of
+from hf_npeff.fisher.undisturbed import check_default_device
 from hf_npeff.fisher.weights_hash import identity_of
 from hf_npeff.models.checkpoints import load_checkpoint
 from hf_npeff.models.description import ModelDescription
@@ -85,6 +86,7 @@ class AnalysedModel:
             raise ValueError(
                 f"model must be a loaded model, but it is {model!r}; NPEFFAnalyzer.from_pretrained takes ids and paths"
             )
+        check_default_device()
         if not isinstance(fisher, FisherConfig | None):
             raise ValueError(f"fisher must be a FisherConfig, but it is {fisher!r}; write FisherConfig(**settings)")
         before_compiling = getattr(model, "_orig_mod", None)
