@@ -92,8 +92,8 @@ def _why_from_one(values: Sequence[Any], model_names: Mapping[int, str] | None, 
     if digits == [[str(i + 1)] for i in range(k)]:
         low = min(numbers)
         return (
-            f"it is not clear whether the label {low} is the class {(model_names or {})[low - 1]!r} or the class number "
-            f"{low}, which counts from 0: give the labels their names, or a ClassLabel feature"
+            f"it is not clear whether the label {low} is the class {(model_names or {})[low - 1]!r} or class number "
+            f"{low}, counted from 0: give the labels their names, or a ClassLabel feature"
         )
     return None
 
