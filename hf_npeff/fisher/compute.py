@@ -179,11 +179,14 @@ def _check_predictions(maker: RowMaker, examples: Examples, writer: StoreWriter,
     if start is None:
         return  # all were left out
     tensors, columns = writer.shard(start)
-    place = {name: start + i for i, name in enumerate(examples.ids[start : start + done[start]])}
-    some = places_to_compare(len(columns[ID]))
+    kept = range(start, start + done[start])
+    if len(columns[ID]) < len(kept):  # some were left out
+        stored = set(columns[ID])
+        kept = [i for i in kept if examples[i].id in stored]  # type: ignore[assignment]
+    some = places_to_compare(len(kept))
     check_predictions(
         maker.forward,
-        [examples[place[columns[ID][i]]] for i in some],
+        [examples[kept[i]] for i in some],
         {name: tensors[name][some] if name in tensors else None for name in STORED},
         f"the PEFs in {writer.folder}",
         "Use another output_dir, or resume=False to begin again.",
