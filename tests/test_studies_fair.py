@@ -79,7 +79,7 @@ def test_every_method_has_its_controls_and_the_page_is_that_of_its_results(
     from hf_npeff import FisherConfig, NPEFFAnalyzer
 
     model = tiny_model("bert", dtype=torch.float32)
-    dataset = tiny_batch(model, 60, seed=3)
+    dataset = tiny_batch(model, 40, seed=3)
     odd = [example["input_ids"][1] % 2 == 1 for example in dataset]
     with torch.no_grad():
         said = torch.stack([model(**{k: v[None] for k, v in _inputs(e).items()}).logits[0] for e in dataset])
