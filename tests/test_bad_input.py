@@ -14,8 +14,9 @@ from hf_npeff import (
     NPEFFAnalyzer,
     UnsupportedModelError,
 )
+from tests import reference
 from tests.analyses import analyzer_of
-from tests.tiny import tiny_batch, tiny_model, tiny_tokenizer
+from tests.tiny import collate, tiny_batch, tiny_model, tiny_tokenizer
 
 
 def test_an_empty_dataset_is_refused() -> None:
@@ -191,3 +192,44 @@ def test_arguments_in_the_wrong_order_are_named() -> None:
     for misused in (decomposition.transform, lambda rows: NPEFF(2).fit(pefs, rows)):
         with pytest.raises(ValueError, match=r"PEFs.*Tensor"):
             misused(pefs.factors)  # type: ignore[arg-type]
+
+
+def test_an_error_of_the_model_says_which_example_and_which_inputs() -> None:
+    """Oracle: the error: the model's own words, the example and its inputs."""
+    model = tiny_model("llama", dtype=torch.float32)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(KeyError("bbox")))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM fails.*input_ids.*'0'.*KeyError: 'bbox'"):
+        analyzer_of(model).compute_pefs(tiny_batch(model, 2, seed=1), batch_size=1)
+
+
+def test_a_default_device_that_is_not_the_cpu_is_refused() -> None:
+    """Oracle: the error, where the analyzer is made and where it is used later."""
+    model = tiny_model("llama", dtype=torch.float32)
+    analyzer = analyzer_of(model)
+    examples = tiny_batch(model, 2, seed=1)
+    for call in (lambda: analyzer_of(model), lambda: analyzer.compute_pefs(examples), analyzer.weights):
+        torch.set_default_device("meta")
+        try:
+            with pytest.raises(ValueError, match=r"set_default_device\(None\)"):
+                call()
+        finally:
+            torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "examples"),
+    [
+        ("multiple-choice", {}, [{"input_ids": [[8, 9]]}, {"input_ids": [[8, 9], [9, 10]]}]),
+        ("question-answering", {}, [{"input_ids": [8]}, {"input_ids": [8, 9, 10]}]),
+        ("token-classification", {"num_labels": 1}, [{"input_ids": [8]}, {"input_ids": [8, 9]}]),
+    ],
+)
+def test_an_example_with_one_class_has_a_fisher_of_zero(task: str, options: Any, examples: list[Any]) -> None:
+    """Oracle: S = 0 of a single class; the norm of the other example from brute force, ‖JᵀSJ‖."""
+    model = tiny_model("bert", task, dtype=torch.float64, **options)
+    analyzer = analyzer_of(model, output_factor="exact", rank=8, sketch="identity", storage_dtype="float64")
+    norms = analyzer.compute_pefs(examples).norms
+    batch = collate([examples[1]], model)
+    A = reference.example_factor(model, batch, [m.parameter for m in analyzer.maps], reference.terms_of(task))
+    assert norms[0] == 0
+    torch.testing.assert_close(norms[1], (A @ A.T).norm().to(norms), rtol=1e-6, atol=1e-12)

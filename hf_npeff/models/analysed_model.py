@@ -355,6 +355,7 @@ class AnalysedModel:
             ValueError: if the data is empty, cannot be encoded, it is not clear what to read, or the column of labels
                 that was asked for holds none.
         """
+        check_default_device()
         records = records_of(dataset, max_examples, self.needs.image_token)
         asked = given = (reading or Reading()).or_of(self.reading)
         known = None if like is None or len(records) == 0 else Encoded.of(like)
@@ -384,6 +385,7 @@ class AnalysedModel:
 
     def weights(self) -> dict[str, Any]:
         """Which weights the model has at this moment: `WeightsIdentity` as JSON types."""
+        check_default_device()
         self.fsdp.release()
         return identity_of(self.model).to_dict()
 
