@@ -242,3 +242,22 @@ def test_a_nudge_is_a_change_of_the_weights(family: str) -> None:
             weight = weights[m.parameter]
             weight += m.fused.as_weight(delta) if m.fused else (delta.mT if m.transposed else delta)
     torch.testing.assert_close(moved, model(input_ids=ids).logits, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("at", ["behind", "nowhere"])
+def test_gradients_of_parameters_are_compared_with_differences(at: str) -> None:
+    """Oracle: where the model is cut on purpose; an analysis of parameters alone asks no linear map."""
+    model = tiny_model("llama", dtype=torch.float32)
+    names = ["model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"]
+    config = FisherConfig(rank=2, target_modules=[], parameters=names)
+    if at == "behind":
+        layer, forward = model.model.layers[0].mlp, model.model.layers[0].mlp.forward
+        layer.forward = lambda x: forward(x).detach()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    analyzer, examples = NPEFFAnalyzer(model, fisher=config), tiny_batch(model, 3, seed=1)
+    if at == "behind":
+        with pytest.raises(UnsupportedModelError, match=r"input_layernorm.*detach.*layers\.0\.mlp"):
+            analyzer.compute_pefs(examples)
+    else:
+        assert len(analyzer.compute_pefs(examples)) == 3
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())

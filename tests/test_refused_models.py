@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
 from tests.sweep.judge import ROWS, TOKENS, errors_of
 from tests.sweep.tiny_models import TinyModel, build
-from tests.tiny import tiny_model
+from tests.tiny import tiny_batch, tiny_model
 
 
 def analysed(tiny: TinyModel, batch_size: int = 3, **settings: Any) -> Any:
@@ -86,3 +86,25 @@ def test_reversible_layers_are_refused_and_the_advice_works() -> None:
     with pytest.raises(UnsupportedModelError, match=r"_ReversibleFunction.*exclude_modules='reformer\.\*'"):
         analysed(tiny)
     assert max(errors_of(tiny, analysed(tiny, exclude_modules=r"reformer\..*")).values()) < 1e-4
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_a_layer_that_is_left_out_at_random_where_the_model_predicts_is_refused(share: float) -> None:
+    """Oracle: the error, for every seed; in training alone (stochastic depth, LayerDrop) nothing is left out."""
+    model = tiny_model("llama", dtype=torch.float32)
+
+    def drop(module: Any, args: Any, output: Any) -> Any:
+        return args[0] if module.training != always and torch.rand(()) < share else output
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(drop)
+    examples = tiny_batch(model, 3, seed=1)
+    always = False
+    model.train()  # in which layers are left out; an analysis puts the model into eval mode
+    norms = [NPEFFAnalyzer(model, fisher=FisherConfig(rank=2)).compute_pefs(examples).norms for _ in range(2)]
+    assert torch.equal(*norms) and model.training
+    always = True
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with pytest.raises(UnsupportedModelError, match="random numbers"):
+            NPEFFAnalyzer(model, fisher=FisherConfig(rank=2)).compute_pefs(examples)

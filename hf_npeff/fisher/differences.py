@@ -70,7 +70,7 @@ class Steps:
     agreement: float
 
 
-_EXACT = Steps((1e-3, 2e-4, 4e-5), 4, 1e-2, 2e-2, 0.25)
+EXACT = Steps((1e-3, 2e-4, 4e-5), 4, 1e-2, 2e-2, 0.25)
 """In 32 bits and more. Rounding of what a model predicts, 1e-7 to 1e-6, over 2s and curvature, s² to 100 s² of the
 tiny random models of the sweep, are both below 1e-3 for s = 1e-3 (measured: 7e-5 at the median, 3e-4 for nine of ten).
 Smaller steps are for models with kinks, whose error falls like √s, and for routers, which must not change their mind;
@@ -158,7 +158,7 @@ class _Test:
 
     def __init__(self, forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, few: Sequence[Example]):
         self._forward, self._config, self._metric, self._few = forward, config, metric, few
-        self._steps = _IN_16_BITS.get(precision_of(forward.model), _EXACT)
+        self._steps = _IN_16_BITS.get(precision_of(forward.model), EXACT)
         directions = Directions(forward.maps, max(1, self._steps.slopes // len(few)), config.seed)
         self._directions, self._nudges = directions, Nudges(forward.model, directions)
         self._unrounded = False
@@ -237,11 +237,11 @@ class _Test:
         steps, errors, before = self._steps, [], None
         for size in steps.sizes:
             differences = self._differences(slopes.v, size)
-            errors.append(_relative(slopes.gradient, differences))
+            errors.append(relative(slopes.gradient, differences))
             if self._is_true(errors[-1] <= steps.tolerance):
                 return DifferenceCheck(errors[-1])
             if before is not None:
-                common, apart = _in_common(slopes.gradient, before, differences)
+                common, apart = in_common(slopes.gradient, before, differences)
                 if self._is_true(common > steps.wrong and apart <= steps.agreement):
                     return self._wrong(slopes, size, common)
             before = differences
@@ -351,13 +351,13 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _relative(gradient: Tensor, differences: Tensor) -> float:
+def relative(gradient: Tensor, differences: Tensor) -> float:
     """Of two slopes, relative to the larger one: a gradient that is missing is off by 1."""
     size = max(_rms(gradient), _rms(differences))
     return _rms(gradient - differences) / size if size else 0.0
 
 
-def _in_common(gradient: Tensor, first: Tensor, second: Tensor) -> tuple[float, float]:
+def in_common(gradient: Tensor, first: Tensor, second: Tensor) -> tuple[float, float]:
     """What two differences have in common against a gradient, relative to slopes; how far apart they are beside it."""
     a, b = first - gradient, second - gradient
     shared = math.sqrt(max(float((a * b).mean()), 0.0))

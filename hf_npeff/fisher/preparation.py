@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
 from hf_npeff.fisher.output_factors import HiddenMetric, resolve
 from hf_npeff.fisher.outputs import Outputs
+from hf_npeff.fisher.parameter_differences import check_parameter_differences
 from hf_npeff.fisher.parameters import left_out
 from hf_npeff.fisher.row_check import check_batch, pair_of
 from hf_npeff.fisher.rows import RowMaker
@@ -60,12 +62,15 @@ def prepare(
         UnsupportedModelError: if the rows from the hooks are not autograd's gradients, or these not the model's.
         ValueError: if the config asks for a metric that this model and output factor do not have.
     """
+    with contextlib.suppress(NotFiniteError):  # said below, with the example that it is
+        forward.check_repeatable(min(examples, key=lambda example: example.length))
     config, metric = choose_metric(forward, config)
     few = _first(forward, config, metric, examples, skip)
     pair = pair_of(few, forward.limits)
     rows = check_batch(forward, config, metric, pair)
     rows.refuse_wrong(forward, pair[0])
     differences = check_differences(forward, config, metric, pair)
+    check_parameter_differences(forward, config, metric, pair[0])
     total = _size(forward.model, forward.maps)
     forward = forward.with_maps([m for m in forward.maps if m not in rows.unseen])
     if not forward.shapes:
