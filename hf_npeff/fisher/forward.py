@@ -83,7 +83,7 @@ def _random_states(device: torch.device) -> tuple[bytes | int, ...]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
     numbers = np.random.get_state()
-    return (*states, numbers[1].tobytes(), int(numbers[2]))  # type: ignore[union-attr,index]
+    return (*states, numbers[1].tobytes(), int(numbers[2]))  # type: ignore[index]
 
 
 class _NotTogetherError(Exception):
