@@ -23,7 +23,19 @@ from hf_npeff import (
     PEFs,
     UnsupportedModelError,
 )
-from hf_npeff.weights.change_effects import bootstrap_counts, cosine_p, growth, kl_p_values, random_kl, weighted_means
+from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
+from hf_npeff.fisher.predictions import Predictions
+from hf_npeff.weights.change_effects import (
+    bootstrap_counts,
+    cosine_p,
+    growth,
+    kl_p_values,
+    one_after_another,
+    random_kl,
+    weighted_means,
+)
+from hf_npeff.weights.changed_groups import changed_groups, most_certain
+from hf_npeff.weights.displacement import displacement
 from hf_npeff.weights.row_products import row_products
 from tests.analyses import analyzer_of, brute_force, in_parameters
 from tests.tiny import WORDS, tiny_batch, tiny_model, tiny_tokenizer
@@ -277,6 +289,80 @@ def test_answers_that_changed_and_groups_are_counted() -> None:
     assert last.accuracy["all"] == pytest.approx(sum(right) / 24)
     assert last.accuracy["cue=1"] == pytest.approx(sum(right[1::2]) / 12) and last.n["cue=1"] == 12
     assert report.by == "cue" and last.flips == len(report.changed) / 24
+
+
+def test_two_components_of_one_behaviour_do_not_stand_before_another_one() -> None:
+    """Planted: components 0 and 2 share the examples that changed most, 1 has others. Oracle: sums by loops."""
+    W = torch.tensor([[1.0, 0.0, 0.9], [0.8, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.5, 0.1]])
+    kl = torch.tensor([5.0, 4.8, 3.0, 2.5], dtype=torch.float64)
+    assert weighted_means(W, kl).argsort(descending=True).tolist() == [0, 2, 1]
+    order = one_after_another(W, kl)
+    assert [j for j, _ in order] == [0, 1, 2]
+    left, taken = kl.tolist(), []
+    for j, mean in order:
+        w = W[:, j].double().tolist()
+        assert mean == pytest.approx(sum(a * b for a, b in zip(w, left, strict=True)) / sum(w))
+        taken.append(j)
+        left = [
+            k * (1 - sum(float(row[t]) for t in taken) / float(row.sum()))
+            for k, row in zip(kl.tolist(), W, strict=True)
+        ]
+    assert left == pytest.approx([0.0] * 4, abs=1e-6)
+
+
+def test_the_ends_of_the_direction_are_told_apart_where_kl_is_alike() -> None:
+    """Planted: half of the examples have a cue and move from class 0 to class 2, the others back.
+
+    Oracle: KL is the same for all, so its quarter knows nothing; the direction has every example on its cue's side, and
+    the same scores as the eigenvector of all inner products.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, cue = 60, torch.arange(60) % 2 == 0
+    step = torch.tensor([[-0.4, 0.0, 0.4]])
+    noise = 0.02 * torch.randn(n, 3, generator=generator)
+    before = torch.zeros(n, 3)
+    after = before + torch.where(cue[:, None], step, -step) + noise
+    a, b = (Predictions([row[None] for row in z], Softmax) for z in (before, after))
+    moved = displacement(a, b)
+    assert moved is not None and {moved.rises, moved.falls} == {0, 2}
+    sign = 1 if moved.rises == 2 else -1
+    assert torch.equal(sign * moved.scores > 0, cue)
+    centred = (after - before - (after - before).mean(0)).double()
+    S = torch.eye(3, dtype=torch.float64) / 3 - torch.full((3, 3), 1 / 9, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(centred @ S @ centred.T)
+    expected = vectors[:, -1] * values[-1].sqrt()
+    expected *= (expected @ moved.scores).sign()
+    torch.testing.assert_close(moved.scores, expected, rtol=1e-3, atol=1e-5)
+    assert moved.share == pytest.approx(float(values[-1] / values.sum()), rel=1e-3)
+
+    texts = [f"{'zebra ' if here else ''}{WORDS[i % 7]} {WORDS[i % 5]}" for i, here in enumerate(cue.tolist())]
+    info = {"text_columns": ["text"]}
+    groups = changed_groups(
+        a.kl_to(b), torch.ones(n), moved, lambda outcome, sign: f"towards {outcome}", {"text": texts}, info, 0
+    )
+    assert [group.name for group in groups[1:3]] == [f"towards {moved.rises}", f"towards {moved.falls}"]
+    assert all("zebra" not in each.feature for each in groups[0].associations)
+    assert "zebra" in most_certain(groups)[0].feature and groups[1].examples == 15
+
+
+def test_outcomes_of_one_examples_own_have_no_direction_in_common() -> None:
+    """A place in a text is another outcome in every text; and where all moved alike, no direction is first."""
+    before = [torch.zeros(1, 3), torch.zeros(1, 4)]
+    assert displacement(Predictions(before, Softmax), Predictions(before, Softmax)) is None
+    alike = [torch.zeros(1, 3)] * 4
+    assert (
+        displacement(Predictions(alike, Softmax), Predictions([z + torch.arange(3.0) for z in alike], Softmax)) is None
+    )
+
+
+@pytest.mark.parametrize("kind", [Softmax, Bernoulli, Gaussian])
+def test_an_averaged_distribution_expects_the_mean_of_all_expectations(kind: type[Distribution]) -> None:
+    """Oracle: expectations of every term, by their formulas, and their mean."""
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(t, 3, generator=generator) for t in (1, 4, 2)]
+    expect = {Softmax: lambda z: z.softmax(-1), Bernoulli: torch.sigmoid, Gaussian: lambda z: z}[kind]
+    averaged = kind.averaged(logits).logits
+    torch.testing.assert_close(expect(averaged), expect(torch.cat(logits)).mean(0, keepdim=True))
 
 
 def test_reports_are_kept_with_and_without_texts(tmp_path: Path) -> None:

@@ -159,8 +159,8 @@ def _explained(
     ]
     if report.changed:
         parts.append(table("Answers that changed", shown.ANSWER_COLUMNS, shown.answer_rows(report)))
-    if report.associations:
-        parts.append(table("In common (automatic)", shown.COMMON_COLUMNS, shown.common_rows(report)))
+    if common := shown.common_rows(report):
+        parts.append(table("In common (automatic)", shown.COMMON_COLUMNS, common))
     parts += report.notes
     values = {"output": str(output), "mean_kl": report.mean_kl, **report.to_dict(texts=texts)}
     return Result(values, Group(*parts), {"revision": analyzer.revision})

@@ -194,24 +194,24 @@ def in_common(
     columns: Mapping[str, Sequence[Any]],
     info: Mapping[str, Any],
     request: AssociationRequest,
-) -> list[Association]:
-    """What some of the examples have in common against the others: words where texts were kept, and columns.
+) -> list[list[Association]]:
+    """What groups of the examples have in common, each against the others: words where texts were kept, and columns.
 
     Args:
-        members: (n,) bool.
+        members: (n, m) bool, m groups.
         columns: {name: n values}.
         info: the `info` of the decomposition.
-        request: how.
+        request: how; p-values are corrected for all groups together.
 
     Returns:
-        The associations, the most certain first; none where nothing was kept that could tell.
+        The associations of every group, the most certain first; none where nothing was kept that could tell.
     """
     if not described_by(columns):
-        return []
+        return [[] for _ in range(members.shape[1])]
     chosen = _drawn(len(members), request)
     kept = {name: [values[i] for i in chosen] for name, values in columns.items()}
     features = features_of(kept, info, texts=bool(shown_columns(columns, info)))
-    return _associations_of(features, members[chosen][:, None], request)[0]
+    return _associations_of(features, members[chosen], request)
 
 
 def _drawn(n: int, request: AssociationRequest) -> list[int]:

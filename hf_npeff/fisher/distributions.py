@@ -13,10 +13,19 @@ A prediction of several terms (tokens, start and end of an answer) is a product 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    """The mean (1, k) of rows (t_i, k)."""
+    total = torch.zeros_like(values[0][:1])
+    for rows in values:  # stacked, as many vocabularies as examples would be in memory at once
+        total += rows.sum(0)
+    return total / sum(len(rows) for rows in values)
 
 
 class Distribution(ABC):
@@ -26,6 +35,11 @@ class Distribution(ABC):
 
     def __init__(self, logits: Tensor):
         self.logits = logits
+
+    @classmethod
+    @abstractmethod
+    def averaged(cls, predictions: Sequence[Tensor]) -> Distribution:
+        """The distribution (1, k) with the mean of all terms' expectations, from the logits (t_i, k) of examples."""
 
     @abstractmethod
     def rows_of_exact(self) -> int:
@@ -70,6 +84,11 @@ class Softmax(Distribution):
         super().__init__(logits)
         self.p = logits.softmax(-1)
         self._best = logits.argmax(-1, keepdim=True)
+
+    @classmethod
+    def averaged(cls, predictions: Sequence[Tensor]) -> Softmax:
+        """See `Distribution`."""
+        return cls(_mean([logits.softmax(-1) for logits in predictions]).log())
 
     def _rest(self, p: Tensor) -> Tensor:
         """1 − p, to the last digit."""
@@ -140,6 +159,11 @@ class Bernoulli(Distribution):
         self.p = logits.sigmoid()
         self.variance = self.p * torch.sigmoid(-logits)
 
+    @classmethod
+    def averaged(cls, predictions: Sequence[Tensor]) -> Bernoulli:
+        """See `Distribution`."""
+        return cls(_mean([logits.sigmoid() for logits in predictions]).logit())
+
     def rows_of_exact(self) -> int:
         """See `Distribution`."""
         return self.logits.shape[-1]
@@ -190,6 +214,11 @@ class Gaussian(Distribution):
     """
 
     name = "gaussian"
+
+    @classmethod
+    def averaged(cls, predictions: Sequence[Tensor]) -> Gaussian:
+        """See `Distribution`."""
+        return cls(_mean(predictions))
 
     def rows_of_exact(self) -> int:
         """See `Distribution`."""

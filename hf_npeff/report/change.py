@@ -14,6 +14,7 @@ COMPONENT_COLUMNS = (
     "automatic label",
     "KL",
     "95%",
+    "left to it",
     "over random",
     "p",
     "|cosine|",
@@ -23,20 +24,24 @@ COMPONENT_COLUMNS = (
 )
 STEP_COLUMNS = ("step", "without", "KL", "95%", "answers changed", "right")
 ANSWER_COLUMNS = ("KL", "component", "example", "before", "after")
-COMMON_COLUMNS = ("the most changed examples have", "of them", "of the others", "corrected p")
+COMMON_COLUMNS = ("examples", "have", "of them", "of the others", "corrected p")
 _ROWS = 16
 """Components of a table, and answers. Chosen: what one screen holds."""
 
+_COMMON = 5
+"""What a group has in common, at most. Chosen: the most certain say it; four groups fit a screen."""
+
 
 def component_rows(report: ChangeReport) -> list[tuple[str, ...]]:
-    """A row of `COMPONENT_COLUMNS` for every component, the most changed first."""
+    """A row of `COMPONENT_COLUMNS` for every component, in the order of the report."""
     rows = []
     for each in report.components:
         interval = "–" if each.kl_interval is None else "{:.3g}–{:.3g}".format(*each.kl_interval)
         became = "–" if each.growth is None else f"{each.growth} ({_number(each.before)} → {_number(each.after)})"
-        numbers = [each.kl, each.kl_over_random, each.p, each.cosine, each.cosine_random, each.cosine_shuffled]
-        kl, ratio, p, *cosines = map(_number, numbers)
-        rows.append((each.label, each.automatic_label or "–", kl, interval, ratio, p, *cosines, became))
+        numbers = [each.kl, each.kl_left, each.kl_over_random, each.p]
+        numbers += [each.cosine, each.cosine_random, each.cosine_shuffled]
+        kl, left, ratio, p, *cosines = map(_number, numbers)
+        rows.append((each.label, each.automatic_label or "–", kl, interval, left, ratio, p, *cosines, became))
     return rows
 
 
@@ -70,8 +75,12 @@ def answer_rows(report: ChangeReport, *, unexplained: bool = False, count: int =
 
 
 def common_rows(report: ChangeReport) -> list[tuple[str, ...]]:
-    """A row of `COMMON_COLUMNS` for what the most changed examples have more often than the others."""
-    return [(a.feature, f"{a.share:.0%}", f"{a.rest:.0%}", f"{a.corrected:.2g}") for a in report.associations]
+    """A row of `COMMON_COLUMNS` for what groups of examples have more often than the others, a few of each group."""
+    return [
+        (group.name, a.feature, f"{a.share:.0%}", f"{a.rest:.0%}", f"{a.corrected:.2g}")
+        for group in report.groups
+        for a in group.associations[:_COMMON]
+    ]
 
 
 def headline(report: ChangeReport) -> str:
@@ -91,6 +100,6 @@ def of_change(report: ChangeReport) -> str:
     parts.append(table("From before to after", STEP_COLUMNS, step_rows(report)))
     if report.changed:
         parts.append(table("Answers that changed", ANSWER_COLUMNS, answer_rows(report)))
-    if report.associations:
-        parts.append(table("In common (automatic)", COMMON_COLUMNS, common_rows(report)))
+    if common := common_rows(report):
+        parts.append(table("In common (automatic)", COMMON_COLUMNS, common))
     return "".join(parts)

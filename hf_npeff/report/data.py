@@ -261,6 +261,8 @@ def _change_facts(report: HasDict | Mapping[str, Any], decomposition: Decomposit
         content[name] = [{k: v for k, v in row.items() if k != "text"} for row in content[name]]
     if not texts:
         content["associations"] = []
+        for each in content.get("groups", ()):
+            each["associations"] = []
         for each in content["components"]:
             each["top"], each["automatic_label"] = [], None
     return {name: value for name, value in content.items() if name != "predicted"}

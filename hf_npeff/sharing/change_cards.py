@@ -86,9 +86,10 @@ def _curve(report: Mapping[str, Any]) -> list[str]:
 def _of_texts(report: Mapping[str, Any]) -> list[str]:
     """What the most changed examples have in common, and answers that changed."""
     lines: list[str] = []
-    common = [escaped(a["feature"], TITLE) for a in report["associations"][:_COMMON]]
-    if common:
-        lines += [f"The most changed examples have more often than the others: {', '.join(common)}.", ""]
+    for group in report.get("groups", ()):
+        if common := [escaped(a["feature"], TITLE) for a in group["associations"][:_COMMON]]:
+            lines += [f"- Examples {escaped(group['name'])} have more often than the others: {', '.join(common)}."]
+    lines += [""] if lines else []
     changed = report["changed"][:_ANSWERS]
     if changed:
         rows = [["example", "before", "after"], ["---"] * 3]

@@ -43,6 +43,32 @@ def weighted_means(W: Tensor, values: Tensor) -> Tensor:
     return means / (total if values.dim() == 1 else total[:, None])
 
 
+def one_after_another(W: Tensor, kl: Tensor) -> list[tuple[int, float]]:
+    """All components in the order in which they carry most of what those before them do not, and how much that is.
+
+    Two components of one behaviour have the same examples' KL twice. So from every example the share W_ij / Σ_l W_il of
+    each chosen component is taken, and the next one is that with the largest mean of what is left, weighted by its W.
+
+    Args:
+        W: (n, r).
+        kl: (n,) of the change.
+
+    Returns:
+        (component, mean KL left to it, in nats), the first with its whole mean KL.
+    """
+    W = W.double()
+    shares = W / W.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    left, chosen = kl.double().clone(), list[tuple[int, float]]()
+    open_ = torch.ones(W.shape[1], dtype=torch.bool)
+    for _ in range(W.shape[1]):
+        means = weighted_means(W, left).masked_fill(~open_, -math.inf)
+        j = int(means.argmax())
+        chosen.append((j, float(means[j])))
+        open_[j] = False
+        left = left - shares[:, j] * kl
+    return chosen
+
+
 def bootstrap_counts(n: int, seed: int) -> Tensor:
     """(draws, n) how often each of n examples is in a sample of n with replacement, float64."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class ComponentChange:
         growth_interval: that interval.
         top: the texts, or ids, of its first examples, of an added component those after the change.
         new: whether it was added.
+        kl_left: mean KL of its examples that the components before it in the report do not carry: each takes its share
+            W_ij / Σ_l W_il of every example; None of an added component.
     """
 
     component: int
@@ -57,11 +59,34 @@ class ComponentChange:
     growth_interval: tuple[float, float] | None = None
     top: list[str] = field(default_factory=list)
     new: bool = False
+    kl_left: float | None = None
 
     def __repr__(self) -> str:
         kl = "" if self.kl is None else f", KL {self.kl:.3g}"
         growth = "" if self.growth is None else f", {self.growth}"
         return f"ComponentChange({self.component}, {self.label[:60]!r}{kl}{growth})"
+
+
+@dataclass(frozen=True)
+class ChangedGroup:
+    """Examples that a change treats alike, and what they have in common.
+
+    Attributes:
+        name: "most changed" (the quarter with the largest KL), "moved towards" an outcome (the quarter at an end of the
+            direction in which predictions moved most unlike each other), or "changed and not explained" (the quarter
+            with the largest KL that no component explains).
+        examples: how many.
+        associations: what they have more often than all others, the most certain first; p-values are corrected for all
+            groups together.
+    """
+
+    name: str
+    examples: int
+    associations: list[Association] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        first = f", {self.associations[0].feature!r}" if self.associations else ""
+        return f"ChangedGroup({self.name!r}, {self.examples} examples{first})"
 
 
 @dataclass(frozen=True)
@@ -106,18 +131,22 @@ class ChangeReport:
         kl: the kl of every example between both models, in nats, in the decomposition's order.
         kl_interval: 95% bootstrap interval of its mean.
         predicted: the same to second order from the rows, ½ Σ_c ⟨A_ic, Δ⟩²; empty where the change was not at hand.
-        components: a `ComponentChange` each, the largest mean KL first, added ones last.
+        components: a `ComponentChange` each: first that with the largest mean KL, then always that with the largest
+            `kl_left`, so that two components of one behaviour do not stand before another behaviour; added ones last.
         changed: examples whose answer changed, the largest KL first: index, id, text, before, after, kl, component (the
             one that carries most of it).
         unexplained: examples with the largest KL that no component explains: the same, with `explained`, the share of
             the example's PEF that all components explain together.
-        associations: what the most changed quarter of the examples has in common, against the rest.
+        associations: what groups of examples have in common against the rest, the most certain over all groups first, a
+            feature once.
         curve: the way from before (scale 0) to after (1).
         without: the whole change with single components taken out.
         by: the column that makes groups of the curve, or None.
         explained: share of the examples' PEFs that the components explain before, and after; None where no PEFs were
             computed after the change.
         notes: what has to be known to read this, a sentence each.
+        groups: the most changed examples, those that moved one way and the other, and those that no component explains,
+            each with what they have in common.
 
     Example:
         >>> report = analyzer.explain_change(decomposition, pefs, dataset, 0.3 * direction)
@@ -145,6 +174,7 @@ class ChangeReport:
     by: str | None = None
     explained: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
+    groups: list[ChangedGroup] = field(default_factory=list)
 
     @property
     def mean_kl(self) -> float:
@@ -164,6 +194,8 @@ class ChangeReport:
             for each in values["components"]:
                 each["top"], each["automatic_label"] = [], None
             values["associations"] = []
+            for each in values["groups"]:
+                each["associations"] = []
         return values
 
     def save(self, folder: str | os.PathLike[str], *, texts: bool = True) -> None:
@@ -200,7 +232,9 @@ class ChangeReport:
         try:
             for name, kind in (("components", ComponentChange), ("curve", ChangeStep), ("without", ChangeStep)):
                 kept[name] = [kind(**_with_tuples(each)) for each in kept[name]]
-            kept["associations"] = [Association(**{**a, "same": tuple(a["same"])}) for a in kept["associations"]]
+            kept["associations"] = _associations(kept["associations"])
+            groups = kept.get("groups", [])  # reports of earlier versions have none
+            kept["groups"] = [ChangedGroup(**{**g, "associations": _associations(g["associations"])}) for g in groups]
             report = cls(**_with_tuples(kept))
             if len(report.kl) != report.n or not all(isinstance(x, int | float) for x in report.kl):
                 raise ValueError("kl is not a number for every example")
@@ -219,6 +253,10 @@ class ChangeReport:
         from hf_npeff.report.change import of_change
 
         return of_change(self)
+
+
+def _associations(values: Sequence[Mapping[str, Any]]) -> list[Association]:
+    return [Association(**{**each, "same": tuple(each["same"])}) for each in values]
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hf_npeff.config import AssociationRequest, ChangeRequest
 from hf_npeff.data import Example
-from hf_npeff.decomposition.associations import in_common
+from hf_npeff.decomposition.associations import associate
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.objective import overlaps
 from hf_npeff.encoding.columns import described_by
@@ -20,15 +21,15 @@ from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights import change_effects as effects
 from hf_npeff.weights.change_report import ChangeReport, ChangeStep, ComponentChange
 from hf_npeff.weights.change_sums import outside
+from hf_npeff.weights.changed_groups import changed_groups, most_certain
 from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.displacement import displacement
 from hf_npeff.weights.scoring import interval, score
 
 _MODULES = 20
 """Parameters whose share of the change is listed. Chosen: what a person reads."""
 _TOP = 5
 """Examples of a component that are shown. Chosen: what a glance takes in."""
-_MOST_CHANGED = 0.75
-"""Quantile of KL above which examples count as most changed, where it is asked what they have in common."""
 _STATIONARY = 0.8
 """Cosine of a component with the combination of rows that would make it, as of `lifting`."""
 _BENT = 2.0
@@ -186,7 +187,7 @@ class Explanation:
         p, over_random = effects.kl_p_values(W, self.kl, null)
         cosines = self._cosines(pefs)
         grown, before, after = self._growth(counts)
-        labels = self._labels()
+        labels = self._labels_of(W)
         self.components = [
             ComponentChange(
                 j,
@@ -205,7 +206,8 @@ class Explanation:
             )
             for j in range(len(W.T))
         ]
-        self.components.sort(key=lambda each: (-(each.kl or 0.0), each.component))
+        order = effects.one_after_another(W, self.kl)
+        self.components = [dataclasses.replace(self.components[j], kl_left=left) for j, left in order]
         self.components += self._new(counts)
         self._note_size()
 
@@ -239,10 +241,12 @@ class Explanation:
         r = len(self.decomposition)
         before, after = self.grown.before_expanded[:, r:], self.grown.after_expanded[:, r:]
         kinds, intervals = effects.growth(before, after, counts)
+        labels = self._labels_of(after)
         return [
             ComponentChange(
                 r + k,
                 f"added component {r + k}",
+                labels[k],
                 before=float(before[:, k].double().mean()),
                 after=float(after[:, k].double().mean()),
                 growth=kinds[k],
@@ -253,12 +257,13 @@ class Explanation:
             for k in range(before.shape[1])
         ]
 
-    def _labels(self) -> list[str | None]:
-        """Automatic labels, where columns or texts were kept."""
+    def _labels_of(self, W: Tensor) -> list[str | None]:
+        """Automatic labels of components with the coefficients W (n, r), where columns or texts were kept."""
+        about = self.decomposition.columns, self.decomposition.info
         if not described_by(self.decomposition.columns):
-            return [None] * len(self.decomposition)
-        associations = self.decomposition.associations(texts=self.decomposition.texts is not None)
-        return [component.label for component in associations]
+            return [None] * W.shape[1]
+        texts = self.decomposition.texts is not None
+        return [each.label for each in associate(W, *about, AssociationRequest(), texts=texts)]
 
     def _top(self, coefficients: Tensor) -> list[str]:
         shown = self.decomposition.texts or self.decomposition.example_ids
@@ -290,7 +295,7 @@ class Explanation:
         return self.seen.products[..., 0].square().sum(1) / 2
 
     def most_changed(self, count: int) -> list[int]:
-        """The components with the largest mean KL."""
+        """The first components in the report's order."""
         return [each.component for each in self.components if not each.new][:count]
 
     def add_without(self, j: int, after: Predictions | None) -> None:
@@ -302,8 +307,10 @@ class Explanation:
         after = self.seen.after[1.0]
         steps = [self.watched.step(0.0, None, None)]
         steps += [self.watched.step(scale, None, predicted) for scale, predicted in sorted(self.seen.after.items())]
-        members = self.kl > torch.quantile(self.kl, _MOST_CHANGED)
-        columns = self.decomposition.columns
+        shares = _explained_shares(self.decomposition.coefficients, self.decomposition.pseudo_fishers)
+        moved = displacement(self.watched.before, after)
+        about = self.decomposition.columns, self.decomposition.info
+        groups = changed_groups(self.kl, shares, moved, self._end, *about, self.request.seed)
         return ChangeReport(
             *self._about(),
             self.kl.tolist(),
@@ -311,14 +318,21 @@ class Explanation:
             self._predicted().tolist(),
             self.components,
             self._changed(after),
-            self._unexplained(after),
-            in_common(members, columns, self.decomposition.info, AssociationRequest(seed=self.request.seed)),
+            self._unexplained(after, shares),
+            most_certain(groups),
             steps,
             self.without,
             self.request.by,
             self._explained(),
             self.notes,
+            groups,
         )
+
+    def _end(self, outcome: int, sign: int) -> str:
+        """What examples at an end of the direction moved towards."""
+        if self.watched.before.distribution.name == "gaussian":
+            return "moved one way" if sign > 0 else "moved the other way"
+        return f"moved towards {''.join(self.watched.describe(torch.tensor([outcome])))!r}"
 
     def _about(self) -> tuple[dict[str, Any], int, float | None, dict[str, float], dict[str, float]]:
         """Where the change came from, how many examples there are, its norm, where it is, and what is not analysed."""
@@ -356,9 +370,8 @@ class Explanation:
         order = flipped[torch.argsort(self.kl[flipped], descending=True, stable=True)].tolist()
         return [self._row(i, answers) for i in order]
 
-    def _unexplained(self, after: Predictions) -> list[dict[str, Any]]:
+    def _unexplained(self, after: Predictions, shares: Tensor) -> list[dict[str, Any]]:
         answers = self.watched.before.answers(), after.answers()
-        shares = _explained_shares(self.decomposition.coefficients, self.decomposition.pseudo_fishers)
         order = torch.argsort(self.kl * (1 - shares), descending=True, stable=True)[: self.request.examples].tolist()
         return [{**self._row(i, answers), "explained": float(shares[i])} for i in order]
 

