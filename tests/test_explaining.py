@@ -291,6 +291,41 @@ def test_answers_that_changed_and_groups_are_counted() -> None:
     assert report.by == "cue" and last.flips == len(report.changed) / 24
 
 
+def test_blocks_below_the_change_run_once_and_the_way_is_that_of_the_models() -> None:
+    """Oracle: the model with half of the change run one text at a time; calls of each block are counted."""
+    analyzer, pefs, decomposition, data = world()
+    change = change_by(names="h.1.mlp")
+    calls = [0, 0]
+
+    def count(block: int) -> Any:
+        def seen(*_: Any) -> None:
+            calls[block] += 1
+
+        return seen
+
+    model = analyzer.model
+    handles = [model.transformer.h[k].attn.register_forward_hook(count(k)) for k in (0, 1)]
+    try:
+        report = analyzer.explain_change(
+            decomposition, pefs, data, change, steps=(0.25, 0.5, 0.75), take_out=0, growth=False
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls[0] < calls[1]
+    half = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, delta in change.items():
+            half.get_parameter(name).add_(0.5 * delta)
+    kl = []
+    for row in data:
+        ids = torch.tensor([tiny_tokenizer()(row["text"])["input_ids"]])
+        with torch.no_grad():
+            p, q = (each(ids).logits[0, -1].double().log_softmax(-1) for each in (model, half))
+        kl.append(float((p.exp() * (p - q)).sum()))
+    assert report.curve[2].scale == 0.5 and report.curve[2].kl == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+
+
 def test_two_components_of_one_behaviour_do_not_stand_before_another_one() -> None:
     """Planted: components 0 and 2 share the examples that changed most, 1 has others. Oracle: sums by loops."""
     W = torch.tensor([[1.0, 0.0, 0.9], [0.8, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.5, 0.1]])

@@ -16,7 +16,8 @@ from hf_npeff.encoding.record import Encoded
 from hf_npeff.errors import IncompatibleWeightsError, UnsupportedModelError
 from hf_npeff.fisher.bare_model import named_weights
 from hf_npeff.fisher.linear_layers import is_at_hand
-from hf_npeff.fisher.predictions import predict
+from hf_npeff.fisher.predictions import Predictions, predict
+from hf_npeff.fisher.unchanged_blocks import UnchangedBlocks
 from hf_npeff.models.edited_model import EditedModel
 from hf_npeff.models.measured_model import MeasuredModel
 from hf_npeff.pefs.store import PEFs
@@ -105,8 +106,9 @@ class ExplainedModel(MeasuredModel, EditedModel):
         # Before; every part of the way; products with the rows; the rows after; the lifting and the rest, one by one.
         passes = 2 + len(request.scales) + growth + 2 * count
         with working("explaining the change", passes * len(chosen)):
-            watched = analyzer._watched(pefs, chosen, request)
-            seen = analyzer._seen(direction, pefs, watched, request, in_place)
+            before, after = analyzer._on_the_way(direction, chosen, request, in_place)
+            watched = analyzer._watched(pefs, chosen, request, before)
+            seen = analyzer._seen(direction, pefs, watched, request, after)
             grown = analyzer._grown(decomposition, direction, pefs, chosen, request, weights) if growth else None
             explained = explained_change(decomposition, pefs, direction, watched, seen, grown, request)
             lifting = LiftRequest(selective=False, form="plain", batch_size=batch_size, check_weights=check_weights)
@@ -154,23 +156,39 @@ class ExplainedModel(MeasuredModel, EditedModel):
             )
         return in_place
 
-    def _watched(self, pefs: PEFs, examples: list[Example], request: ChangeRequest) -> Watched:
+    def _on_the_way(
+        self, change: ParameterDirection, examples: list[Example], request: ChangeRequest, in_place: bool
+    ) -> tuple[Predictions, dict[float, Predictions]]:
+        """What is predicted before the change, and at every part of it; blocks below it run once an example."""
+        names = named_weights(self.model)
+        moved = {id(names[name]) for name in change}  # a tied weight moves in every module that has it
+        after: dict[float, Predictions] = {}
+        with self.forward_pass() as forward:
+            modules = forward.model.named_modules()
+            changed = [n for n, m in modules if any(id(p) in moved for p in m.parameters(recurse=False))]
+            outputs_of = UnchangedBlocks(forward, changed).outputs
+            before = predict(forward, examples, request.batch_size, outputs_of=outputs_of)
+            for scale in request.scales:
+                with _moved(self.model, change, scale, in_place):
+                    after[scale] = predict(forward, examples, request.batch_size, outputs_of=outputs_of)
+        return before, after
+
+    def _watched(self, pefs: PEFs, examples: list[Example], request: ChangeRequest, before: Predictions) -> Watched:
         """The examples with what is predicted for them before the change, and their labels."""
         encoded = Encoded.of(pefs.info)
         truth = [None] * len(examples) if encoded is None else self.description.truth_of(examples, encoded)
-        with self.forward_pass() as forward:
-            before = predict(forward, examples, request.batch_size)
         groups = check_groups(examples, request.by)
         return Watched(examples, truth, groups, before, self.describe, request.seed)
 
     def _seen(
-        self, change: ParameterDirection, pefs: PEFs, watched: Watched, request: ChangeRequest, in_place: bool
+        self,
+        change: ParameterDirection,
+        pefs: PEFs,
+        watched: Watched,
+        request: ChangeRequest,
+        after: dict[float, Predictions],
     ) -> Seen:
-        """What is predicted on the way, and the inner products of rows with the change, a random and a shuffled one."""
-        after = {}
-        for scale in request.scales:
-            with _moved(self.model, change, scale, in_place), self.forward_pass() as forward:
-                after[scale] = predict(forward, watched.examples, request.batch_size)
+        """What was predicted on the way, and the inner products of rows with the change, random and shuffled ones."""
         ours = self._matrices(change)
         random = self._matrices(_analysed(change, ours), request.seed)
         changes = [ours, random, *(shuffled(ours, request.seed + k) for k in range(SHUFFLED))]

@@ -13,13 +13,19 @@ from hf_npeff.studies.result import StudyResult, markdown, number
 
 _TOLD = "told by the output"
 _GROUPS = {
-    "NPEFF": "NPEFF",
-    "gradient clustering": "gradient clustering",
-    "Gradient Atoms": "Gradient Atoms",
-    "SAE": "SAE",
-    "k-means": "activations, k-means",
+    "NPEFF": ("NPEFF", "NPEFF, power 0.5", "NPEFF, power 0.25"),
+    "gradient clustering": ("gradient clustering",),
+    "clustering of all rows": ("gradient clustering, all rows",),
+    "Gradient Atoms": ("Gradient Atoms", "Gradient Atoms, not whitened"),
+    "an autoencoder of gradients": ("autoencoder of gradients",),
+    "NMF on PEFs": ("NMF on PEFs",),
+    "dictionary learning on PEFs": ("dictionary learning on PEFs",),
+    "SAE": ("SAE",),
+    "k-means of hidden states": ("activations, k-means",),
+    "NMF of hidden states": ("activations, NMF",),
+    "random directions": ("random directions",),
 }
-"""What the first paragraph names, and how its rows begin; each with the reading that is best over the data sets."""
+"""What the first paragraph names, and its methods; each with the reading that is best over the data sets."""
 
 
 class FairOverview(StudyResult):
@@ -100,19 +106,24 @@ class FairOverview(StudyResult):
             axes.set(title=name.replace("_", " "), xlabel="AUROC (dots: told by the output)", xlim=(0.4, 1.0))
 
     def verdict(self) -> str:
-        """NPEFF's best reading and that of others, and the paired differences."""
-        best = {label: next(row for row in self.rows() if row.startswith(start)) for label, start in _GROUPS.items()}
-        means = ", ".join(f"{row} {number(self.mean(row), 2)}" for row in best.values())
-        sentences = [f"Mean AUROC on the attributes that the model's output tells, over the data sets: {means}."]
+        """What wins and what loses: the first of all, NPEFF's place, and whom it is ahead of on each data set."""
+        order = self.rows()
+        best: dict[str, str] = {}
+        for row in reversed(order):  # so that the best of each stays
+            best |= {label: row for label, methods in _GROUPS.items() if row.rpartition(", ")[0] in methods}
         ours = best.pop("NPEFF")
+        others = ", ".join(f"{row} {number(self.mean(row), 2)}" for row in sorted(best.values(), key=order.index)[:5])
+        sentences = [
+            f"On attributes that the model's output tells, {order[0]} is best: mean AUROC "
+            f"{number(self.mean(order[0]), 2)} over the data sets. NPEFF's best reading, {ours}, has "
+            f"{number(self.mean(ours), 2)}, number {order.index(ours) + 1} of {len(order)} methods and readings; "
+            f"the best readings of others: {others}."
+        ]
         for name, result in self.results.items():
-            if result.kinds()[_TOLD]:
-                each = [
-                    f"{label} {number(mean, 2)} ({number(low, 2)} to {number(high, 2)})"
-                    for label, row in best.items()
-                    for mean, low, high in [result.difference(ours, row, _TOLD)]
-                ]
-                sentences.append(f"On {name.replace('_', ' ')}, {ours} less {'; less '.join(each)}.")
+            if told := result.kinds()[_TOLD]:
+                sentences.append(
+                    f"On {name.replace('_', ' ')} ({len(told)} attributes), {_standing(result, ours, best)}."
+                )
         return " ".join(sentences)
 
     def page(self) -> str:
@@ -130,6 +141,16 @@ class FairOverview(StudyResult):
         )
 
 
+def _standing(result: FairResult, ours: str, others: Mapping[str, str]) -> str:
+    """Whom a row is ahead of, behind, and not told apart from, by 95% intervals over the attributes."""
+    sides: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+    for label, row in others.items():
+        mean, low, high = result.difference(ours, row, _TOLD)
+        side = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+        sides[side].append(f"{label} ({number(mean, 2)}, {number(low, 2)} to {number(high, 2)})")
+    return "NPEFF is " + "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
+
+
 _READING = """How to read it:
 
 - **Told by the output**: attributes that a logistic regression on the model's log-probabilities tells with an AUROC of
@@ -138,6 +159,8 @@ _READING = """How to read it:
   [minimal pairs](../minimal_pairs/README.md), where one factor is changed and the KL is measured.
 - Features and layers are chosen on one half of the examples and measured on the other. Hidden states are those of the
   layer that is best for all attributes; **layer by attribute** takes the best for each.
+- The best reading of each method is chosen on these same figures, for all methods alike. Intervals are bootstraps over
+  the attributes of a data set, which are not independent of each other, of one split and one fine-tuned model.
 - **Competing** readings make up an example together, **alone** readings ask every feature by itself.
 - **Shuffled**: attributes of other examples; **random weights**: the same architecture before training, fitted and
   measured alike. A method whose figure there is near that of the trained model has found what the data has, not what
