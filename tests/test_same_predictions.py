@@ -154,3 +154,19 @@ def test_a_regression_that_is_another_now_is_refused(tmp_path: Path) -> None:
     model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
     with pytest.raises(IncompatibleWeightsError, match="the value was"):
         analyzer_of(model).compute_pefs(TEXTS, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "change"), CHANGES[1:4:2], ids=["steering", "soft_cap"])
+def test_components_are_transferred_to_another_function_with_a_warning(
+    family: str, change: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the log: nothing of the same model, whatever the data, and one warning of the one that was changed."""
+    model = tiny.tiny_model(family, dtype=torch.float32)
+    analyzer = analyzer_of(model)
+    found = analyzer.decompose(analyzer.compute_pefs(TEXTS), 2, seed=0)
+    caplog.set_level("WARNING", logger="hf_npeff")
+    found.transform(analyzer.compute_pefs(TEXTS[:3], like=found, batch_size=1))
+    assert "predicts something else" not in caplog.text
+    change(model)
+    found.transform(analyzer.compute_pefs(TEXTS[:3], like=found))
+    assert caplog.text.count("predicts something else") == 1

@@ -20,7 +20,7 @@ from hf_npeff.decomposition.objective import alignments, energies, nonnegative_c
 from hf_npeff.decomposition.weighting import balanced
 from hf_npeff.encoding.record import shown_columns, shown_texts
 from hf_npeff.pefs.store import PEFs, check_same_sketch
-from hf_npeff.pefs.weights_identity import warn_of_other_weights
+from hf_npeff.pefs.weights_identity import difference, warn_of_other_predictions, warn_of_other_weights
 from hf_npeff.sharing.cards import decomposition_card, write_card
 from hf_npeff.sharing.files import write_together
 from hf_npeff.sharing.hub import shown_model, text_columns
@@ -315,6 +315,12 @@ class Decomposition(Readable):
                 pefs.info.get("weights"),
                 "the decomposition and these PEFs are of a model with different weights",
             )
+            if difference(self.info.get("weights"), pefs.info.get("weights")) is None:
+                warn_of_other_predictions(
+                    self.info.get("pilots"),
+                    pefs.info.get("pilots"),
+                    "the decomposition and these PEFs are of a model that predicts something else",
+                )
         return self.explain(pefs, device=device)[0]
 
     def explain(self, pefs: PEFs, *, device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:

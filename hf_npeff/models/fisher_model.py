@@ -24,6 +24,7 @@ from hf_npeff.fisher.compute import check_store, compute, dataset_hash
 from hf_npeff.fisher.cost import Estimate, estimate, numbers_of
 from hf_npeff.fisher.limits import ModelLimits
 from hf_npeff.fisher.outputs import traits_of
+from hf_npeff.fisher.pilot_predictions import pilot_predictions
 from hf_npeff.fisher.preparation import prepare
 from hf_npeff.fisher.selftest import candidates
 from hf_npeff.fisher.sketch_choice import DEFAULT_DIMS
@@ -151,6 +152,7 @@ class FisherModel(AnalysedModel):
                 logger.log(logging.WARNING if examples.encoded.doubtful else logging.INFO, "%s", examples.encoded)
                 limits.tell_truncated(len(examples), examples.encoded.max_length)
                 maker.log(self.fisher.sketch_tolerance)
+            origin["pilots"] = pilot_predictions(maker.forward)
             return compute(maker, examples, origin, request, processes)
 
     def estimate(

@@ -8,6 +8,7 @@ and rows of two sets of weights in one store, or cotangents replayed on other we
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -131,6 +132,36 @@ def warn_of_other_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any]
     """
     if how := difference(made, now):
         logger.warning("%s (%s), so their numbers may not be comparable", what, how)
+
+
+def warn_of_other_predictions(made: object, now: object, what: str) -> None:
+    """Warn where a model predicted something else for the same random texts, as `pilot_predictions` keeps it.
+
+    Args:
+        made: what was predicted for the first.
+        now: for the second.
+        what: is the matter, in a clause.
+    """
+    if (first := _pilots(made)) is None or (second := _pilots(now)) is None or len(first[0]) != len(second[0]):
+        return
+    apart = max((abs(a - b) for a, b in zip(first[0], second[0], strict=True)), default=0.0)
+    if apart > first[1] + second[1]:
+        logger.warning(
+            "%s (log-probabilities of random texts differ by %.2g): the same weights under another config, another "
+            "module, or a hook that steers; so their numbers may not be comparable",
+            what,
+            apart,
+        )
+
+
+def _pilots(value: object) -> tuple[list[float], float] | None:
+    """The values and the tolerance of pilot predictions; None of anything else, since nobody knows who wrote a file."""
+    if not isinstance(value, dict) or not isinstance(value.get("values"), list):
+        return None
+    numbers = [*value["values"], value.get("tolerance")]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        return None
+    return [float(number) for number in value["values"]], float(value["tolerance"])
 
 
 @lru_cache(maxsize=64)  # chosen: the stores of a session
