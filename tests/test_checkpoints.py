@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,20 @@ def test_a_folder_of_an_adapter_loads_with_its_base(task: str, tmp_path: Path) -
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"adapter'.*base'"):
         NPEFFAnalyzer.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_checkpoint_that_names_an_attention_without_its_package_is_loaded_with_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the norms of the same model in memory; the log says which attention is taken."""
+    if transformers.utils.is_flash_attn_2_available():
+        pytest.skip("flash_attention_2 is there")
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    examples = tiny_batch(model, 3, seed=1)
+    loaded = NPEFFAnalyzer.from_pretrained(tmp_path, fisher=analyzer_of(model).fisher)
+    assert "'sdpa'" in caplog.text
+    norms = loaded.compute_pefs(examples).norms
+    torch.testing.assert_close(norms, analyzer_of(model).compute_pefs(examples).norms, rtol=1e-4, atol=0)

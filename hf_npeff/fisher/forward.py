@@ -234,7 +234,7 @@ class ForwardPass:
         try:
             outputs = self.head.outputs(self.model, self.batch(examples, self.device))
             self._state.restore()  # each pass finds the model as it came
-        except _FAILURES as error:
+        except (*_FAILURES, ImportError) as error:
             self._state.restore()
             if is_out_of_memory(error) or _is_ours(error):
                 raise

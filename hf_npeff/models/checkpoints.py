@@ -143,10 +143,21 @@ def _load_model(
             f"that hf_npeff knows; pass task=, one of {', '.join(AUTO_CLASSES)}"
         )
     known_task, class_name = loader
-    model = getattr(transformers, class_name).from_pretrained(model_id, **settings, **hub)
+    model = _loaded(getattr(transformers, class_name), model_id, {**settings, **hub})
     if processing_class is None:
         processing_class = _processing_class(model_id, known_task, hub)
     return Checkpoint(model, processing_class, commit, known_task)
+
+
+def _loaded(auto_class: Any, model_id: Any, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model, with transformers' own attention where the one that its config names has no package here."""
+    try:
+        return auto_class.from_pretrained(model_id, **arguments)
+    except ImportError as error:
+        if "flash" not in str(error).lower():
+            raise
+        logger.warning("%s is loaded with attention 'sdpa', which computes the same: %s", model_id, error)
+        return auto_class.from_pretrained(model_id, **arguments, attn_implementation="sdpa")
 
 
 def _sentence_transformer(model_id: Any, hub: Mapping[str, Any], settings: Mapping[str, Any]) -> nn.Module | None:
