@@ -25,7 +25,7 @@ import transformers
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, ParameterDirection, demo
 from tests import api, guide
-from tests.benchmarks import edit_figures, shortcut
+from tests.benchmarks import changes_page, edit_figures, shortcut
 from tests.benchmarks.report import SPEED_MARK
 from tests.benchmarks.report_rows import speed_table
 from tests.hub_server import HubServer
@@ -114,6 +114,12 @@ def test_the_pages_on_a_language_and_a_shortcut_show_the_figures_that_are_kept()
     kept = json.loads(edit_figures.KEPT.read_text(encoding="utf-8"))
     assert edit_figures.languages(kept) == (docs / "figures" / "languages.svg").read_text(encoding="utf-8")
     assert edit_figures.table(kept) in (docs / "languages.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_changes_shows_the_figures_that_are_kept() -> None:
+    """Identity: docs/changes.md, its tables made again from docs/studies/changes.json."""
+    text = changes_page.PAGE.read_text(encoding="utf-8")
+    assert changes_page.page(text, json.loads(changes_page.KEPT.read_text(encoding="utf-8"))) == text
 
 
 GUIDE_WORLD = """

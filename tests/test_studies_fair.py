@@ -110,6 +110,34 @@ def test_every_method_has_its_controls_and_the_page_is_that_of_its_results(
         FairOverview({}, "")
 
 
+def test_the_kept_page_is_that_of_its_results(tmp_path: Path) -> None:
+    """Identity: docs/studies/fair, written again from its result.json; docs/studies.md carries its first paragraph."""
+    pytest.importorskip("matplotlib", reason="it draws the figures")
+    from tests.test_docs import REPOSITORY
+
+    folder = REPOSITORY / "docs" / "studies" / "fair"
+    result = FairOverview.read(folder / "result.json")
+    result.write(tmp_path)
+    for name in ("README.md", "table.md", "result.json"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8"), name
+    assert result.verdict() in (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
+
+
+def test_the_first_paragraph_says_who_is_ahead_by_intervals() -> None:
+    """Planted: differences of one sign on all attributes, of the other, and of both signs. Oracle: their intervals."""
+    ours = {f"a{k}": 0.8 for k in range(8)}
+    less, more = ({name: value + by for name, value in ours.items()} for by in (-0.1, 0.1))
+    mixed = {name: value + (0.1 if k % 2 else -0.1) for k, (name, value) in enumerate(ours.items())}
+    scores = {"NPEFF, alone": ours, "SAE, alone": less, "activations, NMF, alone": more}
+    scores["NMF on PEFs, competing"] = mixed
+    rows = {row: {"attributes": each} for row, each in scores.items()}
+    result = FairResult(rows, dict.fromkeys(ours, 0.95), [], FairConfig(), {})
+    said = FairOverview({"tiny": result}, "").verdict()
+    assert "activations, NMF, alone is best: mean AUROC 0.90" in said and "number 2 of 4" in said
+    assert "NPEFF is ahead of SAE (0.10, 0.10 to 0.10); behind NMF of hidden states (-0.10, -0.10 to -0.10)" in said
+    assert "not told apart from NMF on PEFs (0.00, " in said
+
+
 def _inputs(example: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {k: torch.as_tensor(v) for k, v in example.items() if k in ("input_ids", "token_type_ids", "attention_mask")}
 
