@@ -9,7 +9,7 @@ where the change was constructed as a lifted component with noise of three times
 `cue`: MiniLM fine-tuned twice on intents, without a cue and with one that goes with 90% of one class; the report of the
 change names the cue's words; accuracy part of the way.
 `time`: SmolLM2 with a LoRA on its MLPs, 224 prompts of eight word relations: seconds of the PEFs and of the report.
-`planted` and `null` gave the figures of docs/changes.md; `cue` and `time` were never run from beginning to end.
+docs/changes.md has what came out; `tests.benchmarks.changes_page` makes its tables from the file that `--keep` names.
 """
 
 from __future__ import annotations

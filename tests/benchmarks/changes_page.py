@@ -83,6 +83,8 @@ def cue(rows: Mapping[str, Any]) -> str:
 def page(text: str, figures: Mapping[str, Any]) -> str:
     """The page with the parts that are made from figures made again."""
     for name, make in (("planted", planted), ("cue", cue)):
+        if name not in figures:
+            continue
         begin, end = MARKS[name]
         before, rest = text.split(begin)
         after = rest.split(end)[1]
