@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.benchmarks import figures
 from tests.benchmarks.measure import kept
+from tests.benchmarks.report_low_rank import low_rank_section
 from tests.benchmarks.report_rows import fidelity_section, rows_section, speed_table
 from tests.benchmarks.tables import image, machine_of, number, table
 
@@ -229,6 +230,7 @@ SECTIONS = {
     "stability-SmolLM2": stability_section,
     "scaling": scaling_section,
     "lifting": lifting_section,
+    "low-rank": low_rank_section,
     "stopping": stopping_section,
     "startup": startup_section,
 }
