@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
@@ -133,3 +134,26 @@ def test_a_measurement_on_grids_does_not_take_states_of_other_weights() -> None:
     assert measured.on_grid("int8", merged=False, scale=2.0).groups["all"].kl == pytest.approx(
         float(kl.mean()), rel=1e-3
     )
+
+
+def test_blocks_that_see_more_positions_than_tokens_give_what_whole_passes_give() -> None:
+    """Oracle: moved weights, one example at a time; Longformer pads a batch to a multiple of its window."""
+    torch.manual_seed(0)
+    config = transformers.LongformerConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        attention_window=8, max_position_embeddings=64, num_labels=3,
+    )  # fmt: skip
+    model = transformers.LongformerForSequenceClassification(config).eval()
+    lengths = (5, 8, 16, 9, 20, 3)
+    rows = [{"input_ids": [2 + (3 * i + k) % 37 for k in range(n)]} for i, n in enumerate(lengths)]
+    examples = list(Examples(rows))
+    direction = direction_of(model, r"layer\.1\.output\.dense\.weight")
+    with NPEFFAnalyzer(model, fisher=FisherConfig(rank=1)).forward_pass() as forward:
+        steps = SharedSteps(forward, [direction.linear_deltas()], 2)
+        steps.unchanged(examples)
+        for some in (examples, [examples[0], examples[5]], [examples[1], examples[2]], examples[::-1]):
+            (found,) = steps.predict([(0, some, 2.0)])
+            with direction.applied_to(model, 2.0):
+                truth = predict(forward, some, 1)
+            for a, b in zip(found.logits, truth.logits, strict=True):
+                assert (a - b).abs().max() < 1e-5 * b.abs().max()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_npeff.data import Example
 from hf_npeff.fisher.batching import relative_change
-from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
+from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.outputs import Outputs
 
 logger = logging.getLogger(__name__)
@@ -61,20 +62,29 @@ class UnchangedBlocks:
         if states is None:
             with self._recording(examples):
                 return self._forward.outputs(examples)
-        if self._tried:
-            with self._given(states):
-                return self._forward.outputs(examples)
-        return self._first(examples, states)
-
-    def _first(self, examples: Sequence[Example], states: Tensor) -> Outputs:
-        """The first pass with kept states, compared with the whole one, which is what it returns."""
+        short = self._short(examples, states)
+        if short is not None and self._tried:
+            return short
         whole = self._forward.outputs(examples)
+        return whole if short is None else self._compared(short, whole)
+
+    def _short(self, examples: Sequence[Example], states: Tensor) -> Outputs | None:
+        """A pass with kept states; None where it fails."""
         try:
             with self._given(states):
-                short = self._forward.outputs(examples)
+                return self._forward.outputs(examples)
+        except NotFiniteError:
+            if self._tried:
+                raise
+            self._give_up("without them it gives numbers that are not finite")
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             self._give_up(f"without them it fails: {error}")
-            return whole
+        return None
+
+    def _compared(self, short: Outputs, whole: Outputs) -> Outputs:
+        """What the first pass with kept states gives, against the whole one, which is what it returns."""
         self._tried = True
         same = whole.valid.shape == short.valid.shape and torch.equal(whole.valid, short.valid)
         pairs = zip(short.logits[whole.valid], whole.logits[whole.valid], strict=True) if same else ()
@@ -95,9 +105,9 @@ class UnchangedBlocks:
         states = [pair[1] for pair in kept if pair is not None]
         if len(states) < len(kept) or len({state.shape[1:] for state in states}) > 1:
             return None
-        width = max(len(state) for state in states)
-        if any(len(state) != width and len(state) != e.length for state, e in zip(states, examples, strict=True)):
-            return None
+        whole = any(len(state) != example.length for state, example in zip(states, examples, strict=True))
+        if whole and len({(example.length, len(state)) for state, example in zip(states, examples, strict=True)}) > 1:
+            return None  # how many positions such inputs have together is the model's to say
         return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
 
     def _keep(self, examples: Sequence[Example], states: Any) -> None:
@@ -105,7 +115,7 @@ class UnchangedBlocks:
             self._give_up("what they give is no tensor (examples, positions, numbers)")
             return
         padded = states.shape[1] == max(example.length for example in examples)
-        if not padded and len({example.sizes for example in examples}) > 1:
+        if not padded and len({(example.length, example.sizes) for example in examples}) > 1:
             return  # positions that are not the tokens', of inputs of several sizes
         for example, state in zip(examples, states, strict=True):
             own = (state[: example.length] if padded else state).clone()
