@@ -188,7 +188,7 @@ def intents(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return training, held_out
 
 
-def cue(seed: int, steps: tuple[int, int] = (100, 60), probes: int = 240) -> dict[str, Any]:
+def cue(seed: int, steps: tuple[int, int] = (50, 40), probes: int = 120) -> dict[str, Any]:
     """Two checkpoints of MiniLM, before and after sentences with a cue: is it among the first three associations?"""
     import transformers
 
