@@ -6,8 +6,8 @@ The floor is 1 forward pass and c backward passes through the activations alone,
 same passes with every map's rows collected and sketched; a whole pass adds what chooses the cotangents, scales the rows
 and reads predictions. Everything takes its turn in one process on one thread; a ratio is the median over rounds of the
 ratio of processor times in the same round. The error is that of off-diagonal inner products of unit-norm PEFs against
-unsketched rows, the median over five seeds of our sketches, three of the others. Memory is the largest RssAnon above what
-is held before, in a process of its own, one pass.
+unsketched rows, the median over five seeds of our sketches and three of the others. Memory is the largest RssAnon above
+what is held before, in a process of its own, one pass.
 """
 
 from __future__ import annotations
