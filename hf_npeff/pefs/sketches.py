@@ -126,6 +126,11 @@ class Sketch:
             self.blocks = {n: slice(b.start, (b.start or 0) + b.size) for n, b in self._parts.items()}
 
     @property
+    def adds_entries(self) -> bool:
+        """Whether every entry of a gradient goes into one number of the row, and so looks like others that do."""
+        return self.kind == "countsketch" or self.sides == "folded"
+
+    @property
     def _width(self) -> int | None:
         """The most numbers that a side leaves, or None where there are no sides."""
         return {"kronecker": self.setting, "two-stage": TWO_STAGE_SIDE}.get(self.kind)

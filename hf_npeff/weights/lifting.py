@@ -192,6 +192,12 @@ def _combined_rows(
 
 
 def _from_sketch(sketch: Sketch, g: Tensor, request: LiftRequest) -> dict[str, Tensor]:
+    if request.method == "compressed_sensing" and sketch.adds_entries:
+        logger.warning(
+            "a %s sketch adds entries of the weights up, and which of a sum is meant cannot be told: sparse ones "
+            "are found again from sketch='kronecker'; method='exact' needs no such thing",
+            sketch.kind,
+        )
     return sketch.adjoint(g) if request.method == "adjoint" else sparse_preimage(sketch, g, request.solver)
 
 
