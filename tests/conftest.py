@@ -26,7 +26,7 @@ import torch
 
 torch.set_num_threads(1)
 
-LONGEST_FIRST = ("test_sweep.py", "test_studies_runs.py", "test_real_model.py", "test_processes.py")
+LONGEST_FIRST = ("test_sweep.py", "test_types.py", "test_studies_runs.py", "test_real_model.py", "test_processes.py")
 """Files of few tests that take long. `make check` hands files to processes in this order: the last one that is begun
 may leave the other processes with nothing to do, so it must not be one of these."""
 
