@@ -83,7 +83,10 @@ def is_jacobian(jacobian: HeadJacobian, logits: Tensor, states: Tensor, gather: 
         gather: brings the weights back that FSDP2 has taken away after a pass.
     """
     generator = torch.Generator().manual_seed(0)
-    u = torch.randn(logits.shape, generator=generator).to(logits.device, logits.dtype)
+    of_logits, of_terms = (
+        torch.randn(n, generator=generator).to(logits) for n in (logits.shape[-1], logits[..., 0].numel())
+    )
+    u = of_terms.view(*logits.shape[:-1], 1) * of_logits  # as random in every term, with few numbers to draw
     pulled: Tensor | None = torch.autograd.grad(logits, states, u, retain_graph=True, allow_unused=True)[0]
     if pulled is None:
         return False
