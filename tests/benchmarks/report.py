@@ -20,50 +20,55 @@ README = REPOSITORY / "README.md"
 SPEED_MARK = "<!-- speed -->"
 INTRODUCTION = """# How fast, against whom
 
-Every figure of time is a ratio of two things that took turns in one process (medians of at least five rounds of the
-ratio within a round), so that what slows the machine down cancels. They were taken on two CPU cores that other work
-shared, one thread each; seconds, where they stand, only give the scale. This page is written by `make bench`; each
-section names the script that measures it. `make bench-quick` compares a few of the ratios with those kept here. What
-was tried to make the solver faster and fits steadier, and what did not win, is in
-[decisions](decisions/2026-11-23-solver-experiments.md).
+Every time is given as a ratio. The two things that are compared take turns in one process, and the figure is the median
+of at least five rounds, so whatever slows the machine down cancels. The ratios were measured on two CPU cores that
+other work shared, with one thread each; seconds only give the scale. The letters n, c, d and r are explained in
+[the method](method.md#letters). `make bench` writes this page, and each section names the script that measures it.
+`make bench-quick` compares a few of the ratios with those kept here. A *bar* is a goal that was set before measuring.
+[One of the decisions](decisions/2026-11-23-solver-experiments.md) says what was tried to make the solver faster and
+fits more stable, and what did not help.
 """
 SOLVER = """## Solver
 
-`python -m tests.benchmarks.solver`: block_power against the paper's algorithm at the best of five learning rates, 400
-iterations at most, medians over five seeds, one start each, processor time; of two figures the first is ours. All that
-block_power does is in its time: its start, and the way to Gram space and back. Planted: 2,000 examples, c = 4, d = 512.
-Real: 256 PEFs each, 16 components."""
+`python -m tests.benchmarks.solver` compares block_power with the paper's algorithm at the best of five learning rates.
+Both make 400 iterations at most. The figures are medians over five seeds with one start each, in processor time; where
+a cell has two figures, the first is ours. The time of block_power includes its start, and the way to Gram space and
+back. Planted problems have 2,000 examples, c = 4 and d = 512; real ones have 256 PEFs and 16 components."""
 SOLVER_AS_IT_IS = """### Against the algorithm as published, on the rows as they are"""
 SOLVER_GRAM = """### Against the paper's algorithm given our Gram space
 
-Both run in Gram space, and the way there is counted for neither. Starts of a fit share it: from the second start on,
-this is what a start saves."""
-SOLVER_LIMIT = """Where the reference does not come to our end from some seeds, its time to that loss is not
-known: it has stopped at a worse optimum. "Ours worse" counts seeds of one start against one start."""
+Both run in Gram space, and the time to get there is not counted. The starts of a fit share that time, so these are the
+savings of every start but the first."""
+SOLVER_LIMIT = """"It reaches our end" counts the seeds from which the reference reaches our final loss; from the others
+it stops at a worse optimum. "Ours worse" counts the seeds from which our single start ends with a higher loss than the
+reference's."""
 STABILITY = """## Stability: do two independent fits find the same components?
 
-`python -m tests.benchmarks.stability`: the share of components that have a partner of their own at |cosine| ≥ 0.9 in
-another fit, mean over pairs of fits; a fit is the best of R starts. F^0.5 is `power=0.5`. SmolLM2's word relations
-(MLPs of layers 10–29), and a MiniLM fine-tuned on Home Assistant's intents (all linear maps). Direct starts are
-k-means++ over examples; the default takes twice as many and gives up the least needed."""
+`python -m tests.benchmarks.stability` measures the share of components that have a partner of their own at
+|cosine| ≥ 0.9 in another fit. The figures are means over pairs of fits; each fit is the best of 1, 4 or 12 starts. The
+models are SmolLM2 on word relations (MLPs of layers 10–29), and a MiniLM fine-tuned on Home Assistant's intents (all
+linear maps). Direct starts choose examples by k-means++. The default takes twice as many components at first and
+removes the least needed."""
 SCALING = """## Scaling
 
-`python -m tests.benchmarks.scaling`: each size doubled four times, the others at their base. An exponent is the e of
-a + b·x^e (a, b ≥ 0), fitted to the five points; the constant is a as a share of the first point: the self-test,
-Python's own work. "Flat" is less than a quarter more for sixteen times the size. A countsketch reads every number of a
-gradient once, whatever d is; in r, coordinate descent on W costs r² an example."""
+`python -m tests.benchmarks.scaling` doubles each size four times and leaves the others at their base. The exponent e is
+that of a + b·x^e (a, b ≥ 0), fitted to the five points. The constant is a as a share of the first point: the self-test
+and Python's own work. "Flat" means less than a quarter more for sixteen times the size. A countsketch reads every
+number of a gradient once, whatever d is. Coordinate descent on W costs r² for each example."""
 LIFTING = """## Lifting
 
-`python -m tests.benchmarks.lifting`: a trained BERT classifier of 2 layers and a fine-tuned MiniLM; cosine to the same
-component of an unsketched decomposition; time over exact lifting; the length of the step that moves the top examples by
-0.1 nats over that of exact lifting, and KL on the top examples over KL on others there."""
-LIFTING_MEANS = """But for IHT, the KL ratio hardly tells the ways apart: what the adjoint adds is a random
-direction, which moves no prediction. It shows in the length of the step, about 1 / cosine times that of exact lifting:
-all of the excess is noise in the weights, and an adapter of low rank would have to carry it."""
+`python -m tests.benchmarks.lifting` lifts components of a trained BERT classifier of 2 layers and of a fine-tuned
+MiniLM. The columns are the cosine with the same component of an unsketched decomposition; the time over that of exact
+lifting; the length of the step that moves the top examples by 0.1 nats, over that of exact lifting; and the KL on the
+top examples over the KL on others at this step."""
+LIFTING_MEANS = """Except for IHT, the KL ratio is about the same for all methods, because the error of the adjoint is a
+random direction, which moves no prediction. The error shows in the length of the step, about 1 / cosine times that of
+exact
+lifting: the rest of the step is noise in the weights, which an adapter of low rank would have to hold."""
 STOPPING = """## Early stopping
 
-`python -m tests.benchmarks.stopping`: the same starts, stopped when an iteration improves the loss by less than the
-tolerance, against a tolerance of 1e-7. The default is 1e-5. Medians over five starts."""
+`python -m tests.benchmarks.stopping` stops the same starts when an iteration improves the loss by less than the
+tolerance, and compares them with a tolerance of 1e-7. The default is 1e-5. The figures are medians over five starts."""
 
 
 def solver_section() -> str:
@@ -180,8 +185,8 @@ def lifting_section() -> str:
     parts.append(LIFTING_MEANS)
     if memory := found.get("memory"):
         parts.append(
-            f"Lifting one component of a larger model adds {memory['added']:.0f} MiB at its peak, where one copy of "
-            f"the weights under analysis is {memory['weights']:.0f} MiB."
+            f"Lifting one component of a larger model adds {memory['added']:.0f} MiB at its peak; one copy of the "
+            f"analysed weights has {memory['weights']:.0f} MiB."
         )
     return "\n\n".join(parts)
 

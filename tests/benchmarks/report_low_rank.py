@@ -9,14 +9,14 @@ from tests.benchmarks.tables import machine_of, number, table, verdict
 
 LOW_RANK = """## All components at once
 
-`python -m tests.benchmarks.low_rank`, one thread, processor time. Adapters of rank 4, all from the same passes over the
-data, over the time of computing the PEFs in the same process; the cosine of an adapter is that with the best cut of
-exact lifting, by a whole SVD, of six components."""
-MEASURING = """Measuring 16 components, lifting included: adapters of plain components, measured together in the
-activations, and, as this library did before, directions lifted whole, four at a time, each measured with moved weights
-(`tests/benchmarks/in_place.py`). A report is of 16 top examples at both signs of a step that is searched for, 64 others
-at both, and both groups after a random step: 240 forward passes of one example at the least, which both ways have to
-make; so no way to measure is much faster than the earlier one by itself."""
+`python -m tests.benchmarks.low_rank` makes adapters of rank 4 of all components in the same passes over the data, with
+one thread, in processor time. The time is given over that of computing the PEFs in the same process. The cosine
+compares an adapter with the best truncation of exact lifting, by a full SVD, for six components."""
+MEASURING = """The next table is of measuring 16 components, lifting included. "Together" are adapters of plain
+components, measured together in the activations. "In place" is what this library did before: whole directions are
+lifted, four at a time, and each is measured with moved weights (`tests/benchmarks/in_place.py`). A report has 16 top
+examples and 64 others at both signs of a step that is searched for, and both groups after a random step. Both ways have
+to make these 240 forward passes of one example, so measuring alone cannot become much faster than before."""
 
 
 def low_rank_section() -> str:
@@ -43,7 +43,7 @@ def _lifting(model: str, figures: dict[str, Any]) -> str:
     slowest = max(f["time / PEFs"] for f in one_pass)
     median, least = min(f["cosine"] for f in one_pass), min(f["least"] for f in one_pass)
     text += (
-        f"\n\nBars, of one pass: at most 1.5 × the time of the PEFs: {slowest:.2f}, {verdict(slowest <= 1.5)}; cosine "
+        f"\n\nBars for one pass: at most 1.5 × the time of the PEFs: {slowest:.2f}, {verdict(slowest <= 1.5)}; cosine "
         f"at least .98 in the median, .95 at the least: {median:.3f} and {least:.3f}, "
         f"{verdict(median >= 0.98 and least >= 0.95)}."
     )

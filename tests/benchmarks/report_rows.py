@@ -20,18 +20,19 @@ SPEED = {
 FACTORS = ("spectral", "projection", "sampling")
 ROWS = """## Rows: time, memory and fidelity together
 
-`python -m tests.benchmarks.rows`; bergson, dattri and dattri-llm by `make bench-peers`, in an environment of their own.
+`python -m tests.benchmarks.rows` measures hf_npeff and `torch.func`; `make bench-peers` measures bergson, dattri and
+dattri-llm, in an environment of its own.
 
-c rows an example on all linear maps but the output embedding. The floor is one forward pass and c backward passes that
-form no weight gradient, in the same process. BERT-like and GPT-2-like: 4 layers, hidden size 256, 8 × 64 tokens, c = 8.
-SmolLM2-135M: 4 prompts, c = 4. The error is that of inner products of PEFs, ‖K̂ − K‖ / ‖K‖ over pairs of different
-examples, against rows that no sketch shortened: a fast row and a faithful row stand side by side. Examples a second are
-at the speed of one process. A ratio is the median of rounds, with the least and the largest behind it. Memory is what
-one pass adds at its peak, in a process of its own (`torch.func`: over 2 examples). `auto` takes the cheapest sketch
-with an error of at most 0.1. bergson, dattri and dattri-llm project every module to 16 × 16 numbers, as `kronecker 16`
-does; none of them reuses a forward pass for several cotangents. `torch.func` is left out for SmolLM2: its gradients are
-1.7 GB an example before a sketch shortens them. So is traker: it makes one projected gradient an example, of a scalar
-output, not c rows of a Fisher."""
+Every way computes c rows for each example, on all linear maps except the output embedding. The floor is one forward
+pass and c backward passes without weight gradients, in the same process. BERT-like and GPT-2-like models have 4 layers,
+hidden size 256, 8 × 64 tokens and c = 8. SmolLM2-135M has 4 prompts and c = 4. The error is that of inner products of
+PEFs, ‖K̂ − K‖ / ‖K‖ over pairs of different examples, compared with unsketched rows. Examples a second are those of one
+process. A ratio is the median of the rounds, with the smallest and the largest in brackets. Memory is what one pass
+adds at its peak, in a process of its own (`torch.func`: over 2 examples). `auto` chooses the cheapest sketch with an
+error of at most 0.1. bergson, dattri and dattri-llm project every module to 16 × 16 numbers, as `kronecker 16` does;
+none of them reuses a forward pass for several cotangents. `torch.func` is left out for SmolLM2, because its gradients
+take 1.7 GB for each example before a sketch shortens them. traker is left out, because it computes one projected
+gradient of a scalar output for each example, not c rows of a Fisher."""
 
 
 def all_rows() -> dict[str, dict[str, Any]]:
@@ -140,8 +141,9 @@ def fidelity_section() -> str:
         ranks = sorted({int(label.split()[1]) for label in times})
         lines = [(f, *(number(times.get(f"{f} {c}")) for c in ranks)) for f in FACTORS]
         parts.append(
-            "`python -m tests.benchmarks.fidelity --time-only`: a whole pass over 2 SmolLM2 prompts (MLPs of layers "
-            "10–29), over that of spectral rows with c = 4.\n\n" + table(("rows", *(f"c = {c}" for c in ranks)), lines)
+            "`python -m tests.benchmarks.fidelity --time-only`: the time of a whole pass over 2 SmolLM2 prompts (MLPs "
+            "of layers 10–29), over that with spectral rows and c = 4.\n\n"
+            + table(("rows", *(f"c = {c}" for c in ranks)), lines)
         )
         share = times["spectral 4"] / times["projection 32"]
         parts.append(
@@ -191,7 +193,7 @@ def fidelity_table(found: dict[str, Any]) -> str:
     text = (
         f"`python -m tests.benchmarks.fidelity {command}` on {found['machine']}: relative Fisher error against the\n"
         f"leading {found['truth']} of 576 rows, and agreement of the coefficients of {found['components']} components "
-        f"(F^{found['power']:g}) with those of that truth;\ntwo fits of the truth from other starts agree at "
+        f"(`power={found['power']:g}`) with those of this truth;\ntwo fits of the truth from other starts agree at "
         f"{found['agreement of two fits']:.2f}, its AUROC is {found['auroc of the truth']:.3f}.\n\n"
     )
     text += table(("rows", "c", "Fisher error", "agreement", "AUROC", "seconds"), lines)
@@ -211,13 +213,13 @@ def fidelity_bar(found: dict[str, Any]) -> str:
         f"{few['agreement']:.2f} against {many['agreement']:.2f}, "
     )
     if found["agreement of two fits"] < many["agreement"]:
-        return text + "which tells nothing where two fits of the truth itself agree less."
+        return text + "but two fits of the truth itself agree less, so this difference says nothing."
     if few["agreement"] >= many["agreement"]:
         return text + "met."
     enough = [
         row["c"] for row in found["rows"] if row["factor"] == "spectral" and row["agreement"] >= many["agreement"]
     ]
     return text + (
-        f"missed: it takes c = {min(enough, default=0)}. Cutting rows off is biased, a random projection is not, and\n"
+        f"missed: c = {min(enough, default=0)} is needed. Leaving rows out is biased; a random projection is not, and\n"
         "over many examples its noise averages out."
     )
