@@ -36,7 +36,7 @@ from hf_npeff.weights.change_effects import (
 )
 from hf_npeff.weights.changed_groups import changed_groups, most_certain
 from hf_npeff.weights.displacement import displacement
-from hf_npeff.weights.row_products import row_products
+from hf_npeff.weights.row_products import Factors, random_change, row_products
 from tests.analyses import analyzer_of, brute_force, in_parameters
 from tests.tiny import WORDS, tiny_batch, tiny_model, tiny_tokenizer
 
@@ -95,6 +95,43 @@ def test_products_are_those_of_the_rows_themselves(family: str) -> None:
         torch.testing.assert_close(products[..., m], expected, rtol=1e-6, atol=1e-9)
     exact = brute_force(analyzer, data)  # and the rows are those of the model: their Fisher is
     assert len(exact) == 3
+
+
+def test_products_with_factors_are_those_with_their_product() -> None:
+    """Oracle: BA formed, and given as a matrix; one parameter is in neither, one in one of the changes alone."""
+    analyzer, pefs, _, data = world()
+    generator = torch.Generator().manual_seed(4)
+    first, second = analyzer.maps[:2]
+    drawn = {
+        m.parameter: Factors(*(torch.randn(s, generator=generator) for s in ((m.shape[0], 3), (3, m.shape[1]))))
+        for m in (first, second)
+    }
+    dense = {name: factors.dense() for name, factors in drawn.items()}
+    one = {first.parameter: drawn[first.parameter]}
+    assert pefs.cotangents is not None
+    with analyzer.forward_pass() as forward:
+        changes = [drawn, dense, one, {first.parameter: dense[first.parameter]}]
+        products = row_products(forward, list(analyzer.read(data)), pefs.cotangents, changes, 5)
+    torch.testing.assert_close(products[..., 0], products[..., 1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(products[..., 2], products[..., 3], rtol=1e-4, atol=1e-5)
+    assert float((products[..., 0] - products[..., 2]).abs().max()) > 0.1
+
+
+def test_a_random_change_has_the_norms_and_no_preferred_direction() -> None:
+    """Oracle: a Gaussian's inner product with a unit vector, mean 0 and variance norm²/p: 600 draws, 4 standard errors.
+
+    The vector is of rank 1, which is the farthest from a Gaussian.
+    """
+    u, v = (torch.nn.functional.normalize(torch.arange(1.0, n + 1), dim=0) for n in (40, 48))
+    like, norms = {"large": torch.outer(u, v), "vector": u}, {"large": 3.0, "vector": 0.5}
+    drawn = [random_change(like, norms, seed) for seed in range(600)]
+    for name, unit in like.items():
+        dense = [d[name].dense() if isinstance(d[name], Factors) else d[name] for d in drawn]
+        along = torch.stack([(each * unit).sum() for each in dense]) * unit.numel() ** 0.5 / norms[name]
+        lengths = torch.stack([each.norm() for each in dense])
+        assert abs(float(along.mean())) < 4 / 600**0.5
+        assert abs(float(along.square().mean()) - 1) < 4 * (2.4 / 600) ** 0.5
+        assert float(lengths.square().mean().sqrt()) == pytest.approx(norms[name], rel=0.05)
 
 
 def test_products_with_norms_are_those_of_autograd() -> None:

@@ -24,14 +24,14 @@ from hf_npeff.pefs.store import PEFs
 from hf_npeff.pefs.weights_identity import difference, shown
 from hf_npeff.progress import working
 from hf_npeff.weights.adapters import Adapter
-from hf_npeff.weights.change_effects import SHUFFLED
+from hf_npeff.weights.change_effects import RANDOM
 from hf_npeff.weights.change_report import ChangeReport
 from hf_npeff.weights.change_sums import inner
 from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.directions import ParameterDirection, as_direction
 from hf_npeff.weights.explaining import Grown, Seen, Watched, explained_change, shuffled
 from hf_npeff.weights.measurement import check_groups, is_linear
-from hf_npeff.weights.row_products import row_products
+from hf_npeff.weights.row_products import Change, random_change, row_products
 
 
 class ExplainedModel(MeasuredModel, EditedModel):
@@ -190,22 +190,23 @@ class ExplainedModel(MeasuredModel, EditedModel):
     ) -> Seen:
         """What was predicted on the way, and the inner products of rows with the change, random and shuffled ones."""
         ours = self._matrices(change)
-        random = self._matrices(_analysed(change, ours), request.seed)
-        changes = [ours, random, *(shuffled(ours, request.seed + k) for k in range(SHUFFLED))]
+        norm, size = inner(ours, ours) ** 0.5, sum(value.numel() for value in ours.values())
+        anywhere = {name: norm * (value.numel() / size) ** 0.5 for name, value in ours.items()}
+        where_it_is = {name: float(value.norm()) for name, value in ours.items()}
+        changes: list[Change] = [ours, random_change(ours, anywhere, request.seed), shuffled(ours, request.seed)]
+        changes += [random_change(ours, where_it_is, request.seed + k) for k in range(1, 1 + RANDOM)]
         assert pefs.cotangents is not None
         with self.forward_pass() as forward:
             products = row_products(forward, watched.examples, pefs.cotangents, changes, request.batch_size)
-        norms = [inner(each, each) ** 0.5 for each in changes]
-        return Seen(after, products, norms, list(self.shapes))
+        return Seen(after, products, norm, list(self.shapes))
 
-    def _matrices(self, change: ParameterDirection, seed: int | None = None) -> dict[str, Tensor]:
-        """{analysed parameter: ΔW (out, in)}; with a seed, of a random change."""
+    def _matrices(self, change: ParameterDirection) -> dict[str, Tensor]:
+        """{analysed parameter: ΔW (out, in)}."""
         maps = {m.parameter: m for m in self.maps}
-        values: Mapping[str, Tensor] = change if seed is None else change.random_like(seed)
         return {
-            name: (maps[name].as_matrix(values[name]) if name in maps else values[name].reshape(shape)).float()
+            name: (maps[name].as_matrix(change[name]) if name in maps else change[name].reshape(shape)).float()
             for name, shape in self.shapes.items()
-            if name in values
+            if name in change
         }
 
     def _grown(
@@ -229,11 +230,6 @@ class ExplainedModel(MeasuredModel, EditedModel):
         estimator.decomposition_ = decomposition
         expanded = estimator.expand(after, min(request.n_new, room), joint=False)
         return Grown(*pair, expanded.explain(pefs, device=device)[0], expanded.coefficients)
-
-
-def _analysed(change: ParameterDirection, names: Mapping[str, Any]) -> ParameterDirection:
-    kept = {name: change[name] for name in names}
-    return ParameterDirection(kept, {name: change.layouts[name] for name in names}, unit=False)
 
 
 def _check_made_for(adapter: Adapter, weights: Mapping[str, Any]) -> None:

@@ -28,9 +28,9 @@ _BOOTSTRAPS = 1000
 """Draws of an interval. Chosen: 25 of them lie beyond each end."""
 _CHUNK = 256
 """Examples at a time: bounds the memory."""
-SHUFFLED = 4
-"""Shuffled changes that a cosine is compared with: each is as large as the analysed weights. Even, for a t in closed
-form."""
+RANDOM = 4
+"""Random changes that the p-value of a cosine comes from. Even, for a t in closed form; each more costs as much as it
+narrows the t less: of 4, 2.8 is beyond 95%, of 8, 2.3."""
 _GONE = 0.05
 """Share of its mean coefficient below which a component is gone. Chosen: as where it counts as active."""
 
@@ -130,14 +130,14 @@ class Cosines:
     stationary: list[float]
 
 
-def cosines(decomposition: Decomposition, pefs: PEFs, products: Tensor, norms: Sequence[float]) -> list[Cosines]:
+def cosines(decomposition: Decomposition, pefs: PEFs, products: Tensor, norm: float) -> list[Cosines]:
     """The exact cosine of every component, as exact lifting would give it, with several changes.
 
     Args:
         decomposition: the decomposition of `pefs`.
         pefs: those that were decomposed.
         products: ⟨A_ic, Δ_m⟩ of unscaled rows (n, c, m).
-        norms: ‖Δ_m‖ over what is analysed.
+        norm: ‖Δ_m‖ over what is analysed, of each of them.
     """
     coefficients, stationary = combination(decomposition, pefs)
     lifted = torch.zeros(len(decomposition), pefs.dim, dtype=torch.float64)
@@ -147,29 +147,30 @@ def cosines(decomposition: Decomposition, pefs: PEFs, products: Tensor, norms: S
     lengths = lifted.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     along = torch.einsum("jic,icm->jm", coefficients, products) / lengths[:, None]
     made = []
-    for m, norm in enumerate(norms):
+    for m in range(products.shape[-1]):
         values = (along[:, m] / norm).clamp(-1, 1) if norm else torch.zeros(len(along), dtype=torch.float64)
         made.append(Cosines(values.tolist(), stationary.tolist()))
     return made
 
 
-def cosine_p(value: float, shuffled: Sequence[float]) -> float:
-    """Two-sided p-value of a cosine against those of the change with the numbers of every weight shuffled.
+def cosine_p(value: float, random: Sequence[float]) -> float:
+    """Two-sided p-value of a cosine against those of random changes with the norm of the change in every weight.
 
-    Shuffled, a change keeps the norm that it has in every weight, and its inner product with a component is normal with
-    mean 0. So the ratio of the cosine to the root mean square of four shuffled ones is Student's t of 4 degrees of
-    freedom, whose distribution function is 1/2 + 3/8 u (1 − u²/12) with u = t / √(1 + t²/4).
+    The inner product of such a change with a component is normal with mean 0, as that of the change is where its
+    directions are none of the component's. So the ratio of the cosine to the root mean square of four random ones is
+    Student's t of 4 degrees of freedom, whose distribution function is 1/2 + 3/8 u (1 − u²/12) with
+    u = t / √(1 + t²/4).
 
     Args:
         value: of the change.
-        shuffled: of four shuffled changes.
+        random: of four random changes.
 
     Raises:
         ValueError: if there are not four of them.
     """
-    if len(shuffled) != SHUFFLED:
-        raise ValueError(f"expected {SHUFFLED} shuffled changes, but got {len(shuffled)}")
-    scale = math.sqrt(sum(x * x for x in shuffled) / len(shuffled))
+    if len(random) != RANDOM:
+        raise ValueError(f"expected the cosines of {RANDOM} random changes, but got {len(random)}")
+    scale = math.sqrt(sum(x * x for x in random) / len(random))
     if scale == 0:
         return 1.0 if value == 0 else 0.0
     t = abs(value) / scale

@@ -31,7 +31,7 @@ class ComponentChange:
         cosine: |cosine| of the change with the lifted component, exact; None of an added component.
         cosine_random: the same of a random change of equal norm.
         cosine_shuffled: the same of the change with the numbers of every weight shuffled.
-        cosine_p: two-sided p-value of the cosine against shuffled changes.
+        cosine_p: two-sided p-value of the cosine against random changes with the norm of the change in every weight.
         before: mean coefficient of the examples' PEFs before the change; None where no PEFs were computed after it.
         after: the same after it, with the same components.
         growth: "grew", "shrank", "appeared", "vanished" or "stayed": after − before with a 95% interval off zero.

@@ -95,16 +95,15 @@ class Seen:
 
     Attributes:
         after: {scale: predictions}, 1 among them.
-        products: inner products (n, c, 3) of unscaled rows with the change, a random and a shuffled one; None where
-            the change itself is not at hand.
-        norms: the norms of the three, over what is analysed.
-        size: how many numbers are analysed.
+        products: inner products (n, c, m) of unscaled rows with the change, a random one of equal norm, itself
+            shuffled, and random ones with its norm in every weight; None where the change itself is not at hand.
+        norm: the norm of each of them, over what is analysed.
         analysed: names of the analysed parameters.
     """
 
     after: dict[float, Predictions]
     products: Tensor | None
-    norms: list[float]
+    norm: float
     analysed: list[str]
 
 
@@ -215,7 +214,7 @@ class Explanation:
         """|cosine| of every component with the change, a random and a shuffled one, and the p-value of the first."""
         if self.seen.products is None:
             return [(None, None, None, None)] * len(self.decomposition)
-        ours, random, *mixed = effects.cosines(self.decomposition, pefs, self.seen.products, self.seen.norms)
+        ours, random, mixed, *null = effects.cosines(self.decomposition, pefs, self.seen.products, self.seen.norm)
         if far := [j for j, cosine in enumerate(ours.stationary) if cosine < _STATIONARY]:
             self.notes.append(
                 f"The components {far} are not at a stationary point, so that their cosines are of other directions; "
@@ -223,8 +222,8 @@ class Explanation:
             )
         rows = []
         for j, value in enumerate(ours.values):
-            others = [each.values[j] for each in mixed]
-            rows.append((abs(value), abs(random.values[j]), abs(others[0]), effects.cosine_p(value, others)))
+            p = effects.cosine_p(value, [each.values[j] for each in null])
+            rows.append((abs(value), abs(random.values[j]), abs(mixed.values[j]), p))
         return rows
 
     def _growth(self, counts: Tensor) -> tuple[list[tuple[Any, Any]], list[float] | None, list[float] | None]:
