@@ -137,15 +137,16 @@ def _positions(task: str, positions: str, batch: Batch, mask_token: int) -> list
 def output_hessian(logits: Tensor, kind: str) -> Tensor:
     """S (k×k), the Fisher of a distribution with respect to its logits.
 
-    diag(p) − p pᵀ for softmax, diag(p(1 − p)) for Bernoulli, I for a Gaussian of unit variance.
+    diag(p) − p pᵀ for softmax, diag(p(1 − p)) for Bernoulli, I for a Gaussian of unit variance. 1 − p is the sum of the
+    other probabilities: as a difference it is 0 for a class that is certain to the last digit, whose row is not.
     """
     logits = logits.detach().double()
     if kind == "softmax":
         prob = logits.softmax(-1)
-        return prob.diag() - prob[:, None] * prob[None, :]
+        others = 1 - torch.eye(len(prob), dtype=torch.float64)
+        return (prob * (others @ prob[:, None])[:, 0]).diag() - others * (prob[:, None] * prob[None, :])
     if kind == "bernoulli":
-        prob = logits.sigmoid()
-        return (prob * (1 - prob)).diag()
+        return (logits.sigmoid() * torch.sigmoid(-logits)).diag()
     if kind == "gaussian":
         return torch.eye(len(logits), dtype=torch.float64)
     raise ValueError(f"no distribution is called {kind!r}")

@@ -20,7 +20,8 @@ import torch
 
 from hf_npeff import NPEFF, Decomposition, PEFs
 from tests import planted, tiny, workers
-from tests.test_families import analyzer_of
+from tests.analyses import analyzer_of, brute_force, errors
+from tests.tiny import tiny_batch, tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,6 +193,18 @@ def test_a_saturated_softmax_gives_finite_pefs_or_none(output_factor: str, facto
     found = sound(analyzer.decompose(pefs, 2, n_restarts=1), tmp_path / "d")
     assert not found.coefficients[pefs.norms == 0].any()
     assert bool(torch.isfinite(found.transform(pefs)).all())
+
+
+def test_fishers_of_predictions_without_doubt_equal_brute_force() -> None:
+    """Oracle: every gradient by autograd, 1 − p summed from the other classes; Fishers of 1e-40 and less among them."""
+    model = tiny_model("bert", dtype=torch.float64)
+    with torch.no_grad():
+        model.classifier.weight.mul_(300)
+    data = tiny_batch(model, 4, seed=3)
+    analyzer = analyzer_of(model, target_modules=["query", "classifier"])
+    pefs = analyzer.compute_pefs(data, progress=False)
+    assert 0 < float(pefs.norms.min()) and float(pefs.norms.max()) < 1e-40
+    assert max(errors(analyzer, pefs, brute_force(analyzer, data))) < 1e-8
 
 
 def test_predictions_that_are_all_equal_are_no_trouble(tmp_path: Path) -> None:

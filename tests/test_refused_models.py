@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
+from tests.analyses import analyzer_of, brute_force, errors
 from tests.sweep.judge import ROWS, TOKENS, errors_of
 from tests.sweep.tiny_models import TinyModel, build
 from tests.tiny import tiny_batch, tiny_model
@@ -108,3 +109,34 @@ def test_a_layer_that_is_left_out_at_random_where_the_model_predicts_is_refused(
         torch.manual_seed(seed)
         with pytest.raises(UnsupportedModelError, match="random numbers"):
             NPEFFAnalyzer(model, fisher=FisherConfig(rank=2)).compute_pefs(examples)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_that_comes_twice_is_refused_with_its_cache_and_the_advice_works(family: str) -> None:
+    """Oracle: brute force on the model without a cache; with one, its second layer reads the keys of both."""
+    model: Any = tiny_model(family, dtype=torch.float64)
+    layers = model.model.layers if family == "llama" else model.transformer.h
+    layers[1] = layers[0]
+    data = tiny_batch(model, 3, seed=3)
+    analyzer = analyzer_of(model, rank=12, output_factor="exact")
+    with pytest.raises(UnsupportedModelError, match="use_cache"):
+        analyzer.compute_pefs(data, progress=False)
+    model.config.use_cache = False
+    pefs = analyzer.compute_pefs(data, progress=False)
+    assert max(errors(analyzer, pefs, brute_force(analyzer, data))) < 1e-6
+
+
+def test_a_model_that_fails_with_its_cache_alone_is_analysed_without_one() -> None:
+    """Oracle: the same weights in a model whose cache works."""
+    model: Any = tiny_model("llama", dtype=torch.float64)
+    data = tiny_batch(model, 3, seed=3)
+    expected = analyzer_of(model, rank=4).compute_pefs(data, progress=False)
+
+    def fails(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs.get("use_cache") is not False:
+            raise RuntimeError("no cache here")
+
+    handle = model.register_forward_pre_hook(fails, with_kwargs=True)
+    pefs = analyzer_of(model, rank=4).compute_pefs(data, progress=False)
+    handle.remove()
+    torch.testing.assert_close(pefs.factors, expected.factors)

@@ -10,11 +10,9 @@ import copy
 import dataclasses
 import functools
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +37,7 @@ from hf_npeff.fisher.linear_maps import LinearMap, sees_images, shapes_of
 from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
+from hf_npeff.fisher.repeatable import check_repeatable
 from hf_npeff.images import with_images_joined
 from hf_npeff.padding import Batch
 
@@ -47,9 +46,6 @@ _PADDING_EXAMPLES = 64
 """Examples among which the shortest and the longest try out what padding does, before the first batch is made."""
 _REASON = 200
 """Letters of a model's own error that people are told. Chosen: two lines."""
-_PASSES = 32
-"""Passes over an example of a model that draws random numbers: one that leaves one of two layers out with a chance of a
-tenth gives the same in all of them in one of 800 runs."""
 _NO_LOGITS = "the model gives NaN or infinite logits"
 _Self = TypeVar("_Self", bound="ForwardPass")
 
@@ -75,15 +71,6 @@ _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attribut
 def _in_words(error: Exception) -> str:
     """A model's own error, with its class: a `KeyError` says no more than a name."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:_REASON]}"
-
-
-def _random_states(device: torch.device) -> tuple[bytes | int, ...]:
-    """Of the generators that a model may draw from: PyTorch's, of the CPU and of the device, Python's and NumPy's."""
-    states: list[bytes | int] = [torch.get_rng_state().numpy().tobytes(), hash(random.getstate())]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
-    numbers = np.random.get_state()
-    return (*states, numbers[1].tobytes(), int(numbers[2]))  # type: ignore[index]
 
 
 class _NotTogetherError(Exception):
@@ -330,27 +317,16 @@ class ForwardPass:
 
     @torch.no_grad()
     def check_repeatable(self, example: Example) -> None:
-        """Refuse a model that draws random numbers where it predicts.
-
-        Where a pass moves no generator, it draws none; where one is moved, many passes are compared, since a layer that
-        is left out now and then changes few of them.
+        """Refuse a model that gives other logits in another pass over the same example.
 
         Raises:
-            UnsupportedModelError: if two passes over the same example give different logits.
+            UnsupportedModelError: see `repeatable.check_repeatable`.
         """
-        before = _random_states(self.device)
-        first = self.outputs([example])
-        passes = 1 if _random_states(self.device) == before else _PASSES
-        for _ in range(passes):
-            self._check_same(first, self.outputs([example]))
+        check_repeatable(self.model, self.device, lambda: self._logits_of(example), (ModelFailsError, NotFiniteError))
 
-    def _check_same(self, first: Outputs, second: Outputs) -> None:
-        change = relative_change(second.logits[0][second.valid[0]], first.logits[0][first.valid[0]])
-        if change > logit_tolerance(self.model):
-            raise UnsupportedModelError(
-                f"the model gives other logits in every pass over the same example (by {percent(change)}): it draws "
-                "random numbers where it predicts. Load it with a setting that fixes them, such as Reformer's hash_seed"
-            )
+    def _logits_of(self, example: Example) -> Tensor:
+        outputs = self.outputs([example])
+        return outputs.logits[0][outputs.valid[0]]
 
     def refuse_batches(self, reason: str) -> None:
         """From now on one example at a time, for a reason that people are told."""
