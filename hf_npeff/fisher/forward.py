@@ -322,7 +322,13 @@ class ForwardPass:
         Raises:
             UnsupportedModelError: see `repeatable.check_repeatable`.
         """
-        check_repeatable(self.model, self.device, lambda: self._logits_of(example), (ModelFailsError, NotFiniteError))
+        check_repeatable(
+            self.model,
+            self.device,
+            lambda: self._logits_of(example),
+            with_cache=self.traits.task != "seq2seq-lm",
+            failures=(ModelFailsError, NotFiniteError),
+        )
 
     def _logits_of(self, example: Example) -> Tensor:
         outputs = self.outputs([example])

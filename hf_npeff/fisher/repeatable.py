@@ -1,7 +1,7 @@
 """Does a model give the same logits in every pass over an example, and with its cache as without?
 
 Predictions here keep no cache of keys and values, and people's calls mostly do. The two agree, except where two layers
-write into one place of the cache.
+write into one place of the cache. Models of an encoder and a decoder are called with labels, and then keep none either.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ tenth gives the same in all of them in one of 800 runs."""
 
 
 def check_repeatable(
-    model: nn.Module, device: torch.device, logits: Callable[[], Tensor], failures: tuple[type[Exception], ...]
+    model: nn.Module,
+    device: torch.device,
+    logits: Callable[[], Tensor],
+    *,
+    with_cache: bool,
+    failures: tuple[type[Exception], ...],
 ) -> None:
     """Refuse a model that draws random numbers where it predicts, or whose cache changes its predictions.
 
@@ -35,6 +40,7 @@ def check_repeatable(
         model: what `logits` calls with `use_cache=False`, where it takes that.
         device: the model's.
         logits: a pass over one example.
+        with_cache: whether people call the model with a cache of keys and values.
         failures: what a pass raises that fails. Where the model fails with its cache alone, nothing is compared.
 
     Raises:
@@ -44,7 +50,7 @@ def check_repeatable(
     first = logits()
     moved = _random_states(device) != before
     change = 0.0
-    with contextlib.suppress(*failures), _cache_by_default(model):
+    with contextlib.suppress(*failures), _cache_by_default(model) if with_cache else contextlib.nullcontext():
         change = relative_change(logits(), first)
     differs = change > logit_tolerance(model)
     for _ in range(_PASSES if moved else int(differs)):
