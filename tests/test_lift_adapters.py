@@ -135,6 +135,21 @@ def test_what_is_left_out_is_estimated() -> None:
     assert (ratios - 1).abs().max() < 0.15 and abs(float(ratios.mean()) - 1) < 0.03
 
 
+def test_the_energy_of_a_cut_is_what_it_explains() -> None:
+    """Statistical, 24 matrices of 200 × 150 whose singular values fall as i^−.7; oracle: ‖D‖² − ‖D − cut‖².
+
+    Of a best cut the two are equal; an estimated cut may not have more energy than it explains, nor a third less.
+    Estimated by pseudo-inverses alone it has a fifth more.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(24, n, 100, generator=generator).double())[0] for n in (200, 150))
+    D = (left / torch.arange(1, 101) ** 0.7) @ right.mT
+    cut = thin_sums(D, 4)
+    made = cut.left * cut.values[:, None] @ cut.right.mT
+    explained = D.square().sum((1, 2)) - (D - made).square().sum((1, 2))
+    assert 2 / 3 < float(made.square().sum() / explained.sum()) < 1.02
+
+
 def test_a_batch_is_sent_back_no_oftener_than_there_are_rows_or_components(
     wide_case: TrainedCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,10 @@ from hf_npeff.weights.thin_sums import Bases, Cut, ProjectedSums, SampleSums, Th
 _SAMPLED = 128
 """Examples whose gradients show where those of all lie. Chosen: a part of a data set's time; what the bases miss, their
 random rows and X_j, Y_j still see."""
+_COLUMNS = 2.5
+"""Random columns of the sample, over the rows of the largest basis: with more, the basis is nearer to the leading
+directions of what was sampled. Measured on 16 selective components of a MiniLM, one pass: 1 gives a median cosine with
+the best cuts of .927, 2.5 one of .934."""
 _PROBES = 12
 """Random rows of a basis: what they see of a gradient that no other row sees tells how much there is of it."""
 
@@ -152,7 +156,7 @@ def _bases(rows: Rows, places: Places, rank: int, seed: int, batch_size: int) ->
     large = {name: place[0] for name, place in places.items() if not is_whole(place[0], rank)}
     generator = torch.Generator().manual_seed(seed)
     maps = [m for m in rows.forward.maps if m.parameter in large]
-    sample = SampleSums(large, sizes_of(rank, torch.inf)[1], generator)
+    sample = SampleSums(large, int(_COLUMNS * sizes_of(rank, torch.inf)[1]), generator)
     used = rows.used
     chosen = sorted(used[i] for i in torch.randperm(len(used), generator=generator)[:_SAMPLED].tolist())
     for indices in rows.batches(chosen, batch_size) if maps else ():
@@ -168,7 +172,7 @@ def _bases(rows: Rows, places: Places, rank: int, seed: int, batch_size: int) ->
         k, s = sizes_of(rank, energy)
         if is_kept_whole(large[name], k, s):
             continue
-        (left, p), (right, q) = (basis_of(side[:, :s], k, s, _PROBES, generator) for side in sides)
+        (left, p), (right, q) = (basis_of(side, k, s, _PROBES, generator) for side in sides)
         bases[name] = Bases(rows.processes.first(left), rows.processes.first(right), k, (p, q))
     return bases
 

@@ -14,6 +14,10 @@ and P the bases leave out,
                            [ Q′ᵀD_j Ξᵀ: columns of Ω known, else as QCPᵀ          as QCPᵀ    ]
 
 and the singular values of M (s + k) × (s + k) cut it. A weight with fewer entries than these sums is kept whole.
+
+The pseudo-inverses amplify what of Φ D_j Ξᵀ lies outside Q and P, of which a D_j of slowly falling singular values has
+much. So singular values σ of ΦQ and ΞP are inverted as σ / (σ² + λ²), with λ² in proportion to the share of ‖ΦD_jΞᵀ‖²
+that is outside: 0 where D_j has no more than k directions, which then comes back whole.
 """
 
 from __future__ import annotations
@@ -29,6 +33,10 @@ from hf_npeff.fisher.gradients import Receiver
 _SOLVED = 0.05
 """Singular values of ΦQ below this: directions of Q that Φ hardly sees, which are left to what is known exactly. The
 noise of the estimate would grow twentyfold there."""
+_DAMPED = 0.7
+"""λ² over the share of ‖Φ D Ξᵀ‖² outside Q and P. Measured on selective directions of 16 components of a MiniLM, rank
+4, whose best cuts keep .78 of the energy. With 0 the cuts' own energy was .84, of which they explained .68; with .5 both
+were .71; with 1 they were .65 and .70. Chosen between the last two, so that the energy that is told is rather low."""
 _MORE, _ROUNDS = 8, 4
 """Directions beyond the rank, and rounds, of subspace iteration (Halko, Martinsson & Tropp 2011: 5 to 10, and few)."""
 _NOTHING = 1e-6
@@ -94,8 +102,10 @@ def basis_of(sample: Tensor, thin: int, size: int, probes: int, generator: torch
     """
     n = len(sample)
     complete = n <= size + thin
-    U, S, _ = torch.linalg.svd(sample.double(), full_matrices=False)
-    U = U[:, _NOTHING * S[0].clamp_min(torch.finfo(S.dtype).tiny) < S]
+    squared, mixing = torch.linalg.eigh(sample.double().T @ sample.double())  # half the time of an SVD
+    values = squared.clamp_min(0).sqrt().flip(0)
+    kept = _NOTHING * values[0].clamp_min(torch.finfo(values.dtype).tiny) < values
+    U = (sample.double() @ mixing.flip(1))[:, kept] / values[kept]
     size, probes = (n, 0) if complete else (size, probes)
     leading = U[:, : size - probes]
     drawn = torch.randn(n, size - leading.shape[1], generator=generator, dtype=torch.float64)
@@ -277,8 +287,14 @@ def _cut(bases: Bases, X: Tensor, Y: Tensor, rest: Tensor, rank: int) -> Cut:
 def _estimate(core: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
     """Q C Pᵀ in the bases U and V, from Φ D Ξᵀ (r, s, t) and the coordinates of X and of Yᵀ."""
     Q, P = (torch.linalg.qr(v / v.norm(dim=(1, 2), keepdim=True).clamp_min(_tiny(v)))[0] for v in (of_x, of_y))
-    into, onto = Q[:, : core.shape[1]], P[:, : core.shape[2]]
-    C = torch.linalg.pinv(into, rtol=_SOLVED) @ core @ torch.linalg.pinv(onto, rtol=_SOLVED).mT
+    U, S, Uh = torch.linalg.svd(Q[:, : core.shape[1]], full_matrices=False)
+    V, T, Vh = torch.linalg.svd(P[:, : core.shape[2]], full_matrices=False)
+    inside = U.mT @ core @ V
+    size = _squares(core).clamp_min(torch.finfo(torch.float64).tiny)
+    seen = inside * (S > _SOLVED)[:, :, None] * (T > _SOLVED)[:, None]
+    damping = _DAMPED * (1 - _squares(seen) / size).clamp(0, 1).to(S)[:, None]
+    into, onto = (torch.where(v > _SOLVED, v / (v.square() + damping), 0.0) for v in (S, T))
+    C = Uh.mT @ (into[:, :, None] * inside * onto[:, None]) @ Vh
     return Q @ C @ P.mT
 
 
