@@ -89,7 +89,12 @@ def left_by_studies(folder: Path, auroc: float, method: str) -> Path:
            "possible": 2, "purity": 0.25, "stability": None, "seconds": 12.4}  # fmt: skip
     for study, content in {
         "factors": {"methods": [row], "config": {"found_at": 0.9}},
-        "selectivity": {"rows": [{"method": method, "moved": m} for m in (0.5, 0.25, None)], "medians": {method: 3.14}},
+        "selectivity": {
+            "rows": [
+                {"method": method, "moved": m, "top": 0.3, "others": o} for m, o in ((0.5, 0), (0.25, 0.3), (None, 0.9))
+            ],
+            "medians": {method: 3.14},
+        },
     }.items():
         (folder / study).mkdir(parents=True)
         (folder / study / "result.json").write_text(json.dumps(content))
@@ -103,7 +108,7 @@ def test_one_table_over_several_data_sets(tmp_path: Path) -> None:
     table = overview(folders).splitlines()
     assert table[2] == (
         "| NPEFF | 0.950 · 0.800 · – | 1 of 2 · 0 of 2 · – | 1.50 of 2.00 · 1.50 of 2.00 · – | 0.25 · 0.25 · – "
-        "| – · – · – | 3.1 · 3.1 · – | 38% · 38% · – | 12 · 12 · – |"
+        "| – · – · – | 3.1 · 3.1 · – | -0.10 · -0.10 · – | 38% · 38% · – | 12 · 12 · – |"
     )
     assert table[3].startswith("| random | – · – · 0.500 |")
     with pytest.raises(ValueError, match="at least one"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_npeff.studies.result import markdown, number
 
-_COLUMNS = ("mean AUROC", "found", "at once", "purity", "stability", "KL ratio", "moved", "seconds")
+_COLUMNS = ("mean AUROC", "found", "at once", "purity", "stability", "KL ratio", "own less others", "moved", "seconds")
 
 
 def overview(folders: Mapping[str, Path]) -> str:
@@ -43,7 +43,9 @@ def _cells(folder: Path) -> dict[str, list[str]]:
 def _row(row: Mapping[str, Any], scores: Mapping[str, Any], selectivity: Mapping[str, Any]) -> list[str]:
     found_at = scores["config"]["found_at"]
     n_found = sum(score["auroc"] >= found_at for score in row["attributes"])
-    moved = [r["moved"] for r in selectivity["rows"] if r["method"] == row["method"] and r["moved"] is not None]
+    switched = [r for r in selectivity["rows"] if r["method"] == row["method"]]
+    moved = [r["moved"] for r in switched if r["moved"] is not None]
+    own = statistics.mean(r["top"] - r["others"] for r in switched) if switched else None
     return [
         number(row["mean_auroc"]),
         f"{n_found} of {len(row['attributes'])}",
@@ -51,6 +53,7 @@ def _row(row: Mapping[str, Any], scores: Mapping[str, Any], selectivity: Mapping
         number(row["purity"], 2),
         number(row["stability"], 2),
         number(selectivity["medians"].get(row["method"]), 1),
+        number(own, 2),
         f"{statistics.median(moved):.0%}" if moved else "–",
         number(row["seconds"], 0),
     ]

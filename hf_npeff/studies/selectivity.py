@@ -93,6 +93,16 @@ class SelectivityResult(StudyResult):
         """{method: median ratio over the attributes on which it reached the target}; none where it never did."""
         return {m: statistics.median(ratios) for m in self.methods if (ratios := self.ratios(m))}
 
+    def own_less_others(self) -> dict[str, float]:
+        """{method: mean over all attributes of the KL on their examples less that on others, in nats}.
+
+        All attributes count, with the KL that was reached: a feature that moves nothing, or everything, gains nothing.
+        It is the difference of effects that targeted probe perturbation scores a feature by (SAEBench, arXiv
+        2503.09532), with KL in place of a probe's accuracy.
+        """
+        rows = {m: [row for row in self.rows if row.method == m] for m in self.methods}
+        return {m: statistics.mean(row.top - row.others for row in mine) for m, mine in rows.items()}
+
     def _moved(self, method: str) -> str:
         shares = [row.moved for row in self.rows if row.method == method and row.moved is not None]
         return f"{statistics.median(shares):.0%}" if shares else "–"
@@ -104,6 +114,7 @@ class SelectivityResult(StudyResult):
             "config": asdict(self.config),
             "rows": [asdict(row) for row in self.rows],
             "medians": self.medians(),
+            "own_less_others": self.own_less_others(),
             "excluded": self.excluded,
         }
 
@@ -122,6 +133,8 @@ class SelectivityResult(StudyResult):
         medians = self.medians()
         body.append(["median of those reached", *(number(medians.get(m), 1) for m in self.methods)])
         body.append(["target reached", *reached])
+        own = self.own_less_others()
+        body.append(["mean KL less that on others, nats", *(number(own[m], 2) for m in self.methods)])
         body.append(["median share of examples moved", *(self._moved(m) for m in self.methods)])
         lines = [markdown(["attribute", *self.methods], body)]
         lines += [f"\nNot measured: {name} ({why})." for name, why in self.excluded.items()]
