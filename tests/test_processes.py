@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,19 +22,12 @@ from tests.systems import linux_only
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*command, "-m", "tests.workers", name, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two processes compute and fit."""
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun("everything", folder)
-    assert done.returncode == 0, done.stderr
+    for done in warm_processes.two_of_torch(["-m", "tests.workers", "everything", folder]):
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -92,16 +83,15 @@ def test_a_ddp_model_gives_what_the_model_inside_it_gives(two: Path) -> None:
 
 
 def test_accelerate_starts_two_processes_on_cpus_by_this_config_file(two: Path, tmp_path: Path) -> None:
-    """Oracle: the store that torchrun's two processes wrote; a lone process writes other shards.
+    """Oracle: the store that two processes of torch.distributed wrote; a lone process writes other shards.
 
     The config file is the one in docs/models.md.
     """
     text = (ROOT / "docs" / "models.md").read_text()
     (tmp_path / "two.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
-    subprocess.run(
-        [*command, "-m", "tests.workers", "one_store", str(tmp_path / "store")], cwd=ROOT, check=True, timeout=300
-    )
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "two.yaml"]
+    done = warm_processes.launched(launcher, ["-m", "tests.workers", "one_store", tmp_path / "store"])
+    assert done.returncode == 0, done.stderr
     for path in (two / "pefs-5").glob("pefs-*.safetensors"):
         assert (tmp_path / "store" / path.name).read_bytes() == path.read_bytes()
 
@@ -219,7 +209,8 @@ def test_an_accelerator_that_missed_the_other_processes_is_refused(monkeypatch: 
 def test_a_worker_that_dies_stops_the_others_and_finished_shards_stay(tmp_path: Path) -> None:
     """Oracle: the second of two processes exits in its second shard; another run, alone, needs only the rest."""
     folder = tmp_path / "store"
-    done = torchrun("dies", folder)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = warm_processes.launched(launcher, ["-m", "tests.workers", "dies", folder])
     assert done.returncode != 0
     assert "exitcode  : 3" in done.stderr, done.stderr[-2000:]
     kept = {path.stem: path.read_bytes() for path in folder.glob("pefs-*.safetensors")}

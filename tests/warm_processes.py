@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -106,6 +107,42 @@ def two_of_torch(command: Command, *, timeout: float = 300) -> list[subprocess.C
     return run_together([command, command], environments=environments, timeout=timeout)
 
 
+def launched(launcher: Command, command: Command, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `python launcher… command…` to its end, a launcher that starts two processes: torchrun or accelerate.
+
+    What it starts is `tests.launched`, at once; each program is a forked process with the environment that it got, and
+    the launcher gets its exit code. What the two programs write on stderr comes after the launcher's own.
+
+    Raises:
+        TimeoutError: if the two are not there, or not done, in time.
+    """
+    start = [sys.executable, *map(str, launcher)]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    if not _CAN_FORK:
+        return subprocess.run([*start, *map(str, command)], timeout=timeout, **streams)
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [*start, "-m", "tests.launched", folder], env={**os.environ, "PYTHONPATH": PATHS}, **streams
+        )
+        try:
+            places = [Path(folder) / f"environment-{rank}.json" for rank in range(2)]
+            end = time.monotonic() + timeout
+            while not all(place.exists() for place in places):
+                if process.poll() is not None or time.monotonic() > end:
+                    process.kill()
+                    raise TimeoutError(f"{start} started no two processes: {process.communicate()[1][-2000:]}")
+                time.sleep(0.02)
+            environments = [json.loads(place.read_text(encoding="utf-8")) for place in places]
+            done = run_together([command, command], environments=environments, timeout=timeout)
+            for rank, each in enumerate(done):
+                if each.returncode >= 0:  # the launcher ends what another one's failure ended
+                    (Path(folder) / f"code-{rank}").write_text(str(each.returncode), encoding="utf-8")
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err + "".join(d.stderr for d in done))
+
+
 def _run_cold(
     commands: Sequence[Command], cwd: str | os.PathLike[str], environments: Sequence[Mapping[str, str]], timeout: float
 ) -> list[subprocess.CompletedProcess[str]]:
@@ -170,6 +207,8 @@ def _wait(imported: Sequence[str]) -> None:
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     others = [name for name in threads[1:] if not name.startswith("jemalloc")]  # pyarrow's, which looks after itself
     assert not others, f"threads {others}, which a fork would leave behind"
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page of what was imported
     for line in sys.stdin:
         answers.write(json.dumps(_run_all(json.loads(line))) + "\n")
         answers.flush()
