@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -39,9 +40,10 @@ def with_lora() -> Any:
     )
 
 
-TRAIN = tiny.tiny_batch(bert(), 24, seed=1, labels=True)
+UNTRAINED = bert()
+TRAIN = tiny.tiny_batch(UNTRAINED, 24, seed=1, labels=True)
 PROBE = [
-    {**row, "id": f"probe-{i}", "text": f"secret {i}"} for i, row in enumerate(tiny.tiny_batch(bert(), 13, seed=2))
+    {**row, "id": f"probe-{i}", "text": f"secret {i}"} for i, row in enumerate(tiny.tiny_batch(UNTRAINED, 13, seed=2))
 ]
 PAD = SimpleNamespace(pad_token_id=tiny.PAD)
 
@@ -61,7 +63,7 @@ def run(folder: Path, added: NPEFFCallback | None = None, model: Any = None, **o
     trainer = trainer_class(
         model,
         TrainingArguments(str(folder), **(defaults | quiet | options)),
-        data_collator=lambda rows: tiny.collate(rows, bert()),
+        data_collator=lambda rows: tiny.collate(rows, UNTRAINED),
         train_dataset=TRAIN,  # type: ignore[arg-type]
         eval_dataset=TRAIN[:4],  # type: ignore[arg-type]
         callbacks=reporters,
@@ -89,29 +91,52 @@ SITUATIONS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
+Followed = Callable[[str], tuple[Trainer, NPEFFCallback, tuple[float, ...]]]
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
+    """A situation → its training with the callback, and random numbers drawn afterwards; each is trained once."""
+
+    @functools.cache
+    def training(name: str) -> tuple[Trainer, NPEFFCallback, tuple[float, ...]]:
+        make, options = SITUATIONS[name]
+        added = callback()
+        random.seed(0)
+        trainer = run(tmp_path_factory.mktemp("followed"), added, make(), **options)
+        return trainer, added, noise()
+
+    return training
+
+
+def noise() -> tuple[float, ...]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_training_is_the_same_bit_for_bit_with_and_without_the_callback(name: str, tmp_path: Path) -> None:
+def test_training_is_the_same_bit_for_bit_with_and_without_the_callback(
+    name: str, tmp_path: Path, followed: Followed
+) -> None:
     """Oracle: the run without it at the same seed: losses, gradient norms, weights and random state are equal."""
     make, options = SITUATIONS[name]
+    random.seed(0)
+    plain = run(tmp_path, None, make(), **options)
+    drawn = noise()
+    with_it, added, drawn_with_it = followed(name)
     ends = []
-    for added in (None, callback()):
-        random.seed(0)
-        trainer = run(tmp_path, added, make(), **options)
-        noise = (random.random(), float(np.random.rand()), float(torch.rand(())))
-        ends.append((losses(trainer), noise, {k: v.clone() for k, v in trainer.model.state_dict().items()}))
+    for trainer, after in ((plain, drawn), (with_it, drawn_with_it)):
+        ends.append((losses(trainer), after, trainer.model.state_dict()))
         assert all(p.requires_grad for p in trainer.model.parameters()) or name == "PEFT"
-    assert added is not None and [record["step"] for record in added.history] == [2, 4, 6]
+    assert [record["step"] for record in added.history] == [2, 4, 6]
     assert len(ends[0][0]) == 6 and ends[0][:2] == ends[1][:2]
     assert all(torch.equal(value, ends[1][2][key]) for key, value in ends[0][2].items())
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_the_last_point_is_the_decomposition_of_the_trained_models_own_pefs(name: str, tmp_path: Path) -> None:
+def test_the_last_point_is_the_decomposition_of_the_trained_models_own_pefs(name: str, followed: Followed) -> None:
     """Oracle: the weights in a fresh model, a fresh analyzer, and the loss with every d × d matrix formed."""
-    make, options = SITUATIONS[name]
-    added = callback()
-    trainer = run(tmp_path, added, make(), **options)
-    model = make()
+    trainer, added, _ = followed(name)
+    model = SITUATIONS[name][0]()
     model.load_state_dict(trainer.model.state_dict())
     last = added.decomposition_
     assert last is not None
@@ -125,12 +150,30 @@ def test_the_last_point_is_the_decomposition_of_the_trained_models_own_pefs(name
     assert last.example_ids == [row["id"] for row in PROBE]
 
 
-def test_drift_and_shares_are_what_the_files_of_two_checkpoints_say(tmp_path: Path) -> None:
+Saved = tuple[Path, Trainer, NPEFFCallback]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A training with checkpoints: their folder, the trainer and the callback. Nobody writes to it."""
+    folder, added = tmp_path_factory.mktemp("saved"), callback()
+    return folder, run(folder, added, save_strategy="steps", save_steps=2), added
+
+
+@pytest.fixture(scope="module")
+def resumed(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> NPEFFCallback:
+    """The callback of the training that went on from the first checkpoint of `saved`."""
+    folder, added = tmp_path_factory.mktemp("resumed"), callback()
+    checkpoint = shutil.copytree(saved[0] / "checkpoint-2", folder / "checkpoint-2")
+    run(folder, added, resume=str(checkpoint))
+    return added
+
+
+def test_drift_and_shares_are_what_the_files_of_two_checkpoints_say(saved: Saved) -> None:
     """Oracle: NumPy on the decompositions read back from disk; components keep their numbers while they move."""
-    added = callback()
-    trainer = run(tmp_path, added, save_strategy="steps", save_steps=2)
-    before, now = (Decomposition.load(tmp_path / f"checkpoint-{step}" / "npeff") for step in (4, 6))
-    lines = (tmp_path / "checkpoint-6" / "npeff" / "history.jsonl").read_text().splitlines()
+    folder, trainer, added = saved
+    before, now = (Decomposition.load(folder / f"checkpoint-{step}" / "npeff") for step in (4, 6))
+    lines = (folder / "checkpoint-6" / "npeff" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == added.history
     record = added.history[-1]
     for j in range(R):
@@ -168,13 +211,10 @@ def test_a_given_decomposition_stays_and_its_coefficients_are_followed(tmp_path:
     assert all(record["cosine"] is None for record in added.history)
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(saved: Saved, resumed: NPEFFCallback) -> None:
     """Oracle: the run that was left alone; points before the checkpoint come from it, later ones are the same."""
-    whole, resumed = callback(), callback()
-    run(tmp_path, whole, save_strategy="steps", save_steps=2)
-    run(tmp_path, resumed, resume=str(tmp_path / "checkpoint-4"))
     assert [record["step"] for record in resumed.history] == [2, 4, 6]
-    assert resumed.history == whole.history
+    assert resumed.history == saved[2].history
 
 
 def test_resuming_from_a_checkpoint_without_points_or_with_other_components_begins_anew(
@@ -250,15 +290,13 @@ def test_the_end_of_training_says_what_changed_from_the_first_point(tmp_path: Pa
     assert len(report.components) == R and all(each.growth is not None for each in report.components)
 
 
-def test_the_report_of_a_resumed_run_says_where_it_begins(tmp_path: Path) -> None:
+def test_the_report_of_a_resumed_run_says_where_it_begins(saved: Saved, resumed: NPEFFCallback) -> None:
     """Oracle: the steps of both runs' points; the run that was left alone says nothing of the kind."""
-    whole, resumed = callback(every=1), callback(every=1)
-    run(tmp_path, whole, save_strategy="steps", save_steps=2)
-    run(tmp_path, resumed, resume=str(tmp_path / "checkpoint-2"))
+    whole = saved[2]
     assert whole.report_ is not None and resumed.report_ is not None
-    assert (whole.report_.change["before"], resumed.report_.change["before"]) == ("step 1", "step 3")
+    assert (whole.report_.change["before"], resumed.report_.change["before"]) == ("step 2", "step 4")
     told = [note for note in resumed.report_.notes if "resumed from the checkpoint of step 2" in note]
-    assert len(told) == 1 and "up to step 3" in told[0]
+    assert len(told) == 1 and "up to step 4" in told[0]
     assert not any("resumed" in note for note in whole.report_.notes)
 
 
@@ -296,7 +334,7 @@ def test_evaluations_of_unchanged_weights_make_one_point_and_max_points_ends_the
         bert(),
         TrainingArguments(str(tmp_path), max_steps=6, eval_strategy="steps", eval_steps=2, use_cpu=True,
                           report_to="none", disable_tqdm=True, save_strategy="no"),
-        data_collator=lambda rows: tiny.collate(rows, bert()),
+        data_collator=lambda rows: tiny.collate(rows, UNTRAINED),
         train_dataset=TRAIN,  # type: ignore[arg-type]
         eval_dataset={"a": TRAIN[:4], "b": TRAIN[4:8]},  # type: ignore[dict-item]
     ))  # fmt: skip

@@ -72,9 +72,13 @@ def run_together(
     cwd: str | os.PathLike[str] = ROOT,
     env: Mapping[str, str] | None = None,
     environments: Sequence[Mapping[str, str]] = (),
+    codes: Sequence[Path] = (),
     timeout: float = 300,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Several at once, `environments` being what each has beside `env`. When one fails, the others are killed."""
+    """Several at once, `environments` being what each has beside `env`. When one fails, the others are killed.
+
+    `codes` are files that get each one's exit code when it ends, up to that of the first failure.
+    """
     shared = dict(os.environ if env is None else env)
     each = [shared | dict(own) for own in environments] or [shared for _ in commands]
     if not _CAN_FORK:
@@ -84,14 +88,16 @@ def run_together(
         for number, (command, environment) in enumerate(zip(commands, each, strict=True)):
             streams = {name: f"{folder}/{number}.{name}" for name in ("stdout", "stderr")}
             jobs.append({"command": [*map(str, command)], "cwd": str(cwd), "env": environment, **streams})
+        for job, path in zip(jobs, codes, strict=False):
+            job["code"] = str(path)
         own = {name: value for name, value in os.environ.items() if name.startswith(_OF_HUB)}
         is_own = {name: value for name, value in shared.items() if name.startswith(_OF_HUB)} == own
-        codes = _waiting_process(WITH_HUB if is_own else WITHOUT_HUB).run(jobs, timeout)
+        ends = _waiting_process(WITH_HUB if is_own else WITHOUT_HUB).run(jobs, timeout)
         return [
             subprocess.CompletedProcess(
                 job["command"], code, *(Path(job[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
             )
-            for job, code in zip(jobs, codes, strict=True)
+            for job, code in zip(jobs, ends, strict=True)
         ]
 
 
@@ -133,10 +139,8 @@ def launched(launcher: Command, command: Command, *, timeout: float = 300) -> su
                     raise TimeoutError(f"{start} started no two processes: {process.communicate()[1][-2000:]}")
                 time.sleep(0.02)
             environments = [json.loads(place.read_text(encoding="utf-8")) for place in places]
-            done = run_together([command, command], environments=environments, timeout=timeout)
-            for rank, each in enumerate(done):
-                if each.returncode >= 0:  # the launcher ends what another one's failure ended
-                    (Path(folder) / f"code-{rank}").write_text(str(each.returncode), encoding="utf-8")
+            codes = [Path(folder) / f"code-{rank}" for rank in range(2)]
+            done = run_together([command, command], environments=environments, codes=codes, timeout=timeout)
             out, err = process.communicate(timeout=timeout)
         finally:
             process.kill()
@@ -222,11 +226,18 @@ def _run_all(jobs: Sequence[Mapping[str, Any]]) -> list[int]:
             _become(job)
         running[pid] = number
     codes = [0] * len(jobs)
+    failed = False
     while running:
         pid, status = os.wait()
         if pid not in running:
             continue
-        codes[running.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+        number = running.pop(pid)
+        codes[number] = code = os.waitstatus_to_exitcode(status)
+        if not failed and "code" in jobs[number]:
+            part = Path(jobs[number]["code"] + ".part")
+            part.write_text(str(code), encoding="utf-8")
+            part.rename(jobs[number]["code"])
+        failed |= code != 0
         if code != 0:
             time.sleep(0.2)  # what ends by itself of the same cause has the time to say so
             for other in running:
