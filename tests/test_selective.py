@@ -63,6 +63,22 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm()
 
 
+def test_a_diagonal_matrix_is_not_decomposed_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same solutions in coordinates in which the matrix is not diagonal, to 1e-10."""
+    X = row_space(case[2]).rows.flatten(0, 1)
+    out, g, shifts = X[:3], X[5], [1e-4 * float((X.T @ X).diagonal().max())]
+    Q = torch.linalg.qr(torch.randn(len(g), len(g), generator=torch.Generator().manual_seed(0)).double())[0]
+    turned = Downdates(Q.T @ (X.T @ X) @ Q)
+    truth = Q @ turned.from_eigenvectors(
+        turned.solve(turned.to_eigenvectors(out @ Q), turned.to_eigenvectors(g @ Q), shifts)[:, 0]
+    )
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    plain = Downdates(X.T @ X)
+    assert torch.equal(plain.from_eigenvectors(plain.to_eigenvectors(g)), g)
+    y = plain.from_eigenvectors(plain.solve(plain.to_eigenvectors(out), plain.to_eigenvectors(g), shifts)[:, 0])
+    assert (y - truth).norm() < 1e-10 * truth.norm()
+
+
 # Against the dense solution
 
 

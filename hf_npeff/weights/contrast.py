@@ -53,5 +53,4 @@ class Contrast:
 
     def everything(self) -> Tensor:
         """XᵀX (m, m) of all examples, those that are to move among them, and of kept ones."""
-        total = gram(self.space.rows)
-        return total if self.kept is None else total + gram(self.kept)
+        return self.space.gram if self.kept is None else self.space.gram + gram(self.kept)

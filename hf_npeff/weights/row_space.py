@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.weights.ridge_systems import gram
 
 EXACT_DIMENSIONS = 2048
 """Up to here the span is taken whole: its eigenproblem takes three seconds of a core, and eight times that at twice."""
@@ -76,6 +77,11 @@ class RowSpace:
     def basis(self) -> Tensor:
         """Q (d, m)."""
         return self.make_basis()
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """XᵀX (m, m) of all rows."""
+        return gram(self.rows)
 
     def coordinates(self, pefs: PEFs) -> Tensor:
         """(n', c', m): what a change Q y does to the unscaled rows of other PEFs of the same sketch."""
