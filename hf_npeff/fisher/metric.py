@@ -13,7 +13,8 @@ Of an embedding the source is the embedding itself, and S = I prefers no directi
 eigenvectors of C alone, so there C is always measured.
 
 The few are texts of random tokens, made from the seed: an example's rows then depend on the model, the config and the
-example alone, whatever data set it comes in. They cost h backward passes each, once.
+example alone, whatever data set it comes in. They cost h backward passes each, once, of which many run together: a
+batch of copies of one text, each with a direction of its own.
 
 Measured on Llama- and GPT-2-like models as transformers initialises them (h = 32, 64; c = 1 to 8), the largest error
 over the best possible was 1.54 in the hidden state's own metric, 1.17 in this one.
@@ -28,10 +29,13 @@ import torch
 from torch import Tensor
 
 from hf_npeff.data import Example
+from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
-from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.fisher.gradients import MadeOneByOne, RowCollector, backward_passes
+from hf_npeff.fisher.batching import relative_change
+from hf_npeff.fisher.forward import ForwardPass, ModelFailsError
+from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, RowCollector, backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
+from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.pefs.sketches import Sketch
 
@@ -44,7 +48,7 @@ _FREE = 256
 _IDENTITY_LIMIT = 65_536
 """Parameters up to which inner products of rows are taken without a sketch: h rows of them fit anywhere."""
 _COPIES = 64
-"""Of a pilot in a batch, each with a direction of an embedding: what a matrix product takes in one go."""
+"""Of a pilot in a batch, each with its direction, at most: as many tokens as half the examples of the self-test."""
 _SIDE = 16
 """Of the Kronecker sketch that they are taken in otherwise."""
 
@@ -67,7 +71,7 @@ def pilot_examples(model: Any, seed: int) -> list[Example]:
 
 
 def measure_metric(
-    forward: ForwardPass, maps: Sequence[LinearMap], pilots: Sequence[Example], seed: int
+    forward: ForwardPass, maps: Sequence[LinearMap], pilots: Sequence[Example], seed: int, alone: Tensor
 ) -> HiddenMetric:
     """The mean metric of a few examples, from the rows of every direction of the hidden state.
 
@@ -77,15 +81,24 @@ def measure_metric(
         maps: the linear maps under analysis.
         pilots: the examples.
         seed: the seed of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
+        alone: the source of the first pilot (1, t, h); a model in which copies in a batch have another one gets one
+            text at a time.
     """
     shapes = shapes_of(maps)
     small = sum(a * b for a, b in shapes.values()) <= _IDENTITY_LIMIT
     sketch = Sketch(shapes, "identity") if small else Sketch(shapes, "kronecker", _SIDE, seed)
     sketch.to(forward.device)
+    together = 1 if forward.one_at_a_time else min(_COPIES, alone.shape[-1])
     total = None
     for pilot in pilots:
-        together = _COPIES if forward.traits.embeds and not forward.one_at_a_time else 1
-        rows = _rows_of_directions(forward, maps, sketch, pilot, together)
+        try:
+            rows = _rows_of_directions(forward, maps, sketch, pilot, together, alone if total is None else None)
+        except (UnsupportedModelError, RuntimeError, _DiffersInABatchError) as error:
+            only_together = isinstance(error, (CalledOnceForAll, ModelFailsError, _DiffersInABatchError))
+            if together == 1 or not (only_together or is_out_of_memory(error)):
+                raise
+            together = 1
+            rows = _rows_of_directions(forward, maps, sketch, pilot, together)
         C = (rows @ rows.T).double()
         C = C / C.diagonal().sum().clamp_min(torch.finfo(C.dtype).tiny)
         total = C if total is None else total + C
@@ -93,16 +106,33 @@ def measure_metric(
     return HiddenMetric.of(total)
 
 
+class _DiffersInABatchError(Exception):
+    """Copies of a text in a batch have another source than the text alone."""
+
+
 def _rows_of_directions(
-    forward: ForwardPass, maps: Sequence[LinearMap], sketch: Sketch, pilot: Example, together: int
+    forward: ForwardPass,
+    maps: Sequence[LinearMap],
+    sketch: Sketch,
+    pilot: Example,
+    together: int,
+    alone: Tensor | None = None,
 ) -> Tensor:
-    """The sketched rows (h, d) of every direction of the last position's source, so many of them in a backward pass."""
+    """The sketched rows (h, d) of every direction of the last position's source, so many of them in a backward pass.
+
+    Raises:
+        _DiffersInABatchError: if copies in a batch have another source than `alone`.
+    """
     collector = RowCollector(sketch)
     size = 0
 
     def every_direction(source: Tensor) -> MadeOneByOne:
         nonlocal size
         size = source.shape[-1]
+        if alone is not None and together > 1:
+            same = relative_change(source.detach(), alone.expand_as(source)) <= forward.tolerance
+            if forward.fsdp.most(int(not same)):  # processes that share a model go on alike
+                raise _DiffersInABatchError
 
         def along(number: int) -> Tensor:
             cotangent = torch.zeros_like(source)

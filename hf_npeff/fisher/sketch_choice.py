@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -91,9 +92,13 @@ def chosen_sketch(
 ) -> tuple[Sketch, float | None, dict[str, float]]:
     """The sketch as it is given, set or chosen; its error, None where one example cannot tell; those tried."""
     groups = [[few[i] for i in batch] for batch in forward.batches(few, len(few))]
-    batches = [known_cotangents(forward, config, metric, group) for group in groups]
-    narrowest = min(_ROWS, *(batch.values.shape[1] for batch in batches))
-    batches = [batch.narrowed(narrowest) for batch in batches]
+
+    @functools.cache
+    def batches() -> list[KnownCotangents]:
+        known = [known_cotangents(forward, config, metric, group) for group in groups]
+        narrowest = min(_ROWS, *(batch.values.shape[1] for batch in known))
+        return [batch.narrowed(narrowest) for batch in known]
+
     tried: dict[str, float] = {}
     if sketch is None and config.sketch != "auto":
         sketch = Sketch(forward.shapes, config.sketch, config.sketch_dim or DEFAULT_DIMS[config.sketch], config.seed)
@@ -102,12 +107,12 @@ def chosen_sketch(
         if len(tries) == 1 or len(few) == 1:
             sketch = Sketch(forward.shapes, *tries[-1], seed=config.seed)
         else:
-            sketch, tried = measure_sketches(forward, config, batches, tries, config.seed, config.sketch_tolerance)
+            sketch, tried = measure_sketches(forward, config, batches(), tries, config.seed, config.sketch_tolerance)
     if sketch.kind == "identity":
         return sketch, 0.0, tried
     if len(few) == 1:
         return sketch, None, tried
     label = _label(sketch.kind, sketch.setting)
     if label not in tried:
-        tried |= measure_sketches(forward, config, batches, [(sketch.kind, sketch.setting)], sketch.seed, None)[1]
+        tried |= measure_sketches(forward, config, batches(), [(sketch.kind, sketch.setting)], sketch.seed, None)[1]
     return sketch, tried[label], tried
