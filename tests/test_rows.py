@@ -12,7 +12,7 @@ from hf_npeff import (
     UnsupportedModelError,
 )
 from hf_npeff.data import Examples
-from hf_npeff.fisher.preparation import prepare
+from hf_npeff.fisher.preparation import choose_metric, prepare
 from tests import reference
 from tests.analyses import analyzer_of, brute_force, errors, in_parameters
 from tests.tiny import collate, tiny_batch, tiny_model
@@ -125,6 +125,27 @@ def test_spectral_is_within_a_quarter_of_the_best_in_the_parameters(family: str,
         own = analyzer_of(model, output_factor="spectral", rank=8, spectral_metric="hidden")
         ratios = [e / b for e, b in zip(errors(own, own.compute_pefs(examples), truth), best, strict=True)]
         assert max(ratios) > 1.25
+
+
+@pytest.mark.parametrize("mixes", [False, True], ids=["apart", "mixing"])
+def test_the_metric_of_the_parameters_is_that_of_one_direction_at_a_time(mixes: bool) -> None:
+    """Oracle: the same texts alone. Where a batch mixes gradients, all texts are taken alone after the first batch."""
+    model = tiny_model("llama", "causal-lm", vocab_size=40, dtype=torch.float32)
+    batches: list[int] = []
+
+    def mean(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        batches.append(len(output))
+        return output.mean(0, keepdim=True).expand_as(output) if mixes else output
+
+    model.model.norm.register_forward_hook(mean)
+    analyzer = analyzer_of(model, output_factor="spectral", rank=2, spectral_metric="parameters")
+    with analyzer.forward_pass() as forward:
+        _, together = choose_metric(forward, analyzer.fisher)
+        assert sum(size > 1 for size in batches) == (1 if mixes else 4)
+        forward.trials.one_at_a_time = True
+        _, alone = choose_metric(forward, analyzer.fisher)
+    assert together is not None and alone is not None
+    torch.testing.assert_close(together.root, alone.root, rtol=1e-4, atol=1e-6)
 
 
 def test_the_metric_of_the_parameters_is_refused_where_there_is_no_hidden_state() -> None:

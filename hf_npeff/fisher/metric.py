@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
-from hf_npeff.fisher.batching import relative_change
+from hf_npeff.fisher.batching import relative_change, row_tolerance
 from hf_npeff.fisher.forward import ForwardPass, ModelFailsError
 from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, RowCollector, backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
@@ -71,7 +71,7 @@ def pilot_examples(model: Any, seed: int) -> list[Example]:
 
 
 def measure_metric(
-    forward: ForwardPass, maps: Sequence[LinearMap], pilots: Sequence[Example], seed: int, alone: Tensor
+    forward: ForwardPass, maps: Sequence[LinearMap], pilots: Sequence[Example], seed: int, width: int
 ) -> HiddenMetric:
     """The mean metric of a few examples, from the rows of every direction of the hidden state.
 
@@ -81,24 +81,21 @@ def measure_metric(
         maps: the linear maps under analysis.
         pilots: the examples.
         seed: the seed of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
-        alone: the source of the first pilot (1, t, h); a model in which copies in a batch have another one gets one
-            text at a time.
+        width: h or k.
     """
     shapes = shapes_of(maps)
     small = sum(a * b for a, b in shapes.values()) <= _IDENTITY_LIMIT
     sketch = Sketch(shapes, "identity") if small else Sketch(shapes, "kronecker", _SIDE, seed)
     sketch.to(forward.device)
-    together = 1 if forward.one_at_a_time else min(_COPIES, alone.shape[-1])
+    together = 1 if forward.one_at_a_time else min(_COPIES, width)
     total = None
     for pilot in pilots:
-        try:
-            rows = _rows_of_directions(forward, maps, sketch, pilot, together, alone if total is None else None)
-        except (UnsupportedModelError, RuntimeError, _DiffersInABatchError) as error:
-            only_together = isinstance(error, (CalledOnceForAll, ModelFailsError, _DiffersInABatchError))
-            if together == 1 or not (only_together or is_out_of_memory(error)):
-                raise
+        rows = None
+        if together > 1:
+            rows = _rows_in_batches(forward, maps, sketch, pilot, together, check=total is None)
+        if rows is None:
             together = 1
-            rows = _rows_of_directions(forward, maps, sketch, pilot, together)
+            rows = _rows_of_directions(forward, maps, sketch, pilot)
         C = (rows @ rows.T).double()
         C = C / C.diagonal().sum().clamp_min(torch.finfo(C.dtype).tiny)
         total = C if total is None else total + C
@@ -106,8 +103,27 @@ def measure_metric(
     return HiddenMetric.of(total)
 
 
-class _DiffersInABatchError(Exception):
-    """Copies of a text in a batch have another source than the text alone."""
+def _rows_in_batches(
+    forward: ForwardPass, maps: Sequence[LinearMap], sketch: Sketch, pilot: Example, together: int, *, check: bool
+) -> Tensor | None:
+    """The rows from batches of copies; None where the model or the memory bears none, or a copy gets other rows.
+
+    Args:
+        check: whether to compare a row with the one that the text has alone.
+    """
+    try:
+        rows = _rows_of_directions(forward, maps, sketch, pilot, together)
+    except (UnsupportedModelError, RuntimeError) as error:
+        if isinstance(error, (CalledOnceForAll, ModelFailsError)) or is_out_of_memory(error):
+            return None
+        raise
+    if check:
+        middle = len(rows) // 2
+        alone = _rows_of_directions(forward, maps, sketch, pilot, only=middle)
+        differs = relative_change(rows[middle], alone[0]) > row_tolerance(forward.model)
+        if forward.fsdp.most(int(differs)):  # processes that share a model go on alike
+            return None
+    return rows
 
 
 def _rows_of_directions(
@@ -115,32 +131,33 @@ def _rows_of_directions(
     maps: Sequence[LinearMap],
     sketch: Sketch,
     pilot: Example,
-    together: int,
-    alone: Tensor | None = None,
+    together: int = 1,
+    only: int | None = None,
 ) -> Tensor:
-    """The sketched rows (h, d) of every direction of the last position's source, so many of them in a backward pass.
+    """The sketched rows (h, d) of directions of the last position's source, so many of them in a backward pass.
 
-    Raises:
-        _DiffersInABatchError: if copies in a batch have another source than `alone`.
+    Args:
+        forward: see `measure_metric`, like `maps`.
+        maps: the linear maps.
+        sketch: of these maps.
+        pilot: the example.
+        together: copies in a batch.
+        only: a single direction; None: all.
     """
     collector = RowCollector(sketch)
-    size = 0
+    directions = range(0)
 
-    def every_direction(source: Tensor) -> MadeOneByOne:
-        nonlocal size
-        size = source.shape[-1]
-        if alone is not None and together > 1:
-            same = relative_change(source.detach(), alone.expand_as(source)) <= forward.tolerance
-            if forward.fsdp.most(int(not same)):  # processes that share a model go on alike
-                raise _DiffersInABatchError
+    def entering(source: Tensor) -> MadeOneByOne:
+        nonlocal directions
+        directions = range(source.shape[-1]) if only is None else range(only, only + 1)
 
         def along(number: int) -> Tensor:
             cotangent = torch.zeros_like(source)
-            for copy in range(min(together, size - number * together)):
-                cotangent[copy, -1, number * together + copy] = 1
+            for copy, direction in enumerate(directions[number * together : (number + 1) * together]):
+                cotangent[copy, -1, direction] = 1
             return cotangent
 
-        return MadeOneByOne(-(-size // together), along)
+        return MadeOneByOne(-(-len(directions) // together), along)
 
-    backward_passes(forward.model, maps, collector, together, forward.source_of([pilot] * together), every_direction)
-    return collector.rows.transpose(0, 1).flatten(0, 1)[:size]
+    backward_passes(forward.model, maps, collector, together, forward.source_of([pilot] * together), entering)
+    return collector.rows.transpose(0, 1).flatten(0, 1)[: len(directions)]

@@ -122,7 +122,7 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
         config = replace(config, spectral_metric=wanted)
     if wanted == "hidden":
         return config, None
-    metric = measure_metric(forward, maps, pilots, config.seed, first.source.detach())
+    metric = measure_metric(forward, maps, pilots, config.seed, first.source.shape[-1])
     return config, metric if embeds or len(metric.root) == first.source.shape[-1] else None
 
 
