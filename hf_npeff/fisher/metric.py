@@ -108,8 +108,7 @@ def _rows_in_batches(
 ) -> Tensor | None:
     """The rows from batches of copies; None where the model or the memory bears none, or a copy gets other rows.
 
-    Args:
-        check: whether to compare a row with the one that the text has alone.
+    For the last of these, `check` has one row compared with that of the text alone.
     """
     try:
         rows = _rows_of_directions(forward, maps, sketch, pilot, together)
