@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the tests of several threads would spin too
 # Two processes of a test would each want a card of their own; CUDA_VISIBLE_DEVICES=0 runs the other tests beside one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
