@@ -7,6 +7,7 @@ process (memory, a crash of the interpreter) is its own.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -135,6 +136,8 @@ def main() -> None:
     ]  # fmt: skip
     if arguments.third:
         cases = [case for case in cases_of_tests() if case in cases]
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page of what was imported
     sweep(cases, arguments.results, arguments.jobs, ("right",) if arguments.right_only else ("right", "left"))
     print(counts(read(arguments.results)))
     if arguments.pages:
