@@ -310,6 +310,20 @@ def apply_operation(files: dict[str, Blob], lfs: Mapping[str, bytes], key: str, 
         raise HubError(400, f"Unknown operation: {key}")
 
 
+_port = 0
+"""Of the first server of this process. Later ones take it too, so that processes may wait that know its address."""
+
+
+def _listening(handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
+    global _port
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", _port), handler)
+    except OSError:  # two servers at a time
+        return ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    _port = _port or server.server_address[1]
+    return server
+
+
 class HubServer:
     """The server as a context manager; `tokens` maps a token to its user.
 
@@ -324,7 +338,7 @@ class HubServer:
         self._tickets: dict[str, tuple[Repo, str, int]] = {}  # what a signed LFS address may receive
         self._lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _listening(handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 

@@ -2,8 +2,9 @@
 
 A process of its own is what many tests are about, and starting one costs four to six seconds of imports, hundreds of
 milliseconds of everything else. What a process has of its own here too: arguments, folder, environment, streams, exit
-code, and whatever it imports beyond. Where the environment says something else of the Hub than the tests' own does, the
-process imports huggingface_hub and transformers itself, since they read their settings when they are imported.
+code, and whatever it imports beyond. huggingface_hub and transformers read their settings when they are imported: where
+the environment says something else of the Hub than the tests' own does, the process is forked from one that waits with
+the address of tests/hub_server.py and with a link in the place of its home, or else imports them itself.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ WITH_HUB = (
     "hf_npeff.cli",
 )
 _OF_HUB = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_")
+_CLIENT = {
+    "HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS",
+}  # fmt: skip
+"""What `HubServer.env` sets, beside the token, which is read when it is used."""
 PATHS = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 """Other versions of packages are tried by a folder of them in PYTHONPATH; these processes must run those too."""
 _CAN_FORK = sys.platform.startswith("linux")
@@ -90,15 +95,46 @@ def run_together(
             jobs.append({"command": [*map(str, command)], "cwd": str(cwd), "env": environment, **streams})
         for job, path in zip(jobs, codes, strict=False):
             job["code"] = str(path)
-        own = {name: value for name, value in os.environ.items() if name.startswith(_OF_HUB)}
-        is_own = {name: value for name, value in shared.items() if name.startswith(_OF_HUB)} == own
-        ends = _waiting_process(WITH_HUB if is_own else WITHOUT_HUB).run(jobs, timeout)
+        waiting, changed = _waiting_for(shared)
+        for job in jobs:
+            job["env"] = job["env"] | changed
+        ends = waiting.run(jobs, timeout)
         return [
             subprocess.CompletedProcess(
                 job["command"], code, *(Path(job[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
             )
             for job, code in zip(jobs, ends, strict=True)
         ]
+
+
+def _waiting_for(environment: Mapping[str, str]) -> tuple[_WaitingProcess, dict[str, str]]:
+    """What to fork from for an environment, and what of the environment has to change for it."""
+    own, wanted = (
+        {name: value for name, value in each.items() if name.startswith(_OF_HUB)} for each in (os.environ, environment)
+    )
+    if wanted == own:
+        return _waiting_process(WITH_HUB), {}
+    settings = {name: value for name, value in wanted.items() if name != "HF_TOKEN"}
+    if settings.keys() != _CLIENT or settings["HF_ENDPOINT"] != _first(settings["HF_ENDPOINT"])[0]:
+        return _waiting_process(WITHOUT_HUB), {}
+    home, link = Path(settings["HF_HOME"]).absolute(), Path(_first(settings["HF_ENDPOINT"])[1]) / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(home)
+    changed = {"HF_HOME": str(link)}
+    return _waiting_process(WITH_HUB, tuple(sorted((settings | changed).items()))), changed
+
+
+_endpoints: list[tuple[str, str]] = []
+
+
+def _first(endpoint: str) -> tuple[str, str]:
+    """The first address of a Hub that a process was started for, and a folder."""
+    if not _endpoints:
+        folder = tempfile.TemporaryDirectory()
+        atexit.register(folder.cleanup)
+        _endpoints.append((endpoint, folder.name))
+    return _endpoints[0]
 
 
 def two_of_torch(command: Command, *, timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
@@ -167,8 +203,9 @@ def _run_cold(
 class _WaitingProcess:
     """One that has imported, waits for jobs on its standard input, and forks."""
 
-    def __init__(self, imported: Sequence[str]):
-        environment = {**os.environ, "PYTHONPATH": PATHS}
+    def __init__(self, imported: Sequence[str], settings: Mapping[str, str]):
+        others = {n: v for n, v in os.environ.items() if not (settings and n.startswith(_OF_HUB))}
+        environment = {**others, **settings, "PYTHONPATH": PATHS}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.warm_processes", *imported], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
@@ -195,8 +232,8 @@ class _WaitingProcess:
 
 
 @functools.cache
-def _waiting_process(imported: Sequence[str]) -> _WaitingProcess:
-    return _WaitingProcess(imported)
+def _waiting_process(imported: Sequence[str], settings: tuple[tuple[str, str], ...] = ()) -> _WaitingProcess:
+    return _WaitingProcess(imported, dict(settings))
 
 
 # In the process that waits
