@@ -1,4 +1,4 @@
-"""NPEFFAnalyzer: the few-line way through all stages; no arithmetic."""
+"""NPEFFAnalyzer: one object for all stages of an analysis; it has no arithmetic of its own."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hf_npeff.sharing.hub import shown_model
 
 
 class NPEFFAnalyzer(ExplainedModel):
-    """A model under analysis.
+    """A model that is analysed: its PEFs, components, and changes of its weights.
 
-    The model is used in eval mode without parameter gradients, and is handed back as it came (mode, requires_grad,
-    hooks, random state), exceptions included.
+    The model runs in eval mode without parameter gradients. Afterwards it is as it was before (mode, requires_grad,
+    hooks, random state), also after an exception.
 
     Args:
         model: a transformers model, PEFT-wrapped or not, or a SentenceTransformer.
-        processing_class: its tokenizer, image processor or processor; needed unless the data is encoded.
+        processing_class: its tokenizer, image processor or processor; needed unless the data is already encoded.
         fisher: how PEFs are computed.
         accelerator: an `accelerate.Accelerator`; by default one is made when it is needed.
-        task: the head's task where the model's class does not tell it, or an object with the `OutputHead` protocol.
+        task: the head's task, if the model's class does not determine it, or an object with the `OutputHead` protocol.
 
     Raises:
-        UnsupportedModelError: if the model predicts nothing that is known.
+        UnsupportedModelError: if the model has no output that hf_npeff supports.
         ValueError: if `fisher` does not fit the model.
 
     Example:
@@ -49,7 +49,7 @@ class NPEFFAnalyzer(ExplainedModel):
         >>> reports = analyzer.evaluate_components(decomposition, pefs, dataset, n_top=4)
         >>> sorted(decomposition.evaluations)
         [0, 1, 2]
-        >>> sparing = analyzer.spare(direction, ["the cat saw the king", "rome is old"])  # what these pass on, stays
+        >>> sparing = analyzer.spare(direction, ["the cat saw the king", "rome is old"])  # predictions on these stay
         >>> sparing.info["spared"]["disturbed"] < 1
         True
         >>> measured = analyzer.measure(direction, ["the cat saw the king", "rome is old"], scales=(report.scale,))

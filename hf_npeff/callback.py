@@ -1,4 +1,4 @@
-"""NPEFFCallback: how components form while transformers' Trainer trains; no arithmetic beyond comparing two points."""
+"""NPEFFCallback: follows components while transformers' Trainer trains; its only arithmetic is comparing two points."""
 
 from __future__ import annotations
 
@@ -47,63 +47,66 @@ _PROBE = "_npeff_probe"  # Trainer pushes nothing that begins with an underscore
 class NPEFFCallback(TrainerCallback):
     """Follows components on a fixed probe set while a model trains: `trainer.add_callback(NPEFFCallback(probe, ...))`.
 
-    At every point the probe's PEFs are computed in a pass of its own, in eval mode and in the weights' own precision.
-    Without a decomposition the first point fits one, and each later point goes on from the components of the one
-    before, which keep their numbers. With a decomposition its components stay, and W is followed through `transform`.
-    Training is not changed: mode, gradients and random state are handed back as they were.
+    An analysed step is called a point. At every point the probe's PEFs are computed in a pass of their own, in eval
+    mode and in the weights' own precision. Without a decomposition the first point fits one, and each later point
+    starts from the previous components, which keep their numbers. With a decomposition its components stay the same,
+    and their coefficients W are computed by `transform`. Training does not change: mode, gradients and random state are
+    restored.
 
-    Every point goes through transformers' `Trainer.log`, so to all trackers, and into `history`; what a subclass
-    keeps for its own next log stays with it:
+    Every point is logged by transformers' `Trainer.log`, so to all trackers, and added to `history`. Metrics that a
+    subclass of Trainer keeps for its own next log are not touched. The logged values are:
 
     - `npeff/explained`: the explained fraction;
-    - `npeff/active`: components that carry at least 5% of some probe example's coefficients;
-    - `npeff/cosine/j`: |cosine| of g_j with that of the point before (not with a given decomposition: g_j stays);
-    - `npeff/correlation/j`: of component j's column of W with that of the point before, where both vary;
+    - `npeff/active`: how many components have at least 5% of some probe example's coefficients;
+    - `npeff/cosine/j`: |cosine| of g_j with the previous point's g_j (not with a given decomposition, where g_j stays);
+    - `npeff/correlation/j`: correlation of component j's column of W with the previous point's, if both vary;
     - `npeff/share/j`: share of the probe examples on which j has the largest coefficient;
-    - `npeff/accuracy/j`: share of right predictions on its examples, where the probe has labels;
-    - `npeff/associated/j`: share of its examples that have what is most surely in common to them, a word or a value of
-      a column, where there is such a thing; `history` has it in words.
+    - `npeff/accuracy/j`: share of right predictions on component j's examples, if the probe has labels;
+    - `npeff/associated/j`: share of component j's examples that have its most certain association, a word or a value
+      of a column, if there is one; `history` has the association itself.
 
-    When training ends, `report_` says what changed from the first point to the last, of a resumed run from the first
-    point after that, and `npeff/change.json` in `args.output_dir` holds it, without texts where the run pushes and
-    texts are not asked for.
+    When training ends, `report_` says what changed between the first and the last point; for a resumed run, the first
+    point is the first one after resuming. The report is written to `npeff/change.json` in `args.output_dir`, without
+    texts if the run pushes to the Hub, unless `include_texts` is set.
 
     Every checkpoint gets a folder `npeff/` with the last point's decomposition and `history.jsonl`, from which a
-    resumed run goes on. Processes share the probe out; they meet in `args.output_dir`, which all must see. Weights
-    may be whole in every process, as under DDP, or sharded by FSDP2.
+    resumed run continues. Several processes share the examples of the probe; they exchange results in
+    `args.output_dir`, to which all need access. Weights may be whole in every process, as under DDP, or sharded by
+    FSDP2.
 
-    Trainer shows its callbacks no way to log, so `attach(trainer)` may be used to say which Trainer this is. After a
-    plain `add_callback` it is the one found on the call stack of the event. Where there is none (another training loop
-    that calls callbacks), scalars go to `state.log_history` alone, with a warning.
+    Trainer does not give its callbacks a way to log, so call `attach(trainer)` to say which Trainer to log with. After
+    a plain `add_callback` the callback uses the Trainer on the call stack of the event. If there is none (in another
+    training loop that calls callbacks), scalars are written only to `state.log_history`, with a warning.
 
     Args:
-        probe_dataset: a few dozen to a few hundred examples; anything that `NPEFFAnalyzer.compute_pefs` takes.
-        every: "eval" (after every evaluation), "epoch", or a number of optimizer steps.
-        n_components: r, without a decomposition; 16 by default.
-        decomposition: its components are followed instead of new ones being fitted.
-        fisher: how PEFs are computed, without a decomposition.
-        push: write `npeff/` into what Trainer pushes, beside the model.
-        include_texts: whether texts among the probe's columns are pushed too, or are in checkpoints of a run that
-            pushes (`hub.text_columns`).
+        probe_dataset: a few dozen to a few hundred examples, in any form that `NPEFFAnalyzer.compute_pefs` takes.
+        every: when to make a point: "eval" (after every evaluation), "epoch", or a number of optimizer steps.
+        n_components: the number of components, r, if no decomposition is given; 16 by default.
+        decomposition: follow the components of this decomposition instead of fitting new ones.
+        fisher: how PEFs are computed, if no decomposition is given.
+        push: add `npeff/` to what Trainer pushes, beside the model.
+        include_texts: if the run pushes to the Hub, whether texts among the probe's columns are in checkpoints and are
+            pushed (`hub.text_columns`).
         processing_class: the probe's tokenizer or image processor; Trainer's own by default.
-        task: the task of the head, where the model's class does not tell it.
-        batch_size: probe examples of a batch, or "auto".
-        max_points: the most points; later ones are passed over.
-        max_examples: only the first ones of the probe; needed for an `IterableDataset`.
+        task: the task of the head, if the model's class does not determine it.
+        batch_size: how many probe examples a batch has, or "auto".
+        max_points: the most points to make; later steps are not analysed.
+        max_examples: use only this many examples of the probe, the first ones; needed for an `IterableDataset`.
         on_start: also make a point before the first step.
-        **settings: text_column, text_pair_column, label_column, truncation, max_length, as in `compute_pefs`; without a
-            decomposition, also those of `NPEFF`.
+        **settings: text_column, text_pair_column, label_column, truncation, max_length, as in `compute_pefs`; if no
+            decomposition is given, also the settings of `NPEFF`.
 
     Attributes:
-        history: one dictionary a point: step, epoch, and the scalars above, with lists of r for the components; None
-            where something is not defined.
-        decomposition_: the last point's.
-        report_: a `ChangeReport` of the first point against the last, when training has ended; None with one point.
+        history: a dictionary for each point: step, epoch, and the values above, with lists of length r for those of
+            components; None if a value is not defined.
+        decomposition_: the last point's decomposition.
+        report_: when training has ended, a `ChangeReport` between the first and the last point; None if there is only
+            one point.
 
     Raises:
-        ValueError: if the probe set is empty or of no known kind, a setting is out of its range, there would be more
+        ValueError: if the probe set is empty or in an unknown form, a setting is out of its range, there would be more
             components than rows, or a decomposition is given together with `n_components`, `fisher` or `settings`.
-        TypeError: if `decomposition` is no Decomposition, or a setting of NPEFF does not exist.
+        TypeError: if `decomposition` is not a Decomposition, or a setting of NPEFF does not exist.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -148,7 +151,9 @@ class NPEFFCallback(TrainerCallback):
         read = {setting.name: settings.pop(setting.name) for setting in fields(Reading) if setting.name in settings}
         self.reading = Reading(**read)
         if decomposition is not None and (n_components is not None or fisher is not None or settings):
-            raise ValueError("a given decomposition brings its own settings: leave out n_components, fisher and others")
+            raise ValueError(
+                "a given decomposition has its own settings: leave out n_components, fisher and the settings of NPEFF"
+            )
         self.probe = records_of(probe_dataset, max_examples)
         if len(self.probe) == 0:
             raise ValueError("the probe set is empty: give NPEFFCallback some examples to follow, a few dozen or more")
@@ -180,7 +185,7 @@ class NPEFFCallback(TrainerCallback):
         self._pushed: int | None = None
 
     def attach(self, trainer: Any) -> NPEFFCallback:
-        """Add this callback to a Trainer and remember which one it is.
+        """Add this callback to a Trainer, and log with this Trainer.
 
         Returns:
             The callback.
@@ -194,8 +199,8 @@ class NPEFFCallback(TrainerCallback):
         rows, wanted = examples * each, self._estimator.config.n_components
         if wanted > rows:
             raise ValueError(
-                f"n_components={wanted} exceeds the {rows} rows that {examples} probe examples have at most; use fewer "
-                "components or a larger probe set"
+                f"n_components={wanted} is more than the {rows} rows that {examples} probe examples can have; use "
+                "fewer components or a larger probe set"
             )
 
     # When
@@ -203,14 +208,15 @@ class NPEFFCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin, or go on from the checkpoint that Trainer resumes from; what does not fit the model fails here.
+        """Begin, or continue from the checkpoint that Trainer resumes from; check that all settings fit the model.
 
         Raises:
             UnsupportedModelError: if the model's PEFs cannot be computed.
-            IncompatibleSketchError: if the given decomposition is of a model with other parameters.
-            ValueError: if `fisher` does not fit the model, or the probe has to be encoded and nothing can do it.
+            IncompatibleSketchError: if the given decomposition belongs to a model with other parameters.
+            ValueError: if `fisher` does not fit the model, or the probe has to be encoded and there is no tokenizer or
+                processor.
             CorruptStoreError: if the checkpoint's `npeff/` is damaged.
-            FormatVersionError: if it is of another version of the format.
+            FormatVersionError: if another version of the format wrote it.
         """
         analyzer = self._analyzer(**kwargs)
         if self.fixed is not None:
@@ -225,19 +231,19 @@ class NPEFFCallback(TrainerCallback):
             self._point(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A point every N optimizer steps."""
+        """Make a point every N optimizer steps."""
         if not isinstance(self.every, str) and state.global_step % self.every == 0:
             self._point(args, state, control, **kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A point every epoch."""
+        """Make a point every epoch."""
         if self.every == "epoch":
             self._point(args, state, control, **kwargs)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A point after an evaluation; one for several evaluation sets."""
+        """Make a point after an evaluation; only one if there are several evaluation sets."""
         if self.every == "eval":
             self._point(args, state, control, **kwargs)
 
@@ -269,7 +275,9 @@ class NPEFFCallback(TrainerCallback):
             now = self._decompose(args, state.global_step, **kwargs)
         before = self.decomposition_
         if before is not None and not same_examples(before, now):
-            logger.warning("the probe set differs from the last point's: this point is compared with no earlier one")
+            logger.warning(
+                "the probe set differs from the previous point's, so this point is not compared with earlier ones"
+            )
             before = None
         record = {"step": state.global_step, "epoch": state.epoch, **drift(now, before, self.fixed is not None)}
         self.decomposition_ = now
@@ -301,7 +309,7 @@ class NPEFFCallback(TrainerCallback):
         return now
 
     def _keep(self, analyzer: NPEFFAnalyzer, step: int, pefs: PEFs, now: Decomposition) -> None:
-        """Keep this point as the last, and as the first where there is none of the same examples."""
+        """Keep this point as the last, and also as the first if there is no earlier point of the same examples."""
         examples = analyzer.examples_of(now, self.probe)
         held = pefs[list(range(len(pefs)))]  # in memory: the folder of several processes goes away
         point = seen_at(analyzer, step, held, now, examples, BATCH_SIZE)
@@ -341,7 +349,7 @@ class NPEFFCallback(TrainerCallback):
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
             return
         wanted = control.should_log
-        # Trainers such as TRL's hand metrics that wait for the next log to whatever is logged: not to ours.
+        # Trainers such as TRL's add pending metrics to whatever is logged next; they must not be added to ours.
         log = functools.partial(Trainer.log, trainer) if isinstance(trainer, Trainer) else trainer.log
         log(values)
         control.should_log = wanted  # logging takes it back, and Trainer's own log of this step is still to come
@@ -349,7 +357,7 @@ class NPEFFCallback(TrainerCallback):
     # Files
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write `npeff/` into the checkpoint, unless it is there already and on its way to the Hub."""
+        """Write `npeff/` into the checkpoint, unless it is already there and about to be pushed."""
         checkpoint = _checkpoint(args, state)
         if state.is_world_process_zero and checkpoint.is_dir() and self._pushed != state.global_step:
             self._write(checkpoint / FOLDER, everything=not args.push_to_hub)
@@ -357,7 +365,7 @@ class NPEFFCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write `npeff/` beside the model that is about to be pushed, and into the checkpoint that may go along."""
+        """Write `npeff/` beside the model that is about to be pushed, and into a checkpoint that is pushed too."""
         if self.push and state.is_world_process_zero:
             self._write(_output(args) / FOLDER, everything=False)
             checkpoint = _checkpoint(args, state)
@@ -376,7 +384,7 @@ class NPEFFCallback(TrainerCallback):
         write_atomically(folder / HISTORY, lines.encode())
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        """The last point and the history of a checkpoint."""
+        """Read the last point and the history of a checkpoint."""
         given = args.resume_from_checkpoint
         places = [Path(given)] if isinstance(given, str) and Path(given).is_dir() else []
         for checkpoint in (*places, _checkpoint(args, state)):
@@ -386,11 +394,13 @@ class NPEFFCallback(TrainerCallback):
             decomposition = Decomposition.load(folder)
             wanted = self._estimator.config.n_components if self.fixed is None else len(self.fixed)
             if len(decomposition) != wanted:
-                logger.warning("%s has %d components, not %d: beginning anew", folder, len(decomposition), wanted)
+                logger.warning(
+                    "%s has %d components, not %d: starting without its history", folder, len(decomposition), wanted
+                )
                 return
             self.history, self.decomposition_ = read_json_lines(folder / HISTORY), decomposition
             return
-        logger.warning("%s holds no points of an NPEFFCallback: beginning anew", _checkpoint(args, state))
+        logger.warning("%s has no points of an NPEFFCallback: starting without a history", _checkpoint(args, state))
 
 
 def _check_settings(every: object, batch_size: object, max_points: object) -> None:
@@ -412,7 +422,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The random state of Python, NumPy and torch as it was; `compute_pefs` sees to the model."""
+    """Restore the random state of Python, NumPy and torch; `compute_pefs` restores the model."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -423,7 +433,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _caller(callback: NPEFFCallback) -> Any:
-    """The Trainer whose event this is: the nearest on the call stack that has this callback; None without one.
+    """The Trainer that called: the nearest one on the call stack that has this callback; None if there is none.
 
     transformers passes callbacks everything but the Trainer, and runs those of the trackers first, so that what is
     added to `logs` in `on_log` comes too late.

@@ -1,4 +1,4 @@
-"""The command line, `hf-npeff`: a command a stage. What is heavy is imported inside the commands."""
+"""The command line, `hf-npeff`, with a command for each stage. Heavy libraries are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ def _about(
 ) -> None:
     """Which heuristics does a Hugging Face model use, on which inputs, and what if one is switched off?
 
-    A run goes `compute`, `decompose`, `components`, `perturb`, `report`, `push`, or `compute`, `edit`; `diff` and
-    `explain-adapter` say what a change did; `demo` shows all
-    of it on a small model.
+    The usual order is `compute`, `decompose`, `components`, `perturb`, `report`, `push`; or `compute`, `edit`. `diff`
+    and `explain-adapter` show what a change did. `demo` shows everything on a small model.
     """
 
 

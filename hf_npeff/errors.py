@@ -1,8 +1,8 @@
-"""The errors of the library. Plain misuse is a ValueError; these are for what a caller may want to tell apart."""
+"""The errors of the library, for cases that a caller may want to handle; wrong arguments raise a ValueError."""
 
 
 class NPEFFError(Exception):
-    """Base of every error that is hf_npeff's own.
+    """Base class of the errors that hf_npeff defines.
 
     Example:
         >>> try:
@@ -14,7 +14,7 @@ class NPEFFError(Exception):
 
 
 class IncompatibleSketchError(NPEFFError):
-    """PEFs, a decomposition or a model meet that were made with different sketches, models or examples.
+    """PEFs, a decomposition and a model do not fit together: their sketches, models or examples differ.
 
     Example:
         >>> rows = PEFs.from_factors(torch.randn(4, 2, 8))
@@ -25,7 +25,7 @@ class IncompatibleSketchError(NPEFFError):
 
 
 class IncompatibleWeightsError(IncompatibleSketchError):
-    """A model's weights are others than those that PEFs, a decomposition or a direction were made with.
+    """The model's weights differ from those with which PEFs, a decomposition or a direction were made.
 
     Example:
         >>> pefs = analyzer.compute_pefs(dataset, "runs/before")
@@ -37,7 +37,7 @@ class IncompatibleWeightsError(IncompatibleSketchError):
 
 
 class UnsupportedModelError(NPEFFError):
-    """The model, its head or one of its modules is not handled; the message says what to implement or to leave out.
+    """The model, its head or one of its modules is not supported; the message says what to implement or to leave out.
 
     Example:
         >>> NPEFFAnalyzer(model.transformer)  # the layers without a head
@@ -47,7 +47,7 @@ class UnsupportedModelError(NPEFFError):
 
 
 class CorruptStoreError(NPEFFError):
-    """Files are missing, truncated or altered: what was read is not what was written.
+    """Files are missing, truncated or altered.
 
     Example:
         >>> pefs.save("runs/store")
@@ -59,7 +59,7 @@ class CorruptStoreError(NPEFFError):
 
 
 class FormatVersionError(NPEFFError):
-    """Files were written by another version of the format; the message names both.
+    """Files were written by another version of the format; the message names both versions.
 
     Example:
         >>> FisherConfig.from_dict({"rank": 4})

@@ -1,4 +1,4 @@
-"""Libraries that only some functions need: imported by those, with an error that says which extra brings them."""
+"""Optional libraries: imported by the functions that need them, with an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _EXTRAS = {
     "scipy": ("scipy", "eval"),
     "sklearn": ("scikit-learn", "eval"),
 }
-"""{library: (its name on PyPI, the extra that brings it)}."""
+"""{library: (its name on PyPI, the extra that installs it)}."""
 
 
 def load(module: str, needed_by: str, *, extra: str | None = None, instead: str = "") -> Any:
     """Import a library of an extra, or one of its modules.
 
     Args:
-        module: such as "sklearn.cluster".
-        needed_by: what needs it, the subject of the error's sentence in the singular.
-        extra: another extra that brings the library too.
-        instead: what else to do, the end of the error's sentence.
+        module: the module to import, such as "sklearn.cluster".
+        needed_by: what needs it; the subject of the error's sentence, in the singular.
+        extra: another extra that installs the library too.
+        instead: an alternative, added at the end of the error's sentence.
 
     Raises:
         ModuleNotFoundError: if it is not installed; the message says what to install.

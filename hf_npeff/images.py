@@ -1,7 +1,8 @@
-"""What processors return for texts with images, and for images and sound alone, as the inputs of single examples.
+"""The outputs of processors for texts with images, and for images and sound, as the inputs of single examples.
 
-Models of texts with images take the images of all examples of a batch joined: (images, channels, height, width), or
-(patches, numbers) with a table of the images' grids. Which images are whose, only the placeholders in the texts tell.
+Models for texts with images take the images of all examples of a batch in one tensor: (images, channels, height,
+width), or (patches, numbers) with a table of the images' grids. Only the placeholders in the texts say which images
+belong to which text.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from hf_npeff.padding import TOKEN_COLUMNS, OfOneExample, is_array, is_beside_to
 
 
 def of_one_example(row: Mapping[str, Any], *, image_classes: bool = False) -> dict[str, Any]:
-    """A row that holds a batch of one example, as processors return it with `return_tensors`, without that dimension.
+    """Remove the batch dimension from a row with a batch of one example, as processors return it with `return_tensors`.
 
-    Inputs that have an entry for every token lose it; images, their sizes and grids are kept as the model takes them.
+    Inputs that have an entry for every token lose the dimension; images, their sizes and grids keep it, as the model
+    needs them.
 
     Args:
-        row: whatever came; one without such a dimension is left alone, but for tables of images (`image_grid_thw`),
+        row: the row; without a batch dimension it is returned as it is, except for tables of images (`image_grid_thw`),
             which models take without a dimension of examples.
-        image_classes: whether the model takes an image alone, (1, channels, height, width).
+        image_classes: whether the model takes a single image, (1, channels, height, width).
     """
     ids, mask = row.get("input_ids"), row.get("attention_mask")
     first = next((row[name] for name in ("input_ids", "input_values", "input_features") if name in row), None)
@@ -47,7 +49,7 @@ def of_one_example(row: Mapping[str, Any], *, image_classes: bool = False) -> di
 
 
 def _with_tables(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose grids of images, one or several, are a table, and whose patches go with it."""
+    """A row with the grids of its images, one or several, as a table, and with their patches."""
     inputs = dict(row)
     for name in [name for name in row if name.endswith("_grid_thw") and is_array(row[name])]:
         grids = torch.as_tensor(row[name])
@@ -59,7 +61,7 @@ def _with_tables(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_images_joined(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of an example with its images as a model takes them that joins those of a batch."""
+    """The inputs of an example, with images in the form of a model that joins the images of a batch."""
     joined = dict(inputs)
     for name, value in inputs.items():
         if is_beside_tokens(name) and isinstance(value, Tensor | list) and is_array(value):
@@ -70,14 +72,14 @@ def with_images_joined(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows_with_images(columns: Mapping[str, Any], image_token: int | None) -> list[dict[str, Any]] | None:
-    """The rows of a batch as a processor returns it for texts with images; None where it holds no joined images.
+    """The rows of a batch that a processor returned for texts with images; None if it has no joined images.
 
     Args:
         columns: its tensors, padded.
-        image_token: the id of a placeholder of a part of an image.
+        image_token: the id of the placeholder token for a part of an image.
 
     Raises:
-        ValueError: if it cannot be told which images belong to which text.
+        ValueError: if it is not clear which images belong to which text.
     """
     n = len(columns.get("input_ids", ()))
     pixels = columns.get("pixel_values")
@@ -103,8 +105,8 @@ def rows_with_images(columns: Mapping[str, Any], image_token: int | None) -> lis
     }
     if counts is None or wrong:
         raise ValueError(
-            f"it cannot be told which of the {len(weights)} images belong to which of the {n} texts of this batch "
-            f"(inputs {sorted(beside)}): call the processor for one example at a time, and give a list of what it "
+            f"it is not clear which of the {len(weights)} images belong to which of the {n} texts of this batch "
+            f"(inputs {sorted(beside)}): call the processor for one example at a time, and pass a list of what it "
             "returns"
         )
     rows: list[dict[str, Any]] = []
@@ -122,7 +124,7 @@ def rows_with_images(columns: Mapping[str, Any], image_token: int | None) -> lis
 
 
 def _rows_without_padding_images(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a batch (B, images, …) in which every text has as many images as the one with the most."""
+    """The rows of a batch (B, images, …) that was padded to the largest number of images."""
     shown = torch.as_tensor(columns["pixel_attention_mask"]).flatten(2).any(2).sum(1)
     rows = []
     for i, count in enumerate(shown.tolist()):
@@ -134,7 +136,7 @@ def _rows_without_padding_images(columns: Mapping[str, Any]) -> list[dict[str, A
 
 
 def _placeholders(columns: Mapping[str, Any], image_token: int | None) -> list[int]:
-    """How many placeholders of images each text has, as far as that is known."""
+    """The number of image placeholders in each text, if it is known."""
     marked: Tensor
     if image_token is not None:
         marked = torch.as_tensor(columns["input_ids"]) == image_token
@@ -145,7 +147,7 @@ def _placeholders(columns: Mapping[str, Any], image_token: int | None) -> list[i
 
 
 def _images_of_texts(weights: Sequence[int], placeholders: Sequence[int]) -> list[int] | None:
-    """How many images each text has, in order, where an image has placeholders in proportion to its weight."""
+    """The number of images of each text, in order, if an image has placeholders in proportion to its weight."""
     if sum(placeholders) == 0:
         return None
     counts, at = [], 0

@@ -1,4 +1,4 @@
-"""Padding: taken off single examples, and put on batches, along whatever has one entry for every token."""
+"""Padding: removed from single examples and added to batches, along every dimension of tokens."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ TOKEN_COLUMNS = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "labels",
     "decoder_input_ids", "decoder_attention_mask",
 )  # fmt: skip
-"""One number for every token; they are padded to the longest of a batch whatever their own length."""
+"""Inputs with one number for every token; they are padded to the longest of a batch, whatever their own length."""
 _OTHER_TOKENS = ("_input_ids", "_attention_mask", "_token_type_ids")
-"""How names end of the same columns for another text, such as InstructBLIP's question for its Q-Former."""
+"""Endings of the names of such inputs for a second text, such as InstructBLIP's question for its Q-Former."""
 _NOT_OF_TOKENS = ("pixel_", "image_", "input_features", "input_values", "audio_", "video_")
-"""How names of inputs begin that have no entry for a token, even where a size is the number of tokens by chance."""
+"""Beginnings of the names of inputs without a dimension of tokens, even if a size equals the number of tokens."""
 _AXES_AND_TEXT = 4
-"""Rows of position ids that begin with the text's own, by which transformers tells packed documents apart."""
+"""Position ids of this many rows begin with the text's own, from which transformers finds packed documents."""
 
 
 class PaddedLabels(list[int]):
-    """Labels at the tokens of an example whose inputs came padded to the same width, where others are cut off.
+    """Labels for each token of an example whose inputs were padded to the same width; labels at padding are removed.
 
-    In an encoder-decoder labels belong to the decoder, and the padding of the inputs says nothing of them; in any other
-    model they belong to the inputs. Which of the two it is, is known where the model is.
+    In an encoder-decoder labels belong to the decoder, and the padding of the inputs says nothing about them. In any
+    other model they belong to the inputs. Only code that has the model knows which of the two it is.
 
     Attributes:
-        whole: as they were given.
+        whole: the labels as they were given, with those at padding.
     """
 
     def __init__(self, labels: Sequence[int], kept: slice):
@@ -42,9 +42,9 @@ class PaddedLabels(list[int]):
 
 @dataclass(frozen=True)
 class OfOneExample:
-    """An input as the model takes it for one example alone: its first dimension counts examples, images or patches.
+    """An input as the model takes it for a single example: its first dimension counts examples, images or patches.
 
-    Those of a batch are joined along it, and padded with zeros along the others.
+    The inputs of a batch are joined along this dimension, and padded with zeros along the others.
     """
 
     tensor: Tensor
@@ -57,8 +57,8 @@ class Batch(dict[str, Tensor]):
     """The inputs of a batch by name, and which of their positions are tokens.
 
     Attributes:
-        real: (B, T) bool, False at padding and where an attention mask hides a token; None where there are no ids.
-        decoder_real: the same of the decoder's input ids.
+        real: (B, T) bool, False at padding and at tokens that the attention mask hides; None if there are no ids.
+        decoder_real: the same for the decoder's input ids.
     """
 
     real: Tensor | None = None
@@ -66,9 +66,9 @@ class Batch(dict[str, Tensor]):
 
 
 def without_padding(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a padded data set, cut to its tokens: from the first to the last that its attention mask shows.
+    """A row of a padded data set without its padding: from the first to the last token that its attention mask shows.
 
-    A hole in the mask is no padding and stays.
+    Hidden tokens between these are not padding and stay.
     """
     sides = sides_of(row)
     for side in sides:
@@ -89,12 +89,12 @@ def without_padding(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def sides_of(names: Iterable[str]) -> list[str]:
-    """What stands before the `input_ids` of each text: nothing, "decoder_", or such as InstructBLIP's "qformer_"."""
+    """The prefixes of the `input_ids` of each text: none, "decoder_", or one such as InstructBLIP's "qformer_"."""
     return ["", *sorted(name.removesuffix("input_ids") for name in names if name.endswith(_OTHER_TOKENS[0]))]
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """Of a tensor, an array or nested lists; () of anything else."""
+    """The shape of a tensor, an array or nested lists; () for anything else."""
     value = value.tensor if isinstance(value, OfOneExample) else value
     if isinstance(value, list | tuple):
         return (len(value), *shape_of(value[0])) if len(value) else (0,)
@@ -111,15 +111,15 @@ def is_array(value: Any) -> bool:
 
 
 def is_beside_tokens(name: str) -> bool:
-    """Whether an input has no entry for a token.
+    """Whether an input has no dimension of tokens.
 
-    Masks over tokens among those of images have one: where an image stands (KOSMOS-2), which a token sees (IDEFICS).
+    Some masks of images have one: the positions of images (KOSMOS-2), the images that a token sees (IDEFICS).
     """
     return name.startswith(_NOT_OF_TOKENS) and not (name.startswith("image_") and name.endswith("_mask"))
 
 
 def _cut(value: Any, name: str, length: int, kept: slice) -> Any:
-    """An input cut along the tokens: in its first dimension, or in the last two of a mask over pairs of tokens."""
+    """Cut an input along the tokens: in its first dimension, or in the last two of a mask over pairs of tokens."""
     if is_beside_tokens(name) or not is_array(value):
         return value
     try:
@@ -138,16 +138,17 @@ def padded(values: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, enc
 
     Args:
         values: {name: input} of every example, with the same names.
-        pad_token_id: what input ids are padded with; 0 where it is None.
+        pad_token_id: the token id for padding; None pads with 0.
         encoder_decoder: whether `labels` belong to a decoder with input ids of its own.
 
     Returns:
-        Ids are padded with the pad token, labels with −100, masks that are added to scores with the lowest number,
-        everything else with 0. A mask of ones is made where the examples bring none, except where their position ids
-        begin anew: they are documents packed into one sequence, which transformers tells apart only without a mask.
+        Ids are padded with the pad token, labels with −100, masks that are added to scores with the lowest number, and
+        everything else with 0. If the examples have no mask, a mask of ones is made, unless their position ids start
+        again within an example: these are documents packed into one sequence, which transformers separates only without
+        a mask.
 
     Raises:
-        ValueError: if inputs of other shapes cannot be padded to one.
+        ValueError: if inputs with different shapes cannot be padded to the same one.
     """
     batch = Batch()
     for name in values[0]:
@@ -194,7 +195,7 @@ def _is_of_other_tokens(name: str, value: Tensor) -> bool:
 
 
 def _labels_of(labels: Any, encoder_decoder: bool, aligned: bool) -> Any:
-    """Labels as the model counts them; those of a decoder end with the last that counts, unless its ids are given."""
+    """Labels as the model uses them; a decoder's labels end with the last one that counts, unless its ids are given."""
     if not encoder_decoder:
         return labels
     labels = labels.whole if isinstance(labels, PaddedLabels) else labels
@@ -205,7 +206,7 @@ def _labels_of(labels: Any, encoder_decoder: bool, aligned: bool) -> Any:
 
 
 def _of_axes(positions: Any, tokens: int | None) -> bool:
-    """Whether position ids have a row for every axis (time, height, width; before them, perhaps, that of the text).
+    """Whether position ids have a row for every axis (time, height, width, and possibly the text's own before them).
 
     Qwen-VL's models take them as (axes, B, T).
     """
@@ -219,7 +220,7 @@ def _of_axes(positions: Any, tokens: int | None) -> bool:
 
 
 def _is_packed(values: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the position ids of an example begin anew within it."""
+    """Whether the position ids of an example start again within it."""
     for example in values:
         positions = example.get("position_ids")
         steps = torch.as_tensor([] if positions is None else positions)
@@ -231,7 +232,7 @@ def _is_packed(values: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _tokens(ids: Any) -> int | None:
-    """Tokens of an example; None where it has no ids, or several choices."""
+    """The number of tokens of an example; None if it has no ids, or several choices."""
     return None if ids is None or is_nested(ids) else len(ids)
 
 
@@ -240,7 +241,7 @@ def _ones_like(value: Any) -> Any:
 
 
 def is_nested(value: Any) -> bool:
-    """Whether a value is a list of lists, as ids of several choices are."""
+    """Whether a value is a list of lists, like the ids of several choices."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
@@ -264,7 +265,8 @@ def _stacked(values: Sequence[Any], fill: int, name: str, tokens: Sequence[int |
     along = [[tensor.shape[d] for tensor in tensors] == list(tokens) for d in range(len(sizes))]
     if not sizes or not all(of_tokens or len(set(size)) == 1 for size, of_tokens in zip(sizes, along, strict=True)):
         raise ValueError(
-            f"the inputs {name!r} have different shapes: {sorted(shapes)[:4]}; give them one, or take the column out"
+            f"the inputs {name!r} have different shapes: {sorted(shapes)[:4]}; give them the same shape, or remove the "
+            "column"
         )
     wide = [max(size) for size in sizes]
     additive = tensors[0].is_floating_point() and name.endswith("mask")

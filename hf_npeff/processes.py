@@ -1,7 +1,7 @@
-"""Several processes on one task: which of them this is, what each takes, and what they know together.
+"""Several processes on one task: which of them this is, the share of each, and sums over all.
 
-Examples are shared out in contiguous shares. Of the numbers of a fit only r×r and r×d travel, and n when a start
-is chosen. A sum arrives the same on every process, so all of them take the same branches.
+Every process gets a contiguous share of the examples. A fit exchanges only r×r and r×d numbers, and n numbers when a
+start is chosen. Every process gets the same bits of a sum, so all of them take the same branches.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _Values = TypeVar("_Values", bound=_Sliceable)
 
 
 def on_cpu() -> bool:
-    """Whether processes have nothing but CPUs: Accelerate has to be told, or it starts as many lone processes."""
+    """Whether processes have only CPUs; Accelerate has to be told, or its processes do not find each other."""
     return not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()))
 
 
 class Processes:
-    """The processes of a run, and what they do together; by default this one alone.
+    """The processes of a run and their collective operations; by default only this process.
 
     Args:
-        index: number of this process, from 0.
-        count: number of all processes.
-        barrier: called where they wait for one another.
+        index: the number of this process, from 0.
+        count: the number of processes.
+        barrier: a function that waits for all processes.
     """
 
     def __init__(self, index: int = 0, count: int = 1, barrier: Callable[[], None] = lambda: None) -> None:
@@ -47,7 +47,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
-        """Those that `torchrun` started; a process group is made where there is none yet."""
+        """The processes that `torchrun` started; a process group is made if there is none yet."""
         if not dist.is_available():
             return cls()
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -58,14 +58,14 @@ class Processes:
 
     @classmethod
     def of(cls, accelerator: Any) -> Processes:
-        """Those that an `accelerate.Accelerator` or `PartialState` knows of."""
+        """The processes of an `accelerate.Accelerator` or `PartialState`."""
         return cls(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
 
     def meet(self, advice: str = "") -> None:
-        """Wait for the others.
+        """Wait for the other processes.
 
         Args:
-            advice: what the error says beside the reason.
+            advice: advice that the error adds to the reason.
 
         Raises:
             NPEFFError: if another process never comes.
@@ -78,7 +78,7 @@ class Processes:
             ) from error
 
     def share(self, n: int, index: int | None = None) -> range:
-        """The contiguous share of n examples of this process, or of number `index`; sizes differ by one at most."""
+        """The contiguous share of n examples of this process, or of process `index`; sizes differ by one at most."""
         index = self.index if index is None else index
         return range(n * index // self.count, n * (index + 1) // self.count)
 
@@ -95,7 +95,7 @@ class Processes:
         return value.detach().to(device).clone().contiguous()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over processes, the same on each."""
+        """The sum over processes, the same on all."""
         if self.count == 1:
             return value
         carrier = self._carrier(value)
@@ -103,7 +103,7 @@ class Processes:
         return carrier.to(value.device)
 
     def largest(self, value: int) -> int:
-        """The largest of the processes' numbers, the same on each."""
+        """The largest of the processes' numbers, the same on all."""
         if self.count == 1:
             return value
         carrier = self._carrier(torch.tensor(value))
@@ -111,7 +111,7 @@ class Processes:
         return int(carrier)
 
     def first(self, value: Tensor) -> Tensor:
-        """What the first process has, of any shape; the others' values tell only dtype, device and dimensions."""
+        """The tensor of the first process; the others pass one of the same dtype, device and number of dimensions."""
         if self.count == 1:
             return value
         shape = self._carrier(torch.tensor(value.shape))

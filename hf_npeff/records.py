@@ -1,4 +1,4 @@
-"""Data sets of any shape → rows: dictionaries of what each example has, in order."""
+"""Data sets in any format → rows: a dictionary for each example, in order."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from hf_npeff.padding import without_padding
 
 
 def records_of(dataset: Any, max_examples: int | None, image_token: int | None = None) -> Any:
-    """Anything → a sequence of dictionaries.
+    """Any data set → a sequence of dictionaries.
 
     Raises:
-        ValueError: if it is of no known kind, or has no length and no `max_examples`.
+        ValueError: if the format is unknown, or it has no length and `max_examples` is not given.
     """
     if hasattr(dataset, "encoded") and hasattr(dataset, "ids"):
-        raise ValueError("expected a dataset, got Examples; pass what they were made from")
+        raise ValueError("expected a dataset, got Examples; pass the data set that they were made from")
     if isinstance(dataset, str):
         raise ValueError("expected a dataset, got one string; put texts in a list")
     if isinstance(dataset, Set):
-        raise ValueError("a set has no order, and another one in every process; put its texts in a list")
+        raise ValueError("a set has no fixed order; put its texts in a list")
     if isinstance(dataset, Mapping) and dataset and all(hasattr(split, "column_names") for split in dataset.values()):
         raise ValueError(f"expected one dataset, got the splits {list(dataset)}: pass one of them, by its name")
     if isinstance(dataset, DataLoader):
@@ -40,8 +40,8 @@ def records_of(dataset: Any, max_examples: int | None, image_token: int | None =
     if hasattr(dataset, "__iter__"):
         if max_examples is None:
             raise ValueError(
-                "an iterable dataset has no length: pass max_examples, or, where a call takes none, the examples "
-                "themselves: list(dataset.take(n))"
+                "an iterable dataset has no length: pass max_examples, or, if the call does not take it, a list of the "
+                "examples: list(dataset.take(n))"
             )
         return _checked([_as_record(r, i) for i, r in enumerate(itertools.islice(iter(dataset), max_examples))])
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # a torch map-style dataset
@@ -53,9 +53,9 @@ def records_of(dataset: Any, max_examples: int | None, image_token: int | None =
 
 
 def _rows_of_frame(dataset: Any) -> Any:
-    """Rows of a table of pandas or polars, values of a series or of an array; anything else as it is.
+    """The rows of a pandas or polars table, the values of a series or an array; anything else is returned as it is.
 
-    Iterating over a table gives the names of its columns.
+    Iterating over a table would give the names of its columns.
     """
     if hasattr(dataset, "iterrows") and hasattr(dataset, "to_dict"):
         return [{str(name): value for name, value in row.items()} for row in dataset.to_dict("records")]
@@ -65,7 +65,7 @@ def _rows_of_frame(dataset: Any) -> Any:
 
 
 def _checked(records: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records, which must not be the messages of one conversation.
+    """Check that the records are not the messages of a single conversation, and return them.
 
     Raises:
         ValueError: if they are.
@@ -73,7 +73,7 @@ def _checked(records: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if records and all(is_single_message(record) for record in records):
         raise ValueError(
             "the examples are single messages, each with a role and its content: put the messages of a conversation "
-            "together, one dictionary {'messages': [...]} an example, or keep the texts alone"
+            "together, one dictionary {'messages': [...]} for each example, or pass only the texts"
         )
     return records
 
@@ -82,11 +82,11 @@ _FORMATS = ("numpy", "torch", "pandas", "arrow", "polars", "jax", "tensorflow")
 
 
 def _without_format(dataset: Any) -> Any:
-    """A data set of `datasets` that gives Python's own types, whatever it was set to; transforms are kept."""
+    """A data set of `datasets` that returns Python's own types, whatever format was set; transforms are kept."""
     if not hasattr(dataset, "with_format"):
         return dataset
     known = getattr(dataset, "format", None)
-    if known is None:  # an IterableDataset does not tell, and has no transforms
+    if known is None:  # an IterableDataset does not say, and has no transforms
         return dataset.with_format(None)
     if known["type"] not in _FORMATS:
         return dataset
@@ -106,23 +106,23 @@ def _as_record(record: Any, i: int) -> Mapping[str, Any]:
 
 
 def _rows_of_columns(columns: Mapping[str, Any], image_token: int | None) -> list[dict[str, Any]]:
-    """A dictionary of tensors or lists, padded by an attention mask or not, → its rows without padding."""
+    """A dictionary of tensors or lists, with or without padding → its rows without padding."""
     if with_images := rows_with_images(columns, image_token):
         return [without_padding(row) for row in with_images]
     for name, values in columns.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
             raise ValueError(
-                f"a dictionary is taken for columns, a value an example in each, but {name!r} holds one "
+                f"a dictionary is read as columns with one value for each example, but {name!r} is a single "
                 f"{type(values).__name__}; put a single example in a list"
             )
     if (first := _single_tokens(columns)) is not None:
         raise ValueError(
-            f"a dictionary is taken for columns, a value an example in each, but 'input_ids' holds single tokens, the "
+            "a dictionary is read as columns with one value for each example, but 'input_ids' has single tokens, the "
             f"first of them {first!r}; put a single example in a list"
         )
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"a dictionary of columns needs columns of one length, but they have {lengths}")
+        raise ValueError(f"the columns of a dictionary need to have the same length, but they have {lengths}")
     rows = []
     for i in range(next(iter(lengths.values()))):
         rows.append(without_padding({name: values[i] for name, values in columns.items()}))
@@ -130,7 +130,7 @@ def _rows_of_columns(columns: Mapping[str, Any], image_token: int | None) -> lis
 
 
 def _single_tokens(columns: Mapping[str, Any]) -> Any:
-    """The first of the tokens that a column of input ids holds where it should hold lists of them; else None."""
+    """The first token, if a column of input ids has tokens where it should have lists of tokens; otherwise None."""
     first = next(iter(as_python(columns.get("input_ids", ()))), None)
     return first if isinstance(first, int | float) else None
 

@@ -237,6 +237,6 @@ def test_what_cannot_be_assigned_is_refused() -> None:
         with pytest.raises(IndexError):
             changed.assign([1], [1.0])
         changed.assign([0, 0], [1.0, -1.0])
-        for rows, match in ((1, "once for the whole batch"), (3, "cannot be given to examples")):
+        for rows, match in ((1, "once for the whole batch"), (3, "cannot be assigned to examples")):
             with pytest.raises(UnsupportedModelError, match=match):
                 model(torch.zeros(rows, 4))

@@ -222,7 +222,7 @@ def test_resuming_from_a_checkpoint_without_points_or_with_other_components_begi
 ) -> None:
     """Oracle: the history, which begins after the checkpoint, and the warning."""
     run(tmp_path, None, max_steps=2, save_strategy="steps", save_steps=2)
-    for added, words in ((callback(), "holds no points"), (callback(n_components=2), "has 3 components, not 2")):
+    for added, words in ((callback(), "has no points"), (callback(n_components=2), "has 3 components, not 2")):
         caplog.clear()
         run(tmp_path, added, resume=str(tmp_path / "checkpoint-2"), max_steps=4, save_strategy="steps", save_steps=2)
         assert words in caplog.text
@@ -499,7 +499,7 @@ def test_exact_factors_have_as_many_rows_as_the_model_has_classes(
     made = NPEFFCallback(probe, n_components=enough, **words_of)
     run(tmp_path / "enough", made, tiny.tiny_model("bert", num_labels=classes, dtype=torch.float32), max_steps=1)
     assert made.decomposition_ is not None and made.decomposition_.texts == ["the cat sees", "one two three"]
-    with pytest.raises(ValueError, match=f"exceeds the {enough} rows"):
+    with pytest.raises(ValueError, match=f"more than the {enough} rows"):
         run(tmp_path / "more", NPEFFCallback(probe, n_components=enough + 1, **words_of), model, max_steps=1)
 
 

@@ -204,12 +204,12 @@ def test_a_components_card_says_what_it_does_how_surely_and_how_it_was_made() ->
         "Effect: KL on its top examples": "1.2; 75% of the answers change",
         "Off target: KL on other examples": "0.036; 3% of the answers change",
         "Off target: KL on the worst of the other examples": "0.21: relation-7 → word7",
-        "Off target: KL on the worst input that a search among other tokens found": "0.34",
+        "Off target: KL on the worst input found by a search that replaces tokens": "0.34",
         "Control: KL of a random direction of the same size on its top examples": "2.1e-06",
         "Stability of the component": "0.97",
         "Share of the parameters analysed": "79.0%",
         "Error of the sketch": "0.0421",
-        "Made and tested with weights of the hash": "9efb9e5502969068136b8341fa81e306",
+        "Hash of the weights it was made and tested with": "9efb9e5502969068136b8341fa81e306",
     }
     assert {name: rows.get(name) for name in expected} == expected
     bare = adapter_card(DirectionFacts("org/model", component=0, stability=float("nan")))

@@ -141,7 +141,7 @@ print(json.dumps({"norm": change.norm, "revision": change.info["revision"], "lor
         (("diff", "model", "nowhere", "data.jsonl"), "nowhere"),
         (("diff", "model", "after", "data.jsonl", "--pefs", "diff/pefs"), "decomposition"),
         (("explain-adapter", "model", "data.jsonl"), "adapter"),
-        (("push", "diff/components", "alice/c", "--explained", "diff"), "holds none"),
+        (("push", "diff/components", "alice/c", "--explained", "diff"), "has none"),
         (("push", "lora", "alice/c", "--explained", "model"), "change.json"),
     ],
 )

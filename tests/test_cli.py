@@ -285,7 +285,7 @@ def test_push_recognises_each_kind_of_folder_and_keeps_texts_here(world: World) 
         refused = run("push", world.folder, "alice/all", cwd=world.folder, env=env)
         files = {repo.rpartition("/")[2]: hub.repos[repo].files() for repo in hub.repos}
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
-    assert refused.stderr.startswith("error: ") and "holds no decomposition" in refused.stderr
+    assert refused.stderr.startswith("error: ") and "has no decomposition" in refused.stderr
     assert "adapter_model.safetensors" in files["off"] and "private.txt" not in files["off"]
     assert b'"alice/off"' in files["off"]["README.md"]
     assert "run.yaml" not in files["found"] and "decomposition.safetensors" in files["found"]
@@ -358,11 +358,11 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
     [
         ("components nowhere/at/all", 1, "neither a folder nor the id"),
         ("components model", 1, "config.json"),
-        ("components .", 1, "holds no decomposition: config.json is missing"),
+        ("components .", 1, "has no decomposition: config.json is missing"),
         ("components found --component 9", 1, "there are 4 components"),
         ("components found --component 9 --debug", 1, "Traceback"),
         ("components found --rename x", 2, "--component"),
-        ("compute model notes.docx -o x", 1, "no known type"),
+        ("compute model notes.docx -o x", 1, "not a type of file"),
         ("compute model nothing.jsonl -o x", 1, "there is no file nothing.jsonl"),
         ("compute model data.jsonl -o x --columns colour", 1, "colour"),
         ("compute model data.jsonl", 2, "--output"),
@@ -378,7 +378,7 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
         ("decompose nowhere/at/all -o x", 1, "neither a folder nor the id"),
         ("perturb found pefs model new.txt --component 0 -o x", 1, "not in this dataset"),
         ("push nowhere user/repo", 1, "no folder nowhere"),
-        ("push found user/repo --components all", 1, "does not hold several"),
+        ("push found user/repo --components all", 1, "is not a folder of several"),
         ("perturb found pefs model data.jsonl -o x", 1, "either --component"),
         ("perturb found pefs model data.jsonl --all --component 0 -o x", 1, "either --component"),
         ("perturb found pefs model data.jsonl --all --kind shira -o x", 1, "--kind is for a single component"),

@@ -304,7 +304,7 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
         ({"change": {"e1": float("nan")}}, "finite"),
         ({"change": {"e1": 0.0}}, "all changes are 0"),
         ({"change": {"e1": 1.0}, "outcome": 2}, "does not exist"),
-        ({"change": {"e1": 1.0}, "outcome": "elephant"}, "no class"),
+        ({"change": {"e1": 1.0}, "outcome": "elephant"}, "neither a class"),
         ({"remove": "colour"}, "no column"),
         ({"remove": "cue", "given": "topic"}, "no column"),
         ({"remove": "cue", "ridge": -1}, "ridge"),
@@ -315,7 +315,7 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
     for settings, words in wrong:
         with pytest.raises(ValueError, match=words):
             analyzer.edit(pefs, data, **settings)
-    for columns, words in (({"cue": [1] * 12}, "one value only"), ({"cue": [None, 0] * 6}, "no value")):
+    for columns, words in (({"cue": [1] * 12}, "a single value"), ({"cue": [None, 0] * 6}, "no value")):
         with pytest.raises(ValueError, match=words):
             removal("cue", None, columns, torch.zeros(12))
     with pytest.raises(ValueError, match=r"'label'.*'cue'"):
@@ -329,7 +329,7 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
         analyzer.edit(pefs, data[1:], change={"e1": 1.0})
     with pytest.raises(IncompatibleSketchError):
         analyzer.edit(pefs, data, remove="cue", keep=PEFs.from_factors(torch.randn(4, 2, 8)))
-    with pytest.raises(ValueError, match="made elsewhere"):
+    with pytest.raises(ValueError, match="not made by hf_npeff"):
         analyzer.edit(PEFs.from_factors(torch.randn(4, 2, 8)), data, change={"0": 1.0})
     with pytest.raises(ValueError, match=r"%.*ridge"):
         analyzer.edit(pefs, data, change={"e1": 1e4}, ridge=1e-8)

@@ -126,7 +126,7 @@ def test_what_is_not_clear_is_refused_with_the_columns(row: dict[str, Any], need
     """Oracle: the error names the columns and what to pass."""
     with pytest.raises(ValueError, match=named) as error:
         Examples([row], tiny_tokenizer(), needs=needs)
-    assert "not clear what to read" in str(error.value) and "_column=" in str(error.value)
+    assert "not clear which column to read" in str(error.value) and "_column=" in str(error.value)
 
 
 def test_prose_beside_a_column_named_text_is_named_as_not_read() -> None:
@@ -166,7 +166,7 @@ def test_conversations_in_the_other_schema_systems_and_tools_reach_the_template(
         assert ids_of([{"messages": ASKED, "tools": tools}], CAUSAL, known) == [expected]
     assert ids_of([{"messages": ASKED}], CAUSAL, known) != [expected]
     known.chat_template = "{{ messages[0].content + messages[0].nothing }}"
-    with pytest.raises(ValueError, match="'0' cannot be encoded: the chat template does not take"):
+    with pytest.raises(ValueError, match="'0' cannot be encoded: the chat template does not accept"):
         ids_of([{"messages": ASKED}], CAUSAL, known)
     with pytest.raises(ValueError, match="martian"):
         ids_of([{"conversations": [{"from": "martian", "value": "a"}]}], CAUSAL)
@@ -241,7 +241,7 @@ def test_special_tokens_stand_once_and_a_causal_model_is_not_asked_what_follows_
     assert ids_of(["cat", "<s> cat", "cat </s>"], CAUSAL, known) == [[bos, a], [bos, a], [bos, a, eos]]
     assert ids_of(["cat", "<s> cat", "<s> cat </s>"], CLASSIFIER, known) == [[bos, a, eos]] * 3
     record = Examples(["cat"], known, needs=CAUSAL).encoded
-    assert "</s>, which the tokenizer appends, is left off" in str(record)
+    assert "</s>, which the tokenizer appends, is removed" in str(record)
     assert not Examples(["cat"], known, needs=CLASSIFIER).encoded.notes
 
 
@@ -295,9 +295,9 @@ def test_misuse_of_columns_is_refused_before_anything_is_encoded() -> None:
     rows = [{"text": LONG, "number": 3, "label": None, "inner": {"a": "b"}}]
     for reading, message in (
         ({"text_column": "nowhere"}, "text_column='nowhere' is not in the dataset"),
-        ({"text_column": "number"}, "must hold texts"),
+        ({"text_column": "number"}, "must have texts"),
         ({"text_column": "inner"}, r"inner\.a"),
-        ({"text_column": "text", "text_pair_column": "number"}, "text_pair_column holds a int"),
+        ({"text_column": "text", "text_pair_column": "number"}, "text_pair_column has a int"),
         ({"text_pair_column": "text"}, "text_column"),
         ({"label_column": "nowhere"}, "label_column='nowhere'"),
         ({"max_length": 4}, "truncation=True"),
@@ -308,7 +308,7 @@ def test_misuse_of_columns_is_refused_before_anything_is_encoded() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             inputs_of(rows, **reading)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="came encoded"):
+    with pytest.raises(ValueError, match="already encoded"):
         inputs_of([{"input_ids": [1, 2]}], truncation=True)
     with pytest.raises(ValueError, match="truncation_side"):
         inputs_of([{"messages": ASKED}], CAUSAL, truncation=True, max_length=3)

@@ -225,7 +225,7 @@ def test_routed_linear_experts_go_one_by_one_in_a_batch_and_are_named(caplog: py
     with caplog.at_level(logging.WARNING):
         error = worst_error(analyzer_of(model), model, examples, reference.terms_of("causal-lm"), batch_size=3)
     assert error <= 1e-4
-    assert re.search(r"experts\.\d.*going on with one example at a time", caplog.text)
+    assert re.search(r"experts\.\d.*continuing with one example at a time", caplog.text)
 
 
 def test_routed_linear_experts_equal_brute_force_at_batch_size_one() -> None:
@@ -253,7 +253,7 @@ def test_a_model_that_padding_changes_gets_one_example_at_a_time(caplog: pytest.
     exact = copy.deepcopy(model).double()
     with caplog.at_level("WARNING", logger="hf_npeff"):
         assert worst_error(analyzer, exact, examples, reference.terms_of("sequence-classification")) <= 1e-4
-    assert re.search(r"padding changes the model's logits by \d+\.\d%: going on with one example", caplog.text)
+    assert re.search(r"padding changes the model's logits by \d+\.\d%: continuing with one example", caplog.text)
     pefs = analyzer.compute_pefs(examples, batch_size=3)
     decomposition = analyzer.decompose(pefs, 2, seed=0)
     for other in (analyzer, analyzer_of(model)):

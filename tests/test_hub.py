@@ -206,7 +206,7 @@ def test_a_second_user_gets_the_same_coefficients_from_ids_and_new_texts_alone(w
     assert bob["pefs"] == [8, True, ["content_hash", "example_id", "id", "kind", "label", "prediction"]]
     assert bob["of_pefs"] < 1e-3  # the solver's own tolerance
     assert bob["other_model"][0] == "IncompatibleSketchError" and "alice/tiny" in bob["other_model"][1]
-    assert bob["no_model"][0] == "ValueError" and "made elsewhere" in bob["no_model"][1]
+    assert bob["no_model"][0] == "ValueError" and "not made by hf_npeff" in bob["no_model"][1]
     assert bob["card"] == [2, 4]
 
 

@@ -63,7 +63,7 @@ def test_several_labels_and_numbers() -> None:
     assert truth_of([[0, 1]], "bernoulli", 2, ["b", "a"], {0: "a", 1: "b"}).values == [[1, 1]]
     assert truth_of([1, 0.5, -1, None, "x"], "gaussian", 1).values == [[1.0], [0.5], [-1.0], None, None]
     assert truth_of(["[1, 2.5]"], "gaussian", 2) == Truth([[1.0, 2.5]])
-    assert truth_of(["x"], "gaussian", 1).why_none == "the labels are no numbers"
+    assert truth_of(["x"], "gaussian", 1).why_none == "the labels are not numbers"
 
 
 def report_of(task: str, data: Any, family: str = "bert", **config: Any) -> tuple[PerturbationReport, Any, Any]:
@@ -171,7 +171,7 @@ def test_a_language_models_tokens_are_not_compared_with_classes() -> None:
     data = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)]
     report, _, _ = report_of("causal-lm", data, "llama")
     assert isinstance(report, Report) and report.best.top_accuracy is None and report.best.top_labelled == 0
-    assert "no classes" in report.labels
+    assert "not classes" in report.labels
 
 
 def test_what_the_page_calls_right() -> None:

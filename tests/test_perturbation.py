@@ -254,7 +254,7 @@ def test_a_search_from_the_others_is_on_report_and_card(
     assert report.summary()["kl_searched"] == report.off_target.worst_kl
     assert report.to_dict()["off_target"]["tried"] == alone.tried
     card = direction.to_adapter(scale=-0.4, report=report, decomposition=c.decomposition).card()
-    assert "a search among other tokens" in card
+    assert "a search that replaces tokens" in card
     plain = c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, **settings)
     assert plain.off_target is None and plain.summary()["kl_searched"] is None
     assert "a search" not in direction.to_adapter(scale=-0.4, report=plain).card()

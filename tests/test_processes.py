@@ -194,7 +194,7 @@ def test_what_a_sharded_model_cannot_do_is_refused_with_the_way_out(in_pieces: P
         assert "give a whole number" in refused["auto"]
         assert "load the whole model in one process" in refused["apply"]
         assert "sharded, so they cannot be differentiated" in refused["parameters"]
-        assert "shard it with FSDP2 (fully_shard) alone" in refused["tensor parallel"]
+        assert "shard it only with FSDP2 (fully_shard)" in refused["tensor parallel"]
 
 
 def test_an_accelerator_that_missed_the_other_processes_is_refused(monkeypatch: Any) -> None:

@@ -77,7 +77,7 @@ def test_every_operation_says_what_it_does_and_reaches_its_end(told: Callable[[]
         "searching for inputs off target",
         "measuring component 1",
         "measuring the change",
-        "reading what is to be spared",
+        "reading the data to spare",
         "aligning tokens",
         "editing",
         "explaining the change",

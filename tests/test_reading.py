@@ -63,7 +63,7 @@ def test_lifting_and_new_texts_are_read_as_the_record_says(caplog: pytest.LogCap
     assert new.content_hashes == pefs.content_hashes[:2]  # type: ignore[index]
     plain = other.compute_pefs(["a new text of five"], like=decomposition)
     assert Encoded.of(plain.info).max_length == 3 and plain.info["dataset"]["truncated"] == 1  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="another content"):
+    with pytest.raises(ValueError, match="a different content"):
         other.reading = Reading(text_column="question")
         other.lift(decomposition, 0, pefs, ROWS)
 

@@ -38,14 +38,14 @@ def test_tables_and_arrays_are_read_row_by_row(number: int) -> None:
 CONVERSATION = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "a dog"}]
 DOCUMENTS = [{"text": TEXTS[0], "label": 0}]
 UNREADABLE: list[tuple[Any, str]] = [
-    ({"text": "cat"}, "'text' holds one str"),
-    ({"text": TEXTS, "label": 1}, "'label' holds one int"),
+    ({"text": "cat"}, "'text' is a single str"),
+    ({"text": TEXTS, "label": 1}, "'label' is a single int"),
     (dict(tiny.tiny_tokenizer()("the cat")), "single tokens"),
     (CONVERSATION, "single messages"),
     ([CONVERSATION], "'messages'"),
     ([("the cat", "a dog")], "text_pair"),
-    (set(TEXTS), "no order"),
-    ([{"input_ids": ["the", "cat"]}], "numbers of an example's tokens"),
+    (set(TEXTS), "no fixed order"),
+    ([{"input_ids": ["the", "cat"]}], "token ids of one example"),
     ([{"messages": CONVERSATION, "context": "the old king"}], "context"),
     ([{"system_prompt": "you are good", "question": "who is old ?", "response": "the king"}], "system_prompt"),
     (
@@ -97,7 +97,7 @@ BAD_TOKENS: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [8, 9, 10], "attention_mask": [1, 1]}, "3 input_ids and 2 attention_mask"),
     ({"input_ids": [8, 9, 10], "labels": [9, 10]}, "3 input_ids and 2 labels"),
     ({"input_ids": [8, 9, 10], "labels": [8, 9, 10], "attention_mask": [0, 0, 0]}, "hides all"),
-    ({"input_ids": [8.0, 9.0], "labels": [8, 9]}, "no whole numbers"),
+    ({"input_ids": [8.0, 9.0], "labels": [8, 9]}, "not whole numbers"),
     ({"input_ids": [8, 9, tiny.PAD], "labels": [8, 9, -100]}, "attention_mask"),
     ({"input_ids": [tiny.PAD, 8, 9], "labels": [-100, 8, 9]}, "attention_mask"),
 ]

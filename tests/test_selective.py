@@ -398,8 +398,8 @@ def test_what_cannot_be_selective_is_refused(case: Case, caplog: pytest.LogCaptu
     for ids, against, words in (
         (["e99"], None, "not among"),
         ([], None, "no example to move"),
-        (["e1"], ["e1", "e2"], "to move and to stay"),
-        ([f"e{i}" for i in range(16)], None, "no examples are left alone"),
+        (["e1"], ["e1", "e2"], "both in the set to move"),
+        ([f"e{i}" for i in range(16)], None, "no examples to leave alone"),
         ("e1", None, "a list of"),
     ):
         with pytest.raises(ValueError, match=words):

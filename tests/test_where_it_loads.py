@@ -35,7 +35,7 @@ def test_the_worst_part_decides() -> None:
     assert mixed == {name: told["norms"] for name, told in by_name.items()}
     assert mixed["OpenVINO GenAI"] == "dropped" and mixed["vLLM"] == "refused" and mixed["PEFT"] == "loads"
     assert verdicts("shira", ["linear"]) == {name: told["SHiRA"] for name, told in by_name.items()}
-    assert verdicts("delta", ["linear"]) == {} and where_it_loads("delta", ["linear"]) == "hf_npeff alone"
+    assert verdicts("delta", ["linear"]) == {} and where_it_loads("delta", ["linear"]) == "only hf_npeff"
 
 
 def test_an_adapter_and_its_card_say_where_it_loads() -> None:
@@ -49,9 +49,9 @@ def test_an_adapter_and_its_card_say_where_it_loads() -> None:
     assert plain.loads_in == ["PEFT", "transformers"]  # the others run language models
     norms = direction_of(model, r"(q_proj|norm)\.weight").to_adapter(rank=2, model=model)
     assert norms.loads_in == ["PEFT", "transformers"]
-    assert "| Loads in | PEFT, transformers; not OpenVINO GenAI, which drops a part" in norms.card()
+    assert "| Loads in | PEFT, transformers; not OpenVINO GenAI, which silently drops a part" in norms.card()
     # transformers takes a SHiRA adapter whole and applies it to other entries of the weights: nothing is dropped.
-    assert where_it_loads("shira", ["linear"]) == "PEFT; not transformers, which changes other weights without a word"
+    assert where_it_loads("shira", ["linear"]) == "PEFT; not transformers, which silently changes other weights"
 
 
 @pytest.mark.parametrize("scale", [0.7, -3.0])

@@ -229,11 +229,11 @@ class GradientClusters:
             analyzer: the one that `prediction_gradients` returned with the gradients.
             clusters: their numbers.
             dataset: the one the gradients came from.
-            batch_size: examples of a forward pass.
+            batch_size: how many examples a forward pass takes.
             check_weights: refuse gradients of other weights than the model has now.
 
         Raises:
-            IncompatibleWeightsError: if the model's weights have changed since.
+            IncompatibleWeightsError: if the model's weights have changed since then.
             IndexError: if a cluster does not exist.
             ValueError: if the dataset is another, or the gradients were made elsewhere.
         """

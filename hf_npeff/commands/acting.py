@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hf_npeff.weights.perturbation import PerturbationReport
 
 RANK = 4
-"""Of the adapters of --all, as `lift_adapters` has it."""
+"""The default rank of the adapters of --all, the same as in `lift_adapters`."""
 _LIFTED_AT_ONCE = (
     "form", "semi_orthogonal", "top_examples", "selective", "ridge", "memory_budget", "batch_size", "check_weights",
 )  # fmt: skip
@@ -40,20 +40,23 @@ _LIFTED_AT_ONCE = (
 
 _Component = Annotated[int | None, typer.Option(help="Component number.")]
 _Everything = Annotated[
-    bool, typer.Option("--all", help="All components at once, from one pass over the data: a folder each.")
+    bool,
+    typer.Option("--all", help="All components at once, from one pass over the data, each in a folder of its own."),
 ]
 _Rank = Annotated[int | None, typer.Option(help="Rank of the adapter's matrices; 1 by default, and 4 with --all.")]
 _Spare = Annotated[
     bool,
     typer.Option(
         "--spare",
-        help="Spare what layers give on the examples that are left alone, cut to the adapter's rank with that.",
+        help="Also leave the layers' outputs on the other examples alone, and cut to the adapter's rank for that.",
     ),
 ]
 _Eval = Annotated[
-    str | None, typer.Option("--eval", help="Other data, never analysed, on which the step is measured too.")
+    str | None, typer.Option("--eval", help="Other data, which was not analysed; the step is measured on it too.")
 ]
-_By = Annotated[str | None, typer.Option(help="Column of that data whose values make groups.")]
+_By = Annotated[
+    str | None, typer.Option(help="Column of the --eval data; examples with the same value are measured as a group.")
+]
 
 
 @command
@@ -78,8 +81,8 @@ def perturb(
 ) -> Result:
     """Switch a component off: lift it to the weights, measure the step, and write it as an adapter.
 
-    The folder gets `direction`, `adapter` (which PEFT loads) and report.json; with --all a folder component-N for each,
-    which PEFT loads, adapters.json and a card. PEFs and data are those of the decomposition.
+    The folder gets `direction`, `adapter` (which PEFT loads) and report.json. With --all it gets a folder component-N
+    for each component, which PEFT loads, adapters.json and a card. PEFs and data have to be those of the decomposition.
 
     Examples:
     - `hf-npeff perturb runs/components runs/pefs distilbert/distilgpt2 prompts.txt --component 3 -o runs/off-3`
@@ -87,7 +90,7 @@ def perturb(
     - `hf-npeff perturb runs/components runs/pefs org/model a.jsonl --all -o runs/adapters`
     """
     if everything == (component is not None):
-        raise ValueError("give either --component, a number, or --all")
+        raise ValueError("give either --component with a number, or --all")
     if component is None:
         alone = {"--kind": kind != "lora", "--spare": spare, "--eval": evaluate_on is not None, "--by": by is not None}
         if given := [name for name, is_given in alone.items() if is_given]:
@@ -115,7 +118,7 @@ def perturb(
 
 
 class _Opened(NamedTuple):
-    """What components are lifted with."""
+    """Everything that lifting a component needs."""
 
     analyzer: NPEFFAnalyzer
     decomposition: Decomposition
@@ -127,7 +130,7 @@ class _Opened(NamedTuple):
 def _opened(
     decomposition: str, pefs: str, model: str, data: str, loading: ModelOptions, reading: DataOptions, keep: str | None
 ) -> _Opened:
-    """Model, decomposition, its PEFs and data, and what is to be left alone."""
+    """The model, the decomposition, its PEFs and data, and the PEFs to leave alone."""
     from hf_npeff.pefs.store import PEFs
 
     components = read_decomposition(decomposition)
@@ -137,7 +140,7 @@ def _opened(
 
 
 def _told(opened: _Opened, report: PerturbationReport, adapter: Adapter, output: Path, held_out: str | None) -> Result:
-    """What was measured of one component: written as report.json, and shown."""
+    """The measurement of one component: written as report.json, and shown."""
     from rich.console import Group
 
     from hf_npeff.report.notebook import EFFECT_COLUMNS, MEASURE_COLUMNS, effect_rows, measure_rows
@@ -158,7 +161,7 @@ def _told(opened: _Opened, report: PerturbationReport, adapter: Adapter, output:
 def _all_perturbed(
     opened: _Opened, output: Path, lifting: LiftRequest, measuring: PerturbationRequest, rank: int
 ) -> Result:
-    """All components as adapters of the steps that were measured, in a folder each."""
+    """All components as adapters with the measured steps, each in a folder of its own."""
     from rich.console import Group
 
     from hf_npeff.report.notebook import EFFECT_COLUMNS, effect_rows

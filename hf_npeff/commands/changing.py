@@ -1,4 +1,4 @@
-"""Commands that say what a change did: between two models, or of an adapter."""
+"""Commands that say what changed between two models, or what an adapter changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_npeff.weights.directions import ParameterDirection
 
 _Decomposed = Annotated[
-    str | None, typer.Option("--decomposition", help="A decomposition of the model before, with --pefs.")
+    str | None, typer.Option("--decomposition", help="A decomposition of the model before the change; give --pefs too.")
 ]
 _PEFs = Annotated[str | None, typer.Option("--pefs", help="The PEFs of that decomposition.")]
 _Page = Annotated[bool, typer.Option("--page/--no-page", help="Write a page to explore.")]
@@ -27,8 +27,13 @@ _Texts = Annotated[bool, typer.Option(help="Put the examples' texts into the rep
 
 @command
 def diff(
-    before: Annotated[str, typer.Argument(help="The model before: its id on the Hub, or its folder.")],
-    after: Annotated[str, typer.Argument(help="The model after, or an adapter of it: an id on the Hub, or a folder.")],
+    before: Annotated[str, typer.Argument(help="The model before the change: its id on the Hub, or its folder.")],
+    after: Annotated[
+        str,
+        typer.Argument(
+            help="The model after the change, or an adapter for the model before: an id on the Hub, or a folder."
+        ),
+    ],
     data: Data,
     output: Output,
     loading: ModelOptions,
@@ -36,7 +41,9 @@ def diff(
     explaining: ChangeRequest,
     fisher: FisherConfig,
     decomposing: DecompositionConfig,
-    after_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model after.")] = None,
+    after_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the model after the change.")
+    ] = None,
     decomposition: _Decomposed = None,
     pefs: _PEFs = None,
     page: _Page = True,
@@ -44,8 +51,8 @@ def diff(
 ) -> Result:
     """Say what changed between two models: how much, on which inputs, through which components.
 
-    The folder gets the PEFs of the model before and their decomposition, unless they are given, the change as a
-    direction, change.json and a page.
+    The folder gets the change as a direction, change.json and a page. Unless they are given, it also gets the PEFs of
+    the model before the change, and their decomposition.
 
     Examples:
     - `hf-npeff diff user/classifier runs/trained data.jsonl -o runs/diff`
@@ -77,8 +84,8 @@ def explain_adapter(
     explaining: ChangeRequest,
     fisher: FisherConfig,
     decomposing: DecompositionConfig,
-    base: Annotated[str | None, typer.Option(help="The base model, where the adapter does not name it.")] = None,
-    weight: Annotated[float, typer.Option(help="What the adapter's change is multiplied with.")] = 1.0,
+    base: Annotated[str | None, typer.Option(help="The base model, if the adapter does not name it.")] = None,
+    weight: Annotated[float, typer.Option(help="A factor for the adapter's change.")] = 1.0,
     decomposition: _Decomposed = None,
     pefs: _PEFs = None,
     page: _Page = True,
@@ -86,9 +93,9 @@ def explain_adapter(
 ) -> Result:
     """Say what an adapter changes: how much, on which inputs, through which components.
 
-    The folder gets the PEFs of the base model and their decomposition, unless they are given, the change as a
-    direction, change.json and a page. `hf-npeff push` tells on the adapter's card what it changes where change.json
-    lies in the adapter's folder.
+    The folder gets the change as a direction, change.json and a page. Unless they are given, it also gets the PEFs of
+    the base model and their decomposition. If change.json is in the adapter's folder, `hf-npeff push` adds to the
+    adapter's card what it changes.
 
     Examples:
     - `hf-npeff explain-adapter user/some-lora prompts.jsonl -o runs/some-lora`
@@ -108,7 +115,7 @@ def explain_adapter(
 
 
 def _given(decomposition: str | None, pefs: str | None) -> tuple[Decomposition, PEFs] | None:
-    """Components of the model before the change and their PEFs, where they were made already."""
+    """The components of the model before the change and their PEFs, if they are given."""
     from hf_npeff.pefs.store import PEFs
 
     if (decomposition is None) != (pefs is None):
@@ -121,7 +128,7 @@ def _given(decomposition: str | None, pefs: str | None) -> tuple[Decomposition, 
 def _made(
     analyzer: NPEFFAnalyzer, dataset: Any, decomposing: DecompositionConfig, explaining: ChangeRequest, output: Path
 ) -> tuple[Decomposition, PEFs]:
-    """Components of the model before the change and their PEFs, into the folder."""
+    """Compute the components of the model before the change and their PEFs, into the folder."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
     from hf_npeff.decomposition.estimator import NPEFF
@@ -143,7 +150,7 @@ def _explained(
     page: bool,
     texts: bool,
 ) -> Result:
-    """Explain, write what was found, and show it."""
+    """Explain the change, write the report, and show it."""
     from rich.console import Group
 
     from hf_npeff.report import change as shown

@@ -34,11 +34,13 @@ def edit(
     reading: DataOptions,
     editing: EditRequest,
     change: Annotated[
-        Path | None, typer.Option(help="A JSON file: {example id: nats by which its log-odds are to change}.")
+        Path | None, typer.Option(help="A JSON file: {example id: nats by which its log-odds should change}.")
     ] = None,
     outcome: Annotated[
         str | None,
-        typer.Option(help="Whose log-odds: a class or token number, a class's name, a token, or a column of them."),
+        typer.Option(
+            help="The outcome whose log-odds change: a class or token number, a class's name, a token, or a column."
+        ),
     ] = None,
     keep: Keep = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter's matrices.")] = 4,
@@ -46,7 +48,7 @@ def edit(
 ) -> Result:
     """Move log-odds by a weight change that leaves other examples alone, and write it as an adapter.
 
-    The folder gets `direction`, `adapter` (which PEFT loads) and report.json. PEFs and data belong together.
+    The folder gets `direction`, `adapter` (which PEFT loads) and report.json. The data has to be that of the PEFs.
 
     Examples:
     - `hf-npeff edit runs/pefs user/classifier train.jsonl --remove cue -o runs/without-cue`

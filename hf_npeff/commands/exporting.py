@@ -13,13 +13,15 @@ from hf_npeff.commands.options import Result, command
 @command
 def export(
     adapter: Annotated[str, typer.Argument(help="A LoRA adapter: a folder, or a repository on the Hub.")],
-    gguf: Annotated[Path, typer.Option(help="The file to write, for llama.cpp and what is built on it.")],
+    gguf: Annotated[Path, typer.Option(help="The file to write, for llama.cpp and programs that use it.")],
     base: Annotated[
         str | None,
-        typer.Option(help="The base model: an id, a folder, or a GGUF file. The adapter names one, where it is there."),
+        typer.Option(
+            help="The base model: an id, a folder, or a GGUF file. By default the model that the adapter names."
+        ),
     ] = None,
 ) -> Result:
-    """Write an adapter for llama.cpp: one GGUF file that is loaded beside a GGUF file of the base model.
+    """Write an adapter for llama.cpp: a GGUF file to load beside a GGUF file of the base model.
 
     Examples:
     - `hf-npeff export runs/off-3/adapter --gguf runs/off-3.gguf`

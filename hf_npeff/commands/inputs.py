@@ -1,4 +1,4 @@
-"""What commands are given: how a model is loaded, how data is read, and where decompositions lie."""
+"""The inputs of commands: loading a model, reading data, reading decompositions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ModelOptions:
     """How the model is loaded.
 
     Attributes:
-        task: task of the head, where the model's architecture does not tell it, such as "causal-lm".
+        task: task of the head, such as "causal-lm", if the model's architecture does not determine it.
         revision: the model's branch, tag or commit.
-        dtype: number type of the weights, such as "float32"; "auto" takes them as they were saved.
-        device_map: where the model goes, such as "cuda" or "auto"; the CPU by default.
+        dtype: number type of the weights, such as "float32"; "auto" keeps the type in which they were saved.
+        device_map: the device or devices of the model, such as "cuda" or "auto"; the CPU by default.
         trust_remote_code: run code from the model's repository.
     """
 
@@ -41,7 +41,7 @@ class DataOptions(Reading):
     Attributes:
         split: split of a data set on the Hub, such as "validation".
         subset: configuration of a data set on the Hub, such as "mnli".
-        max_examples: use only so many examples, the first ones.
+        max_examples: use only this many examples, the first ones.
     """
 
     split: str | None = None
@@ -58,11 +58,11 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 def read_data(data: str, reading: DataOptions) -> Any:
-    """A data set from a file, by its ending, or from the Hub.
+    """A data set from a file, whose ending says its type, or from the Hub.
 
     Raises:
-        OSError: if it is not there.
-        ValueError: if it is of no known type, cannot be read, or the split must be named.
+        OSError: if the file or data set does not exist.
+        ValueError: if its type is unknown, it cannot be read, or it has several splits and none was named.
     """
     from hf_npeff.sharing.hub import is_hub_id, near_names
 
@@ -104,7 +104,7 @@ def _read_file(path: Path, kind: str) -> Any:
 
         return datasets.Dataset(pq.read_table(path))
     if kind not in _FILES:
-        raise ValueError(f"{path} is of no known type; data is a .jsonl, .csv, .parquet or .txt file")
+        raise ValueError(f"{path} is not a type of file that can be read; use a .jsonl, .csv, .parquet or .txt file")
     content = path.read_text(encoding="utf-8-sig")
     if kind == ".json":
         if not isinstance(rows := json.loads(content), list):
@@ -131,9 +131,10 @@ def _limited(dataset: Any, limit: int | None) -> Any:
 def analyzer_for(
     model: str, loading: ModelOptions, settings: FisherConfig | Decomposition, reading: DataOptions | None = None
 ) -> NPEFFAnalyzer:
-    """The model under analysis, which reads the columns that the options name.
+    """The analyzer of the model, which reads the columns that the options name.
 
-    For a decomposition it gets that one's Fisher config, and its commit unless a revision was asked for.
+    For a decomposition it gets the decomposition's Fisher config, and its model's commit unless a revision was asked
+    for.
 
     Raises:
         OSError: if the model cannot be loaded.

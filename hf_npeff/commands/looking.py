@@ -1,4 +1,4 @@
-"""Commands that show components: what they are, which of them new inputs use, how two decompositions compare."""
+"""Commands that show components, explain new inputs with them, and compare two decompositions."""
 
 from __future__ import annotations
 
@@ -28,28 +28,32 @@ if TYPE_CHECKING:
     from hf_npeff.decomposition.decomposition import Decomposition
 
 _ASSOCIATIONS = 3
-"""Associations of a component in a list of all components. Chosen: as many lines as it has examples there."""
+"""How many associations of each component are listed with all components. Chosen: as many as its examples there."""
 
 
 @command
 def components(
     decomposition: DecompositionArgument,
-    component: Annotated[int | None, typer.Option(help="Only this one, with more of its examples.")] = None,
-    top: Annotated[int | None, typer.Option(help="Examples to show: 3, or 20 of a single component.")] = None,
-    rename: Annotated[str | None, typer.Option(help="Name the component, in its folder.")] = None,
-    names: Annotated[Path | None, typer.Option(help="Take over the names.json that a page saved.")] = None,
+    component: Annotated[int | None, typer.Option(help="Show only this component, with more of its examples.")] = None,
+    top: Annotated[
+        int | None, typer.Option(help="How many examples to show: 3 by default, or 20 for a single component.")
+    ] = None,
+    rename: Annotated[str | None, typer.Option(help="Name the component; the name is saved in the folder.")] = None,
+    names: Annotated[Path | None, typer.Option(help="Use the names in a names.json that the page saved.")] = None,
     sort: Annotated[
         Literal["number", "active", "stability", "accuracy", "association"],
-        typer.Option(help="By number, most active, most stable, least accurate, or most certain association first."),
+        typer.Option(
+            help="The order: by number, most active, most stable, least accurate, or most certain association first."
+        ),
     ] = "number",
     associated: Annotated[
-        str | None, typer.Option(help="Only components with an association that has this text in it.")
+        str | None, typer.Option(help="Show only components with an association that contains this text.")
     ] = None,
 ) -> Result:
-    """Show components, the examples that they explain most of, and what these have in common.
+    """Show components, the examples that they explain most of, and what these examples have in common.
 
-    Associations are words and columns that a component's examples have more often than the others, with a p-value that
-    is corrected for all that were tried, by shuffled examples.
+    Associations are words and column values that a component's examples have more often than the others. Shuffled
+    examples correct their p-values for all associations that were tried.
 
     Examples:
     - `hf-npeff components runs/components`
@@ -61,7 +65,7 @@ def components(
     decomposed = read_decomposition(decomposition)
     if rename is not None:
         if component is None:
-            raise typer.BadParameter("say which component is to get the name: add --component", param_hint="--rename")
+            raise typer.BadParameter("add --component to say which component gets the name", param_hint="--rename")
         decomposed.rename(component, rename)
     if names is not None:
         decomposed.rename(names)
@@ -96,7 +100,7 @@ def components(
 
 
 def _associations(decomposition: Decomposition) -> list[dict[str, Any]]:
-    """The associations of every component as JSON types; without any where neither texts nor columns were kept."""
+    """The associations of every component as JSON types; there are none if neither texts nor columns were kept."""
     from hf_npeff.encoding.columns import described_by
 
     texts = decomposition.texts is not None
@@ -112,7 +116,7 @@ def _has(associations: dict[str, Any], text: str) -> bool:
 
 
 def _place(component: Component, associations: dict[str, Any], sort: str) -> tuple[float, int]:
-    """Where a component stands in a list."""
+    """The sort key of a component in a list."""
     first = next(iter(associations["associations"]), None)
     keys = {
         "number": 0.0,
@@ -134,7 +138,7 @@ def _line(component: Component, associations: dict[str, Any], count: int) -> tup
 
 
 def _score(associations: dict[str, Any]) -> str:
-    """How often predictions are right on a component's examples, and on the others in brackets; of numbers, errors."""
+    """The accuracy on a component's examples, and on the others in brackets; for regression, the error."""
     if (accuracy := associations["accuracy"]) is not None:
         return "{:.0%} ({:.0%})".format(*accuracy)
     if (error := associations["error"]) is not None:
@@ -170,11 +174,13 @@ def _single(component: Component, associations: dict[str, Any], count: int) -> R
 
 
 def _save_again(decomposition: Decomposition, folder: Path) -> None:
-    """Write a decomposition back, with what its card says of licence and data sets."""
+    """Write a decomposition back, and keep the licence and data sets of its card."""
     from hf_npeff.sharing.cards import said_on_card
 
     if not folder.is_dir():
-        raise ValueError(f"{folder} is on the Hub, and names are kept in a folder: download it, rename there and push")
+        raise ValueError(
+            f"{folder} is on the Hub, but names can only be saved in a folder: download it, rename there and push"
+        )
     decomposition.save_pretrained(folder, **said_on_card(folder))
 
 
@@ -188,7 +194,7 @@ def explain(
     output: MaybeOutput = None,
     batch_size: BatchSize = BATCH_SIZE,
 ) -> Result:
-    """Say which known components the model uses on new inputs.
+    """Show which components of a decomposition the model uses on new inputs.
 
     With `--output`, the coefficients are written to coefficients.json.
 
@@ -222,7 +228,7 @@ def explain(
 
 
 _PARTNER = 0.5
-"""Similarity below which a component has no partner, where no baseline says what two fits of one model give."""
+"""The similarity below which a component has no partner, if no baseline of two fits of the same model is known."""
 
 
 @command
@@ -231,17 +237,20 @@ def compare(
     second: DecompositionArgument,
     pefs: Annotated[
         str | None,
-        typer.Option(help="The PEFs of the first, to fit them again: how alike two fits of the same model are."),
+        typer.Option(
+            help="The PEFs of the first decomposition, which are fitted again to show how similar two fits are."
+        ),
     ] = None,
-    top: Annotated[int, typer.Option(help="Examples of every component to show.")] = 2,
+    top: Annotated[int, typer.Option(help="How many examples of every component to show.")] = 2,
     output: MaybeOutput = None,
 ) -> Result:
-    """Match the components of two decompositions, and say which have no partner.
+    """Match the components of two decompositions, and show which have no partner.
 
-    Of the same examples they are compared by the correlation of their coefficients, otherwise by the cosine of their
-    pseudo-Fishers, which needs the same sketch. A similarity says little by itself: two fits of the same model from
-    other starts differ too. With `--pefs` the first is fitted again, and its likeness to itself stands beside. With
-    `--output`, the matches are written to matches.json.
+    If both decompositions are of the same examples, components are compared by the correlation of their coefficients,
+    otherwise by the cosine of their pseudo-Fishers, which needs the same sketch. A similarity says little by itself,
+    because two fits of the same model from different starts differ too. With `--pefs` the first model's PEFs are fitted
+    again, and the similarity of these two fits is shown for comparison. With `--output`, the matches are written to
+    matches.json.
 
     Examples:
     - `hf-npeff compare runs/components runs/components-of-another-seed`
@@ -294,7 +303,7 @@ def _examples(decomposition: Decomposition, j: int, count: int) -> list[str]:
 def _matched(
     values: dict[str, Any], a: Decomposition, b: Decomposition, names: tuple[str, str], top: int
 ) -> RenderableType:
-    """The table of pairs, and what has no partner."""
+    """The table of pairs, and the components without a partner."""
     from rich.console import Group
 
     rows = []
@@ -314,6 +323,6 @@ def _matched(
     for side, name in zip(("first", "second"), names, strict=True):
         if alone := values["without_partner"][side]:
             shown = [(each["label"], "\n".join(each["top"])) for each in alone]
-            title = f"Without a partner of a similarity of {values['least']:.2f} or more, in {name}"
+            title = f"Components of {name} without a partner of similarity {values['least']:.2f} or more"
             parts.append(table(title, ("component", "top examples"), shown))
     return Group(*parts)

@@ -1,4 +1,4 @@
-"""Commands that make something new of a model and a data set: PEFs, and their decomposition."""
+"""Commands that compute PEFs from a model and a data set, and decompose them."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ def compute(
     request: ComputeRequest,
     output: MaybeOutput = None,
     columns: Annotated[
-        list[str] | None, typer.Option(help="What to keep beside the rows; all by default. Repeat for several.")
+        list[str] | None,
+        typer.Option(help="A column of the data set to keep with the results; all by default. Repeat for several."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with what the folder holds.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it will cost, and stop.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue with the results that the folder has.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print how much time, memory and disk it will take.")
+    ] = False,
 ) -> Result:
-    """Compute the per-example Fishers (PEFs) of a data set, into a folder.
+    """Compute the per-example Fisher matrices (PEFs) of a data set, into a folder.
 
     Examples:
     - `hf-npeff compute distilbert/distilgpt2 prompts.txt -o runs/pefs --dry-run`
@@ -56,7 +59,7 @@ def compute(
     - `hf-npeff compute --config runs/pefs/run.yaml -o runs/again`
     """
     if output is None and not dry_run:
-        raise typer.BadParameter("PEFs need a folder", param_hint="--output")
+        raise typer.BadParameter("there is no folder to write to", param_hint="--output")
     dataset = read_data(data, reading)
     analyzer = analyzer_for(model, loading, fisher, reading)
     if dry_run:
@@ -77,7 +80,7 @@ def compute(
 
 
 def _read_of(pefs: PEFs) -> str:
-    """What the model was given, and how many examples were cut, in a line."""
+    """A line that says which columns the model was given, and how many examples were cut."""
     from hf_npeff.encoding.record import Encoded
 
     cut = (pefs.info.get("dataset") or {}).get("truncated")
@@ -104,7 +107,9 @@ def decompose(
     pefs: PEFsArgument,
     output: Output,
     decomposition: DecompositionConfig,
-    validation: Annotated[str | None, typer.Option(help="Held-out PEFs, to stop early.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Held-out PEFs; the fit stops when their loss stops falling.")
+    ] = None,
 ) -> Result:
     """Decompose PEFs into components, into a folder.
 

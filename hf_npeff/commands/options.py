@@ -1,7 +1,7 @@
-"""Commands from functions, options from dataclasses: what every command of `hf-npeff` has in common.
+"""Commands from functions, options from dataclasses: the parts that all commands of `hf-npeff` share.
 
-A parameter of a command that is annotated with a dataclass becomes an option a field, described by the field's line in
-the class's docstring. Every command takes `--config`, `--json` and `--debug`.
+A parameter of a command that is annotated with a dataclass becomes one option for each field, described by the field's
+line in the class's docstring. Every command takes `--config`, `--json` and `--debug`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 _BY_NAME = inspect.Parameter.KEYWORD_ONLY
 _NEVER_REPLAYED = ("trust_remote_code",)
-"""A run.yaml may be somebody else's, and whose code is run is not for them to say."""
+"""Not replayed: a run.yaml may be somebody else's, and they must not decide whose code is run."""
 _CLEAR = (NPEFFError, ValueError, OSError, IndexError, ModuleNotFoundError)
-"""Errors whose message is meant for people: one line, exit code 1."""
+"""Errors whose message is shown in one line, with exit code 1."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found.
+    """The result of a command.
 
     Attributes:
-        values: for machines.
-        shown: for people.
-        pinned: settings that run.yaml names more precisely than they were given.
+        values: the values that --json prints.
+        shown: the text that is printed otherwise.
+        pinned: settings that run.yaml records more precisely than they were given, such as a commit.
     """
 
     values: dict[str, Any]
@@ -61,17 +61,20 @@ DecompositionArgument = Annotated[str, typer.Argument(help="A decomposition: a f
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 MaybeOutput = Annotated[Path | None, typer.Option("--output", "-o", help="A folder to write.")]
 Keep = Annotated[
-    str | None, typer.Option(help="PEFs of other data to be left alone: a folder, or a repository on the Hub.")
+    str | None,
+    typer.Option(
+        help="PEFs of other data whose predictions should stay the same: a folder, or a repository on the Hub."
+    ),
 ]
 AdapterKind = Annotated[Literal["lora", "shira", "delta"], typer.Option(help="Kind of adapter.")]
-BatchSize = Annotated[int, typer.Option(help="Examples of a forward pass.")]
+BatchSize = Annotated[int, typer.Option(help="How many examples a forward pass takes.")]
 
 
 # From functions to commands
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """{field: its line of the `Attributes:` section of the class, or of the one that it is made of}."""
+    """{field: its text in the `Attributes:` section of the class or a base class}."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
@@ -86,7 +89,7 @@ def option_fields(cls: type) -> list[Field[Any]]:
 
 
 def _number_or_word(hint: Any) -> Callable[[Any], Any] | None:
-    """How the text of an option becomes a number or one of some words, where both are allowed; else None."""
+    """A parser for options that may be a number or one of some words; None for other options."""
     kinds = get_args(hint)
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     number = next((kind for kind in kinds if kind in (int, float)), None)
@@ -137,12 +140,12 @@ def _gathered(cls: type, values: dict[str, Any]) -> Any:
 
 
 def _is_tuple(cls: type, name: str) -> bool:
-    """Whether a field is a tuple of numbers, also where there is one."""
+    """Whether a field is a tuple, possibly an optional one."""
     return get_type_hints(cls)[name] == tuple[float, ...]
 
 
 def _replay(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the settings of a run.yaml as the defaults of this command; what is given beside them goes first."""
+    """Use the settings of a run.yaml as the defaults of this command; options on the command line override them."""
     if path is None or context.resilient_parsing:
         return path
     if not path.is_file():
@@ -151,7 +154,7 @@ def _replay(context: typer.Context, path: Path | None) -> Path | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         command, settings = content["command"], dict(content["settings"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{path} is not a run.yaml that hf-npeff wrote ({type(error).__name__})") from error
+        raise typer.BadParameter(f"{path} is not a run.yaml written by hf-npeff ({type(error).__name__})") from error
     # A run.yaml may name the function, with underscores, of a command whose name has dashes.
     if str(command).replace("_", "-") != str(context.info_name).replace("_", "-"):
         raise typer.BadParameter(
@@ -167,7 +170,9 @@ _COMMON = {
     "config": (
         Annotated[
             Path | None,
-            typer.Option(help="Replay the run.yaml of an earlier run.", is_eager=True, callback=_replay),
+            typer.Option(
+                help="Use the settings of an earlier run, from its run.yaml.", is_eager=True, callback=_replay
+            ),
         ],
         None,
     ),
@@ -179,8 +184,8 @@ _COMMON = {
 def command(function: Callable[..., Result | None]) -> Callable[..., None]:
     """Make a function a command; its docstring is the help.
 
-    What it returns is printed. Where it has an `output`, run.yaml is written there with all settings. Dataclasses that
-    have a field of one name, such as `seed`, share its option.
+    The returned `Result` is printed. If the function has an `output`, run.yaml is written there with all settings.
+    Dataclasses that have a field with the same name, such as `seed`, share one option.
     """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type] = {}
@@ -224,7 +229,7 @@ def command(function: Callable[..., Result | None]) -> Callable[..., None]:
 
 
 def _name_of_command(function: Callable[..., Any]) -> str:
-    """The name that a command was called by, which replaying its run.yaml compares."""
+    """The name of the command, which is compared when its run.yaml is replayed."""
     context = click.get_current_context(silent=True)
     return context.info_name if context is not None and context.info_name else function.__name__
 
@@ -252,7 +257,7 @@ def _json(values: Mapping[str, Any]) -> str:
 
 
 def write_result(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file completely or not at all."""
     _write(path, _json(values) + "\n")
 
 
@@ -264,7 +269,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> RenderableType:
-    """A table of plain text: nothing in a cell is markup."""
+    """A table of plain text; markup in cells is shown as it is."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""The command that publishes what was found: decompositions, PEFs, directions, adapters."""
+"""The command that publishes results: decompositions, PEFs, directions, adapters."""
 
 from __future__ import annotations
 
@@ -24,24 +24,30 @@ def push(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a decomposition, PEFs, a direction, an adapter, or several adapters.")
     ],
-    repo: Annotated[str, typer.Argument(help="The repository on the Hub, user/name; made where it is missing.")],
-    private: Annotated[bool, typer.Option("--private", help="Push to a private repository only.")] = False,
+    repo: Annotated[
+        str, typer.Argument(help="The repository on the Hub, user/name; it is created if it does not exist.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as a private one, and push only to a private one.")
+    ] = False,
     include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the examples' texts too.")] = False,
     components: Annotated[
-        str | None, typer.Option(help="Which of several adapters: all, or numbers such as 0,3,7; all by default.")
+        str | None,
+        typer.Option(
+            help="Which adapters of a folder of several to push: all, or numbers such as 0,3,7; all by default."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The branch.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str | None, typer.Option(help="The commit's title.")] = None,
     explained: Annotated[
         Path | None,
-        typer.Option(help="The folder that explain-adapter or diff wrote, for the card of an adapter."),
+        typer.Option(help="A folder written by explain-adapter or diff; the adapter's card then says what it changes."),
     ] = None,
 ) -> Result:
-    """Publish a folder on the Hub. Texts stay here unless they are asked for.
+    """Publish a folder on the Hub. The examples' texts are not uploaded unless you ask for it.
 
-    The card of an adapter that was explained says what it changes: with --explained, or where change.json lies in the
-    folder.
+    The card of an adapter says what the adapter changes if --explained is given, or if the folder has a change.json.
 
     Examples:
     - `hf-npeff push runs/components user/npeff-distilgpt2`
@@ -57,7 +63,7 @@ def push(
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if explained is not None and not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"--explained is for the card of an adapter, and {folder} holds none")
+        raise ValueError(f"--explained is for the card of an adapter, and {folder} has none")
     where: dict[str, Any] = {"private": private or None, "revision": revision, "create_pr": create_pr}
     where["commit_message"] = message
     contents: dict[str, Any] = {"include_texts": include_texts, **said_on_card(folder)}
@@ -68,7 +74,8 @@ def push(
         return Result({"kind": "adapters", "url": url}, url)
     if components is not None:
         raise ValueError(
-            f"--components chooses among several adapters, and {folder} does not hold several ({INDEX} is missing)"
+            f"--components chooses among several adapters, and {folder} is not a folder of several adapters ({INDEX} "
+            "is missing)"
         )
     if (folder / "decomposition.safetensors").is_file():
         kind, url = "decomposition", read_decomposition(str(folder)).push_to_hub(repo, **where, **contents)
@@ -82,17 +89,17 @@ def push(
 def _push_change(
     folder: Path, repo: str, explained: Path | None, include_texts: bool, where: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """Publish a direction or an adapter: which of them it is, and the address.
+    """Publish a direction or an adapter; return which of the two it is, and its address.
 
     Raises:
-        ValueError: if the folder holds neither.
+        ValueError: if the folder has neither.
     """
     from hf_npeff.sharing.cards import point_card_to
     from hf_npeff.sharing.hub import push_folder
 
     kind = next((name for name, files in _PUBLISHED.items() if (folder / files[0]).is_file()), "")
     if not kind:
-        raise ValueError(f"{folder} holds no decomposition, PEFs, direction or adapter")
+        raise ValueError(f"{folder} has no decomposition, PEFs, direction or adapter")
     with tempfile.TemporaryDirectory() as published:
         for path in filter(Path.is_file, (folder / name for name in _PUBLISHED[kind])):
             shutil.copy(path, published)
@@ -103,21 +110,21 @@ def _push_change(
 
 
 def _report_of(folder: Path, explained: Path | None) -> Path | None:
-    """Where the report on a change lies; None where nothing was explained.
+    """The file of the report on a change; None if there is no report.
 
     Raises:
-        FileNotFoundError: if a folder was named that holds none.
+        FileNotFoundError: if a folder was named that has none.
     """
     from hf_npeff.weights.change_report import REPORT_FILE
 
     if explained is not None and not (explained / REPORT_FILE).is_file():
-        raise FileNotFoundError(f"{explained} holds no {REPORT_FILE}; explain-adapter and diff write one")
+        raise FileNotFoundError(f"{explained} has no {REPORT_FILE}; give a folder that explain-adapter or diff wrote")
     place = folder if explained is None else explained
     return place / REPORT_FILE if (place / REPORT_FILE).is_file() else None
 
 
 def _tell_change(published: Path, folder: Path, report: Path, texts: bool) -> None:
-    """Put what the adapter changes into its card."""
+    """Add a section on what the adapter changes to its card."""
     from hf_npeff.sharing.change_cards import add_change_section, change_section
     from hf_npeff.sharing.files import read_json
     from hf_npeff.weights.change_report import ChangeReport

@@ -1,4 +1,4 @@
-"""The command that writes the page on which components are explored."""
+"""The command that writes the page for exploring components."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Measured:
-    """What is known of components beside the decomposition."""
+    """Results on components that the decomposition does not have."""
 
     alignments: Sequence[TokenAlignment] = ()
     energies: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class _Measured:
     adapters: dict[int, str] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
-        """As arguments of `Decomposition.to_html`."""
+        """The results as arguments of `Decomposition.to_html`."""
         return {name: value for name, value in vars(self).items() if value}
 
 
@@ -43,36 +43,43 @@ def report(
         Path | None,
         typer.Option("--page", "-o", help="The file to write; report.html in the decomposition's folder by default."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over what is there, without asking.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files without asking.")] = False,
     texts: Annotated[bool, typer.Option(help="Put the examples' texts into the page.")] = True,
     layout: Annotated[
-        Literal["tsne", "pca", "none"], typer.Option("--map", help="How the map of examples is made, if at all.")
+        Literal["tsne", "pca", "none"],
+        typer.Option("--map", help="How the map of examples is computed, if it is wanted."),
     ] = "tsne",
     title: Annotated[str | None, typer.Option(help="Title of the page; by default it has the model's name.")] = None,
-    compare: Annotated[str | None, typer.Option(help="Another decomposition, to compare with.")] = None,
-    training: Annotated[Path | None, typer.Option(help="Folder of a training run with an NPEFFCallback.")] = None,
-    perturbation: Annotated[
-        list[Path] | None, typer.Option(help="A folder that perturb wrote, with --all or without. Repeat for several.")
+    compare: Annotated[str | None, typer.Option(help="Another decomposition to compare with.")] = None,
+    training: Annotated[
+        Path | None, typer.Option(help="The output folder of a training run that had an NPEFFCallback.")
     ] = None,
-    pefs: Annotated[str | None, typer.Option(help="The PEFs, with --model and --data, to shade tokens.")] = None,
+    perturbation: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder written by `hf-npeff perturb`, with or without --all. Repeat for several."),
+    ] = None,
+    pefs: Annotated[str | None, typer.Option(help="The PEFs, to shade tokens; give --model and --data too.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's id on the Hub, or its folder.")] = None,
     data: Annotated[str | None, typer.Option(help="The data that was analysed.")] = None,
     modules: Annotated[
-        bool, typer.Option("--modules", help="Lift every component, to see in which modules it lives.")
+        bool, typer.Option("--modules", help="Lift every component, to show how it is spread over the modules.")
     ] = False,
-    top: Annotated[int, typer.Option(help="Top examples of each component to shade.")] = SHADED,
+    top: Annotated[int, typer.Option(help="How many top examples of each component to shade.")] = SHADED,
     batch_size: BatchSize = BATCH_SIZE,
     check_weights: Annotated[
-        bool, typer.Option(help="Refuse PEFs and decompositions of other weights than the model has now.")
+        bool,
+        typer.Option(
+            help="Raise an error if the PEFs or the decomposition were made with other weights than the model has now."
+        ),
     ] = LiftRequest.check_weights,
     space: Annotated[str | None, typer.Option(help="Push a static Space to this repository, user/name.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Push to a private Space only.")] = False,
     include_texts: Annotated[bool, typer.Option("--include-texts", help="Publish the texts in the Space too.")] = False,
 ) -> Result:
-    """Write one self-contained HTML file on which components are explored.
+    """Write one self-contained HTML page for exploring components.
 
-    With `--pefs`, `--model` and `--data` the tokens of top examples are shaded by what they contribute. With `--space`
-    the folder `space` beside the page is written and pushed; texts stay out of it unless they are asked for.
+    With `--pefs`, `--model` and `--data`, the tokens of top examples are shaded by their contribution. With `--space`,
+    a folder `space` is written beside the page and pushed, without texts unless you ask for them.
 
     Examples:
     - `hf-npeff report runs/components`
@@ -99,7 +106,7 @@ def report(
 
 
 def _check_all_or_none(given: Mapping[str, str | None], *, needed: bool) -> None:
-    """Refuse some of the options that a model is run with without the others, or none where they are needed."""
+    """Check that the options for running a model are given together, and that they are given if they are needed."""
     missing = [name for name, value in given.items() if value is None]
     if len(missing) in (1, 2) or (needed and missing):
         raise typer.BadParameter(
@@ -108,7 +115,7 @@ def _check_all_or_none(given: Mapping[str, str | None], *, needed: bool) -> None
 
 
 def _written(page: Path, url: str | None, revision: str | None) -> Result:
-    """What was written: the page and, where there is a `url`, the Space beside it."""
+    """The result: the page and, if there is a `url`, the Space beside it."""
     size, space = page.stat().st_size, None if url is None else str(page.parent / "space")
     shown = f"{page}: {size / 1e6:.1f} MB; open it in a browser" + (
         "" if url is None else f"\n{space}: pushed to {url}"
@@ -118,7 +125,7 @@ def _written(page: Path, url: str | None, revision: str | None) -> Result:
 
 
 def _checked_run(folder: Path, r: int) -> Path:
-    """The folder of a training run, read once, so that what is wrong with it comes out before any work."""
+    """The folder of a training run, after reading it once, so that errors in it show before any work."""
     from hf_npeff.report.training import read_run
 
     read_run(folder, r)
@@ -134,7 +141,7 @@ def _publish(
     texts: bool,
     private: bool,
 ) -> str:
-    """Write the folder of a Space beside the page and push it; adapters on nobody else's disk are not mentioned."""
+    """Write the folder of a Space beside the page and push it, without the adapters, which are only on this disk."""
     from hf_npeff.report.page import push_space, write_space
     from hf_npeff.sharing.hub import is_hub_id
 
@@ -148,7 +155,7 @@ def _publish(
 
 
 def _may_write(page: Path, space: str | None, force: bool) -> bool:
-    """Whether to write over what is there, the page or the folder of the Space; a person is asked.
+    """Ask whether to overwrite an existing page or folder of the Space; true if there is one and the answer is yes.
 
     Raises:
         FileExistsError: if nobody can be asked, or the answer is no.
@@ -162,14 +169,14 @@ def _may_write(page: Path, space: str | None, force: bool) -> bool:
     paths = [page, *([page.parent / "space" / "index.html"] if space is not None else [])]
     taken = [path for path in paths if path.is_file()]
     if taken and not force and sys.stdin.isatty() and sys.stderr.isatty():
-        force = typer.confirm(f"{taken[0]} exists. Write over it?", err=True)
+        force = typer.confirm(f"{taken[0]} exists. Overwrite it?", err=True)
     for path in paths:
         check_free(path, force)
     return force
 
 
 def _of_perturbations(folders: Sequence[Path]) -> _Measured:
-    """What `perturb` wrote: reports, where directions live, and where adapters are.
+    """The results of `perturb`: reports, the energies of directions by module, and the adapters' places.
 
     Raises:
         OSError: if a folder was not written by `perturb`.
@@ -182,7 +189,7 @@ def _of_perturbations(folders: Sequence[Path]) -> _Measured:
     measured = _Measured()
     for folder in folders:
         if not (folder / "report.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no report.json; give a folder that `hf-npeff perturb` wrote")
+            raise FileNotFoundError(f"{folder} has no report.json; give a folder that `hf-npeff perturb` wrote")
         content = read_json(folder / "report.json", None)
         several: Any = content.get("components")  # perturb --all
         for each in several if isinstance(several, list) else [content]:
@@ -210,7 +217,7 @@ def _measure(
     top: int,
     request: dict[str, Any],
 ) -> str | None:
-    """Run the model over top examples, and lift components where their modules are wanted; the model's revision."""
+    """Run the model on top examples, and lift components if asked to; return the model's revision."""
     from hf_npeff.pefs.store import PEFs
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)

@@ -1,4 +1,4 @@
-"""Commands that run a study: every one writes result.json, table.md and figure.svg."""
+"""Commands that run a study. Each writes result.json, table.md and figure.svg."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _attributes(dataset: Any, names: list[str], min_count: int) -> Attributes:
 
 
 def study(function: Callable[..., Result]) -> Callable[..., None]:
-    """A command that needs the libraries of the extra `eval`: without them it stops before anything is computed."""
+    """Make a command that needs the libraries of the extra `eval`; without them it stops at once."""
 
     @functools.wraps(function)
     def checked(**settings: Any) -> Result:
@@ -106,7 +106,7 @@ def selectivity(
     switching: SelectivityConfig,
     output: Output = Path("runs/selectivity"),
 ) -> Result:
-    """Whose features, when they are switched, move an attribute's examples and no others?
+    """Which method's features, when switched off, move an attribute's examples and no others?
 
     Example: `hf-npeff study selectivity runs/model rows.jsonl --attributes intent -o runs/selectivity`
     """
@@ -125,11 +125,11 @@ def selectivity(
 @study
 def planted(
     config_: PlantedConfig,
-    seeds: Annotated[int, typer.Option(help="Tasks with the seeds 0, 1, …")] = 5,
+    seeds: Annotated[int, typer.Option(help="How many tasks to make, with the seeds 0, 1, …")] = 5,
     found_at: Annotated[float, typer.Option(help="The AUROC from which a cue counts as found.")] = 0.9,
     output: Output = Path("runs/planted"),
 ) -> Result:
-    """Which planted cues do NPEFF and the baselines find, in a model trained on labels that known cues make?
+    """Which planted cues do NPEFF and the baselines find, in a model whose training labels depend on known cues?
 
     Example: `hf-npeff study planted --seeds 1 -o runs/planted`
     """
@@ -147,10 +147,10 @@ def fair(
     reading: DataOptions,
     fisher: FisherConfig,
     measured: FairConfig,
-    position: Annotated[str, typer.Option(help="Where hidden states are read: first or last.")] = "last",
+    position: Annotated[str, typer.Option(help="The token at which hidden states are read: first or last.")] = "last",
     output: Output = Path("runs/fair"),
 ) -> Result:
-    """What does every method find, read both ways and at every layer, beside its controls?
+    """What does every method find, at every layer and with both ways to read it, compared with controls?
 
     Example: `hf-npeff study fair runs/model rows.jsonl --attributes intent --position first -o runs/fair`
     """
@@ -166,9 +166,9 @@ def fair(
 
 @study
 def mechanisms(toys_: MechanismsConfig, output: Output = Path("runs/mechanisms")) -> Result:
-    """Do components point where toy models of superposition are known to keep what they do?
+    """Do components find the known mechanisms of toy models of superposition?
 
-    Finished toys are kept in the folder's `parts`; a run that was interrupted goes on there.
+    Finished toy models are kept in the folder's `parts`; an interrupted run continues there.
 
     Example: `hf-npeff study mechanisms --seeds 2 -o runs/mechanisms`
     """
@@ -179,9 +179,9 @@ def mechanisms(toys_: MechanismsConfig, output: Output = Path("runs/mechanisms")
 
 @study
 def minimal_pairs(paired: MinimalPairsConfig, output: Output = Path("runs/minimal_pairs")) -> Result:
-    """Where one factor of an example changes, does the one feature move that is for it, and no other?
+    """When one factor of an example changes, does only the feature that stands for it move?
 
-    Finished seeds are kept in the folder's `parts`; a run that was interrupted goes on there.
+    Finished seeds are kept in the folder's `parts`; an interrupted run continues there.
 
     Example: `hf-npeff study minimal_pairs --data home_assistant --seeds 1 -o runs/minimal_pairs`
     """
@@ -193,15 +193,21 @@ def minimal_pairs(paired: MinimalPairsConfig, output: Output = Path("runs/minima
 
 @command
 def ratings(
-    folder: Annotated[Path, typer.Argument(help="Folder of an exported rating study, or the one to write.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of an exported rating study, or the folder to write.")],
     rated: RatingsConfig,
     export: Annotated[
         list[str] | None,
-        typer.Option(help="What is rated: a decomposition, or what `study factors` left. Repeat for several."),
+        typer.Option(
+            help="The methods to rate: a decomposition, or a folder that `study factors` wrote. Repeat for several."
+        ),
     ] = None,
-    answers: Annotated[list[str] | None, typer.Option(help="A rater's file. Repeat for several.")] = None,
-    rater: Annotated[str | None, typer.Option(help="A chat model that rates too: an id, or a folder.")] = None,
-    remote: Annotated[bool, typer.Option(help="Ask the rater through the Hub's inference providers.")] = False,
+    answers: Annotated[
+        list[str] | None, typer.Option(help="The file with a rater's answers. Repeat for several.")
+    ] = None,
+    rater: Annotated[
+        str | None, typer.Option(help="A chat model as an additional rater: its id on the Hub, or its folder.")
+    ] = None,
+    remote: Annotated[bool, typer.Option(help="Run the chat model through the Hub's inference providers.")] = False,
     output: Output = Path("runs/ratings"),
 ) -> Result:
     """Can people, or a language model, tell a component's examples from others?
@@ -238,13 +244,15 @@ def _rating_study(names: list[str], rated: RatingsConfig) -> Any:
     for name in names[1:]:
         further, others = _read_methods(name)
         if others != texts:
-            raise ValueError(f"{name} is of other examples than {names[0]}: methods are rated on the same ones")
+            raise ValueError(
+                f"{name} is of other examples than {names[0]}; all methods have to be rated on the same examples"
+            )
         methods += further
     return RatingStudy.make(methods, texts, rated)
 
 
 def _read_methods(name: str) -> tuple[list[Any], list[str]]:
-    """The methods that `study factors` left in a folder, or a decomposition as one, with the texts of the examples."""
+    """The methods in a folder that `study factors` wrote, or a decomposition as a method, with the examples' texts."""
     from hf_npeff.baselines.method import MethodResult, load_methods
     from hf_npeff.commands.inputs import read_decomposition
 
@@ -253,7 +261,7 @@ def _read_methods(name: str) -> tuple[list[Any], list[str]]:
     decomposition = read_decomposition(name)
     texts = decomposition.texts
     if texts is None:
-        raise ValueError(f"{name} keeps no texts: raters need them")
+        raise ValueError(f"{name} has no texts, which raters need")
     return [MethodResult.of_decomposition(decomposition, name=name)], texts
 
 
@@ -274,10 +282,12 @@ def in_context(
     loading: ModelOptions,
     fisher: FisherConfig,
     asked: InContextConfig,
-    model: Annotated[str | None, typer.Option(help="Id or folder; SmolLM2-135M-Instruct by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model's id or folder; SmolLM2-135M-Instruct by default.")
+    ] = None,
     output: Output = Path("runs/in_context"),
 ) -> Result:
-    """Which components appear as a language model is given more demonstrations?
+    """Which components appear when a language model is given more demonstrations?
 
     Example: `hf-npeff study in_context --queries 5 --rank 4 -o runs/in_context`
     """
@@ -308,14 +318,16 @@ def ablations(
     reading: DataOptions,
     fisher: FisherConfig,
     measured: FactorsConfig,
-    grid: Annotated[Path | None, typer.Option(help="A grid file; the one that comes along by default.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="A file with the grid of settings; hf_npeff's own by default.")
+    ] = None,
     attributes: Annotated[
         list[str] | None, typer.Option(help="A column of annotations. Repeat the option for several.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples of a forward pass.")] = 16,
     output: Output = Path("runs/ablations"),
 ) -> Result:
-    """What does every setting cost, and what does it do?
+    """What does each setting cost, and what does it gain?
 
     Example: `hf-npeff study ablations runs/model rows.jsonl --grid grid.yaml --attributes intent -o runs/ablations`
     """
@@ -340,8 +352,10 @@ def tasks(
     fisher: FisherConfig,
     comparison: ComparisonConfig,
     measured: FactorsConfig,
-    data: Annotated[str | None, typer.Option(help="Rows in the task's schema; the data set by default.")] = None,
-    max_examples: Annotated[int, typer.Option(help="The first ones that can be used.")] = 500,
+    data: Annotated[
+        str | None, typer.Option(help="A file with rows in the task's format; the task's own data set by default.")
+    ] = None,
+    max_examples: Annotated[int, typer.Option(help="How many examples to use: the first ones that fit.")] = 500,
     output: Output = Path("runs/tasks"),
 ) -> Result:
     """Analyse a causal language model on TriviaQA, CLINC150, Yahoo Answers Topics, SNLI or SST-2.

@@ -1,7 +1,8 @@
-"""Settings of an analysis: frozen dataclasses, the only place in which a default stands.
+"""Settings of an analysis: frozen dataclasses, the only place that defines defaults.
 
-Those of what is kept, `FisherConfig` and `DecompositionConfig`, round-trip through JSON. Those of one call, `…Request`,
-are the arguments of a method of the analyzer. Methods and commands read their defaults here (tests/test_defaults.py).
+`FisherConfig` and `DecompositionConfig` are saved with their results and round-trip through JSON. The `…Request`
+classes hold the arguments of one method of the analyzer. Methods and commands read their defaults here
+(tests/test_defaults.py).
 """
 
 from hf_npeff.config.checks import check_choice, check_integer, check_positive, check_ridge, check_scale, is_count

@@ -1,4 +1,4 @@
-"""Checks of single settings: each refuses with what was expected and what came."""
+"""Checks of single settings. The errors say what was expected and what came."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 
 def check_ridge(ridge: Any) -> None:
-    """Refuse what is no ridge.
+    """Check the ridge.
 
     Raises:
         ValueError: if it is neither "auto" nor a positive number.
@@ -25,10 +25,10 @@ def is_count(value: object) -> bool:
 
 
 def check_scale(scale: float) -> float:
-    """A step's length and sign.
+    """Check the scale of a step, its length and sign.
 
     Raises:
-        ValueError: if it is 0, or no finite number.
+        ValueError: if it is 0 or not finite.
     """
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < math.inf or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, but it is {scale!r}")
@@ -36,7 +36,7 @@ def check_scale(scale: float) -> float:
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse what is none of the choices (a Literal).
+    """Check that a value is one of the choices, a Literal.
 
     Raises:
         ValueError: if it is not.
@@ -46,7 +46,7 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Check that a value is a whole number of at least `least`.
 
     Raises:
         ValueError: if it is not.
@@ -56,7 +56,7 @@ def check_integer(name: str, value: object, least: int) -> None:
 
 
 def check_positive(name: str, value: object) -> None:
-    """Refuse what is no positive, finite number.
+    """Check that a value is a positive, finite number.
 
     Raises:
         ValueError: if it is not.

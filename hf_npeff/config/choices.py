@@ -1,4 +1,4 @@
-"""What settings may be: words of one meaning each, and the defaults that several settings share."""
+"""The words that settings may be, and the defaults that several settings share."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ GRAM_LIMIT = 8000
 """Rows n·c up to which a fit writes them in Gram space. Chosen: their Gram matrix has 0.5 GB there, in float64."""
 
 NO_OPTION: dict[str, Any] = {"option": False}
-"""Metadata of a field that is no option of its own on the command line, which has another way to it."""
+"""Metadata of a field without an option on the command line, where it is set in another way."""

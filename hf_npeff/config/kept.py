@@ -1,4 +1,4 @@
-"""Settings of what is kept, which round-trip through JSON: of PEFs and of a decomposition."""
+"""The settings that are saved with PEFs and with a decomposition; they round-trip through JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Config = TypeVar("_Config", bound="_JsonConfig")
 
 
 class _JsonConfig:
-    """What both configs share: plain dictionaries out, checked dictionaries in."""
+    """Base of both configs: conversion to plain dictionaries, and from checked ones."""
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON types."""
@@ -42,7 +42,7 @@ class _JsonConfig:
         """The config with these settings.
 
         Raises:
-            FormatVersionError: if a setting is unknown or missing, so written by another version.
+            FormatVersionError: if a setting is unknown or missing, because another version wrote it.
         """
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if not isinstance(values, dict) or set(values) != known:
@@ -59,28 +59,30 @@ class FisherConfig(_JsonConfig):
     """How per-example Fishers are computed.
 
     Attributes:
-        rank: rows kept per example, c (`exact` with one output term keeps all of its own).
-        output_factor: which rows stand for the output distribution. "auto" is "exact" where that takes at most `rank`
-            rows, else "spectral", the near-optimal ones; "projection" and "sampling" are unbiased random ones.
-        spectral_metric: in what the "spectral" rows of a language model are the best ones: the metric of its last
-            "hidden" state, which is free, or that of the "parameters", measured by h backward passes over four texts.
-            "auto" measures it for causal language models of h ≤ 256; ask for it where n is large beside h. Of an
-            embedding, whose own directions count alike, it is always measured unless "hidden" is asked for.
-        positions: where a sequence model's prediction is taken: "last" (the next token after the prompt), "labels"
-            (wherever a label is given), "all"; "auto" is the task's own: "last" for causal and seq2seq LMs, the mask
-            tokens for masked LMs, every token for token classification.
-        target_modules: the linear maps under analysis, with PEFT's meaning: "all-linear" (all but a language model's
+        rank: how many rows (gradients) are kept for each example, c. With `output_factor="exact"` and a single
+            prediction, all rows are kept.
+        output_factor: which output directions the rows are the gradients of. "exact" keeps the whole Fisher, "spectral"
+            the best approximation of it; "projection" and "sampling" are random and unbiased. "auto" is "exact" if that
+            takes at most `rank` rows, otherwise "spectral".
+        spectral_metric: the metric in which the "spectral" rows are the best approximation: that of the last "hidden"
+            state, which costs nothing, or that of the "parameters", which takes h backward passes over four texts.
+            "auto" uses "parameters" for causal language models with h ≤ 256 and for embedding models, otherwise
+            "hidden". Ask for "parameters" if there are many more examples than h, the size of the hidden state.
+        positions: the positions at which a sequence model's predictions are analysed: "last" (the next token after the
+            prompt), "labels" (every position that has a label) or "all". "auto" depends on the task: "last" for causal
+            and seq2seq LMs, the mask tokens for masked LMs, every token for token classification.
+        target_modules: the linear maps to analyse, with PEFT's meaning: "all-linear" (all except a language model's
             output embedding), a regular expression for the whole name, or a list of names or name endings.
-        exclude_modules: left out of those, a regular expression or a list.
-        parameters: further parameters (biases, norms, embeddings): a regular expression for the whole
-            name, or a list of names. They are analysed by `torch.autograd`, at a higher cost.
-        sketch: how the p numbers of a row become d. "auto" takes the cheapest that meets `sketch_tolerance` on the
-            first examples; "identity" keeps all p.
-        sketch_dim: for "kronecker" the side of a module's block, otherwise d. None: chosen by "auto", else 16
-            (kronecker) or 16,384.
-        sketch_tolerance: relative error of the inner products of PEFs that "auto" must meet; above it there is a
+        exclude_modules: modules to leave out of `target_modules`, as a regular expression or a list.
+        parameters: further parameters to analyse (biases, norms, embeddings), as a regular expression for the whole
+            name or a list of names. They are analysed by `torch.autograd`, at a higher cost.
+        sketch: the random projection that shortens a row from p to d numbers. "auto" chooses the cheapest one that
+            meets `sketch_tolerance` on the first examples; "identity" keeps all p.
+        sketch_dim: the side of a module's block for "kronecker", otherwise d. By default "auto" chooses it; other
+            sketches use 16 (kronecker) or 16,384.
+        sketch_tolerance: relative error of the inner products of PEFs that "auto" has to meet; above it there is a
             warning.
-        storage_limit: the most numbers that "auto" may store of a row.
+        storage_limit: the most numbers of a row that "auto" may store.
         seed: seed of the sketch and of random output factors.
         storage_dtype: number type of the rows on disk and in memory.
 
@@ -128,7 +130,7 @@ class FisherConfig(_JsonConfig):
         if self.sketch_dim is not None and self.sketch in ("auto", "identity"):
             raise ValueError(
                 f"sketch_dim={self.sketch_dim} goes with sketch='kronecker', 'countsketch' or 'two-stage'; "
-                f"{self.sketch!r} finds its own (storage_limit is the most numbers a row that 'auto' may take)"
+                f"{self.sketch!r} chooses it itself (storage_limit is the most numbers of a row that 'auto' may store)"
             )
         check_choice("storage_dtype", self.storage_dtype, StorageDtype)
 
@@ -141,17 +143,18 @@ class DecompositionConfig(_JsonConfig):
         n_components: the number of components, r.
         solver: "block_power" (no learning rate, the loss never rises) or "reference" (the paper's gradient steps).
         max_iterations: the most iterations of one start.
-        tolerance: least improvement of the loss by an iteration, as a share of it; a start ends below that.
+        tolerance: a start ends when an iteration improves the loss by less than this share of it.
         balance: "module" divides every module's block of the rows by the square root of its PEF's mean norm before the
-            decomposition, so that modules weigh alike; "none" does not.
-        power: γ in (0, 1]. PEFs are replaced by their matrix powers F^γ at unit norm: 1 is the paper's, less
-            keeps an example's leading row from drowning the others, of which examples share more.
-        n_restarts: independent starts, of which the best is kept; the others tell how stable its components are.
+            decomposition, so that all modules have equal weight; "none" leaves the rows as they are.
+        power: γ in (0, 1]. PEFs are replaced by their matrix powers F^γ at unit norm. 1 is the paper's method; less
+            weakens each example's strongest row, so that the others, which examples share more, count for more.
+        n_restarts: how many independent starts are made. The best is kept; the others show how stable its components
+            are.
         learning_rate: η of the reference solver; block_power has none.
-        memory_budget: bytes of PEF rows held at once; more are read in chunks from the store. None: all in memory.
+        memory_budget: bytes of PEF rows held in memory at once; if there are more, they are read in chunks from the
+            store. By default all are held in memory.
         precision: the number type of block_power's two products with the rows: "float32"; "tf32", on a CUDA device;
-            "bfloat16", which also halves the memory of the rows. The final coefficients and loss are always of float32
-            products.
+            "bfloat16", which also halves the memory of the rows. The final coefficients and loss always use float32.
         seed: seed of the starts.
 
     Raises:
@@ -192,4 +195,4 @@ class DecompositionConfig(_JsonConfig):
         check_choice("balance", self.balance, Balance)
         check_choice("precision", self.precision, Precision)
         if self.solver == "reference" and self.precision != "float32":
-            raise ValueError(f"the reference solver works in float32; precision={self.precision!r} is block_power's")
+            raise ValueError(f"the reference solver works in float32; precision={self.precision!r} is for block_power")

@@ -1,4 +1,4 @@
-"""Settings of one call that measures: what a weight change does, what examples have in common."""
+"""Settings of calls that measure: what a weight change does, what examples have in common."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class PerturbationRequest:
     These are arguments of `NPEFFAnalyzer.evaluate_direction`.
 
     Attributes:
-        target_kl: mean KL on the top examples, in nats, that each sign's step is to reach.
-        scale: the step itself, instead of one that reaches `target_kl`.
-        n_top: top examples to measure.
-        n_others: others to measure, drawn from the examples on which the component is not active.
-        batch_size: examples of a forward pass.
-        seed: seed of the drawing of others, the random direction, the search and the bootstrap.
-        search_rounds: rounds of a search for inputs that the best step moves although they are not the component's:
-            the most moved of the others, with other tokens in them. 0 searches for none.
+        target_kl: the mean KL on the component's top examples, in nats, that the step has to reach, for each sign.
+        scale: use this step instead of searching for one that reaches `target_kl`.
+        n_top: how many of the component's top examples to measure.
+        n_others: how many other examples to measure, drawn from those on which the component is not active.
+        batch_size: how many examples a forward pass takes.
+        seed: seed for drawing the other examples, the random direction, the search and the bootstrap.
+        search_rounds: rounds of a search for inputs that the step moves although they are not the component's. The
+            search starts from the most moved of the others and replaces tokens in them. 0 makes no search.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -56,16 +56,16 @@ class MeasureRequest:
     These are arguments of `NPEFFAnalyzer.measure`.
 
     Attributes:
-        scales: steps along the change; 1 for an adapter or an edit as it is.
-        ranks: what every weight's change is cut to; None is the change as it is.
-        by: a column whose values make groups, beside that of all examples.
-        both_signs: measure every scale backwards too.
-        random: measure a random change of equal norm at every size.
-        quantise: grids of 8 and 4 bits, "int8", "Q8_0", "Q4_0" and "nf4", to which the base model is rounded: the
-            change is then measured as an adapter beside it, and merged into it before it is rounded.
+        scales: steps along the change; 1 applies an adapter or an edit as it is.
+        ranks: ranks to which every weight's change is truncated; None leaves the change as it is.
+        by: a column; examples with the same value in it are measured as a group, beside all examples.
+        both_signs: measure the opposite sign of every scale too.
+        random: measure a random change of equal norm at every scale too.
+        quantise: number formats of 8 and 4 bits, "int8", "Q8_0", "Q4_0" and "nf4", to which the base model is rounded.
+            The change is then measured as an adapter beside the rounded model, and merged into it before rounding.
         worst: how many of the most changed examples of every group are named.
-        batch_size: examples of a forward pass.
-        seed: seed of the random change and of the bootstrap.
+        batch_size: how many examples a forward pass takes.
+        seed: seed for the random change and the bootstrap.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -98,24 +98,24 @@ class MeasureRequest:
 
     @property
     def steps(self) -> list[float]:
-        """The scales, with the opposite signs where those are asked for; each once, in order."""
+        """The scales, with the opposite signs if they are asked for; each once, in order."""
         signed = [s for scale in self.scales for s in ((scale, -scale) if self.both_signs else (scale,))]
         return list(dict.fromkeys(map(float, signed)))
 
 
 @dataclass(frozen=True)
 class OffTargetRequest:
-    """How inputs are looked for that a change moves although it was not meant for them.
+    """How to search for inputs that a change moves although it was not meant for them.
 
     These are arguments of `NPEFFAnalyzer.off_target`.
 
     Attributes:
-        scale: the step along the change; 1 for an adapter or an edit as it is.
+        scale: the step along the change; 1 applies an adapter or an edit as it is.
         worst: how many of the most moved inputs of the pool are named.
-        rounds: rounds of the search for worse inputs by other tokens; 0 measures the pool alone.
-        starts: inputs of the pool that the search begins with, the most moved ones.
-        candidates: inputs that are tried in a round, for each that it began with.
-        batch_size: examples of a forward pass.
+        rounds: rounds of the search for worse inputs, which replaces tokens; 0 only measures the pool.
+        starts: how many inputs of the pool the search starts from, the most moved ones.
+        candidates: how many inputs a round tries for each of these.
+        batch_size: how many examples a forward pass takes.
         seed: seed of the search.
 
     Raises:
@@ -139,16 +139,16 @@ class OffTargetRequest:
 
 @dataclass(frozen=True)
 class AssociationRequest:
-    """How associations are looked for.
+    """How to search for associations.
 
     These are arguments of `Decomposition.associations`.
 
     Attributes:
-        top: associations of a component that are kept, the most certain ones.
-        level: corrected p-value up to which an association counts.
+        top: how many associations of each component are kept, the most certain ones.
+        level: the largest corrected p-value at which an association counts.
         shuffles: how often the examples are shuffled; the smallest corrected p-value is 1 / (shuffles + 1).
-        max_examples: if there are more examples, so many are drawn at random.
-        seed: the seed of the shuffles and the drawing.
+        max_examples: if there are more examples than this, a random sample of this size is used.
+        seed: seed for the shuffles and the sample.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -179,16 +179,17 @@ class ChangeRequest:
     These are arguments of `NPEFFAnalyzer.explain_change`.
 
     Attributes:
-        steps: parts of the change at which the way from before to after is measured; 1 is always among them.
-        by: a column whose values make groups of the curve.
-        take_out: components that are taken out of the change one at a time, the most changed ones.
+        steps: which parts of the change are measured on the way from before to after, such as 0.5; 1 is always added.
+        by: a column; the curve has a line for the examples with each of its values.
+        take_out: how many components are taken out of the change, one at a time; the most changed ones.
         growth: whether PEFs are computed after the change, to see which components grew, shrank, appeared or vanished.
-        n_new: components that are added for what the others do not explain after the change; needs `growth`.
+        n_new: how many components are added for what the others do not explain after the change; needs `growth`.
         examples: how many examples are listed as most changed, and as changed and unexplained.
-        draws: random changes that a component's KL is compared with.
-        batch_size: examples of a forward pass.
-        seed: seed of the random changes and the bootstrap.
-        check_weights: refuse a decomposition, PEFs or a change of other weights than the model has now.
+        draws: how many random changes a component's KL is compared with.
+        batch_size: how many examples a forward pass takes.
+        seed: seed for the random changes and the bootstrap.
+        check_weights: raise an error if the decomposition, the PEFs or the change were made with other weights than the
+            model has now.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -213,5 +214,5 @@ class ChangeRequest:
 
     @property
     def scales(self) -> list[float]:
-        """The steps in order, each once, with 1."""
+        """The steps in ascending order, each once, with 1 among them."""
         return sorted({*map(float, self.steps), 1.0})

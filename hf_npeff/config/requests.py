@@ -1,4 +1,4 @@
-"""Settings of one call that computes: PEFs, lifting, edits."""
+"""Settings of calls that compute: PEFs, lifting, edits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hf_npeff.config.choices import BATCH_SIZE, NO_OPTION, LiftForm, LiftMethod,
 
 @dataclass(frozen=True)
 class ComputeRequest:
-    """How the data set is gone through.
+    """How the PEFs of a data set are computed.
 
     These are arguments of `NPEFFAnalyzer.compute_pefs`.
 
     Attributes:
-        output_dir: where shards are written as they are ready; None keeps everything in memory.
-        batch_size: examples of a batch, or "auto" to halve it when memory runs out.
-        shard_size: examples of a shard, which is a file.
-        on_error: what happens to an example for which the model gives NaN or infinite numbers: "raise" stops there,
-            "skip" leaves it out.
-        check_weights: refuse to go on with PEFs of other weights than the model has now.
+        output_dir: the folder to which results are written as they are ready; None keeps everything in memory.
+        batch_size: how many examples a batch has; "auto" halves it when memory runs out.
+        shard_size: how many examples a shard has; every shard is a file.
+        on_error: what happens to an example for which the model gives NaN or infinite numbers: "raise" stops,
+            "skip" leaves the example out.
+        check_weights: raise an error if the folder has PEFs that were made with other weights than the model has now.
         progress: show a progress bar.
 
     Raises:
@@ -46,16 +46,16 @@ class ComputeRequest:
 
     @property
     def skip(self) -> bool:
-        """Whether examples for which the model gives NaN are left out."""
+        """Whether to leave out examples for which the model gives NaN."""
         return self.on_error == "skip"
 
     def check_in_step(self) -> None:
-        """Refuse what lets one process do more passes than another: those of a sharded model do each one together.
+        """Check the settings for a sharded model, of which all processes have to make the same number of passes.
 
         Raises:
-            ValueError: if there is any of it.
+            ValueError: if a setting lets one process make more passes than another.
         """
-        apart = "would let the processes of a sharded model fall out of step"
+        apart = "would let one process of a sharded model make more passes than the others"
         if self.skip:
             raise ValueError(f"on_error='skip' {apart}; use on_error='raise'")
         if self.batch_size == "auto":
@@ -71,22 +71,25 @@ class LiftRequest:
     Attributes:
         method: "exact" (one backward pass with the stored cotangents), "adjoint" (Pᵀg, noisy) or "compressed_sensing"
             (the sparse direction whose sketch is g).
-        top_examples: lift from this many examples with the largest coefficients only; for the exact method.
-        form: form of a balanced decomposition's directions: "plain", the combination of unscaled rows, or "metric",
-            that times D², steepest in the balanced metric and the more selective by measurement; "auto" takes it.
-        semi_orthogonal: first take out of g its projection on the components nearly orthogonal to it.
-        solver: solver of compressed sensing: iterative hard thresholding ("iht") or "fista".
-        batch_size: examples of a forward pass.
-        check_weights: refuse PEFs and decompositions of other weights than the model has now.
-        selective: take the direction (O + λI)⁻¹ g, which moves the component most for what it does to the examples on
-            which it is not active; O is the mean of their PEFs, of raw norms. None does so where examples are left
-            alone, and nothing else that is asked for rules it out (adjoint or compressed sensing, top_examples,
-            semi_orthogonal); False gives the component's own direction.
-        ridge: λ of a selective direction as a share of the largest eigenvalue of O; "auto" cross-validates it over the
-            examples, in the sketch.
-        keep: PEFs of other data, of the same sketch and weights, that a selective direction leaves alone too.
-        memory_budget: bytes that may be used to solve for a selective direction; with less than the span of all rows
-            needs, its leading part is used. None sets no bound.
+        top_examples: lift from only this many examples, those with the largest coefficients; for the exact method.
+        form: how a component of a balanced decomposition is read: "plain", the combination of unscaled rows, or
+            "metric", that times D², which is steepest in the balanced metric and was more selective when measured.
+            "auto" is "metric".
+        semi_orthogonal: first subtract from g its projection on the components that are nearly orthogonal to it.
+        solver: the solver for compressed sensing: iterative hard thresholding ("iht") or "fista".
+        batch_size: how many examples a forward pass takes.
+        check_weights: raise an error if the PEFs or the decomposition were made with other weights than the model has
+            now.
+        selective: use the direction (O + λI)⁻¹ g, which has the largest effect on the component's examples for a given
+            effect on the examples on which the component is not active; O is the mean of the latter's PEFs, with raw
+            norms. False uses the component's own direction. None is selective if there are examples to leave alone and
+            no other setting rules it out (adjoint, compressed sensing, top_examples, semi_orthogonal).
+        ridge: λ of a selective direction, as a share of the largest eigenvalue of O; "auto" chooses it by
+            cross-validation over the examples, in the sketch.
+        keep: PEFs of other data that a selective direction should leave alone too; they need the same sketch and
+            weights.
+        memory_budget: bytes that may be used to solve for a selective direction. If the span of all rows needs more,
+            only its leading part is used. None sets no limit.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -111,7 +114,7 @@ class LiftRequest:
         if self.top_examples is not None and self.top_examples < 1:
             raise ValueError(f"top_examples must be at least 1, but it is {self.top_examples}")
         if self.top_examples is not None and self.method != "exact":
-            raise ValueError("top_examples goes with method='exact' only: the other methods read no example")
+            raise ValueError("top_examples is for method='exact' only; the other methods do not read examples")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but it is {self.batch_size}")
         check_ridge(self.ridge)
@@ -119,14 +122,14 @@ class LiftRequest:
             raise ValueError(f"memory_budget must be at least 1 byte, but it is {self.memory_budget}")
         if self.selective and (self.method != "exact" or self.top_examples is not None):
             raise ValueError(
-                "selective=True combines the rows of all examples: it goes with method='exact' and without top_examples"
+                "selective=True combines the rows of all examples; use it with method='exact' and without top_examples"
             )
         if not self.may_be_selective and (self.ridge != "auto" or self.keep is not None):
             raise ValueError("ridge and keep are for selective directions: use them with selective=True")
 
     @property
     def may_be_selective(self) -> bool:
-        """Whether selective directions are asked for, or left open (None) and nothing else rules them out."""
+        """Whether selective directions are asked for, or are left open (None) and no other setting rules them out."""
         plain = self.method != "exact" or self.top_examples is not None or self.semi_orthogonal
         return bool(self.selective) or (self.selective is None and not plain)
 
@@ -138,26 +141,28 @@ class EditRequest:
     These are arguments of `NPEFFAnalyzer.edit`.
 
     Attributes:
-        change: {example id: nats by which the log-odds of its outcome are to change}, or, of a regression, by how much
-            the predicted number is; all other examples are to stay as they are.
-        remove: column whose influence is to be taken out, instead: the mean log-odds of the examples with each of its
-            values move to the mean of all, which stays.
-        given: column within each value of which `remove` compares examples; None compares all.
-        towards: where the log-odds move to. "mean": to the mean of all. "highest": the examples of the value with the
-            highest mean log-odds stay, and those of the others get their log-odds, rank by rank. With the label as the
-            outcome that is the value with which the model is right, so that what it does there is what it is to do
-            everywhere.
-        outcome: whose log-odds: the number of a class, label, token or output; the name of a class; a text of one
-            token; or a column that holds one for every example. None where there is one only, or two classes.
-        keep: PEFs of other data, of the same sketch and weights, that are to be left alone too.
-        ridge: size of the change against what it misses, as a share of the largest eigenvalue of the rows' Gram matrix;
-            "auto" takes the one of the least error on examples that are held out, in the sketch.
-        iterations: how often to solve: again with rows computed at the new weights, for what is still missing. `keep`
-            stays as it was computed.
-        memory_budget: bytes that may be used to solve; with less than the span of all rows needs, its leading part is
-            used. None sets no bound.
-        batch_size: examples of a forward pass.
-        check_weights: refuse PEFs of other weights than the model has now.
+        change: {example id: nats by which the log-odds of its outcome should change}. For a regression, the amount by
+            which the predicted number should change. All other examples should stay as they are.
+        remove: instead of `change`, a column whose influence is taken out: for each of its values, the mean log-odds of
+            the examples move to the mean of all examples.
+        given: a column; `remove` compares only examples with the same value in it. None compares all examples.
+        towards: the goal of `remove`. "mean" moves to the mean of all examples. "highest" leaves the examples of the
+            value with the highest mean log-odds alone, and moves the others to their log-odds, rank by rank. With the
+            label as the outcome, this is the value for which the model is right most, so the model learns to do the
+            same everywhere.
+        outcome: the outcome whose log-odds change: the number of a class, label, token or output; the name of a class;
+            a text of one token; or a column that has one of these for every example. It may be left out if there is
+            only one outcome, or two classes.
+        keep: PEFs of other data that should be left alone too; they need the same sketch and weights.
+        ridge: regularisation of the change, as a share of the largest eigenvalue of the rows' Gram matrix; more makes
+            the change smaller and less exact. "auto" chooses the value with the least error on held-out examples, in
+            the sketch.
+        iterations: how often to solve. Each further iteration computes the rows at the new weights and solves for what
+            is still missing. The PEFs in `keep` are not computed again.
+        memory_budget: bytes that may be used to solve. If the span of all rows needs more, only its leading part is
+            used. None sets no limit.
+        batch_size: how many examples a forward pass takes.
+        check_weights: raise an error if the PEFs were made with other weights than the model has now.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -185,7 +190,7 @@ class EditRequest:
             )
 
     def check_goal(self) -> None:
-        """Refuse what does not say one thing that is to change.
+        """Check that there is exactly one goal.
 
         Raises:
             ValueError: if not exactly one of `change` and `remove` is given.
@@ -199,15 +204,15 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class SpareRequest:
-    """How a weight change is made to leave what layers give on some inputs as it is.
+    """How to make a weight change that leaves the outputs of layers on some inputs alone.
 
     These are arguments of `NPEFFAnalyzer.spare`.
 
     Attributes:
-        ridge: λ: how much of an input's own second moment is added to what the tokens show of all inputs together.
-        rank: what every weight's change is cut to, losing the least of what counts there; None leaves it whole. One
-            for all of several changes, or one each.
-        batch_size: examples of a forward pass.
+        ridge: λ, the regularisation: λ times the diagonal of the inputs' second moments C = E[xxᵀ] is added to C.
+        rank: the rank to which every weight's change is truncated, where that disturbs the spared inputs least; None
+            does not truncate. For several changes, one rank for all or one for each.
+        batch_size: how many examples a forward pass takes.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -228,7 +233,7 @@ class SpareRequest:
         """The rank of each of several changes.
 
         Raises:
-            ValueError: if there are as many ranks as something else.
+            ValueError: if there is more than one rank, but not one for each change.
         """
         if not isinstance(self.rank, Sequence):
             return [self.rank] * changes

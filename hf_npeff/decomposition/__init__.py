@@ -1,1 +1,1 @@
-"""Factor per-example Fishers into non-negative combinations of rank-1 components."""
+"""Factorise per-example Fishers into non-negative combinations of rank-1 components."""

@@ -1,10 +1,11 @@
-"""What a component's examples have in common: words and columns that they have more often than the others.
+"""What a component's examples have in common: words and column values that they have more often than the others.
 
-A feature is something that an example has or has not: a word, two or three words in a row, how its text begins or ends,
-a value of a column. With m of n examples in a component and K of n with a feature, k of them in both has, were examples
-dealt at random, the hypergeometric tail P(X ≥ k) = Σ_{x≥k} C(K, x) C(n − K, m − x) / C(n, m). Thousands of features are
-tried on every component, so the smallest tail of all of them is compared with the smallest ones of shuffled examples
-(Westfall and Young 1993, single step): the corrected p-value counts the shuffles that reach as low a tail anywhere.
+A feature is something that an example has or does not have: a word, two or three words in a row, the beginning or end
+of its text, a value of a column. If m of n examples belong to a component, K of n have a feature, and k have both, then
+for randomly chosen examples the hypergeometric tail is P(X ≥ k) = Σ_{x≥k} C(K, x) C(n − K, m − x) / C(n, m). Thousands
+of features are tried on every component, so a tail is compared with the smallest tails, over all features and
+components, of shuffled examples (Westfall and Young 1993, single step): the corrected p-value counts the shuffles with
+as low a tail.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hf_npeff.encoding.columns import correctness, described_by
 from hf_npeff.encoding.record import Encoded, shown_columns
 
 _SHOWN = 40
-"""Characters of a feature in a label. Chosen: three of them fit a line."""
+"""The most characters of a feature in a label. Chosen: three features fit into a line."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Association:
 
     Attributes:
         kind: "word", "words" in a row, "begins", "ends" (of a text), or "column".
-        feature: for people: the words, or "column = value".
-        count: the component's examples that have it.
+        feature: the feature in words: the words themselves, or "column = value".
+        count: how many of the component's examples have it.
         share: their share of the component's examples.
         rest: the share of the other examples that have it.
-        log_p: natural logarithm of the hypergeometric tail, of this feature alone.
+        log_p: natural logarithm of the hypergeometric tail probability, for this feature alone.
         corrected: p-value corrected for all features and all components, by shuffled examples.
         same: other features that exactly the same examples have.
     """
@@ -59,10 +60,11 @@ class ComponentAssociations:
 
     Attributes:
         component: its number.
-        examples: how many are counted as its own: those on which it is active, the stronger half where these are most.
-        associations: the most certain first; none where nothing is certain enough.
-        accuracy: share of right predictions on its examples and on the others; None where the columns do not tell.
-        error: mean |prediction − label| on its examples and on the others, of a regression.
+        examples: how many examples count as its own: those on which it is active, or the stronger half of these if it
+            is active on most examples.
+        associations: the associations, the most certain first; empty if none is certain enough.
+        accuracy: share of right predictions on its examples and on the others; None if there are no labels.
+        error: for a regression, mean |prediction − label| on its examples and on the others.
     """
 
     component: int
@@ -76,10 +78,9 @@ class ComponentAssociations:
 
     @property
     def label(self) -> str | None:
-        """A short label made of the first associations, for people to be told that it is automatic; None without any.
+        """A short automatic label made of the first associations; None if there are none.
 
-        Of the first association, and of the next one that is about something else: that fewer than half of its words
-        share.
+        It has the first association, and the next one that shares fewer than half of its words with the first.
         """
         if not self.associations:
             return None
@@ -99,14 +100,14 @@ def _short(association: Association) -> str:
 
 @dataclass(frozen=True)
 class Associations(Sequence[ComponentAssociations]):
-    """What the examples of every component have in common, a `ComponentAssociations` each.
+    """What the examples of every component have in common, with a `ComponentAssociations` for each.
 
     Attributes:
-        components: one each, in order.
-        groups: {feature: the components that are associated with it}, of features that several are associated with.
-        n: examples that were looked at.
+        components: the `ComponentAssociations` of each component, in order.
+        groups: {feature: the components that are associated with it}, for features of several components.
+        n: the number of examples.
         features: how many features were tried.
-        level: corrected p-value up to which an association counts.
+        level: the largest corrected p-value at which an association counts.
         shuffles: how often the examples were shuffled.
 
     Example:
@@ -164,13 +165,13 @@ def associate(
 
     Args:
         coefficients: W (n, r).
-        columns: {name: n values}, those that may be looked at.
-        info: the `info` of the decomposition: its record of what was encoded says which columns are the texts.
-        request: how.
-        texts: whether to look at texts.
+        columns: {name: n values}, the columns to use.
+        info: the `info` of the decomposition, which says which columns are the texts.
+        request: the settings.
+        texts: whether to use texts.
 
     Raises:
-        ValueError: if texts are to be looked at and none were kept, or there is no column at all.
+        ValueError: if `texts` is true and no texts were kept, or there are no columns.
     """
     chosen = _drawn(len(coefficients), request)
     W = coefficients[chosen]
@@ -195,16 +196,16 @@ def in_common(
     info: Mapping[str, Any],
     request: AssociationRequest,
 ) -> list[list[Association]]:
-    """What groups of the examples have in common, each against the others: words where texts were kept, and columns.
+    """What groups of examples have in common, compared with the other examples: words, if texts were kept, and columns.
 
     Args:
         members: (n, m) bool, m groups.
         columns: {name: n values}.
         info: the `info` of the decomposition.
-        request: how; p-values are corrected for all groups together.
+        request: the settings; p-values are corrected for all groups together.
 
     Returns:
-        The associations of every group, the most certain first; none where nothing was kept that could tell.
+        The associations of every group, the most certain first; empty if neither texts nor columns were kept.
     """
     if not described_by(columns):
         return [[] for _ in range(members.shape[1])]
@@ -223,24 +224,24 @@ def _drawn(n: int, request: AssociationRequest) -> list[int]:
 
 
 def _members(W: Tensor) -> Tensor:
-    """(n, r) bool: a component's own examples: where it is active; where that is most of them, the stronger half."""
+    """(n, r) bool: a component's own examples: those on which it is active, or the stronger half if these are most."""
     active = active_examples(W)
     share = W / W.sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     strong = active & (share >= share.median(0).values)
     return torch.where(active.sum(0) * 2 > len(W), strong, active)
 
 
-# How surprising they are
+# Tail probabilities
 
 
 class _Tails(NamedTuple):
-    """How surprising features are in components.
+    """The tail probabilities of features in components.
 
     Attributes:
-        sizes: (M,) examples that have each feature.
-        counts: (M, r) of them in each component.
-        observed: (M, r) log-probabilities of so many or more.
-        corrected: (M, r) p-values, corrected for all that is looked at.
+        sizes: (M,) the number of examples with each feature.
+        counts: (M, r) how many of them are in each component.
+        observed: (M, r) log-probabilities of this count or more.
+        corrected: (M, r) p-values, corrected for all features and components.
     """
 
     sizes: Tensor
@@ -255,9 +256,9 @@ def _associations_of(
     """The associations of every component.
 
     Args:
-        features: M of them.
+        features: the M features.
         members: (n, r) bool.
-        request: how many, and how certain.
+        request: how many associations to keep, and how certain they have to be.
     """
     n, r = members.shape
     if not features:
@@ -287,7 +288,7 @@ def _associations_of(
 
 
 def _tails_of(features: Sequence[Feature], members: Tensor, request: AssociationRequest) -> _Tails:
-    """Tails of the hypergeometric distribution, and what shuffled examples make of the lowest one."""
+    """Tails of the hypergeometric distribution, and the lowest tails of shuffled examples."""
     (n, r), M = members.shape, len(features)
     sizes = torch.tensor([len(f.where) for f in features])
     rows = torch.repeat_interleave(torch.arange(M), sizes)
@@ -321,12 +322,12 @@ def log_tails(n: int, m: int, sizes: Tensor) -> Tensor:
     """Log P(X ≥ k) for k = 0 … of the hypergeometric distribution, a row for every K in `sizes`.
 
     Args:
-        n: examples.
-        m: those that are drawn.
+        n: the number of examples.
+        m: how many are drawn.
         sizes: K, how many of the n have a feature.
 
     Returns:
-        (len(sizes), largest k + 1), float64; −inf where so many cannot be.
+        (len(sizes), largest k + 1), float64; −inf for impossible counts.
     """
     K = sizes.double()[:, None]
     k = torch.arange(min(m, int(sizes.max())) + 1, dtype=torch.float64)[None, :]
@@ -354,7 +355,7 @@ def _groups(components: Sequence[ComponentAssociations]) -> dict[str, list[int]]
 
 
 def _right(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any]) -> Tensor | None:
-    """(n,) 1 where the prediction is right, 0 where it is wrong, NaN where that is not known."""
+    """(n,) 1 for a right prediction, 0 for a wrong one, NaN if it is not known."""
     correct = correctness(columns, info.get("label_names"), info)
     if correct is None or correct.data is None:
         return None
@@ -363,7 +364,7 @@ def _right(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any]) -> Ten
 
 
 def _differences(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any]) -> Tensor | None:
-    """(n,) |prediction − label| of a regression, NaN where one is missing; None where they are no numbers."""
+    """(n,) |prediction − label| of a regression, NaN if one is missing; None if they are not numbers."""
     record = Encoded.of(info)
     name = None if record is None else record.label_column
     predicted, true = columns.get("prediction"), columns.get(name or "label")
@@ -378,7 +379,7 @@ def _differences(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any]) 
 
 
 def _inside_and_out(values: Tensor | None, member: Tensor) -> tuple[float, float] | None:
-    """Means over a component's examples and over the others, where both are known."""
+    """Means over a component's examples and over the others, if both are known."""
     if values is None:
         return None
     known = ~values.isnan()

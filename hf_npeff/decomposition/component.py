@@ -1,4 +1,4 @@
-"""One component of a decomposition, as a person looks at it: its top examples, and how much of the data it is in."""
+"""One component of a decomposition: its top examples, and on how much of the data it is active."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from hf_npeff.sharing.markdown import plain
 from hf_npeff.sharing.protocols import DecompositionLike
 
 ACTIVE_SHARE = 0.05
-"""A component is active on an example when it carries more than this share of its coefficients' sum. Chosen: what
-people read depends on it (on how many examples a component is active, which are the others), no fit does."""
+"""A component is active on an example if its coefficient is more than this share of the sum of the example's
+coefficients.
+Chosen: reports depend on it (on how many examples a component is active, which examples are the others), but no fit
+    does."""
 _REPR_EXAMPLES, _REPR_EXAMPLE = 3, 40
-"""Examples of a repr, and characters of each. Chosen: a line holds them."""
+"""The number of examples in a repr, and the characters of each. Chosen: they fit into a line."""
 
 
 def active_examples(coefficients: Tensor) -> Tensor:
@@ -27,12 +29,12 @@ def active_examples(coefficients: Tensor) -> Tensor:
 def example_lines(
     shown: Sequence[Any], predictions: Sequence[Any] | None, as_text: Callable[[Any], str] = str
 ) -> list[str]:
-    """Examples on a line each, with what the model predicts where that is known.
+    """Examples, each on a line, with the model's prediction if it is known.
 
     Args:
         shown: texts or ids.
-        predictions: the predictions of the model, for people; None where they were not kept.
-        as_text: how a value is written.
+        predictions: the model's predictions in words; None if they were not kept.
+        as_text: value → text.
     """
     lines = [as_text(value) for value in shown]
     known = predictions or [None] * len(lines)
@@ -45,10 +47,10 @@ class TopExamples:
 
     Attributes:
         indices: positions among the analysed examples.
-        coefficients: W of each.
+        coefficients: the coefficient W of each.
         ids: their ids.
-        texts: their text, where a text column was kept, else None.
-        columns: {name: values} of everything kept.
+        texts: their texts if a text column was kept, otherwise None.
+        columns: {name: values} of all kept columns.
     """
 
     indices: list[int]
@@ -61,7 +63,7 @@ class TopExamples:
         return len(self.indices)
 
     def lines(self, as_text: Callable[[Any], str] = str) -> list[str]:
-        """Each on a line, its text or id with the prediction where it was kept."""
+        """The examples, each on a line: its text or id, with the prediction if it was kept."""
         return example_lines(self.texts or self.ids, self.columns.get("prediction"), as_text)
 
     def __repr__(self) -> str:
@@ -95,7 +97,7 @@ class Component:
 
     @property
     def name(self) -> str | None:
-        """What a person called it, or None."""
+        """The name that a person gave it, or None."""
         return self.decomposition.names.get(self.index)
 
     @property
@@ -115,7 +117,7 @@ class Component:
 
     @property
     def stability(self) -> float:
-        """Mean best |cosine| with the components of other restarts of near-equal loss; NaN with one restart."""
+        """Mean of its best |cosine| in the other restarts of nearly equal loss; NaN with a single restart."""
         return float(self.decomposition.stability[self.index])
 
     @property

@@ -1,4 +1,4 @@
-"""What a decomposition found: a Decomposition of Components."""
+"""The result of a decomposition: a `Decomposition` of components."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ class Decomposition(Readable):
     Attributes:
         coefficients: W (n, r), float32, for PEFs of unit norm.
         pseudo_fishers: G (r, d), unit rows (of the balanced problem where `config.balance` is "module").
-        stability: (r,), mean best |cosine| with the other restarts of near-equal loss; NaN with a single restart.
+        stability: (r,), for each component the mean of its best |cosine| in the other restarts of nearly equal loss;
+            NaN with a single restart.
         loss_history: relative loss of the best restart, after its start and after every iteration.
-        config: how it was made.
-        example_ids: n strings.
-        columns: {name: list of n values} kept beside the PEFs.
+        config: the settings of the decomposition.
+        example_ids: the ids of the n examples.
+        columns: {name: list of n values} stored with the PEFs.
         names: {component: name} given by people.
         info: model, commit, sketch and Fisher config of the PEFs.
-        scales: (d,) what balanced rows were multiplied with, or None.
+        scales: (d,) the factors of balanced rows, or None.
         converged: whether the solver stopped before its iteration limit.
         evaluations: {component: measured perturbation}, filled by `NPEFFAnalyzer.evaluate_components`.
         commit: the commit of the Hub repository that it was read from, or None.
@@ -105,22 +106,22 @@ class Decomposition(Readable):
 
     @property
     def fingerprint(self) -> str:
-        """Of the sketch of the PEFs."""
+        """The fingerprint of the PEFs' sketch."""
         return str(self.info["fingerprint"])
 
     @property
     def fisher_config(self) -> FisherConfig:
-        """How the PEFs were made."""
+        """The Fisher config of the PEFs."""
         return FisherConfig.from_dict(self.info["fisher"])
 
     @property
     def text_column(self) -> str | None:
-        """The column that shows an example to people, as the data was read, or None; of a pair the first."""
+        """The column with the text of an example, as the data was read, or None; for a pair the first column."""
         return next(iter(shown_columns(self.columns, self.info)), None)
 
     @property
     def texts(self) -> list[str] | None:
-        """What shows each example to people; the texts of a pair have " | " between them. None where none was kept."""
+        """The text of each example; the texts of a pair have " | " between them. None if no texts were kept."""
         return shown_texts(self.columns, self.info)
 
     def __len__(self) -> int:
@@ -152,17 +153,17 @@ class Decomposition(Readable):
         return j % len(self)
 
     def rename(self, j: int | str | os.PathLike[str], name: str | None = None) -> None:
-        """Give component j a name, or take it away with None; or take over the names.json that a page saved.
+        """Give component j a name, or remove its name with None; or use the names in a names.json that a page saved.
 
         Args:
-            j: its number; or the path of such a file, whose names replace those there are.
-            name: what to call it.
+            j: the number of the component; or the path of a names.json, whose names replace the present ones.
+            name: the name.
 
         Raises:
             IndexError: if there is no such component.
-            CorruptStoreError: if the file is missing or is no JSON.
-            FormatVersionError: if it is no file of this version of the format.
-            ValueError: if the name is empty or is not text, or the file is of another decomposition.
+            CorruptStoreError: if the file is missing or is not JSON.
+            FormatVersionError: if the file does not have this version of the format.
+            ValueError: if the name is empty or is not text, or the file is for another decomposition.
         """
         if isinstance(j, str | os.PathLike):
             self.names = read_names(Path(j), self.key, len(self))
@@ -177,7 +178,7 @@ class Decomposition(Readable):
 
     @property
     def key(self) -> str:
-        """Tells the decomposition from others: a hash of G."""
+        """A hash of G that identifies the decomposition."""
         return hashlib.sha256(self.pseudo_fishers.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
     def to_html(
@@ -197,32 +198,32 @@ class Decomposition(Readable):
         title: str | None = None,
         force: bool = False,
     ) -> Path:
-        """Write one self-contained HTML file on which a person explores the components.
+        """Write one self-contained HTML page for exploring the components.
 
         Args:
             path: the path of the file.
-            alignments: from `NPEFFAnalyzer.token_alignments`: tokens of top examples are shaded by them.
-            energies: {component: direction.energies()}: the modules in which each component lives. By default they are
-                estimated, where the sketch keeps the modules apart.
-            reports: {component: PerturbationReport}: the certificate of its step, and answers before and after.
-            measurements: {component: Measurement}: its dose curve on other data; texts of that data go along with
-                `texts`.
+            alignments: the result of `NPEFFAnalyzer.token_alignments`, for shading the tokens of top examples.
+            energies: {component: direction.energies()}, for showing how components are spread over modules. By default
+                they are estimated, if the sketch keeps the modules apart.
+            reports: {component: PerturbationReport}, for the certificate of its step, and answers before and after.
+            measurements: {component: Measurement}, for KL by step size on other data; `texts` applies to this data too.
             adapters: {component: folder or repository} of adapters, for the code that loads them.
-            compare: another decomposition, to compare with.
+            compare: another decomposition to compare with.
             training: the folder of a run with an `NPEFFCallback`.
-            change: a `ChangeReport`, or what its `to_dict` gives: what a change of the weights did.
-            texts: whether texts go along; False leaves out what `hub.text_columns` counts as texts, and all tokens.
-            layout: how the map of examples is made; None leaves it out. t-SNE needs scikit-learn (the extra `viz`).
+            change: a `ChangeReport`, or the result of its `to_dict`, for the view of a change.
+            texts: whether the page has texts; False leaves out the columns that `hub.text_columns` counts as texts, and
+                all tokens.
+            layout: how the map of examples is computed; None leaves it out. t-SNE needs scikit-learn (the extra `viz`).
             title: the title of the page.
-            force: write over what is there.
+            force: overwrite an existing file.
 
         Returns:
             The path.
 
         Raises:
-            FileExistsError: if there is something at `path`, and `force` is not given.
+            FileExistsError: if `path` exists and `force` is not set.
             ModuleNotFoundError: if the map needs scikit-learn, which is not installed.
-            ValueError: if what is given beside the decomposition does not fit it.
+            ValueError: if another argument does not fit the decomposition.
         """
         from hf_npeff.report.page import Extras, write
 
@@ -254,23 +255,23 @@ class Decomposition(Readable):
         max_examples: int = AssociationRequest.max_examples,
         seed: int = AssociationRequest.seed,
     ) -> Associations:
-        """What each component's examples have in common: words and columns that they have more often than the others.
+        """What each component's examples have in common: words and column values that are more frequent than elsewhere.
 
         Args:
-            columns: which of the kept columns to look at, texts among them; None: all.
-            texts: whether to look at the words of texts; False looks at the other columns alone.
-            top: associations of a component that are kept.
-            level: corrected p-value up to which an association counts.
-            shuffles: how often the examples are shuffled to correct p-values; each takes a few milliseconds.
-            max_examples: if there are more examples, so many are drawn at random.
-            seed: the seed of the shuffles and the drawing.
+            columns: the kept columns to use, including texts; None uses all.
+            texts: whether to use the words of texts; False uses only the other columns.
+            top: how many associations of each component are kept.
+            level: the largest corrected p-value at which an association counts.
+            shuffles: how often the examples are shuffled to correct p-values; each shuffle takes a few milliseconds.
+            max_examples: if there are more examples than this, a random sample of this size is used.
+            seed: the seed for the shuffles and the sample.
 
         Returns:
             For every component its associations, the accuracy or error on its examples and on the others, and a short
             automatic label; and groups of components that share an association.
 
         Raises:
-            ValueError: if no texts were kept and `texts` is true, a column does not exist, nothing is left to look at,
+            ValueError: if no texts were kept and `texts` is true, a column does not exist, there are no columns to use,
                 or a setting is out of its range.
         """
         request = AssociationRequest(top=top, level=level, shuffles=shuffles, max_examples=max_examples, seed=seed)
@@ -280,24 +281,24 @@ class Decomposition(Readable):
         return associate(self.coefficients, looked_at, self.info, request, texts=texts)
 
     def transform(self, pefs: PEFs, *, device: str | torch.device | None = None, check_weights: bool = True) -> Tensor:
-        """W (n′, r) of PEFs, G fixed: what these components explain of other examples.
+        """The coefficients W (n′, r) of other PEFs for these components, with G fixed.
 
-        Warns where the PEFs are of another commit of the model, or of other weights.
+        Warns if the PEFs are of another commit of the model, or of other weights.
 
         Args:
-            pefs: made with the same sketch of the same model: `analyzer.compute_pefs(dataset, like=decomposition)`.
-            device: where the products are taken; None: where the rows are.
-            check_weights: False says nothing of other weights, where comparing them is what is wanted.
+            pefs: PEFs with the same sketch of the same model: `analyzer.compute_pefs(dataset, like=decomposition)`.
+            device: the device for the products; None uses that of the rows.
+            check_weights: False does not warn of other weights, for comparing them on purpose.
 
         Raises:
             IncompatibleSketchError: if they were made with another sketch.
-            ValueError: if they are no PEFs.
+            ValueError: if they are not PEFs.
         """
         check_same_sketch(
             self,
             pefs,
-            remedy="analyzer.compute_pefs(dataset, like=decomposition) does, and so does an analyzer that is made with "
-            "fisher=decomposition.fisher_config.",
+            remedy="analyzer.compute_pefs(dataset, like=decomposition) uses the right sketch, and so does an analyzer "
+            "made with fisher=decomposition.fisher_config.",
         )
         ours, theirs = self.info.get("revision"), pefs.info.get("revision")
         if self.info.get("model") == pefs.info.get("model") and None not in (ours, theirs) and ours != theirs:
@@ -319,15 +320,15 @@ class Decomposition(Readable):
                 warn_of_other_predictions(
                     self.info.get("pilots"),
                     pefs.info.get("pilots"),
-                    "the decomposition and these PEFs are of a model that predicts something else",
+                    "the decomposition and these PEFs are of models with different predictions",
                 )
         return self.explain(pefs, device=device)[0]
 
     def explain(self, pefs: PEFs, *, device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """W (n′, r) of PEFs and the alignments N_ij = ‖A_i g_j‖² (n′, r) that it is from; the sketch is not compared.
+        """The coefficients W (n′, r) of PEFs, and the alignments N_ij = ‖A_i g_j‖² (n′, r); the sketch is not compared.
 
         Args:
-            pefs: n′ of them.
+            pefs: the n′ PEFs.
             device: see `transform`.
         """
         G = self.pseudo_fishers.to(device or pefs.device)
@@ -341,7 +342,7 @@ class Decomposition(Readable):
         return W, N
 
     def __repr__(self) -> str:
-        model = shown_model(self.info["model"]) if self.info.get("model") else "rows made elsewhere"
+        model = shown_model(self.info["model"]) if self.info.get("model") else "rows not made by hf_npeff"
         return (
             f"Decomposition({len(self)} components of {len(self.example_ids):,} examples, "
             f"{self.explained:.1%} explained, {model})"
@@ -359,12 +360,12 @@ class Decomposition(Readable):
     ) -> None:
         """Write config.json, decomposition.safetensors, examples.parquet and README.md, the model card.
 
-        A README.md that is not a card of hf_npeff stays as it is.
+        A README.md that is not a card of hf_npeff is left alone.
 
         Args:
-            directory: made where it is missing.
-            include_columns: which columns go into examples.parquet beside the ids: texts may be private.
-            datasets: ids of the data sets that the examples are from, for the card.
+            directory: the folder; it is created if it is missing.
+            include_columns: the columns to write to examples.parquet beside the ids; texts may be private.
+            datasets: ids of the data sets of the examples, for the card.
             license: an identifier of the Hub such as "apache-2.0", for the card.
 
         Raises:
@@ -399,14 +400,14 @@ class Decomposition(Readable):
         datasets: Sequence[str] = (),
         license: str | None = None,
     ) -> None:
-        """`push_to_hub`'s own arguments; the card says which columns were left out."""
+        """Upload the decomposition; the card says which columns were left out."""
         texts = () if include_texts else text_columns(self.columns, self.info)
         warn_of_local_model(repo_id, self.info.get("model"))
         self._save(folder, [name for name in self.columns if name not in texts], repo_id, datasets, license)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Decomposition:
-        """Read what `save_pretrained` wrote.
+        """Read a folder that `save_pretrained` wrote.
 
         Raises:
             CorruptStoreError: if files are missing, altered, or do not fit together.

@@ -1,4 +1,4 @@
-"""NPEFF, the estimator: fit, transform and expand, with restarts, balancing, stopping and chunks."""
+"""NPEFF, the estimator: fit, transform and expand, with restarts, balancing, early stopping and chunks."""
 
 from __future__ import annotations
 
@@ -40,24 +40,25 @@ Callback = Callable[[int, int, float], bool | None]
 
 
 class NPEFF:
-    """Non-negative per-example Fisher factorisation, with scikit-learn's manners.
+    """Non-negative per-example Fisher factorisation, as an estimator in the style of scikit-learn.
 
     Minimises Σ_i ‖F_i − Σ_j W_ij g_j g_jᵀ‖²_F over W ≥ 0 and unit g_j (Matena & Raffel, arXiv:2310.04649).
 
     Args:
-        n_components: r.
-        solver: "block_power" (default) or "reference", the paper's.
+        n_components: the number of components, r.
+        solver: "block_power" (default) or "reference", the paper's algorithm.
         max_iterations: the most iterations of one start.
         tolerance: a start ends when iterations improve the loss by less than this share of it.
-        balance: "module" divides every module's block by its mean norm first, "none" does not.
-        power: γ in (0, 1]: PEFs are replaced by their matrix powers F^γ first; 1 is the paper's.
+        balance: "module" first divides every module's block by its mean norm, "none" does not.
+        power: γ in (0, 1]: PEFs are first replaced by their matrix powers F^γ; 1 is the paper's method.
         seed: the seed of the starts.
-        n_restarts: independent starts; the best is kept, the others tell how stable its components are.
+        n_restarts: how many independent starts are made; the best is kept, the others show how stable its components
+            are.
         learning_rate: the learning rate of the reference solver.
-        memory_budget: bytes of rows held at once; None holds all.
+        memory_budget: bytes of rows held in memory at once; None holds all.
         precision: the precision of block_power's products: "float32", "tf32" (CUDA) or "bfloat16" (half the memory).
-        device: where the rows are decomposed; None leaves them where they are. Results are on the CPU.
-        callbacks: called with (restart, iteration, relative loss); a true answer stops that start.
+        device: the device for the decomposition; None uses that of the rows. Results are on the CPU.
+        callbacks: called with (restart, iteration, relative loss); returning true stops that start.
         progress: show a progress bar with the explained fraction.
 
     Raises:
@@ -129,17 +130,17 @@ class NPEFF:
         Every process passes all PEFs: loaded from disk, they stay there.
 
         Args:
-            pefs: n of them.
-            validation: held-out PEFs of the same sketch; a start stops when it stops explaining them better.
+            pefs: the n PEFs.
+            validation: held-out PEFs with the same sketch; a start ends when their loss no longer falls.
 
         Returns:
-            The best restart.
+            The decomposition of the best restart.
 
         Raises:
-            ValueError: if there are fewer rows than components, nothing but zero PEFs, or rows that are not finite; if
-                modules cannot be balanced because the sketch adds them up; if the reference solver is given validation
-                PEFs or a memory budget.
-            FloatingPointError: if the reference solver diverges: its learning rate is too high.
+            ValueError: if there are fewer rows than components, only zero PEFs, or rows that are not finite; if modules
+                cannot be balanced because the sketch adds them up; if the reference solver gets validation PEFs or a
+                memory budget.
+            FloatingPointError: if the reference solver diverges because its learning rate is too high.
             IncompatibleSketchError: if `validation` was made with another sketch.
         """
         config = self.config
@@ -173,7 +174,9 @@ class NPEFF:
         check_pefs(pefs)
         r, n_rows = self.config.n_components, len(pefs) * pefs.rank
         if r > n_rows:
-            raise ValueError(f"n_components={r} exceeds the {n_rows} rows of {len(pefs)} PEFs; use at most {n_rows}")
+            raise ValueError(
+                f"n_components={r} is more than the {n_rows} rows of {len(pefs)} PEFs; use at most {n_rows}"
+            )
         if validation is not None:
             check_same_sketch(pefs, validation, "PEFs")
             made, held_out = pefs.info.get("weights"), validation.info.get("weights")
@@ -302,16 +305,16 @@ class NPEFF:
             IncompatibleSketchError: if the PEFs were made with another sketch.
         """
         if self.decomposition_ is None:
-            raise ValueError("nothing is fitted yet: call fit first, or use Decomposition.transform")
+            raise ValueError("nothing has been fitted yet: call fit first, or use Decomposition.transform")
         return self.decomposition_.transform(pefs)
 
     def expand(self, pefs: PEFs, n_new: int, *, joint: bool = True) -> Decomposition:
         """Add components to the fitted ones: first the new ones alone, then, unless `joint` is false, all together.
 
         Args:
-            pefs: what the decomposition was fitted on, or other PEFs of the same sketch.
-            n_new: how many to add.
-            joint: whether the old ones move as well in the end.
+            pefs: the PEFs of the fit, or other PEFs with the same sketch.
+            n_new: how many components to add.
+            joint: whether the old components change as well in the end.
 
         Raises:
             ValueError: if `fit` has not run, there would be more components than rows, or all PEFs are zero.
@@ -346,8 +349,8 @@ class NPEFF:
         """Fit again from the last components, which keep their numbers and names: after more training, or on more data.
 
         Args:
-            pefs: PEFs of the same sketch as those that were fitted.
-            move: whether the components move; if not, W alone is found anew.
+            pefs: PEFs with the same sketch as those of the fit.
+            move: whether the components change; if not, only W is computed again.
 
         Raises:
             ValueError: if `fit` has not run, or all PEFs are zero.
@@ -371,7 +374,7 @@ class NPEFF:
 
 def _check_not_zero(pefs: PEFs) -> None:
     if not bool((pefs.norms > 0).any()):
-        raise ValueError("all PEFs are zero: the model is certain of every prediction, and there is nothing to explain")
+        raise ValueError("all PEFs are zero: the model is certain of every prediction, so there is nothing to explain")
 
 
 def _check_finite(pefs: PEFs) -> None:

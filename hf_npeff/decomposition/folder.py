@@ -60,7 +60,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         FormatVersionError: if they were written by another version of the format.
     """
     if not (folder / "config.json").exists():
-        raise CorruptStoreError(f"{folder.absolute()} holds no decomposition: config.json is missing")
+        raise CorruptStoreError(f"{folder.absolute()} has no decomposition: config.json is missing")
     config = read_json(folder / "config.json")
     settings, sums = _settings_of(config, folder / "config.json")
     tensors_file, examples_file = (file_of(folder, name, sums.get(name)) for name in (TENSORS, EXAMPLES))
@@ -72,7 +72,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     columns = read_table(examples_file)
     ids = columns.pop(_ID, [])
     if len(ids) != n or not all(isinstance(i, str) for i in ids):
-        raise CorruptStoreError(f"{folder / EXAMPLES} does not hold the {n} examples of config.json")
+        raise CorruptStoreError(f"{folder / EXAMPLES} does not have the {n} examples of config.json")
     return {**tensors, **settings, "example_ids": ids, "columns": columns}
 
 
@@ -95,7 +95,7 @@ def _settings_of(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any],
     except (FormatVersionError, CorruptStoreError):
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CorruptStoreError(f"{path} is not a decomposition's: {error!r}") from error
+        raise CorruptStoreError(f"{path} is not the config of a decomposition: {error!r}") from error
 
 
 def _tensors_of(path: Path, n: int, r: int) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _tensors_of(path: Path, n: int, r: int) -> dict[str, Any]:
         expected["scales"] = G.shape[1:]
     wrong = {name: tuple(tensors[name].shape) for name, s in expected.items() if tuple(tensors[name].shape) != s}
     if wrong or G.dim() != 2 or 0 in G.shape:
-        raise CorruptStoreError(f"{path}: expected the shapes {expected}, but found {wrong or tuple(G.shape)}")
+        raise CorruptStoreError(f"{path}: expected the shapes {expected}, but got {wrong or tuple(G.shape)}")
     for name in expected:
         t = tensors[name]
         if not t.is_floating_point() or t.dtype.itemsize < 2:
@@ -136,11 +136,9 @@ def read_names(path: Path, key: str, r: int) -> dict[int, str]:
     content = read_json(path)
     names = content.get("names")
     if content.get("kind") != "component names" or not isinstance(names, dict):
-        raise ValueError(f"{path} holds no names of components; the page's button 'Save names' writes such a file")
+        raise ValueError(f"{path} has no names of components; the page's button 'Save names' writes such a file")
     if content.get("decomposition") != key:
-        raise ValueError(
-            f"{path} holds the names of another decomposition; names belong to the one that they were given to"
-        )
+        raise ValueError(f"{path} has the names of another decomposition")
     for number, name in names.items():
         if not (number.isdecimal() and int(number) < r and isinstance(name, str) and name.strip()):
             raise ValueError(f"{path}: expected component numbers below {r} and names, but found {number!r}: {name!r}")

@@ -33,7 +33,7 @@ def similarities(first: Decomposition, second: Decomposition) -> tuple[str, Tens
         return f"correlation of coefficients over {len(shared)} examples", unit[0].T @ unit[1]
     if first.fingerprint == second.fingerprint:
         return "cosine of pseudo-Fishers", (first.pseudo_fishers.double() @ second.pseudo_fishers.double().T).abs()
-    raise ValueError("the two decompositions share neither examples nor the sketch: nothing can be compared")
+    raise ValueError("the two decompositions share neither examples nor the sketch, so they cannot be compared")
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def baseline(decomposition: Decomposition, pefs: PEFs, *, of_coefficients: bool)
     """Fit the rows of a decomposition again from another start, and match the two.
 
     Args:
-        decomposition: of `pefs`.
-        pefs: those that were decomposed.
+        decomposition: the decomposition of `pefs`.
+        pefs: the PEFs that were decomposed.
         of_coefficients: whether coefficients are compared, or pseudo-Fishers.
 
     Raises:
-        IncompatibleSketchError: if the PEFs are of another sketch.
+        IncompatibleSketchError: if the PEFs have another sketch.
         ValueError: if they are of other examples.
     """
     check_same_sketch(decomposition, pefs)

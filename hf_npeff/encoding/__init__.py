@@ -1,1 +1,1 @@
-"""From the columns of a data set to what a model reads: which columns, how they are encoded, and a record of it."""
+"""From the columns of a data set to a model's inputs: which columns are read and how they are encoded."""

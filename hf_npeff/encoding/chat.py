@@ -51,13 +51,13 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     """
     value = as_python(value)
     if not is_conversation(value):
-        raise ValueError(f"expected a list of messages with role and content, but it holds {str(value)[:80]!r}")
+        raise ValueError(f"expected a list of messages with role and content, but got {str(value)[:80]!r}")
     messages = []
     for message in value:
         if "role" not in message:
             role = _ROLES.get(str(message["from"]).lower())
             if role is None:
-                raise ValueError(f"a message is from {message['from']!r}; known are {', '.join(_ROLES)}")
+                raise ValueError(f"a message is from {message['from']!r}, which is not one of {', '.join(_ROLES)}")
             message = {"role": role, "content": message["value"]}
         messages.append(_without_none(message))
     return messages
@@ -91,7 +91,7 @@ def conversation_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[
         if name == "chat_template_kwargs":
             arguments |= _without_none(value)
         elif not isinstance(value, list):
-            raise ValueError(f"the column {name!r} must hold a list, but it holds a {type(value).__name__}")
+            raise ValueError(f"the column {name!r} must have a list, but it has a {type(value).__name__}")
         else:
             arguments[name] = [_without_none(each) for each in value]
     return messages, arguments

@@ -8,7 +8,7 @@ from typing import Any
 class EmbeddingTexts:
     """Stands in a tokenizer's place for a SentenceTransformer: its prompt, its chat template and its limit hold.
 
-    A text that is too long is left whole unless truncation is asked for; `encode` would cut it without a word.
+    A text that is too long is left whole unless truncation is asked for; `encode` would silently cut it.
 
     Args:
         model: the SentenceTransformer. The prompt is the one of `model.default_prompt_name`, as in `encode`.

@@ -83,7 +83,7 @@ class Encoder:
         chat = record.kind == "chat" and self.needs.continues
         if chat and getattr(self.tokenizer, "truncation_side", "right") != "left":
             raise ValueError(
-                "a conversation would be cut at its end, where the model goes on: set tokenizer.truncation_side = "
+                "a conversation would be cut at its end, where the model continues: set tokenizer.truncation_side = "
                 "'left', or shorten the conversations"
             )
         return limit
@@ -94,7 +94,7 @@ class Encoder:
             notes.append("the assistant's turn is opened, or its last message continued")
         if self.needs.continues and self.around[1] and record.kind in ("text", "pair", "words", "completion"):
             tokens = " ".join(map(str, self.tokenizer.convert_ids_to_tokens(self.around[1])))
-            notes.append(f"{tokens}, which the tokenizer appends, is left off")
+            notes.append(f"{tokens}, which the tokenizer appends, is removed")
         if isinstance(self.tokenizer, EmbeddingTexts) and self.tokenizer.prompt:
             notes.append(f"the prompt {self.tokenizer.prompt!r} comes before every text")
         return notes
@@ -106,8 +106,8 @@ class Encoder:
         last = [as_python(row.get("input_ids")) for row in rows] if asked and end is not None else []
         if last and all(isinstance(ids, list) and ids and ids[-1] == end for ids in last):
             logger.warning(
-                "the examples end with %s, so the prediction is taken of what follows the end; leave it off where the "
-                "model should go on with the text",
+                "the examples end with %s, so the analysed prediction is what follows the end; remove it if the model "
+                "should continue the text",
                 self.tokenizer.convert_ids_to_tokens(end),
             )
 
@@ -156,7 +156,7 @@ class Encoder:
     def _of_words(self, row: Mapping[str, Any]) -> Inputs:
         words = as_python(at(row, self.record.columns[0]))
         if not is_words(words):
-            raise ValueError(f"the column {self.record.columns[0]!r} must hold words, but it holds {str(words)[:80]!r}")
+            raise ValueError(f"the column {self.record.columns[0]!r} must have words, but it has {str(words)[:80]!r}")
         if self.record.label_column is None or self.needs.task != "token-classification":
             tensors, truncated = self._tokens(" ".join(words))
             return Inputs(tensors, " ".join(words), truncated)
@@ -243,7 +243,7 @@ class Encoder:
     def _completed(self, messages: Sequence[Any], answer: Sequence[Any], arguments: Mapping[str, Any]) -> Inputs:
         """A conversation and its answer, whose tokens are the labels."""
         if not messages:
-            raise ValueError("the conversation has nothing before the answer")
+            raise ValueError("the conversation has no message before the answer")
         whole = self._rendered([*messages, *answer], arguments)
         asked = self._rendered(messages, arguments, add_generation_prompt=True)
         tensors, truncated = self._sliced(self._with_labels(whole, asked["input_ids"]))
@@ -259,7 +259,7 @@ class Encoder:
         except Exception as error:  # jinja2's, which comes with transformers' chat templates and is not imported here
             if type(error).__module__.partition(".")[0] != "jinja2":
                 raise
-            raise ValueError(f"the chat template does not take the conversation: {error}") from error
+            raise ValueError(f"the chat template does not accept the conversation: {error}") from error
 
     @staticmethod
     def _with_labels(whole: dict[str, Any], asked: Sequence[int]) -> dict[str, Any]:
@@ -341,8 +341,8 @@ def text_at(row: Mapping[str, Any], name: str) -> str:
     value = as_python(at(row, name))
     if not isinstance(value, str):
         raise ValueError(
-            f"the column {name!r} must hold text, but it holds {type(value).__name__}; "
-            "leave the example out, or name another column with text_column="
+            f"the column {name!r} must have text, but it has {type(value).__name__}; leave the example out, or name "
+            "another column with text_column="
         )
     return value
 

@@ -66,7 +66,7 @@ def truth_of(
     values = [_unpacked(value) for value in column]
     if distribution == "gaussian":
         numbers = [_real(value, k) for value in values]
-        return Truth(numbers, None if any(v is not None for v in numbers) else "the labels are no numbers")
+        return Truth(numbers, None if any(v is not None for v in numbers) else "the labels are not numbers")
     numbering = class_numbers(data_names, model_names, k)
     if isinstance(numbering, str):
         return Truth([None] * len(values), numbering)
@@ -77,7 +77,7 @@ def truth_of(
     classes = [_class(value, numbering, model_names, k) for value in values]
     if any(value is not None for value in classes):
         return Truth(classes)
-    return Truth(classes, "no label is a class of the model")
+    return Truth(classes, "none of the labels is a class of the model")
 
 
 def _why_from_one(values: Sequence[Any], model_names: Mapping[int, str] | None, k: int) -> str | None:
@@ -87,13 +87,13 @@ def _why_from_one(values: Sequence[Any], model_names: Mapping[int, str] | None, 
     if not numbers or min(numbers) == 0:
         return None
     if max(numbers) == k:
-        return f"the labels go from {min(numbers)} to {k}, and classes are counted from 0: subtract 1"
+        return f"the labels go from {min(numbers)} to {k}, but classes are counted from 0: subtract 1"
     digits = [_DIGITS.findall(str(name)) for _, name in sorted((model_names or {}).items())]
     if digits == [[str(i + 1)] for i in range(k)]:
         low = min(numbers)
         return (
             f"it is not clear whether the label {low} is the class {(model_names or {})[low - 1]!r} or class number "
-            f"{low}, counted from 0: give the labels their names, or a ClassLabel feature"
+            f"{low}, counted from 0: use names as labels, or a ClassLabel feature"
         )
     return None
 
@@ -114,7 +114,7 @@ def class_numbers(
     if not _named(model_names):
         if len(data_names) == k:
             return list(range(k))
-        return f"the data set has {len(data_names)} classes, and the model {k} without names"
+        return f"the data set has {len(data_names)} classes, and the model has {k} classes without names"
     numbers = [number_of_name(name, model_names or {}) for name in data_names]
     if all(number is None for number in numbers):
         if len(data_names) == k:
@@ -176,7 +176,7 @@ def _multi_label(
             known = None not in classes
             numbers.append([int(j in classes) for j in range(k)] if known else None)
     none = all(value is None for value in numbers)
-    return Truth(numbers, "a multi-label model needs a list of labels an example" if none else None)
+    return Truth(numbers, "a multi-label model needs a list of labels for each example" if none else None)
 
 
 def _class(value: Any, numbering: Sequence[int | None], model_names: Mapping[int, str] | None, k: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What of a data set was asked to be read, what a model needs of it, and the record of what was read."""
+"""The columns that are asked for, a model's needs, and the record of what was read of a data set."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Reading:
     """Which columns of a data set are read, and how long an example may become.
 
     Attributes:
-        text_column: what is read: a column of texts, conversations or lists of words; "translation.en" reaches into a
-            column of dictionaries. None: found by names and contents.
-        text_pair_column: the second text of a pair; with multiple choice, the column of choices. None: none where
-            text_column is given, else found.
-        label_column: classes, numbers to predict or tags of words; of a sequence-to-sequence or causal language model
-            with positions="labels", the text to predict. None: found by name.
-        truncation: cut examples that are longer than max_length. False: they are refused.
-        max_length: the most tokens of an example with truncation. None: the model's positions.
+        text_column: the column to read: texts, conversations or lists of words; "translation.en" is an entry of a
+            column of dictionaries. By default it is found by names and contents.
+        text_pair_column: the column with the second text of a pair; for multiple choice, the column of choices. By
+            default it is found, unless text_column is given.
+        label_column: the column of classes, numbers to predict or tags of words; with positions="labels", the text that
+            a sequence-to-sequence or causal language model should predict. By default it is found by name.
+        truncation: cut examples that are longer than max_length; otherwise they raise an error.
+        max_length: the most tokens of an example with truncation; by default the model's maximum.
 
     Raises:
-        ValueError: if one is of another type, or max_length is given without truncation.
+        ValueError: if a setting has a wrong type, or max_length is given without truncation.
     """
 
     text_column: str | None = None
@@ -68,7 +68,7 @@ class Reading:
         return Reading(first, second, label, self.truncation, self.max_length)
 
     def or_of(self, other: Reading) -> Reading:
-        """These settings; where one is left open, that of `other`."""
+        """These settings; unset ones come from `other`."""
         if self.truncation or not other.truncation:
             length = {"truncation": self.truncation, "max_length": self.max_length}
         else:
@@ -80,7 +80,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class ModelNeeds:
-    """What of a model decides how its examples are encoded.
+    """The properties of a model that decide how its examples are encoded.
 
     Attributes:
         task: such as "causal-lm"; None where it is not known.
@@ -119,7 +119,7 @@ class ModelNeeds:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The record of what was read: kept with the PEFs, so that everything made of them reads the same.
+    """The record of what was read; it is stored with the PEFs, so that later calls read the same.
 
     Attributes:
         kind: what an example is: "tensors" came encoded; "text", a "pair" of texts; "choices", one text with each of
@@ -197,7 +197,7 @@ class Encoded:
         return Reading(label_column=self.label_column, **length)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """A line for people."""
+        """The record in a line."""
         names = [repr(name) for name in self.columns]
         what = {
             "tensors": "inputs that came encoded",

@@ -1,7 +1,7 @@
-"""Which columns of a data set are read: found by their names and by what they hold, or refused with the names.
+"""Finds the columns of a data set to read, by their names and contents, or raises an error that names the columns.
 
-A column is never left out silently where it may belong to the input: a second text, a question beside its choices, a
-conversation beside a string. Where the names do not settle it, `text_column` has to.
+A column that may belong to the input is never silently left out: a second text, a question beside its choices, a
+conversation beside a string. If the names do not settle it, `text_column` has to.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ class _Shapes:
             return self._asked_for(self.reading.text_column)
         if any(name in self.first for name in MODEL_INPUTS):
             if self.reading.truncation:
-                raise ValueError("truncation=True cuts texts, and this data came encoded: cut it where it is encoded")
+                raise ValueError(
+                    "truncation=True cuts texts, but this data is already encoded: cut it when you encode it"
+                )
             return self._made("tensors", (), shown=self._shown_beside())
         media = [name for name, value in self.first.items() if name in ("image", "img", "images") or is_medium(value)]
         if media:
@@ -116,9 +118,10 @@ class _Shapes:
         if self.needs.task in ("image-classification", None) and len(media) == 1:
             return self._made("image", (media[0],), shown=())
         raise ValueError(
-            f"the columns {list(media)} hold images or sounds, which are read from columns for image classification "
-            "alone, one of each example. Encode the examples with the processor, such as processor(text=..., "
-            'images=..., return_tensors="pt"), and pass what it returns; or read a text alone with text_column='
+            f"the columns {list(media)} have images or sounds. These are read from columns only for image "
+            "classification, with one image for each example. Encode the examples with the processor, such as "
+            "processor(text=..., "
+            'images=..., return_tensors="pt"), and pass what it returns; or read only a text with text_column='
         )
 
     def _made(self, kind: Any, columns: Sequence[str], target: str | None = None, shown: Any = None) -> Encoded:
@@ -176,7 +179,7 @@ class _Shapes:
             if not isinstance(value, str) or not isinstance(other, str):
                 wrong = "text_column" if not isinstance(value, str) else "text_pair_column"
                 raise ValueError(
-                    f"a pair is of two texts, but {wrong} holds {_held(other if isinstance(value, str) else value)}"
+                    f"a pair needs two texts, but {wrong} has {_held(other if isinstance(value, str) else value)}"
                 )
             return self._made("pair", (name, second))
         if is_conversation(value):
@@ -188,7 +191,7 @@ class _Shapes:
         inner = [f"{name}.{key}" for key, v in value.items() if isinstance(v, str)] if isinstance(value, dict) else []
         reach = f"; name one of {inner}" if inner else ""
         raise ValueError(
-            f"text_column={name!r} must hold texts, conversations or words, but it holds {_held(value)}{reach}"
+            f"text_column={name!r} must have texts, conversations or words, but it has {_held(value)}{reach}"
         )
 
     # Conversations
@@ -210,7 +213,7 @@ class _Shapes:
     def _of_conversation(self, name: str) -> Encoded:
         target = self._target(name)
         if target is not None and not is_conversation(self.first.get(target)):
-            raise ValueError(f"{name!r} holds conversations, so its target {target!r} must too")
+            raise ValueError(f"{name!r} has conversations, so its target {target!r} must have them too")
         beside = [n for n in (*SYSTEMS, "tools", "documents", "chat_template_kwargs") if self.first.get(n)]
         return self._made("completion" if target else "chat", (name, *beside), target)
 
@@ -236,7 +239,7 @@ class _Shapes:
         texts = [name for name in self.strings if name in TEXTS]
         if known and (tags or not texts):
             if len(known) > 1 or (not tags and any(self._is_prose(n) for n in self.strings if not self._is_id(n))):
-                raise self._unclear([*known, *self.strings], "words and other columns of text stand side by side")
+                raise self._unclear([*known, *self.strings], "there are words and other columns of text")
             return self._made("words", (known[0],))
         return None
 
@@ -259,7 +262,7 @@ class _Shapes:
             raise self._unclear(self.strings, "no column holds what the choices belong to")
         others = [n for n in self.strings if n in TEXTS and n not in (*parts, *choices) and self._is_prose(n)]
         if others:
-            raise self._unclear([*parts, *others], "several texts stand beside the choices")
+            raise self._unclear([*parts, *others], "there are several texts beside the choices")
         return self._made("choices", (*parts, *choices), shown=(self._free_name(),))
 
     def _choice_columns(self) -> tuple[str, ...]:
@@ -282,7 +285,7 @@ class _Shapes:
             raise self._unclear([*self.strings, *choices], "the choices belong to the text")
         systems = [n for n in SYSTEMS if self.needs.generates and self.first.get(n)]
         if systems and len(self.strings) > len(systems):
-            raise self._unclear(self.strings, "a system prompt stands beside the text")
+            raise self._unclear(self.strings, "there is a system prompt beside the text")
         if pair := self._pair():
             return self._of_pair(*pair)
         known = [name for name in self.strings if name in TEXTS]
@@ -323,7 +326,7 @@ class _Shapes:
             if second in ANSWERS and not others:  # a language model is asked the first, and should say the second
                 return self._of_text(first)
             raise self._unclear(
-                [first, second, *others], "a language model reads one text, and how these become one is not known"
+                [first, second, *others], "a language model reads one text, and it is not known how to join these"
             )
         if self.needs.embeds:
             raise self._unclear([first, second], "an embedding is of one text, and there are two")
@@ -419,8 +422,8 @@ class _Shapes:
         reach = f" A dot reaches into dictionaries: {nested[:4]}." if nested and remedy == "text_column" else ""
         pair = ", and text_pair_column= the second of a pair" if remedy == "text_column" else ""
         return ValueError(
-            f"it is not clear what to read: {why} ({columns}; the dataset has {sorted(self.first)}). Pass {remedy}= to "
-            f"name the one{pair}, or give one column named 'text'.{reach}"
+            f"it is not clear which column to read: {why} ({columns}; the dataset has {sorted(self.first)}). Pass "
+            f"{remedy}= to name it{pair}, or use a data set with one column named 'text'.{reach}"
         )
 
 

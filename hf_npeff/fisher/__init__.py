@@ -1,1 +1,1 @@
-"""Per-example Fishers: what a model predicts, which output directions matter, and their sketched gradients."""
+"""Per-example Fishers: a model's predictions, the output directions that matter, and their sketched gradients."""

@@ -1,7 +1,7 @@
-"""The bare model inside PEFT's, torch.compile's and data-parallel wrappers, and what its weights are called.
+"""The bare model inside PEFT's, torch.compile's and data-parallel wrappers, and the names of its weights.
 
-A sketch depends on the names of parameters, and adapters are loaded onto the bare model. So parameters go by the names
-that they have there, and the rows of a wrapped model fit those of the same model merged or unwrapped.
+A sketch depends on the names of parameters, and adapters are loaded onto the bare model. So parameters have the names
+of the bare model, and the rows of a wrapped model fit those of the same model merged or unwrapped.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 
 def is_sentence_transformer(model: nn.Module) -> bool:
-    """Whether a model is a SentenceTransformer: a transformers model with pooling behind it, whose answer is a vector.
+    """Whether a model is a SentenceTransformer: a transformers model followed by pooling, whose output is a vector.
 
-    It is told by the name of its class, so that the package sentence-transformers need not be there.
+    It is recognised by the name of its class, so the package sentence-transformers need not be installed.
     """
     return isinstance(model, nn.Sequential) and any(c.__name__ == "SentenceTransformer" for c in type(model).__mro__)
 
@@ -36,13 +36,13 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's, put around a module of the model: what an adapter adds is in it too."""
+    """Whether a module is a PEFT wrapper around a module of the model, which also has the adapter's weights."""
     # Attributes of PEFT's BaseTunerLayer and AuxiliaryTrainingWrapper; importing peft here would take a second.
     return hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
 
 
 def acting_adapters(wrapper: nn.Module) -> list[str]:
-    """Names of the adapters that change what a wrapper gives now: neither disabled nor merged into its weight."""
+    """Names of the adapters that change a wrapper's output now: neither disabled nor merged into its weight."""
     around: Any = wrapper
     if around.disable_adapters:
         return []
@@ -50,9 +50,11 @@ def acting_adapters(wrapper: nn.Module) -> list[str]:
 
 
 def wrapped_by(wrapper: nn.Module) -> nn.Module:
-    """The module that stands in the wrapper's place in the model as it runs now, without what adapters add to it."""
+    """The module that runs in the wrapper's place, without the adapters' additions."""
     around: Any = wrapper
-    if hasattr(around, "modules_to_save"):  # a whole copy for each adapter, one of which runs in place of the original
+    if hasattr(
+        around, "modules_to_save"
+    ):  # a whole copy for each adapter; the active one runs in place of the original
         copies = [name for name in acting_adapters(wrapper) if name in around.modules_to_save]
         inside: nn.Module = around.modules_to_save[copies[0]] if copies else around.original_module
     elif hasattr(around, "token_adapter"):
@@ -63,14 +65,14 @@ def wrapped_by(wrapper: nn.Module) -> nn.Module:
 
 
 def bare_module_names(model: nn.Module) -> dict[str, str]:
-    """{name in `model.named_modules()`: name in the bare model}, without what adapters add.
+    """{name in `model.named_modules()`: name in the bare model}, without modules that adapters add.
 
     A module that runs in place of another (a copy under `modules_to_save`) has the name of the one it replaces.
     """
     base = base_of(model)
     modules = dict(model.named_modules())
     start = next(name for name, module in modules.items() if module is base)
-    wrappers: dict[int, str] = {}  # of several around one module the outermost comes first, and has the place's name
+    wrappers: dict[int, str] = {}  # of several wrappers around one module, the outermost comes first and gets the name
     for name, module in modules.items():
         if is_wrapper(module):
             wrappers.setdefault(id(wrapped_by(module)), name)
@@ -98,8 +100,8 @@ def _is_below(name: str, start: str) -> bool:
 def bare_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter}, a tied one under each of its names.
 
-    Those of the bare model have the names that they have there; those that adapters add keep the names that they have
-    in `model`.
+    Parameters of the bare model have their names in the bare model; parameters of adapters have their names in
+    `model`.
     """
     bare = bare_module_names(model)
     parameters: dict[str, nn.Parameter] = {}
@@ -109,22 +111,22 @@ def bare_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """`bare_parameters`, each also under the name that it has in `model`: directions of older versions have those."""
+    """`bare_parameters`, each also under its name in `model`, which directions of older versions use."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **bare_parameters(model)}
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """{name in the bare model: module that stands there now}, without PEFT's wrappers."""
+    """{name in the bare model: the module that runs there}, without PEFT's wrappers."""
     modules = dict(model.named_modules())
     return {bare: modules[name] for name, bare in bare_module_names(model).items() if not is_wrapper(modules[name])}
 
 
 def bare_name(name: str, modules: dict[str, str]) -> str:
-    """A parameter's name in the bare model, or its own where an adapter adds it.
+    """A parameter's name in the bare model; a parameter of an adapter keeps its name.
 
     Args:
-        name: in the model.
-        modules: what `bare_module_names` gives.
+        name: the parameter's name in the model.
+        modules: the result of `bare_module_names`.
     """
     path, _, leaf = name.rpartition(".")
     return f"{modules[path]}.{leaf}".removeprefix(".") if path in modules else name

@@ -1,7 +1,7 @@
-"""Which examples may share a batch: tried, because models differ in what padding and company do to an example.
+"""Which examples may share a batch: this is tried, since padding and other examples change some models' predictions.
 
-Transformers hide padding from attention, but a Fourier transform or a convolution over the tokens mixes it in, some
-models choose their weights by the longest example of a batch, and some take no mask at all.
+Attention masks hide padding, but a Fourier transform or a convolution over the tokens mixes it in, some models choose
+their weights by the longest example of a batch, and some take no mask at all.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from hf_npeff.data import Example
 from hf_npeff.fisher.bare_model import base_of
 
 _LOGITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How much logits may differ by rounding, relative, by the type that the model computes in. Measured between batches
+"""Relative difference of logits that may be rounding, for the number type of the model. Measured between batches
 and single examples: 1e-6 in float32 and 1e-2 in bfloat16; norms that are computed in float32 bound float64's."""
 _ROWS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 1e-1}
-"""The same of rows: gradients have gone through the model twice."""
+"""The same for rows, which are larger because gradients pass through the model twice."""
 
 
 def precision_of(model: nn.Module) -> torch.dtype:
-    """The narrowest type of floating point among a model's weights."""
+    """The narrowest floating-point type among a model's weights."""
     types = {p.dtype for p in model.parameters() if p.dtype in _LOGITS}
     return min(types, key=lambda dtype: -torch.finfo(dtype).eps, default=torch.float32)
 
 
 def logit_tolerance(model: nn.Module) -> float:
-    """Relative change of logits that is put down to rounding."""
+    """The relative change of logits that may be rounding."""
     return _LOGITS[precision_of(model)]
 
 
 def row_tolerance(model: nn.Module) -> float:
-    """Relative change of a row that is put down to rounding."""
+    """The relative change of a row that may be rounding."""
     return _ROWS[precision_of(model)]
 
 
 TRIED_TOGETHER = 6
-"""Examples of different lengths in a trial: what pooling over pairs of tokens does, for one, depends on parity."""
+"""Examples of different lengths in a trial; more than two, because pooling over pairs of tokens depends on parity."""
 _ALWAYS = 3
-"""Trials before one that was as wide stands for a batch."""
+"""After this many trials, a batch that is no wider than one of them is not tried."""
 
 
 _T = TypeVar("_T")
@@ -50,13 +50,13 @@ _T = TypeVar("_T")
 
 @dataclass
 class BatchTrials:
-    """What is known of the batches that a model takes.
+    """The results of trials of batches with a model.
 
     Attributes:
-        one_at_a_time: whether a trial has shown that examples must not share one.
-        agreeing: spans of trials in which examples predicted the same as alone.
-        image_layout_is_known: whether it was tried how images that no other input describes enter the model.
-        images_joined: whether those of all examples are joined, and not stacked by example.
+        one_at_a_time: whether a trial has shown that examples must not share a batch.
+        agreeing: spans of the trials in which examples had the same predictions as alone.
+        image_layout_is_known: whether it was tried out how images without a description enter the model.
+        images_joined: whether the images of all examples are joined instead of stacked by example.
     """
 
     one_at_a_time: bool = False
@@ -65,27 +65,27 @@ class BatchTrials:
     images_joined: bool = False
 
     def covers(self, examples: Sequence[Example]) -> bool:
-        """Whether trials were as wide as this batch: what holds for the shortest and longest holds between them."""
+        """Whether trials were at least as wide as this batch; their result then holds for it too."""
         own = span_of(examples)
         wide = any(own.is_within(other) for other in self.agreeing)
         return own in self.agreeing or (wide and len(self.agreeing) >= _ALWAYS)
 
 
 def spread(values: Sequence[_T], count: int) -> list[_T]:
-    """At most `count` of these values, the first and the last among them, evenly between."""
+    """At most `count` of these values, evenly spread, with the first and the last."""
     if len(values) <= count:
         return list(values)
     return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
 class Span(NamedTuple):
-    """What of a batch decides whether another one stands for it.
+    """The properties of a batch that decide whether a trial of another batch holds for it too.
 
     Attributes:
-        shortest: tokens of its shortest example.
-        longest: of its longest.
-        names: of its inputs.
-        sizes: of the inputs beside the tokens, such as images: of each example, without those that are the same in all.
+        shortest: the number of tokens of its shortest example.
+        longest: the number of tokens of its longest example.
+        names: the names of its inputs.
+        sizes: the sizes of other inputs than tokens, such as images, of each example, if they differ between examples.
     """
 
     shortest: int
@@ -94,7 +94,7 @@ class Span(NamedTuple):
     sizes: frozenset[tuple[tuple[int, ...], ...]]
 
     def is_within(self, other: Span) -> bool:
-        """Whether the other one is as wide; its images need to differ where these do, not in the same way."""
+        """Whether the other span is at least as wide; if images differ here, they have to differ there as well."""
         mixed = bool(other.sizes) or not self.sizes
         return other.shortest <= self.shortest and self.longest <= other.longest and self.names == other.names and mixed
 
@@ -108,11 +108,11 @@ def span_of(examples: Sequence[Example]) -> Span:
 
 
 def alike(examples: Sequence[Example], takes: Set[str] | None) -> list[list[int]]:
-    """The places of examples with inputs of the same names and as many choices: only they can be a batch.
+    """Groups of the places of examples that have inputs of the same names and equally many choices, as a batch needs.
 
     Args:
-        examples: any.
-        takes: the inputs that the model takes, the only ones that count; None: all.
+        examples: any examples.
+        takes: the inputs that the model takes; others do not count. None counts all.
     """
     groups: dict[tuple[frozenset[str], int | None], list[int]] = {}
     for i, example in enumerate(examples):
@@ -122,7 +122,7 @@ def alike(examples: Sequence[Example], takes: Set[str] | None) -> list[list[int]
 
 
 def relative_change(together: Tensor, alone: Tensor) -> float:
-    """‖together − alone‖ / ‖alone‖ over what is finite; infinite where the shapes or the finite places differ."""
+    """‖together − alone‖ / ‖alone‖ over finite numbers; infinite if shapes or places of finite numbers differ."""
     if together.shape != alone.shape or not torch.equal(together.isfinite(), alone.isfinite()):
         return float("inf")
     together, alone = together[together.isfinite()].double(), alone[alone.isfinite()].double()
@@ -130,13 +130,13 @@ def relative_change(together: Tensor, alone: Tensor) -> float:
 
 
 def percent(change: float) -> str:
-    """A relative change for people."""
+    """A relative change as a percentage."""
     # A tenth of a percent: below that one digit
     return f"{100 * change:.1f}%" if change >= 1e-3 else f"{100 * change:.1g}%"
 
 
 def length_limits(model: nn.Module) -> list[int]:
-    """Lengths at which rotary embeddings change: the longest example of a batch would decide for all.
+    """Lengths beyond which rotary embeddings change; the longest example of a batch would decide for all.
 
     "longrope" has other factors beyond the length that the model was first trained on, "dynamic" grows from there.
     """

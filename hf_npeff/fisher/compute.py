@@ -1,4 +1,4 @@
-"""The loop from examples to a store of PEFs, over batches and processes; it resumes.
+"""The loop from examples to a store of PEFs, over batches and processes; it can be resumed.
 
 Each process takes a contiguous share of the examples and writes its own shards; within a shard, examples are batched
 by length and put back into the data set's order. Memory does not grow with the number of examples. Where FSDP2 shards
@@ -38,14 +38,14 @@ from hf_npeff.sharing.files import FORMAT_VERSION, read_json
 
 logger = logging.getLogger(__name__)
 _AUTO_EXAMPLES = 64
-"""Examples of a batch to begin with under "auto". Chosen: more gain little; the rows do not depend on it."""
+"""Examples in the first batches with "auto". Chosen: more gain little; the rows do not depend on it."""
 _AUTO_TOKENS = 16_384
-"""Padded tokens of a batch to begin with under "auto"; halved whenever memory runs out. Chosen: keeps a large GPU busy,
+"""Padded tokens in the first batches with "auto"; halved whenever memory runs out. Chosen: keeps a large GPU busy,
 and a small one finds its size in a few attempts."""
 
 
 def _missing(share: range, done: Mapping[int, int], size: int) -> Iterator[range]:
-    """What no finished shard holds of a share, whatever run wrote them, in parts of at most `size` examples."""
+    """The examples of a share that no finished shard has, whatever run wrote it, in parts of at most `size`."""
     at = share.start
     for start, length in [*sorted(done.items()), (share.stop, 0)]:
         stop = min(start, share.stop)
@@ -55,7 +55,7 @@ def _missing(share: range, done: Mapping[int, int], size: int) -> Iterator[range
 
 
 def dataset_hash(examples: Iterable[Example]) -> str:
-    """Tells a data set from another when a run resumes: ids and contents, in order."""
+    """A hash of ids and contents, in order, that identifies the data set when a run resumes."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.id}\0{example.content}\0".encode(errors="surrogatepass"))
@@ -63,10 +63,10 @@ def dataset_hash(examples: Iterable[Example]) -> str:
 
 
 def check_store(request: ComputeRequest, weights: Mapping[str, Any]) -> None:
-    """Refuse to go on with a store of other weights than the model has, where the request does not allow it.
+    """Check that a store at `output_dir` was made with the model's weights, unless the request allows others.
 
     Raises:
-        IncompatibleWeightsError: if there is one at `output_dir`.
+        IncompatibleWeightsError: if it was made with other weights.
     """
     path = None if request.output_dir is None else request.output_dir / "config.json"
     if path is not None and request.check_weights and path.exists():
@@ -76,7 +76,7 @@ def check_store(request: ComputeRequest, weights: Mapping[str, Any]) -> None:
 
 
 def _goes_on(folder: Path) -> str:
-    return f"; the shards that are finished stay in {folder}, and starting the run again goes on from them"
+    return f"; the finished shards are kept in {folder}, and running the same call again continues from them"
 
 
 def compute(
@@ -86,22 +86,23 @@ def compute(
     request: ComputeRequest,
     processes: Processes | None = None,
 ) -> PEFs:
-    """Compute the PEFs of all examples; with several processes, this one's share.
+    """Compute the PEFs of all examples; with several processes, of this process's share.
 
     Args:
-        maker: what makes the rows of a batch.
-        examples: all of them.
-        origin: model, revision, task, versions and data set for config.json.
-        request: where, and how.
-        processes: which process this is, and how it waits for the others; alone by default.
+        maker: the maker of the rows of a batch.
+        examples: all examples.
+        origin: model, revision, task, versions and data set, for config.json.
+        request: where and how the PEFs are computed.
+        processes: the processes of the run; by default only this one.
 
     Returns:
         The PEFs; the loaded store on every process.
 
     Raises:
-        IncompatibleWeightsError: if the model predicts something else for the examples of a store than it did.
-        ValueError: if the model gives NaN; with `on_error="skip"`, if it does for every example, or for none alone.
-            Without it, if the store was begun with it and lacks examples.
+        IncompatibleWeightsError: if the model's predictions for the examples of a store have changed.
+        ValueError: if the model gives NaN. With `on_error="skip"`: only if it gives NaN for every example, or in a
+            batch but not for its examples alone. With `on_error="raise"`, also if the store was begun with "skip" and
+            lacks examples.
         NPEFFError: if memory runs out, or another process dies or does not answer in time.
     """
     resolved = replace(maker.config, sketch=maker.sketch.kind, sketch_dim=maker.sketch.setting)
@@ -137,7 +138,7 @@ def _in_folder(
     folder: Path,
     processes: Processes,
 ) -> PEFs:
-    """Write what no finished shard of the folder holds, and read the store when every process has done so."""
+    """Write the shards that the folder lacks, and read the store when every process has done so."""
     first = processes.index == 0
     writer = None
     if first:
@@ -149,8 +150,8 @@ def _in_folder(
         _check_predictions(maker, examples, writer, done)
     if not request.skip and (left_out := writer.skipped()):
         raise ValueError(
-            f"{folder} was begun with on_error='skip', and {_these(left_out)} were left out; go on with "
-            "on_error='skip', or begin again with resume=False"
+            f"{folder} was begun with on_error='skip', and {_these(left_out)} were left out; continue with "
+            "on_error='skip', or start again with resume=False"
         )
     processes.meet(_goes_on(folder))
 
@@ -170,10 +171,10 @@ def _in_folder(
 
 
 def _check_predictions(maker: RowMaker, examples: Examples, writer: StoreWriter, done: Mapping[int, int]) -> None:
-    """Refuse to go on with a store if the model predicts something else for a few of its examples.
+    """Check on a few examples of a store that the model still has the same predictions.
 
     Raises:
-        IncompatibleWeightsError: if it does.
+        IncompatibleWeightsError: if the predictions differ.
     """
     start = next((start for start in sorted(done) if start in writer.filled()), None)
     if start is None:
@@ -195,14 +196,14 @@ def _check_predictions(maker: RowMaker, examples: Examples, writer: StoreWriter,
 
 @dataclass(frozen=True)
 class _Shard:
-    """What is stored of a range of examples.
+    """The results for a range of examples.
 
     Attributes:
-        start: the first of them.
-        tensors: in the order of the examples; empty where all were left out.
+        start: the place of the first example.
+        tensors: the tensors, in the order of the examples; empty if all were left out.
         columns: {name: values}.
-        skipped: {id, reason} of those left out.
-        checks: what was found where the self-test was repeated (see `Rechecks`).
+        skipped: {id, reason} of the examples that were left out.
+        checks: the results of repeated self-tests (see `Rechecks`).
     """
 
     start: int
@@ -220,7 +221,7 @@ def _make_shards(
     request: ComputeRequest,
     keep: Callable[[_Shard], None],
 ) -> None:
-    """Hand over the shards of a share of the examples that are not done; idle while other processes need the model."""
+    """Make the missing shards of a share of the examples; then run idle passes while other processes need the model."""
     sizer = _BatchSize(1 if maker.forward.batch_size(examples, 2) == 1 else request.batch_size)
     parts = list(_missing(share, done, request.shard_size))
     already = len(share) - sum(map(len, parts))
@@ -241,11 +242,9 @@ def _explaining_interruptions(output_dir: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if output_dir is None:
-            logger.warning("interrupted, and nothing is kept: with an output_dir, a run can be resumed")
+            logger.warning("interrupted; nothing is kept. With an output_dir, a run can be resumed")
         else:
-            logger.warning(
-                "interrupted: the finished shards are in %s; the same call again goes on from them", output_dir
-            )
+            logger.warning("interrupted; the finished shards are in %s. The same call continues from them", output_dir)
         raise
 
 
@@ -256,10 +255,10 @@ def _these(skipped: Sequence[Mapping[str, str]]) -> str:
 
 
 def _report_skipped(skipped: Sequence[Mapping[str, str]], n: int) -> dict[str, Any]:
-    """Warn of skipped examples; returns what `info` says of them.
+    """Warn of skipped examples; return their record for `info`.
 
     Raises:
-        ValueError: if nothing is left.
+        ValueError: if all examples were skipped.
     """
     if not skipped:
         return {}
@@ -278,12 +277,12 @@ class _BatchSize:
         self.max_tokens = _AUTO_TOKENS if size == "auto" else None
 
     def halve(self, batch: int, length: int, error: BaseException) -> None:
-        """Fewer tokens than those of a batch that was too large, or the error for people."""
+        """Lower the limit below the tokens of a batch that was too large, or raise the error that says what to do."""
         if self.max_tokens is None or batch == 1:
             advice = "use a smaller batch_size, or batch_size='auto'" if batch > 1 else "use shorter examples"
             raise NPEFFError(f"out of memory with {batch} examples of {length} tokens in a batch; {advice}") from error
         self.max_tokens = batch * length // 2
-        logger.warning("out of memory: going on with at most %d tokens in a batch", self.max_tokens)
+        logger.warning("out of memory: continuing with at most %d tokens in a batch", self.max_tokens)
 
 
 def _shard(
@@ -342,7 +341,7 @@ def _shard(
 def _next_batch(
     forward: ForwardPass, examples: Sequence[Example], pending: Sequence[int], sizer: _BatchSize
 ) -> list[int]:
-    """Of the examples that are left, some of similar length that may share a forward pass."""
+    """Some of the remaining examples, of similar length, that may share a forward pass."""
     lengths = [examples[i].length for i in pending]
     batch = [pending[i] for i in next(batches_by_length(lengths, sizer.value, sizer.max_tokens))]
     batch = [batch[i] for i in alike([examples[i] for i in batch], forward.traits.takes)[0]]
@@ -350,7 +349,7 @@ def _next_batch(
 
 
 def _columns(maker: RowMaker, examples: Sequence[Example], tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """What is kept beside the rows: ids, contents, the data set's own columns, and the predictions in words."""
+    """The columns that are stored with the rows: ids, contents, the data set's columns, predictions in words."""
     columns: dict[str, list[Any]] = {
         ID: [e.id for e in examples],
         "content_hash": [e.content for e in examples],

@@ -1,4 +1,4 @@
-"""What an analysis will cost, from sizes alone, before anything starts: the model of docs/cost.md."""
+"""The cost of an analysis, computed from sizes before anything starts; the formulas are in docs/cost.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.pefs.sketches import TWO_STAGE_SIDE, Kind
 
 _COLUMN_BYTES = 64
-"""Of an example's id, hash and prediction: an estimate, small beside its rows."""
+"""Bytes of an example's id, hash and prediction: an estimate, small compared with its rows."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class Estimate:
     """FLOPs and bytes of an analysis.
 
     Attributes:
-        n: examples.
+        n: the number of examples.
         tokens: the number of tokens of an example, on average.
-        c: rows of an example.
-        d: numbers of a row.
-        p: parameters under analysis.
-        r: components.
-        sketch: its kind; "at most" where "auto" has not chosen yet.
+        c: the number of rows of an example.
+        d: the number of numbers in a row.
+        p: the number of analysed parameters.
+        r: the number of components.
+        sketch: the kind of the sketch; with "at most" if "auto" has not chosen yet.
         forward: FLOPs of the forward passes.
-        backward: FLOPs of the c backward passes an example, through activations alone.
-        sketching: FLOPs that the rows add to them.
+        backward: FLOPs of the c backward passes for each example, which form no weight gradients.
+        sketching: FLOPs that the sketch adds to these.
         iteration: FLOPs of one iteration of the decomposition.
-        disk: bytes of the store.
-        fit_memory: bytes that a fit holds without memory_budget.
+        disk: bytes of the store on disk.
+        fit_memory: bytes of memory that a fit needs without memory_budget.
     """
 
     n: int
@@ -49,7 +49,7 @@ class Estimate:
 
     @property
     def flops(self) -> float:
-        """Of computing all PEFs."""
+        """FLOPs for computing all PEFs."""
         return self.forward + self.backward + self.sketching
 
     def __repr__(self) -> str:
@@ -66,12 +66,12 @@ class Estimate:
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """(what, how much), in words."""
+        """The lines of the printed table: (name, value)."""
         return [
             ("examples n", f"{self.n:,} of {self.tokens:.0f} tokens"),
-            ("rows an example c", f"{self.c}"),
-            ("numbers a row d", f"{self.d:,} ({self.sketch})"),
-            ("parameters under analysis p", f"{self.p:,}"),
+            ("rows of an example c", f"{self.c}"),
+            ("numbers in a row d", f"{self.d:,} ({self.sketch})"),
+            ("analysed parameters p", f"{self.p:,}"),
             ("forward passes", _flops(self.forward)),
             ("backward passes", _flops(self.backward)),
             ("sketches", _flops(self.sketching)),
@@ -83,7 +83,7 @@ class Estimate:
 
 
 def numbers_of(kind: Kind, dim: int | None, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """The d of a sketch, without making it: a large model's random signs alone take p bytes."""
+    """The d of a sketch without making it, because a large model's random signs alone take p bytes."""
     if dim is not None and kind in ("countsketch", "two-stage"):
         return dim
     side = dim if kind == "kronecker" and dim is not None else None
@@ -108,17 +108,17 @@ def estimate(
     """Count multiplications and additions of the linear maps; attention and norms are left out.
 
     Args:
-        maps: the linear maps under analysis.
-        parameters: all parameters that a forward pass multiplies with.
-        shapes: the shapes of all parameters under analysis.
-        kind: the kind of the sketch, as it is, or the largest that "auto" may choose.
+        maps: the analysed linear maps.
+        parameters: the number of all parameters that a forward pass multiplies with.
+        shapes: the shapes of all analysed parameters.
+        kind: the kind of the sketch, or the largest kind that "auto" may choose.
         dim: the sketch's setting.
-        chosen: whether it is as it is.
-        n: examples.
+        chosen: whether the sketch is already chosen.
+        n: the number of examples.
         tokens: the number of tokens of an example, on average.
-        c: rows of an example.
-        r: components.
-        source: numbers of a cotangent.
+        c: the number of rows of an example.
+        r: the number of components.
+        source: the number of numbers in a cotangent.
         storage_bytes: the bytes of a number on disk.
     """
     forward = 2.0 * parameters * tokens * n

@@ -1,13 +1,13 @@
-"""Are autograd's gradients those of the model? Compared with central differences of what it predicts.
+"""Are autograd's gradients the model's true gradients? They are compared with central differences of its predictions.
 
-A `detach`, `torch.no_grad`, rounded activations or a custom function with a wrong backward pass leave autograd
-consistent with itself: rows from hooks and autograd agree, and both are those of another network. So every map under
-analysis is moved a little along random directions (`nudges`), and
+After a `detach`, `torch.no_grad`, rounded activations or a custom function with a wrong backward pass, rows from hooks
+and from autograd agree, but both are wrong. So every analysed map is moved a little along random directions
+(`nudges`), and
 
     (⟨v, z(s)⟩ − ⟨v, z(−s)⟩) / 2s      is compared with      Σ σ (x·a)(δ·b),
 
-z what the model predicts, v a sum of the cotangents with random signs, s the relative change of every map's output. The
-directions are random, so parameters whose gradient is missing altogether count like all others.
+where z is the model's output, v a sum of the cotangents with random signs, and s the relative change of every map's
+output. The directions are random, so parameters without any gradient count like all others.
 """
 
 from __future__ import annotations
@@ -38,29 +38,30 @@ from hf_npeff.fisher.rows import choose_cotangents
 
 logger = logging.getLogger(__name__)
 _LOST_BY_ROUNDING = 0.25
-"""Relative difference of the gradients of a model that rounds from those without rounding. What 8 bits change is a few
-percent, and 4 bits up to .2, since they move activations; of a gradient that stops at the rounding more is missing."""
+"""Largest relative difference between the gradients of a model that rounds and those without rounding. Rounding to 8
+bits changes them by a few percent and to 4 bits by up to .2, because activations move; a gradient that stops at the
+rounding misses more."""
 _COARSE = (0.1, 0.05, 0.02)
-"""Relative changes that are larger than the steps of 4 to 8 bits, where differences see through rounding."""
+"""Relative changes larger than the rounding steps of 4 to 8 bits, so that differences do not see the rounding."""
 _ALWAYS_LOSES = {"round", "round_"} | CASTS
-"""Operations that stand for their input; `floor` may as well be there for the rest that it leaves (x − ⌊x⌋)."""
+"""Operations whose result replaces their input; `floor` may also be there for the remainder x − ⌊x⌋."""
 _SHARE = 0.1
-"""Of the whole difference, what a block or a map has to have of it to be named."""
+"""A block or a map is named if it has this share of the whole difference."""
 _NAMED = 6
-"""Modules that a message lists one by one, at most."""
+"""The most modules that a message lists one by one."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """With which steps gradients are compared, and what they have to agree to.
+    """The steps of the comparison, and its tolerances.
 
     Attributes:
         sizes: relative changes of the maps' outputs, tried in this order until differences agree with gradients.
-        slopes: how many are compared, over the examples and directions.
-        tolerance: relative difference from the gradients that is put down to rounding and curvature.
-        wrong: what differences at two sizes have in common against the gradients, relative, above which these are
-            wrong; rounding is not common to them.
-        agreement: how much differences at the two sizes may differ, as a share of their difference from the gradients.
+        slopes: how many slopes are compared, over the examples and directions.
+        tolerance: relative difference from the gradients that may be rounding and curvature.
+        wrong: gradients are wrong if the differences at two sizes share a larger relative deviation from them than
+            this; rounding errors are not shared.
+        agreement: how much differences at the two sizes may differ, as a share of their deviation from the gradients.
     """
 
     sizes: tuple[float, ...]
@@ -71,27 +72,27 @@ class Steps:
 
 
 EXACT = Steps((1e-3, 2e-4, 4e-5), 4, 1e-2, 2e-2, 0.25)
-"""In 32 bits and more. Rounding of what a model predicts, 1e-7 to 1e-6, over 2s and curvature, s² to 100 s² of the
-tiny random models of the sweep, are both below 1e-3 for s = 1e-3 (measured: 7e-5 at the median, 3e-4 for nine of ten).
-Smaller steps are for models with kinks, whose error falls like √s, and for routers, which must not change their mind;
-at 4e-5 rounding is 3e-3. That one random direction hardly meets a missing part of the gradient has a chance of a few
-percent, that four of them do of one in a million."""
+"""For 32 bits and more. The error from rounding (1e-7 to 1e-6 of the output, over 2s) and from curvature (s² to 100 s²
+for the tiny random models of the sweep) are both below 1e-3 for s = 1e-3 (measured: 7e-5 at the median, 3e-4 for nine
+of ten). Smaller steps are for models with kinks, whose error falls like √s, and for routers, which must not choose
+another expert; at 4e-5 rounding is 3e-3. One random direction misses a missing part of the gradient with a chance of a
+few percent, four of them with a chance of one in a million."""
 _IN_16_BITS = {
     torch.float16: Steps((1e-2, 2e-2), 8, 5e-2, 0.1, 1.0),
     torch.bfloat16: Steps((3e-2, 2e-2), 8, 0.15, 0.2, 1.0),
 }
-"""Rounding is 1e-3 and 1e-2 of what a model predicts, so steps are as large as curvature lets them be. Of sound tiny
-models .01 to .05 remain for float16 and .05 to .1 for bfloat16, of which two sizes have .03 and .06 in common; of those
-that stop a gradient at the middle of three layers, .3 to .5."""
+"""Rounding is 1e-3 and 1e-2 of a model's output, so steps are as large as curvature allows. For correct tiny models the
+difference is .01 to .05 in float16 and .05 to .1 in bfloat16, of which two sizes share .03 and .06. For models that
+stop the gradient at the middle of three layers it is .3 to .5."""
 
 
 @dataclass(frozen=True)
 class DifferenceCheck:
-    """What gradients are worth beside central differences.
+    """The result of comparing gradients with central differences.
 
     Attributes:
-        error: the relative difference of the slopes; None where differences say nothing.
-        note: why they say nothing, or what is missing from the gradients; empty where they agree.
+        error: the relative difference of the slopes; None if there was no usable comparison.
+        note: why there was none, or what the gradients lack; empty if they agree.
     """
 
     error: float | None
@@ -100,13 +101,13 @@ class DifferenceCheck:
 
 @dataclass
 class _Slopes:
-    """Slopes (B, K) along the directions, float64, and the model that they are of.
+    """Slopes (B, K) along the directions, in float64.
 
     Attributes:
-        gradient: by autograd.
-        by_map: {parameter: its part}.
+        gradient: the slopes by autograd.
+        by_map: {parameter: its part of the slopes}.
         v: the cotangent.
-        calls: what the pass has rounded.
+        calls: the rounding operations of the pass.
     """
 
     gradient: Tensor
@@ -115,12 +116,12 @@ class _Slopes:
     calls: list[Rounding] = field(default_factory=list)
 
     def part(self, names: Collection[str]) -> Tensor:
-        """Of these parameters alone."""
+        """The slopes of these parameters only."""
         parts = [value for name, value in self.by_map.items() if name in names]
         return torch.stack(parts).sum(0) if parts else torch.zeros_like(self.gradient)
 
     def distance_from(self, other: _Slopes) -> float:
-        """Relative to the other's, over all maps, directions and examples; a map that no gradient reaches has zeros."""
+        """The relative distance from other slopes, over all maps and examples; a map without a gradient has zeros."""
         names, none = self.by_map.keys() | other.by_map.keys(), torch.zeros_like(self.gradient)
         own, others = (torch.stack([s.by_map.get(name, none) for name in names]) for s in (self, other))
         return _rms(own - others) / max(_rms(others), math.ulp(0.0))
@@ -131,7 +132,7 @@ def check_differences(
 ) -> DifferenceCheck:
     """Compare gradients with differences, on the examples of the row check.
 
-    Costs one forward and one backward pass over them, and four forward passes; more where those do not agree.
+    This takes one forward and one backward pass over them, and four forward passes; more if those do not agree.
 
     Args:
         forward: the forward pass.
@@ -140,11 +141,11 @@ def check_differences(
         pair: the examples; where they must not share a batch, the first is used alone.
 
     Raises:
-        UnsupportedModelError: if the gradients are not the model's, and it is not one of transformers' own that is
-            made so; it names the modules.
+        UnsupportedModelError: if the gradients are not the model's true gradients, unless transformers' own code is
+            written so; the error names the modules.
     """
     if not forward.maps:
-        return DifferenceCheck(None, "no linear map is under analysis")
+        return DifferenceCheck(None, "no linear map is analysed")
     few = pair[:1] if forward.one_at_a_time else pair
     test = _Test(forward, config, metric, few)
     try:
@@ -181,7 +182,7 @@ class _Test:
         return Roundings(self._forward.model, undone=self._unrounded)
 
     def _slopes(self) -> _Slopes:
-        """By autograd, in a pass that measures σ too where that is open."""
+        """The slopes by autograd, in a pass that also measures σ if it is not known."""
         forward, few, slopes = self._forward, self._few, Slopes(self._directions)
         outputs: list[Outputs] = []
         chosen: list[Tensor] = []
@@ -233,7 +234,7 @@ class _Test:
         return moved(slopes.calls, watched.calls)
 
     def _compared(self, slopes: _Slopes) -> DifferenceCheck:
-        """Gradients beside differences, at one size after another."""
+        """Compare gradients with differences, at one size after another."""
         steps, errors, before = self._steps, [], None
         for size in steps.sizes:
             differences = self._differences(slopes.v, size)
@@ -247,37 +248,37 @@ class _Test:
             before = differences
         return DifferenceCheck(
             None,
-            f"differences from {percent(min(errors))} to {percent(max(errors))} that do not settle with smaller steps, "
-            "as where a model routes or rounds",
+            f"differences from {percent(min(errors))} to {percent(max(errors))} that do not converge with smaller "
+            "steps, as in models that route or round",
         )
 
     def _is_true(self, statement: bool) -> bool:
-        """Whether it holds in one of the processes that share a model: they go on together."""
+        """Whether it is true in any of the processes that share a model, so that all of them do the same."""
         return bool(self._forward.fsdp.most(int(statement)))
 
     def _without_rounding(self, slopes: _Slopes, rounded: Sequence[Rounding]) -> DifferenceCheck:
-        """What of the gradients is lost where the model rounds, and whether the rest is right."""
+        """How much of the gradients is lost by the model's rounding, and whether the rest is right."""
         where = ", ".join(dict.fromkeys(f"{call.module or 'the model'} ({call.operation})" for call in rounded))
         self._unrounded = True
         try:
             smooth = self._slopes()
         except (RuntimeError, TypeError, ValueError, UnsupportedModelError) as error:
-            note = f"activations are rounded in {where}, and without that the model fails: {error}"
+            note = f"activations are rounded in {where}, and the model fails without the rounding: {error}"
             return DifferenceCheck(None, note)
         lost = slopes.distance_from(smooth)
         plain = all(call.operation in _ALWAYS_LOSES for call in rounded)
         if self._is_true(lost > _LOST_BY_ROUNDING and (plain or self._seen_in_coarse_steps(slopes, smooth))):
             raise UnsupportedModelError(
-                f"activations are rounded in {where}, where no gradient comes through: autograd's gradients are "
-                f"{percent(lost)} off from those without rounding. Load the model without quantised activations, or "
-                "give the rounding a backward pass (a straight-through estimator)"
+                f"activations are rounded in {where}, which stops the gradient: autograd's gradients differ by "
+                f"{percent(lost)} from those without rounding. Load the model without quantised activations, or give "
+                "the rounding a backward pass (a straight-through estimator)"
             )
         result = self._compared(smooth)
-        note = f"activations are rounded in {where}; differences are those without rounding"
+        note = f"activations are rounded in {where}; the differences were computed without the rounding"
         return DifferenceCheck(result.error, f"{note}. {result.note}" if result.note else note)
 
     def _seen_in_coarse_steps(self, slopes: _Slopes, smooth: _Slopes) -> bool:
-        """Whether differences over steps larger than those of the rounding are the gradients without rounding."""
+        """Whether differences over steps larger than the rounding agree with the gradients without rounding."""
         self._unrounded = False
         coarse = torch.stack([self._differences(slopes.v, size) for size in _COARSE])
         self._unrounded = True
@@ -286,10 +287,10 @@ class _Test:
     # Whose difference it is -------------------------------------------------------------------------------------------
 
     def _wrong(self, slopes: _Slopes, size: float, error: float) -> DifferenceCheck:
-        """A warning where a model of transformers is made so; otherwise an error.
+        """Warn if transformers' own code is written so; otherwise raise an error.
 
         Raises:
-            UnsupportedModelError: if something is not transformers' own.
+            UnsupportedModelError: if some code is not from transformers.
         """
         much = (
             f"autograd's gradients differ by {percent(error)} from what a small change of the linear maps does to the "
@@ -298,20 +299,20 @@ class _Test:
         foreign = foreign_parts(self._forward)
         if not foreign:
             name = type(base_of(self._forward.model)).__name__
-            note = f"{name} as transformers has it stops or replaces gradients: {much}"
-            logger.warning("%s. Rows are those of its own backward pass", note)
+            note = f"transformers' own code of {name} stops or replaces gradients: {much}"
+            logger.warning("%s. The rows are computed with the model's own backward pass", note)
             return DifferenceCheck(error, note)
         affected, last = self._affected(slopes, size)
         every = {m.parameter: m.modules for m in self._forward.maps}
         leave = "" if affected >= every.keys() else f", or leave out {_excluded(every, affected)}"
         raise UnsupportedModelError(
-            f"{much}. The gradient is cut or wrong behind {last}, which has its part in the difference and is the last "
-            "of such maps: look there for a detach, torch.no_grad or an autograd function whose backward pass is "
-            f"missing or wrong (not transformers' own: {', '.join(foreign[:_NAMED])}). Mend that{leave}"
+            f"{much}. The gradient is cut or wrong after {last}, the last map that has a part in the difference: look "
+            "there for a detach, torch.no_grad or an autograd function whose backward pass is missing or wrong (code "
+            f"that is not from transformers: {', '.join(foreign[:_NAMED])}). Correct that{leave}"
         )
 
     def _affected(self, slopes: _Slopes, size: float) -> tuple[set[str], str]:
-        """The parameters whose gradients are wrong, in whole blocks but for the last; and the last one's module."""
+        """The parameters whose gradients are wrong, by whole blocks except in the last; and the last one's module."""
         missing = _rms(self._differences(slopes.v, size) - slopes.gradient)
 
         def is_wrong(names: Collection[str]) -> bool:
@@ -330,21 +331,21 @@ class _Test:
 
 
 def _block(parameter: str) -> str:
-    """The layer that a parameter is in, or all that is in no numbered one."""
+    """The numbered layer that a parameter is in, or the part outside numbered layers."""
     found = re.match(r"(?:.*?\.)?\d+\.", parameter)
     return found.group().rstrip(".") if found else ""
 
 
 def _excluded(modules: Mapping[str, Sequence[str]], affected: Collection[str]) -> str:
-    """What leaves out these parameters: their modules, or a regular expression of their blocks where they are many."""
+    """The setting that leaves out these parameters: modules, or for many of them a regular expression of blocks."""
     names = [name for parameter in affected for name in modules[parameter]]
     if len(names) <= _NAMED:
-        return f"all that is before it, with exclude_modules={sorted(names)!r}"
+        return f"everything before it, with exclude_modules={sorted(names)!r}"
     blocks = {_block(parameter) for parameter in affected}
     whole = {b for b in blocks if b and all(p in affected for p in modules if _block(p) == b)}
     single = [name for p in affected if _block(p) not in whole for name in modules[p]]
     patterns = [*(re.escape(block) + r"\..*" for block in sorted(whole)), *map(re.escape, sorted(single))]
-    return f"all that is before it, with exclude_modules={'|'.join(patterns)!r}"
+    return f"everything before it, with exclude_modules={'|'.join(patterns)!r}"
 
 
 def _rms(values: Tensor) -> float:
@@ -352,13 +353,13 @@ def _rms(values: Tensor) -> float:
 
 
 def relative(gradient: Tensor, differences: Tensor) -> float:
-    """Of two slopes, relative to the larger one: a gradient that is missing is off by 1."""
+    """The difference of two slopes, relative to the larger one; a missing gradient has a difference of 1."""
     size = max(_rms(gradient), _rms(differences))
     return _rms(gradient - differences) / size if size else 0.0
 
 
 def in_common(gradient: Tensor, first: Tensor, second: Tensor) -> tuple[float, float]:
-    """What two differences have in common against a gradient, relative to slopes; how far apart they are beside it."""
+    """The relative deviation from a gradient that two differences share, and their distance as a share of it."""
     a, b = first - gradient, second - gradient
     shared = math.sqrt(max(float((a * b).mean()), 0.0))
     size = max(_rms(gradient), math.sqrt(max(float((first * second).mean()), 0.0)))
@@ -366,7 +367,7 @@ def in_common(gradient: Tensor, first: Tensor, second: Tensor) -> tuple[float, f
 
 
 _OWN = ("torch", "transformers", "peft", "accelerate")
-"""Packages whose modules are as they were published."""
+"""Packages whose modules count as unchanged."""
 _ATTENTIONS = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 
 
@@ -375,7 +376,7 @@ _REPLACED_BY_US = {"_hf_hook", "_original_forward", INTERCEPTIONS}
 
 
 def foreign_parts(forward: ForwardPass) -> list[str]:
-    """What of a model is not as transformers has it: modules of other packages, replaced forward passes, hooks."""
+    """The parts of a model that are not transformers' own: other packages' modules, replaced passes, hooks."""
     parts: list[str] = []
     own_head = type(forward.head).__module__.startswith(__name__.split(".")[0])
     if not own_head:

@@ -1,7 +1,7 @@
 """Output distributions: softmax, Bernoulli, Gaussian.
 
-One turns the k logits of one *term* into probabilities. Its Fisher with respect to the logits is S,
-factored as S = B Bᵀ:
+A distribution turns the k logits of one *term* (a single prediction) into probabilities. Its Fisher with respect to the
+logits is S, factored as S = B Bᵀ:
 
     softmax     S = diag(p) − p pᵀ     B = diag(√p) − p √pᵀ
     Bernoulli   S = diag(p(1 − p))     B = diag(√(p(1 − p)))
@@ -29,7 +29,7 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 
 class Distribution(ABC):
-    """Independent output distributions from `logits` (N, k), one a row. Vectors to multiply come as (N, k, m)."""
+    """Independent output distributions from `logits` (N, k), one for each row. Vectors to multiply are (N, k, m)."""
 
     name: str
 
@@ -43,7 +43,7 @@ class Distribution(ABC):
 
     @abstractmethod
     def rows_of_exact(self) -> int:
-        """The rank of S: how many rows `exact` needs."""
+        """The rank of S, which is the number of rows that `exact` needs."""
 
     @abstractmethod
     def hessian_times(self, V: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Distribution(ABC):
 
     @abstractmethod
     def scores(self, c: int, generator: torch.Generator, index: int) -> Tensor:
-        """∇ log p(y) by the logits for c samples y of distribution `index`: (k, c)."""
+        """Gradients of log p(y) with respect to the logits, for c samples y of distribution `index`: (k, c)."""
 
     @abstractmethod
     def predictions(self) -> tuple[Tensor, Tensor]:
@@ -73,9 +73,9 @@ class Distribution(ABC):
 class Softmax(Distribution):
     """One of k classes; classes with logit −inf have probability 0.
 
-    The Fisher of a prediction that is certain but for ε is of the order of ε, which 1 − p loses to rounding for the
-    likeliest class. So 1 − p is the sum of the other probabilities there, and products with S, of which S 1 = 0, take
-    the entry of the likeliest class off first.
+    If the likeliest class has probability 1 − ε, the Fisher is of the order of ε, and computing 1 − p would lose it to
+    rounding. So 1 − p is computed as the sum of the other probabilities, and products with S, for which S 1 = 0, first
+    subtract the entry of the likeliest class.
     """
 
     name = "softmax"
@@ -91,7 +91,7 @@ class Softmax(Distribution):
         return cls(_mean([logits.softmax(-1) for logits in predictions]).log())
 
     def _rest(self, p: Tensor) -> Tensor:
-        """1 − p, to the last digit."""
+        """1 − p, accurate to the last digit."""
         others = p.scatter(-1, self._best, 0.0).sum(-1, keepdim=True)
         return (1 - p).scatter(-1, self._best, others)
 
@@ -204,13 +204,13 @@ class Bernoulli(Distribution):
 
 
 HALF_SQUARED = "half squared distance"
-"""What the KL of two Gaussians of unit variance is, by its usual name."""
+"""The usual name for the KL of two Gaussians of unit variance."""
 
 
 class Gaussian(Distribution):
     """k real numbers with the logits as mean and unit variance: regression, embeddings.
 
-    The KL of two is half the squared distance of their means; of normalised embeddings 1 − their cosine.
+    The KL of two is half the squared distance of their means; for normalised embeddings it is 1 − their cosine.
     """
 
     name = "gaussian"

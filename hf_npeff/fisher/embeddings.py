@@ -1,13 +1,13 @@
-"""EmbeddingHead: what a SentenceTransformer predicts is a vector.
+"""EmbeddingHead: the output of a SentenceTransformer, a vector.
 
-The embedding e(x, θ) of a text, pooled and normalised as the model does it, is taken as the mean of a Gaussian of unit
-variance in each of its k coordinates:
+The embedding e(x, θ) of a text, pooled and normalised as the model does it, is treated as the mean of a Gaussian of
+unit variance in each of its k coordinates:
 
     p(y | x) = N(y; e, I),   F = E[∇log p ∇log pᵀ] = Jᵀ I J = JᵀJ,   J = ∂e/∂θ   (k×p)
 
 since ∇_θ log p = Jᵀ (y − e) and E[(y − e)(y − e)ᵀ] = I. So S = I, and the KL between the embeddings of two models is
 half their squared distance, ½‖e − e′‖²; where they are normalised, that is 1 − cos(e, e′), as a search by cosine sees.
-Behind a normalisation e = u/‖u‖, J = (I − e eᵀ) J_u/‖u‖: the length of u is not in F.
+After a normalisation e = u/‖u‖, J = (I − e eᵀ) J_u/‖u‖, so the length of u does not affect F.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from hf_npeff.fisher.distributions import Distribution, Gaussian
 from hf_npeff.fisher.outputs import HeadTraits, Outputs
 
 EMBEDDING_TASK = "feature-extraction"
-"""PEFT's and transformers' name for what is done with such models."""
+"""The task name of PEFT and transformers for such models."""
 _OTHERS = {
     "CrossEncoder": "it classifies pairs of texts: pass `model.transformers_model`, a classifier of transformers",
     "SparseEncoder": "its embeddings have a coordinate for every token: pass `model.transformers_model`, a masked LM",
-    "MultiVectorEncoder": "it gives a vector for every token of a text: no single one stands for the text",
+    "MultiVectorEncoder": "it returns a vector for every token of a text, and no vector for the whole text",
 }
 """The other kinds of model in sentence-transformers, and what to do instead."""
 
 
 class EmbeddingHead:
-    """`OutputHead` of a SentenceTransformer: one Gaussian an example, its mean the embedding.
+    """`OutputHead` of a SentenceTransformer: one Gaussian for each example, with the embedding as its mean.
 
     Args:
         model: the SentenceTransformer.
@@ -45,13 +45,13 @@ class EmbeddingHead:
     Attributes:
         traits: see `HeadTraits`.
         task: the task's name.
-        distribution: what the embedding is taken as.
+        distribution: the distribution whose mean is the embedding.
         several: whether an example may have several terms.
-        size: k, the numbers of an embedding; None where the model does not say.
+        size: k, the dimension of an embedding; None if the model does not say.
 
     Raises:
-        UnsupportedModelError: if the model is another than a transformer that reads texts, and modules behind it.
-        ValueError: if `positions` says anything: a text has one embedding.
+        UnsupportedModelError: if the model is not a transformer that reads texts, followed by other modules.
+        ValueError: if `positions` is set, because a text has only one embedding.
     """
 
     task = EMBEDDING_TASK
@@ -60,7 +60,7 @@ class EmbeddingHead:
 
     def __init__(self, model: nn.Module, positions: str):
         if positions != "auto":
-            raise ValueError(f"positions={positions!r} makes no sense for an embedding, of which a text has one")
+            raise ValueError(f"positions={positions!r} makes no sense for an embedding, because a text has only one")
         check_sentence_transformer(model)
         sequence: Any = model
         first: Any = sequence[0]
@@ -73,7 +73,7 @@ class EmbeddingHead:
         self.traits = HeadTraits(EMBEDDING_TASK, takes=frozenset(takes), embeds=True)
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
-        """The embeddings of a batch, of as many numbers as `encode` gives."""
+        """The embeddings of a batch, with the same dimension as those of `encode`."""
         assert self.traits.takes is not None
         features: dict[str, Any] = {name: batch[name] for name in batch if name in self.traits.takes}
         embedding = model({**features, "modality": self._modality})["sentence_embedding"]
@@ -84,10 +84,10 @@ class EmbeddingHead:
 
 
 def check_sentence_transformer(model: nn.Module) -> None:
-    """Refuse models of sentence-transformers that are no SentenceTransformer of texts on a transformer.
+    """Check that a model of sentence-transformers is a SentenceTransformer for texts, built on a transformer.
 
     Raises:
-        UnsupportedModelError: if it is one; with what to do instead.
+        UnsupportedModelError: if it is not; the message says what to do instead.
     """
     for kind in type(model).__mro__:
         if isinstance(model, nn.Sequential) and kind.__name__ in _OTHERS:
@@ -102,9 +102,8 @@ def check_sentence_transformer(model: nn.Module) -> None:
         backend = getattr(model, "backend", "torch")
         where = f", run by {backend}" if backend != "torch" else ""
         raise UnsupportedModelError(
-            f"the first module of this SentenceTransformer is a {type(first).__name__}{where}, and hf_npeff analyses "
-            "those whose first module is one model of transformers, in PyTorch; static embeddings, routers and other "
-            "backends are not"
+            f"the first module of this SentenceTransformer is a {type(first).__name__}{where}; hf_npeff needs a single "
+            "transformers model in PyTorch there. Static embeddings, routers and other backends are not supported"
         )
     modalities = list(getattr(model, "modalities", ["text"]))
     reads = getattr(first, "modality_config", {"text": {"method": "forward"}})
@@ -112,7 +111,7 @@ def check_sentence_transformer(model: nn.Module) -> None:
     if not set(modalities) <= {"text", "message"} or text.get("method", "forward") != "forward":
         raise UnsupportedModelError(
             f"this SentenceTransformer reads {modalities}, its texts through `{text.get('method', 'forward')}`; "
-            "hf_npeff analyses those that read texts alone, through `forward`"
+            "hf_npeff needs one that reads only texts, through `forward`"
         )
     if not hasattr(model, "preprocess"):
         raise UnsupportedModelError(

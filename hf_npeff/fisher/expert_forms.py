@@ -1,8 +1,9 @@
-"""The forms of fused experts that are known, each with a forward pass that shows its products.
+"""The supported forms of fused experts, each with a forward pass that exposes its products.
 
-They are those that transformers' `use_experts_implementation` describes (Mixtral, OLMoE, Qwen, gpt-oss, DeepSeek, …),
-which take tokens, experts' numbers and weights; LongCat's, some of whose experts give back their input; Llama 4's,
-which gives every token to every expert; DBRX's, in two dimensions; and JetMoE's, whose tokens come sorted.
+They are the forms of transformers' `use_experts_implementation` (Mixtral, OLMoE, Qwen, gpt-oss, DeepSeek, …),
+which take tokens, experts' numbers and weights; LongCat's, some of whose experts return their input; Llama 4's,
+which gives every token to every expert; DBRX's, in two dimensions; and JetMoE's, which gets its tokens sorted by
+expert.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from hf_npeff.fisher.experts import Experts, FusedWeight
 from hf_npeff.fisher.routing import Routing, Tap
 
 _TRIED_TOKENS = 3
-"""Random tokens of a trial: few, since some implementations copy an expert's weights for every token."""
+"""Random tokens in a trial: few, because some implementations copy an expert's weights for every token."""
 _TRIED_EXPERTS = 2
-"""Experts of each of them; a model with fewer has as many as it has."""
+"""Experts for each of these tokens; all experts if a model has fewer."""
 
 
 class RoutedExperts(Experts):
-    """forward(tokens (…, h), numbers of experts (T, k), weights (T, k)), as transformers' experts have it."""
+    """Experts called by forward(tokens (…, h), numbers of experts (T, k), weights (T, k)), as in transformers."""
 
     def forward(self, tap: Tap, *args: Any, **kwargs: Any) -> Tensor:
         """See `Experts.forward`."""
@@ -31,7 +32,7 @@ class RoutedExperts(Experts):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         slots = index.shape[-1]
         chosen, order = torch.sort(index.reshape(-1), stable=True)
-        known = self.weights[-1].experts  # numbers beyond stand for no expert, or for one that has no weights
+        known = self.weights[-1].experts  # larger numbers mean no expert, or one without weights
         counts = torch.bincount(chosen, minlength=known)[:known].tolist()
         places = order[: sum(counts)]
         routing = Routing(counts, places, len(tokens), slots)
@@ -71,7 +72,7 @@ class RoutedExperts(Experts):
 
 
 class DbrxExperts(RoutedExperts):
-    """DBRX's: W₁, V₁ and W₂ᵀ of all experts one below the other, in a module of their own."""
+    """DBRX's experts: W₁, V₁ and W₂ᵀ of all experts stacked in one module."""
 
     def _experts(self, tap: Tap, x: Tensor, routing: Routing) -> Tensor:
         w1, v1, w2 = self.weights
@@ -86,7 +87,7 @@ class DbrxExperts(RoutedExperts):
 
 
 class ExpertsOfAllTokens(Experts):
-    """Llama 4's forward(tokens (E·T, h)): every expert gets all tokens, those that are not its own as zeros."""
+    """Llama 4's experts, forward(tokens (E·T, h)): every expert gets all tokens, those of others as zeros."""
 
     def forward(self, tap: Tap, *args: Any, **kwargs: Any) -> Tensor:
         """See `Experts.forward`."""
@@ -107,7 +108,7 @@ class ExpertsOfAllTokens(Experts):
 
 
 class ExpertsOfSortedTokens(Experts):
-    """JetMoE's forward(rows sorted by expert, their numbers); the router beside it says which tokens they are."""
+    """JetMoE's experts, forward(rows sorted by expert, counts); the router says which tokens these are."""
 
     def __init__(self, module: Any, weights: tuple[FusedWeight, ...], router: nn.Module):
         super().__init__(module, weights)

@@ -1,6 +1,6 @@
-"""Which modules of a model are fused experts: read off their parameters and arguments, and tried.
+"""Finds the fused experts of a model, by their parameters and arguments, and checks them.
 
-With random tokens, the forward pass of a known form (`expert_forms`) must give what the module's own gives.
+For random tokens, the forward pass of the supported form (`expert_forms`) must give the same as the module's own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hf_npeff.fisher.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 _SCALES = (1.0, 30.0)
-"""Scales of a trial's tokens, as of `linear_layers`' probes: a limit on what experts give shows with large ones."""
+"""Scales of a trial's tokens, as in `linear_layers`: large ones reveal a limit on the experts' outputs."""
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative difference of a trial's output that is rounding, by type; `_SAME_IN_16_BITS` for what has fewer bits."""
+"""Relative difference of a trial's output that may be rounding, by type; `_SAME_IN_16_BITS` for shorter types."""
 _SAME_IN_16_BITS = 3e-2
 """Chosen: some units in the last of bfloat16's 8 bits (4e-3), which a sum over hidden units collects."""
 
@@ -33,12 +33,12 @@ _SAME_IN_16_BITS = 3e-2
 def find_experts(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Experts]:
     """{name of the module: its fused experts}, in the model's order.
 
-    Modules whose forward pass gives something else for random tokens are left out, and so are quantised ones. Weights
-    that are offloaded or sharded cannot be tried; theirs are taken at their word.
+    Modules whose forward pass gives another result for random tokens are left out, and so are quantised ones. Modules
+    with offloaded or sharded weights cannot be checked and are accepted as they are.
 
     Args:
         model: any module.
-        names: modules that were found before and need not be tried again; None finds all.
+        names: modules that were found before and need not be checked again; None finds all.
     """
     by_name: dict[str, Experts] = {}
     for parent, module in model.named_modules():
@@ -50,7 +50,7 @@ def find_experts(model: nn.Module, names: Collection[str] | None = None) -> dict
 
 
 def _candidates(module: Any) -> Iterator[tuple[str, Experts]]:
-    """Experts that a module holds, and the path to the module whose call is theirs."""
+    """Experts that a module may have, with the path to the module that is called for them."""
     if hasattr(module, "router") and all(hasattr(module, n) for n in ("input_linear", "output_linear")):
         for name in ("input_linear", "output_linear"):
             inside = getattr(module, name)
@@ -79,7 +79,7 @@ def _candidates(module: Any) -> Iterator[tuple[str, Experts]]:
 
 
 def _fused(name: str, tensor: Any, experts: int = 0, *, transposed: bool = False) -> FusedWeight | None:
-    """The description of a tensor of three dimensions, or of two where it is said how many experts it holds."""
+    """The description of a tensor with three dimensions, or with two if the number of experts is known."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or _is_quantised(tensor):
         return None
     if tensor.dim() == 2 and experts and tensor.shape[0] % experts == 0:
@@ -93,12 +93,12 @@ def _fused(name: str, tensor: Any, experts: int = 0, *, transposed: bool = False
 
 
 def _is_quantised(tensor: Tensor) -> bool:
-    """Whether a tensor holds other numbers than its own: a class of torchao's, or 8 bits with scales beside them."""
+    """Whether a tensor is quantised: a torchao class, or 8 bits with scales beside them."""
     return not is_sharded(tensor) and (tensor.dtype.itemsize == 1 or is_traceable_wrapper_subclass(tensor))
 
 
 def _arguments(module: Any) -> int:
-    """How many arguments a module's forward pass takes; 0 where that is open."""
+    """The number of arguments of a module's forward pass; 0 if it is variable."""
     try:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -109,7 +109,7 @@ def _arguments(module: Any) -> int:
 def _is_the_same(name: str, experts: Experts) -> bool:
     """Whether random tokens get the same output and gradient from the module and from `experts`."""
     if INTERCEPTIONS in vars(experts.module):
-        return True  # it was tried before, and what it gives now is somebody's change of it
+        return True  # it was checked before, and somebody may have changed its output since
     if not all(is_at_hand(experts.tensor(weight)) for weight in experts.weights):
         return True
     try:
@@ -120,7 +120,7 @@ def _is_the_same(name: str, experts: Experts) -> bool:
         difference = repr(error)
     if difference is not None:
         logger.info(
-            "%s (%s) looks like fused experts and is none, for random tokens: %s",
+            "%s (%s) looks like fused experts but is not; for random tokens: %s",
             name or "the model",
             type(experts.module).__name__,
             difference,
@@ -130,7 +130,7 @@ def _is_the_same(name: str, experts: Experts) -> bool:
 
 @torch.enable_grad()
 def _difference(experts: Experts, scale: float) -> str | None:
-    """How the output or the gradient of random tokens of this scale differs between the module and `experts`."""
+    """The difference between the module and `experts` in the output or the gradient for random tokens of this scale."""
     module = experts.module
     first, *others = experts.trial(torch.Generator().manual_seed(0))
     results = []

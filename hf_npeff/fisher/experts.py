@@ -1,14 +1,14 @@
 """Fused experts: many linear maps in one parameter, applied to tokens that a router sends to a few of them.
 
-A mixture of experts keeps its weights W_e in one tensor, as (E, out, in) or (E, in, out), and multiplies token t by
-those of its k experts alone. No module call passes through a single W_e, so hooks on modules see nothing of it. Here
-the experts' own call is carried out by a forward pass that computes the same and hands every product x ↦ W_e x to
-whoever asks: its inputs, its outputs, and which example and expert each row belongs to (`routing.Routing`).
+A mixture of experts keeps its weights W_e in one tensor, as (E, out, in) or (E, in, out), and multiplies each token
+only by those of its k experts. There is no module call for a single W_e, so hooks on modules cannot see its product.
+Here the call of the experts is replaced by a forward pass that computes the same and exposes every product x ↦ W_e x:
+its inputs, its outputs, and the example and expert of each row (`routing.Routing`).
 
-All W_e of a parameter count as one linear map with the weight (E·out, in), its parts one below the other. The gradient
+All W_e of a parameter count as one linear map with the weight (E·out, in), in which they are stacked. The gradient
 of an example's output is then Σ over its rows of (δ placed at expert e) xᵀ.
 
-`expert_forms` has the forward passes that are known, and `expert_search` finds the modules that they fit.
+`expert_forms` has the supported forward passes, and `expert_search` finds the modules that they fit.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class FusedWeight:
     """One parameter that holds the weights of E experts.
 
     Attributes:
-        name: in its module, for instance "gate_up_proj".
-        experts: E.
-        out: numbers that an expert gives.
-        into: numbers that it takes.
-        transposed: every expert's part is stored (in, out).
-        flat: the parameter is a matrix, the experts' parts one below the other.
+        name: its name in its module, for instance "gate_up_proj".
+        experts: the number of experts, E.
+        out: the size of an expert's output.
+        into: the size of an expert's input.
+        transposed: whether every expert's weights are stored as (in, out).
+        flat: whether the parameter is a matrix in which the experts' weights are stacked.
     """
 
     name: str
@@ -49,7 +49,7 @@ class FusedWeight:
         return self.experts * self.out, self.into
 
     def by_expert(self, weight: Tensor) -> Tensor:
-        """The parameter, or what is shaped like it → (E, out, in)."""
+        """The parameter, or a tensor of its shape → (E, out, in)."""
         parts = weight.reshape(self.experts, -1, weight.shape[-1])
         return parts.mT if self.transposed else parts
 
@@ -62,10 +62,10 @@ class FusedWeight:
 
 @dataclass
 class Experts:
-    """A module that holds fused experts, and the forward pass that shows their products.
+    """A module with fused experts, and the forward pass that exposes their products.
 
     Attributes:
-        module: with the module's own forward pass.
+        module: the module, with its own forward pass.
         weights: its fused parameters.
     """
 
@@ -73,16 +73,16 @@ class Experts:
     weights: tuple[FusedWeight, ...]
 
     def intercept(self, tap: Tap, wanted: Callable[[], bool]) -> Interception:
-        """Carry the module's calls out by `forward` from now on, where they are wanted; undone by `remove`.
+        """From now on run `forward` for the module's wanted calls; `remove` undoes this.
 
         Args:
             tap: called with every product.
-            wanted: whether a call is; the module's own forward pass carries out the others.
+            wanted: whether a call is wanted; the module's own forward pass runs for the others.
         """
         return Interception(self, tap, wanted)
 
     def forward(self, tap: Tap, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward pass gives, by products that the tap sees."""
+        """Compute the same as the module's own forward pass, by products that the tap sees."""
         raise NotImplementedError
 
     def watch(self) -> list[Any]:
@@ -90,7 +90,7 @@ class Experts:
         return []
 
     def trial(self, generator: torch.Generator) -> tuple[Any, ...]:
-        """Random arguments of a forward pass; the first is the one to differentiate."""
+        """Random arguments for a forward pass; the first is the one to differentiate."""
         raise NotImplementedError
 
     def part(self, weight: FusedWeight) -> Tensor:
@@ -117,9 +117,9 @@ class Experts:
 
 
 class Interception:
-    """A module's forward pass replaced by that of its `Experts`, until `remove`.
+    """Replaces a module's forward pass by that of its `Experts`, until `remove`.
 
-    Where there are several of one module, their taps see each product one after another, as hooks of a module would.
+    If a module has several, their taps see each product one after another, as hooks of a module would.
     """
 
     def __init__(self, experts: Experts, tap: Tap, wanted: Callable[[], bool]):
@@ -136,7 +136,7 @@ class Interception:
             setattr(self._module, place, _forward(experts, self._all, getattr(self._module, place)))
 
     def remove(self) -> None:
-        """Take the tap off; without any, the module's own forward pass is back."""
+        """Remove the tap; without any tap left, the module's own forward pass is restored."""
         for handle in self._handles:
             handle.remove()
         self._all.remove(self)
@@ -151,16 +151,16 @@ class Interception:
 
     @property
     def active(self) -> bool:
-        """Whether the call that is made now is to be seen."""
+        """Whether the tap should see the current call."""
         return self._wanted()
 
     def __call__(self, name: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
-        """What goes on instead of a product."""
+        """The tensor that is used instead of a product."""
         return self._tap(name, x, routing, output)
 
 
 INTERCEPTIONS, _REPLACED = "_npeff_interceptions", "_npeff_replaced"
-"""Attributes of a module whose forward pass is replaced: by whom, and what stood in its place."""
+"""Attributes of a module whose forward pass is replaced: the replacement, and the original."""
 
 
 def _forward(experts: Experts, interceptions: Sequence[Interception], own: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
-"""ForwardPass: a batch of examples → what the model predicts for them, and nothing else.
+"""ForwardPass: a batch of examples → the model's predictions for them, and nothing else.
 
-Lifting, token alignments, predictions and studies take it as it is; `rows.RowMaker` adds what makes rows.
+Lifting, token alignments, predictions and studies use it directly; `rows.RowMaker` adds the computation of rows.
 """
 
 from __future__ import annotations
@@ -43,19 +43,20 @@ from hf_npeff.padding import Batch
 
 logger = logging.getLogger(__name__)
 _PADDING_EXAMPLES = 64
-"""Examples among which the shortest and the longest try out what padding does, before the first batch is made."""
+"""The shortest and the longest of the first examples, this many, show whether padding matters, before any batch is
+made."""
 _REASON = 200
-"""Letters of a model's own error that people are told. Chosen: two lines."""
+"""Letters of a model's own error that a message quotes. Chosen: two lines."""
 _NO_LOGITS = "the model gives NaN or infinite logits"
 _Self = TypeVar("_Self", bound="ForwardPass")
 
 
 class NotFiniteError(ValueError):
-    """What the model gives for some examples of a batch is NaN or infinite.
+    """The model's output for some examples of a batch is NaN or infinite.
 
     Attributes:
         places: the places of these examples in the batch.
-        reason: without their names.
+        reason: the reason, without the examples' ids.
     """
 
     def __init__(self, examples: Sequence[Example], places: list[int], reason: str, remedy: str):
@@ -65,7 +66,7 @@ class NotFiniteError(ValueError):
 
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
-"""What models raise for inputs of shapes that they do not take."""
+"""Errors that models raise for inputs of wrong shapes."""
 
 
 def _in_words(error: Exception) -> str:
@@ -74,15 +75,15 @@ def _in_words(error: Exception) -> str:
 
 
 class _NotTogetherError(Exception):
-    """The model fails for a batch of examples each of which it takes."""
+    """The model fails for a batch, but not for its examples alone."""
 
 
 class ModelFailsError(ValueError, RuntimeError):
-    """The model's own forward pass raises an error; a RuntimeError too, as the model's mostly is."""
+    """The model's own forward pass raises an error; a RuntimeError, because most of these errors are."""
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether an error was raised by this package, which says what is wrong, and not by the model."""
+    """Whether an error was raised by this package, with an explanation, and not by the model."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -91,23 +92,23 @@ def _is_ours(error: Exception) -> bool:
 
 
 class PaddingError(ValueError):
-    """The model gives NaN for examples in a padded batch, and numbers for each of them alone."""
+    """The model gives NaN for examples in a padded batch, but finite numbers for each of them alone."""
 
 
 class ForwardPass:
-    """What runs a forward pass: the model, its head, how examples become a batch, and what is under analysis.
+    """Runs a model on batches of examples, and knows its head and the analysed weights.
 
     Args:
-        model: frozen (see `gradients.frozen`).
-        head: what it predicts.
-        maps: the linear maps under analysis.
-        pad_token_id: what input ids are padded with.
+        model: the frozen model (see `gradients.frozen`).
+        head: the head, which says what the model predicts.
+        maps: the analysed linear maps.
+        pad_token_id: the token id for padding.
         device: the device of the model's inputs.
-        parameters: other parameters under analysis, as `find_parameters` returns them.
-        describe: predictions of a batch → one string an example, kept as the column `prediction`.
-        one_at_a_time: never put two examples into a batch.
-        trials: what is known of the batches that the model takes; shared by all passes over one model.
-        fsdp: how processes keep in step where the model's weights are sharded over them.
+        parameters: other analysed parameters, as `find_parameters` returns them.
+        describe: predictions of a batch → a string for each example, kept as the column `prediction`.
+        one_at_a_time: whether every batch has a single example.
+        trials: the results of trials of batches, shared by all passes over one model.
+        fsdp: keeps processes in step if the model's weights are sharded over them.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class ForwardPass:
     def with_maps(
         self: _Self, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]] | None = None
     ) -> _Self:
-        """The same pass with other linear maps under analysis, and with other parameters where they are given."""
+        """The same pass with other analysed linear maps and, if given, other parameters."""
         other = copy.copy(self)
         other.maps = tuple(maps)
         other.parameters = dict(self.parameters if parameters is None else parameters)
@@ -150,21 +151,21 @@ class ForwardPass:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """{parameter: (out, in)} of everything under analysis."""
+        """{parameter: (out, in)} of all analysed weights."""
         return shapes_of(self.maps, self.parameters)
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether no two examples may share a batch: it was asked for, or a trial has shown it."""
+        """Whether every batch has a single example, because it was asked for or a trial has shown the need."""
         return self._one_at_a_time or self.trials.one_at_a_time
 
     @property
     def tolerance(self) -> float:
-        """How much logits may differ by rounding, relative."""
+        """The relative difference of logits that may be rounding."""
         return logit_tolerance(self.model)
 
     def batch(self, examples: Sequence[Example], device: torch.device | str) -> Batch:
-        """The inputs that the model takes, padded; a head of one's own gets all columns of lists."""
+        """The inputs that the model takes, padded; a custom head gets all columns of lists."""
         if not self.trials.image_layout_is_known and any(map(self._is_doubtful, examples)):
             self._find_image_layout(next(e for e in examples if self._is_doubtful(e)), device)
         if self.trials.images_joined:
@@ -172,16 +173,16 @@ class ForwardPass:
         return collate(examples, self.pad_token_id, device, self.traits.takes)
 
     def _is_doubtful(self, example: Example) -> bool:
-        """Whether it has images of which nothing says whether the model wants them by example."""
+        """Whether a batch has images for which it is not known whether the model takes them stacked by example."""
         images = example.inputs.get("pixel_values")
         return isinstance(images, Tensor) and images.dim() >= 4 and "input_ids" in example.inputs
 
     @torch.no_grad()
     def _find_image_layout(self, example: Example, device: torch.device | str) -> None:
-        """Whether the images of a batch are stacked by example or joined: what the model runs with.
+        """Find out whether the model takes the images of a batch stacked by example or joined.
 
         Raises:
-            ValueError: if it runs with neither.
+            ValueError: if it takes neither.
         """
         self.trials.image_layout_is_known = True
         try:
@@ -195,7 +196,7 @@ class ForwardPass:
             self._state.restore()
 
     def _try_images_joined(self, example: Example, device: torch.device | str, stacked: Exception) -> None:
-        """Settle that images are joined, where the model failed with `stacked` for those stacked by example."""
+        """Record that images are joined, if the model takes them so; for stacked ones it failed with `stacked`."""
         self.trials.image_layout_is_known = self.trials.images_joined = True
         try:
             self.head.outputs(self.model, self.batch([example], device))
@@ -205,36 +206,40 @@ class ForwardPass:
                 raise
             raise ValueError(
                 f"the model takes the images of example {example.id!r} neither as they are nor with a dimension of "
-                f"examples before them ({_in_words(stacked)}): give what its processor returns for this example, with "
+                f"examples before them ({_in_words(stacked)}): pass what its processor returns for this example, with "
                 "return_tensors='pt'"
             ) from stacked
-        logger.info("the images of a batch are joined, since stacked by example they fail: %s", _in_words(stacked))
+        logger.info(
+            "the images of a batch are joined, because the model fails with images stacked by example: %s",
+            _in_words(stacked),
+        )
 
     def outputs(self, examples: Sequence[Example]) -> Outputs:
         """One forward pass.
 
         Raises:
             NotFiniteError: if a logit is not finite (the examples are named).
-            UnsupportedModelError: if the model has no way to compute in the type of its weights.
-            ModelFailsError: if it raises an error of its own.
+            UnsupportedModelError: if the model cannot compute in the type of its weights.
+            ModelFailsError: if the model raises an error of its own.
         """
         try:
             outputs = self.head.outputs(self.model, self.batch(examples, self.device))
-            self._state.restore()  # each pass finds the model as it came
+            self._state.restore()  # each pass finds the model in its original state
         except (*_FAILURES, ImportError) as error:
             self._state.restore()
             if is_out_of_memory(error) or _is_ours(error):
                 raise
             if "Double" in str(error) and any(p.dtype == torch.float64 for p in self.model.parameters()):
                 raise UnsupportedModelError(
-                    f"the model does not run in float64 ({error}): load it in float32, or, where its experts are at "
-                    "fault, with experts_implementation='eager'"
+                    f"the model does not run in float64 ({error}): load it in float32, or, if its experts are the "
+                    "reason, with experts_implementation='eager'"
                 ) from error
             names = sorted(examples[0].inputs)
             raise ModelFailsError(
                 f"{type(base_of(self.model)).__name__} fails for the inputs {names} of the example"
-                f"{'s' if len(examples) > 1 else ''} {[e.id for e in examples[:3]]} ({_in_words(error)}): give what it "
-                "takes, such as all that its processor or tokenizer returns, and see that the model itself runs on it"
+                f"{'s' if len(examples) > 1 else ''} {[e.id for e in examples[:3]]} ({_in_words(error)}): pass all "
+                "inputs that the model needs, such as everything that its processor or tokenizer returns, and check "
+                "that the model itself runs on them"
             ) from error
         self.fsdp.gather_head(outputs.source)
         finite = torch.isfinite(outputs.logits) | outputs.logits.isneginf()
@@ -247,7 +252,7 @@ class ForwardPass:
         return outputs
 
     def source_of(self, examples: Sequence[Example]) -> Callable[[], Tensor]:
-        """A forward pass over these examples that returns the source (B, t, s), each time that it is called."""
+        """A function that runs a forward pass over these examples and returns the source (B, t, s)."""
         return functools.partial(self._source, examples)
 
     def _source(self, examples: Sequence[Example]) -> Tensor:
@@ -256,12 +261,12 @@ class ForwardPass:
     def batches(self, examples: Sequence[Example], size: int, *, trials: bool = True) -> Iterator[list[int]]:
         """Places of all examples in batches of at most `size`, of similar length, longest first.
 
-        Batches of a new kind are tried (see `may_share`); where examples must not share one, each gets its own.
+        Batches of a new kind are tried (see `may_share`); examples that must not share a batch get one each.
 
         Args:
-            examples: in any order.
-            size: the most examples of a batch.
-            trials: whether to try batches; without it, what earlier trials have shown decides.
+            examples: the examples, in any order.
+            size: the most examples in a batch.
+            trials: whether to try batches; otherwise the results of earlier trials decide.
         """
         for batch in batches_by_length([example.length for example in examples], size):
             for part in alike([examples[i] for i in batch], self.traits.takes):
@@ -274,7 +279,7 @@ class ForwardPass:
                     yield from ([i] for i in places)
 
     def batch_size(self, examples: Sequence[Example], wanted: int) -> int:
-        """`wanted`, or 1 where the shortest and the longest of a few must not share a batch."""
+        """`wanted`, or 1 if the shortest and the longest of a few examples must not share a batch."""
         if self.one_at_a_time or wanted == 1:
             return 1
         few = sorted((examples[i] for i in range(min(len(examples), _PADDING_EXAMPLES))), key=lambda e: e.length)
@@ -285,28 +290,28 @@ class ForwardPass:
         return 1 if self.one_at_a_time else wanted
 
     def may_share(self, examples: Sequence[Example], at_once: int = TRIED_TOGETHER) -> bool:
-        """Whether these examples may be a batch: tried, the shortest and the longest among them, where that is new.
+        """Whether these examples may share a batch; for a new kind of batch this is tried with a few of them.
 
         Args:
             examples: the examples of the batch.
-            at_once: how many to try together at most; no fewer than 2, no more than a few.
+            at_once: the most examples to try together, at least 2; the shortest and the longest are among them.
         """
         if len(examples) == 1:
             return True
         if self.one_at_a_time or straddles(examples, self.limits) or len(alike(examples, self.traits.takes)) > 1:
             return False
         if self._maps_of_images and len({example.sizes for example in examples}) > 1:
-            return False  # the rows of a map that sees images alone are given to examples by equal shares
+            return False  # the rows of a map that sees only images are divided among examples in equal shares
         kinds = {(example.length, *example.sizes): example for example in examples}
         if len(kinds) == 1 or self.fsdp.active or self.trials.covers(examples):
             return True
         try:
             change = self._change_of([kinds[n] for n in spread(sorted(kinds), max(2, min(at_once, TRIED_TOGETHER)))])
         except _NotTogetherError as error:
-            self.refuse_batches(f"the model or its inputs do not bear a batch of several sizes ({error})")
+            self.refuse_batches(f"the model or its inputs do not work in a batch of several sizes ({error})")
             return False
         if change is None:
-            return True  # of NaN whoever runs the batch says which example it is
+            return True  # if it is NaN, the caller that runs the batch names the example
         if change > logit_tolerance(self.model):
             self.check_repeatable(max(examples, key=lambda example: example.length))
             how = "altogether" if change == float("inf") else f"by {percent(change)}"
@@ -317,7 +322,7 @@ class ForwardPass:
 
     @torch.no_grad()
     def check_repeatable(self, example: Example) -> None:
-        """Refuse a model that gives other logits in another pass over the same example.
+        """Check that the model gives the same logits in every pass over the same example.
 
         Raises:
             UnsupportedModelError: see `repeatable.check_repeatable`.
@@ -337,16 +342,16 @@ class ForwardPass:
         return outputs.logits[0][outputs.valid[0]]
 
     def refuse_batches(self, reason: str) -> None:
-        """From now on one example at a time, for a reason that people are told."""
+        """From now on run one example at a time, and warn with the reason."""
         self.trials.one_at_a_time = True
-        logger.warning("%s: going on with one example at a time", reason)
+        logger.warning("%s: continuing with one example at a time", reason)
 
     @torch.no_grad()
     def _change_of(self, examples: Sequence[Example]) -> float | None:
-        """How much an example's logits change at most, relative, in a batch of all; None where they are NaN alone.
+        """The largest relative change of an example's logits in a batch of all; None if its logits alone are NaN.
 
         Raises:
-            _NotTogetherError: if the model takes each of them, and not all together.
+            _NotTogetherError: if the model takes each example alone, but not all together.
         """
         try:
             alone = [self.outputs([example]) for example in examples]
@@ -367,10 +372,10 @@ class ForwardPass:
 
     @contextlib.contextmanager
     def blaming_padding(self, examples: Sequence[Example]) -> Iterator[None]:
-        """Inside `with`, a `NotFiniteError` of this batch is a `PaddingError` where it is padding that makes the NaN.
+        """Inside `with`, turn a `NotFiniteError` of this batch into a `PaddingError` if padding causes the NaN.
 
         Raises:
-            PaddingError: if it is.
+            PaddingError: if padding causes it.
         """
         try:
             yield
@@ -388,6 +393,6 @@ class ForwardPass:
         except NotFiniteError:
             return
         raise PaddingError(
-            f"{error.reason}, for the examples {[e.id for e in named]} in a padded batch, and numbers for each of them "
+            f"{error.reason}, for the examples {[e.id for e in named]} in a padded batch, but not for each of them "
             "alone: use batch_size=1, or load the model in float32"
         ) from error

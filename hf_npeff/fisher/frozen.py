@@ -1,4 +1,4 @@
-"""A model that is frozen while it is analysed, and handed back as it came."""
+"""A model that is frozen while it is analysed, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hf_npeff.fisher.undisturbed import undisturbed
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode with no parameter requiring a gradient; as it was on exit, exceptions included.
+    """The model in eval mode, with no parameter requiring a gradient; restored on exit, also after an exception.
 
-    Modes, requires_grad and the state of the random generators come back; forward hooks are the callers' own. Nothing
-    is cast meanwhile: neither by an autocast that is active, nor by the one that Accelerate leaves around the forward
-    pass of a model that it trained in mixed precision. Rows are those of the weights in their own type.
+    Modes, requires_grad and the state of the random generators are restored; callers remove their own forward hooks.
+    Nothing is cast inside: neither by an active autocast, nor by the one that Accelerate leaves around the forward
+    pass of a model that it trained in mixed precision. So rows are computed with the weights in their own type.
     """
-    with undisturbed(model):  # first: what another thread has frozen is not how the model came
+    with undisturbed(model):  # first, so that a model that another thread has frozen is not taken for the original
         yield from _frozen(model)
 
 
@@ -42,21 +42,21 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 _PACKS = "support_avx512bf16_for_cpu"
-"""bitsandbytes' own attribute of a 4-bit layer: whether it packs its weight when it is called for a prediction."""
+"""An attribute of bitsandbytes' 4-bit layers: whether the layer packs its weight when it predicts."""
 _ROUNDED = 0.03
-"""Relative change of a layer's output by unpacking: packing rounds the weight's scales to bfloat16, and its kernel
-computes in it. Scales in a wrong order change it by .2 and more."""
+"""Largest relative change of a layer's output by unpacking: packing rounds the weight's scales to bfloat16, and its
+kernel computes in bfloat16. Scales in a wrong order change the output by .2 and more."""
 
 
 @contextlib.contextmanager
 def _unpacked(model: nn.Module) -> Iterator[None]:
-    """Weights of 4 bits as bitsandbytes trains with them, not packed for kernels that have no backward pass.
+    """Inside `with`, 4-bit weights of bitsandbytes are unpacked, as in training, so that a backward pass works.
 
-    On CPUs with AVX-512 for bfloat16, a layer whose input requires no gradient packs its weight and keeps it so. On
-    exit the layers pack again with their next prediction.
+    On CPUs with AVX-512 for bfloat16, a layer whose input requires no gradient packs its weight and keeps it packed.
+    After exit the layers pack again with their next prediction.
 
     Raises:
-        UnsupportedModelError: if a packed weight does not come back as it was.
+        UnsupportedModelError: if a packed weight does not unpack exactly.
     """
     layers = {name: module for name, module in model.named_modules() if getattr(module, _PACKS, False)}
     try:
@@ -71,7 +71,7 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _unpack(name: str, layer: Any) -> None:
-    """Have a layer's weight unpacked by asking for its state, which bitsandbytes keeps as it was."""
+    """Unpack a layer's weight by reading its state, which bitsandbytes keeps in the original form."""
     state = getattr(layer.weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
         return
@@ -79,22 +79,22 @@ def _unpack(name: str, layer: Any) -> None:
     before = layer(x)
     layer.state_dict()
     state = layer.weight.quant_state
-    if state.absmax.dim() == 2:  # transposed for the kernels, and left so by bitsandbytes 0.50
+    if state.absmax.dim() == 2:  # transposed for the kernels, which bitsandbytes 0.50 does not undo
         state.absmax = state.absmax.T.flatten().float()
     setattr(layer, _PACKS, False)
     if not (layer(x) - before).norm() <= _ROUNDED * before.norm():
         raise UnsupportedModelError(
-            f"bitsandbytes has packed {name} for predictions and does not give its weight back: load the model again, "
-            "and analyse it before it predicts anything"
+            f"bitsandbytes has packed {name} for predictions and does not unpack it exactly: load the model again, and "
+            "analyse it before it makes any prediction"
         )
 
 
 @contextlib.contextmanager
 def _uncast(model: nn.Module) -> Iterator[None]:
-    """No autocast inside: off where it is active, and Accelerate's taken off the forward pass, put back on exit.
+    """Without autocast inside `with`: active ones are off, and Accelerate's is removed and restored on exit.
 
-    Accelerate keeps the forward pass that it wraps as `_original_forward`, the last of several where a model was
-    prepared more than once; so the class's own is taken, but for a model whose pass moves weights between devices.
+    Accelerate keeps the wrapped forward pass as `_original_forward`, which is not the model's own if the model was
+    prepared more than once. So the class's forward pass is used, except for a model that moves weights between devices.
     """
     wrapped = [(m, vars(m)["forward"]) for m in model.modules() if {"_original_forward", "forward"} <= vars(m).keys()]
     with contextlib.ExitStack() as stack:

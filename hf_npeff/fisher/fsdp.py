@@ -1,7 +1,7 @@
-"""Models whose weights FSDP2 shards over processes: a pass over one is something that all processes do together.
+"""Models whose weights FSDP2 shards over processes, which have to run every pass together.
 
-Every module gathers its weights before it runs, forwards and backwards, so processes have to run the same number of
-passes, though on batches of their own. Weights of the head are read between the two passes and are gathered for it.
+Every module gathers its weights before it runs, forwards and backwards. So all processes have to run the same number of
+passes, each on batches of its own. The weights of the head are read between the two passes and are gathered for this.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_npeff.processes import Processes
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight, as it is now, is this process's piece of one."""
+    """Whether a weight is now only this process's shard."""
     return type(weight.data).__name__ == "DTensor"
 
 
@@ -29,7 +29,7 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
 
 
 class FSDPModel:
-    """How the processes of a model that FSDP2 shards keep in step; for any other model it does nothing.
+    """Keeps the processes of a model that FSDP2 shards in step; for any other model it does nothing.
 
     Attributes:
         active: whether FSDP2 shards the model's weights.
@@ -38,7 +38,7 @@ class FSDPModel:
         model: any model.
 
     Raises:
-        UnsupportedModelError: if weights are sharded by something else than FSDP2.
+        UnsupportedModelError: if weights are sharded in another way than by FSDP2.
     """
 
     def __init__(self, model: nn.Module):
@@ -49,8 +49,8 @@ class FSDPModel:
         by_tensor = any(sum(placement.is_shard() for placement in p.placements) > 1 for p in pieces)  # type: ignore[attr-defined]
         if by_tensor or (pieces and not self.active):
             raise UnsupportedModelError(
-                "the model's weights are sharded by tensor parallelism, so inputs and output gradients are in pieces; "
-                "shard it with FSDP2 (fully_shard) alone, load the whole model in every process, or use one "
+                "the model's weights are sharded by tensor parallelism, so inputs and output gradients are split over "
+                "processes; shard it only with FSDP2 (fully_shard), load the whole model in every process, or use one "
                 "process with device_map"
             )
 
@@ -61,10 +61,10 @@ class FSDPModel:
         self._near_head = self._modules[:1] + around
 
     def gather_head(self, source: Tensor | None = None) -> None:
-        """Make the weights around the head whole: now, and again whenever a backward pass enters at `source`.
+        """Gather the weights around the head: now, and again whenever a backward pass enters at `source`.
 
-        FSDP2 gathers a module's weights when a gradient reaches its output, and a cotangent that enters at the last
-        hidden state goes past the output of the outermost module.
+        FSDP2 gathers a module's weights when a gradient reaches its output, but a cotangent that enters at the last
+        hidden state does not pass the output of the outermost module.
         """
         for module in self._near_head:
             module.unshard()
@@ -72,10 +72,10 @@ class FSDPModel:
             source.register_hook(lambda _: self.gather_head())
 
     def release(self) -> None:
-        """Back to pieces, as the model came."""
+        """Shard the weights again, as they were."""
         for module in self._modules:
             module.reshard()
 
     def most(self, count: int) -> int:
-        """The largest of all processes' counts; this one's own where the model is not sharded."""
+        """The largest of all processes' counts; this process's own count if the model is not sharded."""
         return Processes.current().largest(count) if self.active else count

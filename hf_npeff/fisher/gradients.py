@@ -1,8 +1,8 @@
-"""Hooks on linear maps: from cotangents at a model's output to sketched per-example gradient rows, and nothing else.
+"""Hooks on linear maps: from cotangents at a model's output to sketched gradient rows of each example.
 
 The gradient of an example's output with respect to a linear map's weight is Σ_t δ_t x_tᵀ, with x_t the inputs and δ_t
-the gradients of the outputs. The forward pass gives x, one backward pass per cotangent gives δ, and a sketch takes
-their product apart (P_out δ)(P_in x)ᵀ. No parameter requires a gradient: weight gradients are never formed.
+the gradients of the outputs. The forward pass gives x, one backward pass for each cotangent gives δ, and a sketch
+splits their product into (P_out δ)(P_in x)ᵀ. No parameter requires a gradient, and weight gradients are never formed.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from hf_npeff.pefs.sketches import Sketch
 
 
 class CalledOnceForAll(UnsupportedModelError):  # noqa: N818
-    """A module does not keep the examples of a batch apart (it ran once for all of them, or saw routed tokens)."""
+    """A module mixes the examples of a batch (it ran once for all of them, or got routed tokens)."""
 
 
 class Receiver:
-    """What is done with the inputs and output gradients of the linear maps; this one does nothing.
+    """Base class of receivers for the inputs and output gradients of the linear maps; this one does nothing.
 
-    What takes inputs and gradients is called by hooks (`LinearHooks`), the others by `backward_passes`.
+    Hooks (`LinearHooks`) call the `take_…` methods, and `backward_passes` calls the others.
     """
 
     def take_input(self, name: str, x: Tensor) -> Any:
-        """Called in the forward pass with x (B, t, in); what it returns comes back in `take_gradient`."""
+        """Called in the forward pass with x (B, t, in); the returned object is passed to `take_gradient`."""
 
     def take_gradient(self, name: str, saved: Any, delta: Tensor) -> None:
         """Called in every backward pass with δ (B, t, out)."""
 
     def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> Any:
-        """Called for fused experts, with x (S, in) sorted by expert; what it returns is for `take_routed_gradient`.
+        """Called for fused experts, with x (S, in) sorted by expert; the result is passed to `take_routed_gradient`.
 
-        Here and in `take_routed_gradient` what comes is laid out by example, each δ at the place of its expert: right
-        for every receiver, and E times as large as it need be.
+        By default, here and in `take_routed_gradient`, the rows are arranged by example, with each δ at the place of
+        its expert. This is right for every receiver, but E times as large as necessary.
         """
         return self.take_input(name, routing.by_example(x))
 
@@ -55,7 +55,7 @@ class Receiver:
         self.take_gradient(name, saved, routing.embedded(delta))
 
     def after_forward(self, source: Tensor, passes: int) -> None:
-        """Called with the source (B, t, s) and the number of backward passes that are to start from it."""
+        """Called with the source (B, t, s) and the number of backward passes that will start from it."""
 
     def before_backward(self, number: int) -> None:
         """Called before backward pass `number`."""
@@ -65,13 +65,13 @@ class Receiver:
 
 
 class LinearHooks:
-    """Feeds a receiver from hooks on the linear maps of a model, inside `with`.
+    """Hooks on the linear maps of a model that call a receiver, inside `with`.
 
-    `begin(batch)` comes before each forward pass and says how many examples it holds. After the pass, `ran` are the
+    Call `begin(batch)` before each forward pass, with the number of its examples. After the pass, `ran` has the
     parameters whose modules were called.
 
     Raises:
-        UnsupportedModelError: on entering, if a module holds no fused experts any more.
+        UnsupportedModelError: on entering, if a module no longer has fused experts.
     """
 
     def __init__(self, model: nn.Module, maps: Sequence[LinearMap], receiver: Receiver):
@@ -91,17 +91,17 @@ class LinearHooks:
     def __enter__(self) -> LinearHooks:
         modules = dict(self._model.named_modules())
         for name, linear_map in self._modules.items():
-            # First: what a hook of somebody else's makes of the output is not the weight's.
+            # First, because the outputs of other hooks are not the weight's.
             hook = self._hook(name, linear_map)
             self._handles.append(modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True))
         if self._fused:
-            # Whoever leaves early leaves no module changed.
+            # no module stays changed if entering fails
             try:
                 modules_of_experts = find_experts(self._model, self._fused)
                 if moved := sorted(self._fused.keys() - modules_of_experts.keys()):
                     raise UnsupportedModelError(
-                        f"{moved[0]} held fused experts when the analyzer was made and holds none now, as happens "
-                        "where an adapter was put around them or taken off: make a new NPEFFAnalyzer of the model"
+                        f"{moved[0]} had fused experts when the analyzer was made and has none now, for example "
+                        "because an adapter was added or removed: make a new NPEFFAnalyzer of the model"
                     )
                 for name, experts in modules_of_experts.items():
                     wanted = functools.partial(self._is_wanted, name)
@@ -130,8 +130,9 @@ class LinearHooks:
             if x.shape[0] == 1:
                 raise CalledOnceForAll(f"{name} runs once for the whole batch; use batch_size=1 for this model")
             raise CalledOnceForAll(
-                f"{name} received {tuple(x.shape)} for a batch of {self._batch} examples, so its rows cannot be given "
-                f"to examples (routed experts do this). Leave it out with exclude_modules, or use batch_size=1"
+                f"{name} received {tuple(x.shape)} for a batch of {self._batch} examples, so its rows cannot be "
+                "assigned to examples (this happens with routed experts). Leave it out with exclude_modules, or use "
+                "batch_size=1"
             )
         return x.reshape(self._batch, x.numel() // (self._batch * x.shape[-1]), x.shape[-1])
 
@@ -154,7 +155,7 @@ class LinearHooks:
         return forward_hook
 
     def _tap(self, name: str, maps: Mapping[str, LinearMap]) -> Tap:
-        """What takes the products of a module of fused experts: those of the maps under analysis."""
+        """The tap for the products of a module of fused experts, for the analysed maps."""
 
         def tap(weight: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
             if weight not in maps:
@@ -164,7 +165,7 @@ class LinearHooks:
             if routing.tokens % self._batch:
                 raise CalledOnceForAll(
                     f"{name} received {routing.tokens} tokens for a batch of {self._batch} examples, so its rows "
-                    "cannot be given to examples. Leave it out with exclude_modules, or use batch_size=1"
+                    "cannot be assigned to examples. Leave it out with exclude_modules, or use batch_size=1"
                 )
             routing.batch = self._batch
             self.ran.add(parameter)
@@ -178,9 +179,9 @@ class LinearHooks:
         return tap
 
     def _is_wanted(self, name: str) -> bool:
-        """Whether a module's call belongs to the pass: not under `no_grad`, nor somebody else's prediction meanwhile.
+        """Whether a module's call belongs to the pass: not a call under `no_grad`, nor another thread's prediction.
 
-        Nothing that comes of a call under `no_grad` reaches the output's gradient (indices of sparse attention).
+        A call under `no_grad` has no influence on the output's gradient (indices of sparse attention).
         """
         if threading.get_ident() != self._thread:
             return False
@@ -191,16 +192,17 @@ class LinearHooks:
     @staticmethod
     def _check_uncut(name: str, x: Tensor, output: Tensor) -> None:
         if x.requires_grad and not output.requires_grad:
-            raise UnsupportedModelError(CUT.format(name=name, how="its input has one and its output has none"))
+            raise UnsupportedModelError(CUT.format(name=name, how="its input has a gradient and its output has none"))
 
     def _watched(self, name: str, output: Tensor, take: Callable[[Tensor], None]) -> Tensor:
-        """A map's output, whose gradient is taken in every backward pass."""
+        """A map's output, with a hook that takes its gradient in every backward pass."""
 
         def backward_hook(delta: Tensor | None) -> None:
             if delta is None:
                 raise UnsupportedModelError(
-                    f"no gradient comes back through what follows {name}: its kernels have no backward pass. For a "
-                    "model in 4 bits on a CPU, call model.enable_input_require_grads() before it predicts anything"
+                    f"no gradient comes back through the layers after {name}, because their kernels have no backward "
+                    "pass. For a model in 4 bits on a CPU, call model.enable_input_require_grads() before it makes any "
+                    "prediction"
                 )
             take(delta)
 
@@ -208,10 +210,10 @@ class LinearHooks:
         return tapped
 
     def backward(self, source: Tensor, cotangent: Tensor, *, last: bool = False) -> None:
-        """Send one cotangent (shaped like `source`) back to all maps; `last` lets the graph go.
+        """Send one cotangent (shaped like `source`) back to all maps; `last` frees the graph.
 
         Raises:
-            UnsupportedModelError: if no map under analysis influences `source`.
+            UnsupportedModelError: if no analysed map influences `source`.
         """
         if not self.ran or not source.requires_grad:
             raise UnsupportedModelError(
@@ -221,10 +223,10 @@ class LinearHooks:
 
 
 def _check_that_autograd_sees(name: str) -> None:
-    """Refuse a module that is being called without gradients by an autograd function of the model's own.
+    """Check that a module is not called without gradients inside an autograd function of the model.
 
-    Its backward pass makes the gradient (reversible layers run forward once more there), where neither hooks nor
-    `torch.autograd.grad` can have it.
+        The function's backward pass computes the gradient (reversible layers run forward again there), out of reach of
+        hooks and `torch.autograd.grad`.
 
     Raises:
         UnsupportedModelError: if such a function is among the callers.
@@ -235,18 +237,18 @@ def _check_that_autograd_sees(name: str) -> None:
         if isinstance(first, torch.autograd.function.FunctionCtx):
             raise UnsupportedModelError(
                 f"{name} is called inside {type(first).__name__.removesuffix('Backward')}, an autograd function of the "
-                "model's own that hides its gradients (reversible layers do this). Leave all modules inside it out, "
-                f"for instance with exclude_modules={name.split('.')[0] + '.*'!r}"
+                "model that hides its gradients (reversible layers do this). Leave out all modules inside it, for "
+                f"instance with exclude_modules={name.split('.')[0] + '.*'!r}"
             )
         frame = frame.f_back  # type: ignore[assignment]
 
 
 class _Tap(torch.autograd.Function):
-    """A map's output as it is, whose gradient is handed over, and which makes a backward pass come this far.
+    """Returns a map's output unchanged, hands over its gradient, and makes the backward pass reach it.
 
-    A backward pass visits only what leads to the tensors that it is asked for. `end` is asked for alone and enters
-    every output, so each is visited, whatever else requires a gradient (embeddings in training in 8 bits, a constant),
-    and nothing before the first map is.
+    A backward pass visits only the graph that leads to the requested tensors. Only `end` is requested, and it enters
+    every map's output. So every map is visited, whatever else requires a gradient (embeddings in 8-bit training, a
+    constant), and nothing before the first map is visited.
     """
 
     @staticmethod
@@ -264,11 +266,11 @@ class _Tap(torch.autograd.Function):
 
 
 class MadeOneByOne(Sequence[Tensor]):
-    """Tensors that are made when they are asked for, so that only one takes memory at a time.
+    """A sequence of tensors, each made when it is read, so that only one takes memory at a time.
 
     Args:
-        count: how many.
-        make: the number of one → the tensor.
+        count: the number of tensors.
+        make: index → tensor.
     """
 
     def __init__(self, count: int, make: Callable[[int], Tensor]):
@@ -294,19 +296,20 @@ def backward_passes(
     """One forward pass over a batch, and one backward pass for every cotangent that enters at its source.
 
     Args:
-        model: frozen.
-        maps: the linear maps whose inputs and output gradients the receiver gets; without any, nothing runs backward.
-        receiver: what is done with them.
-        batch: examples of the forward pass.
+        model: the frozen model.
+        maps: the linear maps whose inputs and output gradients the receiver gets; without any, there is no backward
+            pass.
+        receiver: gets the inputs and output gradients.
+        batch: the number of examples of the forward pass.
         forward: the forward pass; it returns the source (B, t, s).
-        entering: source → cotangents, one a backward pass; they are cut to the source's shape (see `fitted`).
+        entering: source → cotangents, one for each backward pass; they are cut to the source's shape (see `fitted`).
 
     Returns:
         The parameters whose modules were called.
 
     Raises:
-        UnsupportedModelError: if the output does not depend on any of the maps, or a map's inputs cannot be told
-            apart by example.
+        UnsupportedModelError: if the output does not depend on any of the maps, or a map's inputs cannot be assigned
+            to examples.
     """
     with LinearHooks(model, maps, receiver) as hooks:
         hooks.begin(batch)
@@ -322,11 +325,11 @@ def backward_passes(
 
 
 class RowCollector(Receiver):
-    """A receiver that sketches on the fly: one row (B, d) for every backward pass.
+    """A receiver that sketches gradients as they arrive: a row (B, d) for every backward pass.
 
     Attributes:
-        sketch: what shortens the rows.
-        rows: (B, c, d), those of the backward passes that `backward_passes` has run.
+        sketch: the sketch that shortens the rows.
+        rows: (B, c, d), the rows of the backward passes so far.
     """
 
     def __init__(self, sketch: Sketch):
@@ -341,15 +344,15 @@ class RowCollector(Receiver):
         self.rows = torch.zeros(len(source), passes, self.sketch.dim, device=source.device, dtype=dtype)
 
     def before_backward(self, number: int) -> None:
-        """Begin a row of every example."""
+        """Start a row for every example."""
         self.start(len(self.rows), self.rows.device, self.rows.dtype)
 
     def after_backward(self, number: int) -> None:
-        """Keep it."""
+        """Keep the finished row of every example."""
         self.rows[:, number] = self.finish()
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Begin the rows of one backward pass."""
+        """Start the rows of one backward pass."""
         self._rows = self.sketch.new_rows(batch, device=device, dtype=torch.promote_types(dtype, torch.float32))
 
     def finish(self) -> Tensor:
@@ -374,7 +377,7 @@ class RowCollector(Receiver):
             self.sketch.add(self._rows, name, values, part.start)
 
     def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> Tensor:
-        """P_in x, by example where output gradients are going to be as short."""
+        """P_in x, arranged by example if output gradients will be as short."""
         x = self.sketch.project_input(name, x)
         return routing.by_example(x) if self.sketch.has_output_side(name) else x
 
@@ -398,9 +401,9 @@ class RowCollector(Receiver):
             self.sketch.add(self._rows, name, values, part.start)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Products of a (B, m, t) and b (B, t, n), in memory that the next call takes over.
+        """Products of a (B, m, t) and b (B, t, n), in memory that the next call reuses.
 
-        Fresh memory for every product costs page faults: a third of the time that a countsketch adds to the passes.
+        New memory for every product would cost page faults: a third of the time that a countsketch adds to the passes.
         """
         shape = len(a), a.shape[1], b.shape[2]
         n = math.prod(shape)
@@ -415,7 +418,7 @@ def autograd_rows(
     """{parameter: gradient (out, in)} of ⟨source, cotangent⟩ by plain autograd, for the self-test of the hooks.
 
     Args:
-        model: frozen; the weights of `maps` require gradients inside only.
+        model: the frozen model; the weights of `maps` require gradients only inside this function.
         maps: the linear maps to differentiate.
         forward: a forward pass that returns the source.
         cotangent: shaped like the source, or larger (see `fitted`).

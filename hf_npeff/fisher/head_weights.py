@@ -1,4 +1,4 @@
-"""The weight that a head acts with, wherever it lies: inside PEFT's wrappers, offloaded, or in pieces."""
+"""The effective weight of a head, wherever it is: inside PEFT's wrappers, offloaded, or sharded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hf_npeff.fisher.fsdp import is_sharded
 
 
 def inside(module: nn.Module) -> Any:
-    """The module that a wrapper of PEFT's stands around, or the module itself."""
+    """The module inside a PEFT wrapper, or the module itself."""
     return wrapped_by(module) if is_wrapper(module) else module
 
 
 def weight_of(module: nn.Module, like: Tensor) -> Tensor | None:
-    """The weight (k, h) that a head acts with, wherever it is, with the dtype and device of its logits.
+    """The effective weight (k, h) of a head, wherever it is, with the dtype and device of its logits.
 
-    What PEFT's adapters add to it is in it; None where they do something else than add.
+    It includes what PEFT's adapters add; None if an adapter does something other than adding.
     """
     linear = inside(module)
     weight = linear.weight

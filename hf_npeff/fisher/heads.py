@@ -1,4 +1,4 @@
-"""What a model's head predicts, and at which positions: the tasks of transformers, and the protocol for other heads."""
+"""The predictions of a model's head and their positions: transformers' tasks, and the protocol for other heads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CLASSIFIER_NAMES = ("score", "classifier", "classification_head", "qa_outputs",
 
 
 def finds_last_by_padding(model: nn.Module) -> bool:
-    """Whether a model finds an example's last token by the padding token of its config: decoders that classify do."""
+    """Whether a model finds an example's last token by its config's padding token, as classifying decoders do."""
     return hasattr(base_of(model), "score")  # transformers' name for a decoder's classifier
 
 
@@ -50,10 +50,10 @@ def head_of(
 
     Args:
         model: any transformers model, PEFT-wrapped or not.
-        task: None to read it off the model's class, its name, or an object with the `OutputHead` protocol.
+        task: the task's name, or an object with the `OutputHead` protocol; None uses the task of the model's class.
         positions: see `FisherConfig`.
-        under_analysis: modules whose gradients are wanted; cotangents enter behind all of them.
-        mask_token: the input id at whose positions a masked LM predicts; None reads `labels`.
+        under_analysis: the analysed modules; cotangents enter after all of them.
+        mask_token: the input id at whose positions a masked LM predicts; None uses `labels`.
 
     Raises:
         UnsupportedModelError: if the head is not one of the known ones.
@@ -71,7 +71,8 @@ def head_of(
         raise UnsupportedModelError(
             f"{type(base).__name__} has no output head that hf_npeff knows (task={task!r}; known: {_KNOWN}). "
             "Load the model with such a head, or pass as `task` an object with the hf_npeff.OutputHead protocol: "
-            "outputs(model, batch) -> Outputs, which says where cotangents enter, the logits, and their distribution."
+            "outputs(model, batch) -> Outputs, which says where cotangents enter, which tensor the logits are, and "
+            "what their distribution is."
         )
     modules = dict(model.named_modules())
     return TransformersHead(base, name, positions, {id(modules[path]) for path in under_analysis}, mask_token)
@@ -135,7 +136,7 @@ class TransformersHead:
         return None
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
-        """Run the model and gather the logits of every term.
+        """Run the model and collect the logits of every term.
 
         Raises:
             UnsupportedModelError: if the model returns no logits.
@@ -165,7 +166,7 @@ class TransformersHead:
 
     @property
     def several(self) -> bool:
-        """Whether an example may have several terms, as many as it has counted positions."""
+        """Whether an example may have several terms, one for each position that counts."""
         return self.positions in ("labels", "all") or self.task in ("masked-lm", "token-classification")
 
     def _arguments(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -181,9 +182,9 @@ class TransformersHead:
                 if start is None:
                     raise UnsupportedModelError(
                         "the model's config names no decoder_start_token_id, so there is nothing to predict the first "
-                        "token from; set it, or give columns `decoder_input_ids` or `labels`"
+                        "token from; set it, or add columns `decoder_input_ids` or `labels`"
                     )
-                size = next(iter(batch.values()))  # of whatever the encoder reads: tokens, images, sound
+                size = next(iter(batch.values()))  # for any input of the encoder: tokens, images, sound
                 arguments["decoder_input_ids"] = torch.full((len(size), 1), start, device=size.device)
         if "use_cache" in takes:
             arguments["use_cache"] = False
@@ -192,7 +193,7 @@ class TransformersHead:
         return arguments
 
     def _select(self, arguments: Mapping[str, Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Positions of the terms (B, t) and which of them exist."""
+        """The positions of the terms (B, t), and which of them exist."""
         decoder = self.task == "seq2seq-lm"
         ids = arguments.get("decoder_input_ids" if decoder else "input_ids")
         if ids is None and "inputs_embeds" in arguments:
@@ -200,7 +201,7 @@ class TransformersHead:
         if ids is None:
             raise UnsupportedModelError(
                 f"a {self.task} model predicts at tokens, and the examples have neither input_ids nor inputs_embeds "
-                f"(they have {sorted(batch)}); add the tokens that stand beside these inputs"
+                f"(they have {sorted(batch)}); add the tokens that belong to these inputs"
             )
         real = real_tokens(batch, ids, decoder)
         rule = self.positions
@@ -228,10 +229,10 @@ class TransformersHead:
         return packed(counted, rule)
 
     def _virtual_tokens(self, model: nn.Module, states: Tensor, arguments: Mapping[str, Any]) -> int:
-        """How many positions (B, T, ·) has before the first token: those that prompt tuning and p-tuning learn.
+        """The number of positions before the first token, which prompt tuning and p-tuning learn.
 
         Raises:
-            UnsupportedModelError: if the model has another number of positions for a reason that is not known.
+            UnsupportedModelError: if the number of positions differs for an unknown reason.
         """
         ids = arguments.get("decoder_input_ids" if self.task == "seq2seq-lm" else "input_ids")
         if ids is None or states.shape[1] == ids.shape[1]:
@@ -241,13 +242,14 @@ class TransformersHead:
             return states.shape[1] - ids.shape[1]
         raise UnsupportedModelError(
             f"{type(base_of(model)).__name__} gives {states.shape[1]} positions for {ids.shape[1]} tokens, and it is "
-            "not known which of them belongs to which token; pass `task`, an object with a method outputs(model, batch)"
+            "not known which position belongs to which token; pass `task`, an object with a method outputs(model, "
+            "batch)"
         )
 
     def _vocabulary_outputs(
         self, model: nn.Module, arguments: Mapping[str, Any], index: Tensor, valid: Tensor
     ) -> Outputs:
-        """Logits of the counted positions only: the output embedding is handed nothing else to multiply."""
+        """Logits only of the positions that count; the output embedding gets no other positions to multiply."""
         assert self.embedding is not None
 
         def counted(hidden: Tensor) -> Tensor:
@@ -257,14 +259,14 @@ class TransformersHead:
             logits = self._logits_at_counted(model, arguments, watched)
         if logits is None:
             logits = counted(_logits_of(model(**arguments)))
-            return self._at_logits(logits, valid, "needs its states at all positions where it makes its logits")
+            return self._at_logits(logits, valid, "needs its states at all positions to make its logits")
         if watched.linear is None or watched.hidden is None:
             return self._at_logits(gathered(logits, index), valid, watched.why_not)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         weight = weight_of(self.embedding, wide)
         if weight is None:
             return self._at_logits(
-                logits, valid, "has an adapter around its output embedding that does not only add to it"
+                logits, valid, "has an adapter around its output embedding that does more than add to it"
             )
         slope = None
         if logits is not watched.linear and torch.is_grad_enabled():
@@ -277,7 +279,7 @@ class TransformersHead:
             fsdp.watch_head(self.embedding)
             beside = has_path_beside(self.embedding, logits, watched.hidden)
             if beside or not is_jacobian(jacobian, logits, watched.hidden, fsdp.gather_head):
-                self._has_jacobian = False  # nor where the states require no gradient and nothing can be compared
+                self._has_jacobian = False  # nor if the states require no gradient, so that nothing can be compared
         if not self._has_jacobian:
             return self._at_logits(logits, valid, "does more than multiply by the weight of its output embedding")
         source = watched.hidden if self.traits.at_hidden else logits
@@ -285,21 +287,21 @@ class TransformersHead:
 
     @staticmethod
     def _logits_at_counted(model: nn.Module, arguments: Mapping[str, Any], watched: WatchedEmbedding) -> Tensor | None:
-        """Logits of the positions that the embedding is handed; None where a model adds others to them."""
+        """Logits of the positions that the embedding gets; None if the model mixes in other positions."""
         try:
             logits = _logits_of(model(**arguments))
         except RuntimeError as error:
             if watched.hidden is None or is_out_of_memory(error):
                 raise
-            logger.info("with its states at the counted positions alone, the model fails: %r", error)
+            logger.info("with only its states at the counted positions, the model fails: %r", error)
             return None
         return logits if watched.hidden is None or logits.shape[:2] == watched.hidden.shape[:2] else None
 
     def _at_logits(self, logits: Tensor, valid: Tensor, why: str) -> Outputs:
-        """Cotangents that enter at the logits (B, t, k): right for every model, with k numbers where h would do."""
+        """Let cotangents enter at the logits (B, t, k): right for every model, but with k numbers instead of h."""
         if self.traits.at_hidden:
             logger.warning(
-                "the model %s, so cotangents enter at the logits, with %d numbers each", why, logits.shape[-1]
+                "the model %s, so cotangents enter at the logits and have %d numbers each", why, logits.shape[-1]
             )
         self.traits = replace(self.traits, at_hidden=False)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
@@ -322,7 +324,7 @@ def _logits_of(result: Any) -> Tensor:
         )
     if logits is None:
         raise UnsupportedModelError(
-            "the model returns no logits, so it predicts nothing that a Fisher could be taken of; load it with a head "
+            "the model returns no logits, so there is no prediction to compute a Fisher of; load it with a head "
             f"({_KNOWN}), or pass as `task` an object with the hf_npeff.OutputHead protocol"
         )
     return logits

@@ -1,4 +1,4 @@
-"""What a model can take: its vocabulary, its positions, and the labels that the settings read."""
+"""The limits of a model's inputs: its vocabulary, its number of positions, and the labels that the settings need."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelLimits:
-    """What can be known of an example before the model runs.
+    """The limits that an example has to meet, checked before the model runs.
 
     Attributes:
-        vocabulary: {input: the ids that its embedding knows}; inputs without an embedding are not in it.
+        vocabulary: {input: the number of ids of its embedding}; inputs without an embedding are not listed.
         positions: the most tokens, or None.
-        needs_labels: whether every example brings the labels of its tokens.
-        labels_by_token: whether these are of the tokens of the input, not of a decoder's.
-        padding: the padding token, and how many of them at an end without an attention mask are padding: one that is
-            also another special token may end a text once. None: there is none.
-        truncated: how many of the examples that were checked had been cut.
+        needs_labels: whether every example needs labels for its tokens.
+        labels_by_token: whether these labels belong to the tokens of the input, not to those of a decoder.
+        padding: the padding token, and how many of it at an end, without an attention mask, are padding: a padding
+            token that is also another special token may end a text once. None if there is no padding token.
+        truncated: how many of the checked examples had been cut.
     """
 
     vocabulary: Mapping[str, int]
@@ -40,7 +40,7 @@ class ModelLimits:
 
     @classmethod
     def of(cls, model: nn.Module, *, needs_labels: bool) -> ModelLimits:
-        """Those of a transformers model."""
+        """The limits of a transformers model."""
         base: Any = base_of(model)
         decoder = base.get_decoder() if getattr(base.config, "is_encoder_decoder", False) else None
         vocabularies = {"input_ids": _vocabulary(base), "decoder_input_ids": _vocabulary(decoder)}
@@ -52,7 +52,7 @@ class ModelLimits:
         return cls(vocabulary, min(limits, default=None), needs_labels, by_token, _padding(base.config))
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The examples, each refused here if the model cannot take it; those that are too long together at the end.
+        """The examples, each checked as it is read; examples that are too long are counted and refused at the end.
 
         Raises:
             ValueError: see `check`; and if examples have more tokens than the model has positions.
@@ -73,26 +73,26 @@ class ModelLimits:
             )
 
     def tell_truncated(self, n: int, max_length: int | None) -> None:
-        """Warn of how many of n examples were cut."""
+        """Warn how many of n examples were cut."""
         if self.truncated:
             logger.warning("%d of %d examples were cut to %s tokens", self.truncated, n, max_length)
 
     def check(self, example: Example) -> None:
-        """Refuse an example that the model cannot take, whatever its length.
+        """Check that the model can take an example, without regard to its length.
 
         Raises:
-            ValueError: if it has no tokens, ids that are no token of the model, inputs that do not go along its tokens,
-                padding that no mask tells, or no labels where they are needed.
+            ValueError: if it has no tokens, ids outside the model's vocabulary, inputs that do not fit its tokens,
+                padding without a mask, or no labels although they are needed.
         """
         if example.length == 0:
-            raise ValueError(f"example {example.id!r} has no tokens, so nothing to predict from; leave it out")
+            raise ValueError(f"example {example.id!r} has no tokens, so there is nothing to predict from; leave it out")
         self._check_tokens(example)
         for name, size in self.vocabulary.items():
             ids = _flat(example.inputs.get(name, ()))
             if ids and not 0 <= min(ids) <= max(ids) < size:
                 raise ValueError(
-                    f"example {example.id!r} has {name} from {min(ids)} to {max(ids)}, and the model's vocabulary "
-                    f"has {size}; encode it with the model's own tokenizer"
+                    f"example {example.id!r} has {name} from {min(ids)} to {max(ids)}, but the model's vocabulary has "
+                    f"{size} ids; encode it with the model's own tokenizer"
                 )
         if not self.needs_labels:
             return
@@ -107,12 +107,12 @@ class ModelLimits:
             )
 
     def _check_tokens(self, example: Example) -> None:
-        """Refuse a text whose mask, positions or labels are not those of its tokens."""
+        """Check that a text's mask, positions and labels fit its tokens."""
         ids, mask = example.inputs.get("input_ids"), example.inputs.get("attention_mask")
         if not isinstance(ids, list) or is_nested(ids):
             return
         if any(isinstance(token, float) for token in ids):
-            raise ValueError(f"example {example.id!r} has input_ids that are no whole numbers: {str(ids)[:80]}")
+            raise ValueError(f"example {example.id!r} has input_ids that are not whole numbers: {str(ids)[:80]}")
         names = ("attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
         by_token = [name for name in names if shape_of(example.inputs.get(name)) not in ((), (len(ids),))]
         by_token = [name for name in by_token if len(shape_of(example.inputs[name])) == 1]
@@ -121,8 +121,8 @@ class ModelLimits:
         if by_token:
             name = by_token[0]
             raise ValueError(
-                f"example {example.id!r} has {len(ids)} input_ids and {len(example.inputs[name])} {name}: give one for "
-                "each token"
+                f"example {example.id!r} has {len(ids)} input_ids and {len(example.inputs[name])} {name}: there has to "
+                "be one for each token"
             )
         if mask is not None and len(shape_of(mask)) == 1 and not any(mask):
             raise ValueError(f"the attention mask of example {example.id!r} hides all its tokens; leave it out")
@@ -130,14 +130,14 @@ class ModelLimits:
             token, count = self.padding
             if ids[-count:] == [token] * count or ids[:count] == [token] * count:
                 raise ValueError(
-                    f"example {example.id!r} begins or ends with {count} of the padding token {token}, and has no "
-                    "attention_mask, so the model would take padding for text: add attention_mask (1 at every token "
+                    f"example {example.id!r} begins or ends with {count} of the padding token {token} and has no "
+                    "attention_mask, so the model would read padding as text: add attention_mask (1 at every token "
                     "that counts, 0 at padding), or leave the padding out"
                 )
 
 
 def _flat(ids: Any) -> list[int]:
-    """Token ids of an example, of all its choices together where it has several."""
+    """The token ids of an example, of all its choices together if it has several."""
     return [i for each in ids for i in (_flat(each) if isinstance(each, list) else [each])]
 
 
@@ -154,7 +154,7 @@ def _padding(config: Any) -> tuple[int, int] | None:
 
 
 def _vocabulary(model: Any) -> int | None:
-    """Tokens that the input embedding knows; None where there is none."""
+    """The number of tokens of the input embedding; None if there is none."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):
@@ -163,7 +163,7 @@ def _vocabulary(model: Any) -> int | None:
 
 def _positions(model: Any) -> int | None:
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and limit <= 0:  # XLNet's way to say that there is none
+    if limit is not None and limit <= 0:  # XLNet's way to say that there is no limit
         return None
     for module in model.modules():
         positions = getattr(module, "position_embeddings", None)

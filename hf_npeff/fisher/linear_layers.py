@@ -1,10 +1,10 @@
-"""Which modules multiply by their weight and nothing else: x Wᵀ + b, whatever the class calls itself.
+"""Finds the modules that compute x Wᵀ + b and nothing else, whatever their class is called.
 
-Hooks read a weight's gradient off a module's input and output, so what happens between the two must be that product.
-`nn.Linear` and GPT-2's Conv1D have it as their own forward pass. Their subclasses may do something else (a router that
-returns a tuple, a block-diagonal product), and some round their input, which has no derivative: both are found out by
-calling them with random numbers. Weights that are quantised or offloaded cannot be compared with; their layers are
-taken at their word, and a forward pass that cuts the gradient is noticed when it runs (`gradients.LinearHooks`).
+Hooks derive a weight's gradient from a module's input and output gradient, so the module must compute exactly this
+product, as `nn.Linear` and GPT-2's Conv1D do. Their subclasses may do something else (a router that returns a tuple, a
+block-diagonal product), and some round their input, which has no derivative. Both are detected by calling them with
+random numbers. Layers whose weights are quantised or offloaded cannot be checked and are accepted as they are; if one
+of them cuts the gradient, this is noticed when it runs (`gradients.LinearHooks`).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from hf_npeff.fisher.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 Behaviour = Literal["product", "rounding", "other"]
 _PROBES = (1.0, 30.0)
-"""Scales of the random inputs of a probe: what is linear near zero alone (a clamp) is not linear."""
+"""Scales of the random inputs of a probe; a clamp, for example, is linear only near zero."""
 _SAME = 1e-2
 """Relative difference of a probe from the product: rounding in bfloat16 is below it, another formula far above."""
 _NEARLY_SAME = 0.3
-"""The same for a layer that rounds its input: four bits stay below it."""
+"""The same for a layer that rounds its input; rounding to four bits stays below it."""
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module claims to be a linear map."""
+    """Whether a module's class says that it is a linear map."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_at_hand(weight: Tensor | None) -> bool:
-    """Whether autograd can differentiate a weight: it is there, and neither offloaded, quantised nor sharded.
+    """Whether autograd can differentiate a weight: it is neither offloaded, quantised nor sharded.
 
-    A quantised weight may say that it is floating point: torchao's, which are classes of tensors of their own, and
-    those of 8 bits, for which PyTorch has no arithmetic.
+    Some quantised weights have a floating-point dtype: torchao's, which are tensor subclasses, and those of 8 bits, for
+    which PyTorch has no arithmetic.
     """
     return (
         weight is not None
@@ -53,17 +53,17 @@ def is_at_hand(weight: Tensor | None) -> bool:
 
 
 def is_computed(module: nn.Module) -> bool:
-    """Whether a layer's weight is no parameter but made of others in every pass: masks, weight norm, parametrizations.
+    """Whether a layer's weight is computed from other parameters in every pass: masks, weight norm, parametrizations.
 
-    A row of such a weight would be that of numbers which cannot be changed, some of them masked.
+    A row of such a weight would be about numbers that cannot be changed, some of them masked.
     """
     return isinstance(vars(module).get("weight"), Tensor) or "weight" in getattr(module, "parametrizations", ())
 
 
 def behaviour(module: nn.Module) -> Behaviour:
-    """What a linear map's forward pass is: x Wᵀ + b; that of a rounded x, so that no gradient reaches x; or neither."""
+    """What a layer computes: x Wᵀ + b; the same for a rounded x, so that no gradient reaches x; or something else."""
     if is_computed(module):
-        logger.info("a %s is no linear map: its weight is made of other parameters", type(module).__name__)
+        logger.info("a %s is not a linear map: its weight is computed from other parameters", type(module).__name__)
         return "other"
     own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # Accelerate's calls the original one
     if not own_forward and type(module).forward in (nn.Linear.forward, Conv1D.forward):
@@ -76,10 +76,10 @@ def behaviour(module: nn.Module) -> Behaviour:
 
 @torch.enable_grad()
 def _probed(module: Any, scale: float) -> Behaviour:
-    """How a module's output and its gradient compare with x Wᵀ + b for a random x (2, 3, in) of this scale."""
+    """Compare a module's output and its gradient with x Wᵀ + b for a random x (2, 3, in) of this scale."""
     weight = (module.weight.mT if isinstance(module, Conv1D) else module.weight).detach()
     generator = torch.Generator().manual_seed(0)
-    # Two examples of three tokens: sizes that differ
+    # Two examples of three tokens, so that the two sizes differ
     x = (scale * torch.randn(2, 3, weight.shape[1], generator=generator)).to(weight.device, weight.dtype)
     x.requires_grad_()
     training = module.training
@@ -87,10 +87,10 @@ def _probed(module: Any, scale: float) -> Behaviour:
         module.training = False
         with torch.random.fork_rng():
             output = module.forward(x)
-    except Exception as error:  # whatever it needs, it is not x alone
+    except Exception as error:  # it needs other inputs besides x
         if is_out_of_memory(error):
             raise
-        logger.info("a %s is no linear map: called with x alone, it fails: %r", type(module).__name__, error)
+        logger.info("a %s is not a linear map: it fails when called with only x: %r", type(module).__name__, error)
         return "other"
     finally:
         module.training = training

@@ -1,4 +1,4 @@
-"""The linear maps under analysis: which weights `target_modules` chooses, and the modules that apply each of them."""
+"""The analysed linear maps: the weights that `target_modules` chooses, and the modules that apply each of them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from hf_npeff.fisher.experts import FusedWeight
 from hf_npeff.fisher.linear_layers import Behaviour, behaviour, is_linear
 
 CUT = (
-    "{name} cuts the gradient: {how}, so that all rows before it would be those of another network. Layers that "
-    "quantise their inputs do this (activations in 8 bits, whole numbers or floating point). Load the model with a "
-    "scheme that quantises weights alone, or dequantised"
+    "{name} cuts the gradient: {how}, so the rows of all layers before it would be wrong. Layers that quantise their "
+    "inputs do this (activations in 8 bits, integer or floating point). Load the model with a scheme that quantises "
+    "only weights, or dequantised"
 )
 
 
 _USUAL_SLOTS = 8
-"""Experts of a token that memory is planned for: Qwen3-MoE, OLMoE and DeepSeek V3 have 8, Mixtral 2, gpt-oss 4."""
+"""Experts for each token that memory is planned for: Qwen3-MoE, OLMoE and DeepSeek V3 have 8, Mixtral 2, gpt-oss 4."""
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """One weight under analysis and the modules that apply it (several where a weight is tied).
+    """One analysed weight and the modules that apply it (several for a tied weight).
 
     Attributes:
         parameter: the weight's name in the bare model.
         modules: names of the modules, in the model as it is.
         shape: (out, in).
-        transposed: the weight is stored (in, out), as GPT-2's Conv1D does.
-        fused: the fused of fused experts, whose weights W_e make up one of (E·out, in), one below the other; `modules`
-            is then the module whose call is theirs.
+        transposed: whether the weight is stored as (in, out), as in GPT-2's Conv1D.
+        fused: for fused experts, the fused parameter: the weights W_e are stacked to (E·out, in). `modules` is then the
+            module that is called for the experts.
     """
 
     parameter: str
@@ -47,20 +47,20 @@ class LinearMap:
     fused: FusedWeight | None = None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """A tensor shaped like the weight → (…, out, in); of fused experts, a single one."""
+        """A tensor shaped like the weight → (…, out, in); for fused experts, of a single expert."""
         if self.fused is not None:
             return self.fused.by_expert(weight).reshape(self.shape)
         return weight.mT if self.transposed else weight
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """(…, out, in) → shaped like the weight; of fused experts, a single one."""
+        """(…, out, in) → shaped like the weight; for fused experts, of a single expert."""
         if self.fused is not None:
             return self.fused.as_weight(matrix)
         return matrix.mT if self.transposed else matrix
 
     @property
     def numbers_of_a_token(self) -> int:
-        """In and out: what a token has at the map, and at how many of its experts, no more than are usual."""
+        """The numbers of inputs and outputs of a token at the map, for fused experts at the usual number of experts."""
         if self.fused is None:
             return sum(self.shape)
         return (self.fused.out + self.fused.into) * min(self.fused.experts, _USUAL_SLOTS)
@@ -69,27 +69,27 @@ class LinearMap:
 def shapes_of(
     maps: Iterable[LinearMap], parameters: Mapping[str, tuple[int, int]] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """{parameter: (out, in)} of linear maps, and of other parameters."""
+    """{parameter: (out, in)} of linear maps and other parameters."""
     return {m.parameter: m.shape for m in maps} | dict(parameters or {})
 
 
 def _matches(name: str, targets: str | Sequence[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or name endings."""
+    """PEFT's rule: a string is a regular expression for the whole name, a list has names or name endings."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _identity(module: nn.Module) -> int:
-    """What tells one weight from another; one that the first forward pass unpacks is the module's own until then."""
+    """The identity of a weight; a weight that the first forward pass unpacks is identified by its module until then."""
     return id(getattr(module, "weight", module))
 
 
 def _behaviours(model: nn.Module) -> dict[nn.Module, Behaviour]:
-    """What the forward pass of every linear map is, analysed or not.
+    """What every linear layer computes, whether it is analysed or not.
 
     Raises:
-        UnsupportedModelError: if one rounds its input, and so lets no gradient through to what comes before it.
+        UnsupportedModelError: if one rounds its input, so that no gradient reaches the layers before it.
     """
     behaviours: dict[nn.Module, Behaviour] = {}
     for name, module in model.named_modules():
@@ -105,21 +105,22 @@ def find_linear_maps(
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[LinearMap]:
-    """The linear maps under analysis, in the model's order; PEFT's meaning of `target_modules`.
+    """The analysed linear maps, in the model's order; `target_modules` has the same meaning as in PEFT.
 
-    They are nn.Linear, Conv1D, and fused experts (`expert_search.find_experts`), which go by the names of their
+    They are nn.Linear, Conv1D, and fused experts (`expert_search.find_experts`), which have the names of their
     parameters ("…experts.down_proj") and are left out by that name or the module's.
 
-    Modules that share a weight are one map, and one of them brings the others. "all-linear" leaves out a language
+    Modules that share a weight are one map; naming one of them includes the others. "all-linear" leaves out a language
     model's output embedding, maps that share an input embedding's weight, the vision tower of a model that takes
-    images, and the parts of a loaded PEFT adapter. Inside PEFT's wrappers modules and weights go by the names of the
+    images, and the parts of a loaded PEFT adapter. Inside PEFT's wrappers, modules and weights have the names of the
     bare model. An empty list chooses none.
-    Modules whose forward pass is not x Wᵀ + b are left out, and those whose weight is made of other parameters in every
-    pass, as pruning and weight norm do (`linear_layers.behaviour`).
+
+    Modules that do not compute x Wᵀ + b are left out, and so are those whose weight is computed from other parameters
+    in every pass, as with pruning and weight norm (`linear_layers.behaviour`).
 
     Raises:
-        ValueError: if nothing matches, or a regular expression is not one.
-        UnsupportedModelError: if a linear map rounds its input, or none of those chosen computes x Wᵀ + b.
+        ValueError: if nothing matches, or a regular expression is not valid.
+        UnsupportedModelError: if a linear map rounds its input, or no chosen module computes x Wᵀ + b.
     """
     bare = bare_module_names(model)
     linear = [(n, m) for n, m in model.named_modules() if is_linear(m) and not is_wrapper(m)]
@@ -147,11 +148,12 @@ def find_linear_maps(
     candidates, chosen = chosen, [(n, m) for n, m in chosen if behaviours[m] == "product"]
     if candidates and not chosen and not fused:
         raise UnsupportedModelError(
-            f"none of the {len(candidates)} linear layers under analysis computes x Wᵀ + b, so hooks cannot give their "
-            f"rows (for instance {candidates[0][0]}, a {type(candidates[0][1]).__name__} whose forward pass is "
-            "another). Weights that are quantised anew in every pass do this: load the model as it was saved. So do "
-            "weights that are made of others by pruning, weight norm or a parametrization: make them permanent "
-            "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or name those in `parameters`"
+            f"none of the {len(candidates)} chosen linear layers computes x Wᵀ + b, so hooks cannot give their "
+            f"rows (for instance {candidates[0][0]}, a {type(candidates[0][1]).__name__} computes something else). "
+            "This happens with weights that are quantised again in every pass: load the model as it was saved. It also "
+            "happens with weights that pruning, weight norm or a parametrization computes from others: make them "
+            "permanent (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or name those in "
+            "`parameters`"
         )
     weights, names = {_identity(m) for _, m in chosen}, {n for n, _ in chosen}
     # A tied weight's gradient is the sum over all its modules.
@@ -171,7 +173,7 @@ def find_linear_maps(
 
 
 def _fused_maps(model: nn.Module, bare: dict[str, str]) -> list[tuple[LinearMap, nn.Module]]:
-    """The maps of all fused experts, each with the module whose call is theirs."""
+    """The maps of all fused experts, each with the module that is called for them."""
     return [
         (LinearMap(bare_name(f"{name}.{weight.name}", bare), (name,), weight.shape, fused=weight), experts.module)
         for name, experts in find_experts(model).items()
@@ -195,18 +197,19 @@ def _is_named(name: str, bare: Mapping[str, str], targets: str | Sequence[str], 
 
 
 def _beside_the_language_model(model: nn.Module) -> set[int]:
-    """Modules of a language model that "all-linear" leaves out: its output embedding, and what makes images tokens."""
+    """Modules of a language model that "all-linear" leaves out: its output embedding, and those that embed images."""
     base: Any = base_of(model)
     embedding = getattr(base, "get_output_embeddings", lambda: None)()
     skip = set() if embedding is None else {id(part) for part in embedding.modules()}
-    # What shares an input embedding's weight writes tokens too, whether the model names it or not (BLIP's decoder).
+    # A map that shares an input embedding's weight predicts tokens too, even if the model does not say so (BLIP's
+    # decoder).
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     skip |= {id(m) for m in model.modules() if is_linear(m) and _identity(m) in embedded}
     return skip | _beside_the_decoder(base)
 
 
 def _beside_the_decoder(base: Any) -> set[int]:
-    """Modules of a decoder-only model that also sees or hears, beside its language model."""
+    """Modules beside the language model in a decoder-only model that also takes images or sound."""
     config: Any = getattr(base, "config", None)
     if hasattr(config, "get_text_config") and not getattr(config, "is_encoder_decoder", False):
         decoder = base.get_decoder() if config.get_text_config() is not config else None
@@ -216,7 +219,7 @@ def _beside_the_decoder(base: Any) -> set[int]:
 
 
 def sees_images(model: nn.Module, maps: Sequence[LinearMap]) -> bool:
-    """Whether some of the maps see what a model is shown beside its text, whose amount differs between examples."""
+    """Whether some of the maps process images or sound, of which examples may have different amounts."""
     base: Any = base_of(model)
     embedding = getattr(base, "get_output_embeddings", lambda: None)()
     beside = _beside_the_decoder(base) - (
@@ -229,7 +232,7 @@ def sees_images(model: nn.Module, maps: Sequence[LinearMap]) -> bool:
 def by_hooks(
     model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]]
 ) -> tuple[list[LinearMap], dict[str, tuple[int, int]]]:
-    """The maps with the fused experts that `parameters` names, which hooks see as well, and the parameters without."""
+    """The maps, with fused experts that `parameters` names and hooks can analyse; and the remaining parameters."""
     fused = [m for m, _ in _fused_maps(model, bare_module_names(model))] if parameters else []
     named = {m.parameter: m for m in fused if m.parameter in parameters}
     left = {name: shape for name, shape in parameters.items() if name not in named}
@@ -240,10 +243,10 @@ def by_hooks(
 def without_parameters(
     model: nn.Module, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]]
 ) -> list[LinearMap]:
-    """The maps whose weights autograd does not already differentiate under one of their names.
+    """The maps whose weights are not already differentiated by autograd under one of their names.
 
     Raises:
-        UnsupportedModelError: if a map's weight is also a part of something else, such as the input embedding.
+        UnsupportedModelError: if a map's weight is also used elsewhere, for example as the input embedding.
     """
     weights = bare_parameters(model)
     named = {id(weights[name]) for name in parameters}
@@ -259,7 +262,7 @@ def without_parameters(
     for m in left:
         if other := elsewhere.get(id(weights.get(m.parameter))):
             raise UnsupportedModelError(
-                f"{m.parameter} is the same weight as {other}, and hooks see only what passes through {m.modules[0]}. "
+                f"{m.parameter} is the same weight as {other}, but hooks see only its use in {m.modules[0]}. "
                 f"Leave it out with exclude_modules=[{m.modules[0]!r}], or name it in parameters=[{other!r}]: autograd "
                 "sees all of its gradient"
             )

@@ -1,4 +1,4 @@
-"""Which errors say that memory has run out: they are told apart from what a model does not take."""
+"""Recognises errors that say that memory has run out."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory, on a device or, as PyTorch's CPU allocator puts it, beside it."""
+    """Whether an error says that memory has run out, on a device or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -4,17 +4,17 @@ With Z = ∂z/∂θ (h×p) an example's Fisher is F = Zᵀ M Z, M = J_headᵀ S 
 
     ‖F − Zᵀ VᵀV Z‖_F = ‖C^½ (M − VᵀV) C^½‖_F,     C = Z Zᵀ   (h×h)
 
-so the best c cotangents are V = √λ uᵀ C^(−½) for the top c eigenpairs (λ, u) of C^½ M C^½, not those of M itself: M's
-own are best only where C is a multiple of the identity. Examples share most of their C (the final normalisation, the
-residual stream, the layers are the same), so its mean over a few of them, each at unit trace, serves for all, drawn
-by 0.2 towards the identity because they do not share all of it.
+so the best c cotangents are V = √λ uᵀ C^(−½) for the top c eigenpairs (λ, u) of C^½ M C^½. Those of M itself are the
+best only if C is a multiple of the identity. Examples share most of their C (the final normalisation, the residual
+stream and the layers are the same). So one C serves for all: its mean over a few examples, each at unit trace, shrunk
+by 0.2 towards the identity because examples do not share all of it.
 
-Of an embedding the source is the embedding itself, and S = I prefers no direction of it: the best rows are the top
-eigenvectors of C alone, so there C is always measured.
+For an embedding model the source is the embedding itself, and S = I prefers no direction of it. The best rows are then
+the top eigenvectors of C alone, so C is always measured.
 
-The few are texts of random tokens, made from the seed: an example's rows then depend on the model, the config and the
-example alone, whatever data set it comes in. They cost h backward passes each, once, of which many run together: a
-batch of copies of one text, each with a direction of its own.
+The few examples are texts of random tokens, made from the seed. So an example's rows depend only on the model, the
+config and the example, whatever data set it is in. Each text costs h backward passes, once. Many of them run together,
+as a batch of copies of one text, each with its own direction.
 
 Measured on Llama- and GPT-2-like models as transformers initialises them (h = 32, 64; c = 1 to 8), the largest error
 over the best possible was 1.54 in the hidden state's own metric, 1.17 in this one.
@@ -40,21 +40,21 @@ from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.pefs.sketches import Sketch
 
 _PILOTS = 4
-"""Texts: their Cs hardly differ, and each costs h backward passes."""
+"""The number of texts: their Cs hardly differ, and each costs h backward passes."""
 _PILOT_TOKENS = 16
 """Tokens of a text: enough for attention to have something to look at."""
 _FREE = 256
-"""The widest hidden state whose h backward passes over each pilot nobody has to ask for."""
+"""The largest hidden size for which the metric is measured by default, with h backward passes over each pilot text."""
 _IDENTITY_LIMIT = 65_536
 """Parameters up to which inner products of rows are taken without a sketch: h rows of them fit anywhere."""
 _COPIES = 64
-"""Of a pilot in a batch, each with its direction, at most: as many tokens as half the examples of the self-test."""
+"""Copies of a pilot in a batch, each with its own direction, at most: half the tokens of the self-test's examples."""
 _SIDE = 16
-"""Of the Kronecker sketch that they are taken in otherwise."""
+"""The size of the Kronecker sketch that is used for more parameters."""
 
 
 def is_free(h: int) -> bool:
-    """Whether h backward passes over the pilots are so few that nobody has to ask for them."""
+    """Whether h backward passes over the pilots are few enough to measure the metric by default."""
     return h <= _FREE
 
 
@@ -76,12 +76,12 @@ def measure_metric(
     """The mean metric of a few examples, from the rows of every direction of the hidden state.
 
     Args:
-        forward: whose source is the last hidden state (B, t, h), the last of whose t positions is taken, or the
-            embedding (B, 1, k).
-        maps: the linear maps under analysis.
+        forward: a forward pass whose source is the last hidden state (B, t, h), of which the last position is used, or
+            the embedding (B, 1, k).
+        maps: the analysed linear maps.
         pilots: the examples.
-        seed: the seed of the sketch that the inner products of rows are taken in; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
-        width: h or k.
+        seed: the seed of the sketch in which inner products of rows are computed; ⟨Pa, Pb⟩ is ⟨a, b⟩ on average.
+        width: h, or k for an embedding.
     """
     shapes = shapes_of(maps)
     small = sum(a * b for a, b in shapes.values()) <= _IDENTITY_LIMIT
@@ -106,7 +106,7 @@ def measure_metric(
 def _rows_in_batches(
     forward: ForwardPass, maps: Sequence[LinearMap], sketch: Sketch, pilot: Example, together: int, *, check: bool
 ) -> Tensor | None:
-    """The rows from batches of copies; None where the model or the memory bears none, or a copy gets other rows.
+    """The rows from batches of copies; None if the model or memory allows none, or a copy gets other rows.
 
     For the last of these, `check` has one row compared with that of the text alone.
     """
@@ -138,7 +138,7 @@ def _rows_of_directions(
     Args:
         forward: see `measure_metric`, like `maps`.
         maps: the linear maps.
-        sketch: of these maps.
+        sketch: the sketch of these maps.
         pilot: the example.
         together: copies in a batch.
         only: a single direction; None: all.

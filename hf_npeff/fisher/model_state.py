@@ -1,8 +1,8 @@
-"""What a forward pass may leave behind in a model, taken back after every pass.
+"""Undoes, after every pass, the changes that a forward pass leaves in a model.
 
-Some models change themselves with their input: block-sparse attention that switches to full attention for good when a
-short example comes, rotary frequencies that grow with the longest example so far. What an example gets would depend on
-those before it.
+Some models change themselves with their input: block-sparse attention that switches to full attention for good after a
+short example, rotary frequencies that grow with the longest example so far. Without this, an example's result would
+depend on the examples before it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None))
 _SMALL = 2**20
-"""Numbers of the largest buffer of which a copy is kept: rotary frequencies and counters are far smaller."""
+"""Buffers with more numbers than this are not copied; rotary frequencies and counters are far smaller."""
 
 
 class ModelState:
-    """Submodules, buffers and plain attributes of every module of a model, and of its config, as they are now.
+    """A record of submodules, buffers and plain attributes of every module of a model, and of its config.
 
-    Parameters, hooks and modes are not among them: they are those of whoever runs the model.
+    Parameters, hooks and modes are not recorded; the code that runs the model restores those.
     """
 
     def __init__(self, model: nn.Module):
@@ -29,7 +29,7 @@ class ModelState:
         self._configs = [(config, _plain(vars(config))) for config in configs.values() if hasattr(config, "__dict__")]
 
     def restore(self) -> bool:
-        """Take back what has changed since; returns whether anything had."""
+        """Undo all changes since the record was made; return whether there were any."""
         changed = [module.restore() for module in self._modules]
         changed += [_restore_plain(vars(config), before) for config, before in self._configs]
         return any(changed)

@@ -1,8 +1,8 @@
 """Small changes of linear maps, added in the activations: y ← y + s·σ·(x·a) b for random a and b, drawn per map.
 
-With the weight W + s·σ·b aᵀ a map would give the same, and no weight is read or written, so quantised, offloaded and
-sharded weights are moved like all others. σ makes the change as large as y itself, over all that a map is given: s is
-the relative change of every map's output.
+This has the same effect as the weight W + s·σ·b aᵀ. No weight is read or written, so it works for quantised, offloaded
+and sharded weights too. σ makes the change as large as y itself, over all inputs of a map, so s is the relative change
+of every map's output.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hf_npeff.fisher.routing import Routing, Tap
 
 
 class Directions:
-    """K random directions of every map, the same for whoever asks: a (in, K) and b (out, K), float32 or wider.
+    """K random directions for every map, always the same: a (in, K) and b (out, K), float32 or wider.
 
     Args:
         maps: any maps.
         count: K.
-        seed: what they are drawn with, together with a map's name.
+        seed: the seed; directions also depend on a map's name.
     """
 
     def __init__(self, maps: Sequence[LinearMap], count: int, seed: int):
@@ -38,7 +38,7 @@ class Directions:
         self._drawn: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def of(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of one map, where `like` is; of fused experts b is (E·out, K), and a is the same for all."""
+        """The directions of one map, on the device of `like`; for fused experts b is (E·out, K) and a is shared."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = name, like.device, dtype
         if key not in self._drawn:
@@ -50,13 +50,13 @@ class Directions:
         return self._drawn[key]
 
     def of_experts(self, name: str, like: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Those of fused experts: a (in, K), and b (S, out, K) of the expert of every row."""
+        """The directions of fused experts: a (in, K), and b (S, out, K) for the expert of every row."""
         a, b = self.of(name, like)
         return a, b.unflatten(0, (len(routing.counts), -1))[routing.experts]
 
 
 class Slopes(Receiver):
-    """A receiver that keeps how fast ⟨source, cotangent⟩ grows along the directions, by the gradients of autograd.
+    """A receiver that computes the slope of ⟨source, cotangent⟩ along the directions from autograd's gradients.
 
     Attributes:
         by_map: {parameter: Σ_t (x_t·a)(δ_t·b) (B, K)}, float64, before σ.
@@ -72,7 +72,7 @@ class Slopes(Receiver):
         return x.to(a.dtype) @ a
 
     def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
-        """Add those of a module's call."""
+        """Add the slopes of a module's call."""
         _, b = self._directions.of(name, delta)
         self._add(name, (saved.to(delta.device) * (delta.to(b.dtype) @ b)).double().sum(1))
 
@@ -81,7 +81,7 @@ class Slopes(Receiver):
         return self.take_input(name, x)
 
     def take_routed_gradient(self, name: str, saved: Tensor, delta: Tensor, routing: Routing) -> None:
-        """Add those of a call of fused experts."""
+        """Add the slopes of a call of fused experts."""
         _, b = self._directions.of_experts(name, delta, routing)
         each = (saved * torch.einsum("so,sok->sk", delta.to(b.dtype), b)).double()
         self._add(name, each.new_zeros(routing.batch, each.shape[1]).index_add_(0, routing.examples, each))
@@ -92,14 +92,14 @@ class Slopes(Receiver):
 
 
 class Nudges:
-    """Forward passes that are nudged along the directions, inside `with`; no hook is left on exit.
+    """Nudges forward passes along the directions, inside `with`; the hooks are removed on exit.
 
-    Until `at` is called, passes run as they are, and σ is measured in them. Every call of a module is nudged, those
-    without gradients too.
+    Until `at` is called, passes run unchanged, and σ is measured in them. Every call of a module is nudged, also calls
+    without gradients.
 
     Args:
         model: any model; its weights are not read.
-        directions: which way, and for which maps.
+        directions: the directions and their maps.
     """
 
     def __init__(self, model: nn.Module, directions: Directions):
@@ -113,11 +113,11 @@ class Nudges:
         self._sizes: dict[str, Tensor] = {}
 
     def at(self, direction: int, size: float, names: Collection[str] | None = None) -> None:
-        """The next passes are nudged by `size` along direction k: all maps, or those of these parameters."""
+        """Nudge the next passes by `size` along direction k, in all maps or in those of these parameters."""
         self._step = direction, size, self._directions.maps.keys() if names is None else names
 
     def rest(self) -> None:
-        """The next passes run as they are; σ is measured in them if it has not been."""
+        """Run the next passes unchanged; σ is measured in them if it has not been."""
         self._step = None
 
     def sizes(self) -> Mapping[str, Tensor]:
@@ -152,7 +152,7 @@ class Nudges:
             self._handles.pop().remove()
 
     def _is_wanted(self) -> bool:
-        """Whether a call is not somebody else's prediction meanwhile."""
+        """Whether a call belongs to this pass and is not another thread's prediction."""
         return threading.get_ident() == self._thread
 
     def _hook(self, parameter: str) -> Callable[..., Tensor]:
@@ -175,7 +175,7 @@ class Nudges:
         return tap
 
     def _nudged(self, parameter: str, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """A map's output with (x·a) b added, or as it is where σ is measured."""
+        """A map's output with (x·a) b added, or unchanged while σ is measured."""
         if self._step is None:
             if not self._sizes:
                 self._measure(parameter, output.detach(), x.detach().to(a.dtype) @ a, b)

@@ -1,4 +1,4 @@
-"""A model's output embedding while it is watched, and whether logits are the function of its states that they seem."""
+"""Watches a model's output embedding, and checks that the logits depend on its states in the expected way."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from hf_npeff.fisher.outputs import HeadJacobian
 
 _SAME = {2: 2e-2, 4: 1e-3}
-"""Relative difference of two gradients at the states, by the bytes of a number. Rounding is below 1e-2 in bfloat16, and
-below 1e-3 in float32 where a GPU multiplies in TF32; what a formula that was not thought of changes is far above."""
+"""Largest relative difference of two gradients at the states, by the bytes of a number. Rounding is below 1e-2 in
+bfloat16, and below 1e-3 in float32 if a GPU multiplies in TF32; an unexpected formula changes far more."""
 
 
 class WatchedEmbedding:
-    """A model's output embedding, which is handed the counted positions only while it is watched.
+    """A model's output embedding, which gets only the counted positions while it is watched.
 
     Args:
         embedding: the module.
         counted: its input → the states at the counted positions.
-        first: watch what it multiplies, before hooks of others change it; not where hooks of ours are on it as well,
+        first: watch its product before hooks of others change it; not possible if hooks of this package are on it,
             which the slope's backward pass must not reach.
 
     Attributes:
-        hidden: the states that it was handed; None where it was not called, or not as expected.
-        linear: what it made of them.
-        why_not: what the model does instead, where it was not.
+        hidden: the states that it got; None if it was not called, or not as expected.
+        linear: its output for these states.
+        why_not: what the model does instead, if `hidden` is None.
     """
 
     def __init__(self, embedding: nn.Module, counted: Callable[[Tensor], Tensor], first: bool):
@@ -51,7 +51,7 @@ class WatchedEmbedding:
             handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if threading.get_ident() != self._thread:  # somebody else's prediction meanwhile
+        if threading.get_ident() != self._thread:  # another thread's prediction
             return args
         if args[0].dim() != 3:  # ProphetNet's, with a dimension of the tokens that it predicts at once
             self.why_not = f"calls its output embedding on states of {args[0].dim()} dimensions"
@@ -67,26 +67,26 @@ class WatchedEmbedding:
             self.linear = output.view_as(output)
             return self.linear
         self.linear = output.detach().requires_grad_()
-        return self.linear.clone()  # Chameleon changes its logits in place, which a leaf does not bear
+        return self.linear.clone()  # Chameleon changes its logits in place, which a leaf tensor does not allow
 
 
 def is_jacobian(jacobian: HeadJacobian, logits: Tensor, states: Tensor, gather: Callable[[], None]) -> bool:
-    """Whether J_headᵀu is what autograd gives for a random u.
+    """Whether J_headᵀu equals autograd's result for a random u.
 
-    An embedding may scale its product by learned numbers (nGPT's heads do), and a model may normalise its logits
-    afterwards: neither is a weight with a slope for every logit.
+    It does not if an embedding scales its product by learned numbers (nGPT's heads do), or if a model normalises its
+    logits afterwards, because these are not a weight with a slope for every logit.
 
     Args:
-        jacobian: J_head of N terms, as it seems to be.
+        jacobian: the supposed J_head of N terms.
         logits: (B, t, k) with B·t = N, in the graph of `states`.
-        states: (B, t, h), what the embedding is handed.
-        gather: brings the weights back that FSDP2 has taken away after a pass.
+        states: (B, t, h), the input of the embedding.
+        gather: gathers the weights again that FSDP2 has sharded after a pass.
     """
     generator = torch.Generator().manual_seed(0)
     of_logits, of_terms = (
         torch.randn(n, generator=generator).to(logits) for n in (logits.shape[-1], logits[..., 0].numel())
     )
-    u = of_terms.view(*logits.shape[:-1], 1) * of_logits  # as random in every term, with few numbers to draw
+    u = of_terms.view(*logits.shape[:-1], 1) * of_logits  # random in every term, but with few numbers to draw
     pulled: Tensor | None = torch.autograd.grad(logits, states, u, retain_graph=True, allow_unused=True)[0]
     if pulled is None:
         return False
@@ -97,9 +97,9 @@ def is_jacobian(jacobian: HeadJacobian, logits: Tensor, states: Tensor, gather: 
 
 
 def has_path_beside(embedding: nn.Module, logits: Tensor, states: Tensor) -> bool:
-    """Whether anything that requires a gradient, but the embedding itself, reaches the logits past the states.
+    """Whether anything that requires a gradient reaches the logits without passing the states, except the embedding.
 
-    A second head does, and a mechanism that copies from the prompt.
+    A second head does, and so does a mechanism that copies from the prompt.
     """
     own = {id(parameter) for parameter in embedding.parameters()}
     end = states.grad_fn

@@ -1,4 +1,4 @@
-"""Output factors: the c cotangents per example whose gradients stand for its Fisher.
+"""Output factors: the c cotangents of an example whose gradients make up its Fisher.
 
 With S = B Bᵀ at the logits and J_head the head's Jacobian, the rows A = VᵀJ of the cotangents V give AᵀA ≈ JᵀSJ:
 
@@ -27,7 +27,7 @@ from hf_npeff.fisher.distributions import Distribution
 from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 
 EXACT_LIMIT = 1024
-"""`exact` diagonalises a k×k matrix an example: refused above this k."""
+"""`exact` diagonalises a k×k matrix for every example, so it is refused above this k."""
 _ROUNDS = 3
 """Blocks of the Krylov space. With three, errors are at most 1.02 × the least possible ones, where rounding is not
 larger than those: random heads of k = 40 to 8,192 with flat and steep spectra, flat and peaked predictions, c = 1 to
@@ -35,16 +35,17 @@ larger than those: random heads of k = 40 to 8,192 with flat and steep spectra, 
 _OVERSAMPLING = 2
 """Columns beyond c of a block. Chosen with `_ROUNDS`, whose errors were measured with two."""
 _CHUNK_NUMBERS = 2**26
-"""Numbers that terms may take together: bounds the memory at 256 MB of float32; the factors do not depend on it."""
+"""Numbers of the terms that are handled together: bounds memory at 256 MB of float32; the factors do not depend on
+it."""
 
 
 class Cotangents(NamedTuple):
-    """What enters at `Outputs.source`.
+    """The cotangents that enter at `Outputs.source`.
 
     Attributes:
         values: (B, t, c, s), the cotangents of every term.
-        joint: True where one backward pass may carry all terms at once (one term, or random signs per term);
-            False where the rows of every term have to be stacked and reduced.
+        joint: whether one backward pass may carry all terms at once (a single term, or random signs for each term);
+            otherwise the rows of every term have to be stacked and reduced.
     """
 
     values: Tensor
@@ -52,7 +53,7 @@ class Cotangents(NamedTuple):
 
 
 class HiddenMetric(NamedTuple):
-    """A metric C of the hidden state, as its roots.
+    """A metric C of the hidden state, as its square roots.
 
     Attributes:
         root: C^½ (h, h).
@@ -64,9 +65,9 @@ class HiddenMetric(NamedTuple):
 
     @classmethod
     def of(cls, C: Tensor, shrinkage: float = 0.2) -> HiddenMetric:
-        """Of a positive semi-definite C (h, h), drawn towards the identity of the same trace by a share `shrinkage`.
+        """The metric of a positive semi-definite C (h, h), shrunk towards the identity of the same trace.
 
-        Examples differ in their C; the identity stands for what is not known of them.
+        Examples differ in their C; the identity stands for the unknown part.
         """
         h = len(C)
         trace = C.diagonal().sum()
@@ -77,10 +78,10 @@ class HiddenMetric(NamedTuple):
 
 
 def resolve(factor: OutputFactor, outputs: Outputs, rank: int) -> OutputFactor:
-    """The output factor that `factor` means for these outputs.
+    """The output factor for these outputs, with "auto" decided.
 
     Raises:
-        ValueError: if `exact` is asked of a vocabulary, or `rank` exceeds the dimension of the space of cotangents.
+        ValueError: if `exact` is set for a vocabulary, or `rank` exceeds the dimension of the space of cotangents.
     """
     distribution = outputs.distribution(outputs.logits[:1, 0])
     k = outputs.logits.shape[-1]
@@ -94,17 +95,17 @@ def resolve(factor: OutputFactor, outputs: Outputs, rank: int) -> OutputFactor:
             f"which keeps the best `rank` rows (exact is for at most {EXACT_LIMIT} classes)"
         )
     if factor == "spectral" and rank > h:
-        raise ValueError(f"rank={rank} exceeds the {h} dimensions that the model's head reads; lower it to {h}")
+        raise ValueError(f"rank={rank} is more than the {h} dimensions of the head's input; lower it to {h}")
     return factor
 
 
 def rows_per_example(config: FisherConfig, distribution: type[Distribution] | None, k: int | None) -> int:
-    """C before the model runs: "exact" keeps all rows of one output term, everything else `rank`.
+    """The number of rows c, before the model runs: "exact" keeps all rows of one output term, otherwise it is `rank`.
 
     Args:
         config: the settings of the analysis.
-        distribution: the distribution of the model's output, or None where it is not known.
-        k: its classes, or None where they are not known or an example has several terms.
+        distribution: the distribution of the model's output, or None if it is not known.
+        k: the number of classes, or None if it is not known or an example has several terms.
     """
     if distribution is None or k is None or k < 1 or config.output_factor not in ("auto", "exact"):
         return config.rank
@@ -129,11 +130,10 @@ def cotangents(
         factor: as `resolve` returned it.
         rank: c.
         seeds: the seeds of the random factors, one per example.
-        metric: the metric of the hidden state, in which "spectral" rows are the best; None takes the hidden state's
-            own.
+        metric: the metric of the hidden state in which "spectral" rows are the best; None uses the hidden state's own.
 
     Returns:
-        Cotangents with c = `rank` columns ("exact": all of its own), zero where a term does not exist.
+        Cotangents with c = `rank` columns ("exact" has all that exist), zero if a term does not exist.
     """
     B, t, k = outputs.logits.shape
     flat = outputs.logits.flatten(0, 1)
@@ -149,7 +149,7 @@ def cotangents(
             if factor == "exact":
                 values, vectors = distribution.eigen()
                 V = vectors * values.sqrt()[:, None]
-                if V.shape[-1] == 0:  # one class, which is certain: a row that is zero
+                if V.shape[-1] == 0:  # one class, which is certain, so the row is zero
                     V = V.new_zeros(*V.shape[:-1], 1)
             else:
                 V = _spectral(distribution, head, rank, outputs.at_hidden, metric)
@@ -182,7 +182,7 @@ def _random(
 ) -> Tensor:
     B, t, k = outputs.logits.shape
     pieces = []
-    for i in range(B):  # one generator an example: the same rows in any batch
+    for i in range(B):  # one generator for each example, so that rows do not depend on the batch
         generator = torch.Generator().manual_seed(seeds[i])
         part = slice(i * t, (i + 1) * t)
         distribution = outputs.distribution(flat[part])
@@ -200,7 +200,7 @@ def _spectral(
 ) -> Tensor:
     """√λ C^(−½)u at the hidden state, or S J u/√λ at the logits, for the top c eigenpairs: (N, s, c).
 
-    Where there is no head's Jacobian, a metric is one of the logits themselves, as the hidden state's is.
+    If there is no Jacobian of a head, the metric is that of the logits themselves.
     """
     values, vectors = top_eigenpairs(distribution, jacobian, c, metric=metric)
     if at_hidden or (jacobian is None and metric is not None):
@@ -208,7 +208,7 @@ def _spectral(
         return vectors * values.sqrt()[:, None]
     V = distribution.hessian_times(vectors if jacobian is None else jacobian.push(vectors))
     scale = values.sqrt()
-    # Below rounding a direction carries nothing, and its cotangent would be rounding blown up.
+    # A direction below rounding carries nothing, and its cotangent would only be amplified rounding.
     tiny = values <= values[:, :1] * torch.finfo(values.dtype).eps * 10
     return V * torch.where(tiny, 0.0, 1 / scale.clamp_min(torch.finfo(scale.dtype).tiny))[:, None]
 
@@ -227,9 +227,9 @@ def top_eigenpairs(
     Args:
         distribution: N output distributions.
         jacobian: J_head, or None for the identity (then h = k).
-        c: how many; at most h.
-        rounds: blocks of the Krylov space.
-        metric: C, of what the Jacobian reads; of the logits without one.
+        c: the number of eigenpairs, at most h.
+        rounds: the number of blocks of the Krylov space.
+        metric: the metric C of the Jacobian's input; of the logits if there is no Jacobian.
     """
     logits = distribution.logits
     N, k = logits.shape
@@ -271,8 +271,8 @@ def reduce_rows(rows: Tensor, cotangents_of_rows: Tensor, c: int) -> tuple[Tenso
 
     Args:
         rows: (B, t·c', d), the rows of term after term.
-        cotangents_of_rows: (B, t, c', s), what made them.
-        c: rows to keep.
+        cotangents_of_rows: (B, t, c', s), their cotangents.
+        c: the number of rows to keep.
 
     Returns:
         rows (B, c, d) = UᵀA for the top left singular vectors U (zero rows where there are fewer), and the cotangents

@@ -1,4 +1,4 @@
-"""Outputs: what a model predicts for a batch, and where cotangents enter; the protocol of the heads that say so."""
+"""Outputs: a model's predictions for a batch, and where cotangents enter; the protocol for output heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class HeadJacobian:
 
     Attributes:
         weight: U (k, h).
-        slope: f′ (N, k), or None where f is the identity.
+        slope: f′ (N, k), or None if f is the identity.
     """
 
     weight: Tensor
@@ -36,18 +36,18 @@ class HeadJacobian:
 
 @dataclass
 class Outputs:
-    """One forward pass as its head sees it: B examples with up to t terms each.
+    """The result of a forward pass: B examples with up to t terms (single predictions) each.
 
     Attributes:
-        source: (B, t, s) in the autograd graph, where cotangents enter: the logits (s = k), or the hidden state that
-            the output embedding reads (s = h).
+        source: (B, t, s), the tensor in the autograd graph at which cotangents enter: the logits (s = k), or the hidden
+            state that the output embedding reads (s = h).
         logits: (B, t, k), detached, float32 or wider.
-        valid: (B, t) bool; False where an example has fewer terms.
+        valid: (B, t) bool; False for missing terms of examples that have fewer than t.
         distribution: the distribution of every term.
-        jacobian: J_head, or None where it is unknown and the identity stands in.
+        jacobian: J_head, or None if it is unknown; the identity is used then.
         at_hidden: whether `source` is the hidden state.
-        several: whether examples of the data set may have several terms; their rows are then reduced to `rank` in
-            every batch, also in one whose examples have a single term each.
+        several: whether examples of the data set may have several terms; the rows are then reduced to `rank` in every
+            batch, even if its examples have a single term each.
 
     Example:
         >>> from hf_npeff.fisher.distributions import Softmax
@@ -72,15 +72,15 @@ class Outputs:
 
 @dataclass(frozen=True)
 class HeadTraits:
-    """What is known of a head before it has run; the defaults are those of a head of one's own.
+    """The properties of a head that are known before it runs; the defaults are for custom heads.
 
     Attributes:
         task: the task's name, or the head's class.
-        takes: names of the inputs that are of use to it, the others stay outside; None takes all.
+        takes: names of the inputs that it uses; others are left out. None uses all.
         at_hidden: whether cotangents enter at the hidden state that the output embedding reads.
         vocabulary: whether it predicts tokens.
         weights: modules whose weights are read outside the forward pass.
-        embeds: whether it predicts an embedding, which has no words.
+        embeds: whether it predicts an embedding, which cannot be shown in words.
     """
 
     task: str
@@ -93,11 +93,11 @@ class HeadTraits:
 
 @runtime_checkable
 class OutputHead(Protocol):
-    """The one protocol to implement for a head that hf_npeff does not know; pass the object as `task=`.
+    """The protocol to implement for a head that hf_npeff does not know; pass the object as `task=`.
 
-    `outputs` runs the model on a batch (a dict of tensors on the model's device) and says what it predicts.
-    `cotangents` enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds. A head may
-    have an attribute `traits`, a `HeadTraits`; without it the defaults hold (see `traits_of`).
+    `outputs` runs the model on a batch (a dict of tensors on the model's device) and returns its predictions.
+    Cotangents enter at `Outputs.source`, so `source` must be in the autograd graph that the call builds. A head may
+    have an attribute `traits`, a `HeadTraits`; without it the defaults are used (see `traits_of`).
 
     Example:
         >>> from hf_npeff.fisher.distributions import Softmax
@@ -116,6 +116,6 @@ class OutputHead(Protocol):
 
 
 def traits_of(head: OutputHead) -> HeadTraits:
-    """What a head says of itself, or the defaults, with its class as the task."""
+    """A head's own traits, or the defaults, with its class as the task."""
     traits: HeadTraits | None = getattr(head, "traits", None)
     return traits if traits is not None else HeadTraits(type(head).__name__)

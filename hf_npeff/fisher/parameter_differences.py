@@ -1,12 +1,12 @@
-"""Are autograd's gradients of parameters those of the model? Compared with central differences of what it predicts.
+"""Are autograd's gradients of parameters the true ones? They are compared with central differences of the predictions.
 
-As `differences` does for linear maps, by moving their outputs: here the parameters that `FisherConfig(parameters=)`
+`differences` does this for linear maps, by moving their outputs. Here the parameters that `FisherConfig(parameters=)`
 names are moved themselves, all of them along a random direction u,
 
     (⟨v, z(θ + su)⟩ − ⟨v, z(θ − su)⟩) / 2s      is compared with      ⟨∇⟨v, z⟩, u⟩,
 
-u as large as each parameter's own numbers are. A `detach` or a wrong backward pass between a parameter and the
-prediction shows; what lies before it does not matter.
+where u is as large as each parameter's own numbers. This detects a `detach` or a wrong backward pass between a
+parameter and the prediction; code before the parameter does not matter.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from hf_npeff.fisher.rows import choose_cotangents
 
 logger = logging.getLogger(__name__)
 _LEAST = 1e-2
-"""Size of a direction where a parameter is zero, as biases are at first."""
+"""Size of a direction if a parameter is zero, as new biases are."""
 
 
 def check_parameter_differences(
     forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, example: Example
 ) -> None:
-    """Compare gradients of parameters with differences, on one example; in 16 bits nothing can be told.
+    """Compare gradients of parameters with differences, on one example; not possible in 16 bits.
 
     Raises:
-        UnsupportedModelError: if the gradients are not the model's, and something in it is not transformers' own.
+        UnsupportedModelError: if the gradients are wrong, and some code of the model is not from transformers.
     """
     if (
         not forward.parameters
@@ -62,10 +62,10 @@ def check_parameter_differences(
     )
     if foreign := foreign_parts(forward):
         raise UnsupportedModelError(
-            f"{much}. The gradient is cut or wrong behind one of them: look for a detach, torch.no_grad or an autograd "
+            f"{much}. The gradient is cut or wrong after one of them: look for a detach, torch.no_grad or an autograd "
             f"function, for instance in {foreign[0]}, or leave the parameter out"
         )
-    logger.warning("%s, as transformers has this model. Rows are those of its own backward pass", much)
+    logger.warning("%s; this is transformers' own code. The rows are computed with the model's own backward pass", much)
 
 
 class _Comparison:
@@ -76,7 +76,7 @@ class _Comparison:
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def error(self) -> float | None:
-        """The relative difference where gradients are wrong; None where they are right, or it cannot be told."""
+        """The relative difference if gradients are wrong; None if they are right, or if it cannot be decided."""
         v = self._cotangent()
         names = list(self._forward.parameters)
         (each,) = gradients(self._forward.model, names, self._forward.source_of([self._example]), v[None])

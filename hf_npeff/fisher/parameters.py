@@ -1,8 +1,8 @@
 """Parameters that are no linear map's weight (biases, norms, embeddings), by plain autograd.
 
-Hooks see only what passes through a module's input and output. Anything else is differentiated one example at a time,
-so no layer has to be known, and the dense gradient goes through the same sketch, as a matrix (first dimension, rest).
-It costs one forward and c full backward passes an example, and the memory of one gradient of what is chosen.
+Hooks see only a module's input and output. Other parameters are differentiated by autograd, one example at a time, so
+any kind of layer works. The dense gradient goes through the same sketch, as a matrix (first dimension, rest). This
+costs one forward and c full backward passes for each example, and the memory of one gradient of the chosen parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_npeff.fisher.linear_layers import behaviour, is_at_hand, is_linear
 from hf_npeff.pefs.sketches import Sketch
 
 _SHARE_TO_NAME = 0.05
-"""Of what is left out; biases and norms of models of a usual size have less than a hundredth."""
+"""No warning if a smaller share is left out; biases and norms of usual models have less than a hundredth."""
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
@@ -29,11 +29,11 @@ def find_parameters(model: nn.Module, wanted: str | Sequence[str] | None) -> dic
 
     Args:
         model: any module.
-        wanted: a regular expression for the whole name, or a list of names or name endings. A tied parameter answers to
-            each of its names and is listed under its first.
+        wanted: a regular expression for the whole name, or a list of names or name endings. A tied parameter matches by
+            any of its names and is listed under its first.
 
     Raises:
-        ValueError: if a name, or the regular expression, matches no parameter of floating point.
+        ValueError: if a name, or the regular expression, matches no floating-point parameter.
     """
     if wanted is None:
         return {}
@@ -83,7 +83,7 @@ def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def modules_of(model: nn.Module, names: Mapping[str, tuple[int, int]]) -> set[str]:
-    """Names of the modules that hold these parameters, by any of their names."""
+    """Names of the modules that have these parameters, by any of their names."""
     tensors = bare_parameters(model)
     chosen = {id(tensors[name]) for name in names}
     return {
@@ -94,7 +94,7 @@ def modules_of(model: nn.Module, names: Mapping[str, tuple[int, int]]) -> set[st
 
 @contextlib.contextmanager
 def requiring_gradients(model: nn.Module, names: Sequence[str]) -> Iterator[list[nn.Parameter]]:
-    """The named parameters, requiring gradients inside `with` only; the model is frozen otherwise."""
+    """The named parameters, which require gradients inside `with`; the model is frozen otherwise."""
     every = bare_parameters(model)
     tensors = [every[name] for name in names]
     try:
@@ -109,7 +109,7 @@ def requiring_gradients(model: nn.Module, names: Sequence[str]) -> Iterator[list
 def fitted(cotangent: Tensor, source: Tensor) -> Tensor:
     """A cotangent (B, t', s') cut to a source (B, t, s), on its device and in its dtype.
 
-    One that was made for a batch is longer than the source of a shorter example, and zero beyond it.
+    A cotangent that was made for a batch is longer than the source of a shorter example, and zero beyond it.
     """
     return cotangent[tuple(slice(size) for size in source.shape)].to(source.device, source.dtype)
 
@@ -167,17 +167,17 @@ def sketched_rows(
 def left_out(
     model: nn.Module, analysed: Mapping[str, tuple[int, int]], *, chosen_by_hand: bool = False
 ) -> dict[str, float]:
-    """What nobody analyses, the largest first: fused experts, convolutions, layers with a forward pass of their own.
+    """The parameters that are not analysed, largest first: fused experts, convolutions, other kinds of layers.
 
-    Embeddings, also an output embedding, do not count, and neither do the parts of a PEFT adapter.
+    Embeddings, including an output embedding, do not count, and neither do the parts of a PEFT adapter.
 
     Args:
         model: any module.
-        analysed: {parameter: shape} of everything under analysis.
-        chosen_by_hand: whether people chose the linear maps; those that they did not choose are no surprise then.
+        analysed: {parameter: shape} of all analysed weights.
+        chosen_by_hand: whether the user chose the linear maps; other linear maps are not listed then.
 
     Returns:
-        {name, layer numbers written as *: share of the parameters outside the embeddings}; empty where the shares add
+        {name, with layer numbers written as *: share of the parameters outside the embeddings}; empty if the shares add
         up to 5% or less, as those of biases and norms do in all but tiny models.
     """
     weights, bare = bare_parameters(model), bare_module_names(model)

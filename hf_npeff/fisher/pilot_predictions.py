@@ -1,8 +1,8 @@
-"""What a model predicts for a few texts of random tokens, kept with PEFs: whether two stores are of one function.
+"""A model's predictions for a few random texts, stored with PEFs, show whether two stores are of the same function.
 
-`same_predictions` compares a model with a store by examples that both have. Two stores have none in common, and no
-model is there where components are transferred; the same random texts, run for each, tell a soft cap, an activation
-function or a hook that steers, where every weight is the same.
+`same_predictions` compares a model with a store on examples that both have. Two stores may have no example in common,
+and there is no model when components are transferred. The predictions for the same random texts differ if a soft cap,
+an activation function or a steering hook differs, even if all weights are the same.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _SEED = 0
 
 @torch.no_grad()
 def pilot_predictions(forward: ForwardPass) -> dict[str, Any] | None:
-    """As JSON types: `values`, of each text the log-probability and the entropy, or the numbers; and `tolerance`.
+    """As JSON types: `values`, the log-probability and the entropy of each text, or the outputs; and `tolerance`.
 
-    None where the model does not take a text alone.
+    None if the model does not take a text alone.
     """
     if not forward.traits.takes or "input_ids" not in forward.traits.takes:
         return None
@@ -40,5 +40,5 @@ def pilot_predictions(forward: ForwardPass) -> dict[str, Any] | None:
             scale = float(logits[logits.isfinite()].abs().amax().clamp(min=1.0))
             tolerance = max(tolerance, len(logits) * scale * logit_tolerance(forward.model))
     except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError, IndexError, RuntimeError):
-        return None  # it needs something else beside a text, such as an image
+        return None  # it needs another input besides a text, such as an image
     return {"values": values, "tolerance": tolerance}

@@ -1,4 +1,4 @@
-"""What a model predicts for examples, and how far two sets of predictions are apart."""
+"""A model's predictions for examples, and the distance between two sets of predictions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hf_npeff.fisher.outputs import Outputs
 
 @dataclass
 class Predictions:
-    """What a model predicts for some examples, kept on the CPU.
+    """A model's predictions for some examples, on the CPU.
 
     Attributes:
-        logits: one (t_i, k) tensor an example, its own terms only.
+        logits: a (t_i, k) tensor for each example, with its own terms only.
         distribution: the distribution of every term.
     """
 
@@ -44,14 +44,14 @@ def predict(
     before_batch: Callable[[Sequence[int]], None] | None = None,
     outputs_of: Callable[[Sequence[Example]], Outputs] | None = None,
 ) -> Predictions:
-    """What the model predicts for the examples, in their order.
+    """The model's predictions for the examples, in their order.
 
     Args:
         forward: the forward pass.
-        examples: in any order; those of similar length share a batch.
-        batch_size: the most examples of a batch.
-        before_batch: called with the numbers of a batch's examples, in the batch's order, before the model runs.
-        outputs_of: runs the model on a batch; None takes `forward.outputs`.
+        examples: the examples, in any order; those of similar length share a batch.
+        batch_size: the most examples in a batch.
+        before_batch: called before the model runs, with the indices of a batch's examples in the batch's order.
+        outputs_of: runs the model on a batch; None uses `forward.outputs`.
     """
     logits: dict[int, Tensor] = {}
     distribution: type[Distribution] | None = None

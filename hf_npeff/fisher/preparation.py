@@ -1,4 +1,4 @@
-"""What has to be settled before rows are made: the metric, which maps hooks see, the sketch; and the self-test."""
+"""Preparation before rows are computed: the metric, the maps that hooks see, the sketch, and the self-test."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from hf_npeff.pefs.sketches import Sketch
 
 logger = logging.getLogger(__name__)
 _EXAMPLES = 8
-"""Examples of the self-test: 28 pairs, whose mean error the sketch is judged by."""
+"""The number of examples in the self-test. Their 28 pairs have a mean error by which the sketch is judged."""
 _TOKENS = 2048
-"""Their tokens together, at most: bounds the self-test's memory. Chosen: some texts of a paragraph each."""
+"""The most tokens of these examples together, which bounds the self-test's memory. Chosen: some paragraphs of text."""
 _NAMED = 6
-"""Kinds of weights that a warning names, at most, the largest first. Chosen: what one line holds."""
+"""The most kinds of weights that a warning names, the largest first. Chosen: as many as fit in a line."""
 
 
 def prepare(
@@ -46,23 +46,23 @@ def prepare(
     sketch: Sketch | None = None,
     skip: bool = False,
 ) -> RowMaker:
-    """Choose the metric and the sketch, where they are open, and run the self-test on the first examples.
+    """Choose the metric and the sketch, unless they are set, and run the self-test on the first examples.
 
     Maps that hooks do not see are left out of the result, with a warning.
 
     Args:
-        forward: the forward pass; its `trials` learn where batches would change rows.
+        forward: the forward pass; its `trials` record whether batches change rows.
         config: rank, output factor, sketch.
-        examples: the first ones.
-        sketch: one that is given; it is used where it is of the parameters under analysis.
-        skip: pass over examples that give NaN.
+        examples: the first examples.
+        sketch: a given sketch; it is used if it fits the analysed parameters.
+        skip: whether to skip examples that give NaN.
 
     Raises:
-        NotFiniteError: if the model gives NaN; with `skip`, if it does for all of them.
-        UnsupportedModelError: if the rows from the hooks are not autograd's gradients, or these not the model's.
-        ValueError: if the config asks for a metric that this model and output factor do not have.
+        NotFiniteError: if the model gives NaN; with `skip`, only if it does for all examples.
+        UnsupportedModelError: if the rows from the hooks differ from autograd's gradients, or these from the true ones.
+        ValueError: if the config sets a metric that this model and output factor do not have.
     """
-    with contextlib.suppress(NotFiniteError):  # said below, with the example that it is
+    with contextlib.suppress(NotFiniteError):  # the error below names the example
         forward.check_repeatable(min(examples, key=lambda example: example.length))
     config, metric = choose_metric(forward, config)
     few = _first(forward, config, metric, examples, skip)
@@ -75,9 +75,9 @@ def prepare(
     forward = forward.with_maps([m for m in forward.maps if m not in rows.unseen])
     if not forward.shapes:
         raise UnsupportedModelError(
-            f"the model reads the weights of all {len(rows.unseen)} linear maps under analysis without calling their "
-            f"modules ({', '.join(m.parameter for m in rows.unseen[:_NAMED])}), so hooks see none of them; name them "
-            "in FisherConfig(parameters=...)"
+            f"the model reads the weights of all {len(rows.unseen)} analysed linear maps without calling their modules "
+            f"({', '.join(m.parameter for m in rows.unseen[:_NAMED])}), so hooks see none of them; name them in "
+            "FisherConfig(parameters=...)"
         )
     _warn_of_what_is_left_out(forward, config, rows.unseen, total)
     if sketch is not None and sketch.shapes != forward.shapes:
@@ -96,15 +96,15 @@ def prepare(
 
 
 def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherConfig, HiddenMetric | None]:
-    """In which metric spectral rows are the best: the config with that settled, and the metric where it is measured.
+    """Choose the metric of spectral rows: return the config with it set, and the metric if it was measured.
 
     Raises:
-        ValueError: if the config asks for the metric of the parameters, and rows do not enter at the hidden state
+        ValueError: if the config sets the metric of the parameters, but cotangents do not enter at the hidden state
             of a causal language model or at an embedding.
     """
     wanted, embeds = config.spectral_metric, forward.traits.embeds
     usable = embeds or (forward.traits.task == "causal-lm" and forward.traits.at_hidden)
-    # Linear weights may also be analysed as `parameters`: what is analysed decides, not how.
+    # Linear weights may also be analysed as `parameters`; both count.
     others = find_linear_maps(forward.model) if usable and forward.parameters else []
     maps = [*forward.maps, *(m for m in others if m.parameter in forward.parameters)]
     pilots = pilot_examples(forward.model, config.seed) if usable and maps else []
@@ -112,8 +112,8 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
     usable = first is not None and resolve(config.output_factor, first, config.rank) == "spectral"
     if wanted == "parameters" and not usable:
         raise ValueError(
-            "spectral_metric='parameters' is of spectral rows that enter at a causal language model's last hidden "
-            "state, or at an embedding; leave spectral_metric at 'auto' for this model and output factor"
+            "spectral_metric='parameters' is for spectral rows of a causal language model or an embedding model; leave "
+            "spectral_metric at 'auto' for this model and output factor"
         )
     if first is None or not usable or wanted == "hidden":
         return config, None
@@ -127,11 +127,13 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
 
 
 def _outputs_of_text(forward: ForwardPass, text: Example) -> Outputs | None:
-    """What the model predicts for a text alone; None where it needs something else beside it, such as an image."""
+    """The model's outputs for a text alone; None if it needs another input as well, such as an image."""
     try:
         return forward.outputs([text])
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        logger.info("the model does not take a text alone (%s), so its rows are chosen in the hidden state", error)
+        logger.info(
+            "the model does not take a text alone (%s), so its rows are chosen in the metric of the hidden state", error
+        )
         return None
 
 
@@ -145,7 +147,7 @@ def _first(
     examples: Sequence[Example],
     skip: bool,
 ) -> list[Example]:
-    """The examples of the self-test: the first ones that are short enough together."""
+    """The examples of the self-test: the first ones, as many as are short enough together."""
     narrow = Sketch(forward.shapes, "kronecker", 1).to(forward.device)
     trial = RowMaker(forward, config, narrow, metric)
     few: list[Example] = []
@@ -171,7 +173,7 @@ def _is_not_finite(maker: RowMaker, example: Example) -> bool:
 
 
 def _size(model: nn.Module, maps: Sequence[LinearMap]) -> int:
-    """Numbers in all weights, those of a 4-bit weight as it is used and not as it is packed."""
+    """The number of entries of all weights; those of a 4-bit weight count as used, not as packed."""
     weights = bare_parameters(model)
     sizes = {id(weight): weight.numel() for weight in weights.values()}
     sizes |= {id(weights.get(m.parameter, m)): m.shape[0] * m.shape[1] for m in maps}

@@ -1,7 +1,7 @@
-"""The self-test repeated while rows are made: on the first batch of every new kind, and on a later one.
+"""Repeats the self-test while rows are computed: on the first batch of every new kind, and on a later one.
 
-What the first examples showed need not hold for all. A check costs one pass over one example, and where autograd is
-asked again, its gradients for that example; there are a handful in a run, however long.
+The result on the first examples need not hold for all. A check costs one pass over one example and, if it compares with
+autograd, the gradients of that example. There are a handful of checks in a run, however long it is.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from hf_npeff.fisher.rows import RowMaker
 
 logger = logging.getLogger(__name__)
 _LONGER = 1.5
-"""How many times as long as any example before one has to be to count as a new kind: a few of them in a run at most."""
+"""An example that is this many times longer than all before it counts as a new kind; a run has a few at most."""
 _BATCHES = 64
-"""Batches of the shortest run in which a random one is checked again: it costs about two of them."""
+"""The fewest batches of a run in which a random batch is checked again, which costs about as much as two batches."""
 
 
 class Rechecks:
-    """Whether rows that are about to be stored are right, where they are of a kind that was not checked before.
+    """Checks rows that are about to be stored, if they are of a kind that was not checked before.
 
     Args:
-        maker: what makes them, with the examples that its self-test has seen.
-        batches: how many batches are to come; with enough of them, one that the seed draws is checked again.
+        maker: the maker of the rows, with the examples of its self-test.
+        batches: how many batches will come; if there are enough, one that the seed draws is checked again.
 
     Attributes:
-        results: the results of the checks so far: why, examples of the batch, its shortest and longest length, the
-            relative error of a row (None where nothing could be compared).
+        results: the results of the checks so far: the reason, the examples of the batch, its shortest and longest
+            length, the relative error of a row (None if nothing could be compared).
     """
 
     def __init__(self, maker: RowMaker, batches: int):
@@ -50,11 +50,11 @@ class Rechecks:
         self._seen = 0
 
     def accept(self, examples: Sequence[Example], rows: Mapping[str, Tensor]) -> bool:
-        """Whether these rows may be stored; False where the batch changes them, and examples go one at a time now.
+        """Whether these rows may be stored; False if the batch changes them; examples then run one at a time.
 
         Raises:
-            UnsupportedModelError: if they are not the gradients of their examples, or a batch like others that were
-                stored before is wrong.
+            UnsupportedModelError: if they are not the gradients of their examples, or if this batch is wrong and
+                similar ones were stored before.
         """
         low, high, names, _ = span_of(examples)
         reasons = {
@@ -83,7 +83,7 @@ class Rechecks:
         return True
 
     def _change_in(self, examples: Sequence[Example], rows: Mapping[str, Tensor], place: int) -> float | None:
-        """How far the largest row of one example is from the one that the example gets alone, relative."""
+        """The relative difference between the largest row of one example in a batch and the same row alone."""
         if len(examples) == 1 or not bool(rows["norms"][place] > 0):
             return None
         largest = int(rows["factors"][place].norm(dim=1).argmax())
@@ -94,15 +94,15 @@ class Rechecks:
 
     def _refuse(self, why: Sequence[str], error: float) -> None:
         forward = self._maker.forward
-        reason = f"the gradients of an example in a batch differ by {percent(error)} from its own"
+        reason = f"the gradients of an example in a batch differ by {percent(error)} from those of the example alone"
         if why == ["drawn at random"]:
             raise UnsupportedModelError(
-                f"{reason}, and batches like it were stored already; use batch_size=1, and resume=False to begin again"
+                f"{reason}, and similar batches were already stored; start again with resume=False and batch_size=1"
             )
         forward.refuse_batches(reason)
 
     def _error_alone(self, example: Example) -> float | None:
-        """The error of an example's row against autograd."""
+        """The error of an example's row compared with autograd."""
         maker = self._maker
         try:
             check = check_rows(maker.forward, maker.config, maker.metric, [example])

@@ -1,7 +1,7 @@
-"""Where a model rounds its activations: the operations, in which modules, and the model as it would be without them.
+"""Finds where a model rounds its activations (operations and modules), and runs the model without the rounding.
 
-Rounding is constant between its steps, so its gradient is zero, and differences over steps that are smaller say the
-same. Only a model that does not round shows what has been lost.
+Rounding is constant between its steps, so its gradient is zero, and smaller finite differences are zero too. Only the
+model without rounding shows what the gradient has lost.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.overrides import TorchFunctionMode
 
 _ROUNDS = {"round", "round_", "floor", "floor_", "ceil", "ceil_", "trunc", "trunc_", "fix", "fix_"}
 CASTS = {"to", "type", "type_as", "char", "byte", "short", "int", "long"}
-"""Names of methods and functions; a cast counts where it goes from floating point to 8 bits. One to wider integers
-counts where these become numbers of floating point again: else they are choices, such as a token's expert."""
+"""Names of methods and functions. A cast from floating point to 8 bits counts as rounding. A cast to wider integers
+counts if they become floating point again; otherwise they are choices, such as a token's expert."""
 _INTEGERS = {"char": torch.int8, "byte": torch.uint8, "short": torch.int16, "int": torch.int32, "long": torch.int64}
 _NUMBERS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
-"""What makes floating point of integers by itself."""
+"""Operations that turn integers into floating point by themselves."""
 _ARITHMETIC = {"mul", "div", "true_divide", "add", "sub", "rsub", "__rmul__", "__rtruediv__", "__radd__", "__rsub__"}
-"""What makes it of integers together with floating point."""
+"""Operations that turn integers into floating point in combination with floating point."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """One call of an operation that rounds.
+    """One call of a rounding operation.
 
     Attributes:
-        module: the name of the module in whose forward pass it is; empty for the model itself.
-        operation: its name.
-        input: the sum of what was rounded, which tells whether it was the same in another pass.
+        module: the name of the module whose forward pass calls it; empty for the model itself.
+        operation: the operation's name.
+        input: the sum of its input, which shows whether the input was the same in another pass.
     """
 
     module: str
@@ -43,21 +43,21 @@ class Rounding:
 
 
 class Roundings(TorchFunctionMode):
-    """Sees what Python code inside `with` rounds; with `undone`, gives it back unrounded.
+    """Records the rounding operations that Python code calls inside `with`; with `undone`, skips the rounding.
 
     Args:
-        model: whose modules are named.
-        undone: leave everything unrounded, also what is cast to integers and read as numbers again.
+        model: the model, for the names of its modules.
+        undone: whether to skip all rounding, including casts to integers and back.
 
     Attributes:
-        calls: in order.
+        calls: the recorded calls, in order.
     """
 
     def __init__(self, model: nn.Module, *, undone: bool = False):
         super().__init__()
         self.calls: list[Rounding] = []
         self._undone = undone
-        self._integers: dict[int, tuple[Tensor, Tensor, str]] = {}  # id → wide integers, what they were made of, how
+        self._integers: dict[int, tuple[Tensor, Tensor, str]] = {}  # id → wide integers, their source, the operation
         self._names = {id(module): name for name, module in model.named_modules()}
 
     def __torch_function__(
@@ -87,7 +87,7 @@ class Roundings(TorchFunctionMode):
 
     @staticmethod
     def _rounds(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call makes floating point coarser."""
+        """Whether a call rounds floating-point numbers."""
         if name not in _ROUNDS and name not in CASTS:
             return False
         x = args[0] if args else None
@@ -113,7 +113,7 @@ class Roundings(TorchFunctionMode):
 
 
 def _target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The type that a call casts to, of integers or of 8 bits; None of other types, and where nothing is cast."""
+    """The integer or 8-bit type that a call casts to; None for other types, and if the call does not cast."""
     if name in _INTEGERS:
         return _INTEGERS[name]
     if name not in CASTS:
@@ -125,5 +125,5 @@ def _target(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.d
 
 
 def moved(before: list[Rounding], after: list[Rounding]) -> list[Rounding]:
-    """The calls whose input was another one in a second pass: rounded activations, not positions or weights."""
+    """The calls whose input changed in a second pass, so that they round activations, not positions or weights."""
     return [b for b, a in zip(before, after, strict=False) if b.input != a.input]

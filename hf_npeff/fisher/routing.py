@@ -1,4 +1,4 @@
-"""Rows that a router sends to experts: which expert and example each belongs to, and their products with each W_e."""
+"""Rows that a router sends to experts: the expert and example of each, and the products with each W_e."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass
 class Routing:
-    """Which expert and which example the rows of a product belong to; rows are sorted by expert.
+    """The expert and the example of every row of a product; rows are sorted by expert.
 
     Attributes:
-        counts: rows of every expert, E numbers.
-        places: (S,), of every row among all pairs of a token and one of its experts, token by token.
+        counts: the number of rows of every expert, E numbers.
+        places: (S,), the place of every row among all pairs of a token and one of its experts, token by token.
         tokens: the number of tokens of the whole batch.
         slots: k, the most experts of a token.
-        batch: examples of the batch, which have equally many tokens.
+        batch: the number of examples of the batch, which have equally many tokens.
     """
 
     counts: list[int]
@@ -31,7 +31,7 @@ class Routing:
 
     @property
     def width(self) -> int:
-        """Pairs of a token and an expert in an example."""
+        """The number of pairs of a token and an expert in an example."""
         return self.tokens * self.slots // self.batch
 
     @property
@@ -46,7 +46,7 @@ class Routing:
         return torch.repeat_interleave(torch.arange(len(self.counts), device=self.places.device), counts)
 
     def segments(self) -> Iterator[tuple[int, slice]]:
-        """Experts that have rows, and which rows these are."""
+        """The experts that have rows, each with its rows."""
         start = 0
         for expert, count in enumerate(self.counts):
             if count:
@@ -66,7 +66,7 @@ class Routing:
 
 
 class RowsByExpert:
-    """Rows of one expert after another by example: x (B, m, in) and δ (B, m, out), m the most that an example has.
+    """The rows of an expert by example: x (B, m, in) and δ (B, m, out), m the most rows of an example.
 
     Args:
         routing: the routing of the rows.
@@ -81,7 +81,7 @@ class RowsByExpert:
         self._last: tuple[int, tuple[Tensor, Tensor]] | None = None
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Those of an expert that has rows; the last ones asked for are kept."""
+        """The rows of an expert; the last result is cached."""
         if self._last is None or self._last[0] != expert:
             rows = self._segments[expert]
             x, delta = self._x[rows], self._delta[rows]
@@ -100,7 +100,7 @@ class RowsByExpert:
 
 
 Tap = Callable[[str, Tensor, Routing, Tensor], Tensor]
-"""What is done with a product: (name of the parameter, x (S, in), routing, W_e x (S, out)) → what goes on instead."""
+"""A function called with a product, (name of the parameter, x (S, in), routing, W_e x (S, out)) → the tensor to use."""
 
 
 def product_by_expert(x: Tensor, parts: Tensor, counts: Sequence[int]) -> Tensor:
@@ -115,7 +115,7 @@ def product_by_expert(x: Tensor, parts: Tensor, counts: Sequence[int]) -> Tensor
 
 
 class _Product(torch.autograd.Function):
-    """`product_by_expert` with a gradient for x alone: the weights are frozen."""
+    """`product_by_expert` with a gradient only for x, because the weights are frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Tensor, counts: list[int]) -> Tensor:

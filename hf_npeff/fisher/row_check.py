@@ -1,4 +1,4 @@
-"""Are rows from hooks the gradients of their examples? Compared with autograd, alone and in a batch."""
+"""Are rows from hooks the gradients of their examples? They are compared with autograd, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 
 _AUTOGRAD_NUMBERS = 2**28
-"""Weights that are differentiated densely at once: a gibibyte of gradients."""
+"""The most entries of weights that are differentiated densely at once: a gibibyte of gradients."""
 _WRONG = 1e-2
 """Relative error above which a row is not the gradient of its example: far above rounding of 32 bits and more."""
 _WRONG_IN_16_BITS = 1e-1
-"""The same where the model computes in 16 bits."""
+"""The same for a model in 16 bits."""
 _LARGER_BY_BATCHING = 3
-"""How many times its error alone a row may have in a batch before the batch is at fault, not rounding."""
+"""If a row's error in a batch is more than this many times its error alone, the batch is at fault, not rounding."""
 _SIDE = 8
-"""Of the Kronecker sketch in which rows are compared with autograd's."""
+"""The side of the Kronecker sketch in which rows are compared with autograd's."""
 _BLOCK_THAT_MATTERS = 1e-3
-"""A weight's share of a row's norm, below which its own error is rounding."""
+"""If a weight's share of a row's norm is below this, its own error counts as rounding."""
 _BLOCK_ERROR = 0.5
 """Relative error above which the row of one weight is wrong and not rounded, whatever the type."""
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What rows from the hooks are worth.
+    """The result of comparing rows from the hooks with autograd.
 
     Attributes:
-        error: the relative error of a row; None where nothing could be checked, infinite where the row of a single
+        error: the relative error of a row; None if nothing could be checked, infinite if the row of a single
             weight that matters is wrong by more than half.
-        unseen: maps that hooks do not see: their modules are not called, and yet their weights matter.
-        worst: the weight whose share of the row is the furthest off.
+        unseen: maps that hooks do not see: their modules are not called, although their weights matter.
+        worst: the weight whose part of the row has the largest error.
     """
 
     error: float | None
@@ -54,20 +54,20 @@ class RowCheck:
 
     @property
     def difference(self) -> str:
-        """What is wrong, in words."""
+        """The difference in words, for messages."""
         much = "altogether" if self.error == float("inf") else f"by {percent(self.error or 0.0)}"
-        return f"the rows from hooks differ {much} from autograd's gradients, at {self.worst} the most"
+        return f"the rows from hooks differ {much} from autograd's gradients, most at {self.worst}"
 
     def refuse_wrong(self, forward: ForwardPass, example: Example) -> None:
-        """Refuse rows that are not the model's gradients.
+        """Check that the error is no more than rounding.
 
         Args:
-            forward: that made them.
-            example: whose row was compared.
+            forward: the forward pass that made the rows.
+            example: the example whose row was compared.
 
         Raises:
             UnsupportedModelError: if the error is more than rounding; it names the worst weight, and says whether the
-                model is random or autograd contradicts itself.
+                model is random or autograd is inconsistent.
         """
         narrow = precision_of(forward.model) in (torch.float16, torch.bfloat16)
         tolerance = _WRONG_IN_16_BITS if narrow else _WRONG
@@ -82,9 +82,9 @@ class RowCheck:
             if (change := _own_disagreement(forward, m, example)) > tolerance:
                 raise UnsupportedModelError(
                     f"PyTorch's own gradient of {m.parameter} differs by {percent(change)} between a pass over one "
-                    "example and a pass over the same example twice, so no row of this model can be told right from "
-                    "wrong here. Batch normalisation does this to a single example on a CPU, where activations and "
-                    "gradients lie in memory in different orders: analyse the model on a GPU"
+                    "example and a pass over the same example twice, so the rows of this model cannot be checked here. "
+                    "This happens with batch normalisation of a single example on a CPU, where activations and "
+                    "gradients have different memory layouts: analyse the model on a GPU"
                 )
         raise UnsupportedModelError(
             f"{self.difference}: the weight is used in a way that hooks do not see. Leave it out with "
@@ -93,7 +93,7 @@ class RowCheck:
 
 
 def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> float:
-    """How far autograd's gradient of a weight for one example alone is from that in a batch of it twice, relative."""
+    """The relative difference of autograd's gradients for one example alone and for a batch that has it twice."""
     with torch.no_grad():
         source = forward.outputs([example]).source
     cotangent = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source)
@@ -104,10 +104,10 @@ def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> f
 
 
 def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:
-    """The shortest and the longest example, in this order, or two of one length; one where there is no other.
+    """The shortest and the longest example, in this order, or two of one length; one if there is no other.
 
-    Both have inputs of the same names and as many choices, and lie on one side of each of the lengths `limits`: of
-    such, those that are the most.
+    Both have inputs of the same names, equally many choices, and lengths on the same side of each of `limits`. They are
+    chosen from the largest group of such examples.
     """
     sides: dict[tuple[frozenset[str], int | None, int], list[Example]] = {}
     for example in sorted(examples, key=lambda example: example.length):
@@ -120,9 +120,9 @@ def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Exa
 def check_batch(
     forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, pair: Sequence[Example]
 ) -> RowCheck:
-    """The check on a batch of two, or on one of them where batches are out of the question.
+    """Check rows in a batch of two examples, or of one if the model does not take batches.
 
-    Where the shorter example's row is right alone and not in the batch, examples go one at a time from then on.
+    If the shorter example's row is right alone but not in the batch, examples are run one at a time from then on.
     """
     if not forward.maps:
         return RowCheck(None)
@@ -140,7 +140,7 @@ def check_batch(
     if together is not None and together.error is not None and alone.error is not None:
         if together.error <= _LARGER_BY_BATCHING * alone.error:
             return together  # it is no better alone
-        reason = f"{together.difference}, in a batch and not alone"
+        reason = f"{together.difference}, in a batch but not alone"
     if reason is not None:
         forward.refuse_batches(reason)
     return alone
@@ -149,11 +149,11 @@ def check_batch(
 def check_rows(
     forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, few: Sequence[Example]
 ) -> RowCheck:
-    """The largest row of the first example, as it would be stored of this batch, against autograd on it alone.
+    """Compare the largest row of the first example, as stored for this batch, with autograd on the example alone.
 
-    As many maps as fit into memory beside the model are differentiated; an identity sketch would be as large as they,
-    so both sides go through a small Kronecker sketch. Weights that are offloaded, quantised or sharded are not checked;
-    where their modules are not called either, nobody can tell whether they matter, and they count as not seen.
+    As many maps as fit into memory beside the model are differentiated. Both rows go through a small Kronecker sketch,
+    because an identity sketch would be as large as the weights. Offloaded, quantised or sharded weights are not
+    checked; if their modules are not called either, it is unknown whether they matter, and they count as not seen.
 
     Args:
         forward: the forward pass.
@@ -162,7 +162,7 @@ def check_rows(
         few: a batch.
     """
     model, maps, single = forward.model, forward.maps, forward.source_of(few[:1])
-    forward.fsdp.release()  # a weight that is whole for the moment is not at hand
+    forward.fsdp.release()  # a sharded weight that is gathered for the moment does not count
     weights = bare_parameters(model)
     known = [m for m in maps if is_at_hand(weights.get(m.parameter))]
     ran = backward_passes(model, maps, Receiver(), len(few), forward.source_of(few), lambda _: ())
@@ -184,7 +184,7 @@ def check_rows(
 
 
 def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> list[LinearMap]:
-    """The maps whose gradients fit into memory: those whose modules are not called first, then the smallest."""
+    """The maps whose gradients fit into memory: first those whose modules are not called, then the smallest."""
     checked: list[LinearMap] = []
     used = 0
     for m in [*silent, *sorted(ran, key=lambda m: m.shape[0] * m.shape[1])]:
@@ -196,9 +196,9 @@ def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> li
 
 
 def _row_error(sketch: Sketch, row: Tensor, exact: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Of a sketched row (d,) against autograd's gradients, relative, and the parameter that is the most wrong.
+    """The relative error of a sketched row (d,) compared with autograd, and the parameter with the largest error.
 
-    Infinite where a weight's share is wrong.
+    It is infinite if the part of a single weight is wrong.
     """
     if not sketch.shapes or sketch.blocks is None:
         return 0.0, ""

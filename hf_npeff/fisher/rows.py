@@ -1,4 +1,4 @@
-"""RowMaker: a batch of examples → the rows of their Fishers, once the sketch is chosen."""
+"""RowMaker: a batch of examples → the rows of their Fishers, with a sketch that is already chosen."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from hf_npeff.pefs.sketches import Sketch
 
 @dataclass(frozen=True)
 class RowMaker:
-    """What turns a batch of examples into rows; `prepare` makes one that is tested.
+    """Turns a batch of examples into rows; `prepare` makes a tested one.
 
     Attributes:
         forward: the forward pass.
         config: rank and output factor.
-        sketch: what shortens the rows.
-        metric: the metric of the hidden state, in which spectral rows are the best ones; None takes the hidden state's
+        sketch: the sketch that shortens the rows.
+        metric: the metric of the hidden state in which spectral rows are the best ones; None uses the hidden state's
             own.
-        selftest: what the self-test measured; None of a maker that was not tested.
-        tested: the examples whose rows it has compared with autograd's.
+        selftest: the result of the self-test; None if the maker was not tested.
+        tested: the examples whose rows the self-test compared with autograd's.
     """
 
     forward: ForwardPass
@@ -42,17 +42,17 @@ class RowMaker:
     tested: tuple[Example, ...] = ()
 
     def log(self, tolerance: float) -> None:
-        """Tell people what the self-test measured, and warn where the sketch is less accurate than was asked for."""
+        """Log the result of the self-test, and warn if the sketch is less accurate than the tolerance."""
         if self.selftest is not None:
             self.selftest.log(self.sketch, tolerance)
 
     def rows(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """All that is stored of a batch: rows at unit norm, norms, cotangents, predictions, log_probs, entropies.
+        """The tensors to store for a batch: rows at unit norm, norms, cotangents, predictions, log_probs, entropies.
 
         Raises:
             NotFiniteError: if logits or gradients are not finite (the examples are named).
-            UnsupportedModelError: if no map under analysis influences the output, or a map's inputs cannot be told
-                apart by example.
+            UnsupportedModelError: if no analysed map influences the output, or a map's inputs cannot be assigned to
+                examples.
         """
         chosen: list[Cotangents] = []
 
@@ -72,7 +72,7 @@ class RowMaker:
         return {"factors": unit, "norms": norms, "cotangents": V.transpose(1, 2), **predictions_of(outputs)}
 
     def rows_of(self, examples: Sequence[Example], values: Tensor) -> Tensor:
-        """Sketched rows (B, c, d) for cotangents (B, c, t, s) that are given."""
+        """Sketched rows (B, c, d) for given cotangents (B, c, t, s)."""
         return self._collect(examples, lambda outputs: list(values.unbind(1)))[1]
 
     def _collect(
@@ -111,12 +111,12 @@ def choose_cotangents(
     """The cotangents that make the rows of a batch with these outputs."""
     factor = resolve(config.output_factor, outputs, config.rank)
     if metric is not None and len(metric.root) != outputs.source.shape[-1]:
-        metric = None  # cotangents enter at the logits, as a pass since has shown
+        metric = None  # cotangents enter at the logits, as a later pass has shown
     return cotangents(outputs, factor, config.rank, seeds_of([e.id for e in examples], config.seed), metric)
 
 
 def _enter(V: Tensor, joint: bool) -> list[Tensor]:
-    """What enters at the source (B, t, s) in every backward pass: all terms together, or one term after another."""
+    """The cotangents (B, t, s) of every backward pass: all terms together, or one term after another."""
     if joint:
         return list(V.unbind(2))
     passes = []
@@ -129,7 +129,7 @@ def _enter(V: Tensor, joint: bool) -> list[Tensor]:
 
 
 def predictions_of(outputs: Outputs) -> dict[str, Tensor]:
-    """What is stored of a batch's predictions: predictions, log_probs, and the entropies of classes."""
+    """The stored values of a batch's predictions: predictions, log_probs, and the entropies of classes."""
     B, t, _ = outputs.logits.shape
     distribution = outputs.distribution(outputs.logits.flatten(0, 1))
     best, log_probs = distribution.predictions()

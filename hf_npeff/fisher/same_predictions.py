@@ -1,8 +1,8 @@
-"""Does a model still predict what it predicted when PEFs were made? Its weights alone do not tell.
+"""Does a model still have the predictions that it had when PEFs were made? Its weights alone do not say so.
 
-A changed config (another soft cap, a sliding window, another number of experts a token), another activation function,
-another base of the rotary frequencies or a hook that steers activations leaves every weight as it was, and all
-gradients are others. So a few examples are run again, and what the model predicts is compared with what is stored.
+A changed config (a soft cap, a sliding window, the number of experts for each token), another activation function,
+another base of the rotary frequencies or a hook that steers activations changes all gradients, but no weight. So a few
+examples are run again, and the model's predictions are compared with the stored ones.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.rows import predictions_of
 
 STORED = ("log_probs", "entropies", "predictions")
-"""What a store holds of predictions."""
+"""The stored columns on predictions."""
 _LOOKED_AT = 32
-"""Stored examples among which those that are run again are found. Chosen: encoded in no time."""
+"""The number of stored examples from which the ones to run again are chosen. Chosen: few enough to encode quickly."""
 _RUN_AGAIN = 3
-"""The longest of them, which see most of a model's windows and positions: a change of a model changes nearly all."""
+"""How many are run again, the longest ones, which use most windows and positions; a change affects nearly all."""
 _ROUNDING_ON_A_GPU = 1e-3
-"""Relative change of logits that may be rounding there, whatever the type of the weights: products may be in TF32."""
+"""Relative change of logits that may be rounding, for any type of the weights, because products may be in TF32."""
 
 
 def places_to_compare(n: int) -> list[int]:
-    """The places of some of n stored examples, evenly spread, among which `check_predictions` finds its own."""
+    """The places of some of n stored examples, evenly spread, from which `check_predictions` chooses."""
     return sorted({round(i * (n - 1) / max(1, _LOOKED_AT - 1)) for i in range(min(n, _LOOKED_AT))}) if n else []
 
 
 def check_predictions(
     forward: ForwardPass, examples: Sequence[Example], stored: Mapping[str, Tensor | None], what: str, remedy: str
 ) -> None:
-    """Refuse PEFs of a model that predicts something else now, although its weights are the same.
+    """Check that a model still has the predictions that are stored with PEFs.
 
     Args:
-        forward: a pass over the model as it is now.
-        examples: some that were analysed.
-        stored: their "predictions", "log_probs" and "entropies", an entry an example, as far as they are there.
-        what: they are of, to begin a sentence: "the PEFs in runs/pefs".
+        forward: a forward pass of the model as it is now.
+        examples: some of the analysed examples.
+        stored: their "predictions", "log_probs" and "entropies", an entry for each example, if they are stored.
+        what: the object that they belong to, as the start of a sentence: "the PEFs in runs/pefs".
         remedy: what to do, in a sentence.
 
     Raises:
-        IncompatibleWeightsError: if the model predicts something else for one of the longest of them.
+        IncompatibleWeightsError: if the prediction for one of the longest examples has changed.
     """
     kept = {name: values for name, values in stored.items() if values is not None}
     longest = sorted(range(len(examples)), key=lambda i: (-examples[i].length, i))[:_RUN_AGAIN]
@@ -56,16 +56,15 @@ def check_predictions(
         before = {name: values[i] for name, values in kept.items()}
         if (how := _difference(before, now, tolerance)) is not None:
             raise IncompatibleWeightsError(
-                f"{what} were made when the model predicted something else: of example {examples[i].id!r} {how}. "
-                "Where its weights are the same, its config, its modules or hooks on them have changed (a hook that "
-                f"steers activations, an activation function, positions). {remedy} check_weights=False goes on all the "
-                "same."
+                f"{what} were made when the model had other predictions: for example {examples[i].id!r}, {how}. If its "
+                "weights are the same, its config, its modules or hooks on them have changed (a hook that steers "
+                f"activations, an activation function, positions). {remedy} check_weights=False skips this check."
             )
 
 
 @torch.no_grad()
 def _now(forward: ForwardPass, example: Example) -> tuple[Mapping[str, Tensor], float]:
-    """What the model predicts for an example now, and how much of that may be rounding."""
+    """The model's prediction for an example now, and the size of possible rounding."""
     try:
         outputs = forward.outputs([example])
     except NotFiniteError:
@@ -77,7 +76,7 @@ def _now(forward: ForwardPass, example: Example) -> tuple[Mapping[str, Tensor], 
 
 
 def _difference(before: Mapping[str, Tensor], now: Mapping[str, Tensor], tolerance: float) -> str | None:
-    """How predictions of an example differ, in words; None where they do not."""
+    """How the predictions for an example differ, in words; None if they do not."""
     for name, noun in (
         ("log_probs", "the log-probability"),
         ("entropies", "the entropy"),
@@ -92,7 +91,7 @@ def _difference(before: Mapping[str, Tensor], now: Mapping[str, Tensor], toleran
         change = (old[:n] - new[:n]).abs()
         worst = int(change.argmax())
         if not bool(change[worst] <= tolerance):
-            return f"{noun} was {float(old[worst]):.4g}, and is {float(new[worst]):.4g}"
+            return f"{noun} was {float(old[worst]):.4g} and is now {float(new[worst]):.4g}"
     return None
 
 

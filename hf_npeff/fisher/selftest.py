@@ -1,12 +1,12 @@
-"""The self-test: are the rows right, how much of the model do they cover, and what does the sketch cost?
+"""The self-test: are the rows right, how much of the model do they cover, and how large is the sketch's error?
 
 Measured on the first examples, before anything expensive starts:
 
     rows       sketched rows of two examples from the hooks, in one batch, against plain autograd, one at a time
-    coverage   the share of the model's parameters under analysis
+    coverage   the share of the model's parameters that is analysed
     error      ‖K̂ − K‖ / ‖K‖ over pairs of different examples, K_ij = ⟨F_i, F_j⟩ of unit-norm PEFs, sketched and not
 
-Here are what it measures and the inner products K; `preparation.prepare` carries it out.
+This module computes these results and the inner products K; `preparation.prepare` runs the self-test.
 
 The unsketched inner products need no gradient: ⟨δ_aᵀx_a, δ_bᵀx_b⟩ = Σ_ts ⟨δ_at, δ_bs⟩⟨x_at, x_bs⟩, module by module.
 """
@@ -34,27 +34,27 @@ from hf_npeff.pefs.sketches import Kind, Sketch
 
 logger = logging.getLogger(__name__)
 _CAPTURE_BYTES = 2**30
-"""Memory for what is captured of modules at once: little beside a model."""
+"""The most memory for captured inputs and gradients of modules at once: little compared with a model."""
 _CAPTURE_TOKENS = 2048
-"""Tokens of the examples of the self-test, at most (see `preparation`)."""
+"""The most tokens of the self-test's examples (see `preparation`)."""
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the self-test measured.
+    """The results of the self-test.
 
     Attributes:
-        examples: how many it used.
-        sketch_error: see the module.
-        row_error: largest relative error of a row from the hooks, or None where it was not checked.
-        coverage: share of the model's parameters under analysis.
+        examples: the number of examples that it used.
+        sketch_error: the relative error of the inner products of PEFs, from the sketch.
+        row_error: largest relative error of a row from the hooks, or None if it was not checked.
+        coverage: share of the model's parameters that is analysed.
         tried: {sketch: error} of every sketch that "auto" measured.
-        left_out: target modules whose weights the model reads without calling the module: hooks do not see them.
+        left_out: target modules whose weights the model reads without calling the module, so hooks do not see them.
         difference_error: relative difference of autograd's gradients from central differences of the predictions, or
-            None where these say nothing (see `differences`).
-        difference_note: why they say nothing, or what is missing from the gradients; empty where they agree.
+            None if no comparison was possible (see `differences`).
+        difference_note: why no comparison was possible, or what the gradients lack; empty if they agree.
 
-    A store's `selftest` has `later` as well: what was found where rows were checked again (see `Rechecks`).
+    A store's `selftest` also has `later`: the results of repeated checks of rows (see `Rechecks`).
     """
 
     examples: int
@@ -71,20 +71,20 @@ class SelfTest:
         return {**asdict(self), "left_out": list(self.left_out)}
 
     def line(self, sketch: Sketch) -> str:
-        """One line for people."""
+        """The results in one line."""
         error = "not measured" if self.sketch_error is None else f"{self.sketch_error:.3f}"
         rows = "not checked" if self.row_error is None else f"{self.row_error:.1e}"
         gradients = "not checked" if self.difference_error is None else f"{self.difference_error:.1e}"
         if self.difference_note:
             gradients += f" ({self.difference_note})"
         return (
-            f"self-test on {self.examples} examples: rows against autograd {rows}, gradients against differences "
-            f"{gradients}, {self.coverage:.1%} of the parameters, {sketch.kind} sketch of {sketch.dim:,} numbers, "
-            f"error of PEF inner products {error}"
+            f"self-test on {self.examples} examples: error of rows against autograd {rows}, of gradients against "
+            f"finite differences {gradients}; {self.coverage:.1%} of the parameters analysed; {sketch.kind} sketch of "
+            f"{sketch.dim:,} numbers, error of PEF inner products {error}"
         )
 
     def log(self, sketch: Sketch, tolerance: float) -> None:
-        """Tell people the result, and warn where the sketch is not as accurate as was asked for."""
+        """Log the result, and warn if the sketch is less accurate than the tolerance."""
         logger.info("%s", self.line(sketch))
         if self.sketch_error is not None and self.sketch_error > tolerance:
             logger.warning(
@@ -97,18 +97,18 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class KnownCotangents:
-    """A batch of examples with cotangents that stay the same, whatever the sketch.
+    """A batch of examples with fixed cotangents, which do not depend on the sketch.
 
     Attributes:
-        examples: B of them.
-        values: cotangents (B, c, t, s).
+        examples: the B examples.
+        values: the cotangents (B, c, t, s).
     """
 
     examples: Sequence[Example]
     values: Tensor
 
     def narrowed(self, columns: int) -> KnownCotangents:
-        """The same with the first c cotangents only."""
+        """The same batch with only the first c cotangents."""
         return KnownCotangents(self.examples, self.values[:, :columns])
 
 
@@ -142,7 +142,7 @@ class Captured(Receiver):
         self.take_gradient(name, saved, routing.by_example(delta))
 
     def tensors(self, name: str) -> MapTensors | None:
-        """Of one map, several calls of a module joined along the positions."""
+        """The tensors of one map; several calls of a module are joined along the positions."""
         calls = [(x, torch.stack(d, 1)) for x, d in zip(self.inputs[name], self.deltas[name], strict=True) if d]
         if not calls:
             return None
@@ -156,12 +156,12 @@ class Captured(Receiver):
 
 @dataclass(frozen=True)
 class MapTensors:
-    """What the gradient rows of one map are made of.
+    """The inputs and output gradients of one map, which make up its gradient rows.
 
     Attributes:
-        x: (B, T, in).
-        delta: (B, c, T, out).
-        experts: (B, T), of fused experts the one whose product it is; None of other maps.
+        x: the inputs (B, T, in).
+        delta: the output gradients (B, c, T, out).
+        experts: (B, T), the expert of every position for fused experts; None for other maps.
     """
 
     x: Tensor
@@ -173,7 +173,7 @@ class MapTensors:
         return exact_gram(self.x, self.delta) if self.experts is None else self._gram_of_experts(self.experts)
 
     def _gram_of_experts(self, experts: Tensor) -> Tensor:
-        """Σ over experts of Σ_ts ⟨δ_at, δ_bs⟩⟨x_at, x_bs⟩, t and s among its own rows."""
+        """Σ over experts of Σ_ts ⟨δ_at, δ_bs⟩⟨x_at, x_bs⟩, with t and s among the expert's rows."""
         B, c, T, out = self.delta.shape
         x, delta = self.x.flatten(0, 1), self.delta.transpose(1, 2).reshape(B * T, c, out)
         owners = F.one_hot(torch.arange(B, device=x.device).repeat_interleave(T), B).to(x.dtype)
@@ -221,16 +221,16 @@ def off_diagonal_error(sketched: Tensor, exact: Tensor) -> float:
 
 
 def candidates(config: FisherConfig, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[Kind, int | None]]:
-    """What "auto" tries, cheapest first: sides of modules within the storage limit, two stages, exact countsketch."""
+    """The sketches that "auto" tries, cheapest first: kronecker within the storage limit, two-stage, countsketch."""
     total = sum(a * b for a, b in shapes.values())
-    # A row so short that no sketch is worth its error. Chosen: the default d of a countsketch.
+    # Rows this short need no sketch. Chosen: the default d of a countsketch.
     if total <= min(config.storage_limit, 16_384):
         return [("identity", None)]
 
     def size(side: int) -> int:
         return sum(min(a, side) * min(b, side) for a, b in shapes.values())
 
-    # Powers of two: each step about halves the squared error, or costs about twice as much.
+    # Powers of two: each step about halves the squared error and costs about twice as much.
     sides = [side for side in (8, 16, 32, 64, 128) if size(side) <= config.storage_limit]
     dims = [d for d in (4096, 8192, 16_384, 32_768, 65_536) if d <= config.storage_limit] or [config.storage_limit]
     tries: list[tuple[Kind, int | None]] = [("kronecker", side) for side in sides]
@@ -242,17 +242,17 @@ def exact_inner_products(forward: ForwardPass, batches: Sequence[KnownCotangents
 
     Args:
         forward: the forward pass.
-        batches: n examples in all, with the same c.
+        batches: batches of n examples in all, with the same c.
 
     Raises:
-        UnsupportedModelError: if no module under analysis runs.
+        UnsupportedModelError: if no analysed module runs.
     """
     grams = [gram for group in _groups(forward.maps) for gram in _grams_of_maps(forward, group, batches)]
     for name, shape in forward.parameters.items():
         rows_at_once = sum(batch.values.shape[0] * batch.values.shape[1] for batch in batches)
         # Four bytes a number; four times as long for one parameter
         if rows_at_once * shape[0] * shape[1] * 4 > 4 * _CAPTURE_BYTES:
-            logger.info("%s is too large to be part of the sketch's measured error", name)
+            logger.info("%s is too large to be included in the measured error of the sketch", name)
             continue
         rows = []
         for batch in batches:
@@ -284,7 +284,7 @@ def _groups(maps: Sequence[LinearMap]) -> list[list[LinearMap]]:
 def _grams_of_maps(
     forward: ForwardPass, group: Sequence[LinearMap], batches: Sequence[KnownCotangents]
 ) -> Iterator[Tensor]:
-    """Inner products (n·c, n·c) of the rows of each of these maps that runs at all."""
+    """Inner products (n·c, n·c) of the rows of each of these maps that runs."""
     captures = []
     for batch in batches:
         captured = Captured()
@@ -298,7 +298,7 @@ def _grams_of_maps(
 
 
 def _joined(pairs: Sequence[MapTensors | None], batches: Sequence[KnownCotangents]) -> MapTensors:
-    """Those of all batches, padded with zeros; zeros where a module did not run."""
+    """The tensors of all batches, padded with zeros; zeros if a module did not run."""
     first = next(pair for pair in pairs if pair is not None)
     T = max(pair.x.shape[1] for pair in pairs if pair is not None)
     xs, deltas, experts = [], [], []

@@ -1,4 +1,4 @@
-"""Which sketch: given, set, or the cheapest that is faithful enough on the first examples."""
+"""Chooses the sketch: a given one, the one that is set, or the cheapest that is accurate enough."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from hf_npeff.fisher.selftest import (
 from hf_npeff.pefs.sketches import Kind, Sketch
 
 _ROWS = 4
-"""Rows of each that the sketch is measured on, at most: more would cost time and say the same."""
+"""The most rows of each example for measuring a sketch: more would cost time and give the same result."""
 DEFAULT_DIMS = {"kronecker": 16, "countsketch": 16_384, "two-stage": 16_384, "identity": None}
-"""What `sketch_dim` is by default."""
+"""The default of `sketch_dim`."""
 
 
 def known_cotangents(
@@ -45,13 +45,13 @@ def measure_sketches(
     seed: int,
     tolerance: float | None,
 ) -> tuple[Sketch, dict[str, float]]:
-    """Measure sketches against unsketched rows; the first within `tolerance`, else the most faithful.
+    """Compare sketches with unsketched rows; return the first within `tolerance`, otherwise the most accurate.
 
     Args:
         forward: the forward pass.
         config: rank and output factor.
         batches: batches of different examples, with the same c.
-        tries: (kind, dim), cheapest first.
+        tries: the sketches to try as (kind, dim), cheapest first.
         seed: the seed of the sketches.
         tolerance: stop at the first error at most this; None measures all.
 
@@ -90,7 +90,7 @@ def chosen_sketch(
     few: Sequence[Example],
     sketch: Sketch | None,
 ) -> tuple[Sketch, float | None, dict[str, float]]:
-    """The sketch as it is given, set or chosen; its error, None where one example cannot tell; those tried."""
+    """The sketch that is given, set or chosen; its error, None if there is only one example; the sketches tried."""
     groups = [[few[i] for i in batch] for batch in forward.batches(few, len(few))]
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""The task of a model class: by transformers' own mappings from model types to classes, else by the class's name."""
+"""The task of a model class, from transformers' own mappings of model types to classes, or from the class's name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AUTO_CLASSES = {
 }
 """{task: transformers' class that loads a model with such a head}."""
 
-# The first that holds a class tells its task. BART is among the masked LMs as well, and XLM among the causal ones.
+# The first mapping that has a class gives its task. BART is also among the masked LMs, and XLM among the causal ones.
 _MAPPINGS = (
     ("seq2seq-lm", "SEQ_TO_SEQ_CAUSAL_LM"),
     ("masked-lm", "MASKED_LM"),
@@ -33,7 +33,7 @@ _MAPPINGS = (
     ("question-answering", "QUESTION_ANSWERING"),
     ("multiple-choice", "MULTIPLE_CHOICE"),
 )
-_ENDINGS = {  # of classes that stand in no mapping: those of a user, and of models that bring their own code
+_ENDINGS = {  # for classes in no mapping: those of users, and of models with their own code
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
@@ -48,7 +48,7 @@ _ENDINGS = {  # of classes that stand in no mapping: those of a user, and of mod
 
 
 def _classes_of(mapping: str) -> Iterator[str]:
-    from transformers.models.auto import modeling_auto  # takes seconds, which a look at the tasks' names should not
+    from transformers.models.auto import modeling_auto  # takes seconds, which reading the tasks' names should not
 
     # Some mappings came with later versions of transformers than the oldest that is supported.
     for classes in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).values():
@@ -75,15 +75,15 @@ def task_of_class(name: str, *, encoder_decoder: bool | None = None) -> str | No
 
     Args:
         name: the name of the class.
-        encoder_decoder: `config.is_encoder_decoder`: "…ForConditionalGeneration" are decoders that also see images or
-            hear as well as encoder-decoders.
+        encoder_decoder: `config.is_encoder_decoder`: "…ForConditionalGeneration" may be an encoder-decoder, or a
+            decoder that also takes images or sound.
     """
     # FSDP2 puts its own class, of another name, before the model's.
     name = name.removeprefix("FSDP")
     task = _known_classes().get(name) or next((t for ending, t in _ENDINGS.items() if name.endswith(ending)), None)
     if task == "seq2seq-lm" and encoder_decoder is False:
         return "causal-lm"
-    # BART's config says what its decoder alone, BartForCausalLM, is not.
+    # BART's config says encoder-decoder, but its decoder alone, BartForCausalLM, is not one.
     if task == "causal-lm" and encoder_decoder and (name.endswith("ForConditionalGeneration") or _sees(name)):
         return "seq2seq-lm"
     return task
@@ -95,11 +95,11 @@ def task_of(model: Any) -> str | None:
 
 
 def loader_of(config: Any, task: str | None) -> tuple[str, str] | None:
-    """The task of a checkpoint, and the name of transformers' class that loads it; None where that is not known.
+    """The task of a checkpoint, and the name of transformers' class that loads it; None if it is not known.
 
     Args:
-        config: the checkpoint's.
-        task: the one that is wanted; None takes what `config.architectures` says.
+        config: the checkpoint's config.
+        task: the wanted task; None uses the one of `config.architectures`.
     """
     import transformers
 
@@ -107,8 +107,8 @@ def loader_of(config: Any, task: str | None) -> tuple[str, str] | None:
     for name in getattr(config, "architectures", None) or ():
         own = task_of_class(name, encoder_decoder=encoder_decoder)
         if own is not None and task in (None, own):
-            # An Auto class may map the model's type to another class than the one that was saved; code that comes with
-            # the checkpoint is found by Auto classes alone.
+            # An Auto class may map the model's type to another class than the saved one; but only Auto classes find
+            # code that comes with the checkpoint.
             known = hasattr(transformers, name) and not getattr(config, "auto_map", None)
             return own, name if known else AUTO_CLASSES[own]
     return (task, AUTO_CLASSES[task]) if task in AUTO_CLASSES else None

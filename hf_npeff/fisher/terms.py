@@ -1,4 +1,4 @@
-"""Terms of sequences: the positions at which a model predicts, and what its decoder reads before them."""
+"""Terms of sequences: the positions at which a model predicts, and the decoder inputs before them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hf_npeff.padding import Batch
 
 
 def shifted(model: nn.Module, labels: Tensor) -> Tensor:
-    """What the decoder reads to predict labels (B, T): the start token, then the labels before each.
+    """The decoder inputs that predict labels (B, T): the start token, then the previous label at each position.
 
     Raises:
-        UnsupportedModelError: if the model does not say how its decoder begins.
+        UnsupportedModelError: if the model's config does not say how its decoder begins.
     """
     base: Any = base_of(model)
     if hasattr(base, "prepare_decoder_input_ids_from_labels"):
@@ -36,7 +36,7 @@ def shifted(model: nn.Module, labels: Tensor) -> Tensor:
     if start is None or pad is None:
         raise UnsupportedModelError(
             "the model's config names no decoder_start_token_id or pad_token_id, so its labels cannot be turned into "
-            "decoder inputs; set them, or give a column decoder_input_ids"
+            "decoder inputs; set them, or add a column decoder_input_ids"
         )
     read = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
     return read.masked_fill(read == IGNORED, pad)
@@ -48,7 +48,7 @@ def up_to_the_last(counted: Tensor) -> Tensor:
 
 
 def real_tokens(batch: Mapping[str, Tensor], ids: Tensor, decoder: bool) -> Tensor:
-    """Which of the ids (B, T) are tokens and not padding, whatever masks the model itself takes."""
+    """Which of the ids (B, T) are tokens and not padding, whatever masks the model takes."""
     if decoder and "decoder_input_ids" not in batch:
         return up_to_the_last(batch["labels"] != IGNORED) if "labels" in batch else torch.ones_like(ids).bool()
     if isinstance(batch, Batch):
@@ -64,10 +64,10 @@ def gathered(values: Tensor, index: Tensor) -> Tensor:
 
 
 def packed(counted: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """A mask (B, T) → the positions it marks, packed to the left (B, t), and which entries are real.
+    """A mask (B, T) → the marked positions, packed to the left (B, t), and which entries are real.
 
     Raises:
-        ValueError: if an example has none of them, with the rule that looked for them.
+        ValueError: if an example has no marked position; the message names the setting.
     """
     number = counted.sum(1)
     if bool((number == 0).any()):

@@ -1,7 +1,7 @@
-"""What the blocks of a model give before anything is changed, kept by example: blocks below a change run once.
+"""Caches the hidden states below a change for each example, so that the blocks below the change run only once.
 
-A change of some layers leaves the hidden states of all blocks before them as they are. Where a model is run many times
-over the same examples, with one change after another, these blocks are run the first time alone.
+A change of some layers does not affect the hidden states of the blocks before them. If a model runs many times over the
+same examples, with one change after another, these blocks run only the first time.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from hf_npeff.fisher.outputs import Outputs
 
 logger = logging.getLogger(__name__)
 _MOST_BYTES = 2**30
-"""Of all states that are kept: 100,000 tokens of a model with 2,560 numbers a state in float32."""
+"""The most memory for cached states: 100,000 tokens of a model with states of 2,560 numbers in float32."""
 
 
 class UnchangedBlocks:
-    """Runs a model whose changes leave its first blocks as they are, these blocks once an example.
+    """Runs a model whose changes do not affect its first blocks, and runs these blocks once for each example.
 
-    The blocks are members of the model's outermost `nn.ModuleList`s. Which of them come before every changed module is
-    seen in the first forward pass. The first pass that uses what was kept is made in full as well: where a model reads
-    what a block gives in another place too, so that it gives something else, all passes are made in full from then on.
+    The blocks are members of the model's outermost `nn.ModuleList`s. The first forward pass shows which of them come
+    before every changed module. The first pass that uses cached states is also made in full. If the results differ,
+    because the model uses a block's output elsewhere too, all passes are made in full from then on.
 
     Args:
         forward: the forward pass.
-        changed: names of the modules that may give something else from one pass to the next.
+        changed: names of the modules whose outputs may change from one pass to the next.
     """
 
     def __init__(self, forward: ForwardPass, changed: Iterable[str]):
@@ -51,7 +51,7 @@ class UnchangedBlocks:
         self._usable = bool(self._list_of) and not forward.fsdp.active
 
     def outputs(self, examples: Sequence[Example]) -> Outputs:
-        """`ForwardPass.outputs`, without the blocks whose states are kept.
+        """`ForwardPass.outputs`, without running the blocks whose states are cached.
 
         Raises:
             NotFiniteError: if a logit is not finite (the examples are named).
@@ -69,7 +69,7 @@ class UnchangedBlocks:
         return whole if short is None else self._compared(short, whole)
 
     def _short(self, examples: Sequence[Example], states: Tensor) -> Outputs | None:
-        """A pass with kept states; None where it fails."""
+        """A pass with cached states; None if it fails."""
         try:
             with self._given(states):
                 return self._forward.outputs(examples)
@@ -84,12 +84,12 @@ class UnchangedBlocks:
         return None
 
     def _compared(self, short: Outputs, whole: Outputs) -> Outputs:
-        """What the first pass with kept states gives, against the whole one, which is what it returns."""
+        """Compare the first pass with cached states to a full pass, and return the full pass."""
         self._tried = True
         same = whole.valid.shape == short.valid.shape and torch.equal(whole.valid, short.valid)
         pairs = zip(short.logits[whole.valid], whole.logits[whole.valid], strict=True) if same else ()
         if not same or any(relative_change(a, b) > self._forward.tolerance for a, b in pairs):
-            self._give_up("without them it gives something else")
+            self._give_up("without them the result differs")
         return whole
 
     def _give_up(self, why: str) -> None:
@@ -100,7 +100,7 @@ class UnchangedBlocks:
     # What is kept ------------------------------------------------------------------------------------------------
 
     def _states_of(self, examples: Sequence[Example]) -> Tensor | None:
-        """(B, T, …): the kept states of a batch, zeros where an example is padded; None where one is missing."""
+        """(B, T, …): the cached states of a batch, with zeros at padding; None if one is missing."""
         kept = [self._states.get(id(example)) for example in examples]
         states = [pair[1] for pair in kept if pair is not None]
         if len(states) < len(kept) or len({state.shape[1:] for state in states}) > 1:
@@ -112,7 +112,7 @@ class UnchangedBlocks:
 
     def _keep(self, examples: Sequence[Example], states: Any) -> None:
         if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != len(examples):
-            self._give_up("what they give is no tensor (examples, positions, numbers)")
+            self._give_up("their output is not a tensor (examples, positions, numbers)")
             return
         padded = states.shape[1] == max(example.length for example in examples)
         if not padded and len({(example.length, example.sizes) for example in examples}) > 1:
@@ -128,7 +128,7 @@ class UnchangedBlocks:
 
     @contextlib.contextmanager
     def _recording(self, examples: Sequence[Example]) -> Iterator[None]:
-        """Inside `with`, a pass shows which blocks come before the change, and what the last of them gives."""
+        """Inside `with`, a pass records which blocks come before the change, and the output of the last of them."""
         ended: list[nn.Module] = []
         last: list[Any] = []
         open_: list[bool] = [True]
@@ -159,7 +159,7 @@ class UnchangedBlocks:
 
     @contextlib.contextmanager
     def _given(self, states: Tensor) -> Iterator[None]:
-        """Inside `with`, the blocks before the change return the kept states, whatever they are called with."""
+        """Inside `with`, the blocks before the change return the cached states, whatever their inputs are."""
         assert self._below is not None
         before = [(block, vars(block).get("forward")) for block in self._below]
         try:

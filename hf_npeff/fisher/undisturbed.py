@@ -1,4 +1,4 @@
-"""A model that is analysed by one thread at a time, as it stands: not compiled, and with autograd."""
+"""Makes sure that one thread at a time analyses a model, uncompiled and with autograd."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ _locks_of_all = threading.Lock()
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """One thread at a time inside `with`; the others wait. What is compiled runs as it was written meanwhile.
+    """One thread at a time inside `with`; others wait. Compiled modules run uncompiled meanwhile.
 
-    Hooks are what an analysis lives on, and compiled code does not call those that came after it. An inference mode
-    around it is lifted.
+    An analysis needs hooks, and compiled code does not call hooks that were added later. An inference mode around the
+    analysis is suspended.
 
     Raises:
         UnsupportedModelError: if the weights were made under `torch.inference_mode`, which autograd cannot use, or a
-            compiled model cannot be run as it was written.
+            compiled model cannot be run uncompiled.
     """
     check_default_device()
     with _lock_of(model), torch.inference_mode(False), _as_written(model):
         if made := next((name for name, p in model.named_parameters() if p.is_inference()), None):
             raise UnsupportedModelError(
-                f"{made} was made under torch.inference_mode, so no gradient can pass it; load the model outside of it "
-                "(torch.no_grad does no harm)"
+                f"{made} was made under torch.inference_mode, so no gradient can pass through it; load the model "
+                "outside of it (torch.no_grad is fine)"
             )
         yield
 
 
 def check_default_device() -> None:
-    """Refuse a default device of PyTorch's other than the CPU: random numbers are drawn there, and masks made.
+    """Check that PyTorch's default device is the CPU, on which random numbers are drawn and masks are made.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: if it is another device.
     """
     device = torch.get_default_device()
     if device.type != "cpu":
         raise ValueError(
             f"PyTorch makes new tensors on {str(device)!r} (torch.set_default_device, or a torch.device in a with "
             "statement), and an analysis makes its own on the CPU: call torch.set_default_device(None) once the model "
-            "is loaded; it stays where it is, and is run there"
+            "is loaded; the model stays on its device and runs there"
         )
 
 

@@ -1,13 +1,13 @@
-"""Which weights a model has at this moment, as a hash of every number in them.
+"""A hash of every number in a model's current weights, which identifies them.
 
 The hash reads every number once, at about half a second for every GB on one core. A block of 256 KiB, as 64-bit words
 x_i, becomes one word, modulo 2⁶⁴,
 
     s = Σ_i m(w_i x_i),   m(y) = y ⊕ (y ≫ 32),   with w_i fixed, odd and random,
 
-and SHA-256 is taken of these. Whole numbers add up to the same on every device and in any order. Without w_i two
-numbers could change places, and without m half of all patterns of flipped signs would cancel. It tells apart weights
-that differ by accident, not those of somebody who looks for a collision.
+and SHA-256 is computed over these. Sums of integers are the same on every device and in any order. Without w_i two
+numbers could be swapped unnoticed, and without m half of all patterns of flipped signs would cancel. The hash detects
+accidental differences, not a collision that somebody searches for.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ logger = logging.getLogger(__name__)
 _WORDS = 2**15
 """Of 8 bytes in a block: two blocks stay in a core's cache, and PyTorch does not start threads for one."""
 _BLOCKS_AT_ONCE = 256
-"""Blocks that an accelerator is given together: 64 MiB."""
+"""Blocks that an accelerator processes together: 64 MiB."""
 _LETTERS = 32
 """Hexadecimal digits of the hashes that are kept: 128 bits."""
 
 
 class _UnknownError(Exception):
-    """Weights are where they cannot be read; the message says which."""
+    """Some weights cannot be read; the message says which."""
 
 
 def identity_of(model: nn.Module) -> WeightsIdentity:
-    """The identity of a model's weights as they are now; with a warning where they cannot be read.
+    """The identity of a model's current weights; warns if they cannot be read.
 
-    Where FSDP2 shards them, all processes must call this together: one weight after another is gathered.
+    If FSDP2 shards them, all processes must call this together, because one weight after another is gathered.
     """
     quantization = _quantization_of(model)
     try:
         with torch.no_grad():
             return WeightsIdentity(_hash_of_weights(model), _hashes_of_adapters(model), quantization)
     except _UnknownError as error:
-        logger.warning("it is not known which weights the model has: %s", error)
+        logger.warning("the model's weights cannot be identified: %s", error)
         return WeightsIdentity(None, {}, quantization, str(error))
 
 
@@ -89,7 +89,7 @@ def _hashes_of_adapters(model: nn.Module) -> dict[str, str]:
         for adapter in acting_adapters(wrapper):
             mine = []
             for part in around.adapter_layer_names:
-                holder = getattr(around, part, None)  # of the wrapper itself: deeper ones come to their own turn
+                holder = getattr(around, part, None)  # only of the wrapper itself; deeper ones are handled separately
                 # Copies under modules_to_save run in place of a module of the model, and are hashed as that module.
                 if part != "modules_to_save" and hasattr(holder, "keys") and adapter in holder:  # type: ignore[operator]
                     mine += _lines_of_part(model, path, part, adapter, holder[adapter])  # type: ignore[index]
@@ -108,12 +108,12 @@ def _hashes_of_adapters(model: nn.Module) -> dict[str, str]:
 
 
 def bare_place(path: str) -> str:
-    """Where a wrapper is in the bare model, whether PEFT's model is around it or transformers put it there."""
+    """The place of a wrapper in the bare model, whether PEFT's model is around it or transformers added the adapter."""
     return path.removeprefix("base_model.model.")
 
 
 def _lines_of_part(model: nn.Module, path: str, part: str, adapter: str, held: Any) -> list[str]:
-    """What one module, or one tensor, of an adapter holds."""
+    """The lines for one module, or one tensor, of an adapter."""
     if isinstance(held, Tensor):
         return [f"{part}\t{_line_of(_read(model, f'{path}.{part}', adapter, held), None)}"]
     lines = []
@@ -129,7 +129,7 @@ def _hash_of_lines(lines: list[str]) -> str:
 
 
 def _read(model: nn.Module, path: str, leaf: str, tensor: Tensor) -> Tensor:
-    """The numbers of a tensor, wherever they are.
+    """The numbers of a tensor, wherever it is.
 
     Raises:
         _UnknownError: if they cannot be read.
@@ -139,7 +139,7 @@ def _read(model: nn.Module, path: str, leaf: str, tensor: Tensor) -> Tensor:
         return whole
     if tensor.device.type != "meta":
         return tensor.detach()
-    # Accelerate offloads to a map that hooks hold: the module's own, or one of a module around it.
+    # Accelerate offloads to a map in hooks: the module's own hook, or that of a module around it.
     at, inside = path, leaf
     while True:
         for held in _offload_maps(model.get_submodule(at)):
@@ -160,7 +160,7 @@ def _offload_maps(module: nn.Module) -> Iterator[Any]:
 
 
 def _line_of(tensor: Tensor, module: nn.Module | None) -> str:
-    """A tensor's type, shape and content in a line; of a quantised one those of all that it is made of."""
+    """A tensor's type, shape and content in a line; for a quantised tensor, those of all its parts."""
     parts = list(_parts_of(tensor, module))
     return "\t".join(f"{name}{part.dtype} {tuple(part.shape)} {digest(part)}" for name, part in parts)
 
@@ -202,7 +202,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def _words_of(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor's bytes as 64-bit words, and those that fill none."""
+    """A tensor's bytes as 64-bit words, and the remaining bytes."""
     octets = tensor.detach().contiguous().flatten().view(torch.uint8)
     if octets.storage_offset() % 8:  # a view that begins within a word, as memory-mapped files give them
         octets = octets.clone()
@@ -218,7 +218,7 @@ def _block_sums(blocks: Tensor) -> Tensor:
         return torch.cat(parts).cpu() if parts else torch.zeros(0, dtype=torch.int64)
     sums = torch.zeros(len(blocks), dtype=torch.int64)
     product, shifted = torch.empty_like(weights), torch.empty_like(weights)
-    for i, block in enumerate(blocks):  # by itself each stays in the cache; all at once take ten times as long
+    for i, block in enumerate(blocks):  # one by one they stay in the cache; all at once would take ten times as long
         torch.mul(block, weights, out=product)
         torch.bitwise_right_shift(product, 32, out=shifted)
         torch.sum(product.bitwise_xor_(shifted), 0, out=sums[i])

@@ -1,1 +1,1 @@
-"""The model under analysis and the stages that run it, each a class; `hf_npeff.analyzer` puts them together."""
+"""The analysed model and the stages of an analysis, each a class; `hf_npeff.analyzer` puts them together."""

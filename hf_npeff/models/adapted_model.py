@@ -32,8 +32,8 @@ from hf_npeff.weights.peft_config import loading_class
 from hf_npeff.weights.plans import Plan
 
 RANK = 4
-"""Of adapters. Measured on SmolLM2's selective directions: rank 4 did 95% of what the whole direction does, rank 1 two
-thirds."""
+"""The default rank of adapters. Measured on SmolLM2's selective directions: rank 4 had 95% of the effect of the whole
+direction, and rank 1 two thirds."""
 
 
 class AdaptedModel(LiftedModel):
@@ -60,46 +60,48 @@ class AdaptedModel(LiftedModel):
         check_weights: bool = LiftRequest.check_weights,
         include_texts: bool = False,
     ) -> list[Adapter]:
-        """Components as low-rank adapters: c backward passes over the data, however many components there are.
+        """Lift components to low-rank adapters, by c backward passes over the data, however many components there are.
 
-        Each is what the best approximation of rank `rank` of every weight leaves of `lift`'s unit direction, found from
-        thin sums that take rank·2·(in + out) numbers of a weight for every component, and no direction is formed. With
-        several processes each goes through its share of the examples.
+        An adapter is the best approximation of `lift`'s unit direction with rank `rank` in every weight. It is computed
+        from thin sums of rank·2·(in + out) numbers for each weight and component, without forming a direction. With
+        several processes, each reads its share of the examples.
 
         Args:
-            decomposition: of `pefs`.
-            pefs: those that were decomposed.
-            dataset: the one they came from, in any order; ids and contents are compared.
-            rank: of every weight.
-            components: their numbers; None takes all.
+            decomposition: the decomposition of `pefs`.
+            pefs: the PEFs that were decomposed.
+            dataset: the dataset of the PEFs, in any order; ids and contents are compared.
+            rank: the rank for every weight.
+            components: the numbers of the components; None means all.
             selective: see `lift`.
-            output_dir: where every adapter is written as it is finished, in a folder component-N that PEFT loads.
-                Components that lie there already, lifted from the same in the same way, are not lifted again.
-            passes: 2 goes through the data once more and measures each weight's leading directions exactly.
+            output_dir: the folder to which every finished adapter is written, in a folder component-N that PEFT loads.
+                Components that are already there, lifted from the same data with the same settings, are not lifted
+                again.
+            passes: 2 reads the data once more and measures each weight's leading directions exactly.
             form: see `lift`.
             semi_orthogonal: see `lift`.
             top_examples: see `lift`.
             ridge: see `lift`.
             keep: see `lift`.
             memory_budget: see `lift`.
-            batch_size: examples of a forward pass.
-            check_weights: refuse PEFs and decompositions of other weights than the model has now.
-            include_texts: show texts of top examples on the cards; ids and predictions otherwise.
+            batch_size: how many examples a forward pass takes.
+            check_weights: raise an error if the PEFs or the decomposition were made with other weights than the model
+                has now.
+            include_texts: whether cards show the texts of top examples; otherwise they show ids and predictions.
 
         Returns:
-            An adapter a component, whose change has at most unit norm. `retained_energy` and `retained_by_weight` say
-            what share of the direction's squared norm it keeps, by an estimate; `info` how it was made. With one pass
-            the estimate is rather low for selective components: .67 where the adapters explain .71 of their directions,
-            the median of 16 of a MiniLM.
+            An adapter for each component, whose change has at most unit norm. `retained_energy` and
+            `retained_by_weight` estimate the share of the direction's squared norm that it keeps, and `info` says how
+            it was made. With one pass the estimate is rather low for selective components: .67, where the adapters
+            explain .71 of their directions (the median of 16 components of a MiniLM).
 
         Raises:
             IndexError: if a component does not exist.
-            IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
-            IncompatibleWeightsError: if the model's weights have changed since.
+            IncompatibleSketchError: if the PEFs, the decomposition and the model do not fit together.
+            IncompatibleWeightsError: if the model's weights have changed since then.
             CorruptStoreError: if an adapter in `output_dir` was altered.
-            UnsupportedModelError: if a parameter under analysis is of no kind that LoRA carries.
-            ValueError: if the dataset or the PEFs are others than were decomposed, the decomposition is far from
-                converged, an argument is out of range, or `output_dir` holds an adapter that was lifted otherwise.
+            UnsupportedModelError: if LoRA does not support an analysed parameter.
+            ValueError: if the dataset or the PEFs are not those that were decomposed, the decomposition is far from
+                converged, an argument is out of range, or `output_dir` has an adapter that was lifted in another way.
         """
         check_integer("rank", rank, 1)
         if passes not in (1, 2):
@@ -133,7 +135,7 @@ class AdaptedModel(LiftedModel):
         folder: Path | None = None,
         include_texts: bool = False,
     ) -> list[Adapter]:
-        """`lift_adapters` for examples that are encoded already."""
+        """`lift_adapters` for examples that are already encoded."""
         decomposition, pefs = decomposed.decomposition, decomposed.pefs
         changed = self._changed_weights(decomposed.weights, pefs, rank)
         plans = self._planned(decomposed, wanted, request)
@@ -174,18 +176,18 @@ class AdaptedModel(LiftedModel):
             )  # fmt: skip
 
     def _changed_weights(self, weights: Mapping[str, Any], pefs: PEFs, rank: int) -> LiftedWeights:
-        """What adapters need to know of the parameters, and refusals before the model runs."""
+        """The information on parameters that adapters need; checks all settings before the model runs."""
         names = list(self.shapes)
         layouts = layouts_of(self.model, names)
         if wrong := [n for n, layout in layouts.items() if layout in ("other", "experts", "experts-transposed")]:
             raise UnsupportedModelError(
-                f"{wrong[0]} is not a weight of a linear map, an embedding, a bias or a norm, so components cannot be "
-                "lifted to low rank all at once; lift them one by one (lift, to_adapter), or leave such weights out "
+                f"{wrong[0]} is not a weight of a linear map, an embedding, a bias or a norm, so components cannot all "
+                "be lifted to low rank at once; lift them one by one (lift, to_adapter), or leave such weights out "
                 "with exclude_modules"
             )
         largest = max(min(shape) for shape in self.shapes.values())
         if rank > largest:
-            raise ValueError(f"rank={rank} exceeds the rank that any of the matrices can have; use at most {largest}")
+            raise ValueError(f"rank={rank} is more than the rank of any of the matrices; use at most {largest}")
         tensors = bare_parameters(self.model)
         norms = {n: tensors[n].detach().cpu() for n, layout in layouts.items() if layout == "norm"}
         sizes = {n: tuple(tensors[n].shape) for n in self.parameters}
@@ -194,7 +196,7 @@ class AdaptedModel(LiftedModel):
 
 
 def _described(adapter: Adapter, decomposition: Decomposition, include_texts: bool) -> Adapter:
-    """With what its card says."""
+    """The adapter with the facts for its card."""
     about = facts_of(adapter.info, None, decomposition, include_texts)
     architecture = loading_class(adapter.info)
     return replace(

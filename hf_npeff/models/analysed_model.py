@@ -1,4 +1,4 @@
-"""The model under analysis: its head, the weights that are covered, how it is run, and what is known of it."""
+"""The analysed model: its head, the analysed weights, how it is run, and information on it."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ _Self = TypeVar("_Self", bound="AnalysedModel")
 
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
-"""What transformers' configs call the token that stands for a part of an image."""
+"""The names in transformers' configs for the token that stands for a part of an image."""
 
 
 def _is_of(model: Any, processing_class: Any) -> bool:
-    """Whether nothing but the SentenceTransformer's own tokenizer is asked for, which alone knows no prompt."""
+    """Whether only the SentenceTransformer's own tokenizer is asked for, which by itself adds no prompt."""
     return processing_class is None or any(processing_class is own for own in (model.tokenizer, model.processor))
 
 
@@ -64,13 +64,13 @@ class AnalysedModel:
         model: the transformers model, or the SentenceTransformer around it.
         processing_class: its tokenizer, image processor or processor, or None.
         fisher: how PEFs are computed.
-        head: what it predicts, and where.
-        maps: the linear weights under analysis.
-        parameters: {name: shape} of other parameters under analysis.
-        task: as it was given: None where the model's class tells it.
+        head: the output head, which says what the model predicts, and where.
+        maps: the analysed linear maps.
+        parameters: {name: shape} of other analysed parameters.
+        task: the given task; None if the model's class determines it.
         revision: the model's commit, or None.
-        fsdp: how processes keep in step where FSDP2 shards the weights over them.
-        reading: which columns of data sets are read where a call leaves that open.
+        fsdp: keeps processes in step if FSDP2 shards the weights over them.
+        reading: which columns of data sets are read, if a call does not say.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class AnalysedModel:
             processing_class = EmbeddingTexts(model)
         if not hasattr(base_of(model), "config"):
             raise UnsupportedModelError(
-                f"{type(model).__name__} is no model of transformers: it has no config. Load one with its head through "
+                f"{type(model).__name__} is not a transformers model: it has no config. Load one with its head through "
                 "NPEFFAnalyzer.from_pretrained or an Auto class"
             )
         self.fsdp = FSDPModel(model)
@@ -140,15 +140,15 @@ class AnalysedModel:
         local_files_only: bool = False,
         trust_remote_code: bool = False,
     ) -> _Self:
-        """Load a model and its processing class from the Hub or a folder, or an adapter of PEFT with its base model.
+        """Load a model and its processing class from the Hub or a folder, or a PEFT adapter with its base model.
 
-        The class comes from `config.architectures`, of an adapter from its task; `task` overrides it. The other
-        arguments are those of transformers' `from_pretrained`; `revision` is an adapter's own, which names that of its
-        base model.
+        The class comes from `config.architectures`, or for an adapter from its task; `task` overrides this. The other
+        arguments are those of transformers' `from_pretrained`. `revision` is that of the adapter, if there is one; the
+        adapter names the revision of its base model.
 
         Raises:
-            UnsupportedModelError: if the architecture has no head that is known, or an adapter names no base model.
-            OSError: if there is no such model.
+            UnsupportedModelError: if the architecture has no supported head, or an adapter names no base model.
+            OSError: if the model does not exist.
         """
         settings = {"dtype": dtype, "device_map": device_map}
         if quantization_config is not None:
@@ -170,7 +170,7 @@ class AnalysedModel:
     # The same model with other settings
 
     def with_fisher(self: _Self, fisher: FisherConfig, task: str | OutputHead | None = None) -> _Self:
-        """An analyzer of the same model with another Fisher config, and with another head where `task` is given."""
+        """An analyzer of the same model with another Fisher config and, if `task` is given, another head."""
         task = self.task if task is None else task
         other = type(self)(self.model, self.processing_class, fisher=fisher, accelerator=self._accelerator, task=task)
         other.revision, other.reading = self.revision, self.reading
@@ -180,11 +180,13 @@ class AnalysedModel:
         """An analyzer of the same model with the Fisher config and sketch of `like`.
 
         Raises:
-            ValueError: if the rows of `like` were made elsewhere.
+            ValueError: if the rows of `like` were not made by hf_npeff.
             IncompatibleSketchError: if the model does not have the parameters of `like`.
         """
         if like.info.get("sketch") is None:
-            raise ValueError("like= needs PEFs, or a decomposition of PEFs, of a model; these rows were made elsewhere")
+            raise ValueError(
+                "like= needs PEFs of a model, or their decomposition, but these rows were not made by hf_npeff"
+            )
         sketch = Sketch.from_dict(like.info["sketch"])
         other = self.with_fisher(FisherConfig.from_dict(like.info["fisher"]))
         left_out = (like.info.get("selftest") or {}).get("left_out") or ()
@@ -195,23 +197,23 @@ class AnalysedModel:
             and not sketch.shapes.keys() & ours.keys()
         ):
             raise IncompatibleSketchError(
-                "like= was made by an older version of hf_npeff, which named weights as PEFT's wrappers do; a sketch "
-                "depends on names, so compute those PEFs again"
+                "like= was made by an older version of hf_npeff, which used the names of PEFT's wrappers for weights; "
+                "a sketch depends on names, so compute those PEFs again"
             )
         if ours != sketch.shapes:
             differing = sorted(k for k in {*ours, *sketch.shapes} if ours.get(k) != sketch.shapes.get(k))
             raise IncompatibleSketchError(
-                f"like= is of the model {like.info.get('model')}, and this model has other parameters under analysis: "
+                f"like= is of the model {like.info.get('model')}, but other parameters of this model are analysed; "
                 f"these differ: {', '.join(differing[:5])}"
             )
         other._sketch = sketch
         return other
 
     def for_decomposition(self: _Self, decomposition: Decomposition) -> _Self:
-        """This analyzer, where it has the decomposition's sketch, or one that has.
+        """This analyzer, if it has the decomposition's sketch, otherwise one that has.
 
         Raises:
-            IncompatibleSketchError: if the decomposition is of another commit, or of a model with other parameters.
+            IncompatibleSketchError: if the decomposition belongs to another commit, or a model with other parameters.
         """
         known = decomposition.info.get("revision")
         if known is not None and self.revision is not None and known != self.revision:
@@ -228,24 +230,24 @@ class AnalysedModel:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """{parameter: (out, in)} of all that is under analysis."""
+        """{parameter: (out, in)} of all analysed weights."""
         return shapes_of(self.maps, self.parameters)
 
     # How it is run
 
     @contextmanager
     def forward_pass(self, *, one_at_a_time: bool = False) -> Iterator[ForwardPass]:
-        """The forward pass of the model, which is frozen inside `with` and handed back as it came.
+        """The forward pass of the model, which is frozen inside `with` and restored afterwards.
 
         Args:
-            one_at_a_time: never put two examples into a batch, even where the model could take them.
+            one_at_a_time: whether every batch has a single example, even if the model could take more.
         """
         base: Any = base_of(self.model)
         own_pad = getattr(base.config, "pad_token_id", None)
         pad = getattr(self.processing_class, "pad_token_id", None)
         by_padding = finds_last_by_padding(base)
         if pad is None or (own_pad is not None and by_padding):
-            pad = own_pad  # the padding that the model looks for
+            pad = own_pad  # the padding token that the model uses to find the last token
         single = by_padding and own_pad is None
         self.fsdp.release()
         with ExitStack() as stack:
@@ -266,19 +268,19 @@ class AnalysedModel:
             yield forward
 
     def sketch_for(self, folder: Path | None) -> Sketch | None:
-        """The sketch that is known before any is chosen: of earlier PEFs, or of a store that a run goes on with.
+        """The sketch that is already fixed: by earlier PEFs, or by a store that a run continues.
 
         Args:
-            folder: the store; its sketch is used where the settings leave that open.
+            folder: the store; its sketch is used if the settings do not determine one.
         """
         if folder is not None and (folder / "config.json").exists():
             before = read_json(folder / "config.json").get("sketch")
             if before is not None and self._could_make(Sketch.from_dict(before)):
-                return Sketch.from_dict(before)  # else the comparison of configs will name the difference
+                return Sketch.from_dict(before)  # otherwise the comparison of configs will name the difference
         return self._sketch
 
     def _could_make(self, sketch: Sketch) -> bool:
-        """Whether the settings leave this sketch open, so that a run may go on with it."""
+        """Whether the settings allow this sketch, so that a run may continue with it."""
         known = {m.parameter for m in self.maps} | set(self.parameters)
         config = self.fisher
         same = config.sketch == "auto" or (config.sketch == sketch.kind and config.sketch_dim in (None, sketch.setting))
@@ -286,7 +288,7 @@ class AnalysedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """The device of the model's inputs."""
         own = next(self.model.parameters()).device
         if own.type != "meta":
             return own
@@ -295,10 +297,10 @@ class AnalysedModel:
         return next((torch.device(device) for device in devices if device is not None), own)
 
     def processes(self) -> Processes:
-        """The processes of a run, and which this is; the accelerator is made only where there are several.
+        """The processes of a run, and which of them this is; an accelerator is made only if there are several.
 
         Raises:
-            ValueError: if the accelerator knows of fewer processes than were started.
+            ValueError: if the accelerator has fewer processes than were started.
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if self._accelerator is None and started > 1:
@@ -311,16 +313,16 @@ class AnalysedModel:
             return Processes()
         if self._accelerator.num_processes < started:
             raise ValueError(
-                f"{started} processes were started, but the accelerator knows of {self._accelerator.num_processes}; "
-                "on CPUs make it with Accelerator(cpu=True)"
+                f"{started} processes were started, but the accelerator has {self._accelerator.num_processes}; on CPUs "
+                "make it with Accelerator(cpu=True)"
             )
         return Processes.of(self._accelerator)
 
     def examples_of(self, decomposition: Decomposition, dataset: Any, pefs: PEFs | None = None) -> list[Example]:
-        """The data set's examples in the decomposition's order, each with the content that was analysed.
+        """The data set's examples in the decomposition's order, after comparing their contents with the analysed ones.
 
         Raises:
-            IncompatibleSketchError: if `pefs` are of another sketch.
+            IncompatibleSketchError: if `pefs` have another sketch.
             ValueError: if `pefs` or the data set are of other examples.
         """
         contents = decomposition.columns.get("content_hash")
@@ -345,15 +347,15 @@ class AnalysedModel:
 
         Args:
             dataset: see `compute_pefs`.
-            reading: which columns are read; what it leaves open is as `self.reading` says, and then as `like` was read.
-            like: `info` of PEFs whose columns are read again, as far as the data set has them.
-            positions: where the prediction is taken; None: as the Fisher config says.
-            max_examples: only the first ones.
-            columns: what is kept beside the rows.
+            reading: which columns are read; unset fields come from `self.reading`, and then from how `like` was read.
+            like: `info` of PEFs; the same columns are read again, if the data set has them.
+            positions: the positions of predictions; None uses those of the Fisher config.
+            max_examples: use only this many examples, the first ones.
+            columns: the columns to keep with the results.
 
         Raises:
-            ValueError: if the data is empty, cannot be encoded, it is not clear what to read, or the column of labels
-                that was asked for holds none.
+            ValueError: if the data is empty, cannot be encoded, it is not clear which columns to read, or the column of
+                labels has no labels.
         """
         check_default_device()
         records = records_of(dataset, max_examples, self.needs.image_token)
@@ -371,7 +373,7 @@ class AnalysedModel:
 
     @property
     def needs(self) -> ModelNeeds:
-        """What of the model decides how examples are encoded."""
+        """The properties of the model that decide how examples are encoded."""
         base: Any = base_of(self.model)
         task = getattr(self.head, "task", None) or task_of(base)
         names = self.description.label_names
@@ -384,23 +386,23 @@ class AnalysedModel:
         )
 
     def weights(self) -> dict[str, Any]:
-        """Which weights the model has at this moment: `WeightsIdentity` as JSON types."""
+        """The identity of the model's current weights: a `WeightsIdentity` as JSON types."""
         check_default_device()
         self.fsdp.release()
         return identity_of(self.model).to_dict()
 
-    # What is known of it
+    # Information on it
 
     @property
     def description(self) -> ModelDescription:
-        """What is known of the model without running it."""
+        """The information on the model that does not need running it."""
         return ModelDescription(self.model, self.head, self.processing_class, self.fisher, self.revision)
 
     def provenance(self, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What is kept of the model with everything that is made from it.
+        """The information on the model that is stored with all results.
 
         Args:
-            weights: which it has, where that is known already: it takes reading all of them.
+            weights: the identity of its weights, if it is already known; computing it reads all weights.
 
         Returns:
             Names, commit, weights, task, classes and versions.
@@ -408,13 +410,13 @@ class AnalysedModel:
         return self.description.provenance(self.weights() if weights is None else weights)
 
     def rows_per_example(self, choices: int | None = None) -> int:
-        """c: the rows that an example of a data set will have, as far as that is known before the model runs.
+        """c, the number of rows for each example, as far as it is known before the model runs.
 
         Args:
-            choices: the choices of multiple choice, whose classes they are.
+            choices: the number of choices in multiple choice, which are its classes.
         """
         return self.description.rows_per_example(choices)
 
     def describe(self, predictions: Tensor) -> list[str]:
-        """Predictions for people: tokens, class names, or numbers."""
+        """Predictions in words: tokens, class names, or numbers."""
         return self.description.describe(predictions)

@@ -1,4 +1,4 @@
-"""The two ends of a change: models that are at hand, in folders or on the Hub, adapters among them."""
+"""The two models of a change: loaded, in folders or on the Hub, including adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_npeff.weights.own_weights import each_once, tied_weights
 from hf_npeff.weights.peft_changes import adapter_deltas, deltas_of_adapter
 
 Change = tuple[dict[str, Tensor], dict[str, Layout], dict[str, Any]]
-"""{parameter: ΔW}, what each parameter is, and what is known of the change."""
+"""{parameter: ΔW}, {parameter: layout}, and the change's `info`."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -36,7 +36,7 @@ def change_between(
     revisions: tuple[str | None, str | None],
     where: Mapping[str, Any],
 ) -> Change:
-    """What leads from one model to another; see `ParameterDirection.between`."""
+    """The change from one model to another; see `ParameterDirection.between`."""
     ends = [
         _loaded(which, task, dtype, revision, where) for which, revision in zip((before, after), revisions, strict=True)
     ]
@@ -59,7 +59,7 @@ def change_of_adapter(
     check_base: bool,
     where: Mapping[str, Any],
 ) -> Change:
-    """What adapters change in their base model; see `ParameterDirection.from_adapter`."""
+    """The change of a base model by adapters; see `ParameterDirection.from_adapter`."""
     if isinstance(adapter, nn.Module):
         return _of_wrapped(adapter, base)
     wanted = _weights(adapter)
@@ -68,7 +68,9 @@ def change_of_adapter(
     named = next(iter(recorded.values()))
     end = _base(base, named, task, dtype, where)
     if any(is_wrapper(module) for module in end.model.modules()):
-        raise ValueError("base= is wrapped by PEFT already; give the bare model, or the wrapped model as the adapter")
+        raise ValueError(
+            "base= is already wrapped by PEFT; pass the bare model as base=, or the wrapped model as the adapter"
+        )
     about = provenance(end.model) | ({} if end.commit is None else {"revision": end.commit})
     if check_base:
         for name, place in places.items():
@@ -76,7 +78,7 @@ def change_of_adapter(
     parts = [(w, each_once(end.model, deltas_of_adapter(end.model, str(places[name])))) for name, w in wanted.items()]
     deltas, layouts = summed(parts, [layouts_of(end.model, part) for _, part in parts])
     if not deltas:
-        raise ValueError(f"the adapters {list(wanted)} with these weights add up to nothing")
+        raise ValueError(f"the changes of the adapters {list(wanted)} with these weights cancel")
     info = about | {"method": "adapter", "adapters": wanted} | tied_weights(end.model, deltas)
     return deltas, layouts, info
 
@@ -84,7 +86,7 @@ def change_of_adapter(
 def _loaded(
     which: Any, task: str | None, dtype: str | torch.dtype, revision: str | None, where: Mapping[str, Any]
 ) -> Checkpoint:
-    """A model that is at hand, or a checkpoint."""
+    """A loaded model, or a checkpoint, which is loaded."""
     if isinstance(which, nn.Module):
         compiled = getattr(which, "_orig_mod", None)
         return Checkpoint(compiled if isinstance(compiled, nn.Module) else which, None, None, task or "")
@@ -99,25 +101,25 @@ def _loaded(
         if "trust_remote_code" not in str(error):
             raise
         raise UnsupportedModelError(
-            f"{os.fspath(which)} brings code of its own, which is not run where models are compared; load the model "
-            "yourself and give ParameterDirection.between or from_adapter what was loaded"
+            f"{os.fspath(which)} has its own code, which is not run when models are compared; load the model yourself "
+            "and pass the loaded model to ParameterDirection.between or from_adapter"
         ) from error
 
 
 def check_tokenizer(
     before: Any, after: str, revision: str | None = None, *, trust_remote_code: bool = False, **where: Any
 ) -> None:
-    """Refuse a checkpoint whose tokenizer gives tokens other numbers than the one before; without one all is well.
+    """Check that a checkpoint's tokenizer gives tokens the same ids as another one; without one nothing is checked.
 
     Args:
         before: a tokenizer, or None.
         after: a folder, or an id on the Hub.
-        revision: of the checkpoint.
-        trust_remote_code: as of transformers, which asks on the terminal where it is left open.
-        **where: as of downloads.
+        revision: the revision of the checkpoint.
+        trust_remote_code: as in transformers, which asks on the terminal if it is not set.
+        **where: arguments for downloads.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if the ids differ.
     """
     from transformers import AutoTokenizer
 
@@ -136,8 +138,8 @@ def base_named_by(adapter: str, **where: Any) -> tuple[str, str | None]:
     """The base model that an adapter names, and its revision.
 
     Raises:
-        OSError: if there is no such adapter.
-        UnsupportedModelError: if it names none.
+        OSError: if the adapter does not exist.
+        UnsupportedModelError: if it names no base model.
     """
     base, revision = _recorded_base(adapter, _files_of(adapter, None, where))
     if base is None:
@@ -146,7 +148,7 @@ def base_named_by(adapter: str, **where: Any) -> tuple[str, str | None]:
 
 
 def _check_vocabularies(before: Any, after: Any) -> None:
-    """Refuse tokenizers that give tokens other numbers."""
+    """Check that two tokenizers give tokens the same ids."""
     vocabularies = []
     for tokenizer in (before, after):
         get = getattr(tokenizer, "get_vocab", None)
@@ -157,11 +159,11 @@ def _check_vocabularies(before: Any, after: Any) -> None:
     moved = [token for token in a if token in b and a[token] != b[token]]
     only = sorted(a.keys() ^ b.keys())
     if moved or only:
-        what = f"{len(moved)} tokens have other numbers" if moved else f"{len(only)} tokens are in one of them only"
+        what = f"{len(moved)} tokens have different ids" if moved else f"{len(only)} tokens are in only one of them"
         raise ValueError(
-            f"the tokenizers of the two models differ: {what}, for instance {(moved or only)[:3]}. The same text is "
-            "then other inputs to each, and predictions cannot be compared; load the models yourself and give them, if "
-            "the tokens that you use are the same"
+            f"the tokenizers of the two models differ: {what}, for instance {(moved or only)[:3]}. So the same text "
+            "gives them different inputs, and predictions cannot be compared. If the tokens that you use are the same, "
+            "load the models yourself and pass the loaded models"
         )
 
 
@@ -183,10 +185,10 @@ def _weights(adapter: Any) -> dict[str, float]:
 
 
 def _files_of(name: str, revision: str | None, where: Mapping[str, Any]) -> Path:
-    """The folder of an adapter, downloaded where it is on the Hub.
+    """The folder of an adapter, which is downloaded if it is on the Hub.
 
     Raises:
-        OSError: if there is no such adapter.
+        OSError: if the adapter does not exist.
     """
     from huggingface_hub import snapshot_download
 
@@ -197,9 +199,9 @@ def _files_of(name: str, revision: str | None, where: Mapping[str, Any]) -> Path
     else:
         raise OSError(f"{name!r} is neither a folder nor the id of an adapter on the Hub (user/name)")
     if not (folder / _CONFIG).is_file():
-        raise OSError(f"{name} holds no adapter: {_CONFIG} is missing")
+        raise OSError(f"{name} has no adapter: {_CONFIG} is missing")
     if not (folder / _WEIGHTS).is_file():
-        raise OSError(f"{name} holds no {_WEIGHTS}; adapters in pickled files are not read: save it with safetensors")
+        raise OSError(f"{name} has no {_WEIGHTS}; pickled adapters are not read, so save it with safetensors")
     return folder
 
 
@@ -223,15 +225,15 @@ def _base(
     if base is not None:
         return _loaded(base, task, dtype, None, where)
     if named[0] is None:
-        raise UnsupportedModelError("the adapter names no base model; pass base=, a model or where it is")
+        raise UnsupportedModelError("the adapter names no base model; pass base=, a model, a folder or an id")
     return _loaded(named[0], task, dtype, named[1], where)
 
 
 def _check_recorded(name: str, recorded: str | None, folder: Path, about: Mapping[str, Any]) -> None:
-    """Refuse an adapter that says that it is of another model.
+    """Check that an adapter does not name another base model.
 
-    Names are compared where both are ids on the Hub: a folder may hold any model. The hash of the base model's weights,
-    which adapters of hf_npeff keep, is compared wherever there is one.
+    Names are compared if both are ids on the Hub, because a folder may have any model. The hash of the base model's
+    weights, which adapters written by hf_npeff have, is always compared.
     """
     from safetensors import safe_open
 
@@ -239,22 +241,22 @@ def _check_recorded(name: str, recorded: str | None, folder: Path, about: Mappin
         made = (file.metadata() or {}).get("base_model_weights")
     if made is not None and (now := shown(about.get("weights"))) is not None and made != now:
         raise IncompatibleWeightsError(
-            f"the adapter {name} was made for weights with the hash {made}, and those of {about['model']} have {now}; "
-            "load that model, or go on all the same with check_base=False"
+            f"the adapter {name} was made for weights with the hash {made}, but those of {about['model']} have {now}; "
+            "load that model, or skip this check with check_base=False"
         )
     base = str(about["model"])
     named = base != about["architecture"]  # which stands in for a name that is not known
     if named and recorded is not None and is_hub_id(recorded) and is_hub_id(base) and recorded != base:
         raise ValueError(
-            f"the adapter {name} is of the base model {recorded}, and this is {base}; load that model, or go on all "
-            "the same with check_base=False"
+            f"the adapter {name} is for the base model {recorded}, but this is {base}; load that model, or skip this "
+            "check with check_base=False"
         )
 
 
 def _of_wrapped(model: nn.Module, base: Any) -> Change:
-    """The change by the adapters that act now in a model that PEFT wrapped."""
+    """The change by the active adapters of a model that PEFT wrapped."""
     if base is not None:
-        raise ValueError("a wrapped model brings its base model: leave out base=")
+        raise ValueError("a wrapped model contains its base model: leave out base=")
     deltas = adapter_deltas(model)
     for wrapper in model.modules():
         around: Any = wrapper
@@ -264,12 +266,12 @@ def _of_wrapped(model: nn.Module, base: Any) -> Change:
                 "ParameterDirection.between(base, wrapped model)"
             )
     if not deltas:
-        raise ValueError("no adapter acts in this model, or what it adds is zero")
+        raise ValueError("this model has no active adapter, or the adapter's change is zero")
     names = sorted({name for module in model.modules() if is_wrapper(module) for name in acting_adapters(module)})
     acting: list[Any] = [m for m in model.modules() if is_wrapper(m) and acting_adapters(m)]
     try:
         for wrapper in acting:
-            wrapper._disable_adapters = True  # not enable_adapters, which also says what is trained
+            wrapper._disable_adapters = True  # not enable_adapters, which also changes what is trained
         about = provenance(model)
     finally:
         for wrapper in acting:

@@ -1,4 +1,4 @@
-"""Checkpoints, of a model or of an adapter of PEFT, in a folder or on the Hub → the model and what encodes for it."""
+"""Checkpoints of a model or a PEFT adapter, in a folder or on the Hub → the model and its processing class."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _TASK_OF_ADAPTER = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-"""{PEFT's name of a task: ours}."""
+"""{PEFT's name of a task: the name in hf_npeff}."""
 _CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-"""How the names of a classifier's last weight end that an adapter saves: its rows are the classes."""
+"""Endings of the names of a classifier's last weight in an adapter; the weight has a row for each class."""
 _PROCESSING_CLASSES = {"image-classification": "AutoImageProcessor", "audio-classification": "AutoFeatureExtractor"}
 
 
@@ -38,10 +38,10 @@ class Checkpoint:
     """A model that was loaded.
 
     Attributes:
-        model: wrapped by PEFT where the checkpoint is an adapter.
-        processing_class: what encodes its inputs, or None.
-        commit: the model's on the Hub, of an adapter the base model's; None of a folder.
-        task: the model's.
+        model: the model, wrapped by PEFT if the checkpoint is an adapter.
+        processing_class: its tokenizer, image processor or processor, or None.
+        commit: the commit of the model on the Hub, or for an adapter that of its base model; None for a folder.
+        task: the task of the model.
     """
 
     model: nn.Module
@@ -64,16 +64,16 @@ def load_checkpoint(
 
     Args:
         model_id: a folder, or an id on the Hub.
-        task: the one that is wanted; None takes what the checkpoint says.
-        processing_class: the one to use; None loads one.
-        revision: the revision of the checkpoint. An adapter names that of its base model itself.
-        where: `token`, `cache_dir` and `local_files_only` of every download.
-        trust_remote_code: as of transformers.
+        task: the wanted task; None uses that of the checkpoint.
+        processing_class: the processing class to use; None loads one.
+        revision: the revision of the checkpoint. An adapter names the revision of its base model itself.
+        where: `token`, `cache_dir` and `local_files_only` for every download.
+        trust_remote_code: as in transformers.
         settings: further arguments of transformers' `from_pretrained`.
 
     Raises:
-        OSError: if there is no such model, or an adapter's base model is not there.
-        UnsupportedModelError: if the architecture has no head that is known, or the adapter names no base model.
+        OSError: if the model, or an adapter's base model, does not exist.
+        UnsupportedModelError: if the architecture has no supported head, or the adapter names no base model.
     """
     _check_place(model_id)
     path = transformers.utils.find_adapter_config_file(os.fspath(model_id), revision=revision, **where)
@@ -83,13 +83,13 @@ def load_checkpoint(
     base, pinned = adapter.get("base_model_name_or_path"), adapter.get("revision")
     if not isinstance(base, str) or not base or not isinstance(pinned, str | None):
         raise UnsupportedModelError(
-            f"{model_id} is an adapter that names no base model; load that and the adapter yourself "
-            "(peft.PeftModel.from_pretrained) and hand the model to NPEFFAnalyzer"
+            f"{model_id} is an adapter that names no base model; load the base model and the adapter yourself "
+            "(peft.PeftModel.from_pretrained) and pass the model to NPEFFAnalyzer"
         )
     _check_place(base, f"the adapter {os.fspath(model_id)!r} is of the base model {base!r}, which")
     if task is None:
         task = _TASK_OF_ADAPTER.get(str(adapter.get("task_type")))
-    from peft import PeftModel  # takes a second, and an adapter alone needs it
+    from peft import PeftModel  # takes a second, and only an adapter needs it
 
     commit = commit_of_model(model_id, revision=revision, **where)
     of_adapter = {**where, "revision": commit or revision or "main"}
@@ -139,8 +139,8 @@ def _load_model(
             return Checkpoint(model, processing_class, commit, EMBEDDING_TASK)
     if loader is None:
         raise UnsupportedModelError(
-            f"{model_id} has the architectures {getattr(config, 'architectures', None) or []}, and none has a head "
-            f"that hf_npeff knows; pass task=, one of {', '.join(AUTO_CLASSES)}"
+            f"{model_id} has the architectures {getattr(config, 'architectures', None) or []}, and none of them has a "
+            f"head that hf_npeff knows; pass task=, one of {', '.join(AUTO_CLASSES)}"
         )
     known_task, class_name = loader
     model = _loaded(getattr(transformers, class_name), model_id, {**settings, **hub})
@@ -150,7 +150,7 @@ def _load_model(
 
 
 def _loaded(auto_class: Any, model_id: Any, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model, with transformers' own attention where the one that its config names has no package here."""
+    """The model, with transformers' own attention if the package for the config's attention is missing."""
     try:
         return auto_class.from_pretrained(model_id, **arguments)
     except ImportError as error:
@@ -161,7 +161,7 @@ def _loaded(auto_class: Any, model_id: Any, arguments: Mapping[str, Any]) -> nn.
 
 
 def _sentence_transformer(model_id: Any, hub: Mapping[str, Any], settings: Mapping[str, Any]) -> nn.Module | None:
-    """The SentenceTransformer that a checkpoint holds; None where it has no modules.json, which lists its modules.
+    """The SentenceTransformer of a checkpoint; None if it has no modules.json, which lists its modules.
 
     Raises:
         UnsupportedModelError: if the package sentence-transformers is missing.
@@ -197,7 +197,7 @@ def _sentence_transformer(model_id: Any, hub: Mapping[str, Any], settings: Mappi
 
 
 def _number_of_classes(model_id: str | os.PathLike[str], where: Mapping[str, Any]) -> int | None:
-    """Of the classifier that an adapter saves, which its base model does not have; None where it saves none."""
+    """The number of classes of a classifier that an adapter saves; None if it saves none."""
     from safetensors import safe_open
 
     # PEFT also reads pickled files; of those nothing is looked at here.
@@ -212,11 +212,11 @@ def _number_of_classes(model_id: str | os.PathLike[str], where: Mapping[str, Any
 
 
 def _processing_class(model_id: Any, task: str, hub: Mapping[str, Any]) -> Any:
-    """What encodes a model's inputs; a language model's tokenizer where it takes images or sounds as well."""
+    """A model's processing class; for a language model that also takes images or sounds, its tokenizer."""
     loader = getattr(transformers, _PROCESSING_CLASSES.get(task, "AutoTokenizer"))
     try:
         return loader.from_pretrained(model_id, **hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # TypeError: where files are missing, some tokenizers hand None on as a path.
-        logger.warning("%s has no processing class that loads (%s); pass encoded data", model_id, error)
+        # TypeError: if files are missing, some tokenizers use None as a path.
+        logger.warning("%s has no processing class that can be loaded (%s); pass encoded data", model_id, error)
         return None

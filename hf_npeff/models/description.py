@@ -1,4 +1,4 @@
-"""ModelDescription: what is known of a model without running it, and what its predictions are called."""
+"""ModelDescription: information on a model that does not need running it, and names for its predictions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from hf_npeff.weights.outcomes import labels_of
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model with its head, as far as it is known without a forward pass.
+    """A model with its head, described without a forward pass.
 
     Attributes:
         model: a transformers model, PEFT-wrapped or not.
-        head: what it predicts.
-        processing_class: what decodes its tokens, or None.
+        head: the output head.
+        processing_class: the processing class that decodes its tokens, or None.
         fisher: how PEFs are computed.
         revision: the model's commit, or None.
     """
@@ -40,10 +40,10 @@ class ModelDescription:
     revision: str | None
 
     def provenance(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """What is kept of the model with everything that is made from it.
+        """The information on the model that is stored with all results.
 
         Args:
-            weights: which it has now.
+            weights: the identity of its current weights.
 
         Returns:
             Names, commit, weights, task, classes and versions.
@@ -60,10 +60,10 @@ class ModelDescription:
         }
 
     def rows_per_example(self, choices: int | None = None) -> int:
-        """c: the rows that an example of a data set will have, as far as that is known before the model runs.
+        """c, the number of rows for each example, as far as it is known before the model runs.
 
         Args:
-            choices: the choices of multiple choice, whose classes they are.
+            choices: the number of choices in multiple choice, which are its classes.
         """
         config: Any = base_of(self.model).config
         traits = traits_of(self.head)
@@ -73,12 +73,12 @@ class ModelDescription:
         elif traits.vocabulary:
             k = getattr(config.get_text_config(), "vocab_size", None)
         if traits.task == "question-answering" or getattr(self.head, "several", True):
-            k = None  # classes are positions, or terms are many: then rows are reduced to `rank`
+            k = None  # if classes are positions, or there are many terms, rows are reduced to `rank`
         return rows_per_example(self.fisher, getattr(self.head, "distribution", None), k)
 
     @property
     def label_names(self) -> dict[str, str] | None:
-        """{number of a class: its name}; None of a language model, and of one that embeds."""
+        """{number of a class: its name}; None for a language model or an embedding model."""
         base: Any = base_of(self.model)
         if traits_of(self.head).vocabulary or traits_of(self.head).embeds:
             return None
@@ -87,7 +87,7 @@ class ModelDescription:
         } or None
 
     def describe(self, predictions: Tensor) -> list[str]:
-        """Predictions for people: tokens, class names, or numbers; nothing of embeddings."""
+        """Predictions in words: tokens, class names, or numbers; empty for embeddings."""
         if traits_of(self.head).embeds:
             return [""] * len(predictions)
         base: Any = base_of(self.model)
@@ -108,11 +108,11 @@ class ModelDescription:
         return [shown(value) for value in predictions.tolist()]
 
     def truth_of(self, examples: Sequence[Example], encoded: Encoded) -> list[Any]:
-        """The label of every example as the model's predictions are numbered, or None: classes, tokens or numbers.
+        """The label of every example in the form of the model's predictions (classes, tokens or numbers), or None.
 
         Args:
-            examples: all of a data set.
-            encoded: the record of what was read of it.
+            examples: all examples of a data set.
+            encoded: the record of the columns that were read.
         """
         task = traits_of(self.head).task
         if self.fisher.positions == "labels" or task == "token-classification":

@@ -28,13 +28,13 @@ from hf_npeff.weights.plans import check_kept
 
 logger = logging.getLogger(__name__)
 _READ_BY_STEP = 2 + len(STEPS)
-"""How often every example is read for a step: the outcomes and their gradients, the lifting, the trials."""
+"""How often the model reads every example for a step: outcomes and their gradients, lifting, trials."""
 _FIRST = 8
-"""Examples of the self-test where rows are computed again; the sketch is known."""
+"""The number of examples in the self-test when rows are computed again with a known sketch."""
 
 
 class EditedModel(MovableModel):
-    """A model and what changes it: the part of `NPEFFAnalyzer` that needs no decomposition."""
+    """A model and changes of its weights: the part of `NPEFFAnalyzer` that needs no decomposition."""
 
     def lift_examples(
         self,
@@ -49,29 +49,29 @@ class EditedModel(MovableModel):
         batch_size: int = EditRequest.batch_size,
         check_weights: bool = EditRequest.check_weights,
     ) -> ParameterDirection:
-        """The direction that moves some examples most for what it does to others, without a decomposition.
+        """The direction with the largest effect on some examples for a given effect on others, without a decomposition.
 
-        It maximises the mean KL of the first over that of the others, to second order: δᵀTδ / (δᵀOδ + λ‖δ‖²) with the
-        means T and O of their PEFs, of raw norms. Its sign means nothing: measure both.
+        It maximises the mean KL on the first over that on the others, to second order: δᵀTδ / (δᵀOδ + λ‖δ‖²) with the
+        means T and O of their PEFs, with raw norms. Its sign has no meaning: measure both signs.
 
         Args:
-            pefs: the PEFs of all of them.
-            dataset: the one that they came from, in any order; ids and contents are compared.
-            ids: examples that are to move.
-            against: examples that are to be left alone; None takes all others.
-            ridge: λ as a share of the largest eigenvalue of O, or "auto", by cross-validation over both sides.
-            keep: PEFs of other data, of the same sketch and weights, that are to be left alone too.
+            pefs: the PEFs of all these examples.
+            dataset: the dataset of the PEFs, in any order; ids and contents are compared.
+            ids: the ids of the examples to move.
+            against: the ids of the examples to leave alone; None means all others.
+            ridge: λ as a share of the largest eigenvalue of O, or "auto", by cross-validation over both groups.
+            keep: PEFs of other data that should be left alone too; they need the same sketch and weights.
             memory_budget: bytes for solving, as in `lift`.
-            batch_size: examples of a forward pass.
-            check_weights: refuse PEFs of other weights than the model has now.
+            batch_size: how many examples a forward pass takes.
+            check_weights: raise an error if the PEFs were made with other weights than the model has now.
 
         Returns:
-            A unit direction. `info` holds the ridge, its cross-validated score and the eigenvalue.
+            A unit direction. `info` has the ridge, its cross-validated score and the eigenvalue.
 
         Raises:
-            IncompatibleSketchError: if PEFs, `keep` and the model do not belong together.
+            IncompatibleSketchError: if PEFs, `keep` and the model do not fit together.
             IncompatibleWeightsError: if the model or `keep` has other weights than the PEFs.
-            ValueError: if an id is unknown or on both sides, a side is empty, or the dataset is another one.
+            ValueError: if an id is unknown or in both groups, a group is empty, or the dataset is not that of the PEFs.
         """
         check_pefs(pefs)
         request = EditRequest(keep=keep, ridge=ridge, memory_budget=memory_budget, batch_size=batch_size)
@@ -106,42 +106,45 @@ class EditedModel(MovableModel):
     ) -> ParameterDirection:
         """The weight change that moves chosen log-odds by chosen amounts and leaves the other examples alone.
 
-        Solved in closed form from the stored rows, lifted exactly, and then tried on the given examples at a quarter, a
-        half and the whole of its length: the largest step that does what was predicted is kept.
+        It is solved for in closed form from the stored rows, lifted exactly, and then tried on the given examples at a
+        quarter, a half and the whole of its length. The largest step that does what was predicted is kept.
 
         Args:
-            pefs: the PEFs of the examples that are to change and of others that are to stay.
-            dataset: the one that they came from, in any order; ids and contents are compared.
-            change: {example id: nats by which the log-odds of its outcome are to change}; of a regression, by how much
-                the predicted number is. All other examples are to stay as they are.
-            remove: instead, a column whose influence is to be taken out: the mean log-odds of the examples with each of
-                its values move to the mean of all, which stays.
-            given: `remove` compares examples with the same value of this column only; None compares all.
-            towards: "mean" is as above. "highest" leaves the examples of the value with the highest mean log-odds as
-                they are and gives those of the others their log-odds, rank by rank: with `outcome` a column of labels,
-                what the model does where the column helps it is what it is to do where the column misleads it.
-            outcome: whose log-odds: the number of a class, label, token or output; a class's name; a text of one token;
-                or a column that holds one for every example. None where there is one only, or two classes.
-            keep: PEFs of other data, of the same sketch and weights, that are to be left alone too.
-            ridge: the size of the change against what it misses, as a share of the largest eigenvalue of the rows' Gram
-                matrix; "auto" takes the one of the least error on examples that are held out, in the sketch.
-            iterations: how often to solve: again with rows computed at the new weights, for what is still missing.
-                `keep` stays as it was computed.
+            pefs: the PEFs of the examples that should change and of others that should stay the same.
+            dataset: the dataset of the PEFs, in any order; ids and contents are compared.
+            change: {example id: nats by which the log-odds of its outcome should change}. For a regression, the amount
+                by which the predicted number should change. All other examples should stay the same.
+            remove: instead of `change`, a column whose influence is taken out: for each of its values, the mean
+                log-odds of the examples move to the mean of all examples.
+            given: a column; `remove` compares only examples with the same value in it. None compares all examples.
+            towards: the goal of `remove`. "mean" moves to the mean of all examples. "highest" leaves the examples of
+                the value with the highest mean log-odds alone, and moves the others to their log-odds, rank by rank. If
+                `outcome` is a column of labels, the model then does the same where the column misleads it as where the
+                column helps it.
+            outcome: the outcome whose log-odds change: the number of a class, label, token or output; a class's name; a
+                text of one token; or a column that has one of these for every example. It may be left out if there is
+                only one outcome, or two classes.
+            keep: PEFs of other data that should be left alone too; they need the same sketch and weights.
+            ridge: regularisation of the change, as a share of the largest eigenvalue of the rows' Gram matrix; more
+                makes the change smaller and less exact. "auto" chooses the value with the least error on held-out
+                examples, in the sketch.
+            iterations: how often to solve. Each further iteration computes the rows at the new weights and solves for
+                what is still missing. The PEFs in `keep` are not computed again.
             memory_budget: bytes for solving, as in `lift`.
-            batch_size: examples of a forward pass.
-            check_weights: refuse PEFs of other weights than the model has now.
+            batch_size: how many examples a forward pass takes.
+            check_weights: raise an error if the PEFs were made with other weights than the model has now.
 
         Returns:
-            A direction whose natural scale is 1: `applied_to(model)` and `to_adapter(rank)` make the change. `info`
-            holds what was wanted, predicted and realised, group by group or id by id; the share of the wanted change
-            that the rows express; the ridge with its cross-validated error; and the step.
+            A direction with a natural scale of 1: `applied_to(model)` and `to_adapter(rank)` make the change. `info`
+            has the wanted, predicted and realised changes by group or id; the share of the wanted change that the rows
+            express; the ridge with its cross-validated error; and the step.
 
         Raises:
-            IncompatibleSketchError: if PEFs, `keep` and the model do not belong together.
+            IncompatibleSketchError: if PEFs, `keep` and the model do not fit together.
             IncompatibleWeightsError: if the model or `keep` has other weights than the PEFs.
-            UnsupportedModelError: if the model points at places of its input, or its weights are sharded.
-            ValueError: if it is not clear what is to change, an id is unknown, a column is missing, incomplete or has
-                one value, the dataset is another one, or no step does what was predicted.
+            UnsupportedModelError: if the model predicts places in its input, or its weights are sharded.
+            ValueError: if the goal is not clear, an id is unknown, a column is missing, incomplete or has a single
+                value, the dataset is not that of the PEFs, or no step does what was predicted.
         """
         request = EditRequest(
             change=change,
@@ -194,7 +197,7 @@ class EditedModel(MovableModel):
                 except NoStepError as error:
                     if total is None:
                         raise
-                    logger.warning("the edit ends after %d of %d steps: %s", number, request.iterations, error)
+                    logger.warning("the edit ended after %d of %d iterations: %s", number, request.iterations, error)
                     break
             steps.append(length)
             info = info or {**step.info, "tried": errors}
@@ -211,7 +214,7 @@ class EditedModel(MovableModel):
         return total
 
     def _rows_again(self, pefs: PEFs, examples: list[Example], batch_size: int, weights: Mapping[str, Any]) -> PEFs:
-        """The rows of the same examples at the weights that the model has now."""
+        """The rows of the same examples at the model's present weights."""
         with self.forward_pass() as forward:
             maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=self._sketch)
             again = compute(
@@ -223,17 +226,17 @@ class EditedModel(MovableModel):
         return PEFs({}, pefs.columns, pefs.info, again._shards.parts)
 
     def _weights_of(self, pefs: PEFs, keep: PEFs | None, check_weights: bool) -> dict[str, Any]:
-        """The model's weights, which have to be those of the PEFs."""
+        """The identity of the model's weights, after checking that they are those of the PEFs."""
         if keep is not None:
             check_kept(pefs, keep)
         weights = self.weights()
         if check_weights:
-            remedy = "Give the model those weights again, or compute PEFs with those that it has."
+            remedy = "Restore those weights, or compute PEFs with the present ones."
             check_same_weights(pefs.info.get("weights"), weights, "these PEFs", remedy)
         return weights
 
     def _examples_of_pefs(self, pefs: PEFs, dataset: Any) -> list[Example]:
-        """The data set's examples in the order of the PEFs, each with the content that was analysed."""
+        """The data set's examples in the order of the PEFs, after comparing their contents with the analysed ones."""
         examples = self.read(dataset, like=pefs.info, positions=pefs.config.positions)
         return align(examples, pefs.example_ids, pefs.content_hashes)
 
@@ -258,7 +261,7 @@ class EditedModel(MovableModel):
 
 
 def _joined(total: ParameterDirection | None, step: ParameterDirection, length: float) -> ParameterDirection:
-    """Total + length·step, of its natural length."""
+    """Total + length·step, with its own length."""
     deltas: Mapping[str, Any] = {
         name: length * value + (0 if total is None else total[name]) for name, value in step.items()
     }

@@ -1,4 +1,4 @@
-"""ExplainedModel: what a change of its weights did, on which examples, through which components."""
+"""ExplainedModel: what a change of the weights did, on which examples, through which components."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hf_npeff.weights.row_products import Change, random_change, row_products
 
 
 class ExplainedModel(MeasuredModel, EditedModel):
-    """A model before a change, and what the change did to it."""
+    """A model before a change of its weights, which can explain the change."""
 
     def explain_change(
         self,
@@ -55,36 +55,38 @@ class ExplainedModel(MeasuredModel, EditedModel):
         seed: int = ChangeRequest.seed,
         check_weights: bool = ChangeRequest.check_weights,
     ) -> ChangeReport:
-        """What a change of the weights did: on which examples, through which components, and what undoing it would do.
+        """Explain a change of the weights: on which examples it acts, and through which components.
 
-        The model is the one before the change, with its PEFs and their decomposition.
+        The analyzer's model has to be the one before the change, with its PEFs and their decomposition.
 
         Args:
             decomposition: the decomposition of `pefs`.
             pefs: the PEFs of the model before the change.
-            dataset: the one that they came from, in any order; ids and contents are compared.
-            change: from `ParameterDirection.between` or `from_adapter`, or any other direction or adapter, as long as
-                it is.
-            steps: parts of the change at which the way from before to after is measured, beside 0 and 1.
-            by: a column whose values make groups of that.
-            take_out: how many of the most changed components are taken out of the change, one at a time; or which ones.
-            growth: compute PEFs after the change, to see which components grew, shrank, appeared or vanished; it takes
-                as long as those before.
-            n_new: components that are added for what is not explained after the change.
+            dataset: the dataset of the PEFs, in any order; ids and contents are compared.
+            change: a change from `ParameterDirection.between` or `from_adapter`, or any other direction or adapter,
+                applied with a scale of 1.
+            steps: which parts of the change are measured, beside 0 and 1.
+            by: a column; the curve has a line for the examples with each of its values.
+            take_out: how many of the most changed components are taken out of the change, one at a time; or a list of
+                components.
+            growth: compute PEFs after the change, to see which components grew, shrank, appeared or vanished; this
+                takes as long as computing the PEFs before.
+            n_new: how many components are added for what is not explained after the change.
             examples: how many examples are listed.
-            draws: random changes that a component's KL is compared with.
-            batch_size: examples of a forward pass.
+            draws: how many random changes a component's KL is compared with.
+            batch_size: how many examples a forward pass takes.
             seed: the seed of the random changes and the bootstrap.
-            check_weights: refuse a decomposition, PEFs or a change of other weights than the model has now.
+            check_weights: raise an error if the decomposition, the PEFs or the change were made with other weights than
+                the model has now.
 
         Raises:
             IndexError: if `take_out` names a component that does not exist.
-            IncompatibleSketchError: if PEFs, decomposition and model do not belong together.
-            IncompatibleWeightsError: if they, or the change, are of other weights.
-            UnsupportedModelError: if weights are quantised, offloaded or sharded and `growth` is asked for, or the
-                change is not one of linear maps alone.
-            ValueError: if the change is of another model, nothing that it changes is there, the dataset is another one,
-                there is no column `by`, or an argument is out of range.
+            IncompatibleSketchError: if PEFs, decomposition and model do not fit together.
+            IncompatibleWeightsError: if they, or the change, have other weights.
+            UnsupportedModelError: if weights are quantised, offloaded or sharded, and `growth` is true or the change
+                concerns more than linear maps.
+            ValueError: if the change is for another model, no changed parameter is analysed, the dataset is not that of
+                the PEFs, there is no column `by`, or an argument is out of range.
         """
         count = take_out if isinstance(take_out, int) else len(take_out)
         request = ChangeRequest(
@@ -124,10 +126,10 @@ class ExplainedModel(MeasuredModel, EditedModel):
         return explained.report()
 
     def _check_change(self, change: ParameterDirection, request: ChangeRequest, weights: Mapping[str, Any]) -> bool:
-        """Refuse a change that is not of this model; whether the weights can be moved in place."""
+        """Check that a change is for this model; return whether the weights can be changed in place."""
         parameters = named_weights(self.model)
         if missing := [name for name in change if name not in parameters]:
-            raise ValueError(f"the model has no parameters named {missing[:3]}; the change is of another model")
+            raise ValueError(f"the model has no parameters named {missing[:3]}; the change is for another model")
         wrong = [name for name, value in change.items() if parameters[name].shape != value.shape]
         if wrong and all(is_at_hand(parameters[name]) for name in wrong):
             shapes = {name: (tuple(parameters[name].shape), tuple(change[name].shape)) for name in wrong[:3]}
@@ -135,31 +137,31 @@ class ExplainedModel(MeasuredModel, EditedModel):
         made = change.info.get("weights")
         if request.check_weights and (how := difference(made, weights)):
             raise IncompatibleWeightsError(
-                f"the change starts from other weights than the model has ({how}): give the analyzer the model before "
-                "the change. check_weights=False goes on all the same."
+                f"the change starts from other weights than the model has ({how}): use an analyzer of the model before "
+                "the change. check_weights=False skips this check."
             )
         in_place = not self.fsdp.active and all(is_at_hand(parameters[name]) for name in change)
         if not in_place and request.growth:
             raise UnsupportedModelError(
-                "weights that are quantised, offloaded or sharded cannot be moved, so that no PEFs can be computed "
-                "after the change: pass growth=False"
+                "quantised, offloaded or sharded weights cannot be changed, so no PEFs can be computed after the "
+                "change: pass growth=False"
             )
         if not in_place and not is_linear(change):
             raise UnsupportedModelError(
-                "the change is not one of linear maps alone, and the weights are quantised, offloaded or sharded, so "
-                "that it cannot be made: load the model whole, in a type of floating point"
+                "the change concerns more than linear maps, and the weights are quantised, offloaded or sharded, so it "
+                "cannot be applied: load the model whole, in a floating-point dtype"
             )
         if not set(self.shapes) & set(change):
             raise ValueError(
-                f"none of the {len(change)} changed parameters is under analysis ({next(iter(change))}, for "
-                "instance, is not): compute PEFs with target_modules, or parameters, that name them"
+                f"none of the {len(change)} changed parameters is analysed ({next(iter(change))}, for instance, is "
+                "not): compute PEFs with target_modules, or parameters, that name them"
             )
         return in_place
 
     def _on_the_way(
         self, change: ParameterDirection, examples: list[Example], request: ChangeRequest, in_place: bool
     ) -> tuple[Predictions, dict[float, Predictions]]:
-        """What is predicted before the change, and at every part of it; blocks below it run once an example."""
+        """The predictions before the change, and for every part of it; blocks below it run once for each example."""
         names = named_weights(self.model)
         moved = {id(names[name]) for name in change}  # a tied weight moves in every module that has it
         after: dict[float, Predictions] = {}
@@ -174,7 +176,7 @@ class ExplainedModel(MeasuredModel, EditedModel):
         return before, after
 
     def _watched(self, pefs: PEFs, examples: list[Example], request: ChangeRequest, before: Predictions) -> Watched:
-        """The examples with what is predicted for them before the change, and their labels."""
+        """The examples with their predictions before the change, and their labels."""
         encoded = Encoded.of(pefs.info)
         truth = [None] * len(examples) if encoded is None else self.description.truth_of(examples, encoded)
         groups = check_groups(examples, request.by)
@@ -218,7 +220,7 @@ class ExplainedModel(MeasuredModel, EditedModel):
         request: ChangeRequest,
         weights: Mapping[str, Any],
     ) -> Grown:
-        """Coefficients with the same components before and after the change, and with some that are added after it."""
+        """Coefficients for the same components before and after the change, and with some components added after it."""
         with change.applied_to(self.model):
             after = self._rows_again(pefs, examples, request.batch_size, weights)
         device = self.device if self.device.type == "cuda" else None
@@ -233,12 +235,12 @@ class ExplainedModel(MeasuredModel, EditedModel):
 
 
 def _check_made_for(adapter: Adapter, weights: Mapping[str, Any]) -> None:
-    """Refuse an adapter whose file says that it is of other weights."""
+    """Check that an adapter's file does not name other weights."""
     now = shown(weights)
     if adapter.weights is not None and now is not None and adapter.weights != now:
         raise IncompatibleWeightsError(
-            f"the adapter was made for weights with the hash {adapter.weights}, and the model's have {now}: give the "
-            "analyzer the model that the adapter belongs to. check_weights=False goes on all the same."
+            f"the adapter was made for weights with the hash {adapter.weights}, but the model's have {now}: use an "
+            "analyzer of the adapter's model. check_weights=False skips this check."
         )
 
 

@@ -1,4 +1,4 @@
-"""FisherModel: examples → PEFs of a model, and what they will cost."""
+"""FisherModel: examples → PEFs of a model, and an estimate of the cost."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from hf_npeff.progress import progress_wanted
 
 logger = logging.getLogger(__name__)
 _FIRST = 64
-"""Examples among which the self-test finds its own. Chosen: enough that some are short, and encoded in no time."""
+"""The number of examples from which the self-test chooses. Chosen: some of them are short, and they encode quickly."""
 _MEASURED_LENGTHS = 256
-"""Examples whose mean length an estimate takes. Chosen: an estimate needs no more."""
+"""The number of examples whose mean length an estimate uses. Chosen: an estimate needs no more."""
 _USUAL_TOKENS = 128.0
-"""Of an example that an estimate does not see. Chosen: a paragraph."""
+"""The number of tokens of an example that an estimate does not see. Chosen: a paragraph."""
 
 
 class FisherModel(AnalysedModel):
-    """A model whose PEFs are computed: the part of `NPEFFAnalyzer` from a data set to a store."""
+    """The part of `NPEFFAnalyzer` that computes PEFs, from a data set to a store."""
 
     def compute_pefs(
         self,
@@ -65,47 +65,47 @@ class FisherModel(AnalysedModel):
         max_length: int | None = Reading.max_length,
         check_weights: bool = ComputeRequest.check_weights,
     ) -> PEFs:
-        """Per-example Fishers of a data set.
+        """Compute the PEFs (per-example Fisher matrices) of a data set.
 
         Args:
             dataset: `datasets.Dataset`, `IterableDataset` (needs `max_examples`), list of strings, list of
                 dictionaries, dictionary of tensors, or DataLoader.
-            output_dir: where shards are written as they are ready; None keeps everything in memory.
-            batch_size: examples of a batch, or "auto" to halve it when memory runs out.
-            max_examples: only the first ones.
-            columns: what to keep beside the rows; None keeps every column of strings, numbers or booleans.
-            resume: go on with what `output_dir` holds; False begins again.
-            shard_size: examples of a shard.
+            output_dir: the folder to which results are written as they are ready; None keeps everything in memory.
+            batch_size: how many examples a batch has; "auto" halves it when memory runs out.
+            max_examples: use only this many examples, the first ones.
+            columns: the columns to keep with the results; None keeps every column of strings, numbers or booleans.
+            resume: continue with the results in `output_dir`; False starts again.
+            shard_size: how many examples a shard has; every shard is a file.
             like: PEFs or a decomposition whose Fisher config and sketch are used instead of the analyzer's own, so that
                 `decomposition.transform` takes the result.
             progress: show a progress bar; None shows one unless `HF_HUB_DISABLE_PROGRESS_BARS` is set.
-            on_error: what happens to an example for which the model gives NaN or infinite numbers: "raise" stops there,
-                "skip" leaves it out. Who was left out, and why, is in `info["skipped"]` and in manifest.json, and a
-                warning says how many.
-            text_column: what is read: a column of texts, conversations or lists of words; "translation.en" reaches into
-                a column of dictionaries. None: found by names and contents (docs/datasets.md), or an error says why
-                not. What was read is in `info["dataset"]["encoded"]`.
-            text_pair_column: the second text of a pair; with multiple choice, the column of choices.
-            label_column: classes, numbers or tags; with positions="labels", the text that a language model is to
-                predict. None: `label` or `labels`.
-            truncation: cut examples that are too long; by default they are refused. How many were cut is in
+            on_error: what happens to an example for which the model gives NaN or infinite numbers: "raise" stops,
+                "skip" leaves the example out. The skipped examples and the reasons are in `info["skipped"]` and in
+                manifest.json, and a warning says how many there are.
+            text_column: the column to read: texts, conversations or lists of words; "translation.en" is an entry of a
+                column of dictionaries. By default it is found by names and contents (docs/datasets.md); if that is not
+                possible, an error says why. The record of what was read is in `info["dataset"]["encoded"]`.
+            text_pair_column: the column with the second text of a pair; for multiple choice, the column of choices.
+            label_column: the column of classes, numbers or tags; with positions="labels", the text that a language
+                model should predict. By default `label` or `labels`.
+            truncation: cut examples that are too long; by default they raise an error. The number of cut examples is in
                 `info["dataset"]["truncated"]`.
-            max_length: the most tokens of an example with truncation; None: the model's positions.
-            check_weights: refuse to go on with PEFs of other weights than the model has now.
+            max_length: the most tokens of an example with truncation; by default the model's maximum.
+            check_weights: raise an error if `output_dir` has PEFs that were made with other weights than the model has
+                now.
 
         Returns:
             PEFs in the data set's order.
 
         Raises:
             ValueError: if the data is empty, cannot be encoded or is too long for the model; if it is not clear which
-                columns to read, or one that was asked for is missing; if the config asks for
-                what the model does not have; if the model gives NaN (the examples are named); if `like` is of rows
-                made elsewhere.
+                columns to read, or a named column is missing; if the config does not fit the model; if the model gives
+                NaN (the examples are named); if the rows of `like` were not made by hf_npeff.
             UnsupportedModelError: if the model has no logits or uses a module in a way that hooks do not see.
-            IncompatibleSketchError: if `output_dir` holds PEFs of another model, config or data set, or the model does
+            IncompatibleSketchError: if `output_dir` has PEFs of another model, config or data set, or the model does
                 not have the parameters of `like`.
-            IncompatibleWeightsError: if `output_dir` holds PEFs of other weights: the model was trained, merged or
-                edited since, or other adapters are active.
+            IncompatibleWeightsError: if `output_dir` has PEFs of other weights, because the model was trained, merged
+                or edited since then, or other adapters are active.
         """
         folder = None if output_dir is None else Path(output_dir)
         shown = progress_wanted() if progress is None else progress
@@ -134,7 +134,7 @@ class FisherModel(AnalysedModel):
             request.check_in_step()
         processes = self.processes()
         if processes.count > 1 and request.output_dir is None:
-            raise ValueError("with several processes PEFs are gathered on disk: pass output_dir")
+            raise ValueError("several processes gather their PEFs on disk: pass output_dir")
         limits = ModelLimits.of(self.model, needs_labels=self.fisher.positions == "labels")
         hashed = dataset_hash(limits.checked(examples))
         about = {"examples": len(examples), "hash": hashed, "encoded": examples.encoded.to_dict()}
@@ -164,18 +164,18 @@ class FisherModel(AnalysedModel):
         max_examples: int | None = None,
         **reading: Any,
     ) -> Estimate:
-        """What an analysis will cost, without running anything; print it.
+        """Estimate the cost of an analysis without running the model; print the result.
 
         Args:
-            dataset: what `compute_pefs` would get, or a number of examples.
-            tokens: the number of tokens of an example; by default the mean of the first 256, or 128 where there is
-                only a number.
-            n_components: r.
-            max_examples: only the first ones.
+            dataset: the data set for `compute_pefs`, or a number of examples.
+            tokens: the number of tokens of an example; by default the mean of the first 256 examples, or 128 if only a
+                number of examples is given.
+            n_components: the number of components, r.
+            max_examples: use only this many examples, the first ones.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
 
         Raises:
-            ValueError: if the data is empty or cannot be encoded, or it is not clear what to read.
+            ValueError: if the data is empty or cannot be encoded, or it is not clear which columns to read.
         """
         n, choices = dataset if isinstance(dataset, int) else 0, None
         if not isinstance(dataset, int):
@@ -210,7 +210,7 @@ class FisherModel(AnalysedModel):
         )
 
     def _outputs_of_head(self, config: Any) -> int:
-        """The numbers that the head gives for an example, as far as they are known."""
+        """The number of outputs of the head for an example, if it is known."""
         if traits_of(self.head).embeds:
             return int(getattr(self.head, "size", None) or getattr(config, "hidden_size", None) or 1)
         return int(getattr(config, "num_labels", 1))

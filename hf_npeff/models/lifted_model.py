@@ -1,4 +1,4 @@
-"""LiftedModel: components of a model as directions in its weights, and as shares of tokens."""
+"""LiftedModel: components of a model as directions in its weights, and contributions of tokens."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ from hf_npeff.weights.sparing import second_moments, spared
 from hf_npeff.weights.token_alignments import TokenAlignment, token_alignments
 
 _LIFTED_TOGETHER = 4
-"""Components that share forward passes in `lift_each`. Chosen: each holds a copy of all analysed weights meanwhile."""
+"""How many components share forward passes in `lift_each`. Chosen: each needs memory for a copy of all analysed
+weights."""
 
 
 class LiftedModel(MovableModel):
-    """A model to whose weights and tokens components are taken back."""
+    """The part of `NPEFFAnalyzer` that lifts components to weights and assigns them to tokens."""
 
     def lift(
         self,
@@ -57,42 +58,44 @@ class LiftedModel(MovableModel):
         keep: Any = LiftRequest.keep,
         memory_budget: int | None = LiftRequest.memory_budget,
     ) -> Any:
-        """Components as directions in the parameters.
+        """Lift components: turn them into directions in the weights.
 
         Args:
             decomposition: the decomposition of `pefs`.
-            components: a number, or several, which share the forward passes.
-            pefs: those that were decomposed.
-            dataset: the one they came from, in any order; ids and contents are compared.
+            components: the number of a component, or a list of numbers, which share the forward passes.
+            pefs: the PEFs that were decomposed.
+            dataset: the dataset of the PEFs, in any order; ids and contents are compared.
             method: "exact" (one backward pass with the stored cotangents), "adjoint" (Pᵀg, noisy) or
                 "compressed_sensing" (the sparse direction whose sketch is g).
-            top_examples: exact lifting from the examples with the largest coefficients only.
-            form: the form of a balanced decomposition: "plain", the combination of unscaled rows, or "metric", that
-                times D², steepest in the balanced metric and the more selective by measurement; "auto" takes it.
-            semi_orthogonal: first take out of g its projection on the components nearly orthogonal to it.
-            solver: the algorithm of compressed sensing: iterative hard thresholding ("iht") or "fista".
-            batch_size: examples of a forward pass.
-            check_weights: refuse PEFs and decompositions of other weights than the model has now.
-            selective: the direction (O + λI)⁻¹ g, which moves the component most for what it does to the examples on
-                which it is not active. None does so where there are such examples, else warns and lifts g itself, and
-                stays with g for other methods than "exact", `top_examples` and `semi_orthogonal`; False gives g.
-            ridge: λ as a share of the largest eigenvalue of O; "auto" cross-validates it on the examples to be left
-                alone, in the sketch.
-            keep: PEFs of other data with the same sketch and weights, which are to be left alone too
+            top_examples: lift from only this many examples, those with the largest coefficients; for the exact method.
+            form: how a component of a balanced decomposition is read: "plain", the combination of unscaled rows, or
+                "metric", that times D², which is steepest in the balanced metric and was more selective when measured.
+                "auto" is "metric".
+            semi_orthogonal: first subtract from g its projection on the components that are nearly orthogonal to it.
+            solver: the solver for compressed sensing: iterative hard thresholding ("iht") or "fista".
+            batch_size: how many examples a forward pass takes.
+            check_weights: raise an error if the PEFs or the decomposition were made with other weights than the model
+                has now.
+            selective: use the direction (O + λI)⁻¹ g, which has the largest effect on the component's examples for a
+                given effect on the examples on which it is not active. False uses g itself. None is selective if there
+                are examples to leave alone, and otherwise warns and uses g; with methods other than "exact", with
+                `top_examples` or `semi_orthogonal` it uses g.
+            ridge: λ as a share of the largest eigenvalue of O; "auto" chooses it by cross-validation over the examples,
+                in the sketch.
+            keep: PEFs of other data that should be left alone too, with the same sketch and weights
                 (`compute_pefs(other, like=pefs)`).
-            memory_budget: bytes for solving; with less than the span of all rows needs, its leading part is used, and
-                `info["captured"]` says how much of the rows that is.
+            memory_budget: bytes that may be used to solve. If the span of all rows needs more, only its leading part is
+                used, and `info["captured"]` says how much of the rows this is.
 
         Returns:
-            A unit `ParameterDirection`, or a list of them where several components were asked for. `info` holds the
-            method, the estimated cosine (the sketch of the direction against g) and, with `top_examples`, the share of
-            the combination's weight that these carry.
+            A unit `ParameterDirection`, or a list of them for several components. `info` has the method, the estimated
+            cosine (of the direction's sketch with g) and, with `top_examples`, their share of the combination's weight.
 
         Raises:
             IndexError: if a component does not exist.
-            IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
-            IncompatibleWeightsError: if the model's weights have changed since.
-            ValueError: if the dataset or the PEFs are others than were decomposed, the decomposition is far from
+            IncompatibleSketchError: if the PEFs, the decomposition and the model do not fit together.
+            IncompatibleWeightsError: if the model's weights have changed since then.
+            ValueError: if the dataset or the PEFs are not those that were decomposed, the decomposition is far from
                 converged, or an argument is out of range.
         """
         request = LiftRequest(
@@ -121,7 +124,7 @@ class LiftedModel(MovableModel):
         dataset: Any,
         **settings: Any,
     ) -> Iterator[tuple[int, ParameterDirection]]:
-        """`lift` for many components, a few at a time: each takes the memory of all analysed weights.
+        """`lift` for many components, a few at a time, because each needs the memory of all analysed weights.
 
         Yields:
             A component's number and its direction, in the order of `components`.
@@ -162,34 +165,35 @@ class LiftedModel(MovableModel):
         max_examples: int | None = None,
         **reading: Any,
     ) -> Any:
-        """A change that keeps most of another, and leaves what layers give on a data set as it is.
+        """The change that keeps most of another change and leaves the outputs of layers on a data set alone.
 
-        What a change adds behind a linear map is δx. The one that is returned maximises ⟨δ₀, δ⟩² over the mean of ‖δx‖²
-        on the tokens of the data set: δ₀ (C + λ diag C)⁻¹ with C their second moments. A selective direction leaves
-        predictions alone as long as KL is a square of the step; this holds at steps that move others by nats.
+        A change adds δx to the output of a linear map. The returned change maximises ⟨δ₀, δ⟩² over the mean of ‖δx‖² on
+        the tokens of the data set: it is δ₀ (C + λ diag C)⁻¹ with C their second moments. A selective direction leaves
+        predictions alone only while KL is quadratic in the step; this change also does for long steps.
 
         Args:
-            change: from `lift`, `lift_examples` or `edit`, of linear maps alone; or several, over the same weights,
-                which share the forward passes.
-            dataset: what is to be spared: one forward pass over it, and no PEFs.
-            decomposition: the decomposition of the data set, whose components the changes are: then each spares the
-                examples on which its component is not active. None spares all examples: give none that are to move.
+            change: a change of linear maps from `lift`, `lift_examples` or `edit`; or several changes of the same
+                weights, which share the forward passes.
+            dataset: the data to spare; this takes one forward pass over it, and no PEFs.
+            decomposition: the decomposition of the data set, if the changes are its components. Each change then spares
+                the examples on which its component is not active. None spares all examples, so the data set must not
+                contain examples that should move.
             ridge: λ.
-            rank: what every weight's change is cut to, losing the least in that metric, not in the weights'; a LoRA of
-                that rank then holds it whole. Of several changes, one for all or one each.
-            batch_size: examples of a forward pass.
-            max_examples: only the first ones.
+            rank: the rank to which every weight's change is truncated, where that disturbs the spared data least; a
+                LoRA of that rank then holds it exactly. For several changes, one rank for all or one for each.
+            batch_size: how many examples a forward pass takes.
+            max_examples: use only this many examples, the first ones.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
 
         Returns:
-            A unit direction, whatever length the change had, or a list of them where several were given.
-            `info["spared"]` holds examples, tokens, ridge and rank, the cosine with the change, and what of the
-            disturbance is left at equal length.
+            A direction of unit norm, or a list of directions for several changes. `info["spared"]` has examples,
+            tokens, ridge and rank, the cosine with the change, and the share of the disturbance that is left at equal
+            length.
 
         Raises:
-            UnsupportedModelError: if a change moves anything but weights of linear maps.
-            ValueError: if an argument is out of range, the model or the data set is another one, changes are over
-                different weights, one is of no component of the decomposition, or nothing is left to be spared.
+            UnsupportedModelError: if a change affects anything other than weights of linear maps.
+            ValueError: if an argument is out of range, the model or the data set does not fit, changes are of different
+                weights, one does not belong to a component of the decomposition, or there is nothing to spare.
         """
         request = SpareRequest(ridge=ridge, rank=rank, batch_size=batch_size)
         changes = [change] if isinstance(change, ParameterDirection) else list(change)
@@ -200,7 +204,7 @@ class LiftedModel(MovableModel):
         for each in changes:
             self.check_movable(each, in_place=False)
         examples, left_out = self._to_be_spared(changes, dataset, decomposition, max_examples, Reading(**reading))
-        with self.forward_pass() as forward, working("reading what is to be spared", len(examples)):
+        with self.forward_pass() as forward, working("reading the data to spare", len(examples)):
             sets = second_moments(forward, examples, deltas[0], batch_size, left_out)
         made = []
         sets = sets if len(sets) > 1 else sets * len(changes)
@@ -219,18 +223,20 @@ class LiftedModel(MovableModel):
         max_examples: int | None,
         reading: Reading,
     ) -> tuple[list[Example], Tensor | None]:
-        """Examples, and (n, b) which of them each change does not spare; None where all are spared by all."""
+        """The examples, and (n, b) which of them each change does not spare; None if all changes spare all examples."""
         if decomposition is None:
             return self._checked(self.read(dataset, reading, max_examples=max_examples)), None
         if max_examples is not None or reading != Reading():
-            raise ValueError("with decomposition= the data set is read whole, and as it was analysed")
+            raise ValueError("with decomposition= the whole data set is read, as it was analysed")
         if unknown := [repr(each) for each in changes if "component" not in each.info]:
-            raise ValueError(f"{unknown[0]} is of no component, so it is not known which examples it is to spare")
+            raise ValueError(
+                f"{unknown[0]} does not belong to a component, so it is not known which examples it should spare"
+            )
         components = [decomposition.index_of(each.info["component"]) for each in changes]
         active = active_examples(decomposition.coefficients)[:, components]
         if bool(active.all(0).any()):
             busy = [j for j, all_active in zip(components, active.all(0).tolist(), strict=True) if all_active]
-            raise ValueError(f"the components {busy} are active on all examples, so that none is left to be spared")
+            raise ValueError(f"the components {busy} are active on all examples, so there are no examples to spare")
         return self.examples_of(decomposition, dataset), active
 
     def token_alignments(
@@ -244,28 +250,29 @@ class LiftedModel(MovableModel):
         batch_size: int = BATCH_SIZE,
         check_weights: bool = LiftRequest.check_weights,
     ) -> list[TokenAlignment]:
-        """How much each token of a component's top examples contributes to their alignment with it, exactly.
+        """The exact contribution of each token of a component's top examples to their alignment with the component.
 
-        One forward and one backward pass for every example and component, with the stored cotangents.
+        This takes one forward and one backward pass for every example and component, with the stored cotangents.
 
         Args:
             decomposition: the decomposition of `pefs`.
-            pefs: those that were decomposed.
-            dataset: the one they came from, in any order; ids and contents are compared.
-            components: their numbers; None takes all.
-            n_top: top examples of each, as `Component.top_examples` gives them; those with a coefficient of zero are
-                left out.
-            batch_size: examples of a forward pass.
-            check_weights: refuse PEFs and decompositions of other weights than the model has now.
+            pefs: the PEFs that were decomposed.
+            dataset: the dataset of the PEFs, in any order; ids and contents are compared.
+            components: the numbers of the components; None means all.
+            n_top: how many top examples of each component, from `Component.top_examples`; examples with a coefficient
+                of zero are left out.
+            batch_size: how many examples a forward pass takes.
+            check_weights: raise an error if the PEFs or the decomposition were made with other weights than the model
+                has now.
 
         Returns:
-            One for every component and top example, for `Decomposition.to_html(alignments=…)`.
+            A `TokenAlignment` for every component and top example, for `Decomposition.to_html(alignments=…)`.
 
         Raises:
             IndexError: if a component does not exist.
-            IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
-            IncompatibleWeightsError: if the model's weights have changed since.
-            ValueError: if the dataset or the PEFs are others than were decomposed, or a number is below 1.
+            IncompatibleSketchError: if the PEFs, the decomposition and the model do not fit together.
+            IncompatibleWeightsError: if the model's weights have changed since then.
+            ValueError: if the dataset or the PEFs are not those that were decomposed, or a number is below 1.
         """
         if min(n_top, batch_size) < 1:
             raise ValueError(f"n_top and batch_size must be at least 1, but they are {n_top} and {batch_size}")

@@ -1,4 +1,4 @@
-"""MeasuredModel: what a weight change does to the predictions of a model."""
+"""MeasuredModel: the effects of a weight change on the predictions of a model."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ from hf_npeff.weights.trials import evaluate, evaluate_together, examples_read
 _Self = TypeVar("_Self", bound="MeasuredModel")
 
 _MEASURED_TOGETHER = 32
-"""Adapters whose searches take turns. Chosen: each is held twice meanwhile, beside a random one of its size."""
+"""How many adapters are searched together. Chosen: each is in memory twice meanwhile, beside a random one of its
+size."""
 
 
 class MeasuredModel(FisherModel, AdaptedModel):
-    """A model on which directions, adapters and edits are measured."""
+    """The part of `NPEFFAnalyzer` that measures directions, adapters and edits."""
 
     def evaluate_direction(
         self,
@@ -57,35 +58,35 @@ class MeasuredModel(FisherModel, AdaptedModel):
         held_out: Any = None,
         by: str | None = None,
     ) -> PerturbationReport:
-        """What moving the parameters along a direction does to a component's top examples and to others.
+        """Measure the effect of moving the weights along a direction on a component's top examples and on others.
 
         Args:
-            direction: from `lift`, or an adapter of linear maps, whose scale of 1 is the adapter as it is.
-            decomposition: whose component is followed.
-            component: its number.
-            dataset: the one that was analysed, in any order.
-            target_kl: mean KL on the top examples (nats) that each sign's step is to reach.
-            scale: a given step instead.
-            n_top: top examples.
-            n_others: others, drawn from the examples on which the component is not active.
-            batch_size: examples of a forward pass.
-            seed: the seed of the drawing, the random direction, the search and the bootstrap.
+            direction: a direction from `lift`, or an adapter of linear maps, which a scale of 1 applies as it is.
+            decomposition: the decomposition.
+            component: the number of the component.
+            dataset: the analysed dataset, in any order.
+            target_kl: the mean KL on the component's top examples, in nats, that the step has to reach, for each sign.
+            scale: use this step instead of searching for one that reaches `target_kl`.
+            n_top: how many of the component's top examples to measure.
+            n_others: how many other examples to measure, drawn from those on which the component is not active.
+            batch_size: how many examples a forward pass takes.
+            seed: the seed for drawing examples, the random direction, the search and the bootstrap.
             search_rounds: rounds of a search for inputs that the best step moves although they are not the component's,
-                from the most moved of the others: see `off_target`. 0 searches for none.
-            held_out: other data, never analysed, on which the best step is measured too: see `measure`.
-            by: a column of that data whose values make groups.
+                starting from the most moved of the others; see `off_target`. 0 makes no search.
+            held_out: other data, which was not analysed; the best step is measured on it too, see `measure`.
+            by: a column of `held_out`; examples with the same value in it are measured as a group.
 
         Returns:
-            KL on both, their ratio with a bootstrap interval, flips, accuracy where there are labels (of regression the
-            errors, and no flips), answers that changed, for the more selective sign, the other, and a random direction
-            of equal norm.
+            KL on both groups, their ratio with a bootstrap interval, flips, accuracy if there are labels (for
+            regression errors, and no flips) and changed answers, for the more selective sign, the other sign, and a
+            random direction of equal norm.
 
         Raises:
             IndexError: if the component does not exist.
-            UnsupportedModelError: if the model's weights are sharded over processes, and the direction moves more than
-                those of linear maps; or if an adapter stores what a norm becomes.
+            UnsupportedModelError: if the model's weights are sharded over processes, and the direction affects more
+                than linear maps; or if an adapter stores the new value of a norm.
             ValueError: if an argument is out of range, the dataset or model does not fit, or a search is wanted and the
-                inputs are no sequences of tokens.
+                inputs are not sequences of tokens.
         """
         request = PerturbationRequest(
             target_kl=target_kl,
@@ -102,7 +103,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         analyzer = self._predicting_as(decomposition)
         examples = analyzer.examples_of(decomposition, dataset)
         if held_out is None and by is not None:
-            raise ValueError(f"by={by!r} is a column of held_out, which is not given")
+            raise ValueError(f"by={by!r} is for a column of held_out: pass held_out too")
         others = None if held_out is None else analyzer._measurable(analyzer.read(held_out, Reading()), by)
         with analyzer.forward_pass() as forward:
             report = evaluate(forward, direction, decomposition, component, examples, request)
@@ -114,7 +115,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
 
     def _predicting_as(self: _Self, decomposition: Decomposition) -> _Self:
         """An analyzer that predicts at the positions where the decomposition's examples were analysed."""
-        made_elsewhere = decomposition.info.get("sketch") is None  # no positions are known of such rows
+        made_elsewhere = decomposition.info.get("sketch") is None  # such rows have no known positions
         if made_elsewhere or decomposition.fisher_config.positions == self.fisher.positions:
             return self
         return self.for_decomposition(decomposition)
@@ -130,23 +131,23 @@ class MeasuredModel(FisherModel, AdaptedModel):
         lift: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> list[PerturbationReport]:
-        """What moving the parameters along several components does, kept in `decomposition.evaluations`.
+        """Measure the effects of several components; reports are also stored in `decomposition.evaluations`.
 
-        All of them are lifted as adapters of one rank, and measured in shared forward passes (`lift_adapters`,
-        `evaluate_adapters`). Where components move more than linear maps, or another method lifts them, every
-        component is lifted and measured by itself, whole.
+        All are lifted as adapters of one rank and measured in shared forward passes (`lift_adapters`,
+        `evaluate_adapters`). If components affect more than linear maps, or another method lifts them, each component's
+        whole direction is lifted and measured separately.
 
         Args:
-            decomposition: of `pefs`.
-            pefs: those that were decomposed.
-            dataset: the one they came from.
-            components: their numbers; None takes all.
-            rank: of the adapters that are measured; None measures whole directions, one after another.
-            lift: arguments of `lift`, `check_weights` among them.
-            **settings: arguments of `evaluate_direction`.
+            decomposition: the decomposition of `pefs`.
+            pefs: the PEFs that were decomposed.
+            dataset: the dataset of the PEFs.
+            components: the numbers of the components; None means all.
+            rank: the rank of the measured adapters; None measures whole directions, one after another.
+            lift: arguments for `lift`, including `check_weights`.
+            **settings: arguments for `evaluate_direction`.
 
         Returns:
-            A report a component, in order.
+            A report for each component, in order.
         """
         wanted = select(decomposition, range(len(decomposition)) if components is None else components)
         request, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
@@ -167,7 +168,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         return reports
 
     def _moves_linear_maps(self) -> bool:
-        """Whether components change linear maps alone, so that all can be lifted and measured together."""
+        """Whether components affect only linear maps, so that all can be lifted and measured together."""
         return set(layouts_of(self.model, self.shapes).values()) <= {"linear", "conv1d"}
 
     def evaluate_adapters(
@@ -180,29 +181,29 @@ class MeasuredModel(FisherModel, AdaptedModel):
     ) -> list[PerturbationReport]:
         """`evaluate_direction` for adapters of components, in shared forward passes.
 
-        Component, sign and scale differ from example to example of a batch, and no weight is touched, so the model may
-        be quantised, offloaded or sharded. Reports are kept in `decomposition.evaluations`.
+        The examples of a batch may have different components, signs and scales. No weight is touched, so the model may
+        be quantised, offloaded or sharded. Reports are also stored in `decomposition.evaluations`.
 
         Args:
-            adapters: from `lift_adapters`; a step of 1 is an adapter as it is.
-            decomposition: whose components they are.
-            dataset: the one that was analysed, in any order.
-            pefs: those that were decomposed, which predict the first steps to try; None tries short ones first.
-            **settings: arguments of `evaluate_direction`, but for `held_out` and `by`.
+            adapters: adapters from `lift_adapters`; a step of 1 applies an adapter as it is.
+            decomposition: the decomposition of the components.
+            dataset: the analysed dataset, in any order.
+            pefs: the PEFs that were decomposed, which predict the first steps to try; None starts with short steps.
+            **settings: arguments for `evaluate_direction`, except `held_out` and `by`.
 
         Returns:
-            A report an adapter, in order.
+            A report for each adapter, in order.
 
         Raises:
             IndexError: if the decomposition has no such component.
-            UnsupportedModelError: if an adapter changes anything but linear maps.
-            ValueError: if an adapter is of no component, an argument is out of range, or the dataset or model does not
-                fit.
+            UnsupportedModelError: if an adapter changes anything other than linear maps.
+            ValueError: if an adapter does not belong to a component, an argument is out of range, or the dataset or
+                model does not fit.
         """
         request = PerturbationRequest(**settings)
         numbers = [None if adapter.about is None else adapter.about.component for adapter in adapters]
         if not numbers or None in numbers:
-            raise ValueError("evaluate_adapters takes adapters of components, as lift_adapters makes them")
+            raise ValueError("evaluate_adapters needs adapters of components, as lift_adapters makes them")
         components = [decomposition.index_of(j) for j in numbers if j is not None]
         self.check_movable(adapters[0], in_place=False)
         analyzer = self._predicting_as(decomposition)
@@ -218,7 +219,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         pefs: PEFs | None,
         request: PerturbationRequest,
     ) -> list[PerturbationReport]:
-        """`evaluate_adapters` for examples that are encoded already."""
+        """`evaluate_adapters` for examples that are already encoded."""
         changes = [adapter.linear_deltas() for adapter in adapters]
         rows = None if pefs is None else (pefs.sketch(), pefs)
         reports: list[PerturbationReport] = []
@@ -245,7 +246,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         examples: Sequence[Example],
         request: PerturbationRequest,
     ) -> PerturbationReport:
-        """The report with what a search finds from its other examples, where one is asked for."""
+        """The report with the result of the off-target search, if one is asked for."""
         if not request.search_rounds:
             return report
         pool = [examples[i] for i in report.other_examples]
@@ -263,7 +264,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         request: OffTargetRequest,
         whose: tuple[Decomposition, int] | None,
     ) -> OffTarget:
-        """A change on a pool that it is not meant for, and what a search from it ends at."""
+        """Measure a change on a pool that it was not meant for, and search for worse inputs."""
         decode = getattr(self.processing_class, "decode", None)
         special = getattr(self.processing_class, "all_special_ids", ())
         told = "searching for inputs off target" if request.rounds else "measuring inputs off target"
@@ -291,38 +292,38 @@ class MeasuredModel(FisherModel, AdaptedModel):
         seed: int = MeasureRequest.seed,
         **reading: Any,
     ) -> Measurement:
-        """What a weight change does to any data, analysed or not: its certificate.
+        """Measure the effects of a weight change on any data, analysed or not.
 
-        A change of linear maps is added in the activations, so that weights may be quantised, offloaded or sharded;
-        a direction that moves something else moves the weights, and brings them back bit for bit.
+        A change of linear maps is added in the activations, so weights may be quantised, offloaded or sharded. Any
+        other direction changes the weights, which are restored bit for bit.
 
         Args:
             change: a direction, or an adapter of linear maps.
             dataset: anything that `compute_pefs` takes.
-            scales: steps along the change; 1 for an adapter or an edit as it is.
-            ranks: what every weight's change is cut to; None is the change as it is.
-            by: a column whose values make groups, beside that of all examples.
-            both_signs: measure every scale backwards too.
-            random: measure a random change of equal norm at every size.
-            quantise: grids of 8 and 4 bits, "int8", "Q8_0", "Q4_0" and "nf4" (see `weights.requantised`), to which the
-                weights of the linear maps are rounded meanwhile: what the change then does as an adapter beside them,
-                and merged into them before they are rounded, each against the rounded base model.
+            scales: steps along the change; 1 applies an adapter or an edit as it is.
+            ranks: ranks to which every weight's change is truncated; None leaves the change as it is.
+            by: a column; examples with the same value in it are measured as a group, beside all examples.
+            both_signs: measure the opposite sign of every scale too.
+            random: measure a random change of equal norm at every scale too.
+            quantise: number formats of 8 and 4 bits, "int8", "Q8_0", "Q4_0" and "nf4" (see `weights.requantised`), to
+                which the weights of the linear maps are rounded. The change is then measured as an adapter beside the
+                rounded model, and merged into it before rounding, each compared with the rounded base model.
             worst: how many of the most changed examples of every group are named.
-            batch_size: examples of a forward pass.
-            max_examples: only the first ones.
+            batch_size: how many examples a forward pass takes.
+            max_examples: use only this many examples, the first ones.
             seed: the seed of the random change and the bootstrap.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
 
         Returns:
-            KL with quantiles, answers changed, share of each answer, and, where a column `label` or `labels` tells what
-            is right, accuracy and loss, or the error of a regression, before and after, of every group at every step.
+            For every group at every step: KL with quantiles, changed answers and the share of each answer; if there is
+            a column `label` or `labels`, also accuracy and loss, or the error of a regression, before and after.
 
         Raises:
-            UnsupportedModelError: if an adapter, a direction to be cut to a rank, or a change of sharded weights is not
-                one of linear maps alone; if `quantise` is given and weights are quantised, offloaded or sharded, or the
-                change is not one of linear maps alone.
+            UnsupportedModelError: if an adapter, a direction that is truncated, or a change of sharded weights affects
+                more than linear maps; if `quantise` is given, and weights are quantised, offloaded or sharded, or the
+                change affects more than linear maps.
             ValueError: if an argument is out of range, there is no column `by`, the model differs from that of the
-                change, or a grid does not fit a weight.
+                change, or a number format does not fit a weight.
         """
         request = MeasureRequest(
             scales=tuple(scales),
@@ -340,7 +341,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         return self._measured(change, self._measurable(read, by), request)
 
     def _measurable(self, read: Examples, by: str | None) -> tuple[Sequence[Example], Examples]:
-        """Data as read, that fit the model and have the column of the groups."""
+        """The data, after checking that they fit the model and have the column of the groups."""
         examples = self._checked(read)
         check_groups(examples, by)
         return examples, read
@@ -369,32 +370,34 @@ class MeasuredModel(FisherModel, AdaptedModel):
         max_examples: int | None = None,
         **reading: Any,
     ) -> OffTarget:
-        """The inputs that a change moves most although it was not meant for them: in a pool, and by a search from it.
+        """Find the inputs that a change moves most although it was not meant for them: in a pool, and by a search.
 
-        The search puts other tokens of the pool, one at a time, into the most moved inputs, and keeps what moves the
-        prediction more. It shows that such inputs exist, never that there are none worse.
+        The search replaces tokens in the most moved inputs, one at a time, by other tokens of the pool, and keeps a
+        replacement that moves the prediction more. It shows that such inputs exist, but not that there are no worse
+        ones.
 
         Args:
             change: a direction, or an adapter of linear maps.
             dataset: the pool: inputs that the change should leave alone.
-            scale: the step along the change; 1 for an adapter or an edit as it is.
-            decomposition: whose component the change is of: inputs on which it is active are no failure, neither in the
-                pool nor where the search ends. Their PEFs are computed for that.
-            component: its number.
+            scale: the step along the change; 1 applies an adapter or an edit as it is.
+            decomposition: the decomposition, if the change is one of its components. Inputs on which the component is
+                active do not count, neither in the pool nor in the result of the search. Their PEFs are computed for
+                this.
+            component: the number of the component.
             worst: how many of the most moved inputs of the pool are named.
-            rounds: rounds of the search; 0 measures the pool alone.
-            starts: inputs that the search begins with.
-            candidates: inputs that are tried in a round, for each that it began with.
-            batch_size: examples of a forward pass.
+            rounds: rounds of the search; 0 only measures the pool.
+            starts: how many inputs of the pool the search starts from, the most moved ones.
+            candidates: how many inputs a round tries for each of these.
+            batch_size: how many examples a forward pass takes.
             seed: the seed of the search.
-            max_examples: only the first ones.
+            max_examples: use only this many examples, the first ones.
             **reading: text_column, text_pair_column, label_column, truncation and max_length, as in `compute_pefs`.
 
         Raises:
-            IncompatibleSketchError: if the decomposition is of another model.
-            UnsupportedModelError: if an adapter, or a change of sharded weights, is not one of linear maps alone.
+            IncompatibleSketchError: if the decomposition belongs to another model.
+            UnsupportedModelError: if an adapter, or a change of sharded weights, affects more than linear maps.
             ValueError: if an argument is out of range, only one of `decomposition` and `component` is given, the
-                component is active on all inputs, or a search is wanted and the inputs are no sequences of tokens.
+                component is active on all inputs, or a search is wanted and the inputs are not sequences of tokens.
         """
         request = OffTargetRequest(
             scale=scale,
@@ -406,7 +409,9 @@ class MeasuredModel(FisherModel, AdaptedModel):
             seed=seed,
         )
         if (decomposition is None) != (component is None):
-            raise ValueError("decomposition and component go together: the second is a number in the first")
+            raise ValueError(
+                "decomposition and component go together: pass both, component being a number of the decomposition"
+            )
         self.check_movable(change, in_place=not is_linear(change))
         analyzer = self if decomposition is None else self._predicting_as(decomposition)
         pool = analyzer._checked(analyzer.read(dataset, Reading(**reading), max_examples=max_examples))
@@ -418,13 +423,13 @@ class MeasuredModel(FisherModel, AdaptedModel):
             pool = [example for example, is_own in zip(pool, own, strict=True) if not is_own]
             if not pool:
                 raise ValueError(
-                    f"component {component} is active on all inputs; give others that it should leave alone"
+                    f"component {component} is active on all inputs; use other inputs, which it should leave alone"
                 )
         whose = None if decomposition is None or component is None else (decomposition, component)
         return analyzer._search(change, pool, request, whose)
 
     def _active_on(self, decomposition: Decomposition, component: int, examples: Sequence[Example]) -> list[bool]:
-        """Whether a component is active; PEFs are computed of those inputs alone that were not analysed."""
+        """Whether a component is active on each input; PEFs are computed only for inputs that were not analysed."""
         analysed = active_examples(decomposition.coefficients)[:, component].tolist()
         known = dict(zip(decomposition.columns.get("content_hash", ()), analysed, strict=False))
         new = [example for example in examples if example.content not in known]

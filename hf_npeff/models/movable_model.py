@@ -1,4 +1,4 @@
-"""MovableModel: changes of a model's weights, as directions of its parameters, and whether they may be made."""
+"""MovableModel: changes of a model's weights as directions, and checks whether they may be applied."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _Self = TypeVar("_Self", bound="MovableModel")
 
 
 class MovableModel(AnalysedModel):
-    """A model whose weights are moved, by directions and adapters that were made for it."""
+    """A model whose weights are changed by directions and adapters that were made for it."""
 
     def direction_of(
         self, matrices: dict[str, Tensor], info: Mapping[str, Any], *, unit: bool = True
     ) -> ParameterDirection:
-        """What lifting found, as a direction in the parameters; the matrices are taken out of the dictionary.
+        """The result of lifting as a direction in the weights; the matrices are removed from the dictionary.
 
         Args:
             matrices: {parameter: (out, in)}.
-            info: what is kept with it, beside the `provenance` of the model; `weights`, where they are known already.
+            info: entries for the direction's `info`, beside the `provenance` of the model; `weights`, if already known.
             unit: False keeps its length.
         """
         maps = {m.parameter: m for m in self.maps}
         parameters = bare_parameters(self.model)
         deltas = {}
-        for name in list(matrices):  # one at a time: what is transposed is copied
+        for name in list(matrices):  # one at a time, because transposed matrices are copied
             value = matrices.pop(name)
             shaped = maps[name].as_weight(value) if name in maps else value.reshape(parameters[name].shape)
             deltas[name] = shaped.contiguous()
@@ -49,31 +49,31 @@ class MovableModel(AnalysedModel):
         return ParameterDirection(deltas, layouts_of(self.model, deltas), about, unit=unit)
 
     def info_of_change(self, parameters: Iterable[str], weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What a change of some parameters keeps of the model.
+        """The information on the model that a change of some parameters keeps.
 
         Args:
-            parameters: their names.
-            weights: which the model has, where that is known already.
+            parameters: the names of the parameters.
+            weights: the identity of the model's weights, if already known.
         """
         about = {**self.provenance(weights), "module": type(base_of(self.model)).__module__}
         return {**about, **tied_weights(self.model, parameters)}
 
     def check_movable(self, change: ParameterDirection | Adapter | None = None, *, in_place: bool = True) -> None:
-        """Refuse to move weights that are sharded, or those of another commit than the change's.
+        """Check that a change may be applied: the weights are not sharded, and the model is at the change's commit.
 
-        Warns where the weights are others than those that a direction was made with.
+        Warns if the weights differ from those with which a direction was made.
 
         Args:
             change: a direction or an adapter.
-            in_place: whether the weights themselves are to be moved.
+            in_place: whether the weights themselves are changed.
 
         Raises:
-            UnsupportedModelError: if they are sharded, and are to be moved in place.
+            UnsupportedModelError: if the weights are sharded and should be changed in place.
             ValueError: if the commits differ.
         """
         if in_place and self.fsdp.active:
             raise UnsupportedModelError(
-                "the model's weights are sharded over processes; load the whole model in one process to move them"
+                "the model's weights are sharded over processes; load the whole model in one process to change them"
             )
         info = {} if change is None else {**getattr(change, "config", {}), **change.info}
         made = info.get("revision")
@@ -87,7 +87,7 @@ class MovableModel(AnalysedModel):
             warn_of_other_weights(weights, self.weights(), "the change was made with other weights than the model has")
 
     def _checked(self, examples: Iterable[Example]) -> list[Example]:
-        """The examples of data that was not analysed.
+        """The examples of data that was not analysed, after checking them.
 
         Raises:
             ValueError: if the model cannot take one of them.
@@ -98,12 +98,12 @@ class MovableModel(AnalysedModel):
     def _opened(
         self: _Self, decomposition: Decomposition, pefs: PEFs, dataset: Any, check_weights: bool
     ) -> tuple[_Self, Decomposed]:
-        """An analyzer with the decomposition's sketch, and what it lifts components from.
+        """An analyzer with the decomposition's sketch, and the data for lifting components.
 
         Raises:
-            IncompatibleSketchError: if the PEFs, the decomposition and the model do not belong together.
-            IncompatibleWeightsError: if the model's weights have changed since, and are to be checked.
-            ValueError: if the dataset or the PEFs are others than were decomposed.
+            IncompatibleSketchError: if the PEFs, the decomposition and the model do not fit together.
+            IncompatibleWeightsError: if the model's weights have changed, and weights are checked.
+            ValueError: if the dataset or the PEFs are not those that were decomposed.
         """
         analyzer = self.for_decomposition(decomposition)
         weights = analyzer.weights_for(decomposition, pefs, check_weights)
@@ -113,35 +113,35 @@ class MovableModel(AnalysedModel):
         return analyzer, Decomposed(decomposition, pefs, examples, weights, analyzer._sketch)
 
     def check_predictions(self, pefs: PEFs, examples: Sequence[Example]) -> None:
-        """Refuse PEFs of a model that predicts something else now, although its weights are the same.
+        """Check on a few examples that the model still has the predictions stored with PEFs.
 
         Args:
-            pefs: whose cotangents are replayed.
-            examples: theirs, in their order.
+            pefs: the PEFs whose cotangents are sent back again.
+            examples: the examples of the PEFs, in their order.
 
         Raises:
-            IncompatibleWeightsError: if it predicts something else for a few of them.
+            IncompatibleWeightsError: if the predictions differ.
         """
         some = places_to_compare(len(pefs))
         stored = {name: None if (v := getattr(pefs, name)) is None else v[some] for name in STORED}
-        remedy = "Give the model back what it had, or compute PEFs with it as it is and decompose them."
+        remedy = "Restore the model as it was, or compute PEFs with the present model and decompose them."
         with self.forward_pass() as forward:
             check_predictions(forward, [examples[i] for i in some], stored, "these PEFs", remedy)
 
     def weights_for(self, decomposition: Decomposition, pefs: PEFs, check_weights: bool) -> dict[str, Any]:
-        """The model's weights, which must be those of PEFs and their decomposition where cotangents are replayed.
+        """The identity of the model's weights, after checking that they are those of PEFs and their decomposition.
 
         Args:
             decomposition: the decomposition of `pefs`.
-            pefs: whose cotangents are replayed.
-            check_weights: False compares nothing.
+            pefs: the PEFs whose cotangents are sent back again.
+            check_weights: False skips the check.
 
         Raises:
-            IncompatibleWeightsError: if they are others.
+            IncompatibleWeightsError: if the weights differ.
         """
         weights = self.weights()
         if check_weights:
-            remedy = "Give the model those weights again, or compute PEFs with those that it has and decompose them."
+            remedy = "Restore those weights, or compute PEFs with the present ones and decompose them."
             check_same_weights(pefs.info.get("weights"), weights, "these PEFs", remedy)
             check_same_weights(decomposition.info.get("weights"), weights, "the PEFs of this decomposition", remedy)
         return weights

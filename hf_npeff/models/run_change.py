@@ -1,4 +1,4 @@
-"""What changed between two points of a training run, from what was seen of a probe set at each."""
+"""What changed between two points of a training run, from a probe set that was analysed at both."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class RunPoint:
     """One point of a run.
 
     Attributes:
-        step: optimizer steps so far.
-        pefs: of the probe set.
-        decomposition: of them.
-        predictions: for the probe set.
+        step: the number of optimizer steps so far.
+        pefs: the PEFs of the probe set.
+        decomposition: the decomposition of the PEFs.
+        predictions: the predictions for the probe set.
     """
 
     step: int
@@ -35,15 +35,15 @@ class RunPoint:
 def seen_at(
     analyzer: FisherModel, step: int, pefs: PEFs, decomposition: Decomposition, examples: list[Example], size: int
 ) -> RunPoint:
-    """A point of a run, with what the model predicts now.
+    """A point of a run, with the model's present predictions.
 
     Args:
-        analyzer: the model as it is.
-        step: optimizer steps so far.
-        pefs: of the probe set.
-        decomposition: of them.
+        analyzer: an analyzer of the model as it is now.
+        step: the number of optimizer steps so far.
+        pefs: the PEFs of the probe set.
+        decomposition: the decomposition of the PEFs.
         examples: the probe set, in the order of the PEFs.
-        size: examples of a forward pass.
+        size: how many examples a forward pass takes.
     """
     with analyzer.forward_pass() as forward:
         return RunPoint(step, pefs, decomposition, predict(forward, examples, size))
@@ -54,14 +54,14 @@ def run_change(
 ) -> ChangeReport:
     """What changed from the first point of a run to the last, through the components of the first.
 
-    The weights of the first point are gone, so nothing is said of the change itself: no cosines, no norm.
+    The weights of the first point are gone, so the report has nothing on the change itself: no cosines, no norm.
 
     Args:
-        analyzer: the model.
-        first: the point that the change begins with.
-        last: the one that it ends with, of the same examples.
+        analyzer: an analyzer of the model.
+        first: the first point.
+        last: the last point, of the same examples.
         examples: the probe set, in the order of the PEFs.
-        resumed_at: the step of the checkpoint from which the run went on; 0 where it began anew.
+        resumed_at: the step of the checkpoint from which the run was resumed; 0 if it was not.
     """
     encoded = Encoded.of(first.pefs.info)
     truth = [None] * len(examples) if encoded is None else analyzer.description.truth_of(examples, encoded)
@@ -75,7 +75,7 @@ def run_change(
     explained = explained_change(first.decomposition, first.pefs, None, watched, seen, grown, request, origin)
     if resumed_at:
         explained.notes.append(
-            f"the run was resumed from the checkpoint of step {resumed_at}, and earlier models are not at hand: what "
-            f"changed up to step {first.step} is not in this report"
+            f"the run was resumed from the checkpoint of step {resumed_at}, and earlier models are not available, so "
+            f"this report does not include changes up to step {first.step}"
         )
     return explained.report()

@@ -1,1 +1,1 @@
-"""What a PEF store holds and where it is kept."""
+"""Stores of PEFs, in memory and on disk."""

@@ -1,4 +1,4 @@
-"""Rows that were made elsewhere, checked before they become PEFs."""
+"""Rows that were not made by hf_npeff, checked before they become PEFs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def given_rows(
     """The tensors, columns and info of PEFs, from (n, c, d) or (n, d) rows; see `PEFs.from_factors`.
 
     Raises:
-        ValueError: if the rows or a column are not as they should be.
+        ValueError: if the rows or a column have a wrong shape, type or value.
     """
     columns = dict(columns)
     if rows.dim() == 2:

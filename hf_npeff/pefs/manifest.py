@@ -1,4 +1,4 @@
-"""What a PEF store says of itself, checked: nobody knows who wrote a folder, and everything below relies on it."""
+"""Checks of the description of a PEF store, because a folder may come from anybody and other code relies on it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _MAPPINGS = ("sketch", "selftest", "versions", "dataset")
 
 
 def check_info(info: Mapping[str, Any], path: Path) -> None:
-    """Refuse a description of PEFs whose entries are of other types than are written.
+    """Check that the entries of a description of PEFs have the right types.
 
     Raises:
-        CorruptStoreError: if they are.
-        FormatVersionError: if the Fisher config or the sketch was written by another version.
+        CorruptStoreError: if they do not.
+        FormatVersionError: if another version wrote the Fisher config or the sketch.
     """
     try:
         FisherConfig.from_dict(info["fisher"])
@@ -42,17 +42,17 @@ def check_info(info: Mapping[str, Any], path: Path) -> None:
 
 
 def check_width(info: Mapping[str, Any], d: int, folder: Path) -> None:
-    """Refuse rows of d numbers under the description of a sketch that makes another number of them."""
+    """Check that rows have as many numbers as the described sketch makes."""
     if info.get("sketch") is not None and Sketch.from_dict(info["sketch"]).dim != d:
-        raise CorruptStoreError(f"{folder}: the rows have {d} numbers, and not as many as the sketch makes")
+        raise CorruptStoreError(f"{folder}: the rows have {d} numbers, but the sketch makes another number")
 
 
 def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
-    """What a manifest says of a shard, or a CorruptStoreError.
+    """A manifest's entry of a shard, after checking it; raises a CorruptStoreError.
 
     Returns:
-        name; start: number of its first example; examples: how many it holds; covers: how many were looked at, more
-        where some were skipped; skipped: {id, reason} of each; sha256 and columns_sha256 of its files.
+        name; start: the number of its first example; examples: how many it has; covers: how many were read, which is
+        more if some were skipped; skipped: {id, reason} of each; sha256 and columns_sha256 of its files.
     """
     if not isinstance(entry, dict):
         raise CorruptStoreError(f"{folder}: the manifest names a shard {entry!r}")
@@ -65,14 +65,16 @@ def checked_entry(entry: Any, folder: Path) -> dict[str, Any]:
     counts = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**53 for x in (start, n, covers))
     if not counts or covers == 0 or covers - len(skipped) != n:
         raise CorruptStoreError(
-            f"{folder}: the manifest gives a shard start={start!r}, examples={n!r} and covers={covers!r}, which are no "
-            "whole numbers that fit together; compute the PEFs again"
+            f"{folder}: the manifest gives a shard start={start!r}, examples={n!r} and covers={covers!r}, which are "
+            "not whole numbers that fit together; compute the PEFs again"
         )
     if name != f"pefs-{start:05d}":
         raise CorruptStoreError(f"{folder}: the manifest names a shard {name!r}")
     checks = entry.get("checks", [])
     if not isinstance(checks, list) or not all(map(_is_check, checks)):
-        raise CorruptStoreError(f"{folder}: the manifest's checks of a shard are not readable; compute the PEFs again")
+        raise CorruptStoreError(
+            f"{folder}: the manifest's record of repeated checks of a shard cannot be read; compute the PEFs again"
+        )
     return {**entry, "covers": covers, "skipped": skipped}
 
 
@@ -104,13 +106,13 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], path: Path, *, finite: bool) -> None:
-    """Refuse tensors of other dimensions and types than are written, and NaN or infinite numbers."""
+    """Check the dimensions and types of tensors, and that they have no NaN or infinite numbers."""
     for name, t in tensors.items():
         types = (torch.float64,) if name == "norms" else (*_FLOATS, torch.int64) if name == "predictions" else _FLOATS
         if t.dim() not in _DIMS.get(name, ()) or t.dtype not in types or 0 in t.shape:
-            raise CorruptStoreError(f"{path} holds {name!r} as {t.dtype} {tuple(t.shape)}")
+            raise CorruptStoreError(f"{path} has {name!r} as {t.dtype} {tuple(t.shape)}")
     if not bool((torch.isfinite(tensors["norms"]) & (tensors["norms"] >= 0)).all()):
-        raise CorruptStoreError(f"{path}: norms are finite and not negative, but these are not")
+        raise CorruptStoreError(f"{path}: norms have to be finite and not negative, but these are not")
     parts = tensors["factors"].split(64)  # bounds the memory
     if finite and not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise CorruptStoreError(f"{path} holds rows that are not finite")
+        raise CorruptStoreError(f"{path} has rows that are not finite")

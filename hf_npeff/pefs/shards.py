@@ -130,14 +130,14 @@ class Shards:
 
 
 def read_store(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[dict[str, Tensor]], dict[str, list[Any]]]:
-    """What config.json of a finished store says, the tensors of its shards, memory-mapped, and the joined columns.
+    """Read a finished store: config.json, the memory-mapped tensors of its shards, and the joined columns.
 
     Args:
         folder: the folder of the store.
         verify: compare every shard's SHA-256, and look for NaN and infinite numbers (reads the whole store once).
 
     Returns:
-        config.json, with `skipped` where examples were, as the manifest has them; shards; columns.
+        config.json, with `skipped` from the manifest if examples were skipped; shards; columns.
 
     Raises:
         CorruptStoreError: if the store is unfinished, or files are missing or altered.
@@ -150,20 +150,20 @@ def read_store(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[dict
     if manifest.get("finished") is not True:
         raise CorruptStoreError(
             f"{folder} is not finished: run compute again with the same settings and this folder (hf-npeff compute, or "
-            "compute_pefs with output_dir), and it goes on where it stopped"
+            "compute_pefs with output_dir), and it continues where it stopped"
         )
     check_info(info, folder / "config.json")
     listed = manifest.get("shards")
     entries = [checked_entry(entry, folder) for entry in listed] if isinstance(listed, list) else []
     parts = [read_shard(folder, entry, verify=verify) for entry in entries if entry["examples"]]
     if not parts:
-        raise CorruptStoreError(f"{folder} holds no shard")
+        raise CorruptStoreError(f"{folder} has no shard")
     shards = [tensors for tensors, _ in parts]
     if (
         len({frozenset(s) for s in shards}) > 1
         or len({(s["factors"].shape[1:], s["factors"].dtype) for s in shards}) > 1
     ):
-        raise CorruptStoreError(f"{folder}: the shards hold different tensors")
+        raise CorruptStoreError(f"{folder}: the shards have different tensors")
     check_width(info, shards[0]["factors"].shape[-1], folder)
     skipped = checked_skipped(manifest.get("skipped", []), folder)
     info.pop("skipped", None)
@@ -186,14 +186,14 @@ def read_shard(
         if not path.is_file():
             raise CorruptStoreError(f"{path} is missing")
         if verify and sha256_of(path) != entry.get(key):
-            raise CorruptStoreError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
+            raise CorruptStoreError(f"{path} was altered: its SHA-256 differs from the manifest's")
     tensors = read_tensors(tensors_path)
     if {"factors", "norms"} - set(tensors) or any(t.dim() == 0 or len(t) != n for t in tensors.values()):
-        raise CorruptStoreError(f"{tensors_path} does not hold the {n} examples that the manifest names")
+        raise CorruptStoreError(f"{tensors_path} does not have the {n} examples of the manifest")
     check_tensors(tensors, tensors_path, finite=verify)
     columns = read_table(columns_path)
     if any(len(v) != n for v in columns.values()) or not all(isinstance(i, str) for i in columns.get(ID, [None])):
-        raise CorruptStoreError(f"{columns_path} does not hold the {n} examples that the manifest names")
+        raise CorruptStoreError(f"{columns_path} does not have the {n} examples of the manifest")
     return tensors, columns
 
 
@@ -237,8 +237,8 @@ class StoreWriter:
             self._check_same(read_json(existing))
         elif next(folder.glob("pefs-*"), None) is not None or (folder / "manifest.json").exists():
             raise CorruptStoreError(
-                f"{folder} holds shards, but no config.json to say of what; use another output_dir, or resume=False to "
-                "begin again"
+                f"{folder} has shards, but no config.json that describes them; use another output_dir, or resume=False "
+                "to start again"
             )
         elif write_info:
             write_json(existing, self.info)
@@ -251,8 +251,8 @@ class StoreWriter:
                     changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
                     old, new = {k: old.get(k) for k in changed}, {k: new.get(k) for k in changed}
                 raise IncompatibleSketchError(
-                    f"{self.folder} holds PEFs made with another {name}: {old!r} there, {new!r} now. Use another "
-                    "output_dir, or resume=False to begin again."
+                    f"{self.folder} has PEFs made with another {name}: {old!r} there, {new!r} now. Use another "
+                    "output_dir, or resume=False to start again."
                 )
 
     def _entry_path(self, start: int) -> Path:
@@ -347,7 +347,7 @@ class StoreWriter:
             entries.append(entries_by_start.pop(at))
             at += entries[-1]["covers"]
         if at != n:
-            raise CorruptStoreError(f"{self.folder}: the shards hold {at} of {n} examples without a gap")
+            raise CorruptStoreError(f"{self.folder}: the shards have only the first {at} of {n} examples without a gap")
         left_out = [*map(dict, skipped), *(example for entry in entries for example in entry["skipped"])]
         manifest = {
             "format_version": FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""PEFs: per-example Fishers as rows, with what is known of every example, in memory or memory-mapped from disk."""
+"""PEFs: per-example Fishers as rows, with data on every example, in memory or memory-mapped from disk."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ from hf_npeff.sharing.protocols import HasFingerprint
 
 
 class PEFs(Readable):
-    """Per-example Fishers of n examples.
+    """The PEFs (per-example Fisher matrices) of n examples.
 
     Attributes:
-        factors: (n, c, d), rows A of every example, scaled so that ‖AᵀA‖_F = 1; a zero PEF stays zero.
+        factors: (n, c, d), the rows A of every example, scaled so that ‖AᵀA‖_F = 1; a zero PEF stays zero.
         norms: (n,) float64, ‖AᵀA‖_F before scaling.
-        cotangents: (n, c, t, s), what was sent back from the output to make each row, before scaling; None for rows
-            made elsewhere. t terms (positions) an example, s the hidden size or the number of logits.
-        predictions: (n,) class, (n, t) classes of several terms (−1 where there is none), (n, k) of labels or values.
-        log_probs: (n,) or (n, t), of the predictions, in nats.
-        entropies: (n,) or (n, t), of the output distributions, in nats, where there are some.
-        example_ids: n strings.
-        columns: {name: list of n values} kept beside the rows.
-        info: model, commit, config, versions and sketch: what config.json holds.
-        sketch_error: measured relative error of inner products of PEFs, or None where it was not measured.
+        cotangents: (n, c, t, s), the vectors that were sent back from the output to compute each row, before scaling,
+            with t terms (positions) for each example, and s the hidden size or the number of logits. None for rows that
+            were not made by hf_npeff.
+        predictions: the predicted classes (n,), those of several terms (n, t) (−1 for missing terms), or predicted
+            labels or values (n, k).
+        log_probs: (n,) or (n, t), log-probabilities of the predictions, in nats.
+        entropies: (n,) or (n, t), entropies of the output distributions, in nats, if they have one.
+        example_ids: the ids of the examples, n strings.
+        columns: {name: list of n values} stored with the rows.
+        info: the content of config.json: model, commit, config, versions and sketch.
+        sketch_error: measured relative error of inner products of PEFs, or None if it was not measured.
         commit: the commit of the Hub repository that they were read from, or None.
 
     Example:
@@ -76,12 +78,13 @@ class PEFs(Readable):
 
     @classmethod
     def from_factors(cls, factors: Tensor, *, fingerprint: str | None = None, **columns: Any) -> PEFs:
-        """PEFs from rows made elsewhere.
+        """PEFs from your own rows.
 
         Args:
-            factors: (n, c, d), or (n, d) for one row an example; scaled here to unit Frobenius norm.
-            fingerprint: what the rows may be mixed with; by default a hash of d, so that any rows of one size may.
-            **columns: names to lists of n values; `example_ids` and `labels` may be among them.
+            factors: (n, c, d), or (n, d) for one row in each example; they are scaled to unit Frobenius norm.
+            fingerprint: PEFs can only be used together if their fingerprints are equal; by default a hash of d, so that
+                any rows of the same length can.
+            **columns: lists of n values by name; `example_ids` and `labels` may be among them.
 
         Raises:
             ValueError: if the rows are not finite numbers of shape (n, c, d), a column has another length, or two
@@ -99,7 +102,7 @@ class PEFs(Readable):
 
     @property
     def factors(self) -> Tensor:
-        """(n, c, d) rows of unit norm; the memory map itself where there is one shard, else joined in memory."""
+        """(n, c, d) rows of unit norm; the memory map itself if there is one shard, otherwise joined in memory."""
         return self._shards["factors"]
 
     @property
@@ -109,7 +112,7 @@ class PEFs(Readable):
 
     @property
     def cotangents(self) -> Tensor | None:
-        """(n, c, t, s), or None for rows made elsewhere."""
+        """(n, c, t, s), or None for rows that were not made by hf_npeff."""
         return self._optional("cotangents")
 
     @property
@@ -124,12 +127,12 @@ class PEFs(Readable):
 
     @property
     def entropies(self) -> Tensor | None:
-        """Of the output distributions, in nats."""
+        """Entropies of the output distributions, in nats."""
         return self._optional("entropies")
 
     @property
     def labels(self) -> list[Any] | None:
-        """The column that was read as labels, else `label` or `labels`, where one was kept."""
+        """The column that was read as labels, otherwise `label` or `labels`, if one was kept."""
         record = Encoded.of(self.info)
         if record is not None and record.label_column in self.columns:
             return self.columns[record.label_column]
@@ -137,12 +140,12 @@ class PEFs(Readable):
 
     @property
     def text_column(self) -> str | None:
-        """The column that shows an example to a person, or None; of a pair the first."""
+        """The column with the text of an example, or None; for a pair the first column."""
         return next(iter(shown_columns(self.columns, self.info)), None)
 
     @property
     def texts(self) -> list[str] | None:
-        """What shows each example to people; the texts of a pair have " | " between them. None where none was kept."""
+        """The text of each example; the texts of a pair have " | " between them. None if no texts were kept."""
         return shown_texts(self.columns, self.info)
 
     @property
@@ -152,12 +155,12 @@ class PEFs(Readable):
 
     @property
     def content_hashes(self) -> list[str] | None:
-        """Hashes of the encoded inputs, or None for rows made elsewhere."""
+        """Hashes of the encoded inputs, or None for rows that were not made by hf_npeff."""
         return self.columns.get("content_hash")
 
     @property
     def fingerprint(self) -> str:
-        """Of the sketch: rows of different fingerprints must never meet."""
+        """The fingerprint of the sketch; rows with different fingerprints cannot be used together."""
         return str(self.info["fingerprint"])
 
     @property
@@ -167,7 +170,7 @@ class PEFs(Readable):
 
     @property
     def config(self) -> FisherConfig:
-        """How the PEFs were made."""
+        """The Fisher config of the PEFs."""
         return FisherConfig.from_dict(self.info["fisher"])
 
     @property
@@ -187,31 +190,32 @@ class PEFs(Readable):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows."""
+        """The dtype of the rows."""
         return self._shards.parts[0]["factors"].dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """The device of the rows."""
         return self._shards.parts[0]["factors"].device
 
     def sketch(self) -> Sketch:
         """The sketch that made the rows, rebuilt.
 
         Raises:
-            ValueError: if the rows were made elsewhere.
+            ValueError: if the rows were not made by hf_npeff.
         """
         if self.info.get("sketch") is None:
-            raise ValueError("these rows were made elsewhere; there is no sketch to rebuild")
+            raise ValueError("these rows were not made by hf_npeff, so there is no sketch to rebuild")
         sketch = Sketch.from_dict(self.info["sketch"])
         if sketch.fingerprint != self.fingerprint:
             raise IncompatibleSketchError(
-                f"the sketch in config.json has the fingerprint {sketch.fingerprint}, the rows have {self.fingerprint}"
+                f"the sketch in config.json has the fingerprint {sketch.fingerprint}, but the rows have "
+                f"{self.fingerprint}"
             )
         return sketch
 
     def gram(self, i: int) -> Tensor:
-        """F_i = AᵀA (d×d) of one example, unit norm: for curiosity and for tests.
+        """F_i = AᵀA (d×d) of one example, of unit norm; only for small d.
 
         Raises:
             IndexError: if there is no such example.
@@ -221,7 +225,7 @@ class PEFs(Readable):
         return row.T @ row
 
     def __repr__(self) -> str:
-        model = shown_model(self.info["model"]) if self.info.get("model") else "rows made elsewhere"
+        model = shown_model(self.info["model"]) if self.info.get("model") else "rows not made by hf_npeff"
         return f"PEFs({len(self):,} examples × {self.rank} rows × {self.dim:,} numbers, {model})"
 
     # Parts of it
@@ -231,13 +235,13 @@ class PEFs(Readable):
         return (chunk for _, chunk in self.placed_chunks(size))
 
     def placed_chunks(self, size: int) -> Iterator[tuple[slice, PEFs]]:
-        """`chunks`, each with its place: the slice of the examples that it holds.
+        """`chunks`, each with its place, a slice of the examples.
 
         Raises:
             ValueError: if `size` is less than 1.
         """
         if size < 1:
-            raise ValueError(f"a chunk has at least one example, not {size}")
+            raise ValueError(f"a chunk needs at least one example, but its size is {size}")
         for place, tensors in self._shards.pieces(size):
             yield place, PEFs(tensors, {name: values[place] for name, values in self.columns.items()}, self.info)
 
@@ -260,7 +264,8 @@ class PEFs(Readable):
             indices = list(range(*which.indices(n)))
         elif isinstance(which, int):
             raise TypeError(
-                f"pefs[{which}] is one example; pefs[{which}:{which + 1}] are PEFs, pefs.gram({which}) its matrix"
+                f"pefs[{which}] would be a single example; use pefs[{which}:{which + 1}] for PEFs, or "
+                f"pefs.gram({which}) for its matrix"
             )
         else:
             chosen = torch.as_tensor(which)
@@ -291,11 +296,11 @@ class PEFs(Readable):
 
     @staticmethod
     def concatenate(parts: Sequence[PEFs]) -> PEFs:
-        """One after the other; with a warning where they are of a model with different weights.
+        """Join PEFs one after another; warns if they are of models with different weights.
 
         Raises:
             IncompatibleSketchError: if they were made with different sketches.
-            ValueError: if there are none, or they hold different columns or numbers of rows.
+            ValueError: if there are none, or they have different columns or numbers of rows.
         """
         if not parts:
             raise ValueError("nothing to concatenate")
@@ -304,8 +309,8 @@ class PEFs(Readable):
             check_same_sketch(first, part, "PEFs")
             if set(part.columns) != set(first.columns) or part.rank != first.rank:
                 raise ValueError(
-                    f"PEFs with the columns {sorted(first.columns)} and {first.rank} rows do not go with "
-                    f"{sorted(part.columns)} and {part.rank} rows"
+                    f"PEFs with the columns {sorted(first.columns)} and {first.rank} rows cannot be joined with PEFs "
+                    f"with the columns {sorted(part.columns)} and {part.rank} rows"
                 )
         names = set.intersection(*(set(p._shards.names) for p in parts))
         shards = [{name: s[name] for name in names} for p in parts for s in p._shards.parts]
@@ -355,7 +360,7 @@ class PEFs(Readable):
         """Write a finished store as `save` does, and README.md, its card.
 
         Args:
-            directory: made where it is missing.
+            directory: the folder; it is created if it is missing.
             datasets: ids of the data sets that the examples are from, for the card.
             license: an identifier of the Hub such as "apache-2.0", for the card.
 
@@ -377,7 +382,7 @@ class PEFs(Readable):
         datasets: Sequence[str] = (),
         license: str | None = None,
     ) -> None:
-        """`push_to_hub`'s own arguments. Rows are gradients, and tell something about their examples either way."""
+        """Upload the PEFs. Rows are gradients, and say something about their examples in any case."""
         texts = [] if include_texts else text_columns(self.columns, self.info)
         kept = {name: values for name, values in self.columns.items() if name not in texts}
         published = PEFs({}, kept, self.info, self._shards.parts)
@@ -394,7 +399,7 @@ def _without_store(folder: Path) -> Path:
 
 
 def check_pefs(value: object) -> None:
-    """Refuse what is not PEFs.
+    """Check that a value is PEFs.
 
     Raises:
         ValueError: if it is not.
@@ -406,16 +411,16 @@ def check_pefs(value: object) -> None:
 
 
 def check_same_sketch(made: HasFingerprint, pefs: PEFs, what: str = "the decomposition", remedy: str = "") -> None:
-    """Refuse PEFs of another sketch than that of `made`, which the message calls `what`.
+    """Check that PEFs have the same sketch as `made`, which the message calls `what`.
 
     Raises:
-        IncompatibleSketchError: if they are.
-        ValueError: if they are no PEFs.
+        IncompatibleSketchError: if they have another sketch.
+        ValueError: if they are not PEFs.
     """
     check_pefs(pefs)
     if made.fingerprint != pefs.fingerprint:
         raise IncompatibleSketchError(
             f"{what} with the sketch {made.fingerprint} and PEFs with the sketch {pefs.fingerprint} cannot be used "
-            "together: their numbers mean different things. Compute them with the same model, target_modules, sketch "
-            f"and seed. {remedy}".rstrip()
+            "together, because their numbers mean different things. Compute them with the same model, target_modules, "
+            f"sketch and seed. {remedy}".rstrip()
         )

@@ -1,8 +1,9 @@
-"""WeightsIdentity: which weights a model had when something was made with it, and what happens where two of them meet.
+"""WeightsIdentity: identifies the weights with which results were made, and compares identities.
 
-A name and a commit say where weights came from. They do not say that somebody has trained, merged or edited them since,
-and rows of two sets of weights in one store, or cotangents replayed on other weights, give numbers that look right.
-`hf_npeff.fisher.weights_hash` reads a model's. In files an identity is JSON, as `to_dict` gives it.
+A name and a commit say where weights came from. They do not say whether the weights were trained, merged or edited
+later. Rows of two sets of weights in one store, or cotangents sent back with other weights, would give numbers that
+look right but are wrong. `hf_npeff.fisher.weights_hash` computes a model's identity. In files it is JSON, the result of
+`to_dict`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ SEVERAL = "PEFs of models with different weights were joined"
 
 @dataclass(frozen=True)
 class WeightsIdentity:
-    """Which weights a model has.
+    """The identity of a model's weights.
 
-    A copy in another type (bfloat16 of float32) has other weights: its predictions and gradients are others. The same
-    weights on another device, offloaded or sharded by FSDP2 are the same, and so are those of a model around which an
-    adapter was put that is disabled.
+    A copy in another dtype (bfloat16 of float32) has other weights, because its predictions and gradients differ.
+    Weights on another device, offloaded or sharded by FSDP2 have the same identity, and a disabled adapter does not
+    change it.
 
     Attributes:
-        hash: a hash of the weights and persistent buffers of the bare model, by the names that they have there, with
-            shapes and types; None where they cannot be read.
-        adapters: {name: hash of its weights and scalings} of those adapters of PEFT that act now. One that is merged is
-            in `hash`, and one that is disabled is nowhere.
-        quantization: the method, for instance "bitsandbytes", or None.
+        hash: a hash of the weights and persistent buffers of the bare model, with their names, shapes and dtypes; None
+            if they cannot be read.
+        adapters: {name: hash of its weights and scalings} of the active PEFT adapters. A merged adapter is part of
+            `hash`; a disabled one is not included.
+        quantization: the quantisation method, for instance "bitsandbytes", or None.
         unknown: why there is no hash.
     """
 
@@ -61,7 +62,7 @@ def difference(made: Mapping[str, Any] | None, now: Mapping[str, Any] | None) ->
     if made["quantization"] != now["quantization"]:
         return f"quantised by {made['quantization'] or 'nothing'} then, by {now['quantization'] or 'nothing'} now"
     if made["hash"] != now["hash"]:
-        return f"their hash was {made['hash'][:8]}…, and is {now['hash'][:8]}… now"
+        return f"their hash was {made['hash'][:8]}… and is now {now['hash'][:8]}…"
     # A name is what somebody called an adapter; what it does is in its hash.
     if sorted(made["adapters"].values()) != sorted(now["adapters"].values()):
         return f"{_in_words(made['adapters'])} then, {_in_words(now['adapters'])} now"
@@ -97,12 +98,12 @@ def is_known(identity: Mapping[str, Any] | None) -> bool:
 
 
 def check_same_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any] | None, what: str, remedy: str) -> None:
-    """Refuse what was made with other weights than the model has now.
+    """Check that an object was made with the weights that the model has now.
 
     Args:
-        made: the identity that is kept with it; None of what older versions wrote.
-        now: the model's.
-        what: it is, to begin a sentence: "the PEFs in runs/pefs".
+        made: the identity stored with the object; None if an older version wrote it.
+        now: the model's identity.
+        what: the object, as the start of a sentence: "the PEFs in runs/pefs".
         remedy: what to do, in a sentence.
 
     Raises:
@@ -113,12 +114,12 @@ def check_same_weights(made: Mapping[str, Any] | None, now: Mapping[str, Any] | 
     elif made.get("unknown") == SEVERAL:
         raise IncompatibleWeightsError(
             f"{what} are of models with different weights, joined by PEFs.concatenate. {remedy} check_weights=False "
-            "goes on all the same."
+            "skips this check."
         )
     elif how := difference(made, now):
         raise IncompatibleWeightsError(
-            f"{what} were made with other weights than the model has now ({how}). {remedy} check_weights=False goes on "
-            "all the same."
+            f"{what} were made with other weights than the model has now ({how}). {remedy} check_weights=False skips "
+            "this check."
         )
 
 
@@ -166,7 +167,7 @@ def _pilots(value: object) -> tuple[list[float], float] | None:
 
 @lru_cache(maxsize=64)  # chosen: the stores of a session
 def _say_once(what: str) -> None:
-    logger.warning("%s do not say which weights they were made with, so that is not checked", what)
+    logger.warning("%s do not say with which weights they were made, so this is not checked", what)
 
 
 def check_identity(value: object) -> None:

@@ -1,1 +1,1 @@
-"""What people look at: one HTML file on which components are explored, and figures for notebooks."""
+"""Reports: an HTML page for exploring components, and figures for notebooks."""

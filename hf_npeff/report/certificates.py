@@ -1,4 +1,4 @@
-"""What a page says of a measured step: what it does to a component's own examples, to others, and at worst."""
+"""The certificate of a measured step on the page: effects on a component's examples, on others, and at worst."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _GROUPS = 8
 
 
 def as_facts(report: HasDict | Mapping[str, Any], decomposition: DecompositionLike, texts: bool) -> dict[str, Any]:
-    """What the page shows of a PerturbationReport.
+    """The facts of a PerturbationReport that the page shows.
 
     Args:
-        report: the report, or what its `to_dict` gives.
-        decomposition: the one whose component was measured.
-        texts: whether texts go along that the page does not have anyway.
+        report: the report, or the result of its `to_dict`.
+        decomposition: the decomposition of the measured component.
+        texts: whether texts that the page does not already have are included.
 
     Raises:
-        ValueError: if the report is of examples that the decomposition does not have.
+        ValueError: if the report has examples that the decomposition does not have.
     """
     content = dict(report if isinstance(report, Mapping) else report.to_dict())
     check_same_examples("the report", content.get("changed") or (), decomposition)
@@ -65,12 +65,12 @@ def _case(row: Mapping[str, Any], texts: bool) -> dict[str, Any]:
 def measured_facts(
     measurement: HasDict | Mapping[str, Any], decomposition: DecompositionLike, texts: bool
 ) -> dict[str, Any]:
-    """What the page shows of a Measurement: its groups by dose, and the most moved examples of its longest step.
+    """The facts of a Measurement that the page shows: its groups by step size, and the most moved examples.
 
     Args:
-        measurement: the measurement, or what its `to_dict` gives.
-        decomposition: the one whose component was measured, for the names of classes.
-        texts: whether texts of its examples go along.
+        measurement: the measurement, or the result of its `to_dict`.
+        decomposition: the decomposition of the measured component, for the names of classes.
+        texts: whether texts of its examples are included.
     """
     content = dict(measurement if isinstance(measurement, Mapping) else measurement.to_dict())
     first = content["steps"][0]["rank"]
@@ -110,6 +110,6 @@ def check_same_examples(what: str, rows: Sequence[Mapping[str, Any]], decomposit
     for row in rows:
         if not 0 <= row["index"] < len(ids) or ids[row["index"]] != row["id"]:
             raise ValueError(
-                f"{what} has {row['id']!r} as its example {row['index']}, and the decomposition does not: they do not "
+                f"{what} has {row['id']!r} as its example {row['index']}, but the decomposition does not: they do not "
                 "belong together"
             )

@@ -1,4 +1,4 @@
-"""What a page holds: the facts and arrays of one decomposition and of everything that is known beside it."""
+"""The data of a page: facts and arrays of a decomposition and of further results on it."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class PageData:
 
 @dataclass(frozen=True)
 class Extras:
-    """What is known of a decomposition beside itself; every part may be missing.
+    """Further results on a decomposition; each may be missing.
 
     Attributes:
         alignments: alignments of top examples, position by position, from `NPEFFAnalyzer.token_alignments`.
         energies: {component: {parameter: share}}, from `direction.energies()`.
-        reports: {component: PerturbationReport, or what its `to_dict` gives}.
-        measurements: {component: Measurement, or what its `to_dict` gives}: a dose curve on any data.
+        reports: {component: PerturbationReport, or the result of its `to_dict`}.
+        measurements: {component: Measurement, or the result of its `to_dict`}, for KL by step size on any data.
         adapters: {component: folder or repository of its adapter}.
         compare: another decomposition.
         training: the folder of a training run with an NPEFFCallback.
-        change: a ChangeReport, or what its `to_dict` gives.
+        change: a ChangeReport, or the result of its `to_dict`.
     """
 
     alignments: Sequence[TokenAlignmentLike] = ()
@@ -67,10 +67,11 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
     """Facts and arrays of a page.
 
     Args:
-        decomposition: what it shows.
-        extras: what is known beside it.
-        texts: whether texts go along: the columns that `hub.text_columns` counts as such, tokens and texts in reports.
-        layout: how the map is made; None leaves it out.
+        decomposition: the decomposition.
+        extras: further results on it.
+        texts: whether the page has texts: the columns that `hub.text_columns` counts as texts, tokens, and texts in
+            reports.
+        layout: how the map is computed; None leaves it out.
 
     Raises:
         ValueError: if a component of the extras does not exist, or the comparison or training run does not fit.
@@ -89,7 +90,7 @@ def gather(decomposition: Decomposition, extras: Extras, *, texts: bool, layout:
     if layout is not None:
         n = len(decomposition.example_ids)
         page.arrays["xy"] = np.rint(place(decomposition.coefficients, layout) * 65535).astype(np.uint16)  # 16 bits
-        placed = f"t-SNE of a sample of {LANDMARKS:,}, the others beside their nearest neighbours there"
+        placed = f"t-SNE of a sample of {LANDMARKS:,}; the others are placed beside their nearest neighbours in it"
         page.facts["layout"] = "principal components" if layout == "pca" else "t-SNE" if n <= LANDMARKS else placed
     else:
         notes.append("The map of examples was left out.")
@@ -235,8 +236,8 @@ def _add_energies(
     energies = {**(estimated_energies(decomposition) or {}), **(measured or {})}
     if not energies:
         notes.append(
-            "Which modules a component lives in is not known: this sketch adds the modules up, and no directions were "
-            "lifted."
+            "It is not known how components are spread over modules: this sketch adds the modules up, and no "
+            "directions were lifted."
         )
         return
     table: ModuleEnergies = by_layer(
@@ -253,7 +254,7 @@ def _change_facts(report: HasDict | Mapping[str, Any], decomposition: Decomposit
     own = [each for each in content["components"] if not each["new"]]
     if content["n"] != n or sorted(each["component"] for each in own) != list(range(r)):
         raise ValueError(
-            f"the change report is of {content['n']} examples and {len(own)} components, and the decomposition has {n} "
+            f"the change report is of {content['n']} examples and {len(own)} components, but the decomposition has {n} "
             f"and {r}: they do not belong together"
         )
     check_same_examples("the change report", [*content["changed"], *content["unexplained"]], decomposition)

@@ -1,4 +1,4 @@
-"""Where in a model a component lives: its energy by module, as a table of layers and kinds of modules."""
+"""How a component is spread over a model: its energy by module, as a table of layers and kinds of modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Jupyter shows of a decomposition, a component and a perturbation: small tables, every text escaped."""
+"""Tables for Jupyter of a decomposition, a component and a perturbation, with every text escaped."""
 
 from __future__ import annotations
 

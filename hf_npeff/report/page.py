@@ -85,17 +85,17 @@ def write(
     Args:
         decomposition: what it shows.
         path: the path of the file.
-        extras: what is known beside the decomposition.
-        texts: whether texts go along.
-        layout: how the map of examples is made; None leaves it out.
+        extras: further results on the decomposition.
+        texts: whether the page has texts.
+        layout: how the map of examples is computed; None leaves it out.
         title: the title of the page; by default it has the model's name.
-        force: write over what is there.
+        force: overwrite an existing file.
 
     Returns:
         The path.
 
     Raises:
-        FileExistsError: if there is something at `path`, and `force` is not given.
+        FileExistsError: if `path` exists and `force` is not set.
         IsADirectoryError: if `path` is a folder.
         ModuleNotFoundError: if the map needs scikit-learn, which is not installed.
         ValueError: if the extras do not fit the decomposition.
@@ -110,23 +110,23 @@ def write(
 
 
 def check_free(path: Path, force: bool) -> None:
-    """Refuse to write over what is there.
+    """Check that a path is free, or may be overwritten.
 
     Raises:
-        FileExistsError: if there is something, and `force` is false.
+        FileExistsError: if it exists and `force` is false.
         IsADirectoryError: if it is a folder.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name the file to write, such as {path / 'index.html'}")
     if path.exists() and not force:
-        raise FileExistsError(f"{path} exists; choose another path, or write over it with force=True (--force)")
+        raise FileExistsError(f"{path} exists; choose another path, or overwrite it with force=True (--force)")
 
 
 def write_space(folder: Path, page: Path, decomposition: Decomposition, title: str | None = None) -> None:
     """The folder of a static Space: the page as index.html, and README.md with what the Hub reads of it.
 
     Args:
-        folder: made where it is missing.
+        folder: the folder; it is created if it is missing.
         page: the written page.
         decomposition: for the model's name.
         title: the title of the Space.

@@ -145,7 +145,7 @@ def modules(
     j = decomposition.index_of(component)
     known = energies or estimated_energies(decomposition)
     if known is None or j not in known:
-        raise ValueError("this sketch adds the modules up: lift the component and pass {j: direction.energies()}")
+        raise ValueError("this sketch adds the modules up; lift the component and pass {j: direction.energies()}")
     table = by_layer({j: known[j]}, len(decomposition), order=analysed_parameters(decomposition))
     heat = go.Heatmap(z=table.shares[j], x=table.kinds, y=table.layers, colorscale="Viridis", hoverongaps=False)
     return _figure(
@@ -298,7 +298,7 @@ def doses(measurement: Measurement, rank: int | None = None) -> go.Figure:
     go = _plotly()
     steps = [step for step in measurement.steps if step.rank == rank and step.quantised is None]
     if not steps:
-        raise ValueError(f"nothing was measured at rank {rank}; there are {[s.rank for s in measurement.steps]}")
+        raise ValueError(f"rank {rank} was not measured; measured ranks: {[s.rank for s in measurement.steps]}")
     kinds = {
         ("", "solid"): [s for s in steps if not s.random and s.scale > 0],
         (", other sign", "dot"): [s for s in steps if not s.random and s.scale < 0],
@@ -333,7 +333,7 @@ def tokens(alignments: Sequence[TokenAlignment]) -> go.Figure:
         ValueError: if there are none.
     """
     if not alignments:
-        raise ValueError("no alignments are given; NPEFFAnalyzer.token_alignments makes them")
+        raise ValueError("there are no alignments; NPEFFAnalyzer.token_alignments computes them")
     figure = load("plotly.subplots", "a figure").make_subplots(
         rows=len(alignments), cols=1, subplot_titles=[f"example {a.example}" for a in alignments]
     )

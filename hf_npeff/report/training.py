@@ -61,7 +61,7 @@ def history_file(folder: Path) -> Path:
             histories[int(number[1])] = path
     if not histories:
         raise FileNotFoundError(
-            f"{folder} holds no run of an NPEFFCallback: expected checkpoint-N/{_FOLDER}/{_HISTORY} in it"
+            f"{folder} has no run of an NPEFFCallback: expected checkpoint-N/{_FOLDER}/{_HISTORY} in it"
         )
     return histories[max(histories)]
 
@@ -83,7 +83,7 @@ def read_run(folder: Path, r: int) -> Run:
     sizes = sorted({len(r["share"]) if isinstance(r.get("share"), list) else 0 for r in records})
     if sizes != [r]:
         raise ValueError(
-            f"{path} follows {sizes or 'no'} components, and the decomposition has {r}; they do not belong"
+            f"{path} follows {sizes or 'no'} components, but the decomposition has {r}; they do not belong"
         )
 
     def numbers(name: str) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Model cards: README.md of what is published, from the templates in `templates/`.
+"""Model cards: the README.md of published objects, from the templates in `templates/`.
 
-Whatever a user, a data set or a model brought (names, texts, ids) is escaped by `hf_npeff.sharing.markdown`. Objects
-are read, never imported.
+Names, texts and ids from users, data sets and models are escaped by `hf_npeff.sharing.markdown`. Objects are read, but
+their classes are not imported.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ TOP_EXAMPLES = 3
 _LINES = 256
 """Components in a card's table. Chosen: the card stays readable; the files have all."""
 _CARD_LIMIT = 2**20
-"""Characters of a README.md that are read, whoever wrote it: bounds the memory."""
+"""The most characters of a README.md that are read: bounds memory."""
 _TEMPLATES = Path(__file__).parent / "templates"
 _TEXT_TASKS = ("causal-lm", "sequence-classification", "token-classification", "feature-extraction")
 _CODE = re.compile(r"^```python\n.*?^```$", re.MULTILINE | re.DOTALL)
-"""A block of code. No text that a user brought can begin one: `escaped` takes its backticks."""
+"""A block of code. No text from a user can begin one, because `escaped` removes its backticks."""
 HERE = "."
-"""What the code of a card loads where the card lies in the folder itself."""
+"""The path in the code of a card that is in the folder itself."""
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _RATIO_NOTE = """
-*KL ratio*: how much more the predictions of its own top examples change than those of others when the weights move
-along it."""
+*KL ratio*: how much more the predictions on the component's top examples change than those on others, when the weights
+are moved along the component."""
 _LABEL_NOTE = """
-*In common*: automatic; words and columns that its examples have more often than the others, corrected for all that
-were tried."""
+*In common*: an automatic label of words and column values that its examples have more often than the others; the test
+is corrected for everything that was tried."""
 CITATION = """\
 ```bibtex
 @article{matena2023npeff,
@@ -55,13 +55,13 @@ CITATION = """\
 
 
 def fill(template: str, **values: object) -> str:
-    """A template with its values; they are not read for placeholders themselves."""
+    """A template filled with values; placeholders within values are not replaced."""
     text = Template((_TEMPLATES / f"{template}.md").read_text(encoding="utf-8"))
     return text.substitute({name: str(value) for name, value in values.items()})
 
 
 def write_card(folder: Path, card: str) -> None:
-    """Write README.md, unless there is one already that is not a card of ours: that is somebody's work."""
+    """Write README.md, unless there is one that is not a card of hf_npeff."""
     path = folder / "README.md"
     if path.exists() and not _is_ours(_read_card(path)):
         return
@@ -69,7 +69,7 @@ def write_card(folder: Path, card: str) -> None:
 
 
 def said_on_card(folder: Path) -> dict[str, Any]:
-    """`license` and `datasets` as the card of ours in a folder names them, for the card that replaces it.
+    """`license` and `datasets` of hf_npeff's card in a folder, for the card that replaces it.
 
     Raises:
         CorruptStoreError: if its front matter cannot be read.
@@ -86,17 +86,17 @@ def said_on_card(folder: Path) -> dict[str, Any]:
     datasets = said.get("datasets", [])
     named = isinstance(datasets, list) and all(isinstance(name, str) for name in datasets)
     if not isinstance(head, dict) or not isinstance(said.get("license", ""), str) or not named:
-        raise CorruptStoreError(f"{path} has front matter that hf_npeff does not write: {str(said)[:200]}")
+        raise CorruptStoreError(f"{path} has front matter that was not written by hf_npeff: {str(said)[:200]}")
     return said
 
 
 def point_card_to(folder: Path, repo_id: str, subfolder: str | None = None) -> None:
-    """Let the code of the card of ours in a folder load from a repository, not from the folder that it lies in.
+    """Change the code of hf_npeff's card in a folder so that it loads from a repository instead of the folder.
 
     Args:
-        folder: of the card.
-        repo_id: where it goes.
-        subfolder: the folder within the repository, for what PEFT loads.
+        folder: the folder of the card.
+        repo_id: the repository.
+        subfolder: the folder within the repository, for adapters that PEFT loads.
     """
     place = literal(repo_id) if subfolder is None else f"{literal(repo_id)}, subfolder={literal(subfolder)}"
     path = folder / "README.md"
@@ -107,7 +107,7 @@ def point_card_to(folder: Path, repo_id: str, subfolder: str | None = None) -> N
 
 
 def _read_card(path: Path) -> str:
-    """README.md as far as it is read; nothing where it is no file."""
+    """The beginning of README.md; empty if it is not a file."""
     if not path.is_file():
         return ""
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -119,7 +119,7 @@ def _is_ours(card: str) -> bool:
 
 
 def metadata(tag: str, model: object, datasets: Sequence[str], license: str | None, library: str = LIBRARY) -> str:
-    """The front matter that the Hub files a card by.
+    """The front matter of a card, which the Hub reads.
 
     Raises:
         ValueError: if the license or a data set's id is malformed.
@@ -142,7 +142,7 @@ def metadata(tag: str, model: object, datasets: Sequence[str], license: str | No
 
 
 def model_link(model: object, revision: object = None) -> str:
-    """The model as a link to its commit, where it is on the Hub."""
+    """The model as a link to its commit, if it is on the Hub."""
     if not is_hub_id(model):
         return f"a local model ({escaped(shown_model(model))})"
     address = f"https://huggingface.co/{model}"
@@ -152,7 +152,7 @@ def model_link(model: object, revision: object = None) -> str:
 
 
 def fact_rows(rows: Iterable[tuple[str, object]]) -> str:
-    """Lines of a table of two columns; the values are escaped, and those that are None left out."""
+    """Lines of a table with two columns; values are escaped, and rows with None left out."""
     return table((name, escaped(value)) for name, value in rows if value is not None)
 
 
@@ -160,7 +160,7 @@ def fact_rows(rows: Iterable[tuple[str, object]]) -> str:
 
 
 def _source_facts(info: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """What is known about where PEFs come from, one line per fact."""
+    """The facts on the origin of PEFs, each on a line."""
     sketch, tested = info.get("sketch") or {}, info.get("selftest") or {}
     error = tested.get("sketch_error")
     versions = info.get("versions") or {}
@@ -169,7 +169,7 @@ def _source_facts(info: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("Commit", info.get("revision")),
         ("Architecture", info.get("architecture")),
         ("Task", info.get("task")),
-        ("Read of the data", None if encoded is None else str(encoded)),
+        ("Columns read", None if encoded is None else str(encoded)),
         ("Sketch", sketch.get("kind")),
         (
             "Error of the sketch",
@@ -207,10 +207,10 @@ def decomposition_card(
     """README.md of a decomposition.
 
     Args:
-        decomposition: what it is about.
-        repo_id: where it will be found; None for a folder, whose code runs in that folder.
-        columns: those that are published with it, and so may be shown; None: all.
-        datasets: ids of the data sets that the examples are from.
+        decomposition: the decomposition.
+        repo_id: the repository; None for a folder, in which the card's code runs.
+        columns: the columns that are published with it, and so may be shown; None means all.
+        datasets: ids of the data sets of the examples.
         license: an identifier of the Hub; the card has none by default.
 
     Raises:
@@ -262,12 +262,12 @@ def decomposition_card(
 def _component_lines(
     decomposition: DecompositionLike, lines: Sequence[Any], kept: Sequence[str]
 ) -> tuple[str, list[str]]:
-    """The table of components, each example by its line, and what has to be said of its columns.
+    """The table of components, with a line for each example, and notes on its columns.
 
     Args:
-        decomposition: whose components.
-        lines: what shows each example.
-        kept: names of the columns that may be looked at.
+        decomposition: the decomposition.
+        lines: the text of each example.
+        kept: names of the columns that may be used.
     """
     ratios = {j: measured.get("ratio") for j, measured in decomposition.evaluations.items()}
     measured = any(number(ratio) != "–" for ratio in ratios.values())
@@ -299,7 +299,7 @@ def _component_lines(
 
 
 def _associations(decomposition: DecompositionLike, kept: Sequence[str]) -> list[Mapping[str, Any]]:
-    """What each component's examples have in common, in the columns that may be looked at; nothing where none may."""
+    """What each component's examples have in common, in the columns that may be used; empty if there are none."""
     names = described_by(kept)
     if not names:
         return []
@@ -309,7 +309,7 @@ def _associations(decomposition: DecompositionLike, kept: Sequence[str]) -> list
 
 
 def _explain(model: object, info: Mapping[str, Any]) -> str:
-    """How to explain new inputs with somebody else's components; nothing for rows made elsewhere."""
+    """How to explain new inputs with these components; empty for rows that were not made by hf_npeff."""
     if model is None or info.get("sketch") is None:
         return ""
     revision = info.get("revision")
@@ -340,10 +340,10 @@ def pefs_card(
     """README.md of a store of PEFs; see `decomposition_card`.
 
     Args:
-        pefs: what it is about, with the columns that are published.
-        repo_id: where it will be found; None for a folder.
+        pefs: the PEFs, with the columns that are published.
+        repo_id: the repository; None for a folder.
         left_out: names of the columns that were not published.
-        datasets: ids of the data sets that the examples are from.
+        datasets: ids of the data sets of the examples.
         license: an identifier of the Hub.
 
     Raises:

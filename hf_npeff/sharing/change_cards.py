@@ -25,15 +25,15 @@ def change_section(report: Mapping[str, Any], *, texts: bool = False) -> str:
 
     Args:
         report: a change report, as its `to_dict` gives it.
-        texts: whether texts of examples, words of them and what the model answers are shown.
+        texts: whether texts of examples, words from them and the model's answers are shown.
 
     Raises:
-        CorruptStoreError: if it is no such report.
+        CorruptStoreError: if it is not a change report.
     """
     try:
         return _section(report, texts)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise CorruptStoreError(f"this is no change report: {error!r}") from error
+        raise CorruptStoreError(f"this is not a change report: {error!r}") from error
 
 
 def _section(report: Mapping[str, Any], texts: bool) -> str:
@@ -45,8 +45,8 @@ def _section(report: Mapping[str, Any], texts: bool) -> str:
         f"Measured on {n:,} examples, against the base model: a mean KL of {number(sum(kl) / n)} nats "
         f"(95% interval {number(low)} to {number(high)}), and {len(report['changed']):,} changed answers.",
         "",
-        "Through which components of the base model, found by "
-        "[NPEFF](https://arxiv.org/abs/2310.04649), the most changed first:",
+        "The components of the base model through which it acts, found by [NPEFF](https://arxiv.org/abs/2310.04649), "
+        "the most changed first:",
         "",
     ]
     head = ["component", *(["in common (automatic)"] if texts else []), "KL", "over random", "p", "|cosine|", "became"]
@@ -62,16 +62,16 @@ def _section(report: Mapping[str, Any], texts: bool) -> str:
     where = ", ".join(f"{escaped(name)} {percent(share)}" for name, share in shares)
     lines += [f"Where, by share of the squared norm: {where}.", ""]
     lines += [
-        "*KL* of a component: the mean over the examples weighted by their coefficients. *Over random*: its part of "
-        "the KL over its part where random weights change; *p*: the share of random changes that give it as much. "
-        "*Became*: what PEFs after the change show.",
+        "*KL* of a component is the mean over the examples, weighted by their coefficients. *Over random* is its share "
+        "of the KL, divided by its share under random changes of the weights, and *p* is the share of random changes "
+        "under which it is as large. *Became* compares the components' coefficients before and after the change.",
         "",
     ]
     return "\n".join([_BEGIN, *lines, _END, ""])
 
 
 def _curve(report: Mapping[str, Any]) -> list[str]:
-    """How the way from the base model to the adapter goes, where there are labels."""
+    """The table of steps from the base model to the adapter, with accuracies if there are labels."""
     groups = list(dict.fromkeys(name for step in report["curve"] for name in step["accuracy"]))
     if not groups:
         return []
@@ -101,12 +101,12 @@ def _of_texts(report: Mapping[str, Any]) -> list[str]:
 
 
 def add_change_section(folder: Path, section: str, base_model: object) -> None:
-    """Put the section into README.md, before the citation or at the end; one that is there is replaced.
+    """Put the section into README.md, before the citation or at the end; an existing section is replaced.
 
     Args:
-        folder: where a card may lie; a short one is written where none does.
-        section: from `change_section`.
-        base_model: for a new card.
+        folder: the folder of the card; a short card is written if there is none.
+        section: the result of `change_section`.
+        base_model: the base model, for a new card.
     """
     path = folder / "README.md"
     if path.is_file():

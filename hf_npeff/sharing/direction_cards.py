@@ -12,30 +12,30 @@ from hf_npeff.sharing.markdown import TITLE, escaped, literal, number, percent, 
 
 @dataclass(frozen=True)
 class DirectionFacts:
-    """What cards say of a direction in the weights, and of an adapter that is made from it.
+    """The facts on a direction in the weights, or an adapter made from it, for its card.
 
     Attributes:
         base_model: the model's id or folder.
-        component: its number in the decomposition, or None for another direction.
+        component: the component's number in the decomposition, or None for another direction.
         revision: the model's commit.
-        name: what a person called the component.
-        top_examples: one line per example; texts only where they may be published.
-        lift: how it was lifted to the weights, for people.
-        scale: the step that was measured, along the unit direction.
+        name: the name that a person gave the component.
+        top_examples: a line for each example; texts only if they may be published.
+        lift: how it was lifted to the weights, in words.
+        scale: the measured step along the unit direction.
         kl_top: mean KL(original ‖ perturbed) on its top examples, in nats.
-        kl_others: the same on other examples.
+        kl_others: the same for other examples.
         kl_worst: the largest KL on one of the other examples.
-        kl_searched: the largest KL on an input that a search ended at, which is not the component's.
-        kl_random: the same for a random direction of the same size.
+        kl_searched: the largest KL on an input, found by a search, that is not the component's.
+        kl_random: mean KL on its top examples for a random direction of the same size.
         ratio: kl_top / kl_others.
-        weights: hash of the base model's weights, and of the adapters that were active.
+        weights: hash of the base model's weights, and of the active adapters.
         top_flips: share of its top examples whose answer changes; None for regression.
-        other_flips: the same of other examples.
-        worst: the other example with the largest KL, on a line.
+        other_flips: the same for other examples.
+        worst: the other example with the largest KL, in a line.
         measured: what was measured: the whole direction, or the adapter.
-        stability: mean best |cosine| of the component with those of other starts.
+        stability: mean of the component's best |cosine| in other starts.
         coverage: share of the parameters that were analysed.
-        sketch_error: error of inner products of PEFs in the sketch.
+        sketch_error: relative error of inner products of PEFs in the sketch.
     """
 
     base_model: str
@@ -62,7 +62,7 @@ class DirectionFacts:
 
     @property
     def effects(self) -> list[tuple[str, object]]:
-        """What was measured, for a table."""
+        """The measured effects, for a table."""
         worst = None if self.kl_worst is None else number(self.kl_worst) + (f": {self.worst}" if self.worst else "")
         return [
             ("What was measured", self.measured),
@@ -70,17 +70,17 @@ class DirectionFacts:
             ("Effect: KL on its top examples", _with_flips(self.kl_top, self.top_flips)),
             ("Off target: KL on other examples", _with_flips(self.kl_others, self.other_flips)),
             ("Off target: KL on the worst of the other examples", worst),
-            ("Off target: KL on the worst input that a search among other tokens found", _digits(self.kl_searched)),
+            ("Off target: KL on the worst input found by a search that replaces tokens", _digits(self.kl_searched)),
             ("Control: KL of a random direction of the same size on its top examples", _digits(self.kl_random)),
             ("Ratio of effect to off target", _digits(self.ratio)),
         ]
 
     @property
     def origin(self) -> list[tuple[str, object]]:
-        """Where it came from, for a table."""
+        """The origin, for a table."""
         return [
             ("Commit of the base model", self.revision),
-            ("Made and tested with weights of the hash", self.weights),
+            ("Hash of the weights it was made and tested with", self.weights),
             ("Lifted by", self.lift),
             ("Stability of the component", _digits(self.stability)),
             ("Share of the parameters analysed", None if self.coverage is None else percent(self.coverage)),
@@ -88,7 +88,7 @@ class DirectionFacts:
         ]
 
     def label(self, what: str) -> str:
-        """What it is, with the component's name."""
+        """The kind of object, with the component's name."""
         return what if self.name is None else f"{what} ({plain(self.name, TITLE)})"
 
 
@@ -101,14 +101,14 @@ def _with_flips(kl: float | None, flips: float | None) -> str | None:
 
 
 def _effect_table(about: DirectionFacts) -> str:
-    """What was measured as a table, or that nothing was."""
+    """The measured effects as a table, or a sentence that there are none."""
     rows = fact_rows(about.effects)
     head = "| | |\n|---|---|"
     return f"{head}\n{rows}\n\n{_EFFECT_NOTE}" if rows else "Nothing was measured."
 
 
 _EFFECT_NOTE = """\
-KL is how far the predictions move from the original ones, in nats, on average over the examples; of numbers and
+KL is how far the predictions move from the original ones, in nats, on average over the examples; for numbers and
 embeddings it is half their squared distance. A ratio far above 1 means that the change is confined to the component's
 own examples."""
 
@@ -133,11 +133,11 @@ def adapter_card(
         kind: "LoRA" or "SHiRA", which PEFT loads, or "dense", which `ParameterDirection.from_pretrained` does.
         rank: the rank of the adapter's matrices.
         retained_energy: share of the direction's squared norm that the adapter keeps.
-        is_estimate: whether that is an estimate.
+        is_estimate: whether this share is an estimate.
         loads_in: the programs that load it; see `runtimes.where_it_loads`.
-        auto_class: the class that loads the model: transformers', or "SentenceTransformer".
-        repo_id: where the adapter will be found; None for a folder, whose code runs in that folder.
-        datasets: ids of the data sets that the examples are from.
+        auto_class: the class that loads the model: a class of transformers, or "SentenceTransformer".
+        repo_id: the repository of the adapter; None for a folder, in which the card's code runs.
+        datasets: ids of the data sets of the examples.
         license: an identifier of the Hub.
 
     Raises:
@@ -172,12 +172,13 @@ def adapter_card(
     )
 
 
-_FURTHER = """Ways that are exact, but for norms, which PEFT stores whole:
+_FURTHER = """These ways are exact, except for norms, of which PEFT stores the new values:
 
-- backwards: `lora_alpha` in adapter_config.json with a minus sign, or `-Adapter.from_pretrained(...)` of hf_npeff;
+- the opposite change: `lora_alpha` in adapter_config.json with a minus sign, or `-Adapter.from_pretrained(...)` of
+  hf_npeff;
 - together with other components: `Adapter.sum([...])` of hf_npeff, whose rank is the sum of the ranks, or all active at
-  once, `model.base_model.set_adapter(["a", "b"])`. PEFT's `add_weighted_adapter` cuts the sum to the largest rank
-  unless `combination_type="cat"` is asked for;
+  once, `model.base_model.set_adapter(["a", "b"])`. PEFT's `add_weighted_adapter` truncates the sum to the largest rank
+  unless you set `combination_type="cat"`;
 - on a quantised base model: as an adapter beside it. Merging it into weights of 4 bits rounds a part of it away.
 
 """
@@ -272,4 +273,4 @@ def direction_card(
 
 
 def _example_lines(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {escaped(line) or '–'}" for line in lines[:20]) or "None are published with it."
+    return "\n".join(f"- {escaped(line) or '–'}" for line in lines[:20]) or "No examples are published with it."

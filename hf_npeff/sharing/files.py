@@ -1,7 +1,7 @@
-"""Files that survive accidents: whole or not there, checked when they are read, nothing that executes on load.
+"""Files that survive accidents: complete or absent, checked when they are read, with nothing that executes on load.
 
-Whoever made a file is not trusted: what is read is bounded by the size of the file, and anything but what these
-functions write is a `CorruptStoreError`.
+Files are not trusted: memory is bounded by the size of the file, and anything that these functions do not write raises
+a `CorruptStoreError`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def file_of(folder: Path, name: str, digest: object) -> Path:
                 return candidate
     if not path.is_file():
         raise CorruptStoreError(f"{path} is missing")
-    raise CorruptStoreError(f"{path} is not what was written: its SHA-256 differs from the one that is noted")
+    raise CorruptStoreError(f"{path} was altered: its SHA-256 differs from the recorded one")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -156,12 +156,13 @@ def read_json(path: Path, format_version: int | None = FORMAT_VERSION) -> dict[s
     """
     values = _json_of(_content(path), path)
     if not isinstance(values, dict):
-        raise CorruptStoreError(f"{path} should hold a JSON object, but holds a {type(values).__name__}")
+        raise CorruptStoreError(f"{path} should have a JSON object, but has a {type(values).__name__}")
     if format_version is not None and "format_version" not in values:
         raise FormatVersionError(f"{path} was not written by hf_npeff: it has no format_version")
     if format_version is not None and values["format_version"] != format_version:
         raise FormatVersionError(
-            f"{path} has format_version {values['format_version']!r}, and this hf_npeff reads {format_version}"
+            f"{path} has format_version {values['format_version']!r}, but this version of hf_npeff reads "
+            f"{format_version}"
         )
     return values
 
@@ -174,7 +175,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """
     records = [_json_of(line, path) for line in _content(path).splitlines() if line.strip()]
     if not all(isinstance(record, dict) for record in records):
-        raise CorruptStoreError(f"{path} should hold one JSON object per line")
+        raise CorruptStoreError(f"{path} should have one JSON object on each line")
     return records
 
 
@@ -184,7 +185,9 @@ def _content(path: Path) -> bytes:
         if not path.is_file():
             raise CorruptStoreError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
         if (size := path.stat().st_size) > _JSON_LIMIT:
-            raise CorruptStoreError(f"{path} has {size:,} bytes, and no such file of hf_npeff has over {_JSON_LIMIT:,}")
+            raise CorruptStoreError(
+                f"{path} has {size:,} bytes, more than the {_JSON_LIMIT:,} that such a file of hf_npeff may have"
+            )
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise CorruptStoreError(f"{path} cannot be read: {error}") from error
@@ -210,7 +213,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return number
 
 
@@ -285,13 +288,13 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 def _check_table(file: pq.ParquetFile, schema: pa.Schema, path: Path) -> None:
     """Refuse what `table_bytes` does not write before it is unpacked: other types, codecs, sizes, names twice."""
     if len(set(schema.names)) != len(schema.names) or any(kind not in _TABLE_TYPES for kind in schema.types):
-        raise CorruptStoreError(f"{path} has columns that hf_npeff does not write: {str(schema)[:300]}")
+        raise CorruptStoreError(f"{path} has columns that were not written by hf_npeff: {str(schema)[:300]}")
     metadata = file.metadata
     most = _TABLE_LIMIT + _TABLE_RATIO * path.stat().st_size
     if metadata.num_rows < 0 or metadata.num_rows * metadata.num_columns * 8 > most:  # eight bytes a value, about
         raise CorruptStoreError(f"{path} claims {metadata.num_rows:,} rows of {metadata.num_columns:,} columns")
     if not has_known_codecs(path):
-        raise CorruptStoreError(f"{path} is compressed in a way that hf_npeff does not write")
+        raise CorruptStoreError(f"{path} has a compression that hf_npeff does not use")
 
 
 def _column_array(name: str, values: Sequence[Any]) -> pa.Array:
@@ -309,8 +312,8 @@ def _column_array(name: str, values: Sequence[Any]) -> pa.Array:
             return pa.array([_JSON_MARK + json.dumps(value) for value in values])
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"the column {name!r} cannot be kept: {error}; columns hold text, numbers, booleans, None, and lists "
-                "or dictionaries of them"
+                f"the column {name!r} cannot be stored: {error}; columns may have text, numbers, booleans, None, and "
+                "lists or dictionaries of these"
             ) from error
 
 

@@ -1,7 +1,7 @@
-"""Folders to and from the Hugging Face Hub, and what may leave with them.
+"""Folders to and from the Hugging Face Hub, and the columns that may be uploaded.
 
 Downloads go to the client's cache and uploads from a finished folder in one commit, so that nothing half-written is
-left in a user's folder. Every failure of the client ends in an OSError (or a ValueError for an argument) that says what
+left in a user's folder. Every failure of the client becomes an OSError (or a ValueError for an argument) that says what
 to do; tokens never appear in a message.
 """
 
@@ -47,7 +47,7 @@ def is_hub_id(name: object) -> bool:
 
 
 def shown_model(model: object) -> str:
-    """A model for people: by its id on the Hub, or by the last name of its folder."""
+    """The name of a model as it is shown: its id on the Hub, or the last part of its folder."""
     return str(model) if is_hub_id(model) else Path(str(model)).name
 
 
@@ -61,20 +61,20 @@ def resolve_folder(
     subfolder: str | None = None,
     allow_patterns: Sequence[str] | None = None,
 ) -> Path:
-    """A local folder as it is, or a repository of the Hub after a download into the client's cache.
+    """A local folder, or a repository of the Hub, which is downloaded into the client's cache.
 
     Args:
-        id_or_path: a folder, which goes first, or a repository's id.
+        id_or_path: a folder, which has precedence, or a repository's id.
         revision: branch, tag or commit.
-        token: for private repositories; None takes the one of `hf auth login`, False sends none.
-        cache_dir: the client's cache, where it is not the usual one.
-        local_files_only: use the cache alone.
+        token: for private repositories; None uses the one of `hf auth login`, False sends none.
+        cache_dir: the client's cache, if it is not the usual one.
+        local_files_only: use only the cache.
         subfolder: the folder within, with forward slashes.
         allow_patterns: the names of files worth downloading, within the subfolder.
 
     Raises:
-        OSError: if there is no such folder, repository or revision, if it may not be read, or if it cannot be reached
-            and is not in the cache.
+        OSError: if the folder, repository or revision does not exist, may not be read, or cannot be reached and is not
+            in the cache.
         ValueError: if the id is malformed, or the subfolder leads out of the repository.
     """
     inner = _checked_subfolder(subfolder)
@@ -189,26 +189,26 @@ def push_folder(
     repo_type: str = "model",
     delete_patterns: Sequence[str] | None = None,
 ) -> str:
-    """Upload a folder's files in one commit; the repository is made where it is missing.
+    """Upload a folder's files in one commit; the repository is created if it does not exist.
 
     Args:
-        folder: what to upload.
+        folder: the folder to upload.
         repo_id: user/name.
-        private: whether a new repository is private; True also refuses an existing public one. None: the account's
-            default.
-        token: None takes the one of `hf auth login`.
-        revision: the branch, made where it is missing.
+        private: whether a new repository is private; True also raises an error for an existing public one. None uses
+            the account's default.
+        token: None uses the one of `hf auth login`.
+        revision: the branch; it is created if it does not exist.
         create_pr: open a pull request instead of committing.
         commit_message: the commit's title.
-        repo_type: "model", "dataset" or "space", which is made a static one.
-        delete_patterns: files of the repository that go away in the same commit unless they are uploaded again.
+        repo_type: "model", "dataset" or "space"; a new Space is a static one.
+        delete_patterns: files of the repository that are deleted in the same commit unless they are uploaded again.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        OSError: if the upload is refused or the Hub cannot be reached. Nothing is committed then, and what was already
-            sent need not be sent again.
+        OSError: if the upload is refused or the Hub cannot be reached. Then nothing is committed, and files that were
+            already sent need not be sent again.
         ValueError: if the id is malformed, or `private` is true and the repository is public.
     """
     api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
@@ -236,11 +236,11 @@ def push_folder(
 
 
 def list_decompositions(base_model: str, *, token: str | bool | None = None) -> list[str]:
-    """Ids of the decompositions that are published for a model, found by the tags of their cards.
+    """The ids of the decompositions that are published for a model, found by the tags of their cards.
 
     Args:
         base_model: the model's id.
-        token: to see private ones too.
+        token: a token, for seeing private ones too.
 
     Raises:
         OSError: if the Hub cannot be reached or refuses.
@@ -353,17 +353,17 @@ taken for texts by mistake only stays here."""
 
 
 def text_columns(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any] | None = None) -> list[str]:
-    """The columns that count as texts, which leave for the Hub only with `include_texts=True`.
+    """The columns that count as texts, which are uploaded to the Hub only with `include_texts=True`.
 
-    Numbers, booleans and None are never texts. Neither are `prediction` and `content_hash`, which the library wrote,
-    ids (`id`, `example_id`, `idx`, `guid`), nor label-like columns: at most 64 different values, none longer than 64
-    characters, each used twice on average. All other columns are texts, and so is any column of anything but numbers
-    with one of the names under which data sets keep their inputs, such as `text` and `prompt`. What the model was given
-    is always a text.
+    Numbers, booleans and None are never texts. Neither are `prediction` and `content_hash`, which hf_npeff wrote, ids
+    (`id`, `example_id`, `idx`, `guid`), nor label-like columns: those with at most 64 different values, none longer
+    than 64 characters, each used twice on average. All other columns are texts. Columns with a usual name of inputs,
+    such as `text` and `prompt`, are texts unless they have only numbers. Columns that the model was given are always
+    texts.
 
     Args:
-        columns: {name: values} kept beside the rows.
-        info: the `info` of the PEFs or the decomposition, whose record tells what the model was given.
+        columns: {name: values} stored with the results.
+        info: the `info` of the PEFs or the decomposition, which says which columns the model was given.
     """
     record = Encoded.of(info or {})
     given = set() if record is None else {*record.columns, *record.shown, record.target}

@@ -1,4 +1,4 @@
-"""What every object that is kept has in common: read from a folder or the Hub, and published as a repository."""
+"""Base classes of stored objects: reading from a folder or the Hub, and publishing as a repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Self = TypeVar("_Self", bound="Readable")
 class Publishable:
     """An object whose files can be published on the Hub.
 
-    A class says how it writes them in `_publish`, whose own arguments `push_to_hub` takes too.
+    A class writes them in `_publish`, whose arguments `push_to_hub` takes too.
     """
 
     _KIND: ClassVar[str] = "files"
@@ -44,16 +44,16 @@ class Publishable:
         """Publish the files of `save_pretrained`, and a card, as a model repository.
 
         Args:
-            repo_id: user/name; made where it is missing.
-            private: whether a new repository is private; True also refuses an existing public one.
-            token: None takes the one of `hf auth login`.
-            revision: the branch, made where it is missing.
+            repo_id: user/name; the repository is created if it does not exist.
+            private: whether a new repository is private; True also raises an error for an existing public one.
+            token: None uses the one of `hf auth login`.
+            revision: the branch; it is created if it does not exist.
             create_pr: open a pull request instead of committing.
             commit_message: the commit's title.
-            **contents: what is published, and what the card says; the class tells which of these it takes.
-                `include_texts`: publish, or show, columns that `hub.text_columns` counts as texts (not by default);
-                `datasets`: ids of the data sets that the examples are from; `license`: an identifier of the Hub such
-                as "apache-2.0"; `report`, `decomposition`: what a direction does, and whose component it is.
+            **contents: arguments for what is published and for the card, if the class takes them. `include_texts`:
+                publish, or show, columns that `hub.text_columns` counts as texts (not by default); `datasets`: ids of
+                the data sets of the examples; `license`: an identifier of the Hub such as "apache-2.0"; `report` and
+                `decomposition`: the measurement of a direction, and the decomposition of its component.
 
         Returns:
             The address of the commit or of the pull request.
@@ -82,7 +82,7 @@ class Publishable:
 
 
 class Readable(Publishable):
-    """An object that comes back from its folder as it was.
+    """An object that can be read from its folder.
 
     Attributes:
         commit: the commit of the Hub repository that it was read from, or None.
@@ -108,21 +108,21 @@ class Readable(Publishable):
         local_files_only: bool = False,
         subfolder: str | None = None,
     ) -> _Self:
-        """Read what `save_pretrained` or `push_to_hub` wrote, every checksum compared.
+        """Read an object that `save_pretrained` or `push_to_hub` wrote; every checksum is compared.
 
         Args:
             id_or_path: a folder, or a repository's id on the Hub.
             revision: branch, tag or commit.
-            token: for private repositories; None takes the one of `hf auth login`.
-            cache_dir: the Hub client's cache, where it is not the usual one.
-            local_files_only: use the cache alone.
+            token: for private repositories; None uses the one of `hf auth login`.
+            cache_dir: the Hub client's cache, if it is not the usual one.
+            local_files_only: use only the cache.
             subfolder: the folder within, with forward slashes.
 
         Raises:
-            OSError: if there is no such folder, repository or revision, or the Hub cannot be reached.
+            OSError: if the folder, repository or revision does not exist, or the Hub cannot be reached.
             ValueError: if the id is malformed, or the subfolder leads out of the repository.
             CorruptStoreError: if files are missing, altered, unfinished, or do not fit together.
-            FormatVersionError: if they were not written by this version of the format.
+            FormatVersionError: if another version of the format wrote them.
 
         Example:
             >>> decomposition.save_pretrained("me/model-npeff")  # a folder of this name, or push_to_hub
@@ -144,8 +144,8 @@ class Readable(Publishable):
 
 
 def warn_of_local_model(repo_id: str, model: object) -> None:
-    """Warn that what is published as `repo_id` is made from a model that only this machine has."""
+    """Warn that an object published as `repo_id` is made from a model that only this machine has."""
     if model is not None and not is_hub_id(model):
         logger.warning(
-            "%s is made from the local model %s: nobody else can load that; publish it first", repo_id, model
+            "%s is made from the local model %s, which nobody else can load; publish the model first", repo_id, model
         )

@@ -1,7 +1,7 @@
-"""What lower floors know of objects of higher floors: protocols, so that imports run one way, types included.
+"""Protocols for objects of higher floors, so that imports run one way, including those for types.
 
-A card is written about a decomposition, a component looks into its decomposition, a page takes reports: each names here
-the attributes that it reads, and imports no class. The classes themselves are documented where they are.
+A card describes a decomposition, a component reads its decomposition, and a page takes reports. The attributes that
+they read are named here, so they need not import the classes, which are documented elsewhere.
 """
 
 from __future__ import annotations

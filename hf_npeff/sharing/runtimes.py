@@ -1,4 +1,4 @@
-"""Where an adapter loads: which programs take which of its parts, in one table that cards, reports and docs read."""
+"""Which programs load which parts of an adapter: one table for cards, reports and docs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 Part = Literal["linear maps", "experts", "embeddings", "biases", "norms", "SHiRA"]
 Verdict = Literal["loads", "refused", "dropped", "wrong", "not tested"]
-"""loads: logits are those of W + ΔW. refused: an error. dropped: loads without this part, and without a word. wrong:
-loads, and the logits are others."""
+"""loads: logits are those of W + ΔW. refused: an error. dropped: loads without this part, silently. wrong: loads, but
+the logits are wrong."""
 
 _PART_OF: dict[str, Part] = {
     "linear": "linear maps",
@@ -22,10 +22,10 @@ _PART_OF: dict[str, Part] = {
 }
 _WORST: tuple[Verdict, ...] = ("wrong", "dropped", "refused", "not tested", "loads")
 _SILENT: dict[Verdict, str] = {
-    "dropped": "drops a part without a word",
-    "wrong": "changes other weights without a word",
+    "dropped": "silently drops a part",
+    "wrong": "silently changes other weights",
 }
-"""What a card warns of: nothing else would tell."""
+"""The cases that a card warns of, because the program itself does not."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Runtime:
     """A program that runs models with adapters.
 
     Attributes:
-        name: as people know it.
-        version: that was run.
+        name: the program's usual name.
+        version: the version that was tested.
         verdicts: {part of an adapter: what happens to it}.
-        how: what has to be done, for people.
-        shown_by: the command that shows the row.
-        task_type: PEFT's name of the models that it was run with; None where it runs any model.
+        how: how to load an adapter, in words.
+        shown_by: the command that tests the row.
+        task_type: PEFT's name of the task of the tested models; None if it runs any model.
     """
 
     name: str
@@ -71,7 +71,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         "sentence-transformers",
         "6.2.0",
         {**dict.fromkeys(_EVERYTHING, "not tested"), "linear maps": "loads"},
-        "`model.load_adapter(folder)`; embedding models alone",
+        "`model.load_adapter(folder)`; only embedding models",
         "`pytest tests/test_sentence_transformers.py`",
         "FEATURE_EXTRACTION",
     ),
@@ -116,7 +116,7 @@ RUNTIMES: tuple[Runtime, ...] = (
             "norms": "dropped",
             "SHiRA": "not tested",
         },
-        '`AdapterConfig(Adapter("adapter_model.safetensors"))`, which ignores `lora_alpha`: our scale is in B',
+        '`AdapterConfig(Adapter("adapter_model.safetensors"))`, which ignores `lora_alpha`, but the scale is in B',
         "`make runtimes-openvino`",
         "CAUSAL_LM",
     ),
@@ -124,13 +124,13 @@ RUNTIMES: tuple[Runtime, ...] = (
 
 
 def verdicts(kind: str, layouts: Iterable[str], task_type: str | None = None) -> dict[str, Verdict]:
-    """{program: the worst verdict on a part of the adapter}; of a dense change, which hf_npeff alone reads, none.
+    """{program: the worst verdict on a part of the adapter}; empty for a dense change, which only hf_npeff reads.
 
     Args:
         kind: "lora", "shira" or "delta".
-        layouts: what its parameters are.
-        task_type: PEFT's name of what the base model does: programs for other models are not among the result. None,
-            where it is not known, stands for a language model.
+        layouts: the layouts of its parameters.
+        task_type: PEFT's name of the base model's task; programs for other models are left out. None stands for a
+            language model.
     """
     if kind == "delta":
         return {}
@@ -143,7 +143,7 @@ def verdicts(kind: str, layouts: Iterable[str], task_type: str | None = None) ->
 
 
 def where_it_loads(kind: str, layouts: Iterable[str], task_type: str | None = None) -> str:
-    """A line for people: the programs that load all of an adapter, and those that would load it wrongly.
+    """A line with the programs that load all of an adapter, and those that would load it wrongly.
 
     Args:
         kind: see `verdicts`.
@@ -152,18 +152,18 @@ def where_it_loads(kind: str, layouts: Iterable[str], task_type: str | None = No
 
     Example:
         >>> where_it_loads("lora", ["linear", "norm"])
-        'PEFT, transformers; not OpenVINO GenAI, which drops a part without a word'
+        'PEFT, transformers; not OpenVINO GenAI, which silently drops a part'
     """
     verdict_of = verdicts(kind, layouts, task_type)
     if not verdict_of:
-        return "hf_npeff alone"
+        return "only hf_npeff"
     good = ", ".join(name for name, verdict in verdict_of.items() if verdict == "loads")
     warnings = [f"; not {name}, which {_SILENT[verdict]}" for name, verdict in verdict_of.items() if verdict in _SILENT]
     return good + "".join(warnings)
 
 
 def table() -> list[str]:
-    """The table in Markdown, a program a row; docs/adapters.md has it."""
+    """The table in Markdown, with a row for each program; docs/adapters.md has it."""
     parts = list(_EVERYTHING)
     lines = [f"| program | version | {' | '.join(parts)} | how | shown by |", "|---" * (len(parts) + 4) + "|"]
     for runtime in RUNTIMES:

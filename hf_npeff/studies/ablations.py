@@ -232,7 +232,7 @@ def run_ablations(
         grid: from `read_grid`.
         attributes: the attributes of the examples, for the factors.
         factors: how they are measured.
-        batch_size: examples of a forward pass.
+        batch_size: how many examples a forward pass takes.
 
     Raises:
         ValueError: if the attributes are of other examples.

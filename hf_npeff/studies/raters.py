@@ -112,7 +112,7 @@ class Cached:
 
     Args:
         chat: who answers what is not kept yet.
-        folder: made where it is missing.
+        folder: the folder; it is created if it is missing.
     """
 
     def __init__(self, chat: Chat, folder: Path):

@@ -24,7 +24,7 @@ class RivalsConfig:
         atoms_alpha: weight of the L1 penalty of Gradient Atoms.
         atoms_ridge: ridge of Gradient Atoms' whitening, as a share of the mean eigenvalue.
         dictionary_alpha: weight of the L1 penalty of dictionary learning on PEFs.
-        batch_size: examples of a forward pass.
+        batch_size: how many examples a forward pass takes.
 
     Raises:
         ValueError: if a setting is out of its range.

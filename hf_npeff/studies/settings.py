@@ -46,7 +46,7 @@ class ComparisonConfig:
         layer: whose output the activation methods read; negative numbers count from the end.
         position: "first", "last", or "auto": first for encoders with a classifier, else last.
         seeds: fits of every method, with other seeds, for the stability; 1 for none.
-        batch_size: examples of a forward pass.
+        batch_size: how many examples a forward pass takes.
         seed: the seed of everything random.
 
     Raises:
@@ -117,7 +117,7 @@ class SelectivityConfig:
         n_top: examples that have the attribute.
         n_others: examples that lack it.
         max_attributes: the most attributes, those with the most examples first.
-        batch_size: examples of a forward pass.
+        batch_size: how many examples a forward pass takes.
         seed: the seed of the examples drawn.
 
     Raises:

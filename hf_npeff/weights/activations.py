@@ -1,8 +1,8 @@
-"""Weight changes measured in the activations: y ← y + s·ΔW x behind a linear map, and no weight is touched.
+"""Weight changes measured in the activations: y ← y + s·ΔW x after a linear map, without touching a weight.
 
-A linear map with the weight W + s·ΔW gives W x + s·ΔW x, so adding the second term to what the module returns is the
-same as moving the weight. Every example of a batch may have a change and a scale of its own, weights of few bits lose
-nothing to rounding, and weights that are quantised, offloaded or sharded need not be at hand.
+A linear map with the weight W + s·ΔW returns W x + s·ΔW x, so adding the second term to the module's output is the
+same as changing the weight. Every example of a batch may have its own change and scale, nothing is lost by rounding
+to weights of few bits, and it works for quantised, offloaded and sharded weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from hf_npeff.fisher.routing import Routing, Tap, multiplied_by_expert
 
 @dataclass(frozen=True)
 class LinearDelta:
-    """ΔW (out, in) of one linear map, whole or in two factors.
+    """ΔW (out, in) of one linear map, as a matrix or in two factors.
 
     Attributes:
         left: ΔW itself, or B (out, r).
-        right: A (r, in) with ΔW = BA; None where `left` is whole.
-        experts: the experts of fused experts, how many ΔW_e lie one below the other.
+        right: A (r, in) with ΔW = BA; None if `left` is the whole ΔW.
+        experts: for fused experts, the number of stacked ΔW_e.
     """
 
     left: Tensor
@@ -53,24 +53,24 @@ class LinearDelta:
         return F.linear(x if self.right is None else F.linear(x, self.right), self.left)
 
     def times_by_expert(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """ΔW_e x of fused experts, whose ΔW_e (out, in) lie one below the other: (S, out) for x (S, in).
+        """ΔW_e x of fused experts, whose ΔW_e (out, in) are stacked: (S, out) for x (S, in).
 
         Args:
             x: rows sorted by expert.
-            counts: rows of every expert.
+            counts: the number of rows of every expert.
         """
         x = x if self.right is None else F.linear(x, self.right)
         return multiplied_by_expert(x, self.left.unflatten(0, (len(counts), -1)), list(counts))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LinearDelta:
-        """On a device, in a type."""
+        """The same delta on a device, with a dtype."""
         right = self.right
         moved = None if right is None else right.to(device, dtype)
         return LinearDelta(self.left.to(device, dtype), moved, self.experts)
 
     @property
     def squared_norm(self) -> float:
-        """‖ΔW‖², in float64: of factors tr((BᵀB)(AAᵀ)), without forming ΔW."""
+        """‖ΔW‖², in float64; from factors as tr((BᵀB)(AAᵀ)), without forming ΔW."""
         left = self.left.double()
         if self.right is None:
             return float(left.square().sum())
@@ -79,9 +79,9 @@ class LinearDelta:
 
 
 def random_like(deltas: Mapping[str, LinearDelta], seed: int = 0) -> dict[str, LinearDelta]:
-    """A random change of equal norm in all and of the same ranks; a weight's share of ‖·‖² is its share of the numbers.
+    """A random change of equal total norm and the same ranks; a weight's share of ‖·‖² is its share of the numbers.
 
-    As a Gaussian change of all weights together would be, cut to the ranks of the given one.
+    It is like a Gaussian change of all weights together, truncated to the ranks of the given change.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, LinearDelta] = {}
@@ -97,10 +97,10 @@ def random_like(deltas: Mapping[str, LinearDelta], seed: int = 0) -> dict[str, L
 
 
 def fused_places(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[str, dict[str, str]]:
-    """{module: {name in it: parameter}} of the fused experts among the weights that are to be changed.
+    """{module: {name in it: parameter}} of the fused experts among the changed weights.
 
     Raises:
-        ValueError: if one has another shape in the model.
+        ValueError: if a weight has another shape in the model.
     """
     known = bare_parameters(model)
     if all(name.endswith(".weight") and known[name].dim() == 2 for name in deltas if name in known):
@@ -121,10 +121,10 @@ def fused_places(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[st
 
 
 def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[str, str]:
-    """{module: parameter} of the linear maps behind which the deltas are to be added, tied ones included.
+    """{module: parameter} of the linear maps after which the deltas are added, including tied ones.
 
     Raises:
-        UnsupportedModelError: if a parameter is not the weight of linear maps alone.
+        UnsupportedModelError: if a parameter is not only the weight of linear maps.
         ValueError: if the model lacks a parameter, or has one of another shape.
     """
     modules = dict(model.named_modules())
@@ -141,8 +141,8 @@ def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[st
         holders = owners[id(known[name])]
         if other := [p for p, m in holders if leaf != "weight" or not isinstance(m, nn.Linear | Conv1D)]:
             raise UnsupportedModelError(
-                f"{name} is not the weight of linear maps alone ({other[0] or 'the model'} reads it too), so its "
-                "change is not one of a linear map's output; move the weights with ParameterDirection.applied_to"
+                f"{name} is not only the weight of linear maps ({other[0] or 'the model'} reads it too), so its change "
+                "cannot be added to a linear map's output; change the weights with ParameterDirection.applied_to"
             )
         if delta.shape != (shape := _shape_of(holders[0][1])):
             raise ValueError(f"{name} is {shape} (out, in) in the model, and {delta.shape} in the change")
@@ -151,7 +151,7 @@ def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[st
 
 
 def _shape_of(module: Any) -> tuple[int, int]:
-    """(out, in) of a linear map; a packed weight has another shape than its map."""
+    """(out, in) of a linear map; a packed weight has another shape than this."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     return module.out_features, module.in_features
@@ -162,18 +162,18 @@ _Stack: TypeAlias = tuple[Tensor, Tensor]
 
 
 class ChangedActivations:
-    """A model as weight changes would make it, inside `with`; each example of a batch gets one of them at a scale.
+    """Runs a model as if its weights were changed, inside `with`; each example of a batch gets one change at a scale.
 
-    After `assign`, forward passes of so many examples run with the changes. No hook is left on exit; it may be entered
-    again, with what it has moved to the activations' device and type at hand.
+    After `assign`, forward passes of that many examples run with the changes. The hooks are removed on exit. It may be
+    entered again; deltas that were moved to the activations' device and type are kept.
 
     Args:
         model: any model; its weights are not read.
         changes: {parameter: delta} of every change.
 
     Raises:
-        UnsupportedModelError: if a parameter is not the weight of linear maps alone; on exit, if a module that was
-            changed never ran although the module around it did: the model reads its weight in some other way.
+        UnsupportedModelError: if a parameter is not only the weight of linear maps; on exit, if a changed module never
+            ran although the module around it did, because the model reads its weight in another way.
         ValueError: if the model lacks a parameter, or has one of another shape.
     """
 
@@ -203,15 +203,15 @@ class ChangedActivations:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the modules behind which something is added."""
+        """Names of the modules whose outputs change."""
         return [*self._places, *self._fused]
 
     def assign(self, numbers: Sequence[int], scales: Sequence[float]) -> None:
-        """Say which change each example of the coming batches gets, and at which scale; 0 leaves an example as it is.
+        """Set the change and the scale for each example of the next batches; a scale of 0 leaves an example unchanged.
 
         Raises:
             IndexError: if there is no such change.
-            ValueError: if the two are not equally many.
+            ValueError: if there are not equally many changes and scales.
         """
         if len(numbers) != len(scales):
             raise ValueError(f"there are {len(numbers)} numbers of changes and {len(scales)} scales")
@@ -221,7 +221,7 @@ class ChangedActivations:
         self._assigned.clear()
 
     def assign_all(self, number: int, scale: float) -> None:
-        """One change at one scale for every example, however many there are."""
+        """Set one change at one scale for every example of any batch."""
         self.assign([number], [scale])
 
     def __enter__(self) -> ChangedActivations:
@@ -231,7 +231,7 @@ class ChangedActivations:
             self._handles.append(modules[path].register_forward_hook(self._watching(path)))
         for path, parameter in self._places.items():
             hook = self._adding(path, parameter)
-            # First: whatever hooks of others make of the output, they make of that of the changed weight.
+            # First, so that other hooks get the output of the changed weight.
             self._handles.append(modules[path].register_forward_hook(hook, prepend=True, with_kwargs=True))
         for path, experts in find_experts(self._model, self._fused).items() if self._fused else ():
             self._handles.append(experts.intercept(self._tap(path), lambda: True))
@@ -246,7 +246,7 @@ class ChangedActivations:
         if unseen and kind is None:
             raise UnsupportedModelError(
                 f"the model reads the weight of {', '.join(unseen[:3])} without calling the module, so its change was "
-                "not measured; move the weights in place with ParameterDirection.applied_to"
+                "not measured; change the weights in place with ParameterDirection.applied_to"
             )
 
     def _watching(self, path: str) -> Callable[..., None]:
@@ -272,7 +272,7 @@ class ChangedActivations:
         return hook
 
     def _tap(self, path: str) -> Tap:
-        """What adds the changes of fused experts to their products."""
+        """The tap that adds the changes of fused experts to their products."""
 
         def tap(weight: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
             parameter = self._fused[path].get(weight)
@@ -284,7 +284,7 @@ class ChangedActivations:
         return tap
 
     def _added_by_experts(self, path: str, parameter: str, x: Tensor, routing: Routing) -> Tensor | None:
-        """What is added to the products (S, out) of fused experts; None for nothing."""
+        """The change of the products (S, out) of fused experts; None if there is none."""
         wide = torch.promote_types(x.dtype, torch.float32)
         pairs = set(zip(self._numbers, self._scales, strict=True))
         if len(pairs) <= 1:
@@ -297,7 +297,7 @@ class ChangedActivations:
         if routing.tokens % len(self._numbers):
             raise UnsupportedModelError(
                 f"{path} received {routing.tokens} tokens for a batch of {len(self._numbers)} examples, so they cannot "
-                "be given to examples; give all examples of a batch one change and scale"
+                "be assigned to examples; use the same change and scale for all examples of a batch"
             )
         examples = replace(routing, batch=len(self._numbers)).examples
         total: Tensor | None = None
@@ -311,7 +311,7 @@ class ChangedActivations:
         return total
 
     def _delta(self, number: int, parameter: str, x: Tensor) -> LinearDelta | None:
-        """A change's delta, where x is and in float32 or wider; kept for the next batch."""
+        """A change's delta on the device of x, in float32 or wider; kept for the next batch."""
         delta = self._changes[number].get(parameter)
         if delta is None:
             return None
@@ -322,7 +322,7 @@ class ChangedActivations:
         return self._cast[key]
 
     def _stack(self, parameter: str, like: Tensor) -> _Stack | None:
-        """Bᵀ (n, q, out) and A (n, q, in) of all changes, where they are several of one rank; kept for later."""
+        """Bᵀ (n, q, out) and A (n, q, in) of all changes, if there are several of the same rank; kept for later."""
         key = parameter, like.device, like.dtype
         if key not in self._stacks:
             deltas = [change.get(parameter) for change in self._changes]
@@ -335,7 +335,7 @@ class ChangedActivations:
         return self._stacks[key]
 
     def _with_stack(self, stack: _Stack, x: Tensor, output: Tensor) -> Tensor:
-        """The output with what is added for inputs x (B, …, in), each example by its own change."""
+        """The changed output for inputs x (B, …, in), each example with its own change."""
         key = x.device, x.dtype
         if key not in self._assigned:
             scales = torch.tensor(self._scales, device=x.device, dtype=x.dtype)[:, None, None]
@@ -350,7 +350,7 @@ class ChangedActivations:
         return after.reshape(output.shape).to(output.device, output.dtype)
 
     def _added(self, path: str, parameter: str, x: Tensor) -> Tensor | None:
-        """What is added to the module's output, shaped like it up to flattening; None for nothing."""
+        """The change of the module's output, shaped like it up to flattening; None if there is none."""
         pairs = set(zip(self._numbers, self._scales, strict=True))
         wide = torch.promote_types(x.dtype, torch.float32)
         if len(pairs) <= 1:
@@ -383,16 +383,18 @@ def _per_example(x: Tensor, batch: int, path: str) -> Tensor:
 
     Raises:
         CalledOnceForAll: if the module ran once for the whole batch.
-        UnsupportedModelError: if the inputs cannot be given to examples.
+        UnsupportedModelError: if the inputs cannot be assigned to examples.
     """
     if x.shape[0] == batch:
         return x
     if x.shape[0] == 1:
-        raise CalledOnceForAll(f"{path} runs once for the whole batch; give all its examples one change and scale")
+        raise CalledOnceForAll(
+            f"{path} runs once for the whole batch; use the same change and scale for all its examples"
+        )
     if x.dim() != 2 or x.shape[0] % batch:
         raise UnsupportedModelError(
-            f"{path} received {tuple(x.shape)} for a batch of {batch} examples, so its inputs cannot be given to "
-            "examples (routed experts do this); give all examples of a batch one change and scale"
+            f"{path} received {tuple(x.shape)} for a batch of {batch} examples, so its inputs cannot be assigned to "
+            "examples (this happens with routed experts); use the same change and scale for all examples of a batch"
         )
     return x.reshape(batch, -1, x.shape[1])
 
@@ -401,7 +403,7 @@ def _per_example(x: Tensor, batch: int, path: str) -> Tensor:
 def changed_in_activations(
     model: nn.Module, deltas: Mapping[str, LinearDelta], scale: float = 1.0
 ) -> Iterator[nn.Module]:
-    """The model as W + scale·ΔW would make it inside `with`, by hooks: see `ChangedActivations`, for one change."""
+    """Runs the model as if its weights were W + scale·ΔW, inside `with`, by hooks; see `ChangedActivations`."""
     with ChangedActivations(model, [deltas]) as changed:
         changed.assign_all(0, scale)
         yield model

@@ -1,4 +1,4 @@
-"""Adapters' folders: written so that PEFT loads them, and LoRAs of anybody's read as they act, with the scale in B."""
+"""Adapters' folders: written so that PEFT loads them; any LoRA is read with its effective scale, put into B."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hf_npeff.weights.layouts import Layout
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-"""Of every key in a file that PEFT loads."""
+"""The prefix of every key in a file that PEFT loads."""
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<name>lora_(?:embedding_)?[AB])(?P<leaf>\.weight|\.bias)?")
 _CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
-"""What transformers calls its Conv1D modules: `fan_in_fan_out` holds for them, and not for a head beside them."""
+"""The class name of transformers' Conv1D modules: `fan_in_fan_out` applies to them, but not to a head beside them."""
 _ELSEWHERE = (
     "use_dora",
     "rank_pattern",
@@ -39,26 +39,26 @@ _ELSEWHERE = (
     "use_bdlora",
     "use_qalora",
 )
-"""Settings that make the change another than BA·alpha/r, or one that acts on some tokens only."""
+"""Settings with which the change is not BA·alpha/r, or acts only on some tokens."""
 _OF_FACTORS_ALONE = ("gaussian", "orthogonal", "eva", "mica")
-"""What PEFT's `init_lora_weights` calls beginnings that leave the base model's weights as they are."""
+"""Values of PEFT's `init_lora_weights` that leave the base model's weights unchanged."""
 
 
 def read_lora(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Layout]]:
     """Tensors and config with `lora_alpha` = r and the scale in B, and {parameter: layout}.
 
     Raises:
-        CorruptStoreError: if a file is missing or damaged, or keys and config are no LoRA's.
-        UnsupportedModelError: if it is another kind of adapter, or a setting makes its change another than
+        CorruptStoreError: if a file is missing or damaged, or keys and config are not those of a LoRA.
+        UnsupportedModelError: if it is another kind of adapter, or has a setting with which its change is not
             BA·lora_alpha/r.
     """
     folder = Path(directory)
     config = read_json(folder / CONFIG, None)
     kind = config.get("peft_type", config.get("kind"))
     if kind == "delta":
-        raise UnsupportedModelError(f"{folder} holds a dense change; ParameterDirection.from_pretrained reads it")
+        raise UnsupportedModelError(f"{folder} has a dense change; read it with ParameterDirection.from_pretrained")
     if kind != "LORA":
-        raise UnsupportedModelError(f"{folder} holds an adapter of the kind {kind!r}, and only LoRA is read here")
+        raise UnsupportedModelError(f"{folder} has an adapter of the kind {kind!r}, but only LoRA can be read here")
     if others := [name for name in _ELSEWHERE if config.get(name)]:
         raise UnsupportedModelError(
             f"{folder} is a LoRA with {others[0]}={config[others[0]]!r}, so its change is not BA·lora_alpha/r; "
@@ -85,19 +85,19 @@ def read_lora(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
 
 
 def begins_elsewhere(config: Mapping[str, Any]) -> bool:
-    """Whether PEFT changes the base model's weights when it loads the adapter, as of PiSSA, OLoRA or CorDA."""
+    """Whether PEFT changes the base model's weights when it loads the adapter, as for PiSSA, OLoRA or CorDA."""
     begun: Any = config.get("init_lora_weights")
     named = isinstance(begun, str) and begun.lower() not in _OF_FACTORS_ALONE
     return named or bool(config.get("kasa_config"))
 
 
 def scaled_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A LoRA's tensors with its change so many times as large: B and biases are multiplied."""
+    """A LoRA's tensors with its change multiplied by a factor, which goes into B and biases."""
     return {key: value * scale if _is_factor(key, "B") else value for key, value in tensors.items()}
 
 
 def base_weights_of(directory: str | os.PathLike[str]) -> str | None:
-    """The hash of the base model's weights that an adapter of ours has in its file."""
+    """The hash of the base model's weights in the file of an adapter written by hf_npeff."""
     try:
         with safe_open(Path(directory) / WEIGHTS, "pt") as file:
             return (file.metadata() or {}).get("base_model_weights")
@@ -111,7 +111,7 @@ def _is_factor(key: str, which: str) -> bool:
 
 
 def _parameter_of(key: str, config: Mapping[str, Any], folder: Path) -> tuple[str, Layout]:
-    """The parameter that a key changes, and what it is."""
+    """The parameter that a key changes, and its layout."""
     if not key.startswith(PREFIX):
         raise CorruptStoreError(f"{folder / WEIGHTS} has the key {key!r}, which does not begin with {PREFIX!r}")
     match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
@@ -134,19 +134,20 @@ def write_adapter(
     weights_hash: str | None = None,
     card: str | None = None,
 ) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and README.md, where there is a card.
+    """Write adapter_config.json, adapter_model.safetensors and, if there is a card, README.md.
 
     Args:
-        folder: made where it is missing.
-        tensors: under the keys of the file.
-        config: of PEFT's adapter; of a dense delta, `kind` is "delta".
-        weights_hash: of the base model's weights.
-        card: README.md; None leaves what is there.
+        folder: the folder; it is created if it is missing.
+        tensors: the tensors under the keys of the file.
+        config: the config of PEFT's adapter; of a dense delta, with `kind` "delta".
+        weights_hash: the hash of the base model's weights.
+        card: the text of README.md; None leaves an existing file alone.
 
     Raises:
-        ValueError: if another adapter of PEFT's lies there: PEFT reads two files, which cannot be replaced in one step.
+        ValueError: if the folder has another PEFT adapter, because PEFT reads two files, which cannot be replaced in
+            one step.
     """
-    # PEFT warns of settings that it does not know; what else is to be kept goes into the file of the weights.
+    # PEFT warns of settings that it does not know; other information goes into the file of the weights.
     metadata = {"format": "pt", **({} if weights_hash is None else {"base_model_weights": weights_hash})}
     weights = tensors_to_bytes({name: v.detach().cpu().contiguous() for name, v in tensors.items()}, metadata)
     written = json_bytes(config)
@@ -165,9 +166,9 @@ def write_adapter(
 
 
 def _check_replaceable(folder: Path, config: bytes) -> None:
-    """Refuse to write over an adapter with another config: a crash in between would leave half of each."""
+    """Check that no adapter with another config is overwritten: a crash in between would leave half of each."""
     if (folder / WEIGHTS).exists() and (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != config:
         raise ValueError(
-            f"{folder} holds another adapter, with other settings or for another model; save to another folder, or "
+            f"{folder} has another adapter, with other settings or for another model; save to another folder, or "
             f"remove {CONFIG} and {WEIGHTS} there first"
         )

@@ -1,4 +1,4 @@
-"""The sum of LoRA adapters as one LoRA, exactly: factors side by side, so that the rank is the sum of the ranks."""
+"""The exact sum of LoRA adapters as one LoRA: factors side by side, so that the rank is the sum of the ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SUMMED = ("linear", "conv1d", "embedding", "bias")
 def stacked(
     tensors: Sequence[Mapping[str, Tensor]], ranks: Sequence[int], layouts: Sequence[Mapping[str, Layout]]
 ) -> tuple[dict[str, Tensor], dict[str, Layout]]:
-    """[B₁ B₂ …] and [A₁; A₂; …] of every module that one of them changes, zero where another does not; sums of biases.
+    """[B₁ B₂ …] and [A₁; A₂; …] of every module that an adapter changes, with zeros for others; sums of biases.
 
     Args:
-        tensors: of each adapter, B already multiplied with what it counts for.
-        ranks: r of each adapter.
-        layouts: of each adapter.
+        tensors: the tensors of each adapter, with B already multiplied by its scale.
+        ranks: the rank r of each adapter.
+        layouts: the layouts of each adapter.
 
     Raises:
         UnsupportedModelError: if one changes norms, which PEFT stores whole, or fused experts.
-        ValueError: if a parameter is of another shape in another adapter.
+        ValueError: if a parameter has different shapes in two adapters.
     """
     together: dict[str, Layout] = {name: layout for each in layouts for name, layout in each.items()}
     if wrong := [f"{name} ({layout})" for name, layout in together.items() if layout not in _SUMMED]:
@@ -45,7 +45,9 @@ def stacked(
             given = [_empty(some, rank, dim) if v is None else v for v, rank in zip(given, ranks, strict=True)]
             shapes = {value.select(dim, 0).shape for value in given if value is not None}
         if len(shapes) > 1:
-            raise ValueError(f"{key.removeprefix(PREFIX)} has other shapes in another adapter: is it of another model?")
+            raise ValueError(
+                f"{key.removeprefix(PREFIX)} has different shapes in the adapters: are they for different models?"
+            )
         known = [value for value in given if value is not None]
         summed[key] = torch.stack(known).sum(0) if key.endswith(".bias") else torch.cat(known, dim)
     return summed, together
@@ -61,11 +63,11 @@ def sum_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """adapter_config.json of the sum.
 
     Raises:
-        ValueError: if the adapters name other base models or commits.
+        ValueError: if the adapters name different base models or commits.
     """
     for name in ("base_model_name_or_path", "revision"):
         if len({str(config.get(name)) for config in configs}) > 1:
-            raise ValueError(f"the adapters are of other base models: {name} is {[c.get(name) for c in configs]}")
+            raise ValueError(f"the adapters are for different base models: {name} is {[c.get(name) for c in configs]}")
     rank = sum(config["r"] for config in configs)
     targets = dict.fromkeys(target for config in configs for target in config.get("target_modules") or ())
     return {

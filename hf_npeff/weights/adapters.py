@@ -1,7 +1,7 @@
 """Adapters: a change of the weights as PEFT's LoRA or SHiRA, or dense.
 
-Keys and settings follow what PEFT loads: full module names as targets, one rank for all modules with zero padding,
-lora_alpha equal to the rank, and the scale folded into B. Every adapter is a delta ΔW, so W + ΔW is what runs.
+Keys and settings are those that PEFT loads: full module names as targets, one rank for all modules with zero padding,
+lora_alpha equal to the rank, and the scale in B. Every adapter is a delta ΔW; the model runs with W + ΔW.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ _KINDS = {"lora": "LoRA", "shira": "SHiRA", "delta": "dense"}
 
 @dataclass(repr=False)
 class Adapter(Readable):
-    """A change of the weights as an adapter: applied to a model, or written for PEFT.
+    """A change of the weights as an adapter, to apply to a model or to write for PEFT.
 
     Attributes:
         kind: "lora", "shira" or "delta".
-        tensors: what the safetensors file holds.
-        config: adapter_config.json.
-        retained_energy: share of ‖ΔW‖² that the adapter keeps, 0 to 1; `is_estimate` says of lifted components whether
-            it is an estimate.
-        layouts: what every parameter is that it changes, by name.
-        retained_by_weight: the same for every weight.
-        about: the direction that it is made of, for the card; None writes none.
+        tensors: the tensors of the safetensors file.
+        config: the content of adapter_config.json.
+        retained_energy: share of ‖ΔW‖² that the adapter keeps, 0 to 1; for lifted components, `is_estimate` says
+            whether it is an estimate.
+        layouts: {parameter: layout} of the changed parameters, such as "linear" or "bias".
+        retained_by_weight: the retained energy of every weight.
+        about: the direction that it was made from, for the card; without it no card is written.
         architecture: the class that loads the base model, for the card.
-        shapes: the shapes of the parameters, where the tensors do not tell them (SHiRA).
+        shapes: the shapes of the parameters, if the tensors do not determine them (SHiRA).
         weights: hash of the base model's weights, kept as `base_model_weights` in the safetensors file's metadata.
-        info: how a lifted component's adapter was made, as `ParameterDirection.info` says it; empty of other adapters.
+        info: how a lifted component's adapter was made, as in `ParameterDirection.info`; empty for other adapters.
 
     Example:
         >>> adapter = direction.to_adapter(rank=2, scale=0.3)
@@ -108,13 +108,13 @@ class Adapter(Readable):
 
     @property
     def loads_in(self) -> list[str]:
-        """Programs that load all of it, of those in `sharing.runtimes.RUNTIMES`."""
+        """The programs of `sharing.runtimes.RUNTIMES` that load all of the adapter."""
         verdict_of = verdicts(self.kind, self.layouts.values(), self._task_type)
         return [name for name, verdict in verdict_of.items() if verdict == "loads"]
 
     @property
     def _task_type(self) -> str | None:
-        """PEFT's name of what the base model does; a classifier, whose class alone is kept, has none."""
+        """PEFT's name for the base model's task; None for a classifier, for which only the class is recorded."""
         return self.config.get("task_type") or ("other" if self.config.get("auto_mapping") else None)
 
     @property
@@ -124,32 +124,35 @@ class Adapter(Readable):
 
     @property
     def kept(self) -> str:
-        """`retained_energy` in words: "62%", or "about 62%" where it is an estimate."""
+        """`retained_energy` in words: "62%", or "about 62%" if it is an estimate."""
         return f"{'about ' if self.is_estimate else ''}{self.retained_energy:.0%}"
 
     @classmethod
     def sum(cls, adapters: Sequence[Adapter], scales: Sequence[float] | None = None) -> Adapter:
-        """Several LoRA adapters of one model as one: Σ scale·ΔW exactly, of the sum of their ranks.
+        """The exact sum Σ scale·ΔW of several LoRA adapters for one model, as one adapter with the sum of their ranks.
 
-        PEFT's `add_weighted_adapter` cuts such a sum to the largest rank unless it is asked for "cat". `a + b`
-        is such a sum; `-a` and `0.5 * a` are `a.scaled(...)`, and say as `a` does what of the change they keep.
+        PEFT's `add_weighted_adapter` truncates such a sum to the largest rank, unless its type is "cat". `a + b` is
+        such a sum. `-a` and `0.5 * a` are `a.scaled(...)`, and keep the information of `a` on retained energy.
 
         Args:
-            adapters: one or more.
-            scales: what each counts for; 1 by default, and negative ones turn a change back.
+            adapters: one or more adapters.
+            scales: a factor for each adapter, 1 by default; a negative one reverses a change.
 
         Raises:
-            ValueError: if there are none, the adapters are of other models, or a scale is 0 or not finite.
-            UnsupportedModelError: if one is no LoRA, or changes norms or fused experts: add the directions instead.
+            ValueError: if there are no adapters, they are for different models, or a scale is 0 or not finite.
+            UnsupportedModelError: if one is not a LoRA, or changes norms or fused experts: add the directions instead.
         """
         adapters = list(adapters)
         scales = [1.0] * len(adapters) if scales is None else [check_scale(scale) for scale in scales]
         if not adapters or len(scales) != len(adapters):
-            raise ValueError(f"a sum needs an adapter, and a scale for each: there are {len(adapters)}, {len(scales)}")
+            raise ValueError(
+                f"a sum needs at least one adapter and a scale for each, but there are {len(adapters)} adapters and "
+                f"{len(scales)} scales"
+            )
         if other := [each.kind for each in adapters if each.kind != "lora"]:
             raise UnsupportedModelError(f"LoRA adapters can be summed, not {other[0]!r}: add the directions instead")
         if len({each.weights for each in adapters} - {None}) > 1:
-            raise ValueError("the adapters are of models with other weights")
+            raise ValueError("the adapters are for models with different weights")
         scaled = [scaled_lora(each.tensors, scale) for each, scale in zip(adapters, scales, strict=True)]
         ranks, layouts = [each.config["r"] for each in adapters], [each.layouts for each in adapters]
         tensors, together = stacked(scaled, ranks, layouts)
@@ -162,13 +165,13 @@ class Adapter(Readable):
         return Adapter.sum([self, other]) if isinstance(other, Adapter) else NotImplemented
 
     def __mul__(self, scale: object) -> Adapter:
-        """So many times the change; see `scaled`."""
+        """The change times a factor; see `scaled`."""
         return self.scaled(scale) if isinstance(scale, int | float) else NotImplemented
 
     __rmul__ = __mul__
 
     def __neg__(self) -> Adapter:
-        """The change backwards; see `scaled`."""
+        """The opposite change; see `scaled`."""
         return self * -1.0
 
     def __repr__(self) -> str:
@@ -178,7 +181,7 @@ class Adapter(Readable):
         return f"Adapter({whose}{_KINDS[self.kind]}{rank} in {len(self.layouts)} parameters, {kept})"
 
     def linear_deltas(self) -> dict[str, LinearDelta]:
-        """{parameter: ΔW (out, in)}, in factors where it is a LoRA.
+        """{parameter: ΔW (out, in)}, in factors for a LoRA.
 
         Raises:
             UnsupportedModelError: if it changes anything but weights of linear maps.
@@ -187,10 +190,10 @@ class Adapter(Readable):
         return {name: self._linear_delta(name) for name in self.layouts}
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{weight: (B (out, r), A (r, in))} of a LoRA, with BA its change; of an embedding, its transpose.
+        """{weight: (B (out, r), A (r, in))} of a LoRA, with ΔW = BA; for an embedding, the transpose.
 
         Raises:
-            UnsupportedModelError: if it is no LoRA.
+            UnsupportedModelError: if it is not a LoRA.
         """
         if self.kind != "lora":
             raise UnsupportedModelError(f"only a LoRA has factors, and this adapter is {_KINDS[self.kind]}")
@@ -201,7 +204,7 @@ class Adapter(Readable):
         """{weight: its share of ‖ΔW‖²} of a LoRA, the largest first; ‖BA‖² = tr((BᵀB)(AAᵀ)), so no ΔW is formed.
 
         Raises:
-            UnsupportedModelError: if it is no LoRA.
+            UnsupportedModelError: if it is not a LoRA.
         """
         wide = {name: (B.double(), A.double()) for name, (B, A) in self.factors().items()}
         squares = {name: float(((B.T @ B) * (A @ A.T)).sum()) for name, (B, A) in wide.items()}
@@ -209,11 +212,11 @@ class Adapter(Readable):
         return dict(sorted(((n, value / total) for n, value in squares.items()), key=lambda item: -item[1]))
 
     def scaled(self, scale: float) -> Adapter:
-        """The adapter of a change that is longer by so much, or points the other way.
+        """The adapter with its change multiplied by a factor; a negative factor reverses it.
 
         Raises:
-            UnsupportedModelError: if it stores what a parameter becomes, such as a norm's or a head's, and not by how
-                much it changes.
+            UnsupportedModelError: if it stores the new value of a parameter, such as a norm or a head, and not its
+                change.
             ValueError: if the scale is 0 or not finite.
         """
         scale = check_scale(scale)
@@ -236,7 +239,7 @@ class Adapter(Readable):
 
         Raises:
             KeyError: if the adapter does not change that parameter.
-            UnsupportedModelError: if it stores the parameter's new value, as PEFT does with norms and heads.
+            UnsupportedModelError: if it stores the parameter's new value, as PEFT does for norms and heads.
         """
         if name not in self.layouts:
             raise KeyError(f"{name!r} is not among this adapter's parameters: {list(self.layouts)[:3]} …")
@@ -254,13 +257,13 @@ class Adapter(Readable):
         return matrix if layout == "linear" else matrix.mT
 
     def _parts_of_experts(self, name: str) -> Tensor:
-        """ΔW_e (E, out, in) of fused experts, as PEFT's `ParamWrapper` lays its factors out."""
+        """ΔW_e (E, out, in) of fused experts, from factors in the layout of PEFT's `ParamWrapper`."""
         rank, stem = self.config["r"], place_of_experts(name, self.layouts)
         A, B = self.tensors[f"{PREFIX}{stem}.lora_A.weight"], self.tensors[f"{PREFIX}{stem}.lora_B.weight"]
         return torch.einsum("ore,eri->eoi", B.unflatten(1, (rank, -1)), A.unflatten(0, (-1, rank)))
 
     def _linear_delta(self, name: str) -> LinearDelta:
-        """ΔW (out, in) of a weight; of an embedding, transposed."""
+        """ΔW (out, in) of a weight; transposed for an embedding."""
         stem = f"{PREFIX}{name.removesuffix('weight')}"
         if self.kind == "delta":
             return as_linear_delta(self.tensors[name], self.layouts[name])
@@ -277,26 +280,28 @@ class Adapter(Readable):
 
     @contextlib.contextmanager
     def applied_in_activations(self, model: nn.Module, scale: float = 1.0) -> Iterator[nn.Module]:
-        """The base model with scale·ΔW inside `with`, added behind its linear maps: no weight is touched.
+        """Add scale·ΔW to the outputs of the base model's linear maps, inside `with`, without touching a weight.
 
-        So the weights may be quantised, offloaded or sharded. Hooks are gone on exit, exceptions included.
+        So the weights may be quantised, offloaded or sharded. The hooks are removed on exit, also after an exception.
 
         Raises:
-            UnsupportedModelError: if the adapter changes anything but linear maps; on exit, if the model reads one of
-                the weights without calling its module.
+            UnsupportedModelError: if the adapter changes anything other than linear maps; on exit, if the model reads
+                one of the weights without calling its module.
             ValueError: if the scale is 0 or not finite, or the model lacks a parameter or has one of another shape.
         """
         with changed_in_activations(model, self.linear_deltas(), check_scale(scale)):
             yield model
 
     def card(self, repo_id: str | None = None, *, datasets: Sequence[str] = (), license: str | None = None) -> str:
-        """README.md; see `direction_cards.adapter_card`.
+        """The text of README.md; see `direction_cards.adapter_card`.
 
         Raises:
-            ValueError: if it is not known what the adapter is about, or the license or a data set's id is malformed.
+            ValueError: if the adapter's direction is not known, or the license or a data set's id is malformed.
         """
         if self.about is None:
-            raise ValueError("this adapter was not made from a direction of hf_npeff, so nothing is known for a card")
+            raise ValueError(
+                "this adapter was not made from a direction of hf_npeff, so there is no information for a card"
+            )
         return adapter_card(
             self.about,
             kind=_KINDS[self.kind],
@@ -311,30 +316,30 @@ class Adapter(Readable):
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write adapter_config.json, adapter_model.safetensors and, where it is known what it is about, README.md.
+        """Write adapter_config.json, adapter_model.safetensors and, if the adapter's direction is known, README.md.
 
-        A README.md that is not a card of hf_npeff stays as it is.
+        A README.md that is not a card of hf_npeff is left alone.
 
         Args:
-            directory: made where it is missing. An adapter of the same shape that lies there is replaced.
+            directory: the folder; it is created if it is missing. An adapter of the same shape in it is replaced.
 
         Raises:
-            ValueError: if an adapter of another rank, kind or model lies there: PEFT reads two files, which cannot be
-                replaced in one step.
+            ValueError: if the folder has an adapter of another rank, kind or model, because PEFT reads two files, which
+                cannot be replaced in one step.
         """
         card = None if self.about is None else self.card()
         write_adapter(Path(directory), self.tensors, self.config, weights_hash=self.weights, card=card)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Adapter:
-        """Read a folder with a LoRA adapter, written here or by PEFT; a scale in `lora_alpha` goes into B.
+        """Read a folder with a LoRA adapter, written by hf_npeff or by PEFT; a scale in `lora_alpha` goes into B.
 
-        What it is about is not read: a card is written again from the direction.
+        The adapter's direction is not read; to write a card again, use the direction.
 
         Raises:
-            CorruptStoreError: if a file is missing or damaged, or keys and config are no LoRA's.
-            UnsupportedModelError: if it is another kind of adapter, or DoRA, PiSSA or a setting such as `rank_pattern`
-                makes its change another than BA·lora_alpha/r.
+            CorruptStoreError: if a file is missing or damaged, or keys and config are not those of a LoRA.
+            UnsupportedModelError: if it is another kind of adapter, or its change is not BA·lora_alpha/r, as with DoRA,
+                PiSSA or a setting such as `rank_pattern`.
         """
         tensors, config, layouts = read_lora(directory)
         base = (config.get("auto_mapping") or {}).get("base_model_class") or "AutoModel"
@@ -343,19 +348,19 @@ class Adapter(Readable):
     def to_gguf(
         self, path: str | os.PathLike[str], base: PretrainedConfig | str | os.PathLike[str] | None = None
     ) -> None:
-        """Write the adapter for llama.cpp and what is built on it: one GGUF file, factors in float32.
+        """Write the adapter for llama.cpp and programs that use it: one GGUF file with the factors in float32.
 
-        Names, and the order in which attention's rows lie there, are those that llama.cpp expects of the model type;
-        `weights.gguf.ARCHITECTURES` says which types are compared with llama.cpp itself.
+        Names, and the order of attention's rows, are those that llama.cpp expects for the model type. The types in
+        `weights.gguf.ARCHITECTURES` were compared with llama.cpp itself.
 
         Args:
-            path: of the file; replaced where it is there.
-            base: the base model's config, its folder or id, or a GGUF file of it, against whose tensors names and
-                shapes are then checked; None reads the config under the adapter's `base_model_name_or_path`.
+            path: the file to write; an existing file is replaced.
+            base: the base model's config, its folder or id, or a GGUF file of it, whose names and shapes are then
+                compared; None reads the config of the adapter's `base_model_name_or_path`.
 
         Raises:
-            UnsupportedModelError: if it is no LoRA, changes anything but linear maps (norms, biases, embeddings,
-                experts: llama.cpp drops or refuses those), or the model type is none of those.
+            UnsupportedModelError: if it is not a LoRA, changes anything other than linear maps (llama.cpp drops or
+                refuses norms, biases, embeddings and experts), or the model type is not one of those.
             ValueError: if the base model's config cannot be read, or its GGUF file has other tensors.
             ModuleNotFoundError: if the package gguf is missing.
         """
@@ -363,7 +368,7 @@ class Adapter(Readable):
         write_gguf(self.tensors, self.config, path, base)
 
     def _publish(self, folder: Path, repo_id: str, *, datasets: Sequence[str] = (), license: str | None = None) -> None:
-        """`push_to_hub`'s own arguments."""
+        """Upload the adapter; the arguments are those of `push_to_hub`."""
         warn_of_local_model(repo_id, self.config.get("base_model_name_or_path"))
         if self.about is not None:
             write_card(folder, self.card(repo_id, datasets=datasets, license=license))

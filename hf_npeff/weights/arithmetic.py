@@ -1,4 +1,4 @@
-"""Sums of weight changes, and what is left of one when directions are taken out of it."""
+"""Sums of weight changes, and the rest of a change when directions are taken out of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _Self = TypeVar("_Self", bound="DirectionArithmetic")
 
 
 class DirectionArithmetic(Mapping[str, Tensor]):
-    """What `ParameterDirection` can be added to, multiplied with and freed of.
+    """Arithmetic of `ParameterDirection`: sums, multiples, projections.
 
     Attributes:
-        layouts: what every parameter is.
+        layouts: {parameter: layout}, such as "linear" or "bias".
         info: how the change was made.
     """
 
@@ -29,12 +29,12 @@ class DirectionArithmetic(Mapping[str, Tensor]):
     def _changed(
         self: _Self, deltas: Mapping[str, Tensor], layouts: Mapping[str, Layout], info: Mapping[str, Any]
     ) -> _Self:
-        """Another direction of the same kind, as long as it is."""
+        """Another direction of the same kind, with its own length."""
         raise NotImplementedError
 
     @property
     def norm(self) -> float:
-        """Over all parameters together."""
+        """The norm over all parameters together."""
         return sum(map(squared_norm, self.values())) ** 0.5
 
     def _plus(self: _Self, weight: float, other: object, other_weight: float) -> _Self:
@@ -47,7 +47,7 @@ class DirectionArithmetic(Mapping[str, Tensor]):
         return self._changed(deltas, layouts, {**self._origin(), "method": "sum"})
 
     def _origin(self) -> dict[str, Any]:
-        """What a sum keeps of what is known."""
+        """The information that a sum keeps."""
         kept = (
             "model",
             "revision",
@@ -62,20 +62,20 @@ class DirectionArithmetic(Mapping[str, Tensor]):
         return {name: self.info[name] for name in kept if name in self.info}
 
     def __add__(self: _Self, other: object) -> _Self:
-        """The sum, as long as it is; a direction of unit norm counts with its length of 1.
+        """The sum, with its own length; a direction of unit norm counts with its length of 1.
 
         Raises:
-            IncompatibleWeightsError: if the two are of weights that are known to differ.
-            ValueError: if parameters have other shapes, or the sum is zero.
+            IncompatibleWeightsError: if the two are for weights that are known to differ.
+            ValueError: if a parameter has different shapes in the two, or the sum is zero.
         """
         return self._plus(1.0, other, 1.0)
 
     def __sub__(self: _Self, other: object) -> _Self:
-        """The difference, as long as it is; see `__add__`."""
+        """The difference, with its own length; see `__add__`."""
         return self._plus(1.0, other, -1.0)
 
     def __mul__(self: _Self, factor: object) -> _Self:
-        """So many times the change.
+        """The change times a factor.
 
         Raises:
             ValueError: if the factor is zero or not finite.
@@ -88,17 +88,17 @@ class DirectionArithmetic(Mapping[str, Tensor]):
     __rmul__ = __mul__
 
     def __neg__(self: _Self) -> _Self:
-        """The change backwards."""
+        """The opposite change."""
         return self * -1.0
 
     def without(self: _Self, directions: DirectionArithmetic | Sequence[DirectionArithmetic]) -> _Self:
-        """The change with what lies along some directions taken out: its orthogonal projection on their span.
+        """The change minus its orthogonal projection on the span of some directions.
 
         Args:
-            directions: such as lifted components.
+            directions: the directions, for example lifted components.
 
         Raises:
-            ValueError: if parameters have other shapes, or nothing is left.
+            ValueError: if a parameter has different shapes, or nothing is left.
 
         Example:
             >>> change = direction + 0.5 * direction.random_like(seed=3)
@@ -120,7 +120,7 @@ class DirectionArithmetic(Mapping[str, Tensor]):
         return self._changed(left, layouts, {**self._origin(), "method": "without"})
 
     def energies(self) -> dict[str, float]:
-        """{parameter: its share of ‖Δ‖²}, the largest first; the norm there is its square root times `norm`.
+        """{parameter: its share of ‖Δ‖²}, the largest first; the square root times `norm` is the parameter's norm.
 
         Example:
             >>> round(sum(direction.energies().values()), 6)

@@ -1,10 +1,10 @@
-"""What a change does to components: KL by component with a null of random changes, cosines, what grew and what shrank.
+"""The effects of a change on components: KL compared with random changes, cosines, growth.
 
-KL of a component is the mean over examples weighted by their coefficients, KL_j = Σ_i W_ij KL_i / Σ_i W_ij. A component
-whose examples are sensitive has a large one whatever changed, so it is compared with random changes of equal norm. For
-those KL_i = ½ Σ_c ⟨A_ic, δ⟩² with ⟨A_ic, δ⟩ Gaussian of covariance AAᵀ‖δ‖²/p, which the sketched rows give: with a
-normal z in the sketch, ⟨SA_ic, z⟩ has it to the sketch's error. The p-value of a component is the share of random
-changes that give it as large a part of the KL, KL_j / Σ_l KL_l, as this one does.
+The KL of a component is the mean over examples weighted by their coefficients, KL_j = Σ_i W_ij KL_i / Σ_i W_ij. A
+component whose examples are sensitive has a large KL under any change, so it is compared with random changes of equal
+norm. For these, KL_i = ½ Σ_c ⟨A_ic, δ⟩², where ⟨A_ic, δ⟩ is Gaussian with covariance AAᵀ‖δ‖²/p. The sketched rows give
+this covariance up to the sketch's error: ⟨SA_ic, z⟩ with a normal z in the sketch. The p-value of a component is the
+share of random changes that give it at least as large a share of the KL, KL_j / Σ_l KL_l, as the change does.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _BOOTSTRAPS = 1000
 _CHUNK = 256
 """Examples at a time: bounds the memory."""
 RANDOM = 4
-"""Random changes that the p-value of a cosine comes from. Even, for a t in closed form; each more costs as much as it
-narrows the t less: of 4, 2.8 is beyond 95%, of 8, 2.3."""
+"""How many random changes a cosine is compared with for its p-value. An even number, so that Student's t has a closed
+form. More would cost as much each and narrow the t less: 95% lie below 2.8 with 4, and below 2.3 with 8."""
 _GONE = 0.05
-"""Share of its mean coefficient below which a component is gone. Chosen: as where it counts as active."""
+"""A component has vanished below this share of its mean coefficient. Chosen: the same share as for being active."""
 
 
 def weighted_means(W: Tensor, values: Tensor) -> Tensor:
@@ -44,17 +44,18 @@ def weighted_means(W: Tensor, values: Tensor) -> Tensor:
 
 
 def one_after_another(W: Tensor, kl: Tensor) -> list[tuple[int, float]]:
-    """All components in the order in which they carry most of what those before them do not, and how much that is.
+    """All components, ordered by the KL that the components before them do not account for, and this KL.
 
-    Two components of one behaviour have the same examples' KL twice. So from every example the share W_ij / Σ_l W_il of
-    each chosen component is taken, and the next one is that with the largest mean of what is left, weighted by its W.
+    Two components of one behaviour would count the same examples' KL twice. So the share W_ij / Σ_l W_il of each chosen
+    component is subtracted from every example, and the next component is the one with the largest mean of the rest,
+    weighted by its W.
 
     Args:
-        W: (n, r).
-        kl: (n,) of the change.
+        W: the coefficients (n, r).
+        kl: the KL (n,) of the change.
 
     Returns:
-        (component, mean KL left to it, in nats), the first with its whole mean KL.
+        (component, remaining mean KL in nats) in order; the first one has its whole mean KL.
     """
     W = W.double()
     shares = W / W.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -101,12 +102,12 @@ def random_kl(pefs: PEFs, draws: int, seed: int) -> Tensor:
 
 
 def kl_p_values(W: Tensor, kl: Tensor, null: Tensor) -> tuple[list[float], list[float]]:
-    """Of every component the share of random changes that give it as large a part of the KL, and its part over theirs.
+    """The p-value of every component's share of the KL, and this share over the mean share under random changes.
 
     Args:
-        W: (n, r).
-        kl: (n,) of the change.
-        null: (n, draws) of random changes.
+        W: the coefficients (n, r).
+        kl: the KL (n,) of the change.
+        null: the KL (n, draws) of random changes.
     """
     observed, random = weighted_means(W, kl), weighted_means(W, null)
     tiny = torch.finfo(torch.float64).tiny
@@ -121,8 +122,8 @@ class Cosines:
     """⟨g_j, Δ⟩ / (‖g_j‖ ‖Δ‖) of every component with a change.
 
     Attributes:
-        values: (r,) signed; the sign of a component means nothing.
-        stationary: (r,) cosine of each component with the combination of rows that it is taken for: near 1 if the
+        values: (r,) with sign; the sign of a component has no meaning.
+        stationary: (r,) cosine of each component with the combination of rows that represents it: near 1 if the
             decomposition converged.
     """
 
@@ -135,9 +136,9 @@ def cosines(decomposition: Decomposition, pefs: PEFs, products: Tensor, norm: fl
 
     Args:
         decomposition: the decomposition of `pefs`.
-        pefs: those that were decomposed.
+        pefs: the PEFs that were decomposed.
         products: ⟨A_ic, Δ_m⟩ of unscaled rows (n, c, m).
-        norm: ‖Δ_m‖ over what is analysed, of each of them.
+        norm: ‖Δ_m‖ of each change over the analysed weights.
     """
     coefficients, stationary = combination(decomposition, pefs)
     lifted = torch.zeros(len(decomposition), pefs.dim, dtype=torch.float64)
@@ -154,16 +155,16 @@ def cosines(decomposition: Decomposition, pefs: PEFs, products: Tensor, norm: fl
 
 
 def cosine_p(value: float, random: Sequence[float]) -> float:
-    """Two-sided p-value of a cosine against those of random changes with the norm of the change in every weight.
+    """Two-sided p-value of a cosine, compared with random changes that have the change's norm in every weight.
 
-    The inner product of such a change with a component is normal with mean 0, as that of the change is where its
-    directions are none of the component's. So the ratio of the cosine to the root mean square of four random ones is
-    Student's t of 4 degrees of freedom, whose distribution function is 1/2 + 3/8 u (1 − u²/12) with
+    The inner product of a random change with a component is normal with mean 0, and so is that of a change whose
+    directions are unrelated to the component's. So the ratio of the cosine to the root mean square of four random ones
+    is Student's t of 4 degrees of freedom, whose distribution function is 1/2 + 3/8 u (1 − u²/12) with
     u = t / √(1 + t²/4).
 
     Args:
-        value: of the change.
-        random: of four random changes.
+        value: the cosine of the change.
+        random: the cosines of four random changes.
 
     Raises:
         ValueError: if there are not four of them.
@@ -179,11 +180,11 @@ def cosine_p(value: float, random: Sequence[float]) -> float:
 
 
 def growth(before: Tensor, after: Tensor, counts: Tensor) -> tuple[list[Growth], list[tuple[float, float]]]:
-    """What became of every component, and the 95% interval of its mean coefficient after less before.
+    """What became of every component, and the 95% interval of the change of its mean coefficient.
 
     Args:
-        before: W (n, r) of the examples' PEFs before.
-        after: the same after, with the same components.
+        before: the coefficients W (n, r) of the examples' PEFs before the change.
+        after: their coefficients after the change, for the same components.
         counts: the counts of the bootstrap, see `bootstrap_counts`.
     """
     difference = after.double() - before.double()

@@ -21,25 +21,29 @@ class ComponentChange:
     """What a change did to one component.
 
     Attributes:
-        component: its number; those that were added for what the others do not explain follow the decomposition's own.
+        component: its number; components that were added for what the others do not explain come after the
+            decomposition's own.
         label: its name, or its number.
         automatic_label: what its examples have in common, or None.
-        kl: mean KL of the examples weighted by their coefficients, in nats; None of an added component.
-        kl_interval: 95% bootstrap interval of that, over examples.
-        kl_over_random: its part of the KL of all components over its part where random weights change.
-        p: share of random changes of equal norm that give it as large a part of the KL; 1 / (draws + 1) is the least.
-        cosine: |cosine| of the change with the lifted component, exact; None of an added component.
-        cosine_random: the same of a random change of equal norm.
-        cosine_shuffled: the same of the change with the numbers of every weight shuffled.
-        cosine_p: two-sided p-value of the cosine against random changes with the norm of the change in every weight.
-        before: mean coefficient of the examples' PEFs before the change; None where no PEFs were computed after it.
-        after: the same after it, with the same components.
-        growth: "grew", "shrank", "appeared", "vanished" or "stayed": after − before with a 95% interval off zero.
-        growth_interval: that interval.
-        top: the texts, or ids, of its first examples, of an added component those after the change.
+        kl: mean KL of the examples weighted by their coefficients, in nats; None for an added component.
+        kl_interval: 95% bootstrap interval of this KL, over examples.
+        kl_over_random: its share of the KL of all components, over its share under random changes.
+        p: share of random changes of equal norm that give it at least as large a share of the KL; the smallest possible
+            value is 1 / (draws + 1).
+        cosine: |cosine| of the change with the lifted component, exact; None for an added component.
+        cosine_random: the same for a random change of equal norm.
+        cosine_shuffled: the same for the change with the entries of every weight shuffled.
+        cosine_p: two-sided p-value of the cosine, compared with random changes that have the change's norm in every
+            weight.
+        before: mean coefficient of the examples' PEFs before the change; None if no PEFs were computed after it.
+        after: mean coefficient after the change, for the same components.
+        growth: "grew", "shrank", "appeared" or "vanished" if the 95% interval of after − before does not contain zero,
+            otherwise "stayed".
+        growth_interval: this interval.
+        top: the texts, or ids, of its first examples; for an added component, of those after the change.
         new: whether it was added.
-        kl_left: mean KL of its examples that the components before it in the report do not carry: each takes its share
-            W_ij / Σ_l W_il of every example; None of an added component.
+        kl_left: mean KL of its examples after subtracting, from every example, the shares W_ij / Σ_l W_il of the
+            components before it in the report; None for an added component.
     """
 
     component: int
@@ -69,13 +73,13 @@ class ComponentChange:
 
 @dataclass(frozen=True)
 class ChangedGroup:
-    """Examples that a change treats alike, and what they have in common.
+    """A group of examples with similar effects of the change, and what they have in common.
 
     Attributes:
-        name: "most changed" (the quarter with the largest KL), "moved towards" an outcome (the quarter at an end of the
-            direction in which predictions moved most unlike each other), or "changed and not explained" (the quarter
-            with the largest KL that no component explains).
-        examples: how many.
+        name: "most changed" (the quarter with the largest KL), "moved towards" an outcome (the quarter at one end of
+            the direction along which the changes of predictions differ most), or "changed and not explained" (the
+            quarter with the largest KL that no component explains).
+        examples: how many examples the group has.
         associations: what they have more often than all others, the most certain first; p-values are corrected for all
             groups together.
     """
@@ -91,17 +95,17 @@ class ChangedGroup:
 
 @dataclass(frozen=True)
 class ChangeStep:
-    """The model part of the way, or all the way without a component.
+    """The model with a part of the change, or with the whole change without one component.
 
     Attributes:
-        scale: the part of the change.
+        scale: the part of the change, 1 for the whole.
         without: the component that was taken out of the change, or None.
-        kl: mean KL from the model before, in nats.
-        kl_interval: 95% bootstrap interval of that.
+        kl: mean KL from the model before the change, in nats.
+        kl_interval: 95% bootstrap interval of this KL.
         flips: share of the examples with an answer that changes; None for regression.
         accuracy: {group: share of right answers}, "all" among them; empty without labels of classes.
         error: {group: mean squared error} of a regression.
-        n: {group: examples with a label}.
+        n: {group: number of examples with a label}.
     """
 
     scale: float
@@ -123,30 +127,31 @@ class ChangeReport:
     """What a weight change did, on which examples, through which components.
 
     Attributes:
-        change: where the change came from: method, model, the other end or the adapters.
-        n: examples.
-        norm: ‖Δ‖ over all that changed; None where the change itself was not at hand.
+        change: the source of the change: method, model, and the other model or the adapters.
+        n: the number of examples.
+        norm: ‖Δ‖ over all changed parameters; None if the change itself was not available.
         modules: {parameter: share of ‖Δ‖²}, the largest first.
         outside: {changed parameter that is not analysed: its share of the norm}, the largest first.
-        kl: the kl of every example between both models, in nats, in the decomposition's order.
-        kl_interval: 95% bootstrap interval of its mean.
-        predicted: the same to second order from the rows, ½ Σ_c ⟨A_ic, Δ⟩²; empty where the change was not at hand.
-        components: a `ComponentChange` each: first that with the largest mean KL, then always that with the largest
-            `kl_left`, so that two components of one behaviour do not stand before another behaviour; added ones last.
+        kl: the KL between the two models on every example, in nats, in the decomposition's order.
+        kl_interval: 95% bootstrap interval of the mean KL.
+        predicted: the KL to second order from the rows, ½ Σ_c ⟨A_ic, Δ⟩²; empty if the change was not available.
+        components: a `ComponentChange` for each component. The first has the largest mean KL, and each next one the
+            largest `kl_left`, so that two components of one behaviour do not both come before another behaviour. Added
+            components come last.
         changed: examples whose answer changed, the largest KL first: index, id, text, before, after, kl, component (the
-            one that carries most of it).
-        unexplained: examples with the largest KL that no component explains: the same, with `explained`, the share of
-            the example's PEF that all components explain together.
-        associations: what groups of examples have in common against the rest, the most certain over all groups first, a
-            feature once.
-        curve: the way from before (scale 0) to after (1).
+            component with the largest share of the example).
+        unexplained: examples with the largest KL that no component explains: the same fields, and `explained`, the
+            share of the example's PEF that all components explain together.
+        associations: what the groups of examples have in common, the most certain over all groups first, each feature
+            once.
+        curve: the steps from before (scale 0) to after the change (1).
         without: the whole change with single components taken out.
         by: the column that makes groups of the curve, or None.
-        explained: share of the examples' PEFs that the components explain before, and after; None where no PEFs were
+        explained: share of the examples' PEFs that the components explain, before and after; None if no PEFs were
             computed after the change.
-        notes: what has to be known to read this, a sentence each.
-        groups: the most changed examples, those that moved one way and the other, and those that no component explains,
-            each with what they have in common.
+        notes: notes for reading the report, a sentence each.
+        groups: the most changed examples, those that moved one way, those that moved the other way, and those that no
+            component explains, each group with what it has in common.
 
     Example:
         >>> report = analyzer.explain_change(decomposition, pefs, dataset, 0.3 * direction)
@@ -185,7 +190,7 @@ class ChangeReport:
         """As JSON types.
 
         Args:
-            texts: whether texts of examples, and words of them, go along.
+            texts: whether texts of examples, and words from them, are included.
         """
         values = asdict(self)
         if not texts:
@@ -199,11 +204,11 @@ class ChangeReport:
         return values
 
     def save(self, folder: str | os.PathLike[str], *, texts: bool = True) -> None:
-        """Write change.json, with which `push` tells on a card what an adapter changes.
+        """Write change.json, from which `push` adds to a card what an adapter changes.
 
         Args:
-            folder: made where it is missing.
-            texts: whether texts of examples go along.
+            folder: the folder; it is created if it is missing.
+            texts: whether texts of examples are included.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         content = {"format_version": FORMAT_VERSION, "library_name": "hf_npeff", "kind": "change report"}
@@ -214,7 +219,7 @@ class ChangeReport:
         """Read what `save` wrote.
 
         Raises:
-            CorruptStoreError: if it is missing or not a change report.
+            CorruptStoreError: if the file is missing or not a change report.
             FormatVersionError: if another version of the format wrote it.
         """
         path = Path(folder) / REPORT_FILE
@@ -222,10 +227,10 @@ class ChangeReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], path: object = "this") -> ChangeReport:
-        """The report that `to_dict` gave.
+        """The report from the result of `to_dict`.
 
         Raises:
-            CorruptStoreError: if it is none.
+            CorruptStoreError: if it is not a change report.
         """
         about = ("format_version", "library_name", "kind")
         kept = {name: value for name, value in values.items() if name not in about}
@@ -233,11 +238,11 @@ class ChangeReport:
             for name, kind in (("components", ComponentChange), ("curve", ChangeStep), ("without", ChangeStep)):
                 kept[name] = [kind(**_with_tuples(each)) for each in kept[name]]
             kept["associations"] = _associations(kept["associations"])
-            groups = kept.get("groups", [])  # reports of earlier versions have none
+            groups = kept.get("groups", [])  # reports of earlier versions do not have it
             kept["groups"] = [ChangedGroup(**{**g, "associations": _associations(g["associations"])}) for g in groups]
             report = cls(**_with_tuples(kept))
             if len(report.kl) != report.n or not all(isinstance(x, int | float) for x in report.kl):
-                raise ValueError("kl is not a number for every example")
+                raise ValueError("kl is not a list of one number for each example")
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CorruptStoreError(f"{path} is not a change report: {error}") from error
         return report

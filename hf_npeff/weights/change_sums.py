@@ -1,4 +1,4 @@
-"""Arithmetic of weight changes, {parameter: ΔW}: sums, inner products, projections, and what lies elsewhere."""
+"""Arithmetic of weight changes, {parameter: ΔW}: sums, inner products, projections, the part not analysed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_npeff.weights.moved_weights import squared_norm
 
 
 def check_one_base(infos: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to add changes of different weights.
+    """Check that two changes are for the same weights, so that they can be added.
 
     Raises:
         IncompatibleWeightsError: if they were made for weights that are known to differ.
@@ -24,18 +24,18 @@ def check_one_base(infos: Sequence[Mapping[str, Any]]) -> None:
     for other in infos[1:]:
         if how := difference(first.get("weights"), other.get("weights")):
             raise IncompatibleWeightsError(
-                f"the two changes are of different weights ({first.get('model')} and {other.get('model')}: {how}), and "
-                "their sum is a change of neither"
+                f"the two changes are for different weights ({first.get('model')} and {other.get('model')}: {how}), so "
+                "they cannot be added"
             )
 
 
 def summed(
     parts: Sequence[tuple[float, Mapping[str, Tensor]]], layouts: Sequence[Mapping[str, Layout]]
 ) -> tuple[dict[str, Tensor], dict[str, Layout]]:
-    """Σ weight·change; a parameter that one of them lacks is not changed by it.
+    """Σ weight·change; a change that lacks a parameter does not change it.
 
     Raises:
-        ValueError: if one has a parameter of another shape than another.
+        ValueError: if a parameter has different shapes in two changes.
     """
     total: dict[str, Tensor] = {}
     kinds: dict[str, Layout] = {}
@@ -43,8 +43,8 @@ def summed(
         for name, delta in deltas.items():
             if name in total and total[name].shape != delta.shape:
                 raise ValueError(
-                    f"{name} is {tuple(total[name].shape)} in one change and {tuple(delta.shape)} in the other: "
-                    "they are of different models"
+                    f"{name} is {tuple(total[name].shape)} in one change and {tuple(delta.shape)} in the other: they "
+                    "are for different models"
                 )
             scaled = weight * delta.float()
             total[name] = total[name] + scaled.to(total[name].device) if name in total else scaled
@@ -80,7 +80,7 @@ def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """⟨first, second⟩ over the parameters that both have, in float64.
 
     Raises:
-        ValueError: if one has another shape there.
+        ValueError: if a parameter has different shapes.
     """
     total = 0.0
     for name in first.keys() & second.keys():

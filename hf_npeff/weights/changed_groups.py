@@ -1,4 +1,4 @@
-"""Groups of examples that a change treats alike: the most changed, those that moved one way, those unexplained."""
+"""Groups of examples with similar effects of a change: most changed, moved one way or the other, not explained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_npeff.weights.change_report import ChangedGroup
 from hf_npeff.weights.displacement import Displacement
 
 _AT_THE_END = 0.75
-"""Quantile above which examples make a group. Chosen: a quarter against three leaves enough of both."""
+"""Examples above this quantile make a group. Chosen: a quarter and three quarters leave enough examples in both."""
 
 
 def changed_groups(
@@ -26,13 +26,14 @@ def changed_groups(
     info: Mapping[str, Any],
     seed: int,
 ) -> list[ChangedGroup]:
-    """Examples that a change treats alike, with what they have in common.
+    """The groups of examples with similar effects of a change, with what they have in common.
 
     Args:
-        kl: (n,) of every example.
+        kl: (n,) the KL of every example.
         explained: (n,) share of every example's PEF that components explain.
-        moved: which way predictions moved, or None.
-        end: the name of an end of that, from the outcome that becomes likelier there and the sign of the scores.
+        moved: the direction in which predictions moved, or None.
+        end: (the outcome that becomes likelier at one end of this direction, the sign of the scores) → the group's
+            name.
         columns: {name: n values}.
         info: the `info` of the decomposition.
         seed: the seed of the shuffles that correct p-values.

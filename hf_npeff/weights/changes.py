@@ -1,6 +1,6 @@
-"""What two sets of weights differ by: two checkpoints, a model and its adapters, a merge.
+"""The difference of two sets of weights: two checkpoints, a model and its adapters, a merge.
 
-The effective weights of a model are those of the bare model, plus what adapters of PEFT that act now add to them.
+The effective weights of a model are those of the bare model plus the changes by active PEFT adapters.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from hf_npeff.weights.peft_changes import adapter_deltas
 
 logger = logging.getLogger(__name__)
 _NAMED = 5
-"""Parameters that an error names. Chosen: enough to see what they are."""
+"""How many parameters an error names. Chosen: enough to recognise them."""
 
 
 def difference(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the effective weights of two models differ by.
+    """The difference of the effective weights of two models.
 
-    Where the types differ, the finer weights are first rounded to the coarser type, so that a copy in 16 bits differs
-    by nothing. A tied weight comes once, under its first name in `before`.
+    If the dtypes differ, the finer weights are first rounded to the coarser dtype, so a copy in 16 bits does not
+    differ. A tied weight is listed once, under its first name in `before`.
 
     Args:
-        before: a model of transformers, in PEFT's wrappers or not.
-        after: one of the same architecture.
+        before: a transformers model, with or without PEFT's wrappers.
+        after: a model of the same architecture.
 
     Returns:
-        {parameter: float32 change} of the parameters that differ, and what is known of the change, as a direction's
-        `info` holds it: the provenance of `before`, tied weights, buffers that differ too.
+        {parameter: float32 change} of the parameters that differ, and the change's `info` for a direction: the
+        provenance of `before`, tied weights, buffers that also differ.
 
     Raises:
         UnsupportedModelError: if weights are quantised, offloaded or sharded, or an adapter is one that PEFT cannot
             merge.
-        ValueError: if the parameters or their shapes differ, a tied weight became two, or nothing differs.
+        ValueError: if the names or shapes of parameters differ, a tied weight became two weights, or nothing differs.
     """
     old, new = own_weights(before), own_weights(after)
     _check_alike(old, new, before, after)
@@ -59,8 +59,9 @@ def difference(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], 
         if known != name:
             if not _same(deltas.get(known), delta):
                 raise ValueError(
-                    f"{known} and {name} are one tied weight before, and changed differently after: no change of the "
-                    "first model makes the second; untie its weights first (tie_word_embeddings=False)"
+                    f"{known} and {name} are one tied weight in the model before and differ in the model after, so no "
+                    "change of the first model's weights gives the second; untie the first model's weights "
+                    "(tie_word_embeddings=False)"
                 )
             continue
         if bool(delta.any()):
@@ -68,16 +69,16 @@ def difference(before: nn.Module, after: nn.Module) -> tuple[dict[str, Tensor], 
     if not deltas:
         raise ValueError("the two models have the same weights" + (", to rounding" if rounded else "") + ": no change")
     if rounded:
-        logger.info("weights of different types were compared in the coarser one: %s", ", ".join(sorted(rounded)))
+        logger.info("weights of different dtypes were compared in the coarser one: %s", ", ".join(sorted(rounded)))
     info = provenance(before) | {"method": "between", "after": name_of(after)} | tied_weights(before, deltas)
     if buffers := _changed_buffers(before, after):
-        logger.warning("buffers differ too, which a change of weights does not carry: %s", buffers[:_NAMED])
+        logger.warning("buffers also differ, and a change of weights does not include them: %s", buffers[:_NAMED])
         info["buffers"] = buffers
     return deltas, info
 
 
 def provenance(model: nn.Module) -> dict[str, Any]:
-    """What a direction keeps of the model that it changes."""
+    """The information on the changed model that a direction keeps."""
     base: Any = base_of(model)
     return {
         "model": name_of(model),
@@ -90,26 +91,26 @@ def provenance(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_alike(old: Mapping[str, Tensor], new: Mapping[str, Tensor], before: nn.Module, after: nn.Module) -> None:
-    """Refuse models whose weights cannot be subtracted."""
+    """Check that two models' weights can be subtracted."""
     away = [[name for name, weight in weights.items() if not is_at_hand(weight)] for weights in (old, new)]
     for names, others, model in ((away[0], away[1], before), (away[1], away[0], after)):
         if names and not others:
             raise UnsupportedModelError(
                 f"{name_of(model)} has weights that are quantised, offloaded or sharded ({', '.join(names[:_NAMED])}), "
-                "and the other model has none: what they differ by would be mostly rounding; load both whole, in a "
-                "type of floating point"
+                "and the other model's are not: the difference would be mostly rounding; load both models whole, in a "
+                "floating-point dtype"
             )
         if names:
             raise UnsupportedModelError(
-                f"{name_of(model)} has weights that cannot be read ({', '.join(names[:_NAMED])}): they are quantised, "
-                "offloaded or sharded; load the whole model, in a type of floating point"
+                f"{name_of(model)} has weights that cannot be read ({', '.join(names[:_NAMED])}), because they are "
+                "quantised, offloaded or sharded; load the whole model, in a floating-point dtype"
             )
     kinds = [type(base_of(model)).__name__ for model in (before, after)]
     said = f"{name_of(before)} ({kinds[0]}) and {name_of(after)} ({kinds[1]})"
     if only := sorted(old.keys() ^ new.keys()):
         raise ValueError(
-            f"{said} have other parameters, {len(only)} of which only one has, for instance {only[:_NAMED]}: a change "
-            "is between two models of one architecture"
+            f"{said} have different parameters: {len(only)} exist in only one of them, for instance {only[:_NAMED]}. A "
+            "change needs two models of the same architecture"
         )
     shapes = {n: (tuple(w.shape), tuple(new[n].shape)) for n, w in old.items() if w.shape != new[n].shape}
     if shapes:
@@ -124,7 +125,7 @@ def _same(first: Tensor | None, second: Tensor) -> bool:
 
 
 def _changed_buffers(before: nn.Module, after: nn.Module) -> list[str]:
-    """Names of buffers that are saved with the models, and differ."""
+    """Names of saved buffers that differ between the models."""
     kept = [_own_buffers(model) for model in (before, after)]
     return [
         name

@@ -1,4 +1,4 @@
-"""Compressed sensing, the paper's way from the sketch to the parameters: the sparse x with Px ≈ g."""
+"""Compressed sensing, the paper's method to get from the sketch to the weights: the sparse x with Px ≈ g."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def sparse_preimage(sketch: Sketch, g: Tensor, solver: str) -> dict[str, Tensor]
     """The sparse direction whose sketch is g (d,): {parameter: matrix}.
 
     Args:
-        sketch: P.
-        g: what it is to give.
-        solver: "iht", with d/8 numbers that are not 0, or "fista".
+        sketch: the sketch P.
+        g: the sketch that the direction should have.
+        solver: "iht", with d/8 nonzero entries, or "fista".
     """
     operator, unflatten = flat_operator(sketch)
     p = sum(a * b for a, b in sketch.shapes.values())
     if solver == "fista":
         return unflatten(fista(operator, g, p))
-    # d/8 nonzero entries: d numbers tell k of p where d ≳ 2k log(p/k). Chosen: 30 rounds, which bound the time.
+    # d/8 nonzero entries: d numbers determine k of p if d ≳ 2k log(p/k). Chosen: 30 rounds, which bound the time.
     return unflatten(iterative_hard_thresholding(operator, g, p, max(1, min(p, sketch.dim // 8)), iterations=30))
 
 
 def flat_operator(
     sketch: Sketch, dtype: torch.dtype = torch.float32
 ) -> tuple[_Operator, Callable[[Tensor], dict[str, Tensor]]]:
-    """A sketch as functions of one flat vector of p numbers, and the way from it to {parameter: matrix}."""
+    """A sketch as functions of one flat vector of p numbers, and a function from it to {parameter: matrix}."""
     sizes = [a * b for a, b in sketch.shapes.values()]
 
     def unflatten(x: Tensor) -> dict[str, Tensor]:
@@ -66,9 +66,9 @@ def iterative_hard_thresholding(operator: _Operator, y: Tensor, p: int, nonzero:
     Args:
         operator: P and its adjoint.
         y: (d,).
-        p: unknowns.
-        nonzero: entries that x keeps.
-        iterations: at most.
+        p: the number of unknowns.
+        nonzero: the number of entries that x keeps.
+        iterations: the most iterations.
 
     Raises:
         ValueError: if `nonzero` is not between 1 and p.
@@ -110,9 +110,9 @@ def fista(operator: _Operator, y: Tensor, p: int, penalty: float | None = None, 
     Args:
         operator: P and its adjoint.
         y: (d,).
-        p: unknowns.
-        penalty: λ; None takes a hundredth of the smallest λ that gives 0.
-        iterations: steps.
+        p: the number of unknowns.
+        penalty: λ; None uses a hundredth of the smallest λ for which x is 0.
+        iterations: the number of steps.
     """
     apply, adjoint = operator
     smoothness = _operator_norm(operator, p) * 1.02  # power iteration comes from below

@@ -1,4 +1,4 @@
-"""What a selective direction is to move, and what it is to leave alone."""
+"""The examples that a selective direction should move, and those that it should leave alone."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hf_npeff.weights.ridge_systems import gram, top_eigenvalue
 from hf_npeff.weights.row_space import RowSpace
 
 NONE_LEFT = (
-    "no examples are left alone: what is to move is active on all of them. Give PEFs of other data as keep=, or use "
-    "selective=False for a component's own direction"
+    "there are no examples to leave alone, because the component is active on all of them. Pass PEFs of other data as "
+    "keep=, or use selective=False for the component's own direction"
 )
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """What is to move and what is not, in the coordinates of a `RowSpace`.
+    """The examples to move and the examples to leave alone, in the coordinates of a `RowSpace`.
 
     Attributes:
         space: the space of the rows that were decomposed.
-        wanted: (n,) how much each of their examples is wanted to move: coefficients of the component, or 1 and 0.
-        alone: (n,) bool, which of them are to be left alone.
-        kept: (n', c', m), coordinates of further rows to be left alone, or None.
+        wanted: (n,) how much each example should move: the component's coefficients, or 1 and 0.
+        alone: (n,) bool, the examples to leave alone.
+        kept: (n', c', m), the coordinates of other data's rows to leave alone, or None.
     """
 
     space: RowSpace
@@ -37,7 +37,7 @@ class Contrast:
 
     @property
     def number(self) -> int:
-        """N, the examples to be left alone."""
+        """N, the number of examples to leave alone."""
         return int(self.alone.sum()) + (0 if self.kept is None else len(self.kept))
 
     def disturbance(self) -> Tensor:
@@ -48,9 +48,9 @@ class Contrast:
         return total / self.number
 
     def top(self) -> float:
-        """The largest eigenvalue of M; 0 where nothing moves the examples to be left alone."""
+        """The largest eigenvalue of M; 0 if nothing moves the examples to leave alone."""
         return top_eigenvalue(self.disturbance())
 
     def everything(self) -> Tensor:
-        """XᵀX (m, m) of all examples, those that are to move among them, and of kept ones."""
+        """XᵀX (m, m) over all examples, including those to move, and the kept rows of other data."""
         return self.space.gram if self.kept is None else self.space.gram + gram(self.kept)

@@ -1,11 +1,11 @@
-"""λ of selective directions, by what it does to examples that were held out; of many directions together.
+"""Chooses λ of selective directions by their effect on held-out examples, for many directions together.
 
-Folds of the examples to be left alone are taken out of M, folds of the component's examples out of g = Aᵀβ, and
+Folds of the examples to leave alone are taken out of M, folds of the component's examples out of g = Aᵀβ, and
 
     score(λ) = Σ_i W_ij ‖A_i δ_(−fold i)‖² / Σ_i W_ij    over    the mean of ‖A_i δ_(−fold i)‖² over those left alone
 
-Directions leave different examples alone, yet nearly all of them. So all examples are parted once, and what is left of
-all without a fold is factored once, from which the few that a direction moves are taken out (`downdates`).
+Each direction leaves nearly all examples alone, but different ones. So all examples are divided into folds once, the
+matrix without a fold is factored once, and the few examples that a direction moves are then taken out (`downdates`).
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from hf_npeff.weights.ridge import FOLDS, SELECTIVE_RIDGES, folds_of, held_out
 from hf_npeff.weights.ridge_systems import gram
 
 _EVEN = 0.5
-"""Share of an equal part of the examples to be left alone that each fold has to have. Chosen: a fold that holds out
-nothing judges nothing, and one that holds out most leaves too little."""
+"""Each fold needs at least this share of an equal part of the examples to leave alone. Chosen: a fold that holds out
+nothing cannot judge, and one that holds out most examples leaves too few."""
 
 
 def cross_validated(
     contrasts: Sequence[Contrast], coefficients: Tensor, tops: Sequence[float]
 ) -> list[dict[float, float]]:
-    """{ridge: predicted selectivity on examples that were held out} of every direction, by folds over the examples.
+    """{ridge: predicted selectivity on held-out examples} for every direction, by cross-validation over the examples.
 
     Args:
-        contrasts: what each is to move and what not, in one space and with the same `kept`.
+        contrasts: the contrast of each direction, in one space and with the same `kept`.
         coefficients: β (r, n, c) of unscaled rows.
         tops: the largest eigenvalue of each M.
 
     Raises:
-        ValueError: if there are fewer than two examples to be left alone.
+        ValueError: if there are fewer than two examples to leave alone.
     """
     if min(contrast.number for contrast in contrasts) < 2:
         raise ValueError(
-            "ridge='auto' holds examples out, and there is only one to be left alone; give ridge= as a number, such "
-            "as 0.01, or more examples"
+            "ridge='auto' needs to hold examples out, but there is only one to leave alone; set ridge= to a number, "
+            "such as 0.01, or use more examples"
         )
     judged = [_Judged(*each) for each in zip(contrasts, coefficients, tops, strict=True)]
     groups: dict[tuple[int, ...], list[_Judged]] = {}
@@ -55,12 +55,12 @@ def cross_validated(
 
 
 def _judge(group: Sequence[_Judged], f: int, total: Tensor) -> None:
-    """Add what the directions made without a fold do to it, for directions that share folds.
+    """Add the effect on a fold of directions that were made without it, for directions that share folds.
 
     Args:
         group: the directions.
         f: the fold.
-        total: Σ X_iᵀX_i over all examples and kept ones.
+        total: Σ X_iᵀX_i over all examples and kept rows.
     """
     space, kept = group[0].contrast.space, group[0].contrast.kept
     kept_held = None if kept is None else gram(kept, folds_of_kept(kept, group[0].folds) == f)
@@ -77,8 +77,8 @@ def _judge(group: Sequence[_Judged], f: int, total: Tensor) -> None:
 def partition(contrast: Contrast) -> tuple[Tensor, int]:
     """The fold (n,) of every example, −1 for none, and how many folds there are.
 
-    All examples are parted, the same for all directions; where that does not part those to be left alone evenly, they
-    are parted by themselves.
+    All examples are divided into the same folds for all directions. If this does not divide the examples to leave alone
+    evenly, these get folds of their own.
     """
     alone, kept = contrast.alone, contrast.kept
     shared = folds_of(torch.ones_like(alone), FOLDS)
@@ -97,16 +97,16 @@ def folds_of_kept(kept: Tensor, folds: int) -> Tensor:
 
 
 class _Judged:
-    """A direction whose ridges are judged, fold by fold.
+    """A direction whose ridges are judged fold by fold.
 
     Args:
-        contrast: what is to move and what is not.
+        contrast: the examples to move and to leave alone.
         coefficients: β (n, c) of unscaled rows.
         top: the largest eigenvalue of M.
 
     Attributes:
         fold_of: (n,), see `partition`.
-        folds: how many there are.
+        folds: the number of folds.
     """
 
     def __init__(self, contrast: Contrast, coefficients: Tensor, top: float):
@@ -128,11 +128,11 @@ class _Judged:
         return self._coefficients * ~self._out[:, f, None]
 
     def judge(self, f: int, left: Downdates, rows: Tensor, g: Tensor, kept: Tensor | None) -> None:
-        """Add what the directions made without a fold do to it; all in the eigenvectors of what is left without it.
+        """Add the effect on a fold of directions made without it, computed in the eigenvectors of the rest.
 
         Args:
             f: the fold.
-            left: Σ X_iᵀX_i over all examples outside it, kept ones included.
+            left: Σ X_iᵀX_i over all examples outside the fold, and the kept rows.
             rows: X (n, c, m).
             g: (m,), without the fold.
             kept: (m, m), Σ X_iᵀX_i over the kept examples in it, or None.

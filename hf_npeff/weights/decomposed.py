@@ -1,4 +1,4 @@
-"""A decomposition with all that its components are lifted from."""
+"""A decomposition with the data that lifting its components needs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hf_npeff.pefs.store import PEFs, check_same_sketch
 
 @dataclass(frozen=True)
 class Decomposed:
-    """What components are lifted from.
+    """The data from which components are lifted.
 
     Attributes:
-        decomposition: whose components they are.
-        pefs: those that were decomposed.
-        examples: theirs, in their order.
-        weights: the model's, as a change's `info` names them.
-        known: a sketch that need not be rebuilt where it is that of `pefs`.
+        decomposition: the decomposition.
+        pefs: the PEFs that were decomposed.
+        examples: the examples of the PEFs, in their order.
+        weights: the identity of the model's weights, as in a change's `info`.
+        known: an existing sketch, used if it is that of `pefs`.
     """
 
     decomposition: Decomposition
@@ -38,24 +38,25 @@ class Decomposed:
         return self.known if is_known and self.known is not None else self.pefs.sketch()
 
     def cotangents(self) -> Tensor:
-        """Those of the rows, (n, c, t, s).
+        """The cotangents of the rows, (n, c, t, s).
 
         Raises:
             ValueError: if the rows were made elsewhere.
         """
         if self.pefs.cotangents is None:
             raise ValueError(
-                "these PEFs hold no cotangents (their rows were made elsewhere), so no pass can be replayed"
+                "these PEFs have no cotangents (their rows were not made by hf_npeff), so no backward pass can be "
+                "repeated"
             )
         return self.pefs.cotangents
 
 
 def check_decomposed(decomposition: Decomposition, pefs: PEFs) -> None:
-    """Refuse PEFs that are not those of a decomposition.
+    """Check that PEFs are those of a decomposition.
 
     Raises:
-        IncompatibleSketchError: if they are of another sketch.
-        ValueError: if they are of other examples, or no PEFs.
+        IncompatibleSketchError: if they have another sketch.
+        ValueError: if they are of other examples, or are not PEFs.
     """
     check_same_sketch(decomposition, pefs)
     if pefs.example_ids != decomposition.example_ids:

@@ -1,4 +1,4 @@
-"""Dense deltas: a change of the weights whole, in a folder of our own that PEFT does not load."""
+"""Dense deltas: a whole change of the weights, in hf_npeff's own format, which PEFT does not load."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def load_delta(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     """
     folder = Path(directory)
     if read_json(folder / CONFIG, None).get("kind") != "delta":
-        raise CorruptStoreError(f"{folder} does not hold a dense delta; PEFT's adapters load with PeftModel")
+        raise CorruptStoreError(f"{folder} does not have a dense delta; load PEFT's adapters with PeftModel")
     config = read_json(folder / CONFIG)
     return read_tensors(file_of(folder, WEIGHTS, config.get("sha256"))), config

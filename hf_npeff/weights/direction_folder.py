@@ -1,4 +1,4 @@
-"""A direction's folder: direction.safetensors and config.json, checked when they are read; what its card says."""
+"""A direction's folder: direction.safetensors and config.json, checked when read; and the facts for its card."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def read_direction(folder: Path) -> tuple[dict[str, Tensor], dict[str, Layout], 
             shorter = {name: deltas[name] / scale for name in layouts}
             return shorter, layouts, {**info, "scale": scale}
         except (TypeError, ValueError) as error:
-            raise CorruptStoreError(f"{folder / 'adapter_config.json'} is not a delta's: {error!r}") from error
+            raise CorruptStoreError(
+                f"{folder / 'adapter_config.json'} is not the config of a dense delta: {error!r}"
+            ) from error
     config = read_json(folder / "config.json")
     tensors = read_tensors(file_of(folder, DIRECTION_FILE, config.get("sha256")))
     try:
@@ -72,12 +74,12 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
     """The layouts and the description of a direction that was read.
 
     Raises:
-        ValueError: if they do not fit the tensors, or anything is of another type than is written.
+        ValueError: if they do not fit the tensors, or a value has the wrong type.
     """
     if not isinstance(layouts, dict) or not isinstance(info, dict) or set(layouts) != set(tensors):
         raise ValueError("the parameters in config.json are not those in the file")
     if wrong := [name for name, layout in layouts.items() if layout not in get_args(Layout)]:
-        raise ValueError(f"there is no such layout: {layouts[wrong[0]]!r}")
+        raise ValueError(f"unknown layout {layouts[wrong[0]]!r}")
     if wrong := [name for name, t in tensors.items() if not t.is_floating_point() or t.dtype.itemsize < 2]:
         raise ValueError(f"{wrong[0]!r} is of the type {tensors[wrong[0]].dtype}")
     texts = ("model", "revision", "architecture", "module", "task", "method", "fingerprint")
@@ -101,13 +103,13 @@ def _checked(tensors: Mapping[str, Tensor], layouts: Any, info: Any) -> tuple[di
 def facts_of(
     info: Mapping[str, Any], report: ReportLike | None, decomposition: Decomposition | None, include_texts: bool
 ) -> DirectionFacts:
-    """What cards say of a direction.
+    """The facts on a direction for its card.
 
     Args:
         info: the `info` of the direction.
-        report: what `evaluate_direction` measured.
-        decomposition: whose top examples are shown.
-        include_texts: show their texts; ids and predictions otherwise.
+        report: the result of `evaluate_direction`.
+        decomposition: the decomposition whose top examples are shown.
+        include_texts: whether their texts are shown; otherwise ids and predictions are.
     """
     component = info.get("component")
     about = DirectionFacts(
@@ -149,12 +151,12 @@ def _made(info: Mapping[str, Any]) -> str | None:
 
 
 def _lines_of(decomposition: Decomposition, component: int, include_texts: bool) -> list[str]:
-    """A component's top examples for a card: texts where they may be shown, else ids, with the predictions."""
+    """A component's top examples for a card: texts if they may be shown, otherwise ids, with the predictions."""
     return _shown(decomposition, include_texts, decomposition[component].top_examples(10).indices)  # what a card lists
 
 
 def _shown(decomposition: Decomposition, include_texts: bool, indices: Sequence[int]) -> list[str]:
-    """Examples on a line each, without texts unless they may be shown."""
+    """Examples, each on a line, without texts unless they may be shown."""
     private = () if include_texts else text_columns(decomposition.columns, decomposition.info)
     kept = {name: [values[i] for i in indices] for name, values in decomposition.columns.items() if name not in private}
     ids = [decomposition.example_ids[i] for i in indices]

@@ -1,4 +1,4 @@
-"""ParameterDirection: a unit direction in parameter space, applied to a model or written as an adapter."""
+"""ParameterDirection: a direction in parameter space, to apply to a model or to write as an adapter."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from hf_npeff.weights.shira import shira
 
 
 class ParameterDirection(Readable, DirectionArithmetic):
-    """{parameter name: ΔW}, of unit norm over all parameters together, or of the length that the change has.
+    """A change of the weights, {parameter name: ΔW}, scaled to unit norm over all parameters, or with its own length.
 
     Args:
-        deltas: shaped like the parameters; scaled here to unit norm where they are not of it.
-        layouts: what every parameter is: "linear", "conv1d", "experts" (E, out, in), "experts-transposed" (E, in, out),
-            "embedding", "bias" or "norm".
+        deltas: tensors shaped like the parameters; they are scaled to unit norm.
+        layouts: the kind of every parameter: "linear", "conv1d", "experts" (E, out, in), "experts-transposed"
+            (E, in, out), "embedding", "bias" or "norm".
         info: how it was made: model, revision, task, component, method, estimated cosine, …
-        unit: False keeps the deltas as long as they are, so that a scale of 1 makes the whole change; `info` then says
+        unit: False keeps the length of the deltas, so that a scale of 1 applies the whole change; `info` then has
             `natural_scale`.
 
     Raises:
@@ -56,7 +56,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
         True
         >>> with direction.applied_to(model, scale=0.3):
         ...     moved = model(torch.tensor([[9, 10, 11]])).logits
-        >>> with direction.applied_in_activations(model, scale=0.3):  # no weight is touched: quantised ones will do
+        >>> with direction.applied_in_activations(model, scale=0.3):  # also of quantised weights
         ...     bool(torch.allclose(model(torch.tensor([[9, 10, 11]])).logits, moved, atol=1e-4))
         True
         >>> direction.linear_deltas().keys() == direction.keys()
@@ -79,11 +79,11 @@ class ParameterDirection(Readable, DirectionArithmetic):
         unit: bool = True,
     ):
         if not deltas or set(deltas) != set(layouts):
-            raise ValueError("a direction needs deltas, and a layout for each of them")
+            raise ValueError("a direction needs deltas and a layout for each of them")
         squared = sum(squared_norm(value) for value in deltas.values())
         if not 0 < squared < float("inf"):
             raise ValueError("a direction must be finite and not zero")
-        if not unit or abs(squared - 1) < 1e-6:  # as lifting hands them over: no second copy
+        if not unit or abs(squared - 1) < 1e-6:  # as lifting returns them, without a second copy
             self._deltas = {name: value.detach() for name, value in deltas.items()}
         else:
             self._deltas = {name: value.detach() / squared**0.5 for name, value in deltas.items()}
@@ -108,26 +108,27 @@ class ParameterDirection(Readable, DirectionArithmetic):
         revisions: tuple[str | None, str | None] = (None, None),
         **where: Any,
     ) -> ParameterDirection:
-        """What leads from one model's weights to another's: training, a merge, an adapter, an edit.
+        """The change from one model's weights to another's: by training, a merge, an adapter, an edit.
 
-        Weights of different types are compared in the coarser one. A tied weight comes once. The models stay as they
-        are; adapters that act in them count as part of them.
+        Weights of different dtypes are compared in the coarser one. A tied weight is counted once. The models do not
+        change; active adapters count as part of them.
 
         Args:
-            before: a loaded model, a folder, or an id on the Hub; an adapter of PEFT brings its base model.
-            after: the same of the other end.
-            task: the task of the head, where a checkpoint's architecture does not tell it.
-            dtype: in which checkpoints are loaded.
+            before: the model before the change: loaded, a folder, or an id on the Hub. A PEFT adapter stands for its
+                base model with the adapter.
+            after: the model after the change, in the same forms.
+            task: the task of the head, if a checkpoint's architecture does not determine it.
+            dtype: the dtype in which checkpoints are loaded.
             revisions: branches, tags or commits of the two checkpoints.
-            **where: `token`, `cache_dir` and `local_files_only` of downloads.
+            **where: `token`, `cache_dir` and `local_files_only` for downloads.
 
         Returns:
-            A direction whose natural scale is 1, over the parameters that differ. `info` names both ends.
+            A direction with a natural scale of 1, over the parameters that differ. `info` names both models.
 
         Raises:
-            OSError: if a checkpoint is not there.
+            OSError: if a checkpoint does not exist.
             UnsupportedModelError: if weights are quantised, offloaded or sharded, or PEFT cannot merge an adapter.
-            ValueError: if the models are of different architectures, sizes of vocabulary or tokenizers, or equal.
+            ValueError: if the models have different architectures, vocabulary sizes or tokenizers, or are equal.
 
         Example:
             >>> change = ParameterDirection.between("org/any-model", model)
@@ -151,27 +152,27 @@ class ParameterDirection(Readable, DirectionArithmetic):
         check_base: bool = True,
         **where: Any,
     ) -> ParameterDirection:
-        """What an adapter of PEFT, of any kind that PEFT can merge, changes in the weights of its base model.
+        """The change of the base model's weights by a PEFT adapter, of any kind that PEFT can merge.
 
         Args:
-            adapter: a folder, an id on the Hub, {adapter: weight} of several, whose changes are added up, or a model
-                that PEFT wrapped, whose adapters act now.
-            base: the base model: loaded, a folder or an id; None loads the one that the adapter names.
-            task: the task of the head, where the base model's architecture does not tell it.
-            dtype: in which the base model is loaded.
+            adapter: a folder, an id on the Hub, several adapters as {adapter: weight}, whose changes are added up, or a
+                PEFT model with active adapters.
+            base: the base model: loaded, a folder or an id; None loads the model that the adapter names.
+            task: the task of the head, if the base model's architecture does not determine it.
+            dtype: the dtype in which the base model is loaded.
             revision: the revision of the adapter.
-            check_base: refuse an adapter that names another base model on the Hub, or other weights of it.
-            **where: `token`, `cache_dir` and `local_files_only` of downloads.
+            check_base: raise an error if the adapter names another base model on the Hub, or other weights of it.
+            **where: `token`, `cache_dir` and `local_files_only` for downloads.
 
         Returns:
-            A direction whose natural scale is 1.
+            A direction with a natural scale of 1.
 
         Raises:
             IncompatibleWeightsError: if the adapter says that it was made for other weights.
-            OSError: if the adapter or its base model is not there.
+            OSError: if the adapter or its base model does not exist.
             UnsupportedModelError: if PEFT cannot merge the adapter, or the base model is quantised or offloaded.
-            ValueError: if the adapter does not fit the base model, changes modules that share a weight unlike each
-                other, or changes nothing.
+            ValueError: if the adapter does not fit the base model, changes modules that share a weight in different
+                ways, or changes nothing.
 
         Example:
             >>> direction.to_adapter(rank=2, scale=0.3).save_pretrained("runs/some-lora")
@@ -201,17 +202,17 @@ class ParameterDirection(Readable, DirectionArithmetic):
 
     @property
     def norm(self) -> float:
-        """Over all parameters together: 1 to rounding, or the length of a change whose natural scale is 1."""
+        """The norm over all parameters together: 1 up to rounding, or the length of a change that is not a unit."""
         return sum(map(squared_norm, self._deltas.values())) ** 0.5
 
     def cosine(self, other: Mapping[str, Tensor]) -> float:
         """⟨self, other⟩ / (‖self‖ ‖other‖).
 
         Raises:
-            ValueError: if the other is over other parameters, or zero.
+            ValueError: if the other has other parameters, or is zero.
         """
         if set(other) != set(self):
-            raise ValueError("the two are over different parameters")
+            raise ValueError("the two directions have different parameters")
         inner = sum(float((self[n].double() * other[n].double()).sum()) for n in self)
         norm = sum(map(squared_norm, other.values())) ** 0.5
         if norm == 0:
@@ -219,7 +220,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
         return inner / norm / self.norm
 
     def norm_in(self, model: nn.Module) -> float:
-        """The longest sensible scale: ‖θ‖ of the moved parameters over the direction's length; 1 where that is 0."""
+        """The longest sensible scale: ‖θ‖ of the changed parameters over the direction's length; 1 if ‖θ‖ is 0."""
         parameters = named_weights(model)
         known = (parameters[name].detach() for name in self if name in parameters)
         return sum(squared_norm(p.float()) for p in known) ** 0.5 / self.norm or 1.0
@@ -239,11 +240,11 @@ class ParameterDirection(Readable, DirectionArithmetic):
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module, scale: float = 1.0) -> Iterator[nn.Module]:
-        """The model with θ + scale·direction inside `with`; the parameters come back bit for bit, exceptions included.
+        """The model with θ + scale·direction inside `with`; the parameters are restored bit for bit.
 
-        Uses may be nested. The sum is taken in float32 or wider and rounded to the parameter's type. Weights of 16 bits
-        may round most of a small step away: a warning says the length and the cosine of the step that was taken, where
-        the cosine is below .99.
+        This also holds after an exception. Uses may be nested. The sum is computed in float32 or wider and rounded to
+        the parameter's dtype. In 16 bits, most of a small step may be lost by rounding. If the cosine of the rounded
+        step with the wanted one is below .99, a warning gives its length and cosine.
 
         Raises:
             UnsupportedModelError: if the model's weights are sharded over processes, or one is quantised or offloaded,
@@ -257,20 +258,21 @@ class ParameterDirection(Readable, DirectionArithmetic):
         """{parameter: ΔW (out, in)}.
 
         Raises:
-            UnsupportedModelError: if the direction moves anything but weights of linear maps.
+            UnsupportedModelError: if the direction changes anything other than weights of linear maps.
         """
         check_all_linear(self.layouts)
         return {n: as_linear_delta(v, self.layouts[n]) for n, v in self._deltas.items()}
 
     @contextlib.contextmanager
     def applied_in_activations(self, model: nn.Module, scale: float = 1.0) -> Iterator[nn.Module]:
-        """The model as θ + scale·direction would make it inside `with`, added behind linear maps: no weight is touched.
+        """The model as if its weights were θ + scale·direction, inside `with`, added to the outputs of linear maps.
 
-        It costs a second product for every linear map. Hooks are gone on exit, exceptions included.
+        No weight is touched. Every linear map needs a second product. The hooks are removed on exit, also after an
+        exception.
 
         Raises:
-            UnsupportedModelError: if the direction moves anything but linear maps; on exit, if the model reads one of
-                the weights without calling its module.
+            UnsupportedModelError: if the direction changes anything other than linear maps; on exit, if the model reads
+                one of the weights without calling its module.
             ValueError: if the scale is 0 or not finite, or the model lacks a parameter or has one of another shape.
         """
         with changed_in_activations(model, self.linear_deltas(), check_scale(scale)):
@@ -291,16 +293,16 @@ class ParameterDirection(Readable, DirectionArithmetic):
 
         Args:
             rank: the rank of a LoRA's modules, or SHiRA's r.
-            scale: the length of the step, for instance a `PerturbationReport`'s.
+            scale: the length of the step, for example the scale of a `PerturbationReport`.
             kind: "lora" (truncated SVD), "shira" (sparse) or "delta" (dense, for `ParameterDirection.from_pretrained`).
-            model: needed where norms are part of the direction, which PEFT stores whole.
-            report: what `evaluate_direction` measured, for the card.
-            decomposition: whose top examples the card shows.
-            include_texts: show their texts; ids and predictions otherwise.
+            model: the model; needed if the direction has norms, because PEFT stores their new values.
+            report: the result of `evaluate_direction`, for the card.
+            decomposition: the decomposition whose top examples the card shows.
+            include_texts: whether the card shows their texts; otherwise it shows ids and predictions.
 
         Raises:
             ValueError: if the rank or scale is out of range.
-            UnsupportedModelError: if the kind cannot carry one of the parameters.
+            UnsupportedModelError: if this kind of adapter cannot hold one of the parameters.
         """
         if kind == "lora":
             absolute = None
@@ -328,13 +330,13 @@ class ParameterDirection(Readable, DirectionArithmetic):
     ) -> None:
         """Write direction.safetensors, config.json and README.md.
 
-        A README.md that is not a card of hf_npeff stays as it is.
+        A README.md that is not a card of hf_npeff is left alone.
 
         Args:
-            directory: made where it is missing.
-            report: what `evaluate_direction` measured, for the card.
-            decomposition: whose top examples the card shows.
-            include_texts: show their texts; ids and predictions otherwise.
+            directory: the folder; it is created if it is missing.
+            report: the result of `evaluate_direction`, for the card.
+            decomposition: the decomposition whose top examples the card shows.
+            include_texts: whether the card shows their texts; otherwise it shows ids and predictions.
         """
         folder = Path(directory)
         card = direction_card(facts_of(self.info, report, decomposition, include_texts))
@@ -353,7 +355,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
         datasets: Sequence[str] = (),
         license: str | None = None,
     ) -> None:
-        """`push_to_hub`'s own arguments: those of `save_pretrained`, and of the card."""
+        """Upload the direction; the arguments are those of `save_pretrained` and of the card."""
         warn_of_local_model(repo_id, self.info.get("model"))
         about = facts_of(self.info, report, decomposition, include_texts)
         write_card(folder, direction_card(about, repo_id=repo_id, datasets=datasets, license=license))
@@ -361,7 +363,7 @@ class ParameterDirection(Readable, DirectionArithmetic):
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> ParameterDirection:
-        """Read what `save_pretrained` wrote, or a dense delta, whose scale is then `info["scale"]`.
+        """Read a folder that `save_pretrained` wrote, or a dense delta, whose scale is then `info["scale"]`.
 
         Raises:
             CorruptStoreError: if a file is missing, altered or foreign.
@@ -371,20 +373,20 @@ class ParameterDirection(Readable, DirectionArithmetic):
         try:
             return cls(deltas, layouts, info, unit="natural_scale" not in info)
         except ValueError as error:
-            raise CorruptStoreError(f"{directory} holds no direction: {error}") from error
+            raise CorruptStoreError(f"{directory} has no direction: {error}") from error
 
 
 def as_direction(change: ParameterDirection | Adapter, model: nn.Module) -> ParameterDirection:
-    """An adapter as the dense direction of its own length that it is in a model; a direction as it is.
+    """An adapter as a dense direction with its own length; a direction is returned as it is.
 
     Raises:
-        UnsupportedModelError: if the adapter stores what a norm becomes.
-        ValueError: if it changes the modules of a tied weight otherwise than each other.
+        UnsupportedModelError: if the adapter stores the new value of a norm.
+        ValueError: if it changes the modules that share a tied weight in different ways.
     """
     if isinstance(change, ParameterDirection):
         return change
     whole = {name: change.delta(name).float() for name in change.layouts}
-    # A LoRA reaches the modules that it has factors for, and any other change the weight wherever it is.
+    # A LoRA changes only the modules that it has factors for; other changes affect the weight wherever it is used.
     places = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in change.tensors}
     also = {f"{place}.weight" for place in places} if change.kind == "lora" else own_weights(model)
     deltas = each_once(model, whole, also)

@@ -1,10 +1,11 @@
-"""Which way predictions moved: the direction in which a change moves examples most unlike each other.
+"""The direction in which predictions moved: the one along which the changes of examples differ most.
 
-KL says how far a prediction moved and not where to. What has learned a cue moves examples with it one way and those
-without it the other, and both alike far. Let Δ_i be what the logits of example i moved by, summed over its terms, Δ̄ the
-mean over examples, and S the Fisher of the average prediction by its logits. The first principal direction d of Δ_i − Δ̄
-in the metric of S gives every example a score, ⟨Δ_i − Δ̄, d⟩ in that metric. The vector S d is how the probabilities of
-the average prediction change along d; its largest and its smallest number name the two ends.
+KL says how far a prediction moved, but not in which direction. A model that has learned a cue moves examples with the
+cue one way and those without it the other way, equally far. Let Δ_i be the change of the logits of example i, summed
+over its terms, Δ̄ the mean over examples, and S the Fisher of the average prediction with respect to its logits. The
+first principal direction d of Δ_i − Δ̄ in the metric of S gives every example a score, ⟨Δ_i − Δ̄, d⟩ in that metric.
+The vector S d is how the probabilities of the average prediction change along d; its largest and its smallest number
+name the two ends.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from torch import Tensor
 from hf_npeff.fisher.predictions import Predictions
 
 _ITERATIONS = 100
-"""Of the power iteration. Chosen: where the first direction has 1.1 times the second one's variance, what is left of
-the second is below 10⁻⁸; where they are nearer, any direction between them says as much."""
+"""Steps of the power iteration. Chosen: if the first direction has 1.1 times the variance of the second one, what is
+left of the second is below 10⁻⁸; if they are closer, any direction between them is as good."""
 
 
 @dataclass(frozen=True)
 class Displacement:
-    """Which way every example's prediction moved.
+    """The direction in which every example's prediction moved.
 
     Attributes:
         scores: (n,) along the first direction, float64; their mean is 0.
         share: the direction's share of the variance of all displacements.
-        rises: the outcome, of k, that becomes likelier with a positive score.
-        falls: the one that becomes likelier with a negative score.
+        rises: the outcome that becomes likelier with a positive score.
+        falls: the outcome that becomes likelier with a negative score.
     """
 
     scores: Tensor
@@ -39,15 +40,15 @@ class Displacement:
 
 
 def displacement(before: Predictions, after: Predictions) -> Displacement | None:
-    """The first direction of what predictions moved by.
+    """The first principal direction of the changes of predictions.
 
     Args:
-        before: predictions for n examples.
-        after: the same after a change.
+        before: predictions for n examples before a change.
+        after: predictions for them after it.
 
     Returns:
-        The direction; None where examples have different outcomes (a place in their own text, for instance), or all
-        moved by the same.
+        The direction; None if examples have different sets of outcomes (for instance places in their own text), or all
+        moved in the same way.
     """
     if len({logits.shape[-1] for logits in before.logits}) != 1:
         return None

@@ -4,9 +4,8 @@ With B = VΛVᵀ, found once, D = (Λ + λI)⁻¹ and W = AV (Woodbury),
 
     (B − AᵀA + λI)⁻¹ = V (D + D Wᵀ (I − W D Wᵀ)⁻¹ W D) Vᵀ
 
-so that rows and λ cost products with a few rows, and no factorisation of the size of B. I − W D Wᵀ is as badly
-conditioned as B + λI is, which bounds what is solved so. Beyond, and where many rows are taken out, B − AᵀA + λI is
-factored.
+so each set of rows and λ costs products with a few rows, and no factorisation of the size of B. I − W D Wᵀ is as badly
+conditioned as B + λI, so for small λ, and if many rows are taken out, B − AᵀA + λI is factored instead.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ eigenvectors: 1e-15 of rows of MiniLM and SmolLM2. Beside the smallest λ of `_C
 
 
 class Downdates:
-    """A symmetric positive semi-definite matrix that rows are taken out of, in the coordinates of its eigenvectors.
+    """A symmetric positive semi-definite matrix from which rows are taken out, in the coordinates of its eigenvectors.
 
     The Gram matrix of all rows in a whole span is diagonal already (`row_space`), and its eigenvectors are not looked
     for again.
 
     Args:
-        matrix: B (m, m) float64, the Gram matrix of rows, those that will be taken out among them.
+        matrix: B (m, m) float64, the Gram matrix of all rows, including those that will be taken out.
     """
 
     def __init__(self, matrix: Tensor):
@@ -61,7 +60,7 @@ class Downdates:
         return z @ self._vectors.T if self._order is None else z[..., self._order.argsort()]
 
     def solve(self, W: Tensor, h: Tensor, shifts: Sequence[float]) -> Tensor:
-        """Vᵀ(B − AᵀA + λI)⁻¹ g of every λ: (m, shifts).
+        """Vᵀ(B − AᵀA + λI)⁻¹ g for every λ: (m, shifts).
 
         Args:
             W: AV (a, m).
@@ -81,7 +80,7 @@ class Downdates:
         return z
 
     def effective_rank(self, W: Tensor, shift: float) -> float:
-        """Degrees of freedom tr M(M + λI)⁻¹ of what is left, M = B − AᵀA: see `ridge_systems.effective_rank`."""
+        """Degrees of freedom tr M(M + λI)⁻¹ of the rest, M = B − AᵀA; see `ridge_systems.effective_rank`."""
         if not self._is_easy(W, shift):
             return effective_rank(self._left(W), shift)
         d = 1 / (self._values + shift)

@@ -1,4 +1,4 @@
-"""Carrying out an edit: what is wanted, the step towards it, and the step tried on the model."""
+"""Carrying out an edit: the goal, the step towards it, and trying the step on the model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hf_npeff.weights.selective import most_different
 
 @dataclass(frozen=True)
 class Goal:
-    """What an edit is to reach.
+    """The goal of an edit.
 
     Attributes:
         outcomes: (n,) the number of the outcome of every example.
-        wanted: changes of their log-odds.
-        before: what the model predicted before any change.
+        wanted: the wanted changes of their log-odds.
+        before: the model's predictions before any change.
     """
 
     outcomes: list[int]
@@ -39,7 +39,7 @@ class Goal:
     before: Observed
 
     def missing(self, now: Observed) -> Wanted:
-        """What is still wanted: of every example, those that were to stay included."""
+        """The changes that are still missing, for every example, including those that should stay the same."""
         return replace(self.wanted, changes=self.wanted.changes - (now.values - self.before.values))
 
 
@@ -48,9 +48,9 @@ class Step:
     """A weight change towards a goal, not tried yet.
 
     Attributes:
-        deltas: {parameter: matrix (out, in)} of their natural length.
-        predicted: (n,) changes of the log-odds.
-        info: how it was found.
+        deltas: {parameter: matrix (out, in)} with their own length.
+        predicted: (n,) the predicted changes of the log-odds.
+        info: how the step was found.
     """
 
     deltas: dict[str, Tensor]
@@ -61,10 +61,10 @@ class Step:
 def goal_of(
     forward: ForwardPass, pefs: PEFs, examples: Sequence[Example], request: EditRequest, naming: Naming
 ) -> Goal:
-    """What is wanted, in numbers.
+    """The goal in numbers.
 
     Raises:
-        UnsupportedModelError: if the model predicts places of its input.
+        UnsupportedModelError: if the model predicts places in its input.
         ValueError: if ids, columns or outcomes are wrong.
     """
     kind, k = head_of_examples(forward, examples)
@@ -86,7 +86,7 @@ def step_towards(
     sketch: Sketch,
     device: torch.device | None,
 ) -> tuple[Step, Observed]:
-    """One solution at the weights that the model and the rows have now, and what the model predicts there."""
+    """One solution at the present weights of the model and the rows, and the model's predictions there."""
     assert pefs.cotangents is not None
     now = observe(forward, examples, goal.outcomes, request.batch_size, cotangents=True)
     wanted = goal.missing(now)
@@ -115,10 +115,10 @@ def tried(
     step: Step,
     request: EditRequest,
 ) -> tuple[float, dict[str, float]]:
-    """The largest step that does what was predicted, and the errors of those that were tried.
+    """The largest step that does what was predicted, and the errors of the steps that were tried.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if no step does what was predicted.
     """
 
     def change_at(scale: float) -> Tensor:
@@ -129,7 +129,7 @@ def tried(
 
 
 def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, Any]:
-    """What was wanted, predicted and realised, group by group or id by id, and KL of the examples."""
+    """The wanted, predicted and realised changes by group or id, and the KL of the examples."""
     wanted = goal.wanted
     realised = after.values - goal.before.values
     columns = [wanted.means(values).tolist() for values in (wanted.changes, predicted, realised)]
@@ -156,16 +156,16 @@ def lift_contrast(
     sketch: Sketch,
     device: torch.device | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The direction that moves some examples most for what it does to others, lifted.
+    """The lifted direction with the largest effect on some examples for a given effect on others.
 
     Args:
         forward: the forward pass of the model.
         pefs: the PEFs of all examples.
-        examples: theirs.
-        contrast: which are to move, which are to stay, (n,) bool each.
+        examples: the examples of the PEFs.
+        contrast: the examples to move and the examples to leave alone, (n,) bool each.
         request: ridge, keep, memory, batch size.
         sketch: the sketch of the PEFs.
-        device: where it is solved for.
+        device: the device for solving.
     """
     if request.keep is not None:
         check_kept(pefs, request.keep)
@@ -181,10 +181,10 @@ def lift_contrast(
 
 
 def sides(pefs: PEFs, ids: Sequence[Any], against: Sequence[Any] | None) -> tuple[Tensor, Tensor]:
-    """Which examples are to move and which are to stay, (n,) bool each.
+    """The examples to move and the examples to leave alone, (n,) bool each.
 
     Raises:
-        ValueError: if an id is unknown or on both sides, or there are none to move.
+        ValueError: if an id is unknown or on both sides, or there are no examples to move.
     """
     places = {name: i for i, name in enumerate(pefs.example_ids)}
     masks = []
@@ -202,5 +202,7 @@ def sides(pefs: PEFs, ids: Sequence[Any], against: Sequence[Any] | None) -> tupl
     if against is None:
         staying = ~moving
     if both := [pefs.example_ids[i] for i in (moving & staying).nonzero()[:, 0].tolist()]:
-        raise ValueError(f"{len(both)} examples are to move and to stay, for instance {both[:3]}")
+        raise ValueError(
+            f"{len(both)} examples are both in the set to move and in the set to leave alone, for instance {both[:3]}"
+        )
     return moving, staying

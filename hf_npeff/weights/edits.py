@@ -1,4 +1,4 @@
-"""Edits: the weight change that moves chosen log-odds by chosen amounts and leaves others alone, from stored rows.
+"""Edits: weight changes, computed from stored rows, that move chosen log-odds by chosen amounts and leave others alone.
 
 Let u_i be the gradient of example i's log-odds where cotangents enter, and V_i its stored cotangents, so that
 A_i = V_i J (c rows). Written in them, u_i ≈ V_iᵀ α_i, a weight change δ moves the log-odds by α_i·(A_i δ). Among all
@@ -10,9 +10,9 @@ since KL_i = ½‖A_i δ‖² to second order. Examples with no wanted change ha
 
     minimise Σ_i ‖A_i δ − t_i‖² + Σ_keep ‖B_i δ‖² + λ‖δ‖²   over δ in the span of the rows
 
-in the coordinates of `row_space`: (XᵀX + X_keepᵀX_keep + λI) y = Xᵀt. It is Gauss and Newton's step towards predictions
-with the wanted log-odds, in the span of a few rows. λ is a share of the largest eigenvalue; "auto" takes that of the
-least error on examples that are held out, by folds.
+in the coordinates of `row_space`: (XᵀX + X_keepᵀX_keep + λI) y = Xᵀt. It is the Gauss-Newton step towards predictions
+with the wanted log-odds, in the span of a few rows. λ is a share of the largest eigenvalue; "auto" chooses the one with
+the least error on held-out examples, by folds.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from hf_npeff.weights.row_space import RowSpace
 
 logger = logging.getLogger(__name__)
 STEPS = (0.25, 0.5, 1.0)
-"""Shares of the solution that are tried on the model."""
+"""The shares of the solution that are tried on the model."""
 AS_PREDICTED = 0.5
-"""A step does what was predicted while the changes differ from the predicted ones by less than this share of them.
-Chosen: half of a change is still the change that was asked for."""
+"""A step does what was predicted if the changes differ from the predicted ones by less than this share of them.
+Chosen: half of a wanted change is still useful."""
 _EXPRESSIBLE = 0.5
-"""Share of what is wanted below which a warning says that rows express little of it. Chosen: half."""
+"""If the rows express less than this share of the wanted change, there is a warning. Chosen: half."""
 _TINY = torch.finfo(torch.float64).tiny
 _RANK = 1e-8
-"""Of the Gram matrix of an example's cotangents: those of smaller share are rounding of float32."""
+"""Eigenvalues of the Gram matrix of an example's cotangents with a smaller share are rounding of float32."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Changes of log-odds that are wanted.
+    """The wanted changes of log-odds.
 
     Attributes:
-        changes: (n,) float64, in nats; 0 where an example is to stay as it is.
-        groups: (n,) the number of the group in which an example's change is judged; −1 where none is wanted.
-        names: what every group is called.
+        changes: (n,) float64, in nats; 0 for examples that should stay the same.
+        groups: (n,) the number of the group in which an example's change is judged; −1 if no change is wanted.
+        names: the names of the groups.
     """
 
     changes: Tensor
@@ -58,14 +58,14 @@ class Wanted:
     names: list[str]
 
     def means(self, values: Tensor) -> Tensor:
-        """(groups,): means of values (n,)."""
+        """The means (groups,) of values (n,)."""
         which = self.groups >= 0
         number = len(self.names)
         sums = torch.zeros(number, dtype=torch.float64).index_add_(0, self.groups[which], values[which].double())
         return sums / torch.bincount(self.groups[which], minlength=number).clamp_min(1)
 
     def error(self, realised: Tensor, predicted: Tensor) -> float:
-        """How far realised changes (n,) are from predicted ones, group by group: a share of the predicted."""
+        """The difference between realised and predicted changes (n,) by group, as a share of the predicted ones."""
         sizes = torch.bincount(self.groups[self.groups >= 0], minlength=len(self.names)).double()
         a, b = self.means(realised), self.means(predicted)
         scale = float((sizes * b.square()).sum())
@@ -76,7 +76,7 @@ class Wanted:
 
 
 def changes_by_id(change: Mapping[Any, float], ids: Sequence[str]) -> Wanted:
-    """Changes of named examples.
+    """Changes for examples that are named by id.
 
     Raises:
         ValueError: if there are none, an id is unknown, a change is not finite, or all changes are 0.
@@ -92,7 +92,7 @@ def changes_by_id(change: Mapping[Any, float], ids: Sequence[str]) -> Wanted:
             raise ValueError(f"the change of {name!r} must be a finite number of nats, but it is {value!r}")
         changes[places[str(name)]], groups[places[str(name)]] = float(value), number
     if not bool(changes.any()):
-        raise ValueError("all changes are 0; give the examples that are to stay as they are no entry")
+        raise ValueError("all changes are 0; leave examples that should stay the same out of change=")
     return Wanted(changes, groups, [str(name) for name in change])
 
 
@@ -103,31 +103,33 @@ def removal(
     values: Tensor,
     towards: Towards = "mean",
 ) -> Wanted:
-    """What takes the influence of a column out: within each value of `given`, log-odds do not depend on it any more.
+    """The changes after which log-odds no longer depend on a column, within each value of `given`.
 
-    Towards the "mean": the mean log-odds of the examples with each value of the column are moved to the mean of all
-    with that value of `given`, which stays where it is: half from each side where both are equally many. Towards the
-    "highest": the distribution of log-odds becomes that of the value with the highest mean, whose examples stay. Each
-    of the other examples goes to the quantile there that it has among its own, (rank − ½) / number, which is the least
-    motion that does it (optimal transport in one dimension; as data are repaired by Feldman et al. 2015).
+    Towards the "mean": for each value of the column, the mean log-odds of its examples move to the mean of all examples
+    with the same value of `given`. That mean does not change; two equally large groups each move half of the way.
+    Towards the "highest": the examples of the value with the highest mean stay, and the others get their distribution
+    of log-odds. Each example moves to the quantile that it has among its own, (rank − ½) / number, which is the least
+    possible movement (optimal transport in one dimension; Feldman et al. 2015 repair data in this way).
 
     Args:
-        column: whose influence is taken out.
-        given: within each value of this column; None for all examples together.
+        column: the column whose influence is taken out.
+        given: a column; examples are compared only within each of its values. None compares all examples.
         columns: {name: values}.
         values: (n,) log-odds.
-        towards: where to.
+        towards: the goal, "mean" or "highest".
 
     Raises:
-        ValueError: if a column is missing, has one value only or as many as examples, or values are missing.
+        ValueError: if a column is missing, has a single value or as many as examples, or values are missing.
     """
     attribute = _values(column, columns)
     labels = [None] * len(attribute) if given is None else _values(given, columns)
     if len(set(attribute)) == 1:
-        raise ValueError(f"the column {column!r} has one value only, {attribute[0]!r}: it has no influence to take out")
+        raise ValueError(
+            f"the column {column!r} has a single value, {attribute[0]!r}, so it has no influence to take out"
+        )
     if len(set(attribute)) > len(attribute) // 2:
         raise ValueError(
-            f"the column {column!r} has {len(set(attribute))} values in {len(attribute)} examples: take a column of "
+            f"the column {column!r} has {len(set(attribute))} values in {len(attribute)} examples: use a column with "
             "few values, such as ranges of a number"
         )
     changes, groups = torch.zeros(len(values), dtype=torch.float64), torch.full((len(values),), -1)
@@ -149,16 +151,18 @@ def removal(
             groups[which] = len(names)
             names.append(f"{column}={value}" + ("" if given is None else f", {given}={label}"))
     if not names:
-        raise ValueError(f"within each value of {given!r} the column {column!r} has one value only: nothing to compare")
+        raise ValueError(
+            f"within each value of {given!r} the column {column!r} has a single value, so there is nothing to compare"
+        )
     if alone:
         logger.warning(
-            "where %s is %s, %s has one value only: these examples are to stay as they are", given, alone, column
+            "for %s = %s, %s has a single value, so these examples should stay the same", given, alone, column
         )
     return Wanted(changes, groups, names)
 
 
 def matched(values: Tensor, others: Tensor) -> Tensor:
-    """The quantiles of other numbers (k,) that numbers (n,) have among themselves, with interpolation."""
+    """For each of n numbers, the value of other numbers (k,) at the same quantile, with interpolation."""
     ranks = values.argsort(stable=True).argsort(stable=True).to(others)
     return torch.quantile(others, (ranks + 0.5) / len(values))
 
@@ -166,7 +170,7 @@ def matched(values: Tensor, others: Tensor) -> Tensor:
 def _values(name: str, columns: Mapping[str, Sequence[Any]]) -> list[Any]:
     if name not in columns:
         hint = "; give given=None to compare all examples with each other" if name == "label" else ""
-        raise ValueError(f"there is no column {name!r} beside these PEFs; there are {sorted(columns)}{hint}")
+        raise ValueError(f"these PEFs have no column {name!r}; they have {sorted(columns)}{hint}")
     values = list(columns[name])
     missing = [i for i, value in enumerate(values) if value is None or value != value]
     if missing:
@@ -188,7 +192,7 @@ class Functionals:
 
     @classmethod
     def of(cls, u: Tensor, stored: Tensor) -> Functionals:
-        """Of gradients u (n, t, s) and stored cotangents (n, c, t', s'), by least squares for every example."""
+        """Express gradients u (n, t, s) in stored cotangents (n, c, t', s'), by least squares for every example."""
         t, s = (max(a, b) for a, b in zip(u.shape[1:], stored.shape[2:], strict=True))
         u = torch.nn.functional.pad(u, (0, s - u.shape[2], 0, t - u.shape[1])).flatten(1).double()
         V = torch.nn.functional.pad(stored, (0, s - stored.shape[3], 0, t - stored.shape[2])).flatten(2).double()
@@ -202,37 +206,37 @@ class Functionals:
         return cls(alpha, expressed.clamp(0, 1))
 
     def targets(self, changes: Tensor) -> Tensor:
-        """T (n, c): what the rows are to be moved by for changes (n,) of the log-odds, at the least KL."""
+        """T (n, c): the changes of the rows for changes (n,) of the log-odds, at the least KL."""
         size = self.alpha.square().sum(1, keepdim=True)
         return torch.where(size > 0, self.alpha * changes[:, None] / size.clamp_min(_TINY), 0.0)
 
     def share(self, changes: Tensor) -> float:
-        """Of the wanted changes (n,), squared, that stored rows express."""
+        """The share of the wanted changes (n,), squared, that stored rows express."""
         weights = changes.square()
         return float((weights * self.expressed).sum() / weights.sum().clamp_min(_TINY))
 
     def read(self, moved: Tensor) -> Tensor:
-        """(n,): the change of the log-odds where rows are moved by (n, c)."""
+        """The changes (n,) of the log-odds if rows change by (n, c)."""
         return (self.alpha * moved).sum(1)
 
 
 def warn_of_share(share: float) -> None:
-    """Say so where rows express less than half of what is wanted."""
+    """Warn if the rows express less than half of the wanted change."""
     if share < _EXPRESSIBLE:
         logger.warning(
-            "the stored rows express %.0f%% of the wanted change: the outcome's gradient lies mostly outside of them. "
-            "Compute PEFs with a larger rank, or ask for outcomes that the model finds likelier",
+            "the stored rows express %.0f%% of the wanted change: the outcome's gradient lies mostly outside them. "
+            "Compute PEFs with a larger rank, or choose outcomes that the model finds likelier",
             100 * share,
         )
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A ridge regression, solved.
+    """The solution of a ridge regression.
 
     Attributes:
-        y: (m,) in the coordinates of the space.
-        moved: (n, c) what it does to the rows.
+        y: (m,) the solution in the coordinates of the space.
+        moved: (n, c) the changes of the rows.
         info: ridge, effective rank, cross-validated error.
     """
 
@@ -247,17 +251,18 @@ def solve(space: RowSpace, targets: Tensor, kept: Tensor | None, ridge: Ridge) -
     Args:
         space: the space of the rows.
         targets: t (n, c).
-        kept: (n', c', m), coordinates of further rows that are not to move, or None.
+        kept: (n', c', m), the coordinates of other data's rows that should not move, or None.
         ridge: λ over the largest eigenvalue of XᵀX + X_keepᵀX_keep, or "auto".
 
     Raises:
-        ValueError: if no target differs from 0.
+        ValueError: if all targets are 0.
     """
     X = space.rows
     t = targets.to(X)
     if not bool(t.any()):
         raise ValueError(
-            "nothing is to be moved: the wanted changes are 0, or the outcome's gradient lies outside the stored rows"
+            "there is nothing to change: the wanted changes are 0, or the outcome's gradient lies outside the stored "
+            "rows"
         )
     b = torch.einsum("ncm,nc->m", X, t)
     M = gram(X) if kept is None else gram(X) + gram(kept)
@@ -270,10 +275,12 @@ def solve(space: RowSpace, targets: Tensor, kept: Tensor | None, ridge: Ridge) -
 
 
 def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> dict[float, float]:
-    """{ridge: Σ‖A_i δ − t_i‖² over Σ‖t_i‖², of δ that were made without the example's fold}; 1 for no change at all."""
+    """{ridge: Σ‖A_i δ − t_i‖² over Σ‖t_i‖², for δ made without the example's fold}; 1 means no improvement."""
     folds = min(FOLDS, len(X))
     if folds < 2:
-        raise ValueError("ridge='auto' holds examples out, and there is only one; give ridge= as a number such as 0.01")
+        raise ValueError(
+            "ridge='auto' needs to hold examples out, but there is only one; set ridge= to a number such as 0.01"
+        )
     wanted = t.abs().sum(1) > 0
     fold_of = folds_of(wanted, folds)
     fold_of = torch.where(wanted, fold_of, folds_of(~wanted, folds))
@@ -295,7 +302,7 @@ def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> d
 
 
 class NoStepError(ValueError):
-    """No step along a change does what was predicted of it."""
+    """No step along a change does what was predicted."""
 
 
 def largest_step(
@@ -305,15 +312,15 @@ def largest_step(
 
     Args:
         wanted: the groups in which changes are judged.
-        predicted: (n,) changes of the whole step.
-        change_at: a step → the changes (n,) that the model shows.
-        ridge: the one that the step was solved with, for the error.
+        predicted: (n,) the predicted changes of the whole step.
+        change_at: a step → the model's changes (n,).
+        ridge: the ridge with which the step was solved, for the error message.
 
     Returns:
-        The step, and {step: error} of those that were tried.
+        The step, and {step: error} of the steps that were tried.
 
     Raises:
-        NoStepError: if none does.
+        NoStepError: if no step does what was predicted.
     """
     errors: dict[str, float] = {}
     best = None
@@ -325,12 +332,13 @@ def largest_step(
         best = step
     if best is None:
         raise NoStepError(
-            f"no step does what was predicted: a quarter of it differs from its prediction by {errors['0.25']:.0%}. "
+            "no step does what was predicted: even a quarter of the step differs from its prediction by "
+            f"{errors['0.25']:.0%}. "
             + (
                 "Raise ridge"
                 if ridge is None
                 else f"Raise ridge, which was {ridge:.1g}, for instance to {10 * ridge:.1g}"
             )
-            + ", ask for smaller changes, or take rows that express more of the outcome (a larger rank)"
+            + ", ask for smaller changes, or compute PEFs whose rows express more of the outcome (a larger rank)"
         )
     return best, errors

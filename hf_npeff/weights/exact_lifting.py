@@ -1,4 +1,4 @@
-"""Combinations of unsketched rows, by replaying the cotangents that made them; no row is ever formed."""
+"""Combinations of unsketched rows, by sending back the stored cotangents again; no row is ever formed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hf_npeff.fisher.routing import Routing
 
 
 class GradientSum(Receiver):
-    """A receiver that adds up weight gradients Σ δᵀx over a batch, for the combination that is being sent back.
+    """A receiver that adds up weight gradients Σ δᵀx over a batch, for the combination that is sent back.
 
-    Sums lie beside their weights, or on the CPU where the weights are not on the device that computes.
+    Sums are on the device of their weights, or on the CPU if the weights are not on the computing device.
     """
 
     def __init__(self, places: Mapping[str, tuple[tuple[int, int], torch.device, torch.dtype]], combinations: int):
@@ -58,7 +58,7 @@ class GradientSum(Receiver):
 
 
 def place_of(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:
-    """Where, and in which type, the gradient of a weight is added up."""
+    """The device and the dtype in which the gradient of a weight is added up."""
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
         return torch.device("cpu"), torch.float32
     return weight.device, torch.promote_types(weight.dtype, torch.float32)
@@ -67,17 +67,17 @@ def place_of(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:
 def lift_exact(
     forward: ForwardPass, examples: Sequence[Example], cotangents: Tensor, coefficients: Tensor, batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """Σ_i Σ_c coef_jic row_ic before the sketch, for several combinations j at once.
+    """Σ_i Σ_c coef_jic row_ic of unsketched rows, for several combinations j at once.
 
     Args:
         forward: the forward pass of the model that made the rows.
         examples: n of them, in the order of `cotangents`.
         cotangents: (n, c, t, s), as stored with the PEFs.
         coefficients: (m, n, c), of unscaled rows.
-        batch_size: examples of a forward pass, which all combinations share.
+        batch_size: examples in a forward pass, which all combinations share.
 
     Returns:
-        For every combination {parameter: matrix (out, in)}.
+        {parameter: matrix (out, in)} for every combination.
     """
     weights = bare_parameters(forward.model)
     places = {m.parameter: (m.shape, *place_of(weights.get(m.parameter))) for m in forward.maps}
@@ -106,7 +106,7 @@ def _summed(
     batches: Sequence[list[int]],
     places: Mapping[str, tuple[tuple[int, int], torch.device, torch.dtype]],
 ) -> list[dict[str, Tensor]]:
-    """The combinations for what hooks see."""
+    """The combinations for the maps that hooks see."""
     receiver = GradientSum(places, len(coefficients))
     for indices in batches if forward.maps else ():
 

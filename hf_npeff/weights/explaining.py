@@ -1,4 +1,4 @@
-"""From predictions, rows and coefficients before and after a change to a `ChangeReport`; no model is run here."""
+"""Makes a `ChangeReport` from predictions, rows and coefficients before and after a change, without running a model."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from hf_npeff.weights.displacement import displacement
 from hf_npeff.weights.scoring import interval, score
 
 _MODULES = 20
-"""Parameters whose share of the change is listed. Chosen: what a person reads."""
+"""How many parameters are listed with their share of the change. Chosen: as many as a person reads."""
 _TOP = 5
-"""Examples of a component that are shown. Chosen: what a glance takes in."""
+"""How many examples of a component are shown. Chosen: few enough to read at a glance."""
 _STATIONARY = 0.8
-"""Cosine of a component with the combination of rows that would make it, as of `lifting`."""
+"""The least cosine of a component with the combination of rows that represents it, as in `lifting`."""
 _BENT = 2.0
-"""Ratio of the measured KL to that of second order, or its inverse, from which a note says that the change is large."""
+"""If the ratio of the measured KL to the second-order KL, or its inverse, is above this, a note says so."""
 _NOTED = 0.1
-"""Share of the norm outside the analysis from which a note says so."""
+"""If more than this share of the norm is outside the analysis, a note says so."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Examples, what is predicted for them before the change, and what is right.
+    """The examples, their predictions before the change, and their labels.
 
     Attributes:
-        examples: n of them.
-        truth: the label of each, as `Predictions.answers` gives answers, or None.
-        groups: {group: its examples}, "all" among them.
+        examples: the n examples.
+        truth: the label of each, in the form of `Predictions.answers`, or None.
+        groups: {group: its examples}, including "all".
         before: predictions of the model before the change.
-        describe: an answer in words.
+        describe: answer → the answer in words.
         seed: the seed of the bootstrap.
     """
 
@@ -59,7 +59,7 @@ class Watched:
     seed: int
 
     def step(self, scale: float, without: int | None, after: Predictions | None) -> ChangeStep:
-        """A point of the way; the model before the change where nothing is predicted after it."""
+        """A point of the curve; the model before the change if there are no later predictions."""
         now = self.before if after is None else after
         kl = self.before.kl_to(now)
         flips = self.flips(now)
@@ -91,13 +91,13 @@ def _mean(values: Sequence[float | None]) -> float:
 
 @dataclass(frozen=True)
 class Seen:
-    """What running the model showed.
+    """The results of running the model.
 
     Attributes:
-        after: {scale: predictions}, 1 among them.
-        products: inner products (n, c, m) of unscaled rows with the change, a random one of equal norm, itself
-            shuffled, and random ones with its norm in every weight; None where the change itself is not at hand.
-        norm: the norm of each of them, over what is analysed.
+        after: {scale: predictions}, including scale 1.
+        products: inner products (n, c, m) of unscaled rows with the change, a random one of equal norm, the shuffled
+            change, and random ones with its norm in every weight; None if the change itself is not available.
+        norm: the norm of each of these changes over the analysed weights.
         analysed: names of the analysed parameters.
     """
 
@@ -112,10 +112,10 @@ class Grown:
     """Coefficients of the same examples before and after the change.
 
     Attributes:
-        before: W (n, r) before.
-        after: W (n, r) after, with the same components.
-        before_expanded: (n, r + m) before, with components that were added after; None where none were.
-        after_expanded: (n, r + m) after.
+        before: W (n, r) before the change.
+        after: W (n, r) after the change, for the same components.
+        before_expanded: (n, r + m) before the change, with m added components; None if none were added.
+        after_expanded: (n, r + m) after the change.
     """
 
     before: Tensor
@@ -125,7 +125,7 @@ class Grown:
 
 
 def shuffled(matrices: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The same matrices with the numbers of each in a random order: norms and sizes stay, directions do not."""
+    """The matrices with the entries of each in a random order, which keeps norms but not directions."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
@@ -143,17 +143,17 @@ def explained_change(
     request: ChangeRequest,
     origin: Mapping[str, Any] | None = None,
 ) -> Explanation:
-    """What is known of a change before components are taken out of it.
+    """The analysis of a change, without the steps in which components are taken out of it.
 
     Args:
-        decomposition: of `pefs`.
-        pefs: of the model before.
-        change: itself; None where it is not at hand, as between two points of a training run.
-        watched: the examples before.
-        seen: what running the model showed.
-        grown: coefficients before and after.
-        request: how.
-        origin: where the change came from, where it is not at hand.
+        decomposition: the decomposition of `pefs`.
+        pefs: the PEFs of the model before the change.
+        change: the change; None if it is not available, as between two points of a training run.
+        watched: the examples, before the change.
+        seen: the results of running the model.
+        grown: coefficients before and after the change.
+        request: the settings.
+        origin: the source of the change, if the change itself is not available.
     """
     explanation = Explanation(decomposition, change, watched, seen, grown, request, origin=dict(origin or {}))
     explanation.measure(pefs)
@@ -162,7 +162,7 @@ def explained_change(
 
 @dataclass
 class Explanation:
-    """A report in the making."""
+    """The analysis from which a report is made."""
 
     decomposition: Decomposition
     change: ParameterDirection | None
@@ -217,8 +217,8 @@ class Explanation:
         ours, random, mixed, *null = effects.cosines(self.decomposition, pefs, self.seen.products, self.seen.norm)
         if far := [j for j, cosine in enumerate(ours.stationary) if cosine < _STATIONARY]:
             self.notes.append(
-                f"The components {far} are not at a stationary point, so that their cosines are of other directions; "
-                "decompose with more max_iterations."
+                f"The components {far} are not at a stationary point, so their cosines are those of other directions; "
+                "decompose with larger max_iterations."
             )
         rows = []
         for j, value in enumerate(ours.values):
@@ -257,7 +257,7 @@ class Explanation:
         ]
 
     def _labels_of(self, W: Tensor) -> list[str | None]:
-        """Automatic labels of components with the coefficients W (n, r), where columns or texts were kept."""
+        """Automatic labels of components with the coefficients W (n, r), if columns or texts were kept."""
         about = self.decomposition.columns, self.decomposition.info
         if not described_by(self.decomposition.columns):
             return [None] * W.shape[1]
@@ -276,16 +276,15 @@ class Explanation:
         share = sum(value**2 for value in left_out.values()) ** 0.5
         if share >= _NOTED:
             self.notes.append(
-                f"{share:.0%} of the norm of the change lies outside the analysis ({len(left_out)} parameters): KL and "
-                "answers are those of the whole change, cosines of the analysed part."
+                f"{share:.0%} of the norm of the change is outside the analysis ({len(left_out)} parameters): KL and "
+                "answers are those of the whole change, cosines are those of the analysed part."
             )
         predicted = float(self._predicted().mean())
         measured = float(self.kl.mean())
         if predicted > 0 and not 1 / _BENT <= measured / predicted <= _BENT:
             self.notes.append(
-                f"The mean KL is {measured:.3g}, and to second order it would be {predicted:.3g}: the change "
-                "is too large, or too much of it lies outside the analysis, for the linear picture; cosines tell its "
-                "direction only."
+                f"The mean KL is {measured:.3g}, but {predicted:.3g} to second order: the change is too large for the "
+                "linear approximation, or too much of it is outside the analysis. Cosines only say its direction."
             )
 
     def _predicted(self) -> Tensor:
@@ -298,7 +297,7 @@ class Explanation:
         return [each.component for each in self.components if not each.new][:count]
 
     def add_without(self, j: int, after: Predictions | None) -> None:
-        """Keep what is predicted with the change less component j; None where nothing is left of it."""
+        """Add the predictions for the change without component j; None if nothing is left of the change."""
         self.without.append(self.watched.step(1.0, j, after))
 
     def report(self) -> ChangeReport:
@@ -328,13 +327,13 @@ class Explanation:
         )
 
     def _end(self, outcome: int, sign: int) -> str:
-        """What examples at an end of the direction moved towards."""
+        """The name of one end of the direction, by the outcome that examples there moved towards."""
         if self.watched.before.distribution.name == "gaussian":
             return "moved one way" if sign > 0 else "moved the other way"
         return f"moved towards {''.join(self.watched.describe(torch.tensor([outcome])))!r}"
 
     def _about(self) -> tuple[dict[str, Any], int, float | None, dict[str, float], dict[str, float]]:
-        """Where the change came from, how many examples there are, its norm, where it is, and what is not analysed."""
+        """The report's fields on the change itself: source, examples, norm, modules, the part not analysed."""
         if self.change is None:
             return dict(self.origin), len(self.kl), None, {}, {}
         info = self.change.info
@@ -348,7 +347,7 @@ class Explanation:
         )
 
     def _row(self, i: int, answers: tuple[list[Tensor], list[Tensor]]) -> dict[str, Any]:
-        """An example, its answers, and the component that carries most of it."""
+        """An example, its answers, and the component with the largest share of it."""
         texts, W = self.decomposition.texts, self.decomposition.coefficients
         before, after = ("".join(self.watched.describe(each[i])) for each in answers)
         return {

@@ -1,11 +1,11 @@
-"""Fewer cotangents than an example has rows, for the same combinations: a backward pass is saved for each that goes.
+"""Replaces an example's cotangents by fewer ones for the same combinations, which saves backward passes.
 
-r combinations Σ_ic β_jic A_ic need of an example no more rows than the matrix β_·i (r × c) has rank. With N_i the
+For r combinations Σ_ic β_jic A_ic, an example needs no more rows than the rank of the matrix β_·i (r × c). With N_i the
 diagonal of the norms of its rows and β_·i N_i = U S Vᵀ, the leading k columns V_k of V leave
 
     β_·i A_i ≈ (β_·i N_i V_k) (V_kᵀ N_i⁻¹ A_i),
 
-and V_kᵀ N_i⁻¹ A_i are the rows of the cotangents V_kᵀ N_i⁻¹ v_i, since rows are linear in them. What is lost is
+and V_kᵀ N_i⁻¹ A_i are the rows of the cotangents V_kᵀ N_i⁻¹ v_i, because rows are linear in cotangents. The loss is
 measured in the sketch, over all examples together.
 """
 
@@ -18,24 +18,24 @@ from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.row_space import combined_rows, unscaled_rows
 
 ROUNDING, ESTIMATED = 1e-5, 1.4e-2
-"""What may be lost of a combination, as a share of its norm: no more than rounding, or, where it is estimated anyway, a
-cosine of .9999, a tenth of what cuts from thin sums lose. Measured on a MiniLM with four rows: three leave .99995 of 64
-plain components, and .3 of the least of 64 selective ones."""
+"""The largest loss of a combination, as a share of its norm: no more than rounding, or, if the result is an estimate
+anyway, a cosine of .9999, a tenth of the loss of cuts from thin sums. Measured on a MiniLM with four rows: three leave
+.99995 of 64 plain components, and .3 of the least of 64 selective ones."""
 
 
 def with_fewer_cotangents(
     pefs: PEFs, cotangents: Tensor, coefficients: Tensor, tolerance: float = ROUNDING
 ) -> tuple[Tensor, Tensor]:
-    """Cotangents and coefficients of the same combinations, from as few rows of every example as give them.
+    """Cotangents and coefficients of the same combinations, with as few rows of every example as possible.
 
     Args:
         pefs: n examples of c rows.
         cotangents: (n, c, t, s), those of the rows.
         coefficients: (r, n, c) float64, of unscaled rows.
-        tolerance: what every combination may lose, as a share of its norm.
+        tolerance: the largest loss of each combination, as a share of its norm.
 
     Returns:
-        (n, k, t, s) and (r, n, k); what was given where k is c.
+        (n, k, t, s) and (r, n, k); the inputs themselves if k is c.
     """
     like = torch.empty(0, dtype=torch.float32, device=pefs.device)
     norms = torch.cat([A.norm(dim=-1).double().cpu() for A in unscaled_rows(pefs, None, like)])

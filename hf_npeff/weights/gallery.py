@@ -1,4 +1,4 @@
-"""A folder of several components' adapters: each in a folder that PEFT loads, adapters.json, and a card of them all."""
+"""A folder with the adapters of several components, each in a folder that PEFT loads; adapters.json and a card."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def save_gallery(adapters: Sequence[Adapter], folder: Path, reports: Sequence[Re
     """Write every adapter into its component's folder, and, last, adapters.json and README.md.
 
     Args:
-        adapters: of components, as long as they are to be.
-        folder: made where it is missing.
-        reports: what was measured of each, or nothing.
+        adapters: the components' adapters, already scaled.
+        folder: the folder; it is created if it is missing.
+        reports: the measurement of each component, or nothing.
 
     Raises:
-        ValueError: if there are no adapters, or one is of no component.
+        ValueError: if there are no adapters, or one does not belong to a component.
     """
     rows = []
     for number, adapter in enumerate(adapters):
         about = adapter.about
         if about is None or about.component is None:
-            raise ValueError("a gallery holds adapters of components, as lift_adapters makes them")
+            raise ValueError("a gallery needs adapters of components, as lift_adapters makes them")
         place = folder_of(folder, about.component)
         adapter.save_pretrained(place)
         measured: dict[str, Any] = reports[number].summary() if reports else {}
@@ -71,13 +71,13 @@ def save_gallery(adapters: Sequence[Adapter], folder: Path, reports: Sequence[Re
 def copy_gallery(
     folder: Path, to: Path, repo_id: str, components: Sequence[int] | None = None, **said: Any
 ) -> list[int]:
-    """Copy what is published of a gallery: folders of components, and a card whose code loads from the repository.
+    """Copy the published part of a gallery: folders of components, and a card whose code loads from the repository.
 
     Args:
-        folder: as `save_gallery` wrote it.
+        folder: a folder that `save_gallery` wrote.
         to: an empty folder.
-        repo_id: where it goes.
-        components: their numbers; None takes all.
+        repo_id: the repository to which it will be pushed.
+        components: the numbers of the components to copy; None copies all.
         **said: `license` and `datasets` of the card.
 
     Returns:
@@ -94,7 +94,7 @@ def copy_gallery(
         number: Any = row.get("component") if isinstance(row, dict) else None
         is_number = isinstance(number, int) and not isinstance(number, bool) and number >= 0
         if not is_number or row.get("folder") != folder_of(folder, number).name:
-            raise CorruptStoreError(f"{folder / INDEX} names a component as hf_npeff does not: {str(row)[:100]}")
+            raise CorruptStoreError(f"{folder / INDEX} names a component in an unknown way: {str(row)[:100]}")
         known[number] = row
     wanted = list(known) if components is None else list(components)
     if missing := [j for j in wanted if j not in known]:

@@ -1,7 +1,7 @@
-"""LoRA adapters in llama.cpp's format, GGUF: the same factors under its names, with its order of rotary dimensions.
+"""LoRA adapters in llama.cpp's format, GGUF: the same factors, with its names and its order of rotary dimensions.
 
-Llama's rotary embeddings turn dimension i with i + d/2 of each head in transformers, and 2i with 2i + 1 in llama.cpp,
-whose files therefore hold the rows of q and k in another order. An adapter's B has to be in that order too.
+Llama's rotary embeddings rotate dimension i with i + d/2 of each head in transformers, and 2i with 2i + 1 in llama.cpp.
+So llama.cpp's files have the rows of q and k in another order, and an adapter's B needs the same order.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ ARCHITECTURES: Mapping[str, _Architecture] = {
     "smollm3": _Architecture("smollm3", "q and k by pairs"),
     "starcoder2": _Architecture("starcoder2"),
 }
-"""{transformers' model_type: its architecture in GGUF}: those that `make runtimes` compares with llama.cpp itself."""
+"""{transformers' model_type: its architecture in GGUF}, for the types that `make runtimes` compares with llama.cpp."""
 
 
 @dataclass(frozen=True)
 class _Base:
-    """What has to be known of the base model."""
+    """The information on the base model."""
 
     architecture: _Architecture
     heads: int
     key_value_heads: int
     layers: int
     tied: bool
-    shapes: Mapping[str, tuple[int, int]] | None = None  # {tensor: (out, in)}, where its file is at hand
+    shapes: Mapping[str, tuple[int, int]] | None = None  # {tensor: (out, in)}, if its file is given
 
 
 def check_gguf(kind: str, layouts: Mapping[str, Layout]) -> None:
-    """Refuse an adapter that llama.cpp would refuse, or of which it would drop a part without a word.
+    """Check that llama.cpp can load all of an adapter; it silently drops some parts.
 
     Raises:
-        UnsupportedModelError: if it is no LoRA, or changes anything but weights of linear maps.
+        UnsupportedModelError: if it is not a LoRA, or changes anything other than weights of linear maps.
     """
     if kind != "lora":
         raise UnsupportedModelError(f"llama.cpp loads LoRA adapters, not {kind!r}; use to_adapter(kind='lora')")
     if wrong := [f"{name} ({layout})" for name, layout in layouts.items() if layout not in ("linear", "conv1d")]:
         raise UnsupportedModelError(
-            f"llama.cpp's adapters change weights of linear maps alone, but this one changes {', '.join(wrong[:3])}; "
+            f"llama.cpp's adapters change only weights of linear maps, but this one changes {', '.join(wrong[:3])}; "
             "leave those out of the direction (FisherConfig(target_modules=...)), or load it with PEFT"
         )
 
@@ -125,7 +125,7 @@ def _write(gguf: Any, path: Path, architecture: str, alpha: float, tensors: Mapp
         writer.close()
 
 
-# What the adapter holds
+# The adapter
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -134,18 +134,20 @@ def _pairs(factors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """{module: A (r, in), B (out, r)}.
 
     Raises:
-        UnsupportedModelError: if a tensor is no factor of a linear map's weight.
+        UnsupportedModelError: if a tensor is not a factor of a linear map's weight.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in factors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UnsupportedModelError(f"{key} is no factor of a linear map's weight, and llama.cpp loads no other")
+            raise UnsupportedModelError(
+                f"{key} is not a factor of a linear map's weight, and llama.cpp loads no other tensors"
+            )
         pairs.setdefault(match["module"], {})[match["factor"]] = value
     return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
 
 
-# What the base model is
+# The base model
 
 
 def _described(config: Mapping[str, Any], base: PretrainedConfig | str | os.PathLike[str] | None) -> _Base:
@@ -175,8 +177,8 @@ def _of_config(config: Any) -> _Base:
     known = ARCHITECTURES.get(config.model_type)
     if known is None:
         raise UnsupportedModelError(
-            f"the order of a {config.model_type!r} model's rows in llama.cpp is not tested here, so its adapter is not "
-            f"written as GGUF; model types that are: {', '.join(ARCHITECTURES)}. Load the adapter with PEFT"
+            f"the order of rows of a {config.model_type!r} model in llama.cpp was not tested, so its adapter is not "
+            f"written as GGUF; tested model types: {', '.join(ARCHITECTURES)}. Load the adapter with PEFT"
         )
     heads = config.num_attention_heads
     of_keys = getattr(config, "num_key_value_heads", None) or heads
@@ -184,7 +186,7 @@ def _of_config(config: Any) -> _Base:
 
 
 def _of_file(path: Path) -> _Base:
-    """Of a base model's own GGUF file, whose tensors also say which names and shapes there are."""
+    """The information from a base model's GGUF file, whose tensors also give names and shapes."""
     gguf = extras.load("gguf", "Adapter.to_gguf")
     try:
         fields = (reader := gguf.GGUFReader(path)).fields
@@ -196,7 +198,7 @@ def _of_file(path: Path) -> _Base:
     if known is None:
         tested = sorted({each.name for each in ARCHITECTURES.values()})
         raise UnsupportedModelError(
-            f"{path} is of the architecture {name!r}, whose order of rows is not tested here; those that are: "
+            f"{path} has the architecture {name!r}, whose order of rows was not tested; tested architectures: "
             f"{', '.join(tested)}. Load the adapter with PEFT"
         )
     of_keys = fields.get(f"{name}.attention.head_count_kv")
@@ -218,11 +220,11 @@ def _name_of(names: Any, module: str, base: _Base) -> str:
     """A module's name in GGUF, without ".weight".
 
     Raises:
-        UnsupportedModelError: if it has none.
+        UnsupportedModelError: if it has no name in GGUF.
     """
     name = names.get_name(module)
     if name is None or "exps" in name or (name == "output" and base.tied):
-        what = "a copy of the embeddings, which llama.cpp has once" if name == "output" else "no tensor of its own"
+        what = "a copy of the embeddings, which llama.cpp stores once" if name == "output" else "not a separate tensor"
         raise UnsupportedModelError(
             f"{module} is {what} in the architecture {base.architecture.name!r}: leave it out of the direction "
             "(FisherConfig(target_modules=...)), or load the adapter with PEFT"

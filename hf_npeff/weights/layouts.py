@@ -1,4 +1,4 @@
-"""What parameters are to PEFT: weights of linear maps, of fused experts and of embeddings, biases, norms."""
+"""The kinds of parameters that PEFT distinguishes: linear maps, fused experts, embeddings, biases, norms."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.weights.activations import LinearDelta
 
 Layout = Literal["linear", "conv1d", "experts", "experts-transposed", "embedding", "bias", "norm", "other"]
-"""What a parameter is to PEFT."""
+"""The kind of a parameter for PEFT."""
 LINEAR_LAYOUTS: tuple[Layout, ...] = ("linear", "conv1d", "experts", "experts-transposed")
-"""Of weights that multiply inputs and nothing else: those of fused experts are (E, out, in), or (E, in, out)."""
+"""Layouts of weights that only multiply inputs; those of fused experts are (E, out, in) or (E, in, out)."""
 
 STORED_WHOLE: tuple[Layout, ...] = ("norm", "other")
-"""Of parameters whose new value a LoRA of PEFT holds (`modules_to_save`), not what is added to it."""
+"""Layouts of parameters for which PEFT's LoRA stores the new value (`modules_to_save`) instead of the change."""
 
 
 def layout_of(model: nn.Module, parameter: str) -> Layout:
-    """What a parameter, by its name in the bare model, is to PEFT."""
+    """The layout of a parameter, by its name in the bare model."""
     return layouts_of(model, [parameter])[parameter]
 
 
@@ -31,7 +31,7 @@ def layouts_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, Layout]
     """`layout_of` several parameters."""
     modules = bare_modules(model)
     places = {name: name.rpartition(".") for name in parameters}
-    # What an adapter adds has no place in the bare model.
+    # Parameters of adapters are not in the bare model.
     layouts = {n: _layout(modules.get(p) or model.get_submodule(p), leaf) for n, (p, _, leaf) in places.items()}
     if "other" in layouts.values():
         layouts |= {n: layout for n, layout in _layouts_of_experts(model).items() if n in layouts}
@@ -39,9 +39,9 @@ def layouts_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, Layout]
 
 
 def _layouts_of_experts(model: nn.Module) -> dict[str, Layout]:
-    """Of the parameters of fused experts that hold a matrix for each.
+    """The layouts of fused experts' parameters that have a matrix for each expert.
 
-    PEFT takes a module's word for it that they are transposed, and knows nothing of those that do not give it.
+    PEFT reads from a module's attribute whether they are transposed, and does not support modules without it.
     """
     bare = bare_module_names(model)
     layouts: dict[str, Layout] = {}
@@ -66,21 +66,21 @@ def _layout(module: nn.Module, leaf: str) -> Layout:
 
 
 def as_linear_delta(value: Tensor, layout: Layout) -> LinearDelta:
-    """A weight's ΔW, shaped like the weight, as one of (out, in); those of experts lie one below the other."""
+    """A weight's ΔW, shaped like the weight, as (out, in); those of experts are stacked."""
     value = value if layout in ("linear", "experts") else value.mT
     return LinearDelta(value.flatten(0, -2), experts=len(value) if layout.startswith("experts") else 1)
 
 
 def place_of_experts(parameter: str, layouts: Mapping[str, Layout]) -> str:
-    """The module of PEFT's that carries a fused parameter: those of one module wrap each other, the last outermost."""
+    """The PEFT module for a fused parameter; those for several parameters of one module are nested."""
     module = parameter.rpartition(".")[0]
     beside = [n for n in layouts if n.rpartition(".")[0] == module and layouts[n].startswith("experts")]
-    beside.sort(key=lambda n: n.endswith(".down_proj"))  # as transformers' experts define them
+    beside.sort(key=lambda n: n.endswith(".down_proj"))  # nested in this order, the last outermost
     return module + ".base_layer" * (len(beside) - 1 - beside.index(parameter))
 
 
 def check_all_linear(layouts: Mapping[str, Layout]) -> None:
-    """Refuse a change of anything but linear maps' weights, where it is to be added in the activations.
+    """Check that a change can be added in the activations, because it changes only weights of linear maps.
 
     Raises:
         UnsupportedModelError: if a parameter is something else.
@@ -88,5 +88,5 @@ def check_all_linear(layouts: Mapping[str, Layout]) -> None:
     if wrong := [f"{name} ({layout})" for name, layout in layouts.items() if layout not in LINEAR_LAYOUTS]:
         raise UnsupportedModelError(
             f"{', '.join(wrong[:3])} cannot be changed in the activations, only the weights of linear maps can; use "
-            "ParameterDirection.applied_to, which moves the weights themselves, or load the adapter with PEFT"
+            "ParameterDirection.applied_to, which changes the weights themselves, or load the adapter with PEFT"
         )

@@ -32,18 +32,18 @@ from hf_npeff.weights.thin_sums import Cut
 
 logger = logging.getLogger(__name__)
 RECORD = "lifted.json"
-"""Of a component's folder: what it was lifted from, so that a run goes on where it stopped."""
+"""The file in a component's folder that says what it was lifted from, so that a run continues where it stopped."""
 
 
 @dataclass(frozen=True)
 class LiftedWeights:
-    """What the model says of the parameters that adapters change.
+    """Information on the parameters that adapters change.
 
     Attributes:
-        layouts: what every parameter is.
-        sizes: how many of its entries the parameter has along its dimensions.
-        absolute: norms' weights as they are, which PEFT stores whole.
-        info: of the model, as a direction keeps it.
+        layouts: the layout of every parameter.
+        sizes: the shape of every parameter.
+        absolute: the current weights of norms, because PEFT stores their new values.
+        info: information on the model, as in a direction's `info`.
     """
 
     layouts: dict[str, Layout]
@@ -73,21 +73,21 @@ def lift_to_adapters(
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposed: what they are lifted from.
-        plans: of the components, with coefficients.
+        decomposed: the decomposition with its PEFs and examples.
+        plans: the plans of the components, with coefficients.
         request: form and batch size.
         changed: the weights that adapters change.
-        of_run: the plans of all components of a run, those that are lifted already among them: where to look for low
-            rank depends on all, so that a run that goes on gives what it would have given.
-        rank: of every weight.
+        of_run: the plans of all components of a run, including those already lifted. The bases for low rank depend on
+            all of them, so a resumed run gives the same result.
+        rank: the rank for every weight.
         passes: 2 measures the leading directions again, exactly.
-        processes: those that share the examples out.
+        processes: the processes that share the examples.
 
     Yields:
-        An adapter a plan, in order.
+        The adapter of each plan, in order.
 
     Raises:
-        ValueError: if the gradients of the model do not add up to a component.
+        ValueError: if the model's gradients do not add up to a component, because its weights are different.
     """
     everything = torch.stack([p.coefficients for p in of_run if p.coefficients is not None])
     whole = all(is_whole(shape, rank) for shape in forward.shapes.values())
@@ -126,7 +126,7 @@ class _Part:
         left: B (out, q).
         right: A (q, in).
         kept: ‖BA‖².
-        energy: ‖D‖² of the whole, no less.
+        energy: ‖D‖² of the whole, at least `kept`.
     """
 
     left: Tensor
@@ -136,7 +136,7 @@ class _Part:
 
     @classmethod
     def of(cls, cut: Cut, number: int) -> _Part:
-        """From the cuts of all components."""
+        """The part of one component, from the cuts of all components."""
         values = cut.values[number].cpu()
         kept = float(values.double().square().sum())
         root = values.sqrt()
@@ -149,7 +149,7 @@ class _Part:
 
 
 def _cosine(parts: Mapping[str, _Part], target: Tensor, sketch: Sketch, scales: Tensor | None) -> float:
-    """Of the sketch of a component's cut with the component."""
+    """The cosine between the sketch of a component's cut and the component."""
     largest = max((float(part.left.abs().max()) for part in parts.values()), default=0.0) or 1.0
     sketched = sketch.apply_factors({n: (p.left / largest, p.right / largest) for n, p in parts.items()}).double()
     sketched = sketched if scales is None else sketched * scales
@@ -191,7 +191,7 @@ def _adapter(
 
 
 def settings_hash(plan: Plan, settings: Mapping[str, Any]) -> str:
-    """What tells one lifting of a component from another: its combination of rows, and how it is cut."""
+    """A hash that identifies the lifting of a component: its combination of rows, and how it is truncated."""
     assert plan.coefficients is not None
     digest = hashlib.sha256(plan.coefficients.double().contiguous().numpy().tobytes())
     digest.update(repr(sorted(settings.items())).encode())
@@ -199,7 +199,7 @@ def settings_hash(plan: Plan, settings: Mapping[str, Any]) -> str:
 
 
 def save_lifted(adapter: Adapter, folder: Path, settings: str) -> None:
-    """Write an adapter as PEFT loads it, and, last, the record by which it is found again."""
+    """Write an adapter in PEFT's format and, last, the record that identifies it."""
     (folder / RECORD).unlink(missing_ok=True)
     adapter.save_pretrained(folder)
     record = {
@@ -215,11 +215,11 @@ def save_lifted(adapter: Adapter, folder: Path, settings: str) -> None:
 
 
 def load_lifted(folder: Path, settings: str | None = None) -> Adapter | None:
-    """An adapter that `save_lifted` wrote; None where none was finished.
+    """An adapter that `save_lifted` wrote; None if there is no finished one.
 
     Args:
-        folder: of a component.
-        settings: those that it must have been lifted with.
+        folder: the component's folder.
+        settings: the hash that it must have been lifted with.
 
     Raises:
         CorruptStoreError: if files are altered.
@@ -230,12 +230,12 @@ def load_lifted(folder: Path, settings: str | None = None) -> Adapter | None:
     record = read_json(folder / RECORD)
     if settings is not None and record.get("settings") != settings:
         raise ValueError(
-            f"{folder} holds an adapter that was lifted from other PEFs or in another way; give another folder, or "
-            "remove it"
+            f"{folder} has an adapter that was lifted from other PEFs or in another way; use another folder, or remove "
+            "it"
         )
     path = folder / "adapter_model.safetensors"
     if not path.is_file() or sha256_of(path) != record.get("sha256"):
-        raise CorruptStoreError(f"{path} is missing or is not what was written; remove the folder and lift again")
+        raise CorruptStoreError(f"{path} is missing or was altered; remove the folder and lift again")
     try:
         tensors, info = read_tensors(path), dict(record["info"])
         config = read_json(folder / "adapter_config.json", None)

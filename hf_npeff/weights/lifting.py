@@ -7,7 +7,7 @@ At a stationary point of the objective, with M = (WᵀW)∘(GGᵀ) and C_j = Σ_
 Every component is a known combination of PEF rows, and the same combination of the rows before the sketch is the
 component in parameter space. Row ic is the gradient for the cotangent v_ic, and gradients are linear in it: one
 backward pass with Σ_c coef_jic v_ic at every example gives it. Rows were scaled by 1/√‖F_i‖, and then weighted as
-`mixing_of` says (balance, power, unit norm); the coefficients undo that, so that they speak of unscaled rows.
+`mixing_of` says (balance, power, unit norm). The coefficients undo that, so they apply to unscaled rows.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from hf_npeff.weights.plans import Plan, made_selective
 
 logger = logging.getLogger(__name__)
 _FAITHFUL = 0.9
-"""Cosine of a lifted direction's sketch with its component below which a warning says so. Chosen: exact lifting of the
-model that made the rows gives 1 to rounding and sketch, so that less is worth a look; no number depends on it."""
+"""If the cosine of a lifted direction's sketch with its component is below this, there is a warning. Chosen: exact
+lifting with the model that made the rows gives 1 up to rounding; no result depends on the value."""
 _CONVERGED = 0.8
-"""Cosine of a component with the combination of rows that would make it, below which it is refused. Chosen: 1 at a
-stationary point, which a fit that stopped at its tolerance comes near; a far one is another direction."""
+"""If the cosine of a component with the combination of rows that represents it is below this, lifting raises an error.
+Chosen: it is 1 at a stationary point, and nearly 1 for a fit that stopped at its tolerance."""
 _SAME_MODEL = 0.5
-"""Cosine as of `_FAITHFUL` below which the weights are taken for another model's. Chosen: gradients of other weights
-are nearly orthogonal to the component; half-way between that and 1."""
+"""If the cosine of `_FAITHFUL` is below this, the weights must be those of another model. Chosen: half-way between 1
+and 0, because gradients of other weights are nearly orthogonal to the component."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,19 @@ def plan(
     request: LiftRequest,
     device: torch.device | None = None,
 ) -> list[Plan]:
-    """All of lifting that needs no model.
+    """The part of lifting that needs no model.
 
     Args:
         decomposition: the decomposition of `pefs`.
-        wanted: components.
-        pefs: those that were decomposed.
+        wanted: the components to lift.
+        pefs: the PEFs that were decomposed.
         request: method and form.
-        device: where selective directions are solved for; None takes that of the rows.
+        device: the device for solving for selective directions; None uses that of the rows.
 
     Raises:
-        ValueError: if the decomposition is far from a stationary point, rows were made elsewhere, or no examples are
-            left alone where a selective direction is asked for.
-        IncompatibleSketchError: if the PEFs are of another sketch.
+        ValueError: if the decomposition is far from a stationary point, the rows were not made by hf_npeff, or a
+            selective direction is wanted and there are no examples to leave alone.
+        IncompatibleSketchError: if the PEFs have another sketch.
     """
     scales = decomposition.scales
     if request.form == "metric" and scales is None:
@@ -101,12 +101,12 @@ def lift_components(
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposed: what they are lifted from.
-        plans: as `plan` made them.
+        decomposed: the decomposition with its PEFs and examples.
+        plans: the plans that `plan` made.
         request: method and form.
 
     Raises:
-        ValueError: if the gradients of the model do not add up to a component.
+        ValueError: if the model's gradients do not add up to a component, because its weights are different.
     """
     scales, sketch = decomposed.decomposition.scales, decomposed.sketch()
     if request.method == "exact":
@@ -138,25 +138,27 @@ def lift_combination(
     sketch: Sketch,
     batch_size: int,
 ) -> tuple[dict[str, Tensor], float]:
-    """One combination of unscaled rows in parameter space, of the length that it has.
+    """One combination of unscaled rows in parameter space, with its own length.
 
     Args:
         forward: the forward pass of the model that made the rows.
-        pefs: theirs.
-        examples: theirs, in their order.
-        coefficients: (n, c).
+        pefs: the PEFs.
+        examples: the examples of the PEFs, in their order.
+        coefficients: the coefficients (n, c) of the combination.
         aim: (d,), the same combination of the sketched rows.
-        sketch: that of the PEFs.
-        batch_size: examples of a forward pass.
+        sketch: the sketch of the PEFs.
+        batch_size: the number of examples in a forward pass.
 
     Returns:
         {parameter: matrix (out, in)}, and the cosine of its sketch with `aim`.
 
     Raises:
-        ValueError: if rows were made elsewhere, or the model's gradients do not add up to `aim`.
+        ValueError: if the rows were not made by hf_npeff, or the model's gradients do not add up to `aim`.
     """
     if pefs.cotangents is None:
-        raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere), so they cannot be lifted")
+        raise ValueError(
+            "these PEFs have no cotangents (their rows were not made by hf_npeff), so they cannot be lifted"
+        )
     (deltas,) = lift_exact(forward, examples, pefs.cotangents, coefficients[None], batch_size)
     largest = float(coefficients.abs().max())  # by which lift_exact divides
     for value in deltas.values():
@@ -164,8 +166,8 @@ def lift_combination(
     cosine = _sketched_cosine(deltas, aim, sketch, None)
     if cosine < _SAME_MODEL:
         raise ValueError(
-            f"the gradients of this model do not add up to the change (cosine {cosine:.3f}): its weights are not those "
-            "that the PEFs were computed with; load the model that they came from"
+            f"the gradients of this model do not add up to the change (cosine {cosine:.3f}), so its weights are not "
+            "those with which the PEFs were computed; load the model of the PEFs"
         )
     return deltas, cosine
 
@@ -178,9 +180,9 @@ def _combined_rows(
     request: LiftRequest,
     descriptions: Sequence[dict[str, Any]],
 ) -> Tensor:
-    """Coefficients (m, n, c) of exact lifting; what is kept of the combinations is added to the info."""
+    """Coefficients (m, n, c) of exact lifting; also adds to the info how much of the combinations is kept."""
     if pefs.cotangents is None:
-        raise ValueError("these PEFs hold no cotangents (their rows were made elsewhere); use method='adjoint'")
+        raise ValueError("these PEFs have no cotangents (their rows were not made by hf_npeff); use method='adjoint'")
     coefficients, cosines = combination(decomposition, pefs)
     _check_stationary(wanted, cosines)
     rows = torch.einsum("mr,rnc->mnc", mixtures, coefficients)
@@ -194,35 +196,40 @@ def _combined_rows(
 def _from_sketch(sketch: Sketch, g: Tensor, request: LiftRequest) -> dict[str, Tensor]:
     if request.method == "compressed_sensing" and sketch.adds_entries:
         logger.warning(
-            "a %s sketch adds entries of the weights up, and which of a sum is meant cannot be told: sparse ones "
-            "are found again from sketch='kronecker'; method='exact' needs no such thing",
+            "a %s sketch adds entries of the weights up, so compressed sensing cannot find out which of them are "
+            "nonzero; use PEFs with sketch='kronecker', or method='exact', which works with any sketch",
             sketch.kind,
         )
     return sketch.adjoint(g) if request.method == "adjoint" else sparse_preimage(sketch, g, request.solver)
 
 
 def check_faithful(info: Mapping[str, Any], cosine: float) -> None:
-    """Refuse a direction whose sketch is not the component, and warn where it is not quite.
+    """Check that a direction's sketch is the component; warn if it is only roughly so.
 
     Args:
-        info: what is known of the component that was lifted.
-        cosine: of the direction's sketch with it; of a part of the direction, over what such a part should have.
+        info: the information on the lifted component.
+        cosine: the cosine between the direction's sketch and the component; for a part of the direction, over the
+            cosine that this part should have.
 
     Raises:
-        ValueError: if the two have little to do with each other.
+        ValueError: if the cosine is far too small.
     """
     component = info["component"]
     if "top_examples" not in info and cosine < _SAME_MODEL:
         raise ValueError(
-            f"the gradients of this model do not add up to component {component} (cosine {cosine:.3f}): its weights "
-            "are not those that the PEFs were computed with; load the model that they came from"
+            f"the gradients of this model do not add up to component {component} (cosine {cosine:.3f}), so its weights "
+            "are not those with which the PEFs were computed; load the model of the PEFs"
         )
     if cosine < _FAITHFUL:
-        logger.warning("component %d: the sketch of the lifted direction has cosine %.3f with it", component, cosine)
+        logger.warning(
+            "component %d: the sketch of the lifted direction has a cosine of only %.3f with the component",
+            component,
+            cosine,
+        )
 
 
 def _mixtures(decomposition: Decomposition, wanted: Sequence[int], apart: bool) -> Tensor:
-    """(m, r), float64: what is lifted, as combinations of components."""
+    """The lifted directions as combinations of components (m, r), float64."""
     mixtures = torch.zeros(len(wanted), len(decomposition), dtype=torch.float64)
     for row, j in enumerate(wanted):
         mixtures[row] = semi_orthogonal(decomposition, j) if apart else 0
@@ -234,14 +241,14 @@ def _check_stationary(wanted: Sequence[int], cosines: Tensor) -> None:
     if bad := [j for j in wanted if cosines[j] < _CONVERGED]:
         raise ValueError(
             f"the components {bad} are not at a stationary point (cosine {float(cosines[bad[0]]):.2f} with the "
-            "combination of rows that would make them); decompose with more max_iterations or a smaller tolerance"
+            "combination of rows that represents them); decompose with larger max_iterations or a smaller tolerance"
         )
 
 
 def _keep_top_rows(
     rows: Tensor, decomposition: Decomposition, wanted: Sequence[int], pefs: PEFs, k: int
 ) -> Iterator[float]:
-    """Restrict combinations (m, n, c) to the k top examples of each component, in place; the share of weight kept."""
+    """Restrict combinations (m, n, c) to each component's k top examples, in place; return the kept share of weight."""
     norms = pefs.norms.double().sqrt()[:, None]
     for row, j in enumerate(wanted):
         kept, share = keep_top(rows[row] * norms, decomposition.coefficients[:, j], k)
@@ -250,7 +257,7 @@ def _keep_top_rows(
 
 
 def _sketched_cosine(deltas: Mapping[str, Tensor], g: Tensor, sketch: Sketch, scales: Tensor | None) -> float:
-    """Of the sketch of a direction with the component g (d,) that it should give, whatever the direction's size."""
+    """The cosine between the sketch of a direction, of any length, and its component g (d,)."""
     sketched = sketch.apply({name: deltas[name][None] for name in sketch.shapes})[0].double()
     sketched = sketched if scales is None else sketched * scales
     norm = float(sketched.norm() * g.norm())  # no ε: gradients may be as small as 1e-20
@@ -268,16 +275,16 @@ def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tenso
     """Every component as a combination of PEF rows.
 
     Args:
-        decomposition: with W and G at, or near, a stationary point.
-        pefs: those it was fitted on, in the same order.
+        decomposition: a decomposition with W and G at, or near, a stationary point.
+        pefs: the PEFs that it was fitted on, in the same order.
 
     Returns:
         coefficients (r, n, c) of the *unscaled* rows, and the cosine (r,) of every combination, in the sketch, with
         its component: 1 at a stationary point.
 
     Raises:
-        IncompatibleSketchError: if the PEFs are of another sketch.
-        ValueError: if they are other examples.
+        IncompatibleSketchError: if the PEFs have another sketch.
+        ValueError: if they are of other examples.
     """
     check_decomposed(decomposition, pefs)
     W, G = decomposition.coefficients.double(), decomposition.pseudo_fishers.double()
@@ -298,9 +305,9 @@ def combination(decomposition: Decomposition, pefs: PEFs) -> tuple[Tensor, Tenso
 
 
 def semi_orthogonal(decomposition: Decomposition, j: int, limit: float = 0.3) -> Tensor:
-    """(r,): the combination of components that is g_j less its projection on those nearly orthogonal to it.
+    """g_j minus its projection on the components that are nearly orthogonal to it, as a combination (r,) of components.
 
-    Components within |cosine| ≥ `limit` of g_j share its meaning and are left in.
+    Components with |cosine| ≥ `limit` to g_j have a similar meaning and are not subtracted.
     """
     G = decomposition.pseudo_fishers.double()
     others = [l for l in range(len(G)) if l != j and abs(float(G[l] @ G[j])) < limit]
@@ -312,9 +319,9 @@ def semi_orthogonal(decomposition: Decomposition, j: int, limit: float = 0.3) ->
 
 
 def keep_top(coefficients: Tensor, scores: Tensor, k: int) -> tuple[Tensor, float]:
-    """A combination (n, c) restricted to the k examples of the largest scores, and the share of its weight they carry.
+    """A combination (n, c) restricted to the k examples with the largest scores, and their share of its weight.
 
-    The weight of an example is Σ_c coef², in terms of unscaled rows times their norm, so of unit rows.
+    The weight of an example is Σ_c coef², with coefficients of unit rows (those of unscaled rows times their norms).
     """
     chosen = torch.argsort(scores, descending=True)[:k].tolist()
     total = float(coefficients.square().sum())
@@ -324,10 +331,10 @@ def keep_top(coefficients: Tensor, scores: Tensor, k: int) -> tuple[Tensor, floa
 
 
 def unbalanced(g: Tensor, scales: Tensor | None) -> Tensor:
-    """A component in the coordinates of the unscaled sketch: g = x∘D gives x; 0 where a block was left out."""
+    """A component in the coordinates of the unscaled sketch: x with g = x∘D; 0 for a block that was left out."""
     if scales is None:
         return g
-    # Not taken where a scale is 0, but not to be NaN either
+    # not used where a scale is 0, but must not be NaN
     return torch.where(scales > 0, g / scales.to(g.dtype).clamp_min(1e-30), 0.0)
 
 
@@ -343,7 +350,7 @@ def select(decomposition: Decomposition, components: int | Sequence[int]) -> lis
 
     Raises:
         IndexError: if one does not exist.
-        ValueError: if no component is named, or what should be the decomposition is not one.
+        ValueError: if no component is named, or the first argument is not a decomposition.
     """
     if not isinstance(decomposition, Decomposition):
         raise ValueError(f"expected a Decomposition first, but got {type(decomposition).__name__}")
@@ -354,12 +361,13 @@ def select(decomposition: Decomposition, components: int | Sequence[int]) -> lis
 
 
 def align(examples: Sequence[Example], ids: Sequence[str], contents: Sequence[str] | None) -> list[Example]:
-    """The examples in the order of `ids`, every one with the content it was analysed with.
+    """The examples in the order of `ids`, after checking that their contents are those that were analysed.
 
-    Where ids are positions, another order gives them to other examples: then the contents tell which is which.
+    If ids are positions, another order of the data set gives them to other examples; the examples are then found by
+    their contents.
 
     Raises:
-        ValueError: if one is missing, or has another content.
+        ValueError: if an example is missing, or its content has changed.
     """
     by_id = {example.id: example for example in examples}
     positions = list(by_id) == [str(i) for i in range(len(by_id))]
@@ -376,7 +384,7 @@ def align(examples: Sequence[Example], ids: Sequence[str], contents: Sequence[st
         changed = [i for i, content in zip(ids, contents, strict=True) if by_id[i].content != content]
         if changed:
             raise ValueError(
-                f"{len(changed)} of {len(ids)} examples have another content than when they were analysed, for "
-                f"instance {changed[:3]}; give the dataset that the PEFs came from, with the same processing class"
+                f"{len(changed)} of {len(ids)} examples have a different content than when they were analysed, for "
+                f"instance {changed[:3]}; pass the dataset of the PEFs, with the same processing class"
             )
     return [by_id[i] for i in ids]

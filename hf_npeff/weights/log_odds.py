@@ -1,12 +1,12 @@
-"""Log-odds of an outcome, and the cotangent at the model's head whose row is their gradient.
+"""Log-odds of an outcome, and the cotangent whose row is their gradient.
 
 For a softmax with logits f, outcome y and odds p_y : 1 − p_y,
 
     log-odds = f_y − log Σ_{k≠y} exp f_k,        ∂/∂f = e_y − p_{k≠y}/(1 − p_y)
 
-For a yes-or-no label they are its logit, and for a number that is predicted it is its mean: e_y in both cases. Where
-cotangents enter at the hidden state, J_headᵀ brings the gradient there. An example of several terms counts with their
-mean.
+For a yes-or-no label the log-odds are its logit, and for regression the predicted number is used instead; the gradient
+is e_y in both cases. If cotangents enter at the hidden state, J_headᵀ maps the gradient there. For an example with
+several terms, the mean over its terms is used.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from hf_npeff.fisher.predictions import Predictions
 
 @dataclass(frozen=True)
 class Observed:
-    """What a model predicts for n examples, with an outcome for each.
+    """A model's predictions for n examples, with an outcome for each.
 
     Attributes:
         values: (n,) float64, log-odds of the outcomes in nats, or the predicted numbers of a regression.
-        predictions: all of what is predicted.
-        cotangents: (n, t, s) float64, what to send back for the gradient of the values; None where not asked for.
+        predictions: the predictions.
+        cotangents: (n, t, s) float64, the cotangents that give the gradient of the values; None if not asked for.
     """
 
     values: Tensor
@@ -44,12 +44,12 @@ class Observed:
 
 @dataclass(frozen=True)
 class Naming:
-    """How outcomes are named: everything by which a name becomes a number.
+    """The names of outcomes, for turning a name into a number.
 
     Attributes:
-        columns: {name: values} kept beside the examples.
+        columns: {name: values} of the examples.
         labels: {number: name} of the classes, or None.
-        encode: a text → its token ids, for a language model; else None.
+        encode: text → token ids, for a language model; otherwise None.
     """
 
     columns: Mapping[str, Sequence[Any]]
@@ -61,21 +61,21 @@ def outcomes_of(outcome: int | str | None, naming: Naming, n: int, kind: type[Di
     """The number of the outcome of every example.
 
     Args:
-        outcome: a class or token number; the name of a column that holds one an example; the name of a class; a text of
-            one token; or None for the only one there is, or class 1 of two.
-        naming: how names become numbers.
-        n: examples.
-        kind: what the model predicts.
+        outcome: a class or token number; the name of a column that has one for each example; the name of a class; a
+            text of one token; or None for the only outcome, or class 1 of two.
+        naming: the names of outcomes.
+        n: the number of examples.
+        kind: the kind of prediction.
         k: the number of classes, labels, tokens or numbers.
 
     Raises:
-        ValueError: if it names no outcome, or an example has none.
+        ValueError: if `outcome` does not name one, or an example has none.
     """
     if outcome is None:
         if k > 2 or (kind is not Softmax and k > 1):
             raise ValueError(
-                f"the model tells {k} outcomes apart: say with outcome= whose log-odds are meant (a class, its name, a "
-                "token, or a column that holds one for every example)"
+                f"the model has {k} outcomes: set outcome= to the one whose log-odds should change (a class, its name, "
+                "a token, or a column that has one for every example)"
             )
         return [k - 1] * n
     if isinstance(outcome, str) and outcome in naming.columns:
@@ -96,7 +96,7 @@ def _number(outcome: Any, naming: Naming, k: int) -> int:
     """
     if isinstance(outcome, bool | int):
         if not 0 <= outcome < k:
-            raise ValueError(f"the outcome {outcome} does not exist: the model tells {k} apart, from 0 to {k - 1}")
+            raise ValueError(f"the outcome {outcome} does not exist: the model has {k} outcomes, from 0 to {k - 1}")
         return int(outcome)
     names = {str(name): int(number) for number, name in (naming.labels or {}).items()}
     if isinstance(outcome, str) and outcome in names:
@@ -106,30 +106,32 @@ def _number(outcome: Any, naming: Naming, k: int) -> int:
         if len(tokens) == 1:
             return tokens[0]
         raise ValueError(
-            f"the outcome {outcome!r} is {len(tokens)} tokens, and has to be one; a word usually begins with its space"
+            f"the outcome {outcome!r} is {len(tokens)} tokens, but has to be one; a word's token usually begins with a "
+            "space"
         )
     raise ValueError(
-        f"the outcome {outcome!r} is no class ({sorted(names)[:10]}) and no column ({sorted(naming.columns)[:10]})"
+        f"the outcome {outcome!r} is neither a class ({sorted(names)[:10]}) nor a column "
+        f"({sorted(naming.columns)[:10]})"
     )
 
 
 def head_of_examples(forward: ForwardPass, examples: Sequence[Example]) -> tuple[type[Distribution], int]:
-    """What the model predicts, and of how many outcomes.
+    """The kind of prediction, and the number of outcomes.
 
     Raises:
-        UnsupportedModelError: if outcomes are positions in the text, which no number names.
+        UnsupportedModelError: if outcomes are positions in the text, or the numbers of an embedding.
     """
     with torch.no_grad():
         outputs = forward.outputs(examples[:1])
     if forward.traits.embeds:
         raise UnsupportedModelError(
-            "an edit moves the log-odds of a class, a label or a token, or a predicted number, and the numbers of an "
-            "embedding mean nothing one by one; lift a component of it, or train a classifier on top and edit that"
+            "an edit moves the log-odds of a class, a label or a token, or a predicted number, but the single numbers "
+            "of an embedding have no meaning; lift a component instead, or train a classifier on top and edit that"
         )
     if forward.traits.task in ("question-answering", "multiple-choice"):
         raise UnsupportedModelError(
-            "an edit moves the log-odds of a class, a label or a token, or a predicted number; this model points at "
-            "places of its input"
+            "an edit moves the log-odds of a class, a label or a token, or a predicted number, but this model predicts "
+            "places in its input"
         )
     return outputs.distribution, outputs.logits.shape[-1]
 
@@ -147,10 +149,10 @@ def observe(
 
     Args:
         forward: the forward pass of the model.
-        examples: n of them.
-        outcomes: a number each.
-        batch_size: examples of a batch.
-        cotangents: whether their gradients are wanted at the head too.
+        examples: the n examples.
+        outcomes: the number of the outcome of each example.
+        batch_size: the number of examples in a batch.
+        cotangents: whether the gradients of the log-odds are wanted too.
     """
     values = torch.zeros(len(examples), dtype=torch.float64)
     logits: dict[int, Tensor] = {}
@@ -191,7 +193,7 @@ def log_odds(logits: Tensor, valid: Tensor, y: Tensor, kind: type[Distribution])
 
 
 def _at_source(gradient: Tensor, outputs: Outputs) -> Tensor:
-    """A gradient (B, t, k) at the logits, where cotangents enter: (B, t, s)."""
+    """A gradient (B, t, k) at the logits → at the place where cotangents enter, (B, t, s)."""
     if not outputs.at_hidden:
         return gradient
     assert outputs.jacobian is not None

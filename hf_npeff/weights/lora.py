@@ -1,4 +1,4 @@
-"""LoRA adapters: the best low-rank approximation of every weight's delta, under the names that PEFT loads."""
+"""LoRA adapters: the best low-rank approximation of every weight's delta, with the names that PEFT loads."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hf_npeff.weights.peft_config import check_rank, peft_config, retained
 MATRICES = ("linear", "conv1d", "embedding")
 """Layouts that get two factors."""
 _EXACT_SVD = 1024
-"""Smaller side up to which the decomposition is exact. Chosen: seconds at most, on a CPU."""
+"""The SVD is exact if the smaller side is at most this. Chosen: seconds at most, on a CPU."""
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """B (out, rank) and A (rank, in) with BA the best approximation of a matrix, and the share of ‖·‖² it keeps.
+    """B (out, rank) and A (rank, in) with BA the best approximation of a matrix, and the share of ‖·‖² that it keeps.
 
     Exact for small matrices; randomised (Halko et al. 2011) with a fixed seed for large ones.
     """
@@ -64,16 +64,16 @@ def lora(
 
     Args:
         deltas: {parameter name: ΔW}, shaped like the parameters.
-        layouts: what every parameter is.
-        rank: the rank of every module; smaller matrices are zero-padded.
-        scale: the deltas are multiplied with it.
+        layouts: the layout of every parameter.
+        rank: the rank of every module; smaller matrices are padded with zeros.
+        scale: a factor for the deltas.
         info: `model`, `revision` and `task`.
-        absolute: the norms' weights in the model: PEFT stores those whole.
+        absolute: the weights of norms in the model, because PEFT stores their new values.
 
     Raises:
-        ValueError: if the rank exceeds that of every matrix, the scale is 0 or not finite, or a bias comes without the
-            weight of its module.
-        UnsupportedModelError: if a parameter is of no kind that LoRA carries.
+        ValueError: if the rank is larger than that of every matrix, the scale is 0 or not finite, or there is a bias
+            without the weight of its module.
+        UnsupportedModelError: if LoRA does not support a parameter.
     """
     scale = check_scale(scale)
     check_rank(rank)
@@ -81,7 +81,7 @@ def lora(
     fused = [n for n in deltas if layouts[n] in ("experts", "experts-transposed")]
     largest = max((min(deltas[n].shape[-2:]) for n in (*matrices, *fused)), default=0)
     if rank > largest:
-        raise ValueError(f"rank={rank} exceeds the rank that any of the matrices can have; use at most {largest}")
+        raise ValueError(f"rank={rank} is more than the rank of any of the matrices; use at most {largest}")
     kept = dict.fromkeys(deltas, 1.0)
     factors = {}
     for name in matrices:
@@ -118,28 +118,28 @@ def assembled(
     absolute: Mapping[str, Tensor] | None = None,
     experts: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Adapter:
-    """A LoRA adapter of factors that are known.
+    """A LoRA adapter from given factors.
 
     Args:
         factors: {weight: (B (out, q), A (q, in))} with BA its change (out, in), and q ≤ rank.
         vectors: {parameter: change} of biases and norms.
-        layouts: what every parameter is.
-        rank: of every module; smaller factors are zero-padded.
-        scale: the changes are multiplied with it.
+        layouts: the layout of every parameter.
+        rank: the rank of every module; smaller factors are padded with zeros.
+        scale: a factor for the changes.
         info: `model`, `revision` and `task`.
-        retained: the share of the squared norm of the change that the factors keep, in all and by weight.
-        absolute: the norms' weights in the model: PEFT stores those whole.
-        experts: {weight of fused experts: its factors under PEFT's names, scaled}.
+        retained: the share of the squared norm of the change that the factors keep, in total and by weight.
+        absolute: the weights of norms in the model, because PEFT stores their new values.
+        experts: {weight of fused experts: its scaled factors with PEFT's names}.
 
     Raises:
-        ValueError: if a bias comes without the weight of its module, or a norm without its weight in the model.
-        UnsupportedModelError: if a parameter is of no kind that LoRA carries.
+        ValueError: if there is a bias without the weight of its module, or a norm without its weight in the model.
+        UnsupportedModelError: if LoRA does not support a parameter.
     """
     tensors: dict[str, Tensor] = {}
     targets = []
     for name, (B, A) in factors.items():
         module = name.rpartition(".")[0]
-        for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight moves in all of its modules
+        for place in (info.get("tied") or {}).get(name, [module]):  # a tied weight changes in all of its modules
             embeds = place in (info.get("tied_embeddings") or ())
             embeds = embeds or (place == module and layouts[name] == "embedding")
             pair = _lora_pair(_padded(B, rank, 1), _padded(A, rank, 0), scale, embeds)
@@ -152,7 +152,7 @@ def assembled(
     saved = [name.rpartition(".")[0] for name in norms]
     if experts and biases:
         raise UnsupportedModelError(
-            f"PEFT carries no bias beside fused experts ({next(iter(experts))}); use kind='delta'"
+            f"PEFT does not support a bias together with fused experts ({next(iter(experts))}); use kind='delta'"
         )
     tensors |= _lora_biases(biases, targets, saved, tensors)
     config = {
@@ -173,10 +173,10 @@ def assembled(
 def _biases_and_norms(
     vectors: Mapping[str, Tensor], layouts: Mapping[str, Layout], scale: float, absolute: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """{module: the change of its bias}, and {norm's weight: what it becomes}.
+    """{module: the change of its bias}, and {norm's weight: its new value}.
 
     Raises:
-        ValueError: if what a norm was is not known.
+        ValueError: if the present value of a norm is not known.
         UnsupportedModelError: if a parameter is neither.
     """
     biases, norms = {}, {}
@@ -184,22 +184,22 @@ def _biases_and_norms(
         if layouts[name] == "bias":
             biases[name.rpartition(".")[0]] = delta * scale
         elif layouts[name] != "norm":
-            raise UnsupportedModelError(f"{name} is not a weight that LoRA carries; use kind='delta'")
+            raise UnsupportedModelError(f"LoRA does not support the parameter {name}; use kind='delta'")
         elif name not in absolute:
-            raise ValueError(f"PEFT stores {name} whole: pass the model to to_adapter(model=...)")
+            raise ValueError(f"PEFT stores the new value of {name}: pass the model to to_adapter(model=...)")
         else:
             norms[name] = absolute[name].float() + scale * delta.float()
     return biases, norms
 
 
 def _lora_pair(B: Tensor, A: Tensor, scale: float, embeds: bool) -> dict[str, Tensor]:
-    """The factors of ΔW = BA (out, in) under PEFT's names; an embedding's are of (BA)ᵀ, with ΔW shaped like its weight.
+    """The factors of ΔW = BA (out, in) with PEFT's names; for an embedding ΔW, shaped like its weight, is (BA)ᵀ.
 
     Args:
         B: (out, rank).
         A: (rank, in).
-        scale: the delta is multiplied with it.
-        embeds: whether it is an embedding's.
+        scale: a factor for the delta.
+        embeds: whether the weight is an embedding's.
     """
     if embeds:
         return {"lora_embedding_A": B.mT.contiguous(), "lora_embedding_B": A.mT.contiguous() * scale}
@@ -207,9 +207,9 @@ def _lora_pair(B: Tensor, A: Tensor, scale: float, embeds: bool) -> dict[str, Te
 
 
 def _lora_of_experts(delta: Tensor, rank: int, scale: float) -> tuple[dict[str, Tensor], float]:
-    """The factors of ΔW_e (E, out, in), each expert's the best of its rank, and the share of ‖·‖² that they keep.
+    """The best factors of ΔW_e (E, out, in) for each expert, and the share of ‖·‖² that they keep.
 
-    As PEFT's `ParamWrapper` reads them: A (E·rank, in) by expert, B (out, rank·E) by direction.
+    They have the layout of PEFT's `ParamWrapper`: A (E·rank, in) by expert, B (out, rank·E) by direction.
     """
     parts = [low_rank(each, rank) for each in delta]
     A = torch.cat([_padded(A, rank, 0) for _, A, _ in parts])
@@ -222,10 +222,10 @@ def _lora_of_experts(delta: Tensor, rank: int, scale: float) -> tuple[dict[str, 
 def _lora_biases(
     biases: Mapping[str, Tensor], targets: Sequence[str], saved: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The biases {module: delta} under PEFT's names; where there is one, every target has one.
+    """The biases {module: delta} with PEFT's names; if there is one, every target gets one.
 
     Raises:
-        ValueError: if a bias comes without the weight of its module.
+        ValueError: if there is a bias without the weight of its module.
     """
     if alone := [module for module in biases if module not in targets and module not in saved]:
         raise ValueError(f"the bias {alone[0]}.bias needs its module's weight in the direction; use kind='delta'")

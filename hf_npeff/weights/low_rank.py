@@ -1,9 +1,10 @@
-"""Many combinations of rows at once, straight to low rank: every cotangent is sent back once, whatever their number.
+"""Many combinations of rows at once, directly at low rank: every cotangent is sent back once, however many there are.
 
-Lifting one combination forms it; here none is. `thin_sums` holds r·k·(in + out) numbers of a weight, a fraction of the
-weight itself, from which each combination is cut to a rank. A second pass measures the leading directions again,
+The combinations themselves are never formed. For a weight, `thin_sums` holds r·k·(in + out) numbers, a fraction of the
+weight, from which each combination is truncated to a rank. A second pass measures the leading directions again,
 exactly.
-Processes share the examples out and add up the sums.
+
+Processes share the examples and add up the sums.
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ from hf_npeff.weights.exact_lifting import place_of
 from hf_npeff.weights.thin_sums import Bases, Cut, ProjectedSums, SampleSums, ThinSums, basis_of, is_kept_whole
 
 _SAMPLED = 128
-"""Examples whose gradients show where those of all lie. Chosen: a part of a data set's time; what the bases miss, their
-random rows and X_j, Y_j still see."""
+"""The number of examples whose gradients determine the bases. Chosen: a part of a data set's time; the random rows and
+X_j, Y_j still see what the bases miss."""
 _COLUMNS = 2.5
 """Random columns of the sample, over the rows of the largest basis: with more, the basis is nearer to the leading
-directions of what was sampled. Measured on 16 selective components of a MiniLM, one pass: 1 gives a median cosine with
-the best cuts of .927, 2.5 one of .934."""
+directions of the sample. Measured on 16 selective components of a MiniLM with one pass: 1 gives a median cosine of .927
+with the best truncation, and 2.5 gives .934."""
 _PROBES = 12
-"""Random rows of a basis: what they see of a gradient that no other row sees tells how much there is of it."""
+"""The number of random rows in a basis; they estimate how much of a gradient the other rows miss."""
 
 
 _HEAVY, _LIGHT = 1.2, 0.5
-"""Energy of a weight, over the mean of all, from which it is measured with more than others, and up to which with
-less. Chosen, with the sizes of `sizes_of`, so that memory is what it was with the same sizes for all."""
+"""Weights with more energy than the first value, over the mean of all, get more directions, and weights with less than
+the second get fewer. Chosen, with the sizes of `sizes_of`, so that memory is the same as with equal sizes for all."""
 
 
 def sizes_of(rank: int, energy: float = 1.0) -> tuple[int, int]:
     """K and s of thin sums of a weight for a rank.
 
-    What counts is the cosine over all weights, so that the few that hold most of a change's energy get more. Measured
+    The cosine over all weights matters, so the few weights that hold most of a change's energy get more. Measured
     on selective directions of four components of a MiniLM, rank 4: cosines with the best cut .986 .889 .806 .982 with
     k = 10 and s = 48 for every weight, .990 .910 .865 .984 with these at the same memory, 2.8 times that of the
     adapters, and .996 .961 .932 .995 with k = 16 and s = 96 at 5.4 times. Of plain directions it is above .99.
 
     Args:
-        rank: of the cuts.
+        rank: the rank of the cuts.
         energy: the weight's share of the energy, over the mean of all weights.
     """
     k, s = max(2 * rank, rank + 3), max(14 * rank, 3 * _PROBES)  # no fewer than three directions beyond the rank
@@ -63,16 +64,16 @@ Places: TypeAlias = Mapping[str, tuple[tuple[int, int], torch.device, torch.dtyp
 
 @dataclass(frozen=True)
 class Rows:
-    """What is combined: the rows of examples before the sketch.
+    """The unsketched rows of examples that are combined.
 
     Attributes:
         forward: the forward pass of the model that made them.
-        examples: n of them.
+        examples: the n examples.
         cotangents: (n, c, t, s), as stored with the PEFs.
         coefficients: (r, n, c), of unscaled rows, for every combination.
-        mixture: (n, c), a combination whose gradients lie where those of all combinations lie.
-        batch_size: examples of a forward pass.
-        processes: those that share the examples out.
+        mixture: (n, c), a combination whose gradients span the same space as those of all combinations.
+        batch_size: the number of examples in a forward pass.
+        processes: the processes that share the examples.
     """
 
     forward: ForwardPass
@@ -91,7 +92,7 @@ class Rows:
 
     @property
     def used(self) -> list[int]:
-        """Examples that count in any combination."""
+        """The examples that are part of any combination."""
         counted = self.coefficients.abs().sum((0, 2)) + self.mixture.abs().sum(1)
         return counted.nonzero()[:, 0].tolist()
 
@@ -101,7 +102,7 @@ class Rows:
 
 
 def mixture_of(coefficients: Tensor, seed: int = 0) -> Tensor:
-    """(n, c): a random combination of combinations (r, n, c), each counted by its own size."""
+    """A random combination (n, c) of combinations (r, n, c), each weighted by its size."""
     generator = torch.Generator().manual_seed(seed)
     size = coefficients.double().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     signs = torch.randn(len(size), generator=generator, dtype=torch.float64) / size
@@ -109,19 +110,19 @@ def mixture_of(coefficients: Tensor, seed: int = 0) -> Tensor:
 
 
 def lift_low_rank(rows: Rows, rank: int, *, passes: int = 1, seed: int = 0) -> dict[str, Cut]:
-    """Σ_i Σ_c coef_jic row_ic before the sketch, cut to a rank, for every j.
+    """Σ_i Σ_c coef_jic row_ic of unsketched rows, truncated to a rank, for every j.
 
     Args:
-        rows: what is combined; the largest coefficient of every combination should be about 1.
-        rank: of every weight.
+        rows: the rows to combine; the largest coefficient of every combination should be about 1.
+        rank: the rank for every weight.
         passes: 2 measures each cut's leading directions again in a second pass over the examples, exactly.
-        seed: of what is random.
+        seed: the seed.
 
     Returns:
-        {parameter: its cuts}, of rank `rank` or what the weight can have.
+        {parameter: its cuts}, of rank `rank` or the largest possible for the weight.
 
     Raises:
-        CalledOnceForAll: if a module does not keep the examples of a batch apart, and one example is a batch already.
+        CalledOnceForAll: if a module mixes the examples of a batch, and a batch has only one example already.
     """
     try:
         return _lifted(rows, rank, passes, seed, rows.batch_size)
@@ -144,14 +145,14 @@ def _lifted(rows: Rows, rank: int, passes: int, seed: int, batch_size: int) -> d
 
 
 def is_whole(shape: tuple[int, int], rank: int) -> bool:
-    """Whether the sums of a weight are kept whole for a rank, so that the energy of its cuts is exact."""
+    """Whether the whole sums of a weight are kept for a rank, so that the energy of its cuts is exact."""
     return is_kept_whole(shape, *sizes_of(rank))
 
 
 def _bases(rows: Rows, places: Places, rank: int, seed: int, batch_size: int) -> dict[str, Bases]:
-    """Bases that hold most of what some examples' gradients span; the same in every process.
+    """Bases of most of the space that some examples' gradients span; the same in every process.
 
-    One backward pass of the mixture, over a sample of the examples.
+    They take one backward pass of the mixture, over a sample of the examples.
     """
     large = {name: place[0] for name, place in places.items() if not is_whole(place[0], rank)}
     generator = torch.Generator().manual_seed(seed)
@@ -178,12 +179,12 @@ def _bases(rows: Rows, places: Places, rank: int, seed: int, batch_size: int) ->
 
 
 def _always(cotangents: Sequence[Tensor]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """What enters at the source, whatever it is."""
+    """The cotangents that enter, independent of the source."""
     return lambda source: cotangents
 
 
 def _go_through(rows: Rows, receiver: ThinSums | ProjectedSums, batch_size: int) -> None:
-    """Send every cotangent back, each process those of its share of the examples, and add up what all have."""
+    """Send every cotangent back, each process for its share of the examples, and add up the sums of all processes."""
     forward, processes = rows.forward, rows.processes
     mine = [int(i) for i in processes.share_of(torch.tensor(rows.used)).tolist()] if rows.used else []
     batches = rows.batches(mine, batch_size)

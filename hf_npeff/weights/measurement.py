@@ -1,7 +1,7 @@
-"""What a weight change does to any data: KL, answers, accuracy, by group and by dose, beside a random change.
+"""The effects of a weight change on any data: KL, answers, accuracy, by group and step size, beside a random change.
 
-The certificate of a change. Nothing here needs a decomposition, or data that was analysed. Every step is one forward
-pass over the data, with the change added in the activations where it is one of linear maps, else with moved weights.
+This needs neither a decomposition nor analysed data. Every step is one forward pass over the data. A change of linear
+maps is added in the activations; otherwise the weights are changed.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ Change: TypeAlias = ParameterDirection | Adapter
 ALL = "all"
 """The group of all examples."""
 _QUANTILES = (0.1, 0.5, 0.9, 0.99)
-"""Of the KL of a group's examples: most, the middle, few and hardly any lie above."""
+"""The quantiles of the KL over a group's examples."""
 _MOST_GROUPS = 100
-"""More groups than a person reads: a column of texts or of numbers was named by mistake."""
+"""More groups than this are refused: a column of texts or numbers was probably named by mistake."""
 _MOST_OUTCOMES = 20
-"""Outcomes whose share of the predictions is kept; a vocabulary has tens of thousands."""
+"""For how many outcomes the share of the predictions is kept; a vocabulary has tens of thousands."""
 
 
 @dataclass(frozen=True)
 class GroupEffect:
-    """What a step does to a group of examples. KL is KL(as it is ‖ changed), in nats, summed over an example's terms.
+    """The effect of a step on a group of examples; KL is KL(before ‖ after), in nats, summed over an example's terms.
 
     Attributes:
-        n: examples.
+        n: the number of examples.
         kl: mean KL.
-        kl_interval: 95% bootstrap interval of that, over examples.
+        kl_interval: 95% bootstrap interval of the mean KL, over examples.
         quantiles: {"10%", "50%", "90%", "99%": KL}, and "100%", the largest.
         flips: share of the examples with an answer that changes.
-        flips_interval: 95% of that.
-        labelled: examples with a label, the only ones that the next five count.
-        accuracy: share of right answers before and after; None without labels of classes.
-        gain_interval: 95% of accuracy after − before.
-        loss: mean −log p(label) before and after, in nats a term; None without labels of classes.
-        log_odds: mean log p(label)/(1 − p(label)) before and after, in nats a term: a shift of a group against others
-            is seen where nothing flips. None without labels of classes.
-        error: root mean squared error before and after, of a regression; else None.
-        predicted: {outcome: its share of all answers before and after}, the most frequent ones.
+        flips_interval: 95% bootstrap interval of this share.
+        labelled: the number of examples with a label; the next five fields use only these.
+        accuracy: share of right answers before and after; None without class labels.
+        gain_interval: 95% bootstrap interval of accuracy after − before.
+        loss: mean −log p(label) before and after, in nats for each term; None without class labels.
+        log_odds: mean log p(label)/(1 − p(label)) before and after, in nats for each term. It shows a shift of a group
+            even if no answer changes. None without class labels.
+        error: root mean squared error before and after, for a regression; otherwise None.
+        predicted: {outcome: its share of all answers before and after}, for the most frequent outcomes.
         worst: the examples with the largest KL: index, id, text, kl, before, after.
     """
 
@@ -90,16 +90,17 @@ class GroupEffect:
 
 @dataclass(frozen=True)
 class Step:
-    """One step, measured.
+    """The measurement of one step.
 
     Attributes:
-        scale: its size and sign.
-        rank: what every weight's change was cut to, or None for the change as it is.
+        scale: the step's size and sign.
+        rank: the rank to which every weight's change was truncated, or None for the change as it is.
         random: whether it was a random change of equal norm instead.
-        groups: {group: effect}; "all" holds all examples.
-        quantised: the grid that the base model was rounded to, with which the effects are compared; None: to none.
-        merged: whether the change was merged into the base model before that; else it was added beside it.
-        kept: the share of the change of the predictions that is left of it on the grid (see `requantised.kept_of`).
+        groups: {group: effect}; "all" has all examples.
+        quantised: the format to which the base model was rounded; effects are relative to the rounded model. None for
+            the model as it is.
+        merged: whether the change was merged into the base model before rounding; otherwise it was added beside it.
+        kept: the share of the change of the predictions that is left after rounding (see `requantised.kept_of`).
     """
 
     scale: float
@@ -119,14 +120,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a weight change does to a data set.
+    """The effects of a weight change on a data set.
 
     Attributes:
-        change: what was measured, in words.
+        change: the measured change, in words.
         by: the column that makes the groups, or None.
-        n: examples.
-        steps: every scale at every rank, and after them random changes of equal norm, of the first rank; then, of the
-            first rank too, the change on every grid, beside the base model and merged into it.
+        n: the number of examples.
+        steps: every scale at every rank; then random changes of equal norm, at the first rank; then, also at the first
+            rank, the change for every number format of `quantise`, beside the base model and merged into it.
 
     Example:
         >>> measured = analyzer.measure(direction, dataset, scales=(0.2, 0.4), ranks=(None, 2))
@@ -148,37 +149,37 @@ class Measurement:
         """{group: effect} of one step on the model as it is.
 
         Raises:
-            KeyError: if it was not measured.
+            KeyError: if the step was not measured.
         """
         for step in self.steps:
             if (step.scale, step.rank, step.random, step.quantised) == (scale, rank, random, None):
                 return step.groups
         known = [(s.scale, s.rank, s.random) for s in self.steps if s.quantised is None]
-        raise KeyError(f"nothing was measured at {(scale, rank, random)}; (scale, rank, random) are {known}")
+        raise KeyError(f"(scale, rank, random) = {(scale, rank, random)} was not measured; these were: {known}")
 
     def on_grid(self, scheme: Quantisation, *, merged: bool, scale: float = 1.0) -> Step:
-        """One step on a base model that was rounded to a grid.
+        """One step on a base model that was rounded to a number format.
 
         Args:
             scheme: one of `quantise`.
-            merged: merged before it was rounded, or beside it.
-            scale: the step's.
+            merged: whether the change was merged before rounding, or added beside the rounded model.
+            scale: the scale of the step.
 
         Raises:
-            KeyError: if it was not measured.
+            KeyError: if the step was not measured.
         """
         for step in self.steps:
             if (step.quantised, step.merged, step.scale) == (scheme, merged, scale):
                 return step
         known = [(s.quantised, s.merged, s.scale) for s in self.steps if s.quantised is not None]
-        raise KeyError(f"nothing was measured at {(scheme, merged, scale)}; (scheme, merged, scale) are {known}")
+        raise KeyError(f"(scheme, merged, scale) = {(scheme, merged, scale)} was not measured; these were: {known}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return asdict(self)
 
     def plot(self, rank: int | None = None) -> go.Figure:
-        """KL by dose, a line a group, and that of a random change dashed; see `report.plots.doses`."""
+        """KL by step size, a line for each group, dashed for a random change; see `report.plots.doses`."""
         from hf_npeff.report.plots import doses
 
         return doses(self, rank)
@@ -209,23 +210,23 @@ def check_groups(examples: Sequence[Example], by: str | None) -> dict[str, list[
     """{group: its examples}, in the order of their values; all of them first.
 
     Raises:
-        ValueError: if there is no such column, or it has a value for nearly every example.
+        ValueError: if there is no such column, or it has too many values.
     """
     groups: dict[str, list[int]] = {ALL: list(range(len(examples)))}
     if by is None:
         return groups
     if by not in examples[0].columns:
-        raise ValueError(f"by={by!r} is no column of the data; there are {sorted(examples[0].columns)}")
+        raise ValueError(f"by={by!r} is not a column of the data, which has {sorted(examples[0].columns)}")
     values = [None if (v := example.columns.get(by)) != v else v for example in examples]  # NaN is no value
     if (count := len(set(values))) > _MOST_GROUPS:
-        raise ValueError(f"the column {by!r} has {count} values; by= wants one of at most {_MOST_GROUPS}")
+        raise ValueError(f"the column {by!r} has {count} values; by= needs a column with at most {_MOST_GROUPS}")
     for value in sorted(set(values), key=lambda v: (str(type(v)), v if v is not None else 0)):
         groups[f"{by}={value}"] = [i for i, each in enumerate(values) if each == value and type(each) is type(value)]
     return groups
 
 
 def cut(deltas: Mapping[str, LinearDelta], rank: int | None) -> dict[str, LinearDelta]:
-    """The best approximation of every weight's change of a rank; a change of no higher rank is left as it is."""
+    """The best approximation of every weight's change at a rank; a change of that rank or less is returned as it is."""
     if rank is None:
         return dict(deltas)
     shorter = {}
@@ -240,7 +241,7 @@ def cut(deltas: Mapping[str, LinearDelta], rank: int | None) -> dict[str, Linear
 
 
 def applied(model: nn.Module, what: Change | Mapping[str, LinearDelta], scale: float) -> AbstractContextManager[Any]:
-    """The changed model inside `with`: in the activations, or in place for a direction that moves something else."""
+    """The changed model inside `with`: in the activations if possible, otherwise with changed weights."""
     if isinstance(what, Adapter):
         return what.applied_in_activations(model, scale)
     if isinstance(what, ParameterDirection):
@@ -249,7 +250,7 @@ def applied(model: nn.Module, what: Change | Mapping[str, LinearDelta], scale: f
 
 
 def is_linear(change: Change) -> bool:
-    """Whether it changes weights of linear maps alone."""
+    """Whether a change concerns only weights of linear maps."""
     return all(layout in LINEAR_LAYOUTS for layout in change.layouts.values())
 
 
@@ -266,14 +267,14 @@ def measure(
         forward: the forward pass.
         change: a direction, or an adapter of linear maps.
         examples: examples of any data.
-        truth: the label of each, as `Predictions.answers` gives answers, or None.
-        request: how.
+        truth: the label of each, in the form of `Predictions.answers`, or None.
+        request: the settings.
 
     Raises:
-        UnsupportedModelError: if an adapter, or a direction to be cut to a rank or merged into a grid, changes anything
-            but linear maps; if weights that are to be rounded are quantised already.
-        ValueError: if there is no column `by`, the model lacks a parameter or has one of another shape, or a grid does
-            not fit a weight.
+        UnsupportedModelError: if an adapter, or a direction that is truncated or rounded, changes anything other than
+            linear maps; or if weights that should be rounded are already quantised.
+        ValueError: if there is no column `by`, the model lacks a parameter or has one of another shape, or a number
+            format does not fit a weight.
     """
     groups = check_groups(examples, request.by)
     whole: Any = change
@@ -284,7 +285,7 @@ def measure(
     variants = {rank: whole if rank is None else cut(whole, rank) for rank in request.ranks}
     sizes = list(dict.fromkeys(abs(scale) for scale in request.steps)) if request.random else []
     passes = 1 + len(variants) * len(request.steps) + len(sizes)
-    if request.quantise:  # whole, then on every grid the base model, beside it and merged
+    if request.quantise:  # as it is, then for every number format beside the base model and merged into it
         passes += len(request.steps) + len(request.quantise) * (1 + 2 * len(request.steps))
     outputs_of = None
     if not isinstance(whole, ParameterDirection):
@@ -308,7 +309,7 @@ def measure(
 
 
 class _Watching:
-    """Examples whose predictions are compared with those of the model as it is."""
+    """The examples and the model's own predictions, for comparison."""
 
     def __init__(
         self,
@@ -331,7 +332,7 @@ class _Watching:
         return [self.forward.describe(answer) for answer in predictions.answers()]
 
     def on_grids(self, maps: Sequence[LinearMap], deltas: Mapping[str, LinearDelta], rank: int | None) -> list[Step]:
-        """The change on a base model that is rounded: beside it, and merged into it before."""
+        """The change on a rounded base model: beside it, and merged into it before rounding."""
         steps = []
         whole = {scale: self._predicted(deltas, scale) for scale in self.request.steps}
         model, around = self.forward.model, (self.forward, self.examples, self.truth, self.groups)
@@ -350,17 +351,17 @@ class _Watching:
         return steps
 
     def _predicted(self, what: Any, scale: float, *, rounded: bool = False) -> Predictions:
-        """What is predicted after a step; on a grid all blocks give something else, those below the change too."""
+        """The predictions after a step; a rounded model changes in all blocks, also in those below the change."""
         outputs_of = None if rounded else self._outputs_of
         with applied(self.forward.model, what, scale):
             return predict(self.forward, self.examples, self.request.batch_size, outputs_of=outputs_of)
 
     def effects(self, what: Any, scale: float) -> dict[str, GroupEffect]:
-        """A step's effect on every group."""
+        """The effect of a step on every group."""
         return self.compared(self._predicted(what, scale))
 
     def compared(self, after: Predictions) -> dict[str, GroupEffect]:
-        """The effect on every group of what led to these predictions."""
+        """The effect on every group, from the predictions after a step."""
         kl, said = self.before.kl_to(after), self._said(after)
         pairs = zip(self.before.answers(), after.answers(), strict=True)
         flipped = torch.tensor([not torch.equal(a, b) for a, b in pairs], dtype=torch.float64)
@@ -427,7 +428,7 @@ class _Watching:
 
 
 def text_of(example: Example) -> str | None:
-    """What shows an example to a person: what was read of it, else its longest column of text, or None."""
+    """The text that is shown for an example: the text that was read, otherwise its longest text column, or None."""
     if example.text is not None:
         return example.text
     texts = [value for value in example.columns.values() if isinstance(value, str)]

@@ -1,4 +1,4 @@
-"""Weights moved in place: checked before, rounded to their type, and brought back bit for bit."""
+"""Weights changed in place: checked before, rounded to their dtype, and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from hf_npeff.fisher.linear_layers import is_at_hand
 logger = logging.getLogger(__name__)
 
 _ROUNDED = 0.99
-"""Below this cosine more than a fiftieth of the squared length of a step, 1 − .99², is what rounding made of it."""
+"""Below this cosine, more than a fiftieth of the squared length of a step, 1 − .99², is rounding."""
 
 
 class RoundedStep:
-    """A step that was wanted in weights of 16 bits, and the one that was taken, which rounding makes another."""
+    """A wanted step in weights of 16 bits, and the step after rounding."""
 
     def __init__(self) -> None:
         self._wanted, self._taken, self._inner = 0.0, 0.0, 0.0
 
     def add(self, wanted: Tensor, taken: Tensor) -> None:
-        """Add one parameter's share."""
+        """Add the part of one parameter."""
         self._wanted += squared_norm(wanted)
         self._taken += squared_norm(taken)
         self._inner += float((wanted.double() * taken.double()).sum())
 
     @property
     def length(self) -> float:
-        """Of the step that was taken, over that of the one that was wanted; 1 where none was wanted."""
+        """The length of the rounded step over that of the wanted one; 1 if the wanted one is zero."""
         return (self._taken / self._wanted) ** 0.5 if self._wanted else 1.0
 
     @property
     def cosine(self) -> float:
-        """Between the two; 1 where none was wanted, 0 where none was taken."""
+        """The cosine between the two; 1 if the wanted step is zero, 0 if only the rounded one is."""
         if not self._wanted:
             return 1.0
         return self._inner / (self._taken * self._wanted) ** 0.5 if self._taken else 0.0
 
     def tell(self) -> None:
-        """Warn where the step that was taken points elsewhere."""
+        """Warn if the rounded step points in another direction."""
         if self.cosine < _ROUNDED:
             logger.warning(
-                "weights of 16 bits round the step: %.0f%% of its length are taken, at a cosine of %.2f with it. Load "
-                "the model in float32, or use applied_in_activations",
+                "weights of 16 bits round the step: it keeps %.0f%% of its length, at a cosine of %.2f with the wanted "
+                "step. Load the model in float32, or use applied_in_activations",
                 100 * self.length,
                 self.cosine,
             )
@@ -62,10 +62,10 @@ def squared_norm(value: Tensor) -> float:
 
 @contextlib.contextmanager
 def weights_moved(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) -> Iterator[None]:
-    """θ + scale·deltas inside `with`; the parameters come back bit for bit, exceptions included.
+    """θ + scale·deltas inside `with`; the parameters are restored bit for bit, also after an exception.
 
     Args:
-        model: whose parameters are moved.
+        model: the model whose parameters change.
         deltas: {parameter: change}, shaped like the parameters.
         scale: the step.
 
@@ -75,7 +75,7 @@ def weights_moved(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) 
     """
     if FSDPModel(model).active:
         raise UnsupportedModelError(
-            "the model's weights are sharded over processes; load the whole model in one process to move them"
+            "the model's weights are sharded over processes; load the whole model in one process to change them"
         )
     parameters = named_weights(model)
     if missing := [name for name in deltas if name not in parameters]:
@@ -85,12 +85,12 @@ def weights_moved(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) 
     }
     if wrong:
         raise ValueError(
-            f"the model's parameters have other shapes than the direction's: {dict(list(wrong.items())[:3])}"
+            f"the model's parameters have different shapes from the direction's: {dict(list(wrong.items())[:3])}"
         )
     if away := [name for name in deltas if not is_at_hand(parameters[name])]:
         raise UnsupportedModelError(
-            f"nothing can be added to {away[:3]}: they are quantised or offloaded. Use applied_in_activations, or "
-            "load the model whole, in a type of floating point"
+            f"nothing can be added to {away[:3]}, because they are quantised or offloaded. Use applied_in_activations, "
+            "or load the model whole, in a floating-point dtype"
         )
     before = {name: parameters[name].detach().clone() for name in deltas}
     step = RoundedStep()
@@ -113,10 +113,10 @@ def weights_moved(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) 
 
 @torch.no_grad()
 def rounding_of(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) -> RoundedStep | None:
-    """What rounding would make of a step in the weights, without taking it; None where the weights cannot be moved.
+    """The effect of rounding on a step in the weights, without making the step; None if the weights cannot be changed.
 
     Args:
-        model: whose parameters would be moved.
+        model: the model whose parameters would change.
         deltas: {parameter: change}, shaped like the parameters.
         scale: the step.
     """
@@ -126,7 +126,7 @@ def rounding_of(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) ->
     step = RoundedStep()
     for name, delta in deltas.items():
         weight: Tensor = parameters[name]
-        # Wider than the weight, so that the rounding of 32 bits is seen as well.
+        # wider than the weight, so that rounding to 32 bits shows as well
         before = weight.double()
         wanted = scale * delta.to(weight.device).double()
         step.add(wanted, (before + wanted).to(weight.dtype).double() - before)

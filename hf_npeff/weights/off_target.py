@@ -1,8 +1,8 @@
-"""The inputs that a change moves most although it was not meant for them: in a pool, and searched from there.
+"""The inputs that a change moves most although it was not meant for them: in a pool, and by a search from there.
 
-The search is greedy. From the most moved inputs of the pool it tries other tokens at random places, drawn from the
-tokens of the pool, and keeps the one that moves the prediction most. Seeded, and bounded in forward passes: it shows
-that such inputs exist, never that there are none worse.
+The search is greedy. From the most moved inputs of the pool it tries other tokens, drawn from the tokens of the pool,
+at random places, and keeps the input whose prediction moves most. It has a seed and a limited number of forward passes.
+It shows that such inputs exist, but not that there are no worse ones.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from hf_npeff.weights.measurement import Change, applied, is_linear, text_of
 
 @dataclass(frozen=True)
 class OffTarget:
-    """What a change does where it was not meant to do anything. KL in nats, of the model as it is to the changed one.
+    """The effect of a change on inputs that it was not meant for; KL is in nats, from the model to the changed model.
 
     Attributes:
         scale: the step.
-        n: inputs of the pool.
+        n: the number of inputs in the pool.
         mean: mean KL over the pool.
-        worst: its most moved inputs: index, id, text, kl, before, after.
-        searched: the most moved inputs that the search ended at: index of the input it began with, text, input_ids,
-            replaced (how many tokens), kl_start, kl, before, after, own (whether the input has become one of the
-            component's, so that it counts as no failure; None where that was not tried).
-        tried: inputs that the search tried.
+        worst: the most moved inputs of the pool: index, id, text, kl, before, after.
+        searched: the inputs at which the search ended, most moved first: index of the input that it started from, text,
+            input_ids, replaced (the number of replaced tokens), kl_start, kl, before, after, own (whether the component
+            is active on the new input, so that the effect is intended; None if this was not checked).
+        tried: the number of inputs that the search tried.
 
     Example:
         >>> found = analyzer.off_target(direction, dataset, scale=0.3, rounds=1)
@@ -52,7 +52,7 @@ class OffTarget:
 
     @property
     def worst_kl(self) -> float:
-        """The largest KL of all, searched inputs included that are not the component's own."""
+        """The largest KL of all inputs, including searched ones that are not the component's own."""
         return max(row["kl"] for row in (*self.worst, *self.searched) if not row.get("own"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,23 +81,23 @@ def off_target(
     decode: Callable[[list[int]], str] | None = None,
     shown: Callable[[Example], str | None] = text_of,
 ) -> tuple[OffTarget, list[Example]]:
-    """Measure a change on a pool of inputs that it is not meant for, and search for worse ones.
+    """Measure a change on a pool of inputs that it was not meant for, and search for worse ones.
 
     Args:
         forward: the forward pass.
         change: a direction, or an adapter of linear maps.
         pool: the inputs.
-        request: how.
-        special: tokens that the search leaves where they are, and does not put anywhere.
+        request: the settings.
+        special: tokens that the search neither replaces nor inserts.
         decode: tokens → text.
-        shown: what shows an input to a person.
+        shown: input → the text that is shown for it.
 
     Returns:
-        What was found, and the inputs that the search ended at, in the order of `searched`.
+        The result, and the inputs at which the search ended, in the order of `searched`.
 
     Raises:
-        UnsupportedModelError: if an adapter changes anything but linear maps.
-        ValueError: if a search is wanted and the inputs are no sequences of tokens.
+        UnsupportedModelError: if an adapter changes anything other than linear maps.
+        ValueError: if a search is wanted and the inputs are not sequences of tokens.
     """
     what: Any = change.linear_deltas() if is_linear(change) or isinstance(change, Adapter) else change
     compare = _Comparison(forward, what, request)
@@ -132,7 +132,7 @@ def examples_read(pool: int, request: OffTargetRequest) -> int:
 
 
 def check_tokens(examples: Sequence[Example]) -> None:
-    """Refuse to substitute tokens where inputs are no sequences of them.
+    """Check that inputs are sequences of tokens, so that tokens can be replaced.
 
     Raises:
         ValueError: if they are not.
@@ -141,8 +141,8 @@ def check_tokens(examples: Sequence[Example]) -> None:
         ids = example.inputs.get("input_ids")
         if ids is None or not len(ids) or isinstance(ids[0], list):
             raise ValueError(
-                f"the input {example.id!r} is no sequence of tokens, so none can be replaced; use rounds=0 to measure "
-                "the pool alone"
+                f"the input {example.id!r} is not a sequence of tokens, so no token can be replaced; use rounds=0 to "
+                "measure only the pool"
             )
 
 
@@ -185,7 +185,7 @@ class _Search:
         return int(torch.randint(count, (), generator=self._generator))
 
     def _candidate(self, example: Example) -> Example:
-        """The input with another token at one place; itself where there is no place."""
+        """The input with another token at one place; the input itself if there is no place."""
         ids = [int(t) for t in example.inputs["input_ids"]]
         places = [i for i, token in enumerate(ids) if token not in self._special]
         if places and self._tokens:
@@ -193,7 +193,7 @@ class _Search:
         return replace(example, inputs={**example.inputs, "input_ids": ids})
 
     def run(self, starts: Sequence[int], kl: Tensor) -> list[Example]:
-        """The inputs that the search ends at, one for each that it begins with."""
+        """The inputs at which the search ends, one for each input that it starts from."""
         best, reached = [self._pool[i] for i in starts], [float(kl[i]) for i in starts]
         for _ in range(self._request.rounds):
             tries = [self._candidate(example) for example in best for _ in range(self._request.candidates)]

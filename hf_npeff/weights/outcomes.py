@@ -1,8 +1,9 @@
-"""What a model answers for some examples before and after its weights move, against the labels that there are.
+"""A model's answers for some examples before and after its weights change, compared with labels if there are any.
 
 Accuracy is the share of right answers among those with a label: the class of single-label classifiers and of multiple
 choice, all labels of an example at once (exact match) of multi-label ones, and tokens of token classifiers. A
-regression head has errors instead, and no flips: every number moves. A language model's tokens are no classes.
+regression head has errors instead, and no flips, because every number changes. A language model's tokens are not
+classes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ _CLASSES = ("sequence-classification", "image-classification", "multiple-choice"
 
 @dataclass(frozen=True)
 class Watched:
-    """Examples whose predictions are watched while the parameters move.
+    """Examples whose predictions are compared before and after a change.
 
     Attributes:
-        indices: theirs among all analysed ones.
-        examples: themselves.
-        before: what the model predicts for them as it is.
-        truth: their labels, as far as there are some.
+        indices: their indices among all analysed examples.
+        examples: the examples.
+        before: the model's predictions for them before the change.
+        truth: their labels, if there are any.
     """
 
     indices: list[int]
@@ -43,7 +44,7 @@ class Watched:
 
     @property
     def predicts_numbers(self) -> bool:
-        """Whether the model is of regression."""
+        """Whether the model predicts numbers."""
         return self.before.distribution is Gaussian
 
     def flips(self, after: Predictions) -> list[bool]:
@@ -51,18 +52,18 @@ class Watched:
         return [not torch.equal(a, b) for a, b in zip(self.before.answers(), after.answers(), strict=True)]
 
     def flipped(self, after: Predictions) -> float | None:
-        """The share whose likeliest outcome has changed; None for regression, where every number moves."""
+        """The share of examples whose likeliest outcome has changed; None for regression."""
         flips = self.flips(after)
         return None if self.predicts_numbers else sum(flips) / len(flips)
 
     def accuracy(self, after: Predictions) -> tuple[float, float] | None:
-        """Before and after, over what has a label; None without labels, and for regression."""
+        """The accuracy before and after, over labelled examples; None without labels, and for regression."""
         if self.predicts_numbers or not self.truth.labelled:
             return None
         return _accuracy(self.before, self.truth), _accuracy(after, self.truth)
 
     def errors(self, after: Predictions) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-        """The mean absolute and the mean squared error, each before and after; None but for regression with labels."""
+        """The mean absolute and squared error, before and after, for regression with labels; otherwise None."""
         if not self.predicts_numbers or not self.truth.labelled:
             return None, None
         before, now = (_differences(predicted, self.truth) for predicted in (self.before, after))
@@ -77,23 +78,23 @@ def watch(
     watched: tuple[list[int], list[Example]],
     before: Predictions,
 ) -> Watched:
-    """Examples with what is predicted for them and their labels.
+    """Examples with their predictions and labels.
 
     Args:
         forward: the forward pass.
         info: the `info` of the PEFs or the decomposition: the task, and names of classes.
         column: the labels of all analysed examples, or None.
-        watched: the numbers of those that are watched, and themselves.
-        before: what the model predicts for them.
+        watched: the indices of the watched examples, and the examples.
+        before: the model's predictions for them.
     """
     indices, examples = watched
     task = info.get("task")
     if task == "token-classification":
         return Watched(indices, examples, before, _tags(examples, before))
     if traits_of(forward.head).vocabulary:
-        why = "a language model's tokens are no classes"
+        why = "a language model's tokens are not classes"
     elif traits_of(forward.head).embeds:
-        why = "an embedding is no class"
+        why = "an embedding is not a class"
     elif column is None:
         why = "the data has no labels"
     elif any(len(logits) != 1 for logits in before.logits):
@@ -112,8 +113,8 @@ def labels_of(info: Mapping[str, Any], column: Sequence[Any], distribution: str,
     Args:
         info: the `info` of the PEFs or the decomposition: the task, and names of classes.
         column: the labels.
-        distribution: what the model predicts: "softmax", "bernoulli" or "gaussian".
-        k: its classes, labels, choices or numbers.
+        distribution: the distribution of the model's output: "softmax", "bernoulli" or "gaussian".
+        k: the number of its classes, labels, choices or numbers.
     """
     values = _letters(column) if info.get("task") == "multiple-choice" else column
     record = Encoded.of(info)
@@ -122,7 +123,7 @@ def labels_of(info: Mapping[str, Any], column: Sequence[Any], distribution: str,
 
 
 def label_column(info: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Sequence[Any] | None:
-    """The labels that were kept beside the rows, by the record of what was read; None where there are none."""
+    """The stored labels, from the column that was read as labels; None if there are none."""
     record = Encoded.of(info)
     if record is None:
         return columns.get("label", columns.get("labels")) if info.get("task") in _CLASSES else None
@@ -130,7 +131,7 @@ def label_column(info: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) 
 
 
 def _letters(column: Sequence[Any]) -> list[Any]:
-    """Answers of multiple choice: A is 0. Digits in a text are not taken: some data sets count from 1."""
+    """Letters as answers of multiple choice: A is 0. Digits are not used, because some data sets count from 1."""
     letters = (isinstance(value, str) and len(value) == 1 and "A" <= value <= "Z" for value in column)
     return [
         ord(value) - ord("A") if is_letter else None if isinstance(value, str) else value
@@ -139,7 +140,7 @@ def _letters(column: Sequence[Any]) -> list[Any]:
 
 
 def _tags(examples: Sequence[Example], before: Predictions) -> Truth:
-    """The tags of the counted tokens of every example; those that are no class count nowhere."""
+    """The tags of the counted tokens of every example; tags that are not classes are ignored."""
     values: list[Any] = []
     for example, logits in zip(examples, before.logits, strict=True):
         labels = list(example.inputs.get("labels", ()))
@@ -165,7 +166,7 @@ def _accuracy(predicted: Predictions, truth: Truth) -> float:
 
 
 def _differences(predicted: Predictions, truth: Truth) -> Tensor:
-    """Predicted minus true numbers of the examples that have some, float64."""
+    """Predicted minus true numbers of the labelled examples, float64."""
     pairs = zip(predicted.answers(), truth.values, strict=True)
     known = [(answer[0].double(), true) for answer, true in pairs if true is not None]
     differences = [answer - torch.tensor(true, dtype=torch.float64) for answer, true in known]

@@ -1,4 +1,4 @@
-"""The weights of a bare model, whatever wraps it: their names, which of them are tied, and what two differ by."""
+"""The weights of a bare model, inside any wrappers: their names, which of them are tied, and differences."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hf_npeff.fisher.bare_model import bare_module_names, base_of, is_wrapper
 from hf_npeff.fisher.linear_layers import is_linear
 
 _AS_MERGED = 1e-3
-"""Share of a change that two ways to it may differ by. Chosen: float32 rounds a merged weight by 6e-8, which is 6e-4 of
-a change a ten-thousandth as large."""
+"""Relative difference that two computations of the same change may have. Chosen: float32 rounds a merged weight by
+6e-8, which is 6e-4 of a change that is a ten-thousandth as large."""
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -29,15 +29,15 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def name_of(model: nn.Module) -> str:
-    """What a model is called in errors and records: its folder or id, else its class."""
+    """The name of a model in errors and records: its folder or id, otherwise its class."""
     base: Any = base_of(model)
     return getattr(base, "name_or_path", None) or type(base).__name__
 
 
 def subtracted(new: Tensor, old: Tensor, rounded: set[str]) -> Tensor:
-    """The difference new − old, in float32 or wider, on the device of the old one; of two types in the coarser one.
+    """The difference new − old, in float32 or wider, on the device of the old one; of two dtypes in the coarser one.
 
-    The coarser type is the one with the larger ε: of two of 16 bits bfloat16, in which a copy in float16 is the same.
+    The coarser dtype is the one with the larger ε: of the two 16-bit types bfloat16.
     """
     wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
     with torch.no_grad():
@@ -53,11 +53,11 @@ def subtracted(new: Tensor, old: Tensor, rounded: set[str]) -> Tensor:
 
 
 def tied_weights(model: nn.Module, deltas: Iterable[str]) -> dict[str, Any]:
-    """Which modules share a changed weight, where several do.
+    """The modules that share a changed weight.
 
     Returns:
         `tied`, {parameter: names of the linear maps and embeddings that have it}, and `tied_embeddings`, those of them
-        that are embeddings; neither where no weight is shared.
+        that are embeddings; neither if no weight is shared.
     """
     bare = bare_module_names(model)
     places: dict[int, list[str]] = {}
@@ -74,7 +74,7 @@ def tied_weights(model: nn.Module, deltas: Iterable[str]) -> dict[str, Any]:
 
 
 def each_once(model: nn.Module, deltas: Mapping[str, Tensor], also: Iterable[str] = ()) -> dict[str, Tensor]:
-    """What an adapter changes, with a tied weight once, under the first of its names: under two it would move twice.
+    """An adapter's changes, with a tied weight listed once, under its first name; otherwise it would change twice.
 
     Args:
         model: the bare model, or the one in PEFT's wrappers.
@@ -82,8 +82,7 @@ def each_once(model: nn.Module, deltas: Mapping[str, Tensor], also: Iterable[str
         also: names of a tied weight that are known to change in the same way although they are not among `deltas`.
 
     Raises:
-        ValueError: if the modules that share a weight are not changed alike: the weight itself can only move in all of
-            them.
+        ValueError: if modules that share a weight are changed in different ways, which no change of the weight can do.
     """
     names: dict[int, list[str]] = {}
     for name, weight in own_weights(model).items():
@@ -96,8 +95,8 @@ def each_once(model: nn.Module, deltas: Mapping[str, Tensor], also: Iterable[str
         for other in group:
             if not (_alike(delta, deltas[other]) if other in deltas else other in also):
                 raise ValueError(
-                    f"{' and '.join(group)} are one tied weight, and the adapter changes {name} otherwise than "
-                    f"{other}; no change of the weight does the same. Untie the weights of the base model first "
+                    f"{' and '.join(group)} are one tied weight, but the adapter changes {name} in another way than "
+                    f"{other}, which no change of the weight can do. Untie the weights of the base model first "
                     "(tie_word_embeddings=False), or use an adapter that leaves them alone"
                 )
         kept.setdefault(next(other for other in group if other in deltas), delta)

@@ -1,8 +1,7 @@
-"""What adapters of PEFT change in the weights of their base model.
+"""The changes of a base model's weights by PEFT adapters.
 
-PEFT itself says what that is: each of its wrappers is merged into a float32 copy of its weight, the difference is
-taken, and the weight is put back, so whatever PEFT can merge (LoRA, rsLoRA, DoRA, LoHa, OFT, …) is understood as PEFT
-means it.
+PEFT itself computes them: each wrapper is merged into a float32 copy of its weight, the difference is taken, and the
+weight is restored. So whatever PEFT can merge (LoRA, rsLoRA, DoRA, LoHa, OFT, …) has exactly PEFT's meaning.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from hf_npeff.weights.own_weights import name_of, own_weights, subtracted
 
 @torch.no_grad()
 def adapter_deltas(model: nn.Module) -> dict[str, Tensor]:
-    """{parameter in the bare model: float32 change} by the adapters of PEFT that act now; the model stays as it is.
+    """{parameter in the bare model: float32 change} by the active PEFT adapters; the model does not change.
 
     Raises:
-        UnsupportedModelError: if a weight is quantised or offloaded, PEFT cannot merge an adapter, or one consists of
-            virtual tokens.
+        UnsupportedModelError: if a weight is quantised or offloaded, PEFT cannot merge an adapter, or an adapter
+            consists of virtual tokens.
     """
     if isinstance(getattr(model, "prompt_encoder", None), nn.ModuleDict) and "forward" not in vars(model):
-        raise UnsupportedModelError("an adapter of virtual tokens (prompt or prefix tuning) changes no weight")
+        raise UnsupportedModelError("an adapter of virtual tokens (prompt or prefix tuning) does not change any weight")
     bare = bare_module_names(model)
     names = {id(module): path for path, module in model.named_modules()}
     deltas: dict[str, Tensor] = {}
@@ -52,13 +51,13 @@ def adapter_deltas(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _merged(path: str, wrapper: Any, adapters: Sequence[str]) -> dict[str, Tensor]:
-    """{parameter of the wrapped module: what merging adds to it}."""
+    """{parameter of the wrapped module: its change by merging}."""
     module = wrapped_by(wrapper)
     before = dict(module.named_parameters(recurse=False))
     if away := [leaf for leaf, parameter in before.items() if not is_at_hand(parameter)]:
         raise UnsupportedModelError(
-            f"{path}.{away[0]} is quantised, offloaded or sharded, so that nothing can be merged into it; load the "
-            "base model whole, in a type of floating point"
+            f"{path}.{away[0]} is quantised, offloaded or sharded, so nothing can be merged into it; load the base "
+            "model whole, in a floating-point dtype"
         )
     kept = {leaf: parameter.data for leaf, parameter in before.items()}
     try:
@@ -71,7 +70,7 @@ def _merged(path: str, wrapper: Any, adapters: Sequence[str]) -> dict[str, Tenso
         now = dict(wrapped_by(wrapper).named_parameters(recurse=False))
         changed = {leaf: (now[leaf].data - kept[leaf].to(now[leaf].data)).float() for leaf in before}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that unmerging is inexact: the weight itself is put back below
+            warnings.simplefilter("ignore")  # that unmerging is inexact; the weight itself is restored below
             wrapper.unmerge()
     finally:
         for leaf, parameter in before.items():
@@ -81,7 +80,7 @@ def _merged(path: str, wrapper: Any, adapters: Sequence[str]) -> dict[str, Tenso
 
 @contextlib.contextmanager
 def handed_back(model: nn.Module) -> Iterator[None]:
-    """A model into which PEFT puts wrappers inside `with`; its modules, biases and settings are as before after it."""
+    """A model into which PEFT puts wrappers inside `with`; its modules, biases and settings are restored on exit."""
     modules = [(module, dict(module._modules), module.training, set(vars(module))) for module in model.modules()]
     wanted = {id(parameter): (parameter, parameter.requires_grad) for parameter in model.parameters()}
     small = [(p, p.detach().clone()) for p in model.parameters() if p.dim() < 2]  # biases, into which PEFT loads
@@ -101,26 +100,28 @@ def handed_back(model: nn.Module) -> Iterator[None]:
 
 
 def deltas_of_adapter(base: nn.Module, adapter: str, **where: Any) -> dict[str, Tensor]:
-    """What one adapter in a folder or on the Hub changes in a bare model that is at hand, which stays as it is.
+    """The changes of a loaded bare model by one adapter in a folder or on the Hub; the model does not change.
 
     Args:
         base: the bare model.
         adapter: a folder, or an id on the Hub.
-        **where: `revision`, `token`, `cache_dir` and `local_files_only` of the download.
+        **where: `revision`, `token`, `cache_dir` and `local_files_only` for the download.
 
     Raises:
         UnsupportedModelError: if PEFT cannot merge it.
-        ValueError: if it does not fit the model: modules that this lacks, or of other shapes; or it changes nothing.
+        ValueError: if the model lacks a module of the adapter or has one of another shape, or if it changes nothing.
     """
     from peft import PeftConfig, PeftModel  # takes a second
 
     if any(is_wrapper(module) for module in base.modules()):
-        raise ValueError("base= is wrapped by PEFT already; give the bare model, or the wrapped one as the adapter")
+        raise ValueError(
+            "base= is already wrapped by PEFT; pass the bare model as base=, or the wrapped model as the adapter"
+        )
     before = {name: weight.detach() for name, weight in own_weights(base).items()}
     small = {name: weight.clone() for name, weight in before.items() if weight.dim() < 2}
     with handed_back(base):
         try:
-            # Weights that PEFT changes in place would be neither compared nor brought back.
+            # Weights that PEFT changes in place would be neither compared nor restored.
             own = begins_elsewhere(PeftConfig.from_pretrained(adapter, **where).to_dict())
             wrapped = PeftModel.from_pretrained(copy.deepcopy(base) if own else base, adapter, **where)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -133,5 +134,5 @@ def deltas_of_adapter(base: nn.Module, adapter: str, **where: Any) -> dict[str, 
                 deltas[name] = deltas[name] + delta if name in deltas else delta
         del wrapped
     if not deltas:
-        raise ValueError(f"the adapter {adapter} changes nothing: all that it adds is zero")
+        raise ValueError(f"the adapter {adapter} changes nothing: its changes are all zero")
     return deltas

@@ -1,4 +1,4 @@
-"""What the adapters that PEFT loads have in common: their settings, their rank, and how much of a change they keep."""
+"""The common parts of adapters that PEFT loads: their settings, their rank, and how much of a change they keep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TASK_TYPES = {
 
 
 def peft_config(peft_type: str, info: Mapping[str, Any], rank: int, targets: Sequence[str]) -> dict[str, Any]:
-    """What every adapter_config.json of PEFT holds."""
+    """The settings that every adapter_config.json of PEFT has."""
     return {
         "peft_type": peft_type,
         "task_type": _TASK_TYPES.get(str(info.get("task"))),
@@ -31,20 +31,20 @@ def peft_config(peft_type: str, info: Mapping[str, Any], rank: int, targets: Seq
 
 
 def _auto_mapping(info: Mapping[str, Any]) -> dict[str, str] | None:
-    """What AutoPeftModel needs where the task has no type of PEFT's that loads without a saved head."""
+    """The mapping that AutoPeftModel needs if the task has no PEFT type that loads without a saved head."""
     if str(info.get("task")) in _TASK_TYPES or not info.get("architecture"):
         return None
     return {"base_model_class": str(info["architecture"]), "parent_library": str(info.get("module"))}
 
 
 def loading_class(info: Mapping[str, Any]) -> str:
-    """The class that loads the base model: transformers', or SentenceTransformer of an embedding model."""
+    """The class that loads the base model: one of transformers, or SentenceTransformer for an embedding model."""
     embeds = info.get("task") == "feature-extraction"
     return "SentenceTransformer" if embeds else str(info.get("architecture") or "AutoModel")
 
 
 def check_rank(rank: int) -> None:
-    """Refuse what is no positive whole number.
+    """Check that a rank is a positive whole number.
 
     Raises:
         ValueError: if it is not one.
@@ -54,7 +54,7 @@ def check_rank(rank: int) -> None:
 
 
 def retained(deltas: Mapping[str, Tensor], kept: Mapping[str, float]) -> float:
-    """The share of the squared norm of all deltas together, from the share of each."""
+    """The kept share of the squared norm of all deltas together, from the share of each."""
     energies = {name: float(delta.double().square().sum()) for name, delta in deltas.items()}
     total = sum(energies.values())
     return sum(kept[name] * energy for name, energy in energies.items()) / total if total else 1.0

@@ -1,7 +1,8 @@
-"""What happens when the parameters move along a direction: KL on a component's examples, on others, and at random.
+"""The effect of moving the weights along a direction: KL on a component's examples, on others, and at random.
 
-A component is selectively disrupted when predictions move on its top examples and nowhere else. Both signs are tried,
-each at the step whose mean KL on the top examples reaches a target, always beside a random direction of equal norm.
+A component is selectively disrupted if predictions move on its top examples and nowhere else. Both signs are tried,
+each with the step whose mean KL on the top examples reaches a target, and compared with a random direction of equal
+norm.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Effect:
-    """A step along one direction, measured.
+    """The measured effect of one step along a direction.
 
     Attributes:
         scale: the step's length and sign.
-        top: mean KL on the top examples, nats.
-        others: mean KL on the others, nats.
+        top: mean KL on the top examples, in nats.
+        others: mean KL on the other examples, in nats.
         ratio: top / others.
         interval: 95% bootstrap interval of the ratio over examples.
-        top_quantiles: 10%, 50% and 90% of the KL on the top examples.
-        other_quantiles: the same on the others.
+        top_quantiles: 10%, 50% and 90% quantiles of the KL on the top examples.
+        other_quantiles: the same for the others.
         top_flips: share of the top examples whose likeliest outcome changes; None for regression.
-        other_flips: the same on the others.
-        top_accuracy: before and after, over the examples with a label; None where there is none, and for regression.
-            Of several labels an example, all have to be right; of tokens, each counts.
-        other_accuracy: the same on the others.
+        other_flips: the same for the others.
+        top_accuracy: accuracy before and after, over the labelled top examples; None without labels, and for
+            regression. If an example has several labels, all have to be right; tokens count one by one.
+        other_accuracy: the same for the others.
         top_labelled: how many of the top examples have a label.
-        other_labelled: the same of the others.
-        top_absolute_error: mean |prediction − label| before and after, for regression with labels, else None.
-        other_absolute_error: the same on the others.
+        other_labelled: the same for the others.
+        top_absolute_error: mean |prediction − label| before and after, for regression with labels, otherwise None.
+        other_absolute_error: the same for the others.
         top_squared_error: mean (prediction − label)² before and after.
-        other_squared_error: the same on the others.
+        other_squared_error: the same for the others.
         other_worst: the largest KL on one of the others.
         other_worst_example: the index of that example.
     """
@@ -79,24 +80,24 @@ class PerturbationReport:
     """A direction's effect on a component's top examples and on others.
 
     Attributes:
-        component: its number.
-        target: the KL on the top examples that the steps were to reach, or None where the scale was given.
-        best: the more selective of both signs.
-        opposite: the other sign; None where a scale was given.
-        random: a random direction of equal norm, at the best step's length.
+        component: the component's number.
+        target: the KL on the top examples that the steps should reach, or None if the scale was given.
+        best: the effect of the more selective sign.
+        opposite: the effect of the other sign; None if a scale was given.
+        random: the effect of a random direction of equal norm, with the best step's length.
         top_examples: indices of the top examples.
         other_examples: indices of the others.
-        changed: answers before and after at the best step: index, id, text, before, after, whether it is a top example.
+        changed: answers before and after the best step: index, id, text, before, after, whether it is a top example.
         reached: whether the target was reached.
-        labels: over how many labels accuracies or errors are, or why there are none.
-        held_out: the best step on other data, where it was asked for.
-        off_target: the inputs that a search found the best step to move although they are not the component's, where
-            it was asked for.
-        step_length: the length of the best step as the weights' type rounds it, over the step's own: what `applied_to`
-            and PEFT's `merge_and_unload` would take. What is measured here is the step without rounding wherever it is
-            added in the activations. None where the weights cannot be moved: quantised, offloaded or sharded.
-        step_cosine: the cosine of the rounded step with the step, likewise.
-        tried: (scale, mean KL on the top examples in nats) of every step that the search tried, by scale: a dose curve.
+        labels: the number of labels behind accuracies or errors, or why there are none.
+        held_out: the measurement of the best step on other data, if it was asked for.
+        off_target: inputs, found by a search, that the best step moves although they are not the component's, if the
+            search was asked for.
+        step_length: the length of the best step after rounding to the weights' dtype, over its length before. Only
+            `applied_to` and PEFT's `merge_and_unload` round; steps that are measured in the activations are not
+            rounded. None if the weights cannot be changed: quantised, offloaded or sharded.
+        step_cosine: the cosine of the rounded step with the step; None in the same cases.
+        tried: (scale, mean KL on the top examples in nats) of every step that the search tried, by scale.
 
     Example:
         >>> report = analyzer.evaluate_direction(direction, decomposition, 0, dataset, target_kl=0.1, n_top=4)
@@ -137,7 +138,7 @@ class PerturbationReport:
         return asdict(self)
 
     def summary(self) -> dict[str, Any]:
-        """What a decomposition keeps of it."""
+        """The short form that a decomposition keeps."""
         return {
             "scale": self.best.scale,
             "kl_top": self.best.top,
@@ -171,7 +172,7 @@ def choose_examples(
 ) -> tuple[list[int], list[int]]:
     """A component's top examples, and others on which it is not active, drawn at random.
 
-    A component that is active everywhere is compared with the examples on which it carries the least, with a warning.
+    If a component is active everywhere, the others are the examples on which its share is smallest, with a warning.
 
     Raises:
         ValueError: if the component is active on no example, or all examples are among the top ones.
@@ -181,7 +182,7 @@ def choose_examples(
     order = torch.argsort(w, descending=True)
     top = [i for i in order[:n_top].tolist() if w[i] > 0]
     if not top:
-        raise ValueError(f"component {component} is active on no example")
+        raise ValueError(f"component {component} is not active on any example")
     share = w / total.clamp_min(torch.finfo(w.dtype).tiny)
     active = active_examples(decomposition.coefficients)[:, component]
     quiet = [i for i in range(len(w)) if not active[i] and i not in set(top)]
@@ -190,8 +191,8 @@ def choose_examples(
         if not quiet:
             raise ValueError(f"all {len(w)} examples are top examples of component {component}; use a smaller n_top")
         logger.warning(
-            "component %d is active on every example: the others are those on which it carries the least, up to %.0f%% "
-            "of an example's coefficients",
+            "component %d is active on every example: the others are the examples on which its share is smallest, up "
+            "to %.0f%% of an example's coefficients",
             component,
             100 * max(float(share[i]) for i in quiet),
         )

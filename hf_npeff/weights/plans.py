@@ -1,4 +1,4 @@
-"""Components that are to be lifted, as they are known before the model is run; made selective where that is wanted."""
+"""Plans of components to lift, before the model is run; made selective if that is wanted."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A component that is to be lifted.
+    """A component to lift.
 
     Attributes:
         component: its number.
-        target: (d,) float64 of unit norm, in the coordinates of the decomposition: what is wanted.
-        coefficients: (n, c) of unscaled rows, whose combination it is; None where no rows are combined.
-        info: what is known of it so far, for the direction's `info`.
+        target: (d,) float64 of unit norm, the wanted direction in the coordinates of the decomposition.
+        coefficients: (n, c), the combination of unscaled rows; None if no rows are combined.
+        info: information for the direction's `info`.
     """
 
     component: int
@@ -53,29 +53,30 @@ def made_selective(
 
     Args:
         decomposition: the decomposition of `pefs`.
-        plans: with coefficients.
-        pefs: those that were decomposed.
-        request: ridge, what else to keep, memory. Where `selective` is None, a component that leaves nothing alone
-            stays as it is, with a warning.
-        scales: D of the metric in which ‖δ‖ is small, for the metric form of a balanced decomposition; else None.
-        device: where it is computed; None takes that of the rows.
+        plans: the plans, with coefficients.
+        pefs: the PEFs that were decomposed.
+        request: ridge, other PEFs to leave alone, memory. If `selective` is None, a component without examples to leave
+            alone stays as it is, with a warning.
+        scales: D of the metric in which ‖δ‖ is small, for the metric form of a balanced decomposition; otherwise None.
+        device: the device for the computation; None uses that of the rows.
 
     Raises:
-        IncompatibleSketchError: if `keep` is of another sketch or other weights.
-        ValueError: if a component leaves nothing alone and `selective` is True.
+        IncompatibleSketchError: if `keep` has another sketch or other weights.
+        ValueError: if a component has no examples to leave alone and `selective` is True.
     """
     if request.keep is not None:
         check_kept(pefs, request.keep)
     W = decomposition.coefficients.double()
     active = (W / W.sum(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)) > ACTIVE_SHARE
-    # Left open, a ridge that is chosen by holding examples out needs two of them.
+    # Choosing a ridge by holding examples out needs two of them.
     enough = 2 if request.selective is None and request.ridge == "auto" else 1
     left_alone = len(active) - active.sum(0)
     busy = {p.component for p in plans if request.keep is None and int(left_alone[p.component]) < enough}
     if busy and request.selective is None:
         logger.warning(
-            "the components %s are active on every example, or on all but one, so that too few are left alone: they "
-            "are lifted as they are, not selectively; give other data as keep=, or more components",
+            "the components %s are active on every example, or on all but one, so there are too few examples to leave "
+            "alone: these components are lifted plainly, not selectively. Pass PEFs of other data as keep=, or use "
+            "more components",
             sorted(busy),
         )
     elif busy:
@@ -102,11 +103,11 @@ def made_selective(
 
 
 def check_kept(pefs: PEFs, kept: PEFs) -> None:
-    """Refuse PEFs to be left alone that do not belong to the same weights and sketch.
+    """Check that PEFs to leave alone have the same weights and sketch.
 
     Raises:
-        IncompatibleSketchError: if they are of another sketch or model.
-        IncompatibleWeightsError: if they are of other weights.
+        IncompatibleSketchError: if they have another sketch or model.
+        IncompatibleWeightsError: if they have other weights.
     """
     check_same_sketch(pefs, kept, "PEFs")
     remedy = "Compute those of `keep` with the same model: analyzer.compute_pefs(other_data, like=pefs)."
@@ -114,6 +115,6 @@ def check_kept(pefs: PEFs, kept: PEFs) -> None:
         ours, theirs = pefs.info.get(name), kept.info.get(name)
         if ours is not None and theirs is not None and ours != theirs:
             raise IncompatibleSketchError(
-                f"`keep` holds PEFs of another model: {name} {theirs!r}, and here it is {ours!r}. {remedy}"
+                f"`keep` has PEFs of another model: its {name} is {theirs!r}, not {ours!r}. {remedy}"
             )
     check_same_weights(kept.info.get("weights"), pefs.info.get("weights"), "the PEFs of `keep`", remedy)

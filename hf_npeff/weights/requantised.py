@@ -1,10 +1,10 @@
-"""Weights rounded as quantisers round them: what is left of a change that is merged into a base of 8 or 4 bits.
+"""Weights rounded as quantisers round them: how much of a change is left after merging it into 8 or 4 bits.
 
-Merging rounds W + ΔW, so a change that is small beside the steps of the grid is partly rounded away, and what was
-rounded one way before may be rounded the other way now: the change is smaller, and noise is added to it. An adapter
-beside the quantised base leaves ΔW as it is.
+Merging rounds W + ΔW. So a change that is small compared with the rounding steps is partly rounded away, and other
+entries are rounded in another direction than before: the change gets smaller, and noise is added. An adapter beside the
+quantised base model does not change ΔW.
 
-The grids, all by rounding to the nearest, of a weight (out, in):
+The number formats ("grids"), all with rounding to the nearest, for a weight (out, in):
 
     int8   each row w: ŵ = q a/127 with a = max |w|, q = round(127 w/a): bitsandbytes' LLM.int8, row by row
     Q8_0   each 32 numbers of a row: ŵ = d q with d = max |w|/127, kept in 16 bits, q = round(w/d): llama.cpp
@@ -48,14 +48,14 @@ _NF4 = (
 
 
 def rounded(weight: Tensor, scheme: Quantisation) -> Tensor:
-    """A weight (out, in) after it was quantised and dequantised, in float32.
+    """A weight (out, in) after quantising and dequantising, in float32.
 
     Args:
-        weight: of floating point.
-        scheme: the grid.
+        weight: the weight, in floating point.
+        scheme: the number format.
 
     Raises:
-        ValueError: if there is no such scheme, or Q8_0 or Q4_0 do not fit a number of inputs.
+        ValueError: if there is no such scheme, or the number of inputs does not fit Q8_0 or Q4_0.
     """
     W = weight.detach().float()
     if scheme not in SCHEMES:
@@ -66,7 +66,7 @@ def rounded(weight: Tensor, scheme: Quantisation) -> Tensor:
     if scheme == "nf4":
         return _nf4(W)
     if W.shape[1] % _BLOCK:
-        raise ValueError(f"{scheme} has blocks of {_BLOCK} inputs, and a weight has {W.shape[1]}")
+        raise ValueError(f"{scheme} needs a multiple of {_BLOCK} inputs, but a weight has {W.shape[1]}")
     blocks = W.unflatten(1, (-1, _BLOCK))
     if scheme == "Q8_0":
         d = blocks.abs().amax(-1, keepdim=True) / 127
@@ -92,15 +92,15 @@ def _nf4(W: Tensor) -> Tensor:
 
 
 def maps_to_round(model: nn.Module, changed: Sequence[str], schemes: Sequence[Quantisation]) -> list[LinearMap]:
-    """The linear maps that a quantiser takes: all but an output embedding, which is among them where it is changed.
+    """The linear maps that a quantiser rounds: all except an output embedding, which is included if it is changed.
 
     Args:
-        model: in floating point.
-        changed: the weights of linear maps that a change moves.
-        schemes: how they will be rounded.
+        model: the model, in floating point.
+        changed: the weights of linear maps that a change affects.
+        schemes: the number formats.
 
     Raises:
-        UnsupportedModelError: if weights are quantised, offloaded or sharded already.
+        UnsupportedModelError: if weights are already quantised, offloaded or sharded.
         ValueError: if a scheme does not fit one of them.
     """
     usual = {m.parameter for m in find_linear_maps(model)} | set(changed)
@@ -108,13 +108,13 @@ def maps_to_round(model: nn.Module, changed: Sequence[str], schemes: Sequence[Qu
     weights = bare_parameters(model)
     if away := [m.parameter for m in maps if m.parameter not in weights or not is_at_hand(weights[m.parameter])]:
         raise UnsupportedModelError(
-            f"quantise= rounds weights of floating point, and {away[:3]} are quantised, offloaded or sharded already: "
-            "load the model whole, in float32 or 16 bits. On a quantised model, measure() without quantise= shows what "
-            "the adapter does beside it"
+            f"quantise= rounds floating-point weights, but {away[:3]} are already quantised, offloaded or sharded: "
+            "load the model whole, in float32 or 16 bits. On a quantised model, measure() without quantise= measures "
+            "the adapter beside it"
         )
     blocked = [scheme for scheme in schemes if scheme in ("Q8_0", "Q4_0")]
     if blocked and (odd := [m.parameter for m in maps if m.shape[1] % _BLOCK]):
-        raise ValueError(f"{blocked[0]} has blocks of {_BLOCK} inputs, which {odd[:3]} do not have a multiple of")
+        raise ValueError(f"{blocked[0]} needs a multiple of {_BLOCK} inputs, which {odd[:3]} do not have")
     return maps
 
 
@@ -126,14 +126,14 @@ def weights_rounded(
     deltas: Mapping[str, LinearDelta] | None = None,
     scale: float = 1.0,
 ) -> Iterator[None]:
-    """The model with its linear maps rounded inside `with`; the weights come back bit for bit, exceptions included.
+    """The model with its linear maps rounded inside `with`; the weights are always restored bit for bit.
 
     Args:
-        model: in floating point.
-        maps: whose weights are rounded.
-        scheme: how.
+        model: the model, in floating point.
+        maps: the maps whose weights are rounded.
+        scheme: the number format.
         deltas: {parameter: ΔW} that is merged before rounding; None rounds the weights as they are.
-        scale: of the change.
+        scale: a factor for the change.
     """
     weights = bare_parameters(model)
     before = {m.parameter: weights[m.parameter].detach().clone() for m in maps}
@@ -152,14 +152,14 @@ def weights_rounded(
 
 
 def kept_of(whole: tuple[Predictions, Predictions], left: tuple[Predictions, Predictions]) -> float:
-    """The share of a change of predictions that is left of it, Σ ⟨Δ′, Δ⟩_S / Σ ⟨Δ, Δ⟩_S over all terms.
+    """The share of a change of predictions that is left after rounding, Σ ⟨Δ′, Δ⟩_S / Σ ⟨Δ, Δ⟩_S over all terms.
 
-    Δ and Δ′ are changes of the logits, and S is the Fisher at the logits before: ½ ⟨Δ, Δ⟩_S is the KL of a small Δ.
-    Noise that has nothing to do with Δ adds nothing to it.
+    Δ and Δ′ are the changes of the logits without and with rounding, and S is the Fisher at the logits before: ½ ⟨Δ,
+    Δ⟩_S is the KL of a small Δ. Noise that is unrelated to Δ does not count.
 
     Args:
-        whole: before and after the change as it is.
-        left: before and after, as they are where the change was rounded.
+        whole: predictions before and after the change without rounding.
+        left: predictions before and after the change with rounding.
     """
     inner = total = 0.0
     for a, b, c, d in zip(whole[0].logits, whole[1].logits, left[0].logits, left[1].logits, strict=True):

@@ -1,4 +1,4 @@
-"""λ of a ridge regression in the space of the rows: given as a share, or taken by cross-validation over folds."""
+"""λ of a ridge regression in the space of the rows: given as a share, or chosen by cross-validation over folds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from hf_npeff.config import Ridge, check_ridge
 
 RIDGES = tuple(10 ** (-k / 2) for k in range(9))
-"""Those that "auto" tries, from 1 to 1e-4."""
+"""The shares that "auto" tries, from 1 to 1e-4."""
 SELECTIVE_RIDGES = tuple(10 ** (-k / 2) for k in range(11))
-"""Those of selective directions, down to 1e-5. Measured for one component of the demo: the choice has 91% of the best
-selectivity on held-out prompts with those down to 1e-4, 97% with these, and below nothing is gained."""
+"""The shares for selective directions, down to 1e-5. Measured for one component of the demo: the choice has 91% of the
+best selectivity on held-out prompts with shares down to 1e-4, 97% with these, and smaller ones gain nothing."""
 FOLDS = 5
-"""Parts of cross-validation, as usual (Hastie, Tibshirani & Friedman 2009, §7.10: five or ten)."""
+"""The number of folds for cross-validation, as usual (Hastie, Tibshirani & Friedman 2009, §7.10: five or ten)."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class ChosenRidge:
 
     Attributes:
         share: λ over the largest eigenvalue.
-        judged: {share: its error or score on examples that were held out}; empty where λ was given.
+        judged: {share: its error or score on held-out examples}; empty if λ was given.
     """
 
     share: float
     judged: Mapping[float, float]
 
     def info(self) -> dict[str, Any]:
-        """What is kept of it with a direction."""
+        """The entries for a direction's `info`."""
         if not self.judged:
             return {"ridge": self.share}
         judged = {f"{share:.2g}": value for share, value in self.judged.items()}
@@ -43,15 +43,15 @@ class ChosenRidge:
 def choose_ridge(
     ridge: Ridge, judge: Callable[[], Mapping[float, float]], best: Callable[..., float] = max
 ) -> ChosenRidge:
-    """The given share, or the best one on examples that are held out.
+    """The given share, or the best one on held-out examples.
 
     Args:
         ridge: a share of the largest eigenvalue, or "auto".
-        judge: what held-out examples say of every share that is tried; called for "auto" alone.
-        best: `max` of scores, `min` of errors.
+        judge: computes {share: error or score on held-out examples}; called only for "auto".
+        best: `max` for scores, `min` for errors.
 
     Raises:
-        ValueError: if the ridge is neither "auto" nor a positive number, or as `judge` does.
+        ValueError: if the ridge is neither "auto" nor a positive number, or if `judge` raises it.
     """
     check_ridge(ridge)
     if not isinstance(ridge, str):
@@ -61,7 +61,7 @@ def choose_ridge(
 
 
 def folds_of(among: Tensor, folds: int) -> Tensor:
-    """(n,): the fold of every example that is marked, −1 elsewhere; the same for the same examples, in any process."""
+    """(n,): the fold of every marked example, −1 for others; the same for the same examples, in any process."""
     fold_of = torch.full(among.shape, -1, dtype=torch.int64, device=among.device)
     places = among.nonzero()[:, 0]
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0)).to(places.device)
@@ -70,5 +70,5 @@ def folds_of(among: Tensor, folds: int) -> Tensor:
 
 
 def held_out(among: Tensor, folds: int) -> Tensor:
-    """(n, folds) bool: the examples among those marked that each fold holds out."""
+    """(n, folds) bool: the marked examples that each fold holds out."""
     return folds_of(among, folds)[:, None] == torch.arange(folds, device=among.device)

@@ -1,8 +1,8 @@
 """(M + λI) y = g for several matrices M and many λ: Gram matrices of rows, by folds, and Cholesky factors of them.
 
-Rows have m coordinates (row_space.py), a few thousand at most, and there may be a hundred thousand of them. They are
-multiplied with themselves once; all that follows is of the size of m. With M of all folds and M_f of one, those that
-are left when a fold is held out are M − M_f, so that cross-validation costs no second pass over the rows.
+Rows have m coordinates (row_space.py), a few thousand at most, and there may be a hundred thousand rows. They are
+multiplied with themselves once; everything after that has the size of m. If M is the Gram matrix of all folds and M_f
+that of one, the matrix without this fold is M − M_f, so cross-validation needs no second pass over the rows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 _ROWS = 4096
 """Rows that are widened to float64 and multiplied at a time: bounds the memory."""
 _STEPS = 64
-"""Of Lanczos' method at most, for the largest eigenvalue: its error shrinks exponentially in them, and is 1e-12 for the
-spectra of PEFs."""
+"""The most steps of Lanczos' method for the largest eigenvalue: its error shrinks exponentially with them, and is 1e-12
+for the spectra of PEFs."""
 _CHECKED = 8
-"""Steps after which it is looked at whether the eigenvalue still changes; chosen, a look costs as much as a step."""
+"""Steps between checks whether the eigenvalue still changes. Chosen: a check costs as much as a step."""
 _ROUNDING = 1e-13
-"""What is new in a step below this share of the operator's size is rounding: the space is exhausted."""
+"""If the new part of a step is below this share of the operator's size, it is rounding, and the space is exhausted."""
 
 
 def fold_grams(rows: Tensor, fold_of: Tensor, folds: int) -> Tensor:
@@ -28,8 +28,8 @@ def fold_grams(rows: Tensor, fold_of: Tensor, folds: int) -> Tensor:
 
     Args:
         rows: X (n, c, m).
-        fold_of: (n,) the fold of every example; −1 where it counts in none.
-        folds: how many there are.
+        fold_of: (n,) the fold of every example; −1 if it is in none.
+        folds: the number of folds.
     """
     m = rows.shape[-1]
     grams = torch.zeros(folds, m, m, dtype=torch.float64, device=rows.device)
@@ -73,7 +73,7 @@ def top_eigenpair(M: Tensor, steps: int = _STEPS) -> tuple[float, Tensor]:
 
 
 def top_eigenpair_of(times: Callable[[Tensor], Tensor], like: Tensor, steps: int = _STEPS) -> tuple[float, Tensor]:
-    """The same of a matrix that is known by its products with vectors (m,), typed and placed as `like` (m,) is."""
+    """The same for a matrix given by its products with vectors (m,), with the dtype and device of `like` (m,)."""
     m = len(like)
     v = torch.randn(m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
     steps = min(steps, m)
@@ -84,7 +84,7 @@ def top_eigenpair_of(times: Callable[[Tensor], Tensor], like: Tensor, steps: int
         w = times(V[k])
         diagonal.append(float(w @ V[k]))
         known = V[: k + 1]
-        for _ in range(2):  # once leaves rounding of the size of what is taken out
+        for _ in range(2):  # doing it once would leave rounding of the size of the subtracted part
             w = w - known.T @ (known @ w)
         size = float(w.norm())
         scale = max(scale, abs(diagonal[-1]) + size)

@@ -1,8 +1,9 @@
-"""Inner products of unsketched rows with weight changes, by replaying the cotangents that made them.
+"""Inner products of unsketched rows with weight changes, by sending back the stored cotangents again.
 
 Row A_ic of an example is the gradient of ⟨v_ic, source⟩, Σ_t δ_t x_tᵀ for every linear map. Its inner product with a
-change Δ is Σ_t δ_tᵀ (Δ x_t) summed over the maps: Δ x_t comes with the forward pass, and no gradient of a weight is
-formed. To first order it is the change of ⟨v_ic, source⟩, and ½ Σ_c ⟨A_ic, Δ⟩² is the KL that Δ makes, to second order.
+change Δ is Σ_t δ_tᵀ (Δ x_t), summed over the maps. Δ x_t is computed in the forward pass, and no gradient of a weight
+is formed. The product is the change of ⟨v_ic, source⟩ to first order, and ½ Σ_c ⟨A_ic, Δ⟩² is the KL of Δ to second
+order.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def row_products(
         examples: n of them, in the order of `cotangents`.
         cotangents: (n, c, t, s), as stored with the PEFs.
         changes: m of them; what the analysis does not cover is left out.
-        batch_size: examples of a forward pass.
+        batch_size: how many examples a forward pass takes.
     """
     n, c = cotangents.shape[:2]
     total = torch.zeros(n, c, len(changes), dtype=torch.float64)
@@ -145,7 +146,7 @@ def _add_maps(
     batches: Sequence[list[int]],
     total: Tensor,
 ) -> None:
-    """The share of what hooks see."""
+    """Add the products for maps that hooks see."""
     for indices in batches:
 
         def entering(source: Tensor, chosen: list[int] = indices) -> Sequence[Tensor]:
@@ -163,7 +164,7 @@ def _add_parameters(
     changes: Sequence[Change],
     total: Tensor,
 ) -> None:
-    """The share of parameters that hooks do not see, by plain autograd, one example at a time."""
+    """Add the products for parameters that hooks do not see, by plain autograd, one example at a time."""
     names = [name for name in forward.parameters if any(name in change for change in changes)]
     if not names:
         return

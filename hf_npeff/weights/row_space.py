@@ -1,4 +1,4 @@
-"""The span of a set of rows, in orthonormal coordinates: where weight changes are solved for.
+"""The span of a set of rows, in orthonormal coordinates, in which weight changes are solved for.
 
 A weight change that can be lifted is a combination of rows, δ = Aᵀβ with A (R × d) the unscaled rows of all examples.
 With an orthonormal basis Q (d × m) of their span, Q = AᵀT for a known T (R × m),
@@ -15,8 +15,8 @@ so that every problem in δ becomes one in m numbers, and its solution a combina
                                                                their squared norms (Frieze, Kannan & Vempala 2004),
                                                                and the directions Aᵀβ that are asked about, whole
 
-Of the last, all rows pass by one product only, X = A Q. Other rows B meet the same changes as ⟨B_b, δ⟩ = (B Q y)_b,
-whether or not they lie in the span.
+In the last case all rows take part in only one product, X = A Q. For other rows B, ⟨B_b, δ⟩ = (B Q y)_b, whether or not
+they lie in the span.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.ridge_systems import gram
 
 EXACT_DIMENSIONS = 2048
-"""Up to here the span is taken whole: its eigenproblem takes three seconds of a core, and eight times that at twice."""
+"""Up to this dimension the whole span is used: its eigenproblem takes three seconds of a core, and eight times that for
+twice the size."""
 SUBSPACE_DIMENSIONS = 1024
-"""Of the leading part: as many again lengthen the one product with all rows, by which solving is bound, to twice."""
+"""The dimensions of the leading part: twice as many would double the time of the product with all rows, which
+dominates."""
 SAMPLED_ROWS = 4
-"""Rows a dimension of the leading part that it is found from. Measured on 924 rows of SmolLM2 in 128 dimensions: 2, 4
-and 6 capture .628, .641 and .638 of the squared norm, all rows .638, and the best possible subspace .716."""
+"""The number of sampled rows for each dimension of the leading part. Measured on 924 rows of SmolLM2 in 128 dimensions:
+2, 4 and 6 capture .628, .641 and .638 of the squared norm, all rows .638, and the best possible subspace .716."""
 _CHUNK = 128
 """Examples whose rows are read at a time: bounds the memory."""
 _COLUMNS = 2048
-"""Of rows that are widened to float64 at a time, for the same reason."""
+"""Rows that are widened to float64 at a time, for the same reason."""
 _SQUARES = 16
-"""Matrices (m, m) that finding the span and solving in it hold at most: those of five folds, and factors of them."""
+"""The most matrices (m, m) in memory while the span is found and used for solving: those of five folds, and their
+factors."""
 _ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-9}
 """Eigenvalues of a Gram matrix below this share of the largest are rounding; it is summed in float64 from rows of
 either type, and their own rounding, squared, stays below it."""
@@ -58,8 +61,8 @@ class RowSpace:
         rows: X (n, c, m) float64, coordinates of the unscaled rows.
         combine: y (…, m) → β (…, n·c): δ = Q y as a combination of unscaled rows.
         make_basis: makes Q.
-        scales: (d,) what rows were multiplied with before, or None.
-        captured: share of the squared norm of all rows that lies in the span that is used: 1 where it is whole.
+        scales: (d,) factors of the columns of rows, or None.
+        captured: share of the squared norm of all rows in the part of the span that is used: 1 for the whole span.
     """
 
     rows: Tensor
@@ -84,7 +87,7 @@ class RowSpace:
         return gram(self.rows)
 
     def coordinates(self, pefs: PEFs) -> Tensor:
-        """(n', c', m): what a change Q y does to the unscaled rows of other PEFs of the same sketch."""
+        """The coordinates (n', c', m) of the unscaled rows of other PEFs with the same sketch."""
         return torch.cat([(A @ self.basis).double() for A in unscaled_rows(pefs, self.scales, self.basis)])
 
     def coefficients(self, y: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ class RowSpace:
 
 
 def unscaled_rows(pefs: PEFs, scales: Tensor | None, like: Tensor | None = None) -> Iterator[Tensor]:
-    """A (·, c, d) of some examples after the others: unit rows times √norm, times `scales`; typed and placed `like`."""
+    """A (·, c, d) of some examples: unit rows times √norm, times `scales`, with dtype and device of `like`."""
     for chunk in pefs.chunks(_CHUNK):
         dtype = torch.promote_types(chunk.dtype, torch.float32) if like is None else like.dtype
         A = chunk.factors.to(chunk.factors.device if like is None else like.device, dtype)
@@ -128,14 +131,14 @@ def row_space(
 
     Args:
         pefs: n examples of c rows.
-        scales: (d,) what every row is multiplied with first, or None.
-        inside: (b, n, c), combinations of unscaled rows that have to lie in the span also where it is not whole.
-        memory_budget: bytes that may be held, here and in solving; None sets no bound. Less than the whole span needs
-            leaves its leading part.
-        device: where it is computed; by default where the rows are.
+        scales: (d,) factors of the columns of rows, or None.
+        inside: (b, n, c), combinations of unscaled rows that have to be in the span, even if only a part of it is used.
+        memory_budget: bytes that may be used, here and in solving; None sets no limit. If the whole span needs more,
+            only its leading part is used.
+        device: the device for the computation; by default that of the rows.
 
     Raises:
-        ValueError: if all rows are zero, or the budget holds nothing.
+        ValueError: if all rows are zero, or the budget is too small.
     """
     R, d = len(pefs) * pefs.rank, pefs.dim
     dtype = torch.promote_types(pefs.dtype, torch.float32)
@@ -152,7 +155,7 @@ def row_space(
     if m <= extra:
         raise ValueError(
             f"memory_budget={memory_budget} holds {m} dimensions of {R} rows of {d} numbers, too few for {extra} "
-            f"directions; give at least {bytes_needed(extra + 64, R, d)} bytes, or fewer examples"
+            f"directions; set it to at least {bytes_needed(extra + 64, R, d)} bytes, or fewer examples"
         )
     return _leading(pefs, scales, like, inside, m)
 
@@ -192,7 +195,7 @@ def _gram(A: Tensor) -> Tensor:
 
 
 def _leading(pefs: PEFs, scales: Tensor | None, like: Tensor, inside: Tensor | None, m: int) -> RowSpace:
-    """The leading m dimensions, from a sample of the rows; all rows pass by three times, and once through a product."""
+    """The leading m dimensions, from a sample of the rows; all rows are read three times, once for a product."""
     extra = 0 if inside is None else len(inside)
     sizes = torch.cat([A.square().sum(-1, dtype=torch.float64).cpu() for A in unscaled_rows(pefs, scales, like)])
     energy = float(sizes.sum())
@@ -216,7 +219,7 @@ def _leading(pefs: PEFs, scales: Tensor | None, like: Tensor, inside: Tensor | N
     mixing = V[:, kept] / values[kept].sqrt()
     Q = torch.cat([columns.T.double() @ mixing for columns in C.split(_COLUMNS, 1)]).to(like.dtype)
     X = torch.cat([(A @ Q).double() for A in unscaled_rows(pefs, scales, like)])
-    captured = min(float(X.square().sum()) / energy, 1 - 1e-12)  # not 1, which would say that nothing was cut
+    captured = min(float(X.square().sum()) / energy, 1 - 1e-12)  # not 1, which would mean that nothing was left out
     places = sampled.flatten().nonzero()[:, 0].to(like.device)
     wide = T.double()
 
@@ -230,7 +233,7 @@ def _leading(pefs: PEFs, scales: Tensor | None, like: Tensor, inside: Tensor | N
 
 
 def _sample(sizes: Tensor, number: int) -> Tensor:
-    """(R,) bool: a number of different rows, drawn with probabilities of their sizes; all where there are no more."""
+    """(R,) bool: a sample of different rows, drawn with probabilities of their sizes; all if there are no more."""
     number = min(number, int((sizes > 0).sum()))
     chosen = torch.multinomial(sizes, number, generator=torch.Generator().manual_seed(0))
     return torch.zeros(len(sizes), dtype=torch.bool).index_fill_(0, chosen, True)
@@ -243,12 +246,12 @@ def _chosen(pefs: PEFs, scales: Tensor | None, like: Tensor, which: Tensor) -> I
 
 
 class _Shortening:
-    """AΩ (·, k) with a random Ω (d, k) that has one entry of ±1 a row: no product, and as good as a Gaussian one.
+    """AΩ (·, k) for a random Ω (d, k) with one ±1 in each row: needs no product, and is as good as a Gaussian Ω.
 
     Args:
-        d: numbers of a row.
-        k: numbers that are left.
-        like: where and in which type.
+        d: the length of a row.
+        k: the length after shortening.
+        like: a tensor with the device and dtype to use.
     """
 
     def __init__(self, d: int, k: int, like: Tensor):

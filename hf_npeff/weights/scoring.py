@@ -1,4 +1,4 @@
-"""Predictions against labels: how right they are, and how sure of that a mean is."""
+"""Predictions compared with labels: scores, and intervals of their means."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BOOTSTRAPS = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """How right an example's predictions are.
+    """The score of an example's predictions.
 
     Attributes:
-        right: share of its terms that are answered right, or None for numbers.
+        right: share of its terms with the right answer, or None for numbers.
         loss: mean −log p(label) of its terms, in nats.
         log_odds: mean log p(label)/(1 − p(label)) of its terms, in nats; NaN for numbers.
         squared: mean squared error of numbers.
@@ -34,7 +34,7 @@ class Score:
 
 
 def score(predictions: Predictions, i: int, label: Any) -> Score | None:
-    """An example's predictions against its label; None without one, or where it does not fit."""
+    """The score of an example's predictions; None without a label, or if the label does not fit."""
     if label is None:
         return None
     logits = predictions.logits[i].double()
@@ -58,7 +58,7 @@ def score(predictions: Predictions, i: int, label: Any) -> Score | None:
 
 
 def interval(values: Tensor, seed: int) -> tuple[float, float]:
-    """95% of the mean of values (n,), by drawing n of them with replacement."""
+    """95% bootstrap interval of the mean of values (n,)."""
     generator = torch.Generator().manual_seed(seed)
     draws = values[torch.randint(len(values), (_BOOTSTRAPS, len(values)), generator=generator)].mean(1)
     low, high = torch.quantile(draws, torch.tensor(INTERVAL, dtype=values.dtype)).tolist()

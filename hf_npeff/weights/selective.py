@@ -1,6 +1,6 @@
-"""Selective directions: what moves a component's examples most, for what it does to the examples to be left alone.
+"""Selective directions: the largest effect on a component's examples for a given effect on the examples to leave alone.
 
-With O the mean of the PEFs F_i to be left alone, of raw norms: to second order ½ δᵀOδ is their mean KL, in nats,
+Let O be the mean of the PEFs F_i to leave alone, with raw norms. To second order, ½ δᵀOδ is their mean KL, in nats:
 
     maximise (gᵀδ)² / (δᵀOδ + λ‖δ‖²)  over δ in the span of the rows that were decomposed
 
@@ -8,12 +8,12 @@ With δ = Q y (row_space.py) and X = A Q this is, whatever other rows B (`keep`)
 
     δᵀOδ = yᵀ M y,   M = (X_OᵀX_O + (BQ)ᵀ(BQ)) / N,     gᵀδ = (Xᵀβ)ᵀ y      ⇒      y ∝ (M + λI)⁻¹ Xᵀβ
 
-so `keep` only needs its inner products with the rows, no backward pass. Without it M acts as O does, and
-δ ∝ (O + λI)⁻¹ g is the optimum among all weight changes: every term of it lies in the span. λ → ∞ gives g. λ is given
-as a share of the largest eigenvalue of M.
+so `keep` only needs its inner products with the rows, and no backward pass. Without it M acts like O, and
+δ ∝ (O + λI)⁻¹ g is the optimum among all weight changes, because every term of it lies in the span. λ → ∞ gives g. λ is
+given as a share of the largest eigenvalue of M.
 
-`ridge="auto"` takes the λ of the best predicted selectivity on examples that were held out (cross_validation.py). What
-all examples disturb is factored once for all components, and the few that one moves are taken out (downdates.py).
+`ridge="auto"` chooses the λ with the best predicted selectivity on held-out examples (cross_validation.py). The matrix
+of all examples is factored once for all components, and the few examples that one moves are taken out (downdates.py).
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def selective_together(
     """The selective directions of several g_j = Σ_ic β_jic A_ic.
 
     Args:
-        contrasts: what each is to move and what not, in one space and with the same `kept`.
+        contrasts: the examples that each direction moves and leaves alone, in one space and with the same `kept`.
         coefficients: β (r, n, c) of unscaled rows.
         ridge: λ over the largest eigenvalue of each M, or "auto".
 
     Returns:
-        For each its coefficients (n, c) of unscaled rows, its coordinates y (m,), and what is kept of it.
+        For each direction its coefficients (n, c) of unscaled rows, its coordinates y (m,), and entries for `info`.
 
     Raises:
         ValueError: if `ridge` is "auto" and there are too few examples to hold some out.
@@ -64,9 +64,11 @@ def selective_together(
     made = []
     for j, (contrast, W, top) in enumerate(zip(contrasts, others, tops, strict=True)):
         chosen = choose_ridge(ridge, partial(judged.__getitem__, j))
-        g = beta[j].flatten() @ rows.flatten(0, 1)  # by itself: to the bit the same whatever the others are
+        g = beta[j].flatten() @ rows.flatten(
+            0, 1
+        )  # separately, so that the result does not depend on the other directions, bit for bit
         N = contrast.number
-        shift = N * chosen.share * top if top > 0 else 1.0  # where nothing is disturbed, every λ gives g
+        shift = N * chosen.share * top if top > 0 else 1.0  # if nothing is disturbed, every λ gives g
         y = N * whole.solve(W, g, [shift])[:, 0]
         info = {
             "selective": True,
@@ -82,7 +84,7 @@ def selective_together(
 
 
 def _held_out_grams(contrast: Contrast, folds: int) -> Tensor:
-    """(folds, m, m): Σ X_iᵀX_i over the examples of each fold that are to be left alone, kept ones included."""
+    """(folds, m, m): Σ X_iᵀX_i over the examples of each fold to leave alone, including kept ones."""
     grams = fold_grams(contrast.space.rows, folds_of(contrast.alone, folds), folds)
     if (kept := contrast.kept) is not None:
         grams += fold_grams(kept, folds_of_kept(kept, folds), folds)
@@ -90,17 +92,17 @@ def _held_out_grams(contrast: Contrast, folds: int) -> Tensor:
 
 
 def most_different(contrast: Contrast, ridge: Ridge) -> tuple[Tensor, dict[str, Any]]:
-    """What moves the wanted examples most for what it does to those to be left alone, without a component.
+    """The largest effect on the wanted examples for a given effect on those to leave alone, without a component.
 
     The generalised eigenvector of the largest eigenvalue of T y = μ (M + λI) y, with T the mean of F_i over the wanted
     examples: with M + λI = LLᵀ it is y = L⁻ᵀ z for the top eigenvector z of L⁻¹ T L⁻ᵀ.
 
     Args:
-        contrast: what is to move (`wanted` is 1 or 0) and what is not.
-        ridge: λ over the largest eigenvalue of M, or "auto": that of the best ratio on examples that are held out.
+        contrast: the examples to move (`wanted` is 1 or 0) and to leave alone.
+        ridge: λ over the largest eigenvalue of M, or "auto", which chooses the best ratio on held-out examples.
 
     Returns:
-        y (m,), of a sign that means nothing, and what is kept of it with the direction.
+        y (m,), whose sign has no meaning, and entries for the direction's `info`.
 
     Raises:
         ValueError: if `ridge` is "auto" and either side has fewer than two examples.
@@ -109,7 +111,7 @@ def most_different(contrast: Contrast, ridge: Ridge) -> tuple[Tensor, dict[str, 
     M = contrast.disturbance()
     top = top_eigenvalue(M) or 1.0
     chosen = choose_ridge(ridge, lambda: _ratios(contrast, moving, M, top))
-    # The answer itself: far more steps than comparing needs
+    # for the result itself, far more steps than comparing needs
     value, y = _generalised(M, gram(X, moving) / int(moving.sum()), chosen.share * top, steps=256)
     coefficients = contrast.space.coefficients(y).flatten()
     y = y * coefficients[coefficients.abs().argmax()].sign()
@@ -132,13 +134,13 @@ def _generalised(M: Tensor, T: Tensor, shift: float, steps: int = 48) -> tuple[f
 
 
 def _ratios(contrast: Contrast, moving: Tensor, M: Tensor, top: float) -> dict[float, float]:
-    """{ridge: mean effect on wanted examples over that on the others, each judged without the examples of its fold}."""
+    """{ridge: mean effect on wanted examples over that on the others, on held-out folds}."""
     X = contrast.space.rows
     folds = min(FOLDS, int(moving.sum()), contrast.number)
     if folds < 2:
         raise ValueError(
-            "ridge='auto' holds examples out of both sides, and one of them has a single example; give ridge= as a "
-            "number, such as 0.01"
+            "ridge='auto' needs to hold examples out of both sets, but one of them has a single example; set ridge= to "
+            "a number, such as 0.01"
         )
     fold_of = folds_of(moving, folds)
     wanted, alone = fold_grams(X, fold_of, folds), _held_out_grams(contrast, folds)

@@ -1,4 +1,4 @@
-"""SHiRA adapters: the largest entries of every linear weight's delta, under the names that PEFT loads."""
+"""SHiRA adapters: the largest entries of every linear weight's delta, with the names that PEFT loads."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def shira(
 
     Args:
         deltas: {parameter name: ΔW (out, in)}.
-        layouts: all "linear": PEFT's SHiRA takes nothing else.
-        rank: r, PEFT's measure of how many entries a module has.
-        scale: the deltas are multiplied with it.
+        layouts: the layouts, which all have to be "linear", because PEFT's SHiRA supports nothing else.
+        rank: r, PEFT's measure for the number of entries in a module.
+        scale: a factor for the deltas.
         info: `model`, `revision` and `task`.
 
     Raises:
@@ -35,7 +35,7 @@ def shira(
     scale = check_scale(scale)
     check_rank(rank)
     if wrong := [n for n in deltas if layouts[n] != "linear"]:
-        raise UnsupportedModelError(f"SHiRA carries nn.Linear weights only, not {wrong[:3]}; use LoRA or kind='delta'")
+        raise UnsupportedModelError(f"SHiRA supports only nn.Linear weights, not {wrong[:3]}; use LoRA or kind='delta'")
     tensors: dict[str, Tensor] = {}
     kept: dict[str, float] = {}
     targets = []
@@ -45,7 +45,7 @@ def shira(
         size = rank * sum(delta.shape)
         if size > flat.numel():
             raise ValueError(
-                f"rank={rank} asks for {size} entries of {name}, which has {flat.numel()}; use a smaller rank or LoRA"
+                f"rank={rank} needs {size} entries of {name}, which has only {flat.numel()}; use a smaller rank or LoRA"
             )
         where = torch.topk(flat.abs(), size).indices.sort().values
         tensors[f"{PREFIX}{module}.shira_weight"] = flat[where] * scale

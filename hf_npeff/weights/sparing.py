@@ -1,18 +1,18 @@
-"""Changes that leave what layers give on some inputs as it is, at steps of any length.
+"""Changes that leave the outputs of layers on some inputs alone, for steps of any length.
 
-A linear map W with the inputs x gives (W + δ) x: a change adds δx. Where δx is zero for every token of an input, in
-every map that is changed, the model predicts for it what it did, however long the step. With the second moments
-C = E[xxᵀ] of a map's inputs on the examples to be spared, the mean of ‖δx‖² is tr(δ C δᵀ), and what keeps most of a
-given change δ₀ for the least of that is
+A linear map with input x returns (W + δ) x, so a change adds δx. If δx is zero for every token of an input, in every
+changed map, the model's prediction for this input does not change, however long the step is. With the second moments
+C = E[xxᵀ] of a map's inputs on the examples to spare, the mean of ‖δx‖² is tr(δ C δᵀ). The change that keeps most of a
+given change δ₀ for the smallest such mean is
 
     maximise ⟨δ₀, δ⟩² / Σ_m tr(δ_m C̃_m δ_mᵀ),   C̃ = C + λ diag(C)      ⇒      δ_m ∝ δ₀_m C̃_m⁻¹
 
-λ diag(C) stands for what a finite number of tokens does not show; it has the scale of every input, so that one neuron
-with enormous activations does not outweigh the others. Selective directions (selective.py) spare predictions, to second
-order at the weights as they are; this spares activations, to all orders. One after the other, both are used.
+λ diag(C) accounts for the finite number of tokens. It has the scale of every input, so one neuron with enormous
+activations does not outweigh the others. Selective directions (selective.py) spare predictions, to second order at the
+present weights; this spares activations, to all orders. Both can be used one after the other.
 
-Cut to rank ρ, δ is the best approximation in the same metric: with C̃ = LLᵀ, min over rank ρ of ‖(δ − δ_ρ) L‖ is the
-truncated SVD of δL, times L⁻¹.
+For rank ρ, δ is the best approximation in the same metric: with C̃ = LLᵀ, the minimum of ‖(δ − δ_ρ) L‖ over rank ρ is
+the truncated SVD of δL, times L⁻¹.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from hf_npeff.weights.activations import LinearDelta, check_linear
 from hf_npeff.weights.lora import low_rank
 
 _UNSEEN = 1e-6
-"""Share of the mean of diag(C) that every input has at least: one that is always zero would make C̃ singular."""
+"""Every input gets at least this share of the mean of diag(C), because one that is always zero would make C̃
+singular."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SecondMoments:
 
     Attributes:
         moments: {parameter: C (in, in)}, the mean of xxᵀ over the tokens of all examples.
-        tokens: {parameter: how many}.
+        tokens: {parameter: number of tokens}.
     """
 
     moments: dict[str, Tensor]
@@ -57,20 +58,20 @@ def second_moments(
     batch_size: int,
     left_out: Tensor | None = None,
 ) -> list[SecondMoments]:
-    """Second moments of what linear maps read on some examples, padding left out; several sets share the passes.
+    """Second moments of the inputs of linear maps on some examples, without padding; several sets share the passes.
 
-    Every set is all examples less those that it leaves out, and so are its sums: few examples are added up twice.
+    Every set consists of all examples without the ones that it leaves out, and its sums are computed in this way too.
 
     Args:
         forward: the forward pass.
-        examples: whose tokens are counted.
+        examples: the examples.
         parameters: the weights of the maps, with a change of each.
-        batch_size: examples of a forward pass.
-        left_out: (n, b) bool, which examples each set leaves out; None is one set of all.
+        batch_size: the number of examples in a forward pass.
+        left_out: (n, b) bool, the examples that each set leaves out; None is one set of all.
 
     Raises:
-        UnsupportedModelError: if a parameter is not the weight of linear maps alone.
-        ValueError: if the model lacks a parameter, or a set has no token that one of its maps reads.
+        UnsupportedModelError: if a parameter is not only the weight of linear maps.
+        ValueError: if the model lacks a parameter, or one of the maps reads no token of a set.
     """
     out = torch.zeros(len(examples), 1, dtype=torch.bool) if left_out is None else left_out.cpu()
     every, without = _Sums(), [_Sums() for _ in range(out.shape[1])]
@@ -89,10 +90,10 @@ def second_moments(
 def _told_apart(
     forward: ForwardPass, examples: Sequence[Example], batch_size: int
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Batches, and where their tokens are: of the encoder, and of the decoder where there is one.
+    """Batches, with the places of their tokens: of the encoder and, if there is one, of the decoder.
 
-    Which of the two an input belongs to is told by its size. Where the two have as many places and other padding, every
-    example gets a batch of its own, which has no padding.
+    The size of an input shows which of the two it belongs to. If both have equally many places but different padding,
+    every example gets a batch of its own, which has no padding.
     """
     for places in forward.batches(examples, batch_size, trials=False):
         masks = _masks_of(forward, [examples[i] for i in places])
@@ -103,7 +104,7 @@ def _told_apart(
 
 
 def _masks_of(forward: ForwardPass, batch: Sequence[Example]) -> list[Tensor]:
-    """Where the tokens of a batch are, (B, t) bool; a decoder without ids of its own reads its labels, one later."""
+    """The places of a batch's tokens, (B, t) bool; a decoder without ids reads its labels, shifted by one."""
     inputs = forward.batch(batch, "cpu")
     decoder, labels = inputs.decoder_real, inputs.get("labels")
     reads_labels = getattr(getattr(forward.model, "config", None), "is_encoder_decoder", False) and decoder is None
@@ -117,7 +118,7 @@ def _difference(every: _Sums, sums: _Sums, parameters: Mapping[str, LinearDelta]
     for name in parameters:
         tokens[name] = every.tokens.get(name, 0) - sums.tokens.get(name, 0)
         if not tokens[name]:
-            raise ValueError(f"{name} reads no token of the examples to be spared, so it is not known what spares them")
+            raise ValueError(f"{name} reads no token of the examples to spare, so it is not known how to spare them")
         total = every.totals[name]
         total = total - sums.totals[name] if name in sums.totals else total
         moments[name] = total / tokens[name]
@@ -125,7 +126,7 @@ def _difference(every: _Sums, sums: _Sums, parameters: Mapping[str, LinearDelta]
 
 
 class _Sums:
-    """Sums of xxᵀ for every parameter, and of how many tokens."""
+    """Sums of xxᵀ for every parameter, and the numbers of tokens."""
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
@@ -136,15 +137,15 @@ class _Sums:
         self._last: tuple[Tensor, Tensor, int] | None = None
 
     def begin(self, batch: int, masks: Sequence[Tensor], chosen: Tensor | None) -> None:
-        """The next forward pass has tokens at these places, and these of its examples (None: all) are counted."""
+        """Announce a forward pass with tokens at these places; only these of its examples count (None: all)."""
         self._batch, self._masks, self._chosen = batch, masks, chosen
 
     def end(self) -> None:
-        """The forward pass is over, and its tensors may go."""
+        """End the forward pass and free its tensors."""
         self._last = None
 
     def add(self, parameter: str, x: Tensor) -> None:
-        """What a map read, (B, t, in) or flattened."""
+        """Add the inputs of a map, (B, t, in) or flattened."""
         if self._chosen is not None and not bool(self._chosen.any()):
             return
         if self._last is None or self._last[0] is not x:  # an MLP's gate and up read the same tensor
@@ -157,18 +158,18 @@ class _Sums:
         self.tokens[parameter] = self.tokens.get(parameter, 0) + count
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """(N, in): the inputs at the tokens of the examples that count; all places where they are not one a token.
+        """(N, in): the inputs at the tokens of the examples that count; all inputs if they have no dimension of tokens.
 
         Raises:
-            UnsupportedModelError: if inputs cannot be given to examples, and not all examples count.
+            UnsupportedModelError: if inputs cannot be assigned to examples, and not all examples count.
         """
         flat = x.reshape(-1, x.shape[-1])
         real = next((m.flatten() for m in self._masks if m.numel() == len(flat)), None)
         if self._chosen is not None:
             if len(flat) % self._batch:
                 raise UnsupportedModelError(
-                    f"inputs of shape {tuple(x.shape)} cannot be given to the {self._batch} examples of a batch; use "
-                    "batch_size=1"
+                    f"inputs of shape {tuple(x.shape)} cannot be assigned to the {self._batch} examples of a batch; "
+                    "use batch_size=1"
                 )
             own = self._chosen.repeat_interleave(len(flat) // self._batch)
             real = own if real is None else own & real
@@ -177,7 +178,7 @@ class _Sums:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, places: Mapping[str, str], every: _Sums, without: Sequence[_Sums]) -> Iterator[None]:
-    """Inside `with`, the sums see what the modules {path: parameter} read."""
+    """Inside `with`, the inputs of the modules {path: parameter} are added to the sums."""
     modules = dict(model.named_modules())
 
     def hook_of(parameter: str) -> Callable[..., None]:
@@ -198,17 +199,17 @@ def _watched(model: nn.Module, places: Mapping[str, str], every: _Sums, without:
 def spared(
     deltas: Mapping[str, LinearDelta], moments: SecondMoments, ridge: float, rank: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A change that keeps most of another for what it adds to the outputs of layers on inputs to be spared.
+    """The change that keeps most of another for a given effect on the outputs of layers on the inputs to spare.
 
     Args:
         deltas: {parameter: δ₀ (out, in)}.
         moments: the moments of the inputs.
         ridge: λ.
-        rank: what every weight's change is cut to; None leaves it whole.
+        rank: the rank to which every weight's change is truncated; None does not truncate.
 
     Returns:
-        {parameter: δ (out, in)} of unit norm in all, and what is kept of it: the cosine with δ₀, and the mean of ‖δx‖²
-        over that of ‖δ₀x‖² at equal norm.
+        {parameter: δ (out, in)} of unit norm in total, and entries for `info`: the cosine with δ₀, and the mean of
+        ‖δx‖² over that of ‖δ₀x‖² at equal norm.
     """
     result: dict[str, Tensor] = {}
     inner = squared = before = after = norm = 0.0
@@ -239,7 +240,7 @@ def spared(
 
 
 def _least(given: Tensor, C: Tensor, ridge: float, rank: int | None) -> Tensor:
-    """δ₀ C̃⁻¹ (out, in), cut to a rank in the metric of C̃."""
+    """δ₀ C̃⁻¹ (out, in), truncated to a rank in the metric of C̃."""
     diagonal = C.diagonal().clamp_min(_UNSEEN * float(C.diagonal().mean()))
     L = torch.linalg.cholesky(C + torch.diag(ridge * diagonal + (diagonal - C.diagonal())))
     half = torch.linalg.solve_triangular(L, given.T, upper=False).T  # δ₀ L⁻ᵀ = δ L

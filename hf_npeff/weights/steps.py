@@ -1,4 +1,4 @@
-"""Steps along a weight change: several of them in one forward pass, and the search for the one with a wanted KL."""
+"""Steps along a weight change: several in one forward pass, and the search for the step with a wanted KL."""
 
 from __future__ import annotations
 
@@ -26,35 +26,36 @@ logger = logging.getLogger(__name__)
 FLOOR = torch.finfo(torch.float32).eps
 """A KL below this is rounding."""
 _DIRECT = 2
-"""Steps of a search that aim at the target itself. Simulated on 4,000 curves (squares, saturating, growing faster,
-wavy), from a first step that is off by a quarter: 2.7 steps to the target, 3.0 with a tenth beyond from the start."""
+"""The number of steps of a search that aim at the target itself. Simulated on 4,000 curves (quadratic, saturating,
+growing faster, wavy) from a first step that is off by a quarter: 2.7 steps to the target, and 3.0 if all steps aim a
+tenth beyond it."""
 _TRIED = 2
-"""Examples of each of two steps, on which it is tried whether steps can share a forward pass."""
+"""Examples for each of two steps, to find out whether steps can share a forward pass."""
 LONGEST = 64.0
-"""The longest step where the weights' norm is not known, since none of them is at hand."""
+"""The longest step if the norm of the weights is not known, because none of them can be read."""
 
 Job = tuple[Sequence[Example], float]
-"""Examples, and the step at which they are to be predicted."""
+"""Examples, and the step at which to predict them."""
 NumberedJob = tuple[int, Sequence[Example], float]
-"""The same along one of several changes."""
+"""The same, with the number of one of several changes."""
 
 
 class SharedSteps:
-    """What a model predicts after steps along several changes, added in the activations.
+    """A model's predictions after steps along several changes, added in the activations.
 
-    All examples of a call share their forward passes, each with a change and a step of its own, unless the model gives
-    something else then than it does for each job alone. Blocks below all changes run once for every example.
+    All examples of a call share their forward passes, each with its own change and step, unless the model's predictions
+    would then differ from those for each job alone. Blocks below all changes run once for every example.
 
     Args:
         forward: the forward pass.
-        changes: {parameter: delta} of each.
-        batch_size: examples of a forward pass.
+        changes: {parameter: delta} of each change.
+        batch_size: the number of examples in a forward pass.
 
     Attributes:
-        shared: whether jobs share forward passes; None as long as that was not tried.
+        shared: whether jobs share forward passes; None if it was not tried yet.
 
     Raises:
-        UnsupportedModelError: if a parameter is not the weight of linear maps alone.
+        UnsupportedModelError: if a parameter is not only the weight of linear maps.
         ValueError: if the model lacks a parameter, or has one of another shape.
     """
 
@@ -78,7 +79,7 @@ class SharedSteps:
             return [self._alone(changed, *job) for job in jobs]
 
     def unchanged(self, examples: Sequence[Example]) -> Predictions:
-        """What is predicted with what is assigned; outside of `predict`, by the model as it is."""
+        """Predict with the assigned changes; outside `predict`, with the unchanged model."""
         return predict(self._forward, examples, self._batch_size, outputs_of=self._blocks.outputs)
 
     def _alone(self, changed: ChangedActivations, number: int, examples: Sequence[Example], step: float) -> Predictions:
@@ -101,7 +102,7 @@ class SharedSteps:
         return groups
 
     def _can_share(self, changed: ChangedActivations, jobs: Sequence[NumberedJob]) -> bool:
-        """Whether a model gives for steps in one batch what it gives for each: routed experts, say, mix examples."""
+        """Whether steps in one batch give the same predictions as each alone; routed experts may mix examples."""
         few = [(number, examples[:_TRIED], step) for number, examples, step in (jobs[0], jobs[-1])]
         try:
             together = self._together(changed, few)
@@ -112,21 +113,21 @@ class SharedSteps:
         for a, b in zip(together, alone, strict=True):
             for x, y in zip(a.logits, b.logits, strict=True):
                 if relative_change(x, y) > self._forward.tolerance:
-                    logger.info("every step has its own forward passes: in one batch they give something else")
+                    logger.info("every step has its own forward passes: in one batch the predictions differ")
                     return False
         return True
 
 
 class Steps:
-    """What a model predicts after steps along one direction.
+    """A model's predictions after steps along one direction.
 
-    A direction of linear maps alone is added in the activations (see `SharedSteps`). Any other direction moves the
-    weights.
+    A direction that changes only linear maps is added in the activations (see `SharedSteps`). Any other direction
+    changes the weights.
 
     Args:
         forward: the forward pass.
-        direction: of unit norm.
-        batch_size: examples of a forward pass.
+        direction: the direction, of unit norm.
+        batch_size: the number of examples in a forward pass.
     """
 
     def __init__(self, forward: ForwardPass, direction: ParameterDirection, batch_size: int):
@@ -136,14 +137,14 @@ class Steps:
         self._shared = None if self.deltas is None else SharedSteps(forward, [self.deltas], batch_size)
 
     def random(self, seed: int) -> Steps:
-        """The same along a random direction of equal norm."""
+        """The same for a random direction of equal norm."""
         other = Steps(self._forward, self._direction.random_like(seed), self._batch_size)
         if other._shared is not None and self._shared is not None:
             other._shared.shared = self._shared.shared
         return other
 
     def unchanged(self, examples: Sequence[Example]) -> Predictions:
-        """What the model predicts as it is."""
+        """The predictions of the unchanged model."""
         if self._shared is not None:
             return self._shared.unchanged(examples)
         return predict(self._forward, examples, self._batch_size)
@@ -164,7 +165,7 @@ class Steps:
 
 
 def longest_step(direction: ParameterDirection, model: nn.Module) -> float:
-    """‖θ‖ of the parameters that a unit direction moves, as far as they are at hand: the longest sensible step."""
+    """‖θ‖ of the readable parameters that a unit direction changes: the longest sensible step."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     at_hand = all(name in parameters and is_at_hand(parameters[name]) for name in direction)
     return direction.norm_in(model) if at_hand else LONGEST
@@ -183,7 +184,7 @@ def predicted_step(
         target: mean KL, in nats.
 
     Returns:
-        The step; None where the rows predict nothing, or δ is over other parameters than they are.
+        The step; None if the rows predict no KL, or δ has other parameters than the rows.
     """
     if set(deltas) != set(sketch.shapes):
         return None
@@ -198,20 +199,20 @@ def predicted_step(
 
 
 class StepSearch:
-    """The step at which a KL reaches a target within 5%, by interpolation: it grows about as the square.
+    """Searches the step at which the KL is within 5% of a target, by interpolation: KL is about quadratic in the step.
 
-    Try `step`, `tell` the KL there, and so on until it is `done`.
+    Try `step`, pass the KL to `tell`, and repeat until it is `done`.
 
     Args:
-        target: what the KL is to be.
+        target: the wanted KL.
         start: the first step to try.
         limit: the longest step to try.
-        rounds: steps to try.
+        rounds: the most steps to try.
 
     Attributes:
-        step: to be tried next.
+        step: the step to try next.
         nearest: the step with the KL nearest to the target.
-        done: whether there is nothing more to try.
+        done: whether the search has ended.
     """
 
     def __init__(self, target: float, start: float = 0.02, limit: float = 64.0, rounds: int = 16):
@@ -226,11 +227,11 @@ class StepSearch:
 
     @property
     def reached(self) -> bool:
-        """Whether the nearest is near."""
+        """Whether the nearest step is close enough to the target."""
         return self._miss <= 0.1  # within about 10% counts as reached
 
     def tell(self, value: float) -> None:
-        """The KL at `step`."""
+        """Record the KL at `step`."""
         target, step = self._target, self.step
         value = max(value, FLOOR) if math.isfinite(value) else 1e6 * target  # far too long a step
         if abs(math.log(value / target)) < self._miss:
@@ -248,8 +249,8 @@ class StepSearch:
             self._high = (step, value)
         low, high = self._low, self._high
         if low is None or high is None:
-            # KL grows with the square of a short step, and from then on with the power of the last two steps. Where
-            # that creeps up, a tenth beyond brackets the target.
+            # KL grows with the square of a short step, and after that with the power of the last two steps. If this
+            # approaches slowly, aiming a tenth beyond brackets the target.
             power = 2.0
             if self._last is not None and self._last[0] != step:
                 power = min(max(math.log(value / self._last[1]) / math.log(step / self._last[0]), 0.5), 6.0)
@@ -269,7 +270,7 @@ def find_scale(
     """The step at which `kl` reaches `target`; see `StepSearch`.
 
     Returns:
-        The step and True; the nearest step found and False where the target is out of reach.
+        The step and True; or the nearest step and False if the target was not reached.
     """
     search = StepSearch(target, start, limit, rounds)
     while not search.done:

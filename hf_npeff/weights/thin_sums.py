@@ -1,14 +1,14 @@
-"""Thin sums: enough of Σ_ic coef_jic δ_icᵀ x_ic, for many j at once, to cut each of them to a low rank.
+"""Thin sums: parts of Σ_ic coef_jic δ_icᵀ x_ic, for many j at once, from which each sum is truncated to a low rank.
 
-Of a weight (out × in) there are two bases of orthonormal rows, Φ (s × out) and Ξ (s × in), the same for all sums. Of
-each sum D_j are kept, with Ψ and Ω the first k rows of Φ and Ξ,
+For a weight (out × in) there are two bases of orthonormal rows, Φ (s × out) and Ξ (s × in), the same for all sums. With
+Ψ and Ω the first k rows of Φ and Ξ, these parts of each sum D_j are kept:
 
     X_j = D_j Ωᵀ (out × k),    Y_j = Ψ D_j (k × in),    Z_j = Φ D_j Ξᵀ  without what X_j and Y_j hold
 
 X_j spans the columns that D_j reaches: Q = orth(X_j), P = orth(Y_jᵀ), and D_j ≈ Q C Pᵀ with C = (ΦQ)⁺ (Φ D_j Ξᵀ) (ΞP)⁺ᵀ
-(Tropp, Yurtsever, Udell & Cevher 2019, Streaming low-rank matrix approximation, §2.7). Here what is known exactly
-stands as it is, and this estimate only where nothing is known: with U = [Φᵀ, Q′] and V = [Ξᵀ, P′], Q′ and P′ what of Q
-and P the bases leave out,
+(Tropp, Yurtsever, Udell & Cevher 2019, Streaming low-rank matrix approximation, §2.7). Here this estimate is used only
+for the unknown part; the known part is used exactly. With U = [Φᵀ, Q′] and V = [Ξᵀ, P′], where Q′ and P′ are the parts
+of Q and P outside the bases,
 
     D_j ≈ U M Vᵀ,      M = [ Φ D_j Ξᵀ known          Φ D_j P′: rows of Ψ known, else as QCPᵀ ]
                            [ Q′ᵀD_j Ξᵀ: columns of Ω known, else as QCPᵀ          as QCPᵀ    ]
@@ -67,9 +67,9 @@ class Cut:
 
     Attributes:
         left: U (r, out, q).
-        values: S (r, q), of falling size.
+        values: S (r, q), in descending order.
         right: V (r, in, q).
-        energy: (r,) float64, ‖D_j‖²: exact of a weight that is kept whole, else estimated.
+        energy: (r,) float64, ‖D_j‖²: exact for a weight whose sums are kept whole, otherwise estimated.
     """
 
     left: Tensor

@@ -1,4 +1,4 @@
-"""How much every position of an example contributes to the example's alignment with a component.
+"""The contribution of every position of an example to the example's alignment with a component.
 
 The alignment of example i with component j is N_ij = ‖A_i g_j‖² = Σ_c ⟨a_ic, g_j⟩². A row is a gradient, and a gradient
 is a sum over the positions at which a weight was used, so with b_ijc = ⟨a_ic, g_j⟩
@@ -39,10 +39,10 @@ class TokenAlignment:
     Attributes:
         component: its number.
         example: the example's position among the analysed ones.
-        alignment: N_ij, for the example's PEF as it was decomposed: of unit norm, balanced, to its power.
-        tokens: what stands at each position; None where the input is no text.
-        contributions: the contribution of each position; with `unplaced` they sum to `alignment`.
-        unplaced: the contribution of weights that are used at no position of the input: pooled heads, decoders, and
+        alignment: N_ij, for the example's PEF as it was decomposed (unit norm, balance, power).
+        tokens: the token at each position; None if the input is not text.
+        contributions: the contribution of each position; together with `unplaced` they sum to `alignment`.
+        unplaced: the contribution of weights that are not used at positions of the input: pooled heads, decoders, and
             parameters that hooks do not see (biases, norms, embeddings).
     """
 
@@ -59,7 +59,7 @@ class TokenAlignment:
 
 
 class TokenCollector(Receiver):
-    """A receiver that takes the inner product of every position's gradient with one direction g in the sketch.
+    """A receiver that computes the inner product of every position's gradient with one direction g in the sketch.
 
     Args:
         sketch: P.
@@ -134,14 +134,14 @@ def token_alignments(
 
     Args:
         forward: the forward pass of the model that made the rows.
-        decomposed: components, and the rows and examples that they were found in.
-        chosen: {component: examples}; those on which a component's coefficient is zero are left out.
-        decode: token ids → text; None where there is no tokenizer.
-        batch_size: examples of a forward pass.
+        decomposed: the decomposition with its PEFs and examples.
+        chosen: {component: examples}; examples on which a component's coefficient is zero are left out.
+        decode: token ids → text; None if there is no tokenizer.
+        batch_size: the number of examples in a forward pass.
 
     Raises:
-        IncompatibleSketchError: if the PEFs are of another sketch than the decomposition.
-        ValueError: if they are other examples, or hold no cotangents: their rows were made elsewhere.
+        IncompatibleSketchError: if the PEFs have another sketch than the decomposition.
+        ValueError: if they are of other examples, or have no cotangents because their rows were not made by hf_npeff.
     """
     check_decomposed(decomposed.decomposition, decomposed.pefs)
     cotangents, sketch = decomposed.cotangents(), decomposed.sketch().to(forward.device)
@@ -183,7 +183,7 @@ class _Replay:
     decode: Decode | None
 
     def run(self, j: int, indices: list[int]) -> list[TokenAlignment]:
-        """A batch, or its examples one by one where a module of the model runs once for all of a batch."""
+        """Run a batch, or its examples one by one if a module runs once for the whole batch."""
         try:
             return self._batch(j, indices)
         except CalledOnceForAll:
@@ -198,7 +198,7 @@ class _Replay:
         seq2seq = bool(getattr(getattr(forward.model, "config", None), "is_encoder_decoder", False))
         positions = _patches(forward, batch) if mask is None else mask.shape[1]
         collector = TokenCollector(self.sketch, g, positions, _Placed(seq2seq))
-        # Of very small or large norms nothing is lost if the largest cotangent is 1 meanwhile.
+        # Very small or large norms lose no precision if the largest cotangent is 1 meanwhile.
         V = torch.einsum("ic,icts->its", weights, self.cotangents[indices].double())
         largest = V.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
         V = V / largest[:, None, None]
@@ -216,7 +216,7 @@ class _Replay:
         return alignments
 
     def _by_autograd(self, batch: Sequence[Example], V: Tensor, g: Tensor) -> Tensor:
-        """The share (m,) of parameters that hooks do not see, for cotangents (m, t, s)."""
+        """The part (m,) of parameters that hooks do not see, for cotangents (m, t, s)."""
         forward, total = self.forward, torch.zeros(len(batch), dtype=torch.float64)
         for row, example in enumerate(batch if forward.parameters else ()):
             source, cotangent = forward.source_of([example]), V[None, row : row + 1].to(forward.device)
@@ -236,7 +236,7 @@ class _Placed:
 
 
 def _input_positions(forward: ForwardPass, batch: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
-    """Token ids (B, t) of the padded batch, and which of them are no padding; choices stand one after another."""
+    """Token ids (B, t) of the padded batch, and which of them are not padding; choices come one after another."""
     values = forward.batch(batch, "cpu")
     if "input_ids" not in values:
         return None, None

@@ -1,7 +1,7 @@
-"""Trials of changes: steps of both signs until a KL is reached, their effects, and random changes beside them.
+"""Trials of changes: steps of both signs until a KL is reached, their effects, and those of random changes.
 
-A trial says what it wants predicted and is told, so that several take turns in the same forward passes, each example of
-a batch with a change, a sign and a scale of its own.
+A trial asks for predictions and gets them, so several trials share the same forward passes, in which each example of a
+batch has its own change, sign and scale.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_npeff.weights.perturbation import Effect, PerturbationReport, choose_exa
 from hf_npeff.weights.steps import FLOOR, LONGEST, SharedSteps, Steps, StepSearch, longest_step, predicted_step
 
 _QUANTILES = (0.1, 0.5, 0.9)
-"""Of the KL of single examples, for the report: a tenth, half and nine tenths lie below."""
+"""The quantiles of the KL of single examples for the report."""
 _BOOTSTRAPS = 1000
 """Draws of an interval. Chosen: 25 of them lie beyond each end, which then varies by a few per cent of its width."""
 _USUAL_ROUNDS = 3
@@ -43,7 +43,7 @@ _FIRST_STEP = 0.02
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Examples, the step at which they are to be predicted, and whether along a random change instead."""
+    """Examples, the step at which to predict them, and whether the step is along a random change instead."""
 
     examples: Sequence[Example]
     step: float
@@ -51,9 +51,9 @@ class _Wanted:
 
 
 class _Trial:
-    """What is measured of one change: the examples that are watched, and what was predicted at the steps taken so far.
+    """The measurement of one change: the watched examples, and the predictions at the steps so far.
 
-    It runs no model: `measuring` yields jobs, and is sent what is predicted for them.
+    It does not run the model: `measuring` yields jobs, and is sent the predictions for them.
     """
 
     def __init__(self, component: int, top: Watched, others: Watched, request: PerturbationRequest, limit: float):
@@ -66,7 +66,7 @@ class _Trial:
 
     @property
     def left(self) -> int:
-        """About how many examples are still to be predicted."""
+        """About how many examples still have to be predicted."""
         top, others = len(self.top.examples), len(self.others.examples)
         if self.random is not None:
             return 0
@@ -79,7 +79,7 @@ class _Trial:
         """The search of both signs, their effects, and a random change at the best step.
 
         Args:
-            start: the first step to try; None where nothing predicts one.
+            start: the first step to try; None if no step is predicted.
         """
         yield from self._searching(start)
         steps = list(self.reached)
@@ -95,7 +95,7 @@ class _Trial:
         self.random = self._effect(step, *both)
 
     def _searching(self, start: float | None) -> Generator[list[_Wanted], list[Predictions], None]:
-        """The step of each sign at which the target is reached; the given one alone where the scale is."""
+        """The step of each sign at which the target is reached; only the given step if a scale was given."""
         if self.request.scale is not None:
             self.reached = {float(self.request.scale): True}
             return
@@ -115,7 +115,7 @@ class _Trial:
     def report(
         self, forward: ForwardPass, decomposition: Decomposition, direction: ParameterDirection | None
     ) -> PerturbationReport:
-        """What was measured."""
+        """The report of the measurement."""
         best, after_top, after_others = self.measured[0]
         rounded = None if direction is None else rounding_of(forward.model, direction, best.scale)
         assert self.random is not None
@@ -152,11 +152,11 @@ def evaluate(
 
     Args:
         forward: the forward pass.
-        direction: unit norm.
-        decomposition: whose component is followed.
-        component: its number.
-        examples: all analysed ones, in the decomposition's order.
-        request: how.
+        direction: the direction, of unit norm.
+        decomposition: the decomposition.
+        component: the number of the component.
+        examples: all analysed examples, in the decomposition's order.
+        request: the settings.
         rows: the sketch and the PEFs of the decomposition, which predict the first step to try.
 
     Raises:
@@ -212,10 +212,10 @@ def evaluate_together(
     Args:
         forward: the forward pass.
         changes: {parameter: delta} of each.
-        decomposition: whose components are followed.
-        components: their numbers, one a change.
-        examples: all analysed ones, in the decomposition's order.
-        request: how.
+        decomposition: the decomposition.
+        components: the numbers of the components, one for each change.
+        examples: all analysed examples, in the decomposition's order.
+        request: the settings.
         rows: the sketch and the PEFs of the decomposition, which predict the first steps to try.
 
     Raises:
@@ -251,7 +251,7 @@ def evaluate_together(
 
 
 def _size_of(model: nn.Module, change: Mapping[str, LinearDelta]) -> float | None:
-    """‖θ‖ of the parameters that a change moves; None where one is not at hand."""
+    """‖θ‖ of the parameters that a change affects; None if one cannot be read."""
     parameters = bare_parameters(model)
     if not all(name in parameters and is_at_hand(parameters[name]) for name in change):
         return None
@@ -283,7 +283,7 @@ def _watched(
 
 
 def _said_of_labels(top: Watched, others: Watched) -> str:
-    """Over how many labels accuracies or errors are, or why there are none."""
+    """A sentence on the number of labels behind accuracies or errors, or why there are none."""
     counted = sum(watched.truth.labelled for watched in (top, others))
     if not counted:
         return f"nothing is compared with labels: {top.truth.why_none or 'the watched examples have none'}"
@@ -337,7 +337,7 @@ def _effect(
 
 
 def _ratio_interval(a: Tensor, b: Tensor, seed: int) -> tuple[float, float]:
-    """95% of the ratio of means, by drawing examples of both groups with replacement."""
+    """95% bootstrap interval of the ratio of means, by drawing examples of both groups."""
     generator = torch.Generator().manual_seed(seed)
     draws_a = a[torch.randint(len(a), (_BOOTSTRAPS, len(a)), generator=generator)].mean(1)
     draws_b = b[torch.randint(len(b), (_BOOTSTRAPS, len(b)), generator=generator)].mean(1)

@@ -51,7 +51,7 @@ function aboutView() {
           h(
             "p",
             {},
-            "Names that you give stay in this browser. Save them as a file, and hf-npeff takes them over: ",
+            "Names that you give stay in this browser. Save them as a file, which hf-npeff can read: ",
             h("code", {}, "hf-npeff components DIR --names names.json"),
           ),
           h(
@@ -88,7 +88,7 @@ function aboutView() {
         section(
           "Decomposition",
           settings({
-            model: facts.model ?? "rows made elsewhere",
+            model: facts.model ?? "rows not made by hf_npeff",
             revision: facts.revision ?? "–",
             architecture: facts.architecture ?? "–",
             task: facts.task ?? "–",

@@ -105,7 +105,7 @@ function dosesOfSearch(report) {
   return h(
     "div",
     {},
-    h("h3", {}, "By dose"),
+    h("h3", {}, "By step size"),
     lineChart(
       points.map(([scale]) => scale),
       [
@@ -181,7 +181,7 @@ function measurementPanel(j) {
   ].filter(({ values }) => values.some((v) => v !== null));
   return section(
     "On other data",
-    h("p", { class: "small muted" }, `Mean KL in nats on ${plural(measured.n, "example")} that were measured beside these.`),
+    h("p", { class: "small muted" }, `Mean KL in nats on ${plural(measured.n, "example")} of other data.`),
     scales.length > 1
       ? lineChart(scales, lines, {
           label: "Mean KL by the size of the step",

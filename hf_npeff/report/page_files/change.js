@@ -150,7 +150,7 @@ function changeView() {
             ],
             { label: "KL and accuracy along the change", over: "share of the change" },
           ),
-          scroller("Points of the way", ["part", "without", "KL", "answers changed", ...groups], steps),
+          scroller("Steps of the change", ["part", "without", "KL", "answers changed", ...groups], steps),
         ),
         common.length
           ? section(

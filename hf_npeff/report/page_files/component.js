@@ -82,7 +82,7 @@ function topExamples(j) {
           ),
         )
       : null,
-    order.length ? [items, more] : h("p", { class: "muted" }, "Active on no example."),
+    order.length ? [items, more] : h("p", { class: "muted" }, "Not active on any example."),
   );
 }
 
