@@ -71,6 +71,7 @@ runtimes-openvino: $(VENV)/ready-for-test $(RUNTIMES)/openvino/ready ## Adapters
 study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
 	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison --fair-output docs/studies/fair $(ARGS)
 	@$(BIN)/hf-npeff study mechanisms -o docs/studies/mechanisms
+	@$(BIN)/python -m tests.benchmarks.modular_addition
 	@$(BIN)/hf-npeff study minimal_pairs --data planted_cues --data home_assistant --data word_relations -o docs/studies/minimal_pairs
 
 browser: ## Install Chromium where apt can; without it the browser tests are skipped

@@ -342,6 +342,18 @@ def inner(A_i: Tensor, A_j: Tensor) -> float:
     return (_matrix(A_i) * _matrix(A_j)).sum().item()
 
 
+def frequency_shares(waves: Tensor) -> Tensor:
+    """(…, p, k) → (…, (p − 1)/2): share of each frequency in the power over p places, sums of cosines and sines."""
+    p = waves.shape[-2]
+    powers = []
+    for k in range(1, (p - 1) // 2 + 1):
+        cosines = sum(waves[..., t, :].double() * math.cos(2 * math.pi * k * t / p) for t in range(p))
+        sines = sum(waves[..., t, :].double() * math.sin(2 * math.pi * k * t / p) for t in range(p))
+        powers.append((torch.as_tensor(cosines).square() + torch.as_tensor(sines).square()).sum(-1))
+    power = torch.stack(powers, -1)
+    return power / power.sum(-1, keepdim=True)
+
+
 def unit(A: Tensor) -> Tensor:
     """A scaled so that ‖AᵀA‖_F = 1."""
     return A.double() / _matrix(A).norm().sqrt()

@@ -12,6 +12,7 @@ from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.settings import MechanismsConfig
 from hf_npeff.studies.superposition import sparse_features, superposition_model, train_superposition
 from tests import reference
+from tests.benchmarks import modular_addition
 
 pytest.importorskip("sklearn", reason="the command asks for the libraries of the studies")
 
@@ -116,3 +117,30 @@ def test_settings_out_of_range_are_refused(setting: dict[str, Any], named: str) 
     """Oracle: the error names the setting."""
     with pytest.raises(ValueError, match=named):
         MechanismsConfig(**setting)
+
+
+def test_frequencies_are_those_of_a_slow_fourier_sum() -> None:
+    """Oracle: sums of cosines and sines by hand; planted waves; the strength is that of the two waves added up."""
+    p, generator = 7, torch.Generator().manual_seed(0)
+    waves = torch.randn(2, p, 3, generator=generator)
+    assert torch.allclose(modular_addition.spectrum(waves), reference.frequency_shares(waves), atol=1e-6)
+    t = torch.arange(p).double()
+    planted = torch.cos(2 * torch.pi * 2 * t / p + 0.3)[:, None] + 5.0  # the mean does not count
+    assert modular_addition.spectrum(planted).tolist() == pytest.approx([0, 1, 0], abs=1e-9)
+    pairs, x = modular_addition.all_pairs(p)
+    strong = modular_addition.strengths(pairs, p)
+    for k in range(1, 4):
+        wave = torch.stack([torch.cos(2 * torch.pi * k * t / p), torch.sin(2 * torch.pi * k * t / p)], 1)
+        assert torch.allclose((x.double() @ wave).square().sum(1) / 4, strong[:, k - 1])
+    assert len(pairs) == 28 and bool((x.sum(1) == 2).all())
+
+
+def test_a_network_that_adds_is_held_against_its_frequencies() -> None:
+    """Oracle: it adds every pair rightly; its neurons are nearer to waves than random directions are."""
+    found = modular_addition.measured(5, steps=200, seed=1, n_restarts=1)
+    rows = found["rows"]
+    assert found["accuracy"] == 1
+    share = modular_addition.MEASURES[0]
+    assert rows["the network's neurons"][share] > rows["random directions"][share]
+    text = modular_addition.page([found], 5, 1.0)
+    assert all(f"| {row} |" in text for row in rows) and "right on at least 100%" in text

@@ -145,6 +145,8 @@ _READING = """How to read it:
 - **Weights untrained** is the same analysis of a model with random weights, against its own columns. That such a model
   does well too is no surprise: an input that is not there moves no weight of its column, trained or not. What training
   adds is the difference between the two rows; a similarity near 1 alone does not show that a model has learned.
+- In these toys an input is at work in its own column only, which makes them easy. For a circuit in which all parts work
+  on every input, modular addition, see [its page](modular_addition.md).
 - Published methods rebuild W as a sum of components and are trained for it; NPEFF sees only how predictions move. The
   figures are those that their authors give, on models of their own training.
 """
