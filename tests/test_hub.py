@@ -264,7 +264,7 @@ def test_revisions_folders_tokens_and_the_cache(world: World) -> None:
         "path": ("OSError", "neither a folder"),
         "not_ours": ("FormatVersionError", "not written by hf_npeff"),
         "empty": ("OSError", "holds no files of hf_npeff"),
-        "pefs": ("CorruptStoreError", "not a decomposition"),
+        "pefs": ("CorruptStoreError", "not the config of a decomposition"),
         "bad_token": ("OSError", "alice/secret"),
     }
     for name, (kind, part) in expected.items():
