@@ -140,3 +140,28 @@ def test_a_model_that_fails_with_its_cache_alone_is_analysed_without_one() -> No
     pefs = analyzer_of(model, rank=4).compute_pefs(data, progress=False)
     handle.remove()
     torch.testing.assert_close(pefs.factors, expected.factors)
+
+
+def test_a_model_that_fails_with_its_cache_and_differs_without_is_refused() -> None:
+    """Oracle: a number that grows with every pass is added to the logits; no random generator moves."""
+    model: Any = tiny_model("llama", dtype=torch.float64)
+    passes: list[int] = []
+
+    def fails(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs.get("use_cache") is not False:
+            raise RuntimeError("no cache here")
+        passes.append(1)
+
+    model.register_forward_pre_hook(fails, with_kwargs=True)
+    model.lm_head.register_forward_hook(lambda module, args, out: out * len(passes))
+    with pytest.raises(UnsupportedModelError, match="between passes"):
+        analyzer_of(model, rank=4).compute_pefs(tiny_batch(model, 3, seed=3), progress=False)
+
+
+def test_positions_that_run_on_do_not_hide_a_layer_that_comes_twice() -> None:
+    """Oracle: the same model without position_ids is refused; positions 0, 1, … are those that it counts itself."""
+    model: Any = tiny_model("llama", dtype=torch.float64)
+    model.model.layers[1] = model.model.layers[0]
+    data = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in tiny_batch(model, 3, seed=3)]
+    with pytest.raises(UnsupportedModelError, match="use_cache"):
+        analyzer_of(model, rank=4).compute_pefs(data, progress=False)

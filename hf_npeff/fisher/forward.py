@@ -327,8 +327,9 @@ class ForwardPass:
         Raises:
             UnsupportedModelError: see `repeatable.check_repeatable`.
         """
-        # Documents that are packed into one sequence, as their positions say, are told apart without a cache only.
-        packed = "position_ids" in example.inputs
+        # Documents packed into one sequence, whose positions begin again, are kept apart only without a cache.
+        positions = example.inputs.get("position_ids")
+        packed = positions is not None and bool((torch.as_tensor(positions).diff(dim=-1) != 1).any())
         check_repeatable(
             self.model,
             self.device,

@@ -31,7 +31,7 @@ from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.directions import ParameterDirection, as_direction
 from hf_npeff.weights.explaining import Grown, Seen, Watched, explained_change, shuffled
 from hf_npeff.weights.measurement import check_groups, is_linear
-from hf_npeff.weights.row_products import Change, random_change, row_products
+from hf_npeff.weights.row_products import AnalysedChange, random_change, row_products
 
 
 class ExplainedModel(MeasuredModel, EditedModel):
@@ -195,7 +195,11 @@ class ExplainedModel(MeasuredModel, EditedModel):
         norm, size = inner(ours, ours) ** 0.5, sum(value.numel() for value in ours.values())
         anywhere = {name: norm * (value.numel() / size) ** 0.5 for name, value in ours.items()}
         where_it_is = {name: float(value.norm()) for name, value in ours.items()}
-        changes: list[Change] = [ours, random_change(ours, anywhere, request.seed), shuffled(ours, request.seed)]
+        changes: list[AnalysedChange] = [
+            ours,
+            random_change(ours, anywhere, request.seed),
+            shuffled(ours, request.seed),
+        ]
         changes += [random_change(ours, where_it_is, request.seed + k) for k in range(1, 1 + RANDOM)]
         assert pefs.cotangents is not None
         with self.forward_pass() as forward:

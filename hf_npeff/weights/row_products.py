@@ -46,11 +46,11 @@ class Factors:
         return self.B @ self.A
 
 
-Change = Mapping[str, Tensor | Factors]
+AnalysedChange = Mapping[str, Tensor | Factors]
 """{analysed parameter: its change, a matrix (out, in) for a linear map}."""
 
 
-def random_change(like: Mapping[str, Tensor], norms: Mapping[str, float], seed: int) -> Change:
+def random_change(like: Mapping[str, Tensor], norms: Mapping[str, float], seed: int) -> AnalysedChange:
     """A random change without a preferred direction, of the shapes of `like`, with a given norm in every weight.
 
     Large matrices are products of Gaussian factors: ⟨g, BA⟩ has mean 0 and variance ‖g‖² norm² / (out · in), which is
@@ -71,7 +71,7 @@ def random_change(like: Mapping[str, Tensor], norms: Mapping[str, float], seed: 
 class _Products(Receiver):
     """A receiver that takes the rows' inner products with changes."""
 
-    def __init__(self, changes: Sequence[Change]):
+    def __init__(self, changes: Sequence[AnalysedChange]):
         self._changes = changes
         self.products = torch.zeros(0, 0, len(changes))
         self._row = 0
@@ -110,7 +110,7 @@ def row_products(
     forward: ForwardPass,
     examples: Sequence[Example],
     cotangents: Tensor,
-    changes: Sequence[Change],
+    changes: Sequence[AnalysedChange],
     batch_size: int,
 ) -> Tensor:
     """⟨A_ic, Δ_m⟩ of unscaled rows, float64 (n, c, m).
@@ -161,7 +161,7 @@ def _add_parameters(
     forward: ForwardPass,
     examples: Sequence[Example],
     cotangents: Tensor,
-    changes: Sequence[Change],
+    changes: Sequence[AnalysedChange],
     total: Tensor,
 ) -> None:
     """Add the products for parameters that hooks do not see, by plain autograd, one example at a time."""
