@@ -1,4 +1,7 @@
-"""Studies of what a decomposition finds: each is one call, with settings of `studies.settings` and a `StudyResult`."""
+"""Studies of what a decomposition finds.
+
+Each is one call that takes settings from `studies.settings` and returns a `StudyResult`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

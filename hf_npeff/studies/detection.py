@@ -1,7 +1,7 @@
 """Scores of ratings: how well raters tell a feature's held-out examples from distractors, and how far they agree.
 
-Detection accuracy is the mean of the share of members picked and the share of distractors left: chance is one half,
-however many are picked.
+Detection accuracy is the mean of two shares: the members that were picked, and the distractors that were not. Chance is
+one half, however many examples are picked.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Detection:
     """A method's detection accuracy.
 
     Attributes:
-        method: its name.
-        tasks: how many were answered by someone.
-        accuracy: mean over its tasks of the mean over raters; 0.5 is chance.
-        interval: 95%, by bootstrap over tasks.
-        alpha: Krippendorff's, nominal, over its tasks' choices; None with fewer than two raters of a task.
+        method: the name of the method.
+        tasks: how many of its tasks at least one rater answered.
+        accuracy: the mean over its tasks of the mean over raters; 0.5 is chance.
+        interval: the 95% interval of the accuracy, by bootstrap over tasks.
+        alpha: Krippendorff's alpha for nominal values, over the choices of its tasks; None if no task has two raters.
     """
 
     method: str
@@ -42,13 +42,13 @@ class RatingsResult(StudyResult):
     """The outcome of `score_ratings`.
 
     Attributes:
-        study: its id.
-        raters: {name: tasks answered}.
-        detection: a row a method.
-        alpha: over all tasks.
-        unanswered: {rater: {task: why, or "no answer"}}.
-        excluded: {method and feature: why it had no task}.
-        themes: {task: {rater: theme}}, with the key's method and feature.
+        study: the id of the study.
+        raters: {rater: how many tasks they answered}.
+        detection: the detection accuracy of each method.
+        alpha: Krippendorff's alpha over all tasks, or None.
+        unanswered: {rater: {task: the reason, or "no answer"}}.
+        excluded: {method and feature: the reason why it has no task}.
+        themes: {task: {rater: theme}}, with the method and the feature from the key.
     """
 
     study: str
@@ -70,7 +70,7 @@ class RatingsResult(StudyResult):
         }
 
     def table(self) -> str:
-        """A row a method, and what is missing."""
+        """A table with a row for each method; below it, the unanswered tasks and the features without a task."""
         rows = [
             [d.method, d.tasks, number(d.accuracy), f"{d.interval[0]:.2f}–{d.interval[1]:.2f}", number(d.alpha, 2)]
             for d in self.detection
@@ -79,12 +79,14 @@ class RatingsResult(StudyResult):
         lines.append(f"Krippendorff's alpha over all tasks: {number(self.alpha, 2)}; {len(self.raters)} raters.")
         for rater, missing in self.unanswered.items():
             if missing:
-                lines.append(f"{rater} left {len(missing)} tasks: {'; '.join(sorted(set(missing.values())))}.")
+                lines.append(
+                    f"{rater} did not answer {len(missing)} tasks: {'; '.join(sorted(set(missing.values())))}."
+                )
         lines += [f"No task for {what}: {why}." for what, why in self.excluded.items()]
         return "\n".join(lines)
 
     def draw(self, figure: Any) -> None:
-        """Detection accuracy with its interval, method by method."""
+        """The detection accuracy of each method, with its interval."""
         axes = figure.add_subplot()
         for position, d in enumerate(self.detection):
             spread = [[max(d.accuracy - d.interval[0], 0)], [max(d.interval[1] - d.accuracy, 0)]]
@@ -95,22 +97,22 @@ class RatingsResult(StudyResult):
 
 
 def detection_accuracy(members: Sequence[bool], picked: Sequence[int]) -> float:
-    """Mean of the share of members picked and the share of distractors left; 0.5 is chance.
+    """The mean of the share of members picked and the share of distractors not picked; 0.5 is chance.
 
     Raises:
         ValueError: if there are no members, or no distractors.
     """
     if all(members) or not any(members):
-        raise ValueError("detection needs members and distractors")
+        raise ValueError("detection accuracy needs at least one member and one distractor")
     hits = sum(members[i] for i in picked)
     false = len(picked) - hits
     return (hits / sum(members) + 1 - false / (len(members) - sum(members))) / 2
 
 
 def krippendorff_alpha(ratings: Sequence[Sequence[float]]) -> float | None:
-    """Krippendorff's alpha for nominal values, raters × units, NaN where a rater did not answer.
+    """Krippendorff's alpha for nominal values (raters × units), which are NaN if a rater did not answer.
 
-    None where it is undefined: no unit has two ratings, or all ratings are equal.
+    It is None if it is undefined: no unit has two ratings, or all ratings are equal.
 
     Raises:
         ModuleNotFoundError: if `krippendorff` is not installed.
@@ -125,14 +127,14 @@ def krippendorff_alpha(ratings: Sequence[Sequence[float]]) -> float | None:
 
 
 def score_ratings(study: RatingStudy, answers: Sequence[Answers]) -> RatingsResult:
-    """Detection accuracy per method, and how far raters agree.
+    """The detection accuracy of each method, and how far raters agree.
 
     Args:
-        study: with its key.
-        answers: one a rater.
+        study: the study, with its key.
+        answers: the answers of each rater.
 
     Raises:
-        ValueError: if there are none, two are of one rater, or they are of another study.
+        ValueError: if there are no answers, two are by the same rater, or they belong to another study.
 
     Example:
         >>> from hf_npeff.studies.ratings import Answers
@@ -141,7 +143,7 @@ def score_ratings(study: RatingStudy, answers: Sequence[Answers]) -> RatingsResu
     """
     names = [a.rater for a in answers]
     if not answers or len(set(names)) < len(names):
-        raise ValueError(f"expected answers of different raters, but got {names or 'none'}")
+        raise ValueError(f"expected the answers of different raters, but got {names or 'none'}")
     for rater in answers:
         study.check(rater, f"the answers of {rater.rater}")
     methods = list(dict.fromkeys(sorted(key.method for key in study.key.values())))
@@ -175,7 +177,7 @@ def _task_score(study: RatingStudy, task: str, answers: Sequence[Answers]) -> fl
 
 
 def _alpha(study: RatingStudy, tasks: Sequence[RatingTask], answers: Sequence[Answers]) -> float | None:
-    """Over every choice of the tasks as a unit: picked or not."""
+    """Krippendorff's alpha, where each choice of each task is a unit that was picked or not."""
     if len(answers) < 2:
         return None
 

@@ -1,7 +1,7 @@
-"""How well the features of several methods match annotated attributes that they never saw.
+"""How well the features of several methods match annotated attributes that the methods never saw.
 
-For every attribute the best feature is chosen on one half of the examples and measured on the other. Nothing is dropped
-in silence: attributes that cannot be measured are reported with the reason.
+For every attribute, the best feature is chosen on one half of the examples and measured on the other half. Attributes
+that cannot be measured are reported with the reason.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AttributeScore:
-    """One attribute as one method finds it.
+    """How well one method finds one attribute.
 
     Attributes:
-        attribute: its name.
-        feature: the best one on the first half.
-        auroc: on the other half.
-        average_precision: on the other half.
-        base_rate: share of the other half that has it: the average precision of chance.
-        purity: share of the feature's top examples of the other half that have it.
-        threshold: the threshold of the feature's coefficient, chosen on the first half.
+        attribute: the name of the attribute.
+        feature: the number of the feature that is best on the first half.
+        auroc: the AUROC of this feature on the other half.
+        average_precision: the average precision of this feature on the other half.
+        base_rate: the share of the other half that has the attribute, which is the average precision of chance.
+        purity: the share of the feature's top examples, on the other half, that have the attribute.
+        threshold: the threshold for the feature's coefficient, chosen on the first half.
     """
 
     attribute: str
@@ -65,22 +65,23 @@ class AttributeScore:
 
 @dataclass(frozen=True)
 class MethodScore:
-    """One method's row.
+    """The scores of one method.
 
     Attributes:
-        method: its name.
-        features: r.
-        attributes: one score each.
-        mean_auroc: over the attributes.
-        mean_average_precision: over the attributes.
-        found: attributes with an AUROC of at least `found_at`.
-        at_once: mean number of its attributes found in an example of the other half that has two or more.
-        possible: mean number of attributes of these examples.
-        wrong: mean number of attributes that these examples are said to have and lack.
-        all_at_once: share of these examples of which every attribute is found.
-        purity: mean over the attributes' features.
-        stability: mean |correlation| of matched features between seeds; NaN with one seed.
-        seconds: that the method took.
+        method: the name of the method.
+        features: the number of features, r.
+        attributes: the score for each attribute.
+        mean_auroc: the mean AUROC over the attributes.
+        mean_average_precision: the mean average precision over the attributes.
+        found: how many attributes have an AUROC of at least `found_at`.
+        at_once: for examples of the other half that have two or more attributes, the mean number of these that are
+            found.
+        possible: the mean number of attributes of these examples.
+        wrong: the mean number of attributes that are found in these examples although they lack them.
+        all_at_once: the share of these examples in which every attribute is found.
+        purity: the mean purity over the attributes.
+        stability: the mean |correlation| of matched features between seeds; NaN with one seed.
+        seconds: the seconds that the method took.
     """
 
     method: str
@@ -111,14 +112,14 @@ class FactorsResult(StudyResult):
     """The outcome of `run_factors`.
 
     Attributes:
-        methods: a row each.
-        excluded: {attribute: why it was not measured}.
-        missing: {attribute: examples without annotation, left out for this attribute only}.
-        n: examples, before the halves are made.
+        methods: the scores of each method.
+        excluded: {attribute: the reason why it was not measured}.
+        missing: {attribute: how many examples are not annotated}; these are left out for this attribute only.
+        n: the number of examples in both halves together.
         halves: (n,) bool, True for the half on which features are measured.
         config: the settings.
         facts: {method: its settings and diagnostics}.
-        selectivity: {method: KL ratio} where it was measured.
+        selectivity: {method: KL ratio}, for the methods for which it was measured.
     """
 
     methods: list[MethodScore]
@@ -144,7 +145,7 @@ class FactorsResult(StudyResult):
         }
 
     def table(self) -> str:
-        """A row a method."""
+        """A table with a row for each method."""
         header = ["method", "features", "mean AUROC", "mean AP", f"found (≥ {self.config.found_at:g})", "at once"]
         header += ["wrong", "purity", "stability", "KL ratio", "seconds"]
         rows = []
@@ -173,13 +174,13 @@ class FactorsResult(StudyResult):
         return "\n".join(lines)
 
     def draw(self, figure: Any) -> None:
-        """Every attribute's AUROC, method by method, the best found on the left."""
+        """The AUROC of every attribute for each method, from the attribute that is found best to the worst."""
         axes = figure.add_subplot()
         for row in self.methods:
             values = sorted((score.auroc for score in row.attributes), reverse=True)
             axes.plot(range(1, len(values) + 1), values, marker=".", label=f"{row.method} ({row.mean_auroc:.2f})")
         axes.axhline(self.config.found_at, color="gray", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="attributes, the best found first", ylabel="AUROC on the other half", ylim=(0.4, 1.02))
+        axes.set(xlabel="attributes, from best found to worst", ylabel="AUROC on the other half", ylim=(0.4, 1.02))
         axes.legend(title="mean AUROC", frameon=False, fontsize=8)
 
 
@@ -190,17 +191,17 @@ def run_factors(
     *,
     seeds: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> FactorsResult:
-    """Measure what methods find of annotated attributes.
+    """Measure how well the features of methods match annotated attributes.
 
     Args:
-        methods: coefficients for the same n examples each.
+        methods: the results of the methods, each with coefficients for the same n examples.
         attributes: the attributes of these examples.
-        config: settings.
-        seeds: {method: coefficients (n, r) of further fits with other seeds}, for the stability.
+        config: the settings.
+        seeds: {method: coefficients (n, r) of fits with further seeds}, for the stability.
 
     Raises:
-        ValueError: if there are no methods, two have one name, they are of other examples than the attributes, or no
-            attribute can be measured.
+        ValueError: if there are no methods, two have the same name, their number of examples is not that of the
+            attributes, or no attribute can be measured.
 
     Example:
         >>> from hf_npeff.baselines import MethodResult
@@ -216,7 +217,7 @@ def run_factors(
     for method in methods:
         if len(method.coefficients) != n:
             raise ValueError(
-                f"{method.name} has coefficients of {len(method.coefficients)} examples, and the attributes are of {n}"
+                f"{method.name} has coefficients for {len(method.coefficients)} examples, but the attributes have {n}"
             )
     few = attributes.counts < config.at_least
     other_half = ~first_half(n, config.seed)
@@ -249,8 +250,8 @@ def _measurable(
             usable.append(a)
         else:
             excluded[name] = (
-                f"in the halves {counts[0]} and {counts[2]} examples have it, {counts[1]} and {counts[3]} lack it: "
-                f"fewer than {min_count}"
+                f"the two halves have {counts[0]} and {counts[2]} examples with it, {counts[1]} and {counts[3]} "
+                f"without it: fewer than {min_count}"
             )
     return usable, excluded
 
