@@ -93,11 +93,11 @@ def test_every_method_has_its_controls_and_the_page_is_that_of_its_results(
     assert row["attributes"]["odd"] == 1 and row["layer by attribute"]["odd"] == 1 and row["stability"] > 0
     assert row["random weights"] == pytest.approx(sum(row["attributes"].values()) / 2)
     assert "random directions, alone" in result.rows and result.rows["NPEFF, alone"]["layer by attribute"] is None
-    assert result.told["first"] > 0.9 and "first" in result.kinds()["told by the output"]
+    assert result.output_auroc["first"] > 0.9 and "first" in result.kinds()["predictable from the output"]
     assert [p["components"] for p in result.curve] == [2, 4] and all(
         p["distinct"] <= p["components"] for p in result.curve
     )
-    assert result.difference("planted, alone", "planted, alone", "told by the output") == (0, 0, 0)
+    assert result.difference("planted, alone", "planted, alone", "predictable from the output") == (0, 0, 0)
     for name in ("SAE", "activations, k-means"):  # the page names them
         result.rows[f"{name}, alone"] = row
     page = FairOverview({"tiny": result}, "a command")
@@ -133,9 +133,9 @@ def test_the_first_paragraph_says_who_is_ahead_by_intervals() -> None:
     rows = {row: {"attributes": each} for row, each in scores.items()}
     result = FairResult(rows, dict.fromkeys(ours, 0.95), [], FairConfig(), {})
     said = FairOverview({"tiny": result}, "").verdict()
-    assert "activations, NMF, alone is best: mean AUROC 0.90" in said and "number 2 of 4" in said
+    assert "the best is activations, NMF, alone, with a mean AUROC of 0.90" in said and "place 2 of 4" in said
     assert "NPEFF is ahead of SAE (0.10, 0.10 to 0.10); behind NMF of hidden states (-0.10, -0.10 to -0.10)" in said
-    assert "not told apart from NMF on PEFs (0.00, " in said
+    assert "not distinguishable from NMF on PEFs (0.00, " in said
 
 
 def _inputs(example: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -143,7 +143,8 @@ def _inputs(example: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "named"), [({"sizes": (8, 4)}, "sizes"), ({"told_at": 0.3}, "told_at"), ({"sae_steps": 0}, "sae_steps")]
+    ("setting", "named"),
+    [({"sizes": (8, 4)}, "sizes"), ({"predictable_at": 0.3}, "predictable_at"), ({"sae_steps": 0}, "sae_steps")],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any], named: str) -> None:
     """Oracle: the error names the setting."""

@@ -1,8 +1,9 @@
-"""Fair readings and controls: every method read both ways and at every layer, beside controls that a sceptic asks for.
+"""Fair readings and controls: every method is read in both ways and at every layer, and compared with controls.
 
-Attributes that the model's output tells are measured apart from those that it does not: NPEFF sees how predictions
-depend on weights, so only the former are its claim. Controls: the same model with random weights, attributes of other
-examples, random directions among the rows, and how many distinct components there are as their number grows.
+Attributes that can be predicted from the model's output are measured apart from the others. NPEFF sees how predictions
+depend on weights, so it claims to find only the former. The controls are: the same model with random weights;
+attributes of other examples; random directions among the rows; and the number of distinct components as the number of
+components grows.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from hf_npeff.studies.result import StudyResult, markdown, number
 from hf_npeff.studies.rival_settings import FairConfig
 
 _AT_LEAST = 5
-"""Examples that have, and that lack, an attribute in each half, as in `FactorsConfig`."""
+"""The least number of examples that have, and that lack, an attribute in each half, as in `FactorsConfig`."""
 _SAME = 0.9
-"""|Cosine| from which two components are one. Chosen: as for the stability of components."""
+"""Two components with at least this |cosine| count as the same. Chosen: as for the stability of components."""
 _RESTARTED = 64
-"""Components up to which the splitting curve has two starts; above them one, for the time they take."""
+"""Up to this number of components the splitting curve has two starts. Above it has one, because of the time."""
 
 
 @dataclass
@@ -43,14 +44,14 @@ class FairResult(StudyResult):
     Attributes:
         rows: {method and reading: {"attributes": {attribute: AUROC}, "layer by attribute": the same or None,
             "shuffled": mean, "random weights": mean or None, "stability": number or None}}.
-        told: {attribute: AUROC of a probe of the model's output}.
-        curve: one dictionary for each number of components.
-        facts: about the data and the fits, as JSON types.
+        output_auroc: {attribute: the AUROC of a probe of the model's output}.
+        curve: the splitting curve, with a dictionary for each number of components.
+        facts: figures about the data and the fits, as JSON types.
         config: the settings.
     """
 
     rows: dict[str, dict[str, Any]]
-    told: dict[str, float]
+    output_auroc: dict[str, float]
     curve: list[dict[str, Any]]
     config: FairConfig
     facts: dict[str, Any] = field(default_factory=dict)
@@ -64,13 +65,17 @@ class FairResult(StudyResult):
     def from_dict(cls, values: Mapping[str, Any]) -> FairResult:
         """What `to_dict` wrote, also after a file."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["config"].items()}
-        return cls(values["rows"], values["told"], values["curve"], FairConfig(**given), values["facts"])
+        return cls(values["rows"], values["output_auroc"], values["curve"], FairConfig(**given), values["facts"])
 
     def kinds(self) -> dict[str, list[str]]:
-        """{"told by the output": attributes, "not told": attributes}."""
-        each = {"told by the output": [], "not told": []}  # type: dict[str, list[str]]
+        """The attributes in two groups: {"predictable from the output": attributes, "not predictable": attributes}."""
+        each = {"predictable from the output": [], "not predictable": []}  # type: dict[str, list[str]]
         for name in next(iter(self.rows.values()))["attributes"]:
-            kind = "told by the output" if self.told.get(name, 0.0) >= self.config.told_at else "not told"
+            kind = (
+                "predictable from the output"
+                if self.output_auroc.get(name, 0.0) >= self.config.predictable_at
+                else "not predictable"
+            )
             each[kind].append(name)
         return each
 
@@ -81,11 +86,13 @@ class FairResult(StudyResult):
         return statistics.mean(scores[a] for a in names) if names else None
 
     def table(self) -> str:
-        """A row a method and reading, the best on what the output tells first; then the splitting curve."""
+        """A table with a row for each method and reading, the best on predictable attributes first; then the curve."""
         kinds = self.kinds()
         header = ["method, reading", *(f"{kind} ({len(names)})" for kind, names in kinds.items()), "all",
                   "layer by attribute", "shuffled", "random weights", "stability"]  # fmt: skip
-        order = sorted(self.rows, key=lambda row: -(self.mean(row, "told by the output") or self.mean(row) or 0.0))
+        order = sorted(
+            self.rows, key=lambda row: -(self.mean(row, "predictable from the output") or self.mean(row) or 0.0)
+        )
         body = []
         for row in order:
             cells = [self.mean(row, kind) for kind in kinds] + [self.mean(row), self.mean(row, None, _BY_ATTRIBUTE)]
@@ -99,19 +106,19 @@ class FairResult(StudyResult):
         return f"{markdown(header, body)}\n\nNumber of components:\n\n{markdown(list(columns.values()), curve)}"
 
     def draw(self, figure: Any) -> None:
-        """Mean AUROC on what the output tells against what it does not, a dot a method and reading."""
+        """Mean AUROC on predictable attributes against the others, with a dot for each method and reading."""
         axes = figure.add_subplot()
-        told, other = self.kinds()
+        predictable, other = self.kinds()
         for row in self.rows:
-            x, y = self.mean(row, other), self.mean(row, told)
+            x, y = self.mean(row, other), self.mean(row, predictable)
             if x is not None and y is not None:
                 axes.scatter([x], [y], color="C0" if row.startswith("NPEFF") else "gray", s=14)
                 axes.annotate(row, (x, y), fontsize=5, xytext=(3, 0), textcoords="offset points")
         axes.axhline(0.5, color="gray", linewidth=0.6, linestyle=":")
-        axes.set(xlabel="mean AUROC, attributes that the output does not tell", ylabel="attributes that it tells")
+        axes.set(xlabel="mean AUROC, not predictable from the output", ylabel="mean AUROC, predictable")
 
     def difference(self, one: str, other: str, kind: str) -> tuple[float, float, float]:
-        """Mean difference of AUROC of two rows over the attributes of a kind, with its bootstrap interval over them.
+        """The mean difference of the AUROCs of two rows over the attributes of a kind, with its bootstrap interval.
 
         Raises:
             ValueError: if there are no attributes of that kind.
@@ -127,13 +134,13 @@ _BY_ATTRIBUTE = "layer by attribute"
 def run_fair(
     analyzer: NPEFFAnalyzer, dataset: Any, attributes: Attributes, position: Any, config: FairConfig | None = None
 ) -> FairResult:
-    """Fit every method, read it both ways and at every layer, and measure it beside its controls.
+    """Fit every method, read it in both ways and at every layer, and compare it with its controls.
 
     Args:
         analyzer: the analyzer of the model.
         dataset: as for `NPEFFAnalyzer.compute_pefs`.
-        attributes: of its examples.
-        position: "first" or "last", where hidden states are read.
+        attributes: the attributes of its examples.
+        position: the token at which hidden states are read, "first" or "last".
         config: the settings.
 
     Raises:
@@ -169,10 +176,10 @@ def run_fair(
         }
     said = answers(analyzer, dataset, config.batch_size)
     outputs = torch.stack([said.distribution(z).logits.flatten() for z in said.logits])
-    told = linear_probes(nn.functional.log_softmax(outputs, dim=1), measured, choose=choose)
+    output_auroc = linear_probes(nn.functional.log_softmax(outputs, dim=1), measured, choose=choose)
     curve = [_point(pefs, r, measured, choose, config) for r in config.sizes if r <= len(pefs) * pefs.rank]
     facts = {"examples": len(pefs), "sketch error": pefs.sketch_error, **fits[0][1]}
-    return FairResult(rows, told, curve, config, facts)
+    return FairResult(rows, output_auroc, curve, config, facts)
 
 
 def _permutation(n: int, seed: int) -> Tensor:
@@ -194,12 +201,13 @@ def measurable(attributes: Attributes, choose: Tensor) -> Attributes:
 def found_by(
     layers: Sequence[Tensor], attributes: Attributes, choose: Tensor
 ) -> tuple[dict[str, float], dict[str, float], int]:
-    """Every attribute's AUROC by its best feature: of the layer that is best for all, and of the best for each.
+    """The AUROC of each attribute's best feature, at the best layer for all attributes and at the best for each.
 
-    Layers and features are chosen on the examples `choose` and measured on the others.
+    Layers and features are chosen on the examples in `choose` and measured on the others.
 
     Returns:
-        {attribute: AUROC} of one layer, the same of the layer by attribute, and the number of the one layer.
+        {attribute: AUROC} at the layer that is best for all, the same at the best layer for each, and the number of the
+        former layer.
     """
     first = torch.zeros(len(layers), len(attributes.names), dtype=torch.float64)
     other = torch.zeros_like(first)
@@ -231,7 +239,7 @@ def _fits(
 
 
 def random_directions(pefs: PEFs, r: int, seed: int) -> Readings:
-    """A dictionary that nothing was fitted for: random combinations of the rows, read as components are."""
+    """A dictionary that was not fitted: random combinations of the rows, read in the same way as components."""
     n, c, d = pefs.factors.shape
     mixing = torch.randn(r, n * c, generator=torch.Generator().manual_seed(seed))
     G = nn.functional.normalize(mixing @ pefs.factors.reshape(n * c, d).float(), dim=1)
@@ -241,7 +249,7 @@ def random_directions(pefs: PEFs, r: int, seed: int) -> Readings:
 
 
 def analyzer_with_random_weights(analyzer: NPEFFAnalyzer, seed: int) -> NPEFFAnalyzer:
-    """The same analysis of the same architecture before training; the global random state is left as it was."""
+    """The same analysis of the same architecture with random weights; the global random state is not changed."""
     model: Any = analyzer.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -250,7 +258,7 @@ def analyzer_with_random_weights(analyzer: NPEFFAnalyzer, seed: int) -> NPEFFAna
 
 
 def distinct(directions: Tensor, same: float = _SAME) -> int:
-    """How many groups unit directions (r, d) fall into, where |cosine| ≥ `same` joins two, and so their groups."""
+    """How many groups unit directions (r, d) form, where two with |cosine| ≥ `same` are in the same group."""
     joined = (directions @ directions.T).abs() >= same
     left, groups = set(range(len(directions))), 0
     while left:
@@ -263,7 +271,7 @@ def distinct(directions: Tensor, same: float = _SAME) -> int:
 
 
 def _point(pefs: PEFs, r: int, attributes: Attributes, choose: Tensor, config: FairConfig) -> dict[str, Any]:
-    """One number of components of the splitting curve."""
+    """The point of the splitting curve for one number of components."""
     starts = 2 if r <= _RESTARTED else 1
     decomposition = NPEFF(r, n_restarts=starts, seed=config.seed).fit(pefs)
     W, N = decomposition.explain(pefs)

@@ -11,7 +11,7 @@ from typing import Any
 from hf_npeff.studies.fair import FairResult
 from hf_npeff.studies.result import StudyResult, markdown, number
 
-_TOLD = "told by the output"
+_PREDICTABLE = "predictable from the output"
 _GROUPS = {
     "NPEFF": ("NPEFF", "NPEFF, power 0.5", "NPEFF, power 0.25"),
     "gradient clustering": ("gradient clustering",),
@@ -25,7 +25,7 @@ _GROUPS = {
     "NMF of hidden states": ("activations, NMF",),
     "random directions": ("random directions",),
 }
-"""What the first paragraph names, and its methods; each with the reading that is best over the data sets."""
+"""The names of the first paragraph, each with its methods; the best reading over the data sets stands for them."""
 
 
 class FairOverview(StudyResult):
@@ -33,7 +33,7 @@ class FairOverview(StudyResult):
 
     Args:
         results: {data set: its result}.
-        command: what made them.
+        command: the command that made them.
 
     Raises:
         ValueError: if there are none.
@@ -41,13 +41,13 @@ class FairOverview(StudyResult):
 
     def __init__(self, results: Mapping[str, FairResult], command: str):
         if not results:
-            raise ValueError("a page needs the results of one data set at least")
+            raise ValueError("a page needs the results of at least one data set")
         self.results = dict(results)
         self.command = command
 
     @classmethod
     def read(cls, path: Path) -> FairOverview:
-        """What `write` left in result.json."""
+        """Read the result.json that `write` wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
         return cls({k: FairResult.from_dict(v) for k, v in content["data"].items()}, content["command"])
 
@@ -57,17 +57,17 @@ class FairOverview(StudyResult):
         return {"study": "fair", "command": self.command, "data": data}
 
     def rows(self) -> list[str]:
-        """Methods and readings, the best on what the output tells first."""
+        """The methods and readings, sorted by `mean`, the best first."""
         names = next(iter(self.results.values())).rows
         return sorted(names, key=lambda row: -self.mean(row))
 
     def mean(self, row: str) -> float:
-        """Mean over the data sets of the mean AUROC on what the output tells, or on everything where it tells none."""
-        each = [r.mean(row, _TOLD if r.kinds()[_TOLD] else None) for r in self.results.values()]
+        """The mean over the data sets of the mean AUROC on predictable attributes (on all, if none is)."""
+        each = [r.mean(row, _PREDICTABLE if r.kinds()[_PREDICTABLE] else None) for r in self.results.values()]
         return statistics.mean(value for value in each if value is not None)
 
     def table(self) -> str:
-        """A row a method and reading; every cell holds the data sets in their order."""
+        """A table with a row for each method and reading; every cell has the values of the data sets in their order."""
         body = []
         for row in self.rows():
             cells: list[list[float | None]] = []
@@ -76,8 +76,8 @@ class FairOverview(StudyResult):
                 values += [result.mean(row, None, "layer by attribute")]
                 cells.append(values + [result.rows[row][k] for k in ("shuffled", "random weights", "stability")])
             body.append([row, *(" · ".join(number(v, 2) for v in column) for column in zip(*cells, strict=True))])
-        header = ["method, reading", "told by the output", "not told", "all, layer by attribute", "shuffled",
-                  "random weights", "stability"]  # fmt: skip
+        header = ["method, reading", "predictable from the output", "not predictable", "all, layer by attribute",
+                  "shuffled", "random weights", "stability"]  # fmt: skip
         return markdown(header, body)
 
     def curve(self) -> str:
@@ -92,7 +92,7 @@ class FairOverview(StudyResult):
         return markdown(header, body)
 
     def draw(self, figure: Any) -> None:
-        """Mean AUROC on what the output tells and on the rest, a panel a data set."""
+        """Mean AUROC on predictable attributes and on the others, with a panel for each data set."""
         order = list(reversed(self.rows()))
         for panel, (name, result) in enumerate(self.results.items()):
             axes = figure.add_subplot(1, len(self.results), panel + 1)
@@ -103,10 +103,10 @@ class FairOverview(StudyResult):
                         color = "C0" if row.startswith("NPEFF") else "gray"
                         axes.plot([value], [place], marker, color=color, markersize=3)
             axes.set_yticks(range(len(order)), order if panel == 0 else [], fontsize=5)
-            axes.set(title=name.replace("_", " "), xlabel="AUROC (dots: told by the output)", xlim=(0.4, 1.0))
+            axes.set(title=name.replace("_", " "), xlabel="AUROC (dots: predictable from the output)", xlim=(0.4, 1.0))
 
     def verdict(self) -> str:
-        """What wins and what loses: the first of all, NPEFF's place, and whom it is ahead of on each data set."""
+        """Which method is best, which place NPEFF has, and which methods it is ahead of on each data set."""
         order = self.rows()
         best: dict[str, str] = {}
         for row in reversed(order):  # so that the best of each stays
@@ -114,57 +114,63 @@ class FairOverview(StudyResult):
         ours = best.pop("NPEFF")
         others = ", ".join(f"{row} {number(self.mean(row), 2)}" for row in sorted(best.values(), key=order.index)[:5])
         sentences = [
-            f"On attributes that the model's output tells, {order[0]} is best: mean AUROC "
-            f"{number(self.mean(order[0]), 2)} over the data sets. NPEFF's best reading, {ours}, has "
-            f"{number(self.mean(ours), 2)}, number {order.index(ours) + 1} of {len(order)} methods and readings; "
-            f"the best readings of others: {others}."
+            f"On attributes that can be predicted from the model's output, the best is {order[0]}, with a mean AUROC "
+            f"of {number(self.mean(order[0]), 2)} over the data sets. NPEFF's best reading, {ours}, has "
+            f"{number(self.mean(ours), 2)}: place {order.index(ours) + 1} of {len(order)} methods and readings. "
+            f"The best readings of other methods: {others}."
         ]
         for name, result in self.results.items():
-            if told := result.kinds()[_TOLD]:
+            if predictable := result.kinds()[_PREDICTABLE]:
                 sentences.append(
-                    f"On {name.replace('_', ' ')} ({len(told)} attributes), {_standing(result, ours, best)}."
+                    f"On {name.replace('_', ' ')} ({len(predictable)} attributes), {_standing(result, ours, best)}."
                 )
         return " ".join(sentences)
 
     def page(self) -> str:
         """The page that `write` leaves as README.md."""
-        reading = _READING.format(told_at=next(iter(self.results.values())).config.told_at)
+        reading = _READING.format(predictable_at=next(iter(self.results.values())).config.predictable_at)
         described = []
         for name, result in self.results.items():
             listed = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in result.kinds().items())
             described.append(f"- **{name.replace('_', ' ')}**, {result.facts['examples']} examples. {listed}.")
         return (
             "# Fair readings and controls\n\n![AUROC](figure.svg)\n\n"
-            f"{self.verdict()}\n\nMade by `{self.command}`; every cell holds its values on "
+            f"{self.verdict()}\n\nMade by `{self.command}`; every cell has the values on "
             f"{', '.join(name.replace('_', ' ') for name in self.results)}.\n\n{self.table()}\n\n"
-            f"Components of NPEFF by their number:\n\n{self.curve()}\n\n{reading}\n" + "\n".join(described) + "\n"
+            f"How NPEFF changes with the number of components:\n\n{self.curve()}\n\n{reading}\n"
+            + "\n".join(described)
+            + "\n"
         )
 
 
 def _standing(result: FairResult, ours: str, others: Mapping[str, str]) -> str:
-    """Whom a row is ahead of, behind, and not told apart from, by 95% intervals over the attributes."""
-    sides: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+    """Which methods a row is ahead of, behind, and not distinguishable from, by 95% intervals over the attributes."""
+    sides: dict[str, list[str]] = {"ahead of": [], "behind": [], "not distinguishable from": []}
     for label, row in others.items():
-        mean, low, high = result.difference(ours, row, _TOLD)
-        side = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+        mean, low, high = result.difference(ours, row, _PREDICTABLE)
+        side = "ahead of" if low > 0 else "behind" if high < 0 else "not distinguishable from"
         sides[side].append(f"{label} ({number(mean, 2)}, {number(low, 2)} to {number(high, 2)})")
     return "NPEFF is " + "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
 
 
 _READING = """How to read it:
 
-- **Told by the output**: attributes that a logistic regression on the model's log-probabilities tells with an AUROC of
-  at least {told_at:g} on held-out examples; **not told**: the others. NPEFF sees how predictions depend on weights, so
-  its claim is the former. This is what the output shows, not what changes it: for that see
-  [minimal pairs](../minimal_pairs/README.md), where one factor is changed and the KL is measured.
-- Features and layers are chosen on one half of the examples and measured on the other. Hidden states are those of the
-  layer that is best for all attributes; **layer by attribute** takes the best for each.
+- **Predictable from the output**: a logistic regression on the model's log-probabilities predicts the attribute with
+  an AUROC of at least {predictable_at:g} on held-out examples. **Not predictable**: all other attributes. NPEFF sees
+  how predictions depend on weights, so it claims to find only predictable attributes. A predictable attribute need not
+  change the output. For attributes that do, see [minimal pairs](../minimal_pairs/README.md), where one factor is
+  changed and the KL is measured.
+- Features and layers are chosen on one half of the examples and measured on the other half. Hidden states are read at
+  the layer that is best for all attributes; **layer by attribute** reads them at the best layer for each attribute.
 - The best reading of each method is chosen on these same figures, for all methods alike. Intervals are bootstraps over
-  the attributes of a data set, which are not independent of each other, of one split and one fine-tuned model.
-- **Competing** readings make up an example together, **alone** readings ask every feature by itself.
-- **Shuffled**: attributes of other examples; **random weights**: the same architecture before training, fitted and
-  measured alike. A method whose figure there is near that of the trained model has found what the data has, not what
-  the model has learned. **Random directions** are random combinations of the rows, read as components are.
-- **Stability**: mean |correlation| of matched features between two seeds. **Distinct**: groups of components whose
-  directions have |cosine| of at least 0.9.
+  the attributes of a data set. The attributes are not independent of each other, and there is one split and one
+  fine-tuned model.
+- A **competing** reading scores all features of an example together, so that they share what there is to explain. An
+  **alone** reading scores every feature by itself.
+- **Shuffled**: each example has the attributes of another one. **Random weights**: the same architecture before
+  training, fitted and measured in the same way. A method that does nearly as well there has found a property of the
+  data, not something that the model has learned. **Random directions** are random combinations of the rows, read in
+  the same way as components.
+- **Stability**: the mean |correlation| of matched features between two seeds. **Distinct**: the number of groups of
+  components; two components with |cosine| of at least 0.9 are in the same group.
 """

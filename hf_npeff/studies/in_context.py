@@ -1,7 +1,7 @@
-"""In-context learning: the same queries under more and more demonstrations, and under shuffled ones.
+"""In-context learning: the same queries after more and more demonstrations, and after shuffled demonstrations.
 
-All prompts are decomposed together, so that a component means the same under any number of demonstrations: its
-coefficients say where it appears and where it fades.
+All prompts are decomposed together, so that a component means the same for any number of demonstrations. Its
+coefficients show at which number of demonstrations it appears and at which it fades.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def in_context_prompts(
     """The same queries in every condition.
 
     A query's m demonstrations are the first m of its longest list, so that conditions differ in nothing else. Shuffled
-    ones keep words and answers, and give every word another's answer.
+    demonstrations keep the words and the answers, but give every word the answer of another word.
 
     Args:
-        config: settings.
-        pairs: {relation: [(word, answer), …]}; by default the word relations of gensim's list.
+        config: the settings.
+        pairs: {relation: [(word, answer), …]}; None uses the word relations of gensim's list.
 
     Returns:
-        `text`, `query`, `answer`, `relation`, `shots`, `shuffled`, condition after condition.
+        Rows with `text`, `query`, `answer`, `relation`, `shots` and `shuffled`, condition after condition.
 
     Raises:
         ValueError: if a relation has too few pairs.
@@ -79,14 +79,14 @@ class Condition:
     """One number of demonstrations, shuffled or not.
 
     Attributes:
-        shots: demonstrations of a prompt.
-        shuffled: whether they have another's answer.
-        accuracy: share of queries whose likeliest next token begins the answer.
-        by_relation: the same, relation by relation.
-        shares: mean share of every component in an example's coefficients.
-        active: share of examples on which every component is active.
-        norm: mean Frobenius norm of the PEFs before scaling.
-        entropy: mean entropy of the predictions, nats.
+        shots: the number of demonstrations of a prompt.
+        shuffled: whether each demonstration has the answer of another one.
+        accuracy: the share of queries whose most likely next token begins the answer.
+        by_relation: {relation: accuracy}.
+        shares: for each component, its mean share of an example's coefficients.
+        active: for each component, the share of examples on which it is active.
+        norm: the mean Frobenius norm of the PEFs before scaling.
+        entropy: the mean entropy of the predictions, in nats.
     """
 
     shots: int
@@ -104,8 +104,8 @@ class InContextResult(StudyResult):
     """The outcome of `run_in_context`.
 
     Attributes:
-        conditions: in the order of the prompts.
-        relations: the relations of every component's top examples, with their share.
+        conditions: the conditions, in the order of the prompts.
+        relations: for each component, the most common relation of its top examples, with its share.
         decomposition: the decomposition of all prompts together.
         config: the settings.
     """
@@ -117,10 +117,10 @@ class InContextResult(StudyResult):
 
     @property
     def changes(self) -> dict[str, list[int]]:
-        """Components that appear, that fade, and that stay.
+        """The components that appear, that fade, and that stay.
 
-        One appears when it is active on twice as many examples, and on 5% more, with the most demonstrations as with
-        the fewest; one fades in the reverse case.
+        A component appears if, with the most demonstrations, it is active on at least twice as many examples as with
+        the fewest, and on at least 5% more of all examples. A component fades in the reverse case.
         """
         plain = [c for c in self.conditions if not c.shuffled]
         groups: dict[str, list[int]] = {"appear": [], "fade": [], "stay": []}
@@ -145,7 +145,7 @@ class InContextResult(StudyResult):
         }
 
     def table(self) -> str:
-        """A row a condition: accuracy, norms, and the components that carry most."""
+        """A table with a row for each condition: accuracy, norms, and the components with the largest shares."""
         rows = []
         for c in self.conditions:
             leading = torch.tensor(c.shares).argsort(descending=True)[:3].tolist()
@@ -163,7 +163,7 @@ class InContextResult(StudyResult):
         return "\n".join(lines)
 
     def draw(self, figure: Any) -> None:
-        """Accuracy on the left, every component's share on the right."""
+        """The accuracy on the left, the share of each component on the right."""
         left, right = figure.subplots(1, 2, width_ratios=[2, 3])
         for shuffled, style in ((False, "o-"), (True, "x--")):
             points = [c for c in self.conditions if c.shuffled == shuffled]
@@ -196,7 +196,7 @@ def run_in_context(
     Args:
         analyzer: the analyzer of a causal language model, with its tokenizer.
         config: settings.
-        pairs: see `in_context_prompts`.
+        pairs: the pairs of words and answers, as for `in_context_prompts`.
 
     Raises:
         ValueError: if the model predicts no tokens, or a relation has too few pairs.

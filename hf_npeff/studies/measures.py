@@ -1,4 +1,4 @@
-"""Measures on coefficients and attributes: pure functions, checked against scikit-learn or by hand."""
+"""Measures of coefficients and attributes, as pure functions. They are checked against scikit-learn or by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_npeff.extras import load
 
 
 def auroc(scores: Tensor, positives: Tensor) -> float:
-    """P(score of a positive > score of a negative), ties counting a half (Mann–Whitney).
+    """The AUROC: P(score of a positive > score of a negative), where ties count one half (Mann–Whitney).
 
     Args:
         scores: (n,).
@@ -34,13 +34,15 @@ def aurocs(scores: Tensor, positives: Tensor) -> Tensor:
     n_positive = int(positives.sum())
     n_negative = len(positives) - n_positive
     if n_positive == 0 or n_negative == 0:
-        raise ValueError("an AUROC needs positives and negatives; the attribute has only one value here")
+        raise ValueError(
+            "an AUROC needs positives and negatives, but the attribute has the same value on all these examples"
+        )
     rank_sums = middle_ranks(scores)[positives].sum(0)
     return (rank_sums - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
 
 
 def middle_ranks(scores: Tensor) -> Tensor:
-    """Ranks from 1 of every column of scores (n, r), ties sharing their mean rank: (n, r), float64."""
+    """The ranks, from 1, in every column of scores (n, r); ties share their mean rank. (n, r), float64."""
     columns = []
     for column in scores.double().T:
         _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
@@ -49,7 +51,7 @@ def middle_ranks(scores: Tensor) -> Tensor:
 
 
 def average_precision(scores: Tensor, positives: Tensor) -> float:
-    """Σ_t (R_t − R_{t−1}) P_t over the distinct scores t, descending, as scikit-learn defines it.
+    """The average precision: Σ_t (R_t − R_{t−1}) P_t over the distinct scores t, descending, as in scikit-learn.
 
     Args:
         scores: (n,).
@@ -59,7 +61,7 @@ def average_precision(scores: Tensor, positives: Tensor) -> float:
         ValueError: if there are no positives.
     """
     if not bool(positives.any()):
-        raise ValueError("average precision needs positives; the attribute has none here")
+        raise ValueError("average precision needs positives, but none of these examples has the attribute")
     values, order = scores.double().sort(descending=True)
     hits = positives[order].double().cumsum(0)
     last = torch.cat([values[1:] != values[:-1], torch.ones(1, dtype=torch.bool)])  # of every group of ties
@@ -69,9 +71,9 @@ def average_precision(scores: Tensor, positives: Tensor) -> float:
 
 
 def best_threshold(scores: Tensor, positives: Tensor) -> float:
-    """The threshold t of "score ≥ t" with the largest share of positives kept minus share of negatives kept (Youden).
+    """The threshold t for "score ≥ t" with the largest difference of true and false positive rate (Youden).
 
-    It lies half-way to the next lower score, so that it holds for other examples too.
+    It lies half-way to the next lower score, so that it suits other examples too.
 
     Args:
         scores: (n,).
@@ -82,7 +84,9 @@ def best_threshold(scores: Tensor, positives: Tensor) -> float:
     """
     n_positive = int(positives.sum())
     if n_positive in (0, len(positives)):
-        raise ValueError("a threshold needs positives and negatives; the attribute has only one value here")
+        raise ValueError(
+            "a threshold needs positives and negatives, but the attribute has the same value on all these examples"
+        )
     values, order = scores.double().sort(descending=True)
     kept = positives[order].double().cumsum(0)
     others = torch.arange(1, len(values) + 1, dtype=torch.float64) - kept
@@ -125,12 +129,12 @@ def purity(values: Sequence[Hashable]) -> tuple[Hashable, float]:
 
 
 def agreement(W: Tensor, other: Tensor) -> float:
-    """Mean |correlation| of the columns of two fits (n, r) to the same examples, matched one to one to maximise it.
+    """The mean |correlation| of the columns of two fits (n, r) to the same examples, matched one to one to maximise it.
 
     A constant column has correlation 0.
 
     Raises:
-        ValueError: if they are of different numbers of examples.
+        ValueError: if the fits have different numbers of examples.
         ModuleNotFoundError: if scipy is not installed.
     """
     if len(W) != len(other):
@@ -144,7 +148,7 @@ def agreement(W: Tensor, other: Tensor) -> float:
 
 
 def bootstrap_interval(values: Tensor, *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of values (n,), drawn with replacement.
+    """The 95% percentile bootstrap interval of the mean of values (n,).
 
     Raises:
         ValueError: if there are none.

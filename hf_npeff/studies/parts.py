@@ -1,4 +1,4 @@
-"""Parts of a long study: each is computed once, kept in a file with its settings, and read again by the next run."""
+"""Parts of a long study: each is computed once and kept in a file with its settings, and the next run reads it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hf_npeff.sharing.files import finite, write_atomically
 def kept_part(
     folder: Path | None, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """A part of a study, from its file where that was made with the same settings, else computed and kept.
+    """A part of a study. It is read from its file if that has the same settings; otherwise it is computed and kept.
 
     Args:
         folder: the folder of the parts, or None to keep nothing.
         name: the name of the part, which names its file.
         settings: everything that the part depends on, as JSON types.
-        compute: makes the part, as JSON types.
+        compute: the function that computes the part, as JSON types.
 
     Returns:
-        The part, as it is read from JSON (tuples are lists, numbers that are not finite are None).
+        The part as it is read from JSON: tuples become lists, and numbers that are not finite become None.
     """
     made_with = json.loads(json.dumps(settings))
     path = None if folder is None else folder / f"{name}.json"

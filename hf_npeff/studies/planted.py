@@ -1,9 +1,9 @@
-"""Planted heuristics: a small transformer trained on labels that known, overlapping cues make.
+"""Planted heuristics: a small transformer, trained on labels that depend on known cues.
 
-A sentence holds none to four cue words among filler words. Each of several labels (yes or no, independent) is likely
-where one of its cues is present and unlikely elsewhere; two cues or more serve the same label, so the label alone, and
-whatever encodes it, does not tell which cue was at work. An explanation should find the cues one by one, also where two
-or more act at once. Labels are random to a degree, so that the model is never certain and every cue leaves a Fisher.
+A sentence has zero to four cue words among filler words. There are several independent yes-or-no labels. A label is
+likely if one of its cues is present, and unlikely otherwise. Two or more cues serve the same label, so neither the
+label nor anything that encodes it shows which cue was at work. An explanation should find the cues one by one, even if
+two or more act at once. Labels are partly random, so that the model is never certain and every cue affects the Fisher.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, PlantedCo
 
 _PAD, CLS, SEP = 0, 1, 2  # the first numbers of a vocabulary of its own
 FIRST_CUE = 3
-"""The number of the first token that is a cue: after those that every sentence may have."""
+"""The id of the first token that is a cue; it comes after the special tokens."""
 TARGETS = r".*attention\.self\.value"
-"""What attention copies, in both layers: where a cue acts; the same for NPEFF and gradient clustering."""
+"""The value projections of both layers. They carry what attention copies, and so a cue acts through them. NPEFF and
+gradient clustering use the same ones."""
 COMPARISON = ComparisonConfig(n_components=16, power=0.5, n_restarts=8, batch_size=64)
-"""Chosen on the tasks of the seeds 10 and 11, which the study's own seeds 0 to 4 are not."""
+"""Chosen on the tasks of seeds 10 and 11; the study uses seeds 0 to 4."""
 
 
 def planted_sentences(config: PlantedConfig, n: int, seed: int) -> list[dict[str, Any]]:
-    """Sentences: `input_ids`, `targets` (0.0 or 1.0 a label), `cues` (a list of names)."""
+    """Sentences, as rows with `input_ids`, `targets` (0.0 or 1.0 for each label) and `cues` (a list of names)."""
     rng = random.Random(seed)
     first_filler = FIRST_CUE + config.cues
     rows = []
@@ -53,10 +54,11 @@ def planted_sentences(config: PlantedConfig, n: int, seed: int) -> list[dict[str
 
 
 def planted_model(config: PlantedConfig) -> tuple[nn.Module, float]:
-    """A small BERT trained on planted sentences, and its error on others.
+    """A small BERT trained on planted sentences, and its error on other sentences.
 
-    Word embeddings start at unit variance, as far apart as words of a trained model are. The error is the mean
-    |p − the probability that made the label|. The global random state is left as it was.
+    Word embeddings start with unit variance, so that words are as far apart as in a trained model. The error is the
+    mean
+    |p − the probability from which the label was drawn|. The global random state is not changed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -103,13 +105,13 @@ def planted_model(config: PlantedConfig) -> tuple[nn.Module, float]:
 
 @dataclass
 class PlantedResult(StudyResult):
-    """Cues found by every method, on sentences with two or more.
+    """How many cues every method finds, on sentences with two or more cues.
 
     Attributes:
-        seeds: the seeds of the task and of everything fitted to it.
-        factors: the outcome of every seed.
-        errors: the errors of every seed's model.
-        layers: whose hidden states the activation methods read, the best for the autoencoder, seed by seed.
+        seeds: the seeds of the tasks and of the fits.
+        factors: the result for each seed.
+        errors: the error of each seed's model.
+        layers: for each seed, the layer whose hidden states the activation methods read: the best for the autoencoder.
         config: the settings of the task.
         comparison: the comparison of the methods.
     """
@@ -122,7 +124,7 @@ class PlantedResult(StudyResult):
     comparison: ComparisonConfig
 
     def found(self) -> dict[str, list[int]]:
-        """{method: cues found, seed by seed}."""
+        """{method: how many cues are found, for each seed}."""
         names = [row.method for row in self.factors[0].methods]
         return {name: [f.methods[i].found for f in self.factors] for i, name in enumerate(names)}
 
@@ -141,7 +143,7 @@ class PlantedResult(StudyResult):
         }
 
     def table(self) -> str:
-        """A row a method, a column a seed."""
+        """A table with a row for each method and a column for each seed."""
         rows = []
         for i, (name, counts) in enumerate(self.found().items()):
             scores = [f.methods[i] for f in self.factors]
@@ -154,7 +156,7 @@ class PlantedResult(StudyResult):
         return markdown(["method", *seeds, "mean found", "mean AUROC", "at once", "wrong"], rows)
 
     def draw(self, figure: Any) -> None:
-        """Cues found, a dot a seed."""
+        """How many cues are found, with a dot for each seed."""
         axes = figure.add_subplot()
         for position, (_, counts) in enumerate(self.found().items()):
             axes.bar(position, sum(counts) / len(counts), color=f"C{position}", alpha=0.4)
@@ -172,7 +174,8 @@ def run_planted(
 ) -> PlantedResult:
     """Train a model on planted heuristics for every seed, and count the cues that every method finds.
 
-    The activation methods read the layer at which the autoencoder finds most on the half where features are chosen.
+    The activation methods read the layer at which the autoencoder finds most cues on the half where features are
+    chosen.
 
     Raises:
         ValueError: if there are no seeds.

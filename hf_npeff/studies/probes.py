@@ -1,8 +1,8 @@
 """Why a method finds an attribute or misses it: supervised probes, and the same features read in other ways.
 
-A method without supervision misses an attribute because the representation that it works on lacks it, because its
-features together lack it, or because no single feature is about it. Logistic regressions tell these apart: on hidden
-states or PEFs, on all coefficients of a method, and beside them the best single feature.
+An unsupervised method can miss an attribute for three reasons: the representation that it works on lacks the attribute,
+its features together lack it, or no single feature is about it. Logistic regressions show which it is: one on hidden
+states or PEFs, and one on all coefficients of a method, are compared with the best single feature.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from hf_npeff.studies.measures import auroc
 from hf_npeff.studies.result import markdown, number
 
 _FOLDS = 3
-"""Parts of cross-validation. Chosen: an attribute of a dozen examples can still be split so."""
+"""The number of folds of cross-validation. Chosen: an attribute of a dozen examples can still be split into so many."""
 _PENALTIES = (1.0, 10.0, 100.0)
-"""C of scikit-learn, for features of unit size, of which cross-validation takes one. Chosen: two decades around weak
-penalties, as features are few beside examples."""
+"""The values of scikit-learn's C, for features of unit size; cross-validation chooses one. Chosen: two decades of weak
+penalties, since there are few features compared with examples."""
 
 
 def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -> dict[str, float]:
-    """AUROC of a logistic regression for every attribute.
+    """The AUROC of a logistic regression for each attribute.
 
-    Features are centred and brought to a mean squared norm of 1; the regressions and their penalties (by three-fold
-    cross-validation) are fitted on the examples `choose`, and the AUROC is of the others.
+    Features are centred and scaled to a mean squared norm of 1. The regressions are fitted on the examples in `choose`,
+    where three-fold cross-validation chooses their penalties; the AUROC is measured on the other examples.
 
     Args:
         features: (n, m).
-        attributes: the attributes of the n examples; those that fewer than 3 examples of `choose` have or lack, or
-            that have one class among the others, are left out.
+        attributes: the attributes of the n examples. An attribute is left out if fewer than 3 examples of `choose` have
+            it or lack it, or if all other examples have it or all lack it.
         choose: (n,) bool.
 
     Raises:
-        ValueError: if they are of different numbers of examples.
+        ValueError: if features, attributes and `choose` have different numbers of examples.
         ModuleNotFoundError: if scikit-learn is not installed.
     """
     exceptions, linear, selection = (
@@ -52,7 +52,7 @@ def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -
     )
     if not len(features) == len(attributes.values) == len(choose):
         raise ValueError(
-            f"the features are of {len(features)} examples, the attributes of {len(attributes.values)} and `choose` of "
+            f"the features have {len(features)} examples, the attributes {len(attributes.values)} and `choose` "
             f"{len(choose)}"
         )
     X = features.double() - features[choose].double().mean(0)
@@ -66,7 +66,7 @@ def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -
         if min(counts[:2]) < _FOLDS or min(counts[2:]) < 1:
             continue
         probe = selection.GridSearchCV(
-            # Five times the default, which large C needs
+            # Five times the default, because a large C needs more iterations
             linear.LogisticRegression(max_iter=500),
             {"C": _PENALTIES},
             scoring="roc_auc",
@@ -75,7 +75,7 @@ def linear_probes(features: Tensor, attributes: Attributes, *, choose: Tensor) -
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", exceptions.ConvergenceWarning
-            )  # the weakest penalties only, and they rarely win
+            )  # this happens for the weakest penalties only, and they are rarely chosen
             probe.fit(X[here].numpy(), (values[here] == 1).numpy())
         scores[name] = auroc(torch.from_numpy(probe.decision_function(X[there].numpy())), values[there] == 1)
     return scores
@@ -91,11 +91,11 @@ def diagnose(
     probed: Mapping[str, Tensor] | None = None,
     n_restarts: int = 4,
 ) -> dict[str, dict[str, float]]:
-    """Every attribute's AUROC by the best single feature of several kinds, and by supervised probes.
+    """The AUROC of each attribute, for the best single feature of several kinds and for supervised probes.
 
-    The features are those of k-means on hidden states and on PEFs (points whose inner products are those of the PEFs),
-    as cosines and as plain assignments, and the components of a decomposition, as coefficients and as alignments
-    ‖A_i g_j‖². The probes see hidden states, PEFs, the cosines and the coefficients.
+    There are two kinds of features. Those of k-means, on hidden states and on PEFs (points whose inner products are
+    those of the PEFs), are read as cosines and as assignments. The components of a decomposition are read as
+    coefficients and as alignments ‖A_i g_j‖². The probes see hidden states, PEFs, the cosines and the coefficients.
 
     Args:
         states: hidden states (n, h).
@@ -103,14 +103,14 @@ def diagnose(
         decomposition: the decomposition of these PEFs; its number of components is that of the clusters.
         attributes: the attributes of the examples.
         config: the settings of the measurement, as for `run_factors`.
-        probed: {name: (n, m)}, further representations to probe.
+        probed: {name: (n, m)}, more representations to probe.
         n_restarts: the number of restarts of k-means.
 
     Returns:
         {what is read: {attribute: AUROC}}.
 
     Raises:
-        ValueError: if they are of different numbers of examples.
+        ValueError: if the features, the PEFs and the attributes have different numbers of examples.
         ModuleNotFoundError: if scikit-learn is not installed.
     """
     config = config or FactorsConfig()
@@ -139,7 +139,10 @@ def diagnose(
 
 
 def by_kind(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """A table: a row each, mean AUROC over all attributes and over those of each kind ("kind=value")."""
+    """A table with a row for each thing that is read: the mean AUROC over all attributes, and over those of each kind.
+
+    The kind of an attribute is the part of its name before "=".
+    """
     names = dict.fromkeys(attribute for scores in rows.values() for attribute in scores)
     kinds = list(dict.fromkeys(name.split("=")[0] for name in names))
     body = []
@@ -151,7 +154,7 @@ def by_kind(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def over_data_sets(diagnoses: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A table: of {data set: what `diagnose` returned}, a row for what is read, mean AUROC over the attributes."""
+    """A table of {data set: what `diagnose` returned}: mean AUROC over the attributes for each thing that is read."""
     labels = dict.fromkeys(label for rows in diagnoses.values() for label in rows)
     body = []
     for label in labels:

@@ -1,7 +1,8 @@
 """Classification and question answering as prompts to a causal language model, from published data sets.
 
-A task is a file of `studies/task_files`: the data set's id on the Hub, a template whose fields are the data set's
-columns, and a verbaliser, the word for every class. Any causal language model can be analysed on any of them.
+A task is a file in `studies/task_files`. It has the data set's id on the Hub, a template whose fields are columns of
+the data set, and a verbaliser, which gives the word for each class. Any causal language model can be analysed on any
+task.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ _FIELDS = {"dataset", "subset", "split", "template", "label", "verbaliser", "ans
 
 @dataclass(frozen=True)
 class PromptTask:
-    """A task.
+    """A task: how rows of a data set become prompts, and which answers are right.
 
     Attributes:
         name: the name of its file.
-        dataset: id on the Hub.
+        dataset: the data set's id on the Hub.
         template: the template of the prompt, with the data set's columns in braces.
         subset: the data set's configuration, or None.
         split: the split of the data set.
         label: the column of the class, or None.
-        verbaliser: the word of every class, or "names" for the data set's own class names.
-        answers: the column of accepted answers where there are no classes; dots lead into dictionaries.
-        columns: {attribute: column} annotated for the factors; a class's name stands for its number.
+        verbaliser: the word for each class, or "names" for the data set's own class names.
+        answers: the column of accepted answers, for a data set without classes; a dot leads into a dictionary.
+        columns: {attribute: column}, the annotated columns for the factors; numbers of classes are replaced by names.
 
     Raises:
-        ValueError: if it has neither a label with a verbaliser nor answers.
+        ValueError: if the task has neither a label with a verbaliser nor answers, or has both.
     """
 
     name: str
@@ -58,25 +59,25 @@ class PromptTask:
 
     def __post_init__(self) -> None:
         if (self.label is None) != (self.verbaliser is None) or (self.label is None) == (self.answers is None):
-            raise ValueError(f"the task {self.name} needs a label with a verbaliser, or answers, and not both")
+            raise ValueError(f"the task {self.name} needs either a label with a verbaliser, or answers, and not both")
 
     @property
     def fields(self) -> list[str]:
-        """The columns that the template reads."""
+        """The columns that are used in the template."""
         return re.findall(r"\{(\w+)\}", self.template)
 
 
 def task_names() -> list[str]:
-    """The tasks that are known by name."""
+    """The names of the tasks."""
     folder = files("hf_npeff.studies").joinpath("task_files")
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def load_task(name: str) -> PromptTask:
-    """A task by its name.
+    """The task of a name.
 
     Raises:
-        ValueError: if there is none of that name, or its file has unknown settings.
+        ValueError: if no task has that name, or its file has unknown settings.
 
     Example:
         >>> task = load_task("sst2")
@@ -84,30 +85,30 @@ def load_task(name: str) -> PromptTask:
         'stanfordnlp/sst2'
     """
     if name not in task_names():
-        raise ValueError(f"there is no task {name!r}; there are {', '.join(task_names())}")
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(task_names())}")
     text = files("hf_npeff.studies").joinpath(f"task_files/{name}.yaml").read_text(encoding="utf-8")
     return read_task(name, text)
 
 
 def read_task(name: str, text: str) -> PromptTask:
-    """A task from the text of its file.
+    """Read a task from the text of its file.
 
     Raises:
         ValueError: if a setting is missing or unknown.
     """
     content = yaml.safe_load(text)
     if not isinstance(content, dict) or set(content) - _FIELDS or not {"dataset", "template"} <= set(content):
-        raise ValueError(f"the task {name} must have `dataset` and `template`, and nothing but {sorted(_FIELDS)}")
+        raise ValueError(f"the task {name} must have `dataset` and `template`, and may have only {sorted(_FIELDS)}")
     return PromptTask(name, **content)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A task's prompts.
+    """The prompts of a task.
 
     Attributes:
-        rows: `text`, `answers` (accepted ones, each with its leading space), and the annotated columns.
-        excluded: {why: how many rows}.
+        rows: rows with `text`, `answers` (the accepted ones, each with its leading space) and the annotated columns.
+        excluded: {reason: how many rows were left out}.
     """
 
     rows: list[dict[str, Any]]
@@ -115,12 +116,12 @@ class Prompts:
 
 
 def make_prompts(task: PromptTask, dataset: Any = None, *, max_examples: int | None = None) -> Prompts:
-    """A task's prompts.
+    """Make the prompts of a task.
 
     Args:
-        task: what to ask.
-        dataset: rows in the data set's own schema; by default they are loaded from the Hub.
-        max_examples: only the first ones that can be used.
+        task: the task.
+        dataset: rows in the data set's own schema; None loads them from the Hub.
+        max_examples: use only this many rows, the first ones that can be used.
 
     Raises:
         ValueError: if a column is missing, a class has no word, or no row can be used.
@@ -142,7 +143,7 @@ def make_prompts(task: PromptTask, dataset: Any = None, *, max_examples: int | N
         if max_examples is not None and len(rows) == max_examples:
             break
         if missing := [f for f in [*task.fields, *filter(None, [task.label])] if f not in record]:
-            raise ValueError(f"{task.dataset} has no columns {missing}; it has {sorted(record)}")
+            raise ValueError(f"{task.dataset} does not have the columns {missing}; it has {sorted(record)}")
         row = _row(task, record, words)
         if isinstance(row, str):
             excluded[row] = excluded.get(row, 0) + 1
@@ -161,7 +162,7 @@ def _words(task: PromptTask, dataset: Any) -> list[str] | None:
 
 
 def _row(task: PromptTask, record: Mapping[str, Any], words: list[str] | None) -> dict[str, Any] | str:
-    """A prompt, or why there is none."""
+    """The prompt of a row, or the reason why there is none."""
     text = task.template.format(**{name: record[name] for name in task.fields})
     row: dict[str, Any] = {"text": text}
     if task.label is None:
@@ -177,9 +178,9 @@ def _row(task: PromptTask, record: Mapping[str, Any], words: list[str] | None) -
     if isinstance(label, str):
         word = label.replace("_", " ")
     elif words is None:
-        raise ValueError(f"the classes of {task.dataset} are numbers without names; give a verbaliser with the words")
+        raise ValueError(f"the classes of {task.dataset} are numbers without names; list their words in the verbaliser")
     elif not 0 <= label < len(words):
-        raise ValueError(f"{task.dataset} has a class {label}, and the verbaliser has {len(words)} words")
+        raise ValueError(f"{task.dataset} has a class {label}, but the verbaliser has {len(words)} words")
     else:
         word = words[label]
     kept = {name: word if column == task.label else record[column] for name, column in (task.columns or {}).items()}
@@ -191,13 +192,13 @@ class TaskResult(StudyResult):
     """The outcome of `run_task`.
 
     Attributes:
-        task: what was asked.
-        examples: how many prompts.
-        excluded: {why: how many rows}.
-        accuracy: share of prompts whose likeliest next token begins an accepted answer.
+        task: the name of the task.
+        examples: how many prompts there are.
+        excluded: {reason: how many rows were left out}.
+        accuracy: the share of prompts whose most likely next token begins an accepted answer.
         decomposition: the decomposition of the prompts.
-        factors: the scores of the annotated columns, or None where there are none that can be measured.
-        reason: why there are no factors.
+        factors: the scores of the annotated columns, or None if none can be measured.
+        reason: the reason why there are no factors.
     """
 
     task: PromptTask
@@ -223,7 +224,7 @@ class TaskResult(StudyResult):
         }
 
     def table(self) -> str:
-        """A row a component with its top examples, then the factors."""
+        """A table with a row for each component and its top examples, then the factors."""
         rows = []
         for component in self.decomposition:
             top = component.top_examples(3)  # chosen: a row of a table
@@ -236,7 +237,7 @@ class TaskResult(StudyResult):
         return "\n".join(lines)
 
     def draw(self, figure: Any) -> None:
-        """Factors where there are some, else how much each component carries."""
+        """The factors if there are any, otherwise the mean coefficient of each component."""
         if self.factors is not None:
             self.factors.draw(figure)
             return
@@ -252,14 +253,14 @@ def run_task(
     config: ComparisonConfig | None = None,
     factors: FactorsConfig | None = None,
 ) -> TaskResult:
-    """PEFs of a task's prompts, their components, and how these match the annotated columns.
+    """Compute PEFs of a task's prompts, decompose them, and measure how the components match the annotated columns.
 
     Args:
         analyzer: the analyzer of a causal language model.
-        prompts: from `make_prompts`.
-        task: the same.
-        config: the settings of the decomposition and what it is compared with.
-        factors: how the columns are measured.
+        prompts: the prompts, from `make_prompts`.
+        task: the task of the prompts.
+        config: the settings of the decomposition and of the methods that it is compared with.
+        factors: the settings for measuring the columns.
 
     Raises:
         ValueError: if the model predicts no tokens, or there are fewer prompts than components.
@@ -276,7 +277,7 @@ def run_task(
     config = config or ComparisonConfig(methods=("npeff",))
     compared = fit_methods(analyzer, [{"text": row["text"]} for row in prompts.rows], config)
     if compared.decomposition is None or compared.pefs is None:
-        raise ValueError("the study of a task is of NPEFF's components: keep npeff among the methods")
+        raise ValueError("the study of a task needs NPEFF's components: keep npeff among the methods")
     columns = {name: [row[name] for row in prompts.rows] for name in (task.columns or {})}
     reason, measured = None, None
     if columns:
@@ -286,13 +287,13 @@ def run_task(
         except ValueError as error:
             reason = str(error)
     else:
-        reason = "the task annotates no columns"
+        reason = "the task has no annotated columns"
     accuracy = first_token_accuracy(analyzer, compared.pefs.predictions, [row["answers"] for row in prompts.rows])
     return TaskResult(task, len(prompts.rows), prompts.excluded, accuracy, compared.decomposition, measured, reason)
 
 
 def first_token_accuracy(analyzer: NPEFFAnalyzer, predictions: Any, answers: Sequence[Sequence[str]]) -> float:
-    """Share of predictions (n,) that are the first token of an accepted answer."""
+    """The share of predictions (n,) that are the first token of an accepted answer."""
     right = [
         int(token) in {first_token(analyzer.processing_class, answer) for answer in accepted}
         for token, accepted in zip(predictions.tolist(), answers, strict=True)

@@ -1,7 +1,7 @@
-"""Language models as raters: any `InferenceClient`, any local chat model, behind one small protocol.
+"""Language models as raters: any `InferenceClient` and any local chat model, behind one small protocol.
 
-Prompts are the files of `studies/prompts`. Answers are cached by rater and prompt, asked for again where they cannot be
-read, and refused where that does not help: nothing is guessed.
+Prompts are the files of `studies/prompts`. Answers are cached by rater and prompt. An answer that cannot be read is
+asked for again; if that does not help, the task counts as refused. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_npeff.sharing.files import write_atomically
 from hf_npeff.studies.ratings import Answers, RatingStudy, RatingTask
 
 Messages = list[dict[str, str]]
-"""Turns of `role` and `content`, the user's first."""
+"""Messages with `role` and `content`; the first one is the user's."""
 
 
 class Chat(Protocol):
@@ -33,7 +33,7 @@ class Chat(Protocol):
         """The answer to the last message.
 
         Raises:
-            OSError: if the model cannot be reached; asked again.
+            OSError: if the model cannot be reached; `rate` then tries again.
         """
 
 
@@ -42,7 +42,7 @@ class InferenceChat:
 
     Args:
         client: the client, with its token and provider.
-        model: its id.
+        model: the id of the model.
         max_tokens: the most tokens of an answer.
 
     Example:
@@ -66,11 +66,11 @@ class InferenceChat:
 
 
 class LocalChat:
-    """A chat model of transformers in this process; the likeliest answer.
+    """A chat model of transformers in this process, decoded greedily.
 
     Args:
         model: a causal language model.
-        tokenizer: its own, with a chat template.
+        tokenizer: the model's tokenizer, which must have a chat template.
         name: the name of the rater.
         max_tokens: the most tokens of an answer.
 
@@ -108,11 +108,11 @@ class LocalChat:
 
 
 class Cached:
-    """A chat whose answers are kept in a folder, one JSON file a prompt.
+    """A chat whose answers are kept in a folder, with one JSON file for each prompt.
 
     Args:
-        chat: who answers what is not kept yet.
-        folder: the folder; it is created if it is missing.
+        chat: the chat that answers new prompts.
+            folder: the folder; it is created if it is missing.
     """
 
     def __init__(self, chat: Chat, folder: Path):
@@ -134,20 +134,20 @@ class Cached:
 
 
 def rate(study: RatingStudy, chat: Chat, *, cache: Path | None = None, attempts: int = 3) -> Answers:
-    """Ask a language model for every task's theme and members.
+    """Ask a language model for the theme and the members of every task.
 
     Args:
         study: the tasks.
         chat: the rater.
-        cache: a folder of answers, which are not asked for again.
-        attempts: how often an answer is asked for that does not come or cannot be read.
+        cache: a folder for answers; those in it are not asked for again.
+        attempts: how often an answer is asked for if it does not come or cannot be read.
 
     Returns:
-        Its answers; a task whose answer could not be read is among `refused`, with the last answer.
+        The rater's answers. A task whose answer could not be read is in `refused`, with the last answer.
 
     Raises:
         ValueError: if `attempts` is less than 1.
-        OSError: if the model could not be reached in as many attempts.
+        OSError: if the model could not be reached in so many attempts.
 
     Example:
         >>> answers = rate(study, LocalChat(model, tokenizer, max_tokens=2), attempts=1)
@@ -207,7 +207,7 @@ def _reached(chat: Chat, messages: Messages, attempts: int) -> str:
 
 
 def read_numbers(answer: str, count: int) -> list[int] | None:
-    """The one JSON list of different numbers from 1 to `count` in an answer, or None where there is not exactly one."""
+    """The JSON list of different numbers from 1 to `count` in an answer; None unless there is exactly one such list."""
     lists = re.findall(r"\[[^\[\]]*\]", answer)
     if len(lists) != 1:
         return None
@@ -220,7 +220,7 @@ def read_numbers(answer: str, count: int) -> list[int] | None:
 
 
 def prompt(name: str, **values: str) -> str:
-    """A prompt of `studies/prompts`, filled in.
+    """A prompt of `studies/prompts`, with its values filled in.
 
     Raises:
         KeyError: if a value is missing.

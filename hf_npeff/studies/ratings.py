@@ -1,8 +1,8 @@
-"""Ratings by people and language models: can the theme of a feature's top examples tell its other examples apart?
+"""Ratings by people and language models: does the theme of a feature's top examples single out its other examples?
 
-A task shows some of a feature's top examples and, below, held-out ones among distractors; a rater states the theme and
-picks those that belong. Raters never learn which method a task is from: methods are mixed, the order is seeded, and the
-key is a file of its own.
+A task shows some of a feature's top examples and, below them, other top examples mixed with distractors. A rater states
+the theme and picks the examples that share it. Raters do not learn which method a task is from: methods are mixed, the
+order is random, and the key is a separate file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_npeff.sharing.files import write_atomically
 from hf_npeff.studies.settings import RatingsConfig
 
 _FORMAT = 1
-"""Of key.json, so that a later format can be told from this one."""
+"""The format version of key.json, so that later formats can be recognised."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class RatingTask:
     """What a rater sees.
 
     Attributes:
-        id: the id of the task; says nothing of the method.
+        id: the id of the task, which does not reveal the method.
         shown: texts that have the theme.
-        choices: texts, some of which have it.
+        choices: texts, some of which have the theme.
     """
 
     id: str
@@ -46,9 +46,9 @@ class RatingKey:
     """What a rater does not see.
 
     Attributes:
-        method: whose feature the task is of.
-        feature: its number.
-        members: for every choice whether it is one of the feature's top examples.
+        method: the method whose feature the task is about.
+        feature: the number of the feature.
+        members: for each choice, whether it is one of the feature's top examples.
     """
 
     method: str
@@ -58,14 +58,14 @@ class RatingKey:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one rater said.
+    """The answers of one rater.
 
     Attributes:
-        study: id of the study that was rated.
-        rater: name.
-        themes: {task: stated theme}.
-        picked: {task: indices of the choices that were picked}.
-        refused: {task: why there is no answer}.
+        study: the id of the study that was rated.
+        rater: the name of the rater.
+        themes: {task: the stated theme}.
+        picked: {task: the indices of the choices that were picked}.
+        refused: {task: the reason why there is no answer}.
     """
 
     study: str
@@ -75,7 +75,7 @@ class Answers:
     refused: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As the form saves it."""
+        """The answers as JSON types, as the form saves them."""
         answers = {task: {"theme": self.themes.get(task, ""), "picked": picked} for task, picked in self.picked.items()}
         return {"study": self.study, "rater": self.rater, "answers": answers, "refused": self.refused}
 
@@ -85,9 +85,9 @@ class RatingStudy:
     """Blinded tasks and their key.
 
     Attributes:
-        tasks: in the order in which they are shown.
-        key: {task: what it is of}.
-        excluded: {method and feature: why it has no task}.
+        tasks: the tasks, in the order in which they are shown.
+        key: {task: its `RatingKey`}.
+        excluded: {method and feature: the reason why it has no task}.
 
     Example:
         >>> from hf_npeff.baselines import MethodResult
@@ -107,7 +107,7 @@ class RatingStudy:
 
     @property
     def id(self) -> str:
-        """A hash of the tasks: answers to others are refused."""
+        """A hash of the tasks. Answers to other tasks are refused."""
         content = json.dumps([asdict(task) for task in self.tasks], ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -115,15 +115,15 @@ class RatingStudy:
     def make(
         cls, methods: Sequence[MethodResult], texts: Sequence[str], config: RatingsConfig | None = None
     ) -> RatingStudy:
-        """Tasks for features of several methods.
+        """Make tasks for features of several methods.
 
         Args:
-            methods: coefficients of the same n examples.
+            methods: the results of the methods, each with coefficients for the same n examples.
             texts: the texts of these examples.
-            config: settings.
+            config: the settings.
 
         Raises:
-            ValueError: if a method is of other examples, or no feature has enough of them.
+            ValueError: if a method has another number of examples, or no feature has enough examples.
         """
         config = config or RatingsConfig()
         rng = random.Random(config.seed)
@@ -132,7 +132,7 @@ class RatingStudy:
         for method in methods:
             if len(method.coefficients) != len(texts):
                 raise ValueError(
-                    f"{method.name} has coefficients of {len(method.coefficients)} examples, and there are "
+                    f"{method.name} has coefficients for {len(method.coefficients)} examples, but there are "
                     f"{len(texts)} texts"
                 )
             features = list(range(len(method)))
@@ -152,7 +152,7 @@ class RatingStudy:
         return cls([task for task, _ in made], {task.id: key for task, key in made}, excluded)
 
     def export(self, folder: Path) -> None:
-        """Write form.html and tasks.jsonl for raters, and key.json, which raters must not get."""
+        """Write form.html and tasks.jsonl, which are for raters, and key.json, which raters must not see."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"study": self.id, **asdict(task)}, ensure_ascii=False) for task in self.tasks]
         write_atomically(folder / "tasks.jsonl", ("\n".join(lines) + "\n").encode())
@@ -165,7 +165,7 @@ class RatingStudy:
         """One HTML page that works without a network and saves answers as JSON."""
         content = {"study": self.id, "tasks": [asdict(task) for task in self.tasks]}
         shown = json.dumps(content, ensure_ascii=False)
-        for character in "<>&\u2028\u2029":  # no text may end the script that it stands in
+        for character in "<>&\u2028\u2029":  # no text may end the script that contains it
             shown = shown.replace(character, f"\\u{ord(character):04x}")
         page = files("hf_npeff.studies").joinpath("templates/rating.html").read_text(encoding="utf-8")
         return page.replace("__STUDY__", shown)
@@ -175,7 +175,7 @@ class RatingStudy:
         """Read what `export` wrote.
 
         Raises:
-            ValueError: if the tasks and the key do not belong together.
+            ValueError: if the tasks and the key belong to different studies.
             OSError: if a file is missing.
         """
         lines = (folder / "tasks.jsonl").read_text(encoding="utf-8").split("\n")
@@ -184,15 +184,15 @@ class RatingStudy:
         tasks = [RatingTask(row["id"], row["shown"], row["choices"]) for row in rows]
         study = cls(tasks, {task: RatingKey(**entry) for task, entry in key["key"].items()}, key["excluded"])
         if study.id != key["study"] or {task.id for task in tasks} != set(study.key):
-            raise ValueError(f"tasks.jsonl and key.json in {folder} are of different studies")
+            raise ValueError(f"tasks.jsonl and key.json in {folder} belong to different studies")
         return study
 
     def read_answers(self, path: Path) -> Answers:
-        """A rater's file, checked.
+        """Read and check a rater's file.
 
         Raises:
-            ValueError: if it is of another study, or no rater's file.
-            OSError: if it cannot be read.
+            ValueError: if it belongs to another study, or is not a rater's file.
+                OSError: if it cannot be read.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -206,13 +206,13 @@ class RatingStudy:
         return answers
 
     def check(self, answers: Answers, where: str = "the answers") -> None:
-        """Refuse answers that are not of this study.
+        """Check that answers belong to this study.
 
         Raises:
-            ValueError: if they are of another study, of unknown tasks or choices, or have no rater.
+            ValueError: if they belong to another study, have unknown tasks or choices, or have no rater.
         """
         if answers.study != self.id:
-            raise ValueError(f"{where}: of the study {answers.study}, but this is {self.id}")
+            raise ValueError(f"{where}: the answers belong to the study {answers.study}, but this is {self.id}")
         if not answers.rater.strip():
             raise ValueError(f"{where}: the rater has no name")
         if unknown := sorted(set(answers.picked) - set(self.key)):
@@ -220,17 +220,17 @@ class RatingStudy:
         for task, picked in answers.picked.items():
             count = len(self.key[task].members)
             if any(not 0 <= i < count for i in picked) or len(set(picked)) < len(picked):
-                raise ValueError(f"{where}: task {task} has {count} choices, and {picked} were picked")
+                raise ValueError(f"{where}: task {task} has {count} choices, but {picked} were picked")
 
 
 def _task(
     method: MethodResult, feature: int, texts: Sequence[str], config: RatingsConfig, rng: random.Random
 ) -> tuple[RatingTask, RatingKey] | str:
-    """A task of one feature, or why there is none."""
+    """The task of one feature, or the reason why there is none."""
     w = method.coefficients[:, feature].double()
     order = torch.argsort(w, descending=True, stable=True).tolist()
     top: list[int] = []
-    for i in order:  # texts that come twice would give themselves away
+    for i in order:  # a text that comes twice would be recognised
         if len(top) < config.shown + config.members and texts[i] not in {texts[j] for j in top}:
             top.append(i)
     if len(top) < config.shown + config.members:
@@ -240,7 +240,7 @@ def _task(
     bottom = [i for i in order[len(order) // 2 :] if float(w[i]) < lowest and texts[i] not in tops]
     distractors = list({texts[i]: i for i in bottom}.values())
     if len(distractors) < config.distractors:
-        return f"only {len(distractors)} examples lie clearly below its top {len(top)}"
+        return f"only {len(distractors)} examples have clearly smaller coefficients than its top {len(top)}"
     rng.shuffle(top)
     shown, members = top[: config.shown], top[config.shown :]
     choices = [(i, True) for i in members] + [(i, False) for i in rng.sample(distractors, config.distractors)]

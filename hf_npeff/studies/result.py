@@ -1,4 +1,4 @@
-"""What every study leaves behind: result.json, table.md, figure.svg, and a page where it has one."""
+"""What every study writes: result.json, table.md, figure.svg, and for some studies a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_npeff.sharing.hub import shown_model
 
 
 class StudyResult(ABC):
-    """A study's outcome: numbers for machines, a table and a figure for people."""
+    """The result of a study: numbers for machines, a table and a figure for people."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -30,11 +30,11 @@ class StudyResult(ABC):
         """Draw on an empty `matplotlib.figure.Figure`."""
 
     def page(self) -> str:
-        """A page around the figure and the table, in Markdown; empty where the study has none."""
+        """A page with the figure and the table, in Markdown; empty if the study has none."""
         return ""
 
     def write(self, folder: Path) -> None:
-        """Write result.json, table.md and figure.svg, and README.md where there is a page.
+        """Write result.json, table.md and figure.svg, and README.md if there is a page.
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
@@ -48,7 +48,7 @@ class StudyResult(ABC):
             write_atomically(folder / "README.md", page.encode())
 
     def save_figure(self, path: Path) -> None:
-        """Write the figure; the same result gives the same file.
+        """Write the figure. The same result always gives the same file.
 
         Raises:
             ModuleNotFoundError: if matplotlib is not installed.
@@ -62,13 +62,13 @@ class StudyResult(ABC):
 
 
 def model_name(info: Mapping[str, Any]) -> str:
-    """The model of PEFs, without the path of a local folder."""
+    """The name of the PEFs' model, without the path if it is a local folder."""
     model = info.get("model")
     return "rows made elsewhere" if model is None else shown_model(model)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown; bars in cells are escaped, so that no cell opens another."""
+    """A table in Markdown; vertical bars in cells are escaped."""
 
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
@@ -77,7 +77,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for a cell; a dash where there is none."""
+    """A number as the text of a cell; a dash if there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.{digits}f}"

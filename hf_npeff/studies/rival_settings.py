@@ -1,4 +1,4 @@
-"""Settings of the studies that fit every method to the same rows: minimal pairs, and fair readings."""
+"""Settings of the studies that fit every method to the same rows: minimal pairs and fair readings."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ PAIR_DATA = ("planted_cues", "word_relations", "home_assistant")
 class RivalsConfig:
     """How every method is fitted.
 
-    Gradient Atoms and dictionary learning have settings near the best mean margin of both readings on seed 10 of the
-    planted cues, which no study measures (`python -m tests.benchmarks.pair_settings planted_cues`).
+    The settings of Gradient Atoms and dictionary learning are near the best mean margin of both readings on seed 10 of
+    the planted cues. No study measures that seed (`python -m tests.benchmarks.pair_settings planted_cues`).
 
     Attributes:
         n_components: the number of features of every method.
-        n_restarts: the number of restarts of NPEFF, of k-means and of gradient clustering, alike.
-        layers: layers whose hidden states are read, evenly spread.
-        sae_k: features of an example that the autoencoder of hidden states keeps.
-        gradient_k: features of an example that the autoencoder of gradients keeps.
-        sae_steps: the number of steps of an autoencoder's training.
-        atoms_alpha: weight of the L1 penalty of Gradient Atoms.
-        atoms_ridge: ridge of Gradient Atoms' whitening, as a share of the mean eigenvalue.
-        dictionary_alpha: weight of the L1 penalty of dictionary learning on PEFs.
+        n_restarts: the number of restarts of NPEFF, of k-means and of gradient clustering.
+        layers: how many layers' hidden states are read; the layers are evenly spaced.
+        sae_k: how many features of each example the autoencoder of hidden states keeps.
+        gradient_k: how many features of each example the autoencoder of gradients keeps.
+        sae_steps: the number of training steps of an autoencoder.
+        atoms_alpha: the weight of the L1 penalty of Gradient Atoms.
+        atoms_ridge: the ridge of Gradient Atoms' whitening, as a share of the mean eigenvalue.
+        dictionary_alpha: the weight of the L1 penalty of dictionary learning on PEFs.
         batch_size: how many examples a forward pass takes.
 
     Raises:
@@ -54,15 +54,15 @@ class MinimalPairsConfig(RivalsConfig):
     """Pairs of examples that differ in one factor.
 
     Attributes:
-        data: which data sets, of planted_cues, word_relations and home_assistant; all by default.
-        sentences: sentences with planted cues, each also without each of its cues.
-        words: words of each class of the word relations.
-        per_attribute: pairs of every attribute of Home Assistant's sentences, at least, where there are as many.
-        steps: the number of steps of fine-tuning on Home Assistant's sentences.
-        rank: rows kept per example, c.
-        seeds: data, models and fits with the seeds first_seed, first_seed + 1, ….
+        data: which data sets to use: planted_cues, word_relations, home_assistant; None uses all.
+        sentences: how many sentences with planted cues; each also comes without each of its cues in turn.
+        words: how many words of each class of the word relations.
+        per_attribute: the least number of pairs for each attribute of Home Assistant's sentences, if there are enough.
+        steps: the number of fine-tuning steps on Home Assistant's sentences.
+        rank: the number of rows kept for each example, c.
+        seeds: how many seeds; data, models and fits are made for the seeds first_seed, first_seed + 1, ….
         first_seed: the first seed.
-        untrained: whether seed first_seed comes again with random weights.
+        untrained: also analyse a model with random weights, for seed first_seed.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -90,7 +90,7 @@ class MinimalPairsConfig(RivalsConfig):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The data, in the table's order."""
+        """The names of the data sets, in the order of the tables."""
         given = PAIR_DATA if self.data is None else self.data
         return (given,) if isinstance(given, str) else tuple(given)
 
@@ -101,10 +101,11 @@ class FairConfig(RivalsConfig):
 
     Attributes:
         n_components: the number of features of every method.
-        sizes: numbers of components of the splitting curve, rising.
-        told_at: AUROC of a probe of the model's output from which an attribute counts as one that the output tells.
-        seeds: fits of every method, with other seeds, for the stability; 1 for none.
-        seed: the seed of the halves and of everything fitted.
+        sizes: the numbers of components of the splitting curve, in rising order.
+        predictable_at: an attribute counts as predictable from the model's output if a probe of the output has at least
+            this AUROC.
+        seeds: how many fits of every method, each with another seed, for the stability; 1 measures no stability.
+        seed: the seed of the halves and of the fits.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -112,13 +113,13 @@ class FairConfig(RivalsConfig):
 
     n_components: int = 24
     sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
-    told_at: float = 0.8
+    predictable_at: float = 0.8
     seeds: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if list(self.sizes) != sorted(set(self.sizes)) or (self.sizes and self.sizes[0] < 1):
-            raise ValueError(f"sizes must be rising numbers of at least 1, but they are {self.sizes}")
-        if not 0.5 <= self.told_at <= 1 or self.seeds < 1 or self.seed < 0:
-            raise ValueError("told_at must be in [0.5, 1], seeds at least 1, seed at least 0")
+            raise ValueError(f"sizes must be numbers of at least 1 in rising order, but they are {self.sizes}")
+        if not 0.5 <= self.predictable_at <= 1 or self.seeds < 1 or self.seed < 0:
+            raise ValueError("predictable_at must be in [0.5, 1], seeds at least 1, seed at least 0")

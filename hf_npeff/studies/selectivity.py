@@ -1,8 +1,8 @@
-"""What happens when a feature is switched: KL on an attribute's examples against others, for every method alike.
+"""How selective features are: KL on an attribute's examples against KL on others when a feature is switched off or on.
 
 All methods are measured on the same examples, at the step (or the degree of ablation) at which the mean KL on the
-attribute's examples reaches the same target; the better of both signs counts, for every method. A parameter direction
-is followed along the weights, a feature of activations is taken out of (or added to) the hidden state it lives in.
+attribute's examples reaches the same target. For every method the better of both signs counts. For a direction in the
+weights, the weights move along it. A feature of activations is removed from the hidden state, or added to it.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.steps import find_scale
 
 _LARGEST_ABLATION = 64.0
-"""Multiples of a feature's own activation that are tried. Chosen: far beyond what a model meets, so that a feature that
-does nothing is told from one that needs more."""
+"""The multiples of a feature's own activation that are tried. Chosen: far larger than activations in a model, so that a
+feature that does nothing can be distinguished from one that needs more."""
 _FLOOR = torch.finfo(torch.float32).eps
-"""A KL below this is rounding."""
+"""A KL below this is a rounding error."""
 _LARGE = 10_000
-"""Ratio at which the figure's axis ends. Chosen: beyond it KL on others is rounding; tables have the numbers."""
+"""The ratio at which the figure's axis ends. Chosen: beyond it, the KL on others is a rounding error; tables have the
+numbers."""
 
 
 @dataclass(frozen=True)
 class SwitchedFeature:
-    """One feature, switched.
+    """The effect of switching one feature.
 
     Attributes:
-        method: whose feature it is.
-        attribute: on whose examples it is measured.
-        feature: its number.
+        method: the method of the feature.
+        attribute: the attribute on whose examples it is measured.
+        feature: the number of the feature.
         scale: the step along a direction, or the degree of an ablation (1 removes the feature), with its sign.
-        top: mean KL on the attribute's examples, nats.
-        others: mean KL on the others, nats.
+        top: the mean KL on the attribute's examples, in nats.
+        others: the mean KL on other examples, in nats.
         ratio: top / others.
         reached: whether the target was reached within 10%.
-        ablated: mean KL on the attribute's examples at scale 1, for an ablation.
-        moved: share of the attribute's examples with a KL of at least a tenth of the target: small where the mean is
-            made by a few examples, as by a feature that most of them lack.
+        ablated: for an ablation, the mean KL on the attribute's examples at scale 1.
+        moved: the share of the attribute's examples with a KL of at least a tenth of the target. It is small if the
+        mean comes from a few examples, because most of them lack the feature.
     """
 
     method: str
@@ -71,8 +72,8 @@ class SelectivityResult(StudyResult):
     """The outcome of `run_selectivity`.
 
     Attributes:
-        rows: a feature of a method on an attribute each.
-        excluded: {method: why it was not measured}.
+        rows: the effect of each method's feature for each attribute.
+        excluded: {method: the reason why it was not measured}.
         config: the settings.
     """
 
@@ -82,23 +83,23 @@ class SelectivityResult(StudyResult):
 
     @property
     def methods(self) -> list[str]:
-        """In the order they were measured."""
+        """The methods, in the order in which they were measured."""
         return list(dict.fromkeys(row.method for row in self.rows))
 
     def ratios(self, method: str) -> list[float]:
-        """Of every attribute on which the target was reached."""
+        """The ratios of a method, for the attributes on which it reached the target."""
         return [row.ratio for row in self.rows if row.method == method and row.reached]
 
     def medians(self) -> dict[str, float]:
-        """{method: median ratio over the attributes on which it reached the target}; none where it never did."""
+        """{method: median ratio over the attributes on which it reached the target}, without methods that never did."""
         return {m: statistics.median(ratios) for m in self.methods if (ratios := self.ratios(m))}
 
     def own_less_others(self) -> dict[str, float]:
-        """{method: mean over all attributes of the KL on their examples less that on others, in nats}.
+        """{method: mean over all attributes of the KL on their examples minus the KL on others, in nats}.
 
-        All attributes count, with the KL that was reached: a feature that moves nothing, or everything, gains nothing.
-        It is the difference of effects that targeted probe perturbation scores a feature by (SAEBench, arXiv
-        2503.09532), with KL in place of a probe's accuracy.
+        All attributes count, with the KL that was reached. A feature that moves nothing or everything scores zero.
+        This is the score of targeted probe perturbation (SAEBench, arXiv 2503.09532), with KL instead of a probe's
+        accuracy.
         """
         rows = {m: [row for row in self.rows if row.method == m] for m in self.methods}
         return {m: statistics.mean(row.top - row.others for row in mine) for m, mine in rows.items()}
@@ -119,7 +120,7 @@ class SelectivityResult(StudyResult):
         }
 
     def table(self) -> str:
-        """A row an attribute, a column a method: KL ratios, in brackets where the target was not reached."""
+        """A table of KL ratios, by attribute and method; in brackets if the target was not reached."""
         attributes = list(dict.fromkeys(row.attribute for row in self.rows))
         cells = {(row.attribute, row.method): row for row in self.rows}
         body = []
@@ -131,17 +132,17 @@ class SelectivityResult(StudyResult):
             )
         reached = [f"{len(self.ratios(m))} of {sum(row.method == m for row in self.rows)}" for m in self.methods]
         medians = self.medians()
-        body.append(["median of those reached", *(number(medians.get(m), 1) for m in self.methods)])
+        body.append(["median where reached", *(number(medians.get(m), 1) for m in self.methods)])
         body.append(["target reached", *reached])
         own = self.own_less_others()
-        body.append(["mean KL less that on others, nats", *(number(own[m], 2) for m in self.methods)])
+        body.append(["mean KL minus KL on others, nats", *(number(own[m], 2) for m in self.methods)])
         body.append(["median share of examples moved", *(self._moved(m) for m in self.methods)])
         lines = [markdown(["attribute", *self.methods], body)]
         lines += [f"\nNot measured: {name} ({why})." for name, why in self.excluded.items()]
         return "\n".join(lines)
 
     def draw(self, figure: Any) -> None:
-        """Ratios on a logarithmic axis, a dot an attribute."""
+        """The ratios on a logarithmic axis, with a dot for each attribute."""
         axes = figure.add_subplot()
         for position, method in enumerate(self.methods):
             mine = [row for row in self.rows if row.method == method]
@@ -149,7 +150,7 @@ class SelectivityResult(StudyResult):
                 values = [min(max(row.ratio, 1e-2), _LARGE) for row in mine if row.reached == reached]
                 axes.scatter([position] * len(values), values, marker=marker, alpha=0.6, color=f"C{position}")
         axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
-        axes.set(yscale="log", ylabel="KL with the attribute / without (×: target missed)")
+        axes.set(yscale="log", ylabel="KL on examples with the attribute / without it (×: target not reached)")
         axes.set_xticks(range(len(self.methods)), self.methods, rotation=20, ha="right")
 
 
@@ -163,19 +164,19 @@ def run_selectivity(
 ) -> SelectivityResult:
     """Switch every method's feature for every attribute, on the same examples.
 
-    The features are those that `run_factors` chose on the first half; examples are drawn from the other half, at
-    random, so that no method's own ranking decides.
+    The features are those that `run_factors` chose on the first half. Examples are drawn at random from the other half,
+    so that they do not depend on any method's ranking.
 
     Args:
         analyzer: the analyzer of the model.
-        methods: those without interventions are reported as excluded.
-        dataset: the examples of the coefficients, in their order.
+        methods: the results of the methods; those without interventions are reported as excluded.
+        dataset: the examples of the coefficients, in the same order.
         attributes: the attributes of these examples.
         factors: the factors of the same methods and attributes.
-        config: settings.
+        config: the settings.
 
     Raises:
-        ValueError: if the dataset is not of the attributes' length.
+        ValueError: if the dataset and the attributes have different numbers of examples.
 
     Example:
         >>> from hf_npeff.baselines import Site, activation_kmeans, hidden_states
@@ -189,9 +190,7 @@ def run_selectivity(
     config = config or SelectivityConfig()
     examples = analyzer.read(dataset)[:]
     if len(examples) != len(attributes.values):
-        raise ValueError(
-            f"the dataset has {len(examples)} examples, and the attributes are of {len(attributes.values)}"
-        )
+        raise ValueError(f"the dataset has {len(examples)} examples, but the attributes have {len(attributes.values)}")
     excluded = {m.name: "it has no interventions" for m in methods if m.interventions is None}
     measured = [score.attribute for score in factors.methods[0].attributes]
     measured.sort(key=lambda name: -int((attributes.values[:, attributes.names.index(name)] == 1).sum()))
@@ -216,12 +215,12 @@ def run_selectivity(
 
 
 def _shown(ratio: float) -> str:
-    """A ratio for a cell; those of a KL that is rounding on the others are only known to be large."""
+    """A ratio as the text of a cell. If the KL on others is a rounding error, the ratio is only known to be large."""
     return number(ratio, 1) if ratio < _LARGE else f"> {_LARGE:,.0f}"
 
 
 def draw_examples(values: Tensor, half: Tensor, config: SelectivityConfig) -> tuple[list[int], list[int]]:
-    """Examples of a half that have an attribute (n,), and that lack it, at random."""
+    """Random examples of one half: some that have an attribute (n,), and some that lack it."""
     generator = torch.Generator().manual_seed(config.seed)
     drawn = []
     for wanted, count in ((1, config.n_top), (0, config.n_others)):
@@ -237,7 +236,7 @@ def switch(
     others: Sequence[Example],
     config: SelectivityConfig,
 ) -> dict[str, Any]:
-    """Both signs of an intervention brought to the target KL on the top examples, and the more selective one.
+    """Scale both signs of an intervention to the target KL on the top examples, and keep the more selective one.
 
     Returns:
         The fields of `SwitchedFeature` from `scale` on.
@@ -253,7 +252,7 @@ def switch(
 
     along_weights = isinstance(intervention, ParameterDirection)
     limit = intervention.norm_in(forward.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
-    start = min(0.05, limit) if along_weights else 1.0  # where the search begins, no more
+    start = min(0.05, limit) if along_weights else 1.0  # only where the search begins
     # The other sign has about the same step
     ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
     back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)

@@ -1,4 +1,4 @@
-"""Settings of the studies: frozen dataclasses, from which the command line takes its options."""
+"""Settings of the studies, as frozen dataclasses. The command line takes its options from them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class DemoConfig:
     """How large the demo is.
 
     Attributes:
-        queries: prompts of a relation; there are eight relations.
-        rank: rows kept per example.
-        components: components of the decomposition.
-        seed: seed of prompts, sketch and starts.
+        queries: the number of prompts for each of the eight relations.
+        rank: the number of rows kept for each example.
+        components: the number of components of the decomposition.
+        seed: the seed of prompts, sketch and starts.
     """
 
     queries: int = 28
@@ -33,19 +33,20 @@ class ComparisonConfig:
     """How the methods are fitted.
 
     Attributes:
-        n_components: the number of components of every method: components, clusters, features.
-        methods: which methods, of npeff, gradient_clustering, sae, kmeans, nmf and random; all by default.
-        power: the power of NPEFF's PEFs; see DecompositionConfig.
-        balance: the balance of NPEFF's modules; see DecompositionConfig.
-        n_restarts: the number of restarts of NPEFF, of k-means, and of gradient clustering, alike.
-        sae_expansion: further rows for autoencoders with this many times as many features; 1 for none.
-        sae_k: features of an example that TopK keeps.
-        sae_kind: "topk" or "l1".
-        sae_l1: weight of the L1 penalty.
-        sae_steps: the number of steps of the autoencoder's training.
-        layer: whose output the activation methods read; negative numbers count from the end.
-        position: "first", "last", or "auto": first for encoders with a classifier, else last.
-        seeds: fits of every method, with other seeds, for the stability; 1 for none.
+        n_components: the number of components, clusters or features of every method.
+        methods: which methods to fit: npeff, gradient_clustering, sae, kmeans, nmf, random; None fits all.
+        power: the power γ of NPEFF's PEFs, as in DecompositionConfig.
+        balance: how NPEFF balances modules, as in DecompositionConfig.
+        n_restarts: the number of restarts of NPEFF, of k-means and of gradient clustering.
+        sae_expansion: also fit an autoencoder with this many times as many features; 1 fits no other.
+        sae_k: how many features of each example a TopK autoencoder keeps.
+        sae_kind: the kind of autoencoder, "topk" or "l1".
+        sae_l1: the weight of an l1 autoencoder's penalty.
+        sae_steps: the number of training steps of an autoencoder.
+        layer: the layer whose output the activation methods read; negative numbers count from the end.
+        position: the token at which activations are read: "first", "last", or "auto", which is the first for encoders
+            with a classifier and the last for all other models.
+        seeds: how many fits of every method, each with another seed, for the stability; 1 measures no stability.
         batch_size: how many examples a forward pass takes.
         seed: the seed of everything random.
 
@@ -71,13 +72,15 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.wanted) - set(METHODS)):
-            raise ValueError(f"there are no methods {unknown}; there are {', '.join(METHODS)}")
+            raise ValueError(f"the methods {unknown} do not exist; the methods are {', '.join(METHODS)}")
         if not self.wanted or min(self.n_components, self.n_restarts, self.seeds, self.sae_expansion) < 1:
-            raise ValueError("n_components, n_restarts, seeds and sae_expansion must be at least 1, with some method")
+            raise ValueError(
+                "n_components, n_restarts, seeds and sae_expansion must be at least 1, and there must be a method"
+            )
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The methods, in the table's order."""
+        """The names of the methods, in the order of the tables."""
         named = (self.methods,) if isinstance(self.methods, str) else self.methods
         return METHODS if named is None else tuple(named)
 
@@ -87,11 +90,11 @@ class FactorsConfig:
     """How annotated attributes are measured.
 
     Attributes:
-        found_at: the AUROC, on the other half, from which an attribute counts as found.
-        top: examples of a component whose purity is taken.
-        min_count: examples that have, and that lack, an attribute in each half, at least.
+        found_at: an attribute counts as found if its AUROC on the other half is at least this.
+        top: the purity of a feature is measured on this many top examples.
+        min_count: an attribute is measured only if, in each half, at least so many examples have it and lack it.
         at_least: measure only examples with at least so many attributes.
-        seed: the seed of the halves.
+        seed: the seed that divides the examples into halves.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -113,12 +116,12 @@ class SelectivityConfig:
     """How selectivity is measured.
 
     Attributes:
-        target_kl: mean KL on the attribute's examples, in nats, that every method is brought to.
-        n_top: examples that have the attribute.
-        n_others: examples that lack it.
-        max_attributes: the most attributes, those with the most examples first.
+        target_kl: the mean KL on the attribute's examples, in nats, to which every method's step is scaled.
+        n_top: how many examples that have the attribute.
+        n_others: how many examples that lack the attribute.
+        max_attributes: the most attributes to measure; those with the most examples come first.
         batch_size: how many examples a forward pass takes.
-        seed: the seed of the examples drawn.
+        seed: the seed for drawing examples.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -144,16 +147,16 @@ class PlantedConfig:
 
     Attributes:
         cues: the number of cues; cue i serves label i mod `labels`.
-        labels: the number of labels, each yes or no.
-        fillers: words that mean nothing.
-        length: words of a sentence.
-        most: cues of a sentence, at most.
-        likely: probability of a label where one of its cues is present.
-        unlikely: probability of a label where none of its cues is present.
-        n_train: sentences to train on.
-        n: sentences to analyse.
-        steps: the number of steps of training.
-        hidden: width of the model, of two layers.
+        labels: the number of yes-or-no labels.
+        fillers: the number of filler words, which do not affect labels.
+        length: the number of words of a sentence.
+        most: the most cues of a sentence.
+        likely: the probability of a label if one of its cues is present.
+        unlikely: the probability of a label if none of its cues is present.
+        n_train: the number of sentences to train on.
+        n: the number of sentences to analyse.
+        steps: the number of training steps.
+        hidden: the width of the model, which has two layers.
         seed: the seed of the data and the model.
 
     Raises:
@@ -177,7 +180,7 @@ class PlantedConfig:
         if not 1 <= self.labels <= self.cues or not 1 <= self.most <= min(self.cues, self.length):
             raise ValueError("expected labels ≤ cues, and most between 1 and the smaller of cues and length")
         if not 0 < self.unlikely < self.likely < 1:
-            raise ValueError("expected 0 < unlikely < likely < 1: a certain label has no Fisher")
+            raise ValueError("expected 0 < unlikely < likely < 1, because the Fisher of a certain label is zero")
         if min(self.fillers, self.n_train, self.n, self.steps, self.hidden) < 1:
             raise ValueError("fillers, n_train, n, steps and hidden must be at least 1")
 
@@ -188,10 +191,10 @@ class RatingsConfig:
 
     Attributes:
         features: the number of features of every method, drawn at random.
-        shown: top examples that show the theme.
-        members: further top examples, to be picked.
-        distractors: examples of the lower half, not to be picked.
-        seed: the seed of everything drawn, and of the order.
+        shown: how many top examples show the theme.
+        members: how many more top examples there are to pick.
+        distractors: how many examples from the lower half are mixed with them.
+        seed: the seed for drawing features and examples, and for their order.
 
     Raises:
         ValueError: if a number is out of range.
@@ -210,17 +213,17 @@ class RatingsConfig:
 
 @dataclass(frozen=True)
 class InContextConfig:
-    """What is asked, and how it is decomposed.
+    """The prompts of in-context learning, and how they are decomposed.
 
     Attributes:
         queries: the number of prompts of every relation.
-        shots: numbers of demonstrations, rising.
-        shuffled: whether every condition comes again with shuffled answers.
+        shots: the numbers of demonstrations, in rising order.
+        shuffled: whether every condition is repeated with shuffled answers.
         n_components: the number of components of the decomposition of all prompts together.
-        power: the power of the PEFs; see DecompositionConfig.
+        power: the power γ of the PEFs, as in DecompositionConfig.
         n_restarts: the number of restarts of the decomposition.
-        batch_size: prompts of a forward pass.
-        seed: the seed of everything drawn.
+        batch_size: how many prompts a forward pass takes.
+        seed: the seed of everything random.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -239,7 +242,9 @@ class InContextConfig:
         given: Any = self.shots
         shots = [given] if isinstance(given, int) else list(given)
         if shots != sorted(set(shots)) or len(shots) < 2 or min(shots) < 0:
-            raise ValueError(f"shots must be two or more rising numbers of at least 0, but they are {self.shots}")
+            raise ValueError(
+                f"shots must be two or more numbers of at least 0 in rising order, but they are {self.shots}"
+            )
         if min(self.queries, self.n_components, self.n_restarts, self.batch_size) < 1:
             raise ValueError("queries, n_components, n_restarts and batch_size must be at least 1")
 
@@ -249,14 +254,15 @@ class MechanismsConfig:
     """Toy models whose mechanisms are known, and how they are decomposed.
 
     Attributes:
-        toys: features and hidden numbers of each toy model of superposition, as "5-2"; 5-2 and 40-10 by default.
-        probability: probability that a feature is there, in training and in the examples.
-        steps: the number of steps of training.
-        batch_size: examples of a step.
-        learning_rate: the first learning rate; it falls to 0.
-        n: examples to analyse, none of them all zero.
+        toys: the sizes of the toy models of superposition, as features-dimensions; "5-2" has 5 features in 2
+            dimensions.
+        probability: the probability that a feature is present, in training and in the examples.
+        steps: the number of training steps.
+        batch_size: how many examples a training step takes.
+        learning_rate: the initial learning rate, which falls to 0.
+        n: the number of examples to analyse; examples that are all zero are not used.
         n_restarts: the number of restarts of the decomposition.
-        seeds: toys of every size, with the seeds 0, 1, ….
+        seeds: how many toys of each size; their seeds are 0, 1, ….
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -274,7 +280,7 @@ class MechanismsConfig:
     def __post_init__(self) -> None:
         for features, hidden in self.sizes:
             if not 1 <= hidden < features:
-                raise ValueError(f"a toy of {features} features needs 1 to {features - 1} hidden numbers, not {hidden}")
+                raise ValueError(f"a toy of {features} features needs 1 to {features - 1} dimensions, not {hidden}")
         if not 0 < self.probability <= 1 or self.learning_rate <= 0:
             raise ValueError("probability must be in (0, 1], and learning_rate positive")
         if min(self.steps, self.batch_size, self.n, self.n_restarts, self.seeds) < 1:
@@ -282,18 +288,18 @@ class MechanismsConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The toys, in the table's order."""
+        """The names of the toys, in the order of the tables."""
         given = ("5-2", "40-10") if self.toys is None else self.toys
         return (given,) if isinstance(given, str) else tuple(given)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(features, hidden numbers) of every toy.
+        """(features, dimensions) of every toy.
 
         Raises:
-            ValueError: if there are none, or one is not written as "5-2".
+            ValueError: if there are no toys, or one is not written as "5-2".
         """
         parts = [name.split("-") for name in self.names]
         if not parts or any(len(p) != 2 or not all(x.isdecimal() for x in p) for p in parts):
-            raise ValueError(f"toys must be written as features-hidden, as '5-2', but they are {self.toys!r}")
+            raise ValueError(f"toys must be written as features-dimensions, such as '5-2', but they are {self.toys!r}")
         return [(int(a), int(b)) for a, b in parts]

@@ -1,7 +1,8 @@
-"""Toy models of superposition (Elhage et al. 2022): x̂ = ReLU(WᵀW x + b), more features than hidden numbers.
+"""Toy models of superposition (Elhage et al. 2022): x̂ = ReLU(WᵀW x + b), with more features than dimensions.
 
-What such a model does is known: feature j is handled by column j of W and by nothing else, so a mechanism is a change
-of that column alone, along itself. Trained on sparse inputs, the columns share m dimensions and still act apart.
+The mechanisms of such a model are known: column j of W, and nothing else, handles feature j. A mechanism is therefore a
+change of that column along itself. After training on sparse inputs, the columns share m dimensions and still act
+separately.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 _WEIGHT_DECAY = 0.01
-"""The usual one of AdamW, as in the published toys."""
+"""The usual weight decay of AdamW, as in the published toys."""
 
 
 class SuperpositionConfig(PretrainedConfig):
@@ -24,7 +25,7 @@ class SuperpositionConfig(PretrainedConfig):
 
 
 class SuperpositionForSequenceClassification(PreTrainedModel):
-    """x̂ = ReLU(WᵀW x + b), as a regression of k numbers.
+    """The model x̂ = ReLU(WᵀW x + b), as a regression of k numbers.
 
     Attributes:
         embed: W (m, k).
@@ -44,19 +45,19 @@ class SuperpositionForSequenceClassification(PreTrainedModel):
         """Nothing: `superposition_model` draws the weights from a generator of its own."""
 
     def forward(self, input_values: Tensor, **_: Any) -> SequenceClassifierOutput:
-        """Features (B, k) as they come back: `logits` (B, k)."""
+        """The reconstruction of features (B, k): `logits` (B, k)."""
         hidden = input_values @ self.embed.T
         return SequenceClassifierOutput(logits=(hidden @ self.embed + self.bias).relu())
 
 
 def sparse_features(n: int, k: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Inputs (n, k): every feature is there with this probability, uniform in [0, 1], else 0; some may be all zero."""
+    """Inputs (n, k). A feature is present with this probability, uniform in [0, 1], else 0. Inputs may be all zero."""
     present = torch.rand(n, k, generator=generator) < probability
     return torch.rand(n, k, generator=generator) * present
 
 
 def superposition_model(features: int, hidden: int, seed: int) -> SuperpositionForSequenceClassification:
-    """A model with random weights, columns of about unit length; the global random state is left as it was."""
+    """A model with random weights, with columns of about unit length. The global random state is not changed."""
     config: Any = SuperpositionConfig
     model = SuperpositionForSequenceClassification(
         config(num_labels=features, hidden_size=hidden, problem_type="regression")
@@ -75,16 +76,16 @@ def train_superposition(
     learning_rate: float,
     seed: int,
 ) -> float:
-    """Train to give back sparse inputs; the mean squared error of the last tenth of the steps."""
+    """Train the model to reconstruct sparse inputs. Returns the mean squared error of the last tenth of the steps."""
     k = model.config.num_labels
     assert k is not None
-    # No two seeds of the study share a stream with the weights
+    # No seed of the study shares a random stream with the weights
     generator = torch.Generator().manual_seed(10_000 + seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
     last, errors = max(1, steps // 10), []
     for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * (1 - step / steps)  # falls to 0, so that columns come to rest
+            group["lr"] = learning_rate * (1 - step / steps)  # falls to 0, so that columns converge
         x = sparse_features(batch_size, k, probability, generator)
         loss = (model(x).logits - x).square().mean()
         optimiser.zero_grad()

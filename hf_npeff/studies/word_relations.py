@@ -1,4 +1,4 @@
-"""Tasks: prompts with annotated attributes, made from data that comes in packages."""
+"""Word relations: few-shot prompts with annotated attributes, made from the word list of a package."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WORD_RELATIONS = {
 
 
 def package_folder(name: str, install: str) -> Path:
-    """The folder of an installed package, which is not imported.
+    """The folder of an installed package. The package is not imported.
 
     Raises:
-        ModuleNotFoundError: if it is not installed; the message says what to install.
+        ModuleNotFoundError: if it is not installed. The message says what to install.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -67,13 +67,14 @@ def word_relation_prompts(queries: int = 32, shots: int = 4, seed: int = 0) -> l
     """Few-shot prompts: `shots` solved pairs of one relation, then a word without its answer.
 
     Args:
-        queries: prompts a relation; where it has fewer pairs, words come again under other demonstrations.
-        shots: solved pairs before the query.
-        seed: the seed of the choice of demonstrations.
+        queries: the number of prompts for each relation. If a relation has fewer pairs, words are used again after
+        other demonstrations.
+        shots: the number of solved pairs before the query.
+        seed: the seed for choosing demonstrations.
 
     Returns:
-        Dictionaries with `text`, `word`, `answer` and `relation`, in a random order. (A column `query`
-        would be read with `text`, as a pair.)
+        Rows with `text`, `word`, `answer` and `relation`, in random order. The word is not called `query`, because a
+        column of that name would be read together with `text`, as a pair.
 
     Raises:
         ValueError: if a relation has fewer than `shots` + 1 pairs, or a number is out of range.
