@@ -254,7 +254,7 @@ class MechanismsConfig:
     """Toy models whose mechanisms are known, and how they are decomposed.
 
     Attributes:
-        toys: the sizes of the toy models of superposition, as features-dimensions: "5-2" has 5 features in 2 dimensions.
+        toys: sizes of the toy models of superposition, as features-dimensions: "5-2" has 5 features in 2 dimensions.
             None uses 5-2 and 40-10.
         probability: the probability that a feature is present, in training and in the examples.
         steps: the number of training steps.
