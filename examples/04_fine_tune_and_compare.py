@@ -219,7 +219,7 @@ def page(task: Task, layer: int, factors: FactorsResult, selectivity: Selectivit
         f"{facts['accuracy on held-out groups']:.2f}; activations of layer {layer}.\n\n{factors.table()}\n\n"
         f"Best feature's AUROC by kind of attribute:\n\n{by_kind(kinds)}\n\n"
         f"KL ratio by attribute:\n\n{selectivity.table()}\n\n"
-        f"Why: single features of several kinds, and supervised probes (NPEFF with γ = 0.5):\n\n{why}\n"
+        f"The reasons: single features of several kinds, and supervised probes (NPEFF with γ = 0.5):\n\n{why}\n"
     )
 
 
@@ -236,8 +236,8 @@ def summary(output: Path) -> str:
     why = over_data_sets({name: fact["diagnosis, AUROC"] for name, fact in facts.items()})
     return (
         f"# Comparison on real data\n\nMade by {' and '.join(f'`{c}`' for c in commands)}; "
-        f"every cell holds its values on {described}.\n\n{overview({name: output / name for name in names})}\n\n"
-        f"What single features and supervised probes find of the same attributes (NPEFF with γ = 0.5):\n\n{why}\n"
+        f"every cell has the values on {described}.\n\n{overview({name: output / name for name in names})}\n\n"
+        f"How well single features and supervised probes find the same attributes (NPEFF with γ = 0.5):\n\n{why}\n"
     )
 
 

@@ -242,7 +242,7 @@ def test_selectivity_brings_every_method_to_the_same_kl_on_the_same_examples(com
     assert all(torch.equal(a, b) for a, b in zip(before, compared["analyzer"].model.parameters(), strict=True))
     assert result.table().count("\n") >= 5 and set(result.medians()) <= set(result.methods)
     mine = [row.top - row.others for row in result.rows if row.method == "random"]
-    assert result.own_less_others()["random"] == pytest.approx(sum(mine) / len(mine))
+    assert result.own_minus_others()["random"] == pytest.approx(sum(mine) / len(mine))
 
 
 def test_methods_without_interventions_are_reported(compared: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_npeff.studies.result import markdown, number
 
-_COLUMNS = ("mean AUROC", "found", "at once", "purity", "stability", "KL ratio", "own less others", "moved", "seconds")
+_COLUMNS = ("mean AUROC", "found", "at once", "purity", "stability", "KL ratio", "own minus others", "moved", "seconds")
 
 
 def overview(folders: Mapping[str, Path]) -> str:

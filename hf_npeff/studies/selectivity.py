@@ -94,7 +94,7 @@ class SelectivityResult(StudyResult):
         """{method: median ratio over the attributes on which it reached the target}, without methods that never did."""
         return {m: statistics.median(ratios) for m in self.methods if (ratios := self.ratios(m))}
 
-    def own_less_others(self) -> dict[str, float]:
+    def own_minus_others(self) -> dict[str, float]:
         """{method: mean over all attributes of the KL on their examples minus the KL on others, in nats}.
 
         All attributes count, with the KL that was reached. A feature that moves nothing or everything scores zero.
@@ -115,7 +115,7 @@ class SelectivityResult(StudyResult):
             "config": asdict(self.config),
             "rows": [asdict(row) for row in self.rows],
             "medians": self.medians(),
-            "own_less_others": self.own_less_others(),
+            "own_minus_others": self.own_minus_others(),
             "excluded": self.excluded,
         }
 
@@ -134,7 +134,7 @@ class SelectivityResult(StudyResult):
         medians = self.medians()
         body.append(["median where reached", *(number(medians.get(m), 1) for m in self.methods)])
         body.append(["target reached", *reached])
-        own = self.own_less_others()
+        own = self.own_minus_others()
         body.append(["mean KL minus KL on others, nats", *(number(own[m], 2) for m in self.methods)])
         body.append(["median share of examples moved", *(self._moved(m) for m in self.methods)])
         lines = [markdown(["attribute", *self.methods], body)]

@@ -159,25 +159,27 @@ def page(networks: list[dict[str, Any]], p: int, seconds: float) -> str:
     least = min(n["accuracy"] for n in networks)
     ours, alone, known = (cell(row, MEASURES[0]) for row in ("NPEFF", "a row of single PEFs", "the network's neurons"))
     return (
-        f"# A circuit that is known: modular addition\n\n"
-        f"The largest frequency has {ours} of the power of NPEFF's components, {alone} of a row of a single PEF and "
-        f"{known} of the network's neurons: components are its frequencies where the first is near the last.\n\n"
-        f"Written by `python -m tests.benchmarks.modular_addition` "
-        f"({seconds:.0f} s of the processor): {len(networks)} networks that add modulo {p}, logits = (x E M)² U, right "
-        f"on at least {least:.0%} of all pairs; PEFs of M for all {p * (p + 1) // 2} pairs, all outputs, no sketch; "
-        f"{(p - 1) // 2} components, as many as there are frequencies. Median and range over the networks.\n\n"
+        f"# A known circuit: modular addition\n\n"
+        f"The strongest frequency has {ours} of the power of NPEFF's components, {alone} of a row of a single PEF, and "
+        f"{known} of the network's neurons. If components were the network's frequencies, the first number would be "
+        f"near the last.\n\n"
+        f"Written by `python -m tests.benchmarks.modular_addition` ({seconds:.0f} s of processor time). There are "
+        f"{len(networks)} networks that add modulo {p}, with logits = (x E M)² U; each is right on at least "
+        f"{least:.0%} of all pairs. The PEFs of M are computed for all {p * (p + 1) // 2} pairs, with all outputs and no sketch. "
+        f"There are {(p - 1) // 2} components, as many as frequencies. The table has the median and range over the "
+        f"networks.\n\n"
         f"{table}\n\n{_READING}"
     )
 
 
 _READING = """How to read it:
 
-- **Share of one frequency**: a direction D of M moves the neurons by E D, functions of the number that is read. How
-  much of their power is at the largest frequency; 1 is a component that is a frequency. **Frequencies**: how many
-  different ones are largest for some component.
-- **Correlation with its strength**: of a component's coefficients with cos²(πk(a − b)/p), which is how strongly the
-  component's frequency is in a pair; 1 is a component that tells when its frequency is at work.
-- **A row of single PEFs** is what a component would have without any decomposition: the strongest row of one pair.
+- **Share of one frequency**: a direction D of M moves the neurons by E D, which are functions of the input number. The
+  share is how much of their power is at the strongest frequency; it is 1 for a component that is a single frequency.
+  **Frequencies**: how many different frequencies are the strongest one of some component.
+- **Correlation with its strength**: the correlation of a component's coefficients with cos²(πk(a − b)/p), which is how
+  strong the component's frequency is in a pair. It is 1 for a component that shows when its frequency is at work.
+- **A row of single PEFs** is the strongest row of one pair: what a component would be without any decomposition.
 """
 
 
