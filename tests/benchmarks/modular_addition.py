@@ -165,9 +165,9 @@ def page(networks: list[dict[str, Any]], p: int, seconds: float) -> str:
         f"near the last.\n\n"
         f"Written by `python -m tests.benchmarks.modular_addition` ({seconds:.0f} s of processor time). There are "
         f"{len(networks)} networks that add modulo {p}, with logits = (x E M)² U; each is right on at least "
-        f"{least:.0%} of all pairs. The PEFs of M are computed for all {p * (p + 1) // 2} pairs, with all outputs and no sketch. "
-        f"There are {(p - 1) // 2} components, as many as frequencies. The table has the median and range over the "
-        f"networks.\n\n"
+        f"{least:.0%} of all pairs. The PEFs of M are computed for all {p * (p + 1) // 2} pairs, with all outputs and "
+        f"no sketch. There are {(p - 1) // 2} components, as many as frequencies. The table has the median and range "
+        f"over the networks.\n\n"
         f"{table}\n\n{_READING}"
     )
 
