@@ -24,7 +24,7 @@ function aboutView() {
           h(
             "p",
             {},
-            "NPEFF looks at how each prediction depends on the weights (the Fisher information of the example), and writes these dependencies as non-negative mixtures of components that examples share. A component is a direction in the weights: its top examples are those whose predictions hang most on it.",
+            "NPEFF looks at how each prediction depends on the weights (the Fisher information of the example), and writes these dependencies as non-negative mixtures of components that examples share. A component is a direction in the weights: its top examples are those whose predictions depend most on it.",
           ),
           h(
             "p",
@@ -96,7 +96,7 @@ function aboutView() {
             components: count(r),
             explained: percent(facts.explained, 1),
             converged: facts.converged ? "yes" : "no",
-            "error of the sketch": number(facts.sketch_error),
+            "sketch error": number(facts.sketch_error),
             "made with": `hf_npeff ${facts.version}`,
           }),
         ),

@@ -69,7 +69,7 @@ function certificatePanel(j) {
     h(
       "p",
       { class: "small muted" },
-      `What a step of ${number(scale)} along the component does. KL: how far the predictions move, in nats.`,
+      `The effect of a step of ${number(scale)} along the component. KL says how far predictions move, in nats.`,
       report && report.reached === false ? " The step does not reach the KL that was asked for." : null,
     ),
     h(
@@ -105,7 +105,7 @@ function dosesOfSearch(report) {
   return h(
     "div",
     {},
-    h("h3", {}, "By step size"),
+    h("h3", {}, "KL by step size"),
     lineChart(
       points.map(([scale]) => scale),
       [

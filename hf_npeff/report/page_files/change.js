@@ -34,7 +34,7 @@ function changeView() {
       ),
       h(
         "td",
-        { title: [range(c.kl_interval), c.kl_left == null ? null : `${number(c.kl_left)} that those above do not carry`].filter(Boolean).join("; ") || null, class: "number" },
+        { title: [range(c.kl_interval), c.kl_left == null ? null : `${number(c.kl_left)} not accounted for by those above`].filter(Boolean).join("; ") || null, class: "number" },
         number(c.kl),
         c.kl === null
           ? null
@@ -126,7 +126,7 @@ function changeView() {
       h(
         "p",
         { class: "small muted" },
-        "KL: mean over its examples, weighted by their coefficients. In order of the KL that those above do not carry. Over random: its part of the KL over its part where random weights change; p: the share of random changes that give it as much.",
+        "KL is the mean over a component's examples, weighted by their coefficients. Components are sorted by the KL that those above them do not account for. Over random is the component's share of the KL divided by its share under random changes of the weights. p is the share of random changes that give it at least as much.",
       ),
     ),
     h(
@@ -171,7 +171,7 @@ function changeView() {
                   ),
                 ),
               ),
-              h("p", { class: "small muted" }, "Automatic: each group is a quarter of the examples; the tick is the share among the others."),
+              h("p", { class: "small muted" }, "Found automatically. Each group is a quarter of the examples. The tick is the share of the others."),
             )
           : null,
         section(

@@ -203,6 +203,16 @@ function cellAt(canvas, event) {
   };
 }
 
+/** About five round numbers from low to high. */
+function roundTicks(low, high) {
+  const rough = (high - low) / 4 || 1,
+    power = 10 ** Math.floor(Math.log10(rough)),
+    step = power * ([1, 2, 2.5, 5].find((m) => m * power >= rough * 0.8) ?? 10);
+  const ticks = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high * (1 + 1e-9); k++) ticks.push(k * step);
+  return ticks;
+}
+
 /** Lines over steps: [{name, values, colour, dash}], values between low and high, null where there is none. */
 function lineChart(xs, lines, { label, low = 0, high = 1, over = "steps", format = (y) => percent(y) }) {
   const width = 640,
@@ -215,7 +225,7 @@ function lineChart(xs, lines, { label, low = 0, high = 1, over = "steps", format
     span = xs[xs.length - 1] - first || 1;
   const x = (v) => left + ((v - first) / span) * (width - left - right);
   const y = (v) => top + (1 - (v - low) / (high - low || 1)) * (height - top - bottom);
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((t) => low + t * (high - low));
+  const ticks = roundTicks(low, high);
   const some = xs.length > 8 ? [0, 1, 2, 3, 4].map((t) => xs[Math.round((t * (xs.length - 1)) / 4)]) : xs;
   // No label on top of another: each keeps its distance from the one before it, and from the last.
   const marks = some.reduce(
@@ -259,7 +269,7 @@ function lineChart(xs, lines, { label, low = 0, high = 1, over = "steps", format
             h(
               "circle",
               { cx: x(a), cy: y(b), r: 2.5, fill: colour },
-              h("title", {}, `${name}, ${over.slice(0, -1)} ${a}: ${format(b)}`),
+              h("title", {}, `${name}, ${over.replace(/s$/, "")} ${a}: ${format(b)}`),
             ),
           ),
         );
@@ -269,7 +279,7 @@ function lineChart(xs, lines, { label, low = 0, high = 1, over = "steps", format
       "figcaption",
       { class: "key" },
       lines.map(({ name, colour }) => h("span", {}, h("i", { style: { background: colour } }), name)),
-      h("span", {}, `over ${over}`),
+      h("span", { class: "muted" }, `horizontal: ${over}`),
     ),
   );
 }

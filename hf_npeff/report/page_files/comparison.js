@@ -110,7 +110,7 @@ function comparisonView() {
         h(
           "p",
           { class: "small muted" },
-          "Rows: this decomposition. Columns: the other. Matched pairs along the diagonal, the most similar first.",
+          "Rows are the components of this decomposition, columns those of the other. Matched pairs lie on the diagonal, the most similar first.",
         ),
       ),
       section("Matched pairs", list.element),

@@ -41,12 +41,12 @@ function effectPanel(j) {
             "tr",
             {},
             h("th", { scope: "row" }, name),
-            h("td", {}, number(scale)),
-            h("td", {}, number(top)),
-            h("td", {}, number(others)),
+            h("td", { class: "number" }, number(scale)),
+            h("td", { class: "number" }, number(top)),
+            h("td", { class: "number" }, number(others)),
             h(
               "td",
-              { title: interval ? `95% interval ${number(interval[0])} to ${number(interval[1])}` : null },
+              { class: "number", title: interval ? `95% interval ${number(interval[0])} to ${number(interval[1])}` : null },
               h("b", {}, number(ratio)),
             ),
             h("td", {}, percent(flips)),
@@ -100,11 +100,11 @@ function effectPanel(j) {
         )
       : null;
   return section(
-    "When the weights move along it",
+    "When the weights move along this component",
     h(
       "p",
       { class: "small muted" },
-      "KL from the original predictions, in nats; of numbers and embeddings half their squared distance. A selective component moves its own examples and leaves the others; a random direction of equal length is there to compare with.",
+      "KL says how far predictions move, in nats; for numbers and embeddings it is half the squared distance. A selective component moves its own examples and hardly moves others. The control is a random direction of equal length.",
     ),
     table,
     report && !changed.length ? h("p", { class: "muted" }, "No answer changed.") : null,

@@ -205,7 +205,7 @@ function mapView() {
       h(
         "p",
         { class: "lead" },
-        `Examples that mix components alike lie close (${facts.layout}). Distances across the map mean little.`,
+        `Examples with similar mixtures of components lie close together (${facts.layout}). Large distances mean little.`,
       ),
     ),
     h(

@@ -68,7 +68,7 @@ function card(j) {
       h("span", { class: nameOf(j) ? "title" : "title unnamed" }, isolated(visible(labelOf(j)))),
       ratio === null
         ? null
-        : h("span", { class: "ratio", title: "KL on its top examples over KL on others" }, `×${number(ratio, 2)}`),
+        : h("span", { class: "ratio", title: "KL on its top examples divided by KL on others" }, `KL ratio ${number(ratio, 2)}`),
     ),
     sparkline(sortedCurve(j), "Its coefficients, sorted"),
     pure === null
@@ -92,7 +92,7 @@ function card(j) {
             .map((a) => h("span", { class: "muted" }, ` ${percent(a.share)}, others ${percent(a.rest)}`)),
         )
       : component.associations
-        ? h("div", { class: "automatic muted" }, "auto: nothing surely in common")
+        ? h("div", { class: "automatic muted" }, "auto: nothing in common that is certain enough")
         : null,
     h("div", { class: "snippets" }, top.length ? top.slice(0, 3).map((i) => snippet(i, 90)) : "Active on no example."),
     h(
@@ -189,7 +189,7 @@ function overview() {
       h(
         "p",
         { class: "lead" },
-        `What ${facts.model ?? "this model"} does alike on ${plural(n, "example")}: ${plural(r, "component")} explain ${percent(facts.explained, 1)} of how the predictions depend on the weights.`,
+        `What the predictions of ${facts.model ?? "this model"} on ${plural(n, "example")} have in common. ${plural(r, "component")} explain ${percent(facts.explained, 1)} of how they depend on the weights.`,
       ),
       analysed(),
     ),

@@ -6,7 +6,7 @@ function associationsPanel(j) {
   if (!found.length)
     return section(
       "In common",
-      h("p", { class: "muted" }, "Nothing that its examples have surely more often than the others."),
+      h("p", { class: "muted" }, "Its examples have nothing more often than the others that is certain enough."),
     );
   return section(
     "In common",
@@ -24,7 +24,7 @@ function associationsPanel(j) {
     h(
       "p",
       { class: "small muted" },
-      "Automatic: words and columns that its examples have more often than the others (tick), corrected for all that were tried.",
+      "Found automatically: words and column values that its examples have more often than the others. The tick is the share of the others. Significance is corrected for everything that was tried.",
     ),
   );
 }
@@ -76,7 +76,7 @@ function columnPanel(j) {
       h(
         "p",
         { class: "small muted" },
-        `Where it is active (${plural(active.length, "example")}); the tick is the share among all.`,
+        `The ${plural(active.length, "example")} on which it is active. The tick is the share of all examples.`,
       ),
     );
   }
@@ -154,6 +154,6 @@ function neighboursPanel(j) {
         );
       }),
     ),
-    h("p", { class: "small muted" }, "By cosine of the pseudo-Fishers; the sign has no meaning of its own."),
+    h("p", { class: "small muted" }, "The components with the largest |cosine| of pseudo-Fishers. The sign is arbitrary."),
   );
 }

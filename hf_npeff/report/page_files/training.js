@@ -66,7 +66,7 @@ function trainingView() {
       facts.training.association[j]
         ? h("p", { class: "small muted" }, "In common at the last point (automatic): ", isolated(line(facts.training.association[j], 80)))
         : null,
-      h("p", {}, h("a", { href: `#/component/${j}` }, "Look at it as it is now")),
+      h("p", {}, h("a", { href: `#/component/${j}` }, "Open this component")),
     );
   }
   choose(trainingState.component);
@@ -124,7 +124,7 @@ function trainingView() {
         h(
           "p",
           { class: "small muted" },
-          "Each row a component, the one that leads most examples in the end at the top; steps from left to right. Click a row.",
+          "Each row is a component. The one that leads most examples at the end is at the top. Steps run from left to right. Click a row to select it.",
         ),
       ),
     ),

@@ -1,12 +1,12 @@
 // What is worth a look first, and what the words on the page mean.
 
 const TERMS = {
-  active: "the share of the examples on which a component carries at least 5% of the example's coefficients",
-  stable: "how closely other random starts found the same component: 1 is the same one, and low ones are chance",
-  explained: "how much of the way in which the predictions depend on the weights the components reproduce together",
+  active: "the share of the examples on which the component has more than 5% of the sum of coefficients",
+  stable: "how closely other random starts find the same component: 1 means exactly the same, low values mean chance",
+  explained: "how much of the examples' Fisher matrices all components together reproduce; a Fisher matrix says how a prediction depends on the weights",
   right: "the share of right predictions on the component's examples",
   "mean error": "the mean distance between prediction and label on the component's examples",
-  "KL ratio": "how much more a step along the component moves its own top examples than others",
+  "KL ratio": "how far a step along the component moves the predictions of its own top examples, divided by how far it moves others",
   auto: "an automatic label: what the component's examples have more often than the others",
 };
 
@@ -57,7 +57,7 @@ function highlights(column) {
       return `${percent(share)} of its top examples: ${facts.columns[column].name} ${value === null ? "not given" : line(value, 40)}`;
     });
   add("Most selective", first((c) => ratioOf(c.index)), (c) =>
-    `a step along it moves its own examples ${number(ratioOf(c.index), 2)} times as much as others`,
+    `a step along it moves its own examples ${number(ratioOf(c.index), 2)} times as far as others`,
   );
   add("Most often wrong", first((c) => (c.accuracy && c.accuracy[0] < 1 ? 1 - c.accuracy[0] : null)), (c) =>
     `right on ${percent(c.accuracy[0])} of its examples, and on ${percent(c.accuracy[1])} of the others`,
@@ -65,7 +65,7 @@ function highlights(column) {
   add("Largest error", first((c) => c.error?.[0]), (c) =>
     `off by ${number(c.error[0])} on its examples, and by ${number(c.error[1])} on the others`,
   );
-  add("Most stable", first((c) => c.stability), (c) => `other random starts find it again: cosine ${number(c.stability, 2)}`);
+  add("Most stable", first((c) => c.stability), (c) => `other random starts find it again, with a cosine of ${number(c.stability, 2)}`);
   if (!found.length) return null;
   return section(
     "Worth seeing",
@@ -97,8 +97,8 @@ const analysed = () =>
     pill(n === 1 ? "example" : "examples", count(n), facts.read),
     pill(r === 1 ? "component" : "components", count(r)),
     pill("explained", percent(facts.explained, 1), TERMS.explained),
-    facts.coverage === null ? null : pill("of the weights looked at", percent(facts.coverage)),
+    facts.coverage === null ? null : pill("of the weights analysed", percent(facts.coverage)),
     facts.sketch_error === null
       ? null
-      : pill("error of the sketch", number(facts.sketch_error, 2), "Relative error of inner products of PEFs, measured"),
+      : pill("sketch error", number(facts.sketch_error, 2), "Relative error of inner products of PEFs, measured"),
   );
