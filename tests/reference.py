@@ -258,6 +258,18 @@ def factor(J: Tensor, S: Tensor) -> Tensor:
     return values.clamp(min=0).sqrt()[:, None] * (vectors.T @ J.double())
 
 
+def hidden_hessian(weight: Tensor, logits: Tensor, slope: Tensor | None = None) -> Tensor:
+    """Σ_y p_y (w_y − w̄)(w_y − w̄)ᵀ (h×h), JᵀSJ of a softmax whose head has the rows w_y (k×h), without a k×k matrix."""
+    rows = weight.double() if slope is None else slope.double()[:, None] * weight.double()
+    p = logits.double().softmax(-1)
+    best = int(p.argmax())
+    rows = rows - rows[best]  # a certain prediction's p − p² is lost to rounding otherwise
+    others = torch.cat([p[:best], p[best + 1 :]])
+    mean = p @ rows
+    apart = torch.cat([rows[:best], rows[best + 1 :]]) - mean
+    return (others[:, None] * apart).T @ apart + (1 - others.sum()) * torch.outer(mean, mean)
+
+
 def fisher_of_terms(Js: Sequence[Tensor], Ss: Sequence[Tensor]) -> Tensor:
     """F = Σ_t J_tᵀ S_t J_t (p×p): independent outputs add."""
     return torch.stack([fisher(J, S) for J, S in zip(Js, Ss, strict=True)]).sum(0)

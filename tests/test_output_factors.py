@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_npeff.fisher import eigenpairs
 from hf_npeff.fisher.distributions import Bernoulli, Gaussian, Softmax
-from hf_npeff.fisher.output_factors import cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
+from hf_npeff.fisher.eigenpairs import likely_tokens
+from hf_npeff.fisher.output_factors import HiddenMetric, cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
 from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 from tests import reference
 
@@ -123,6 +125,72 @@ def test_eigenpairs_are_those_of_the_dense_matrix() -> None:
             B = head_factor(weight, logits[i])
             torch.testing.assert_close(values[i], torch.linalg.eigvalsh(B.T @ B).flip(0)[:c], atol=1e-9, rtol=1e-6)
             torch.testing.assert_close(vectors[i].T @ vectors[i], torch.eye(c).double(), atol=1e-9, rtol=0)
+
+
+def of_many_tokens(kind: str) -> tuple[Tensor, Tensor]:
+    """The rows (4,200 × 24) of a head and logits (3, 4,200) of a kind of distribution."""
+    weight, logits = normal(4200, 24, seed=6), normal(3, 4200, seed=7)
+    if kind == "of words":  # as in text, the tenth word has a tenth of the first one's probability
+        logits = logits - 2 * torch.arange(1.0, 4201).log()
+    elif kind == "of few":
+        logits[:, 5:] -= 60
+    elif kind == "almost certain":
+        logits = logits - 2 * torch.arange(1.0, 4201).log()
+        logits[:, 9] = 30
+    elif kind == "at a tiny temperature":
+        logits = logits * 1e4
+    elif kind == "tied":
+        logits = torch.zeros_like(logits)
+        logits[:, ::7] = 3
+    elif kind == "flat":
+        logits = logits * 1e-3
+    return weight, logits
+
+
+@pytest.mark.parametrize("soft_cap", [False, True])
+@pytest.mark.parametrize("c", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "suffice"),
+    [
+        ("of words", True), ("of few", True), ("almost certain", True), ("at a tiny temperature", True),
+        ("tied", False), ("flat", False),
+    ],
+)  # fmt: skip
+def test_likely_tokens_give_the_eigenpairs_of_all_or_are_not_relied_on(
+    kind: str, suffice: bool, c: int, soft_cap: bool
+) -> None:
+    """Oracle: the dense M. Error ≤ 1.25 × the best; the likely tokens suffice where others hardly count, else not."""
+    weight, logits = of_many_tokens(kind)
+    slope = normal(3, 4200, seed=8).abs() + 0.1 if soft_cap else None
+    head, likely = HeadJacobian(weight, slope), likely_tokens(4200, c)
+    assert likely is not None
+    values, vectors = top_eigenpairs(Softmax(logits), head, c)
+    _, _, certain = eigenpairs._by_likely(Softmax(logits), head, c, 3, None, likely)
+    assert certain.tolist() == [suffice] * 3
+    for i in range(3):
+        M = reference.hidden_hessian(weight, logits[i], None if slope is None else slope[i])
+        truth = torch.linalg.eigvalsh(M).flip(0)
+        made = (vectors[i] * values[i]) @ vectors[i].T
+        assert (M - made).norm() <= 1.25 * truth[c:].norm() + 1e-9 * truth[0]
+        left = vectors[i].T @ M @ vectors[i] - values[i].diag()
+        assert left.norm() <= 1e-8 * truth[0], "what is left of M is exact"
+
+
+def test_likely_tokens_serve_any_metric_and_each_example_for_itself() -> None:
+    """Oracle: the dense C^½MC^½, error ≤ 1.25 × the best; a flat example beside one changes nothing."""
+    weight, words = of_many_tokens("of words")
+    logits = torch.cat([words[:2], of_many_tokens("flat")[1][:1]])
+    root = normal(24, 24, seed=9)
+    metric = HiddenMetric.of(root @ root.T)
+    values, vectors = top_eigenpairs(Softmax(logits), HeadJacobian(weight), 2, metric=metric)
+    for i in range(3):
+        M = metric.root @ reference.hidden_hessian(weight, logits[i]) @ metric.root
+        truth = torch.linalg.eigvalsh(M).flip(0)
+        made = (vectors[i] * values[i]) @ vectors[i].T
+        assert (M - made).norm() <= 1.25 * truth[2:].norm()
+        alone = top_eigenpairs(Softmax(logits[i : i + 1]), HeadJacobian(weight), 2, metric=metric)
+        torch.testing.assert_close(values[i], alone[0][0], rtol=1e-9, atol=0)
+        torch.testing.assert_close(made, (alone[1][0] * alone[0][0]) @ alone[1][0].T, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("factor", ["projection", "sampling"])

@@ -49,6 +49,10 @@ class Distribution(ABC):
     def hessian_times(self, V: Tensor) -> Tensor:
         """S V."""
 
+    def hessian_form(self, V: Tensor) -> Tensor:
+        """VᵀSV (N, m, m)."""
+        return V.mT @ self.hessian_times(V)
+
     @abstractmethod
     def sqrt_times(self, V: Tensor) -> Tensor:
         """B V."""
@@ -102,10 +106,21 @@ class Softmax(Distribution):
     def hessian_times(self, V: Tensor) -> Tensor:
         """See `Distribution`."""
         p = self.p[..., None]
-        N, m = len(p), V.shape[-1]
-        W = V - V.expand(N, -1, -1).gather(-2, self._best[..., None].expand(-1, -1, m))
+        W = self._from_best(V)
         W -= (p * W).sum(-2, keepdim=True)
         return W.mul_(p)
+
+    def hessian_form(self, V: Tensor) -> Tensor:
+        """See `Distribution`; S 1 = 0, so V counts only as far as it differs from its entry of the likeliest class."""
+        p = self.p[..., None]
+        W = self._from_best(V)
+        W -= (p * W).sum(-2, keepdim=True)
+        return W.mT @ (p * W)
+
+    def _from_best(self, V: Tensor) -> Tensor:
+        """V less its entry of the likeliest class, (N, k, m)."""
+        N, m = len(self.p), V.shape[-1]
+        return V - V.expand(N, -1, -1).gather(-2, self._best[..., None].expand(-1, -1, m))
 
     def sqrt_times(self, V: Tensor) -> Tensor:
         """See `Distribution`."""

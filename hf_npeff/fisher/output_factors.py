@@ -9,8 +9,7 @@ With S = B Bᵀ at the logits and J_head the head's Jacobian, the rows A = VᵀJ
     projection  V = B r/√c with r Rademacher, E[AᵀA] = F
     sampling    V = ∇log p(y)/√c with y ~ p, E[AᵀA] = F
 
-M is never formed. Its eigenpairs come from a block Krylov space (Musco & Musco 2015, arXiv:1504.05477): each round
-costs two thin products with the unembedding, on a few columns only.
+M is never formed; `eigenpairs` finds its eigenpairs by thin products with the unembedding.
 """
 
 from __future__ import annotations
@@ -24,16 +23,11 @@ from torch import Tensor
 
 from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.fisher.distributions import Distribution
+from hf_npeff.fisher.eigenpairs import OVERSAMPLING, likely_tokens, top_eigenpairs
 from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 
 EXACT_LIMIT = 1024
 """`exact` diagonalises a k×k matrix for every example, so it is refused above this k."""
-_ROUNDS = 3
-"""Blocks of the Krylov space. With three, errors are at most 1.02 × the least possible ones, where rounding is not
-larger than those: random heads of k = 40 to 8,192 with flat and steep spectra, flat and peaked predictions, c = 1 to
-32, and SmolLM2's (1.01). With two it is 1.10 there, with one 4.1."""
-_OVERSAMPLING = 2
-"""Columns beyond c of a block. Chosen with `_ROUNDS`, whose errors were measured with two."""
 _CHUNK_NUMBERS = 2**26
 """Numbers of the terms that are handled together: bounds memory at 256 MB of float32; the factors do not depend on
 it."""
@@ -140,8 +134,9 @@ def cotangents(
     jacobian = outputs.jacobian
     if factor in ("exact", "spectral"):
         pieces = []
-        columns = rank + _OVERSAMPLING if factor == "spectral" else k
-        step = max(1, _CHUNK_NUMBERS // (k * columns))
+        columns = rank + OVERSAMPLING if factor == "spectral" else k
+        gathered = 0 if jacobian is None else (likely_tokens(k, rank) or 0) * jacobian.weight.shape[-1]
+        step = max(1, _CHUNK_NUMBERS // max(k * columns, gathered))
         for start in range(0, len(flat), step):
             part = slice(start, start + step)
             distribution = outputs.distribution(flat[part])
@@ -211,59 +206,6 @@ def _spectral(
     # A direction below rounding carries nothing, and its cotangent would only be amplified rounding.
     tiny = values <= values[:, :1] * torch.finfo(values.dtype).eps * 10
     return V * torch.where(tiny, 0.0, 1 / scale.clamp_min(torch.finfo(scale.dtype).tiny))[:, None]
-
-
-def top_eigenpairs(
-    distribution: Distribution,
-    jacobian: HeadJacobian | None,
-    c: int,
-    rounds: int = _ROUNDS,
-    metric: HiddenMetric | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The top c eigenvalues (N, c), descending, and eigenvectors (N, h, c) of M = JᵀSJ, by block Krylov iteration.
-
-    With a metric C they are those of C^½ M C^½.
-
-    Args:
-        distribution: N output distributions.
-        jacobian: J_head, or None for the identity (then h = k).
-        c: the number of eigenpairs, at most h.
-        rounds: the number of blocks of the Krylov space.
-        metric: the metric C of the Jacobian's input; of the logits if there is no Jacobian.
-    """
-    logits = distribution.logits
-    N, k = logits.shape
-    h = k if jacobian is None else jacobian.weight.shape[1]
-
-    def times(Q: Tensor) -> Tensor:
-        Q = Q if root is None else root @ Q
-        Y = distribution.hessian_times(Q if jacobian is None else jacobian.push(Q))
-        Y = Y if jacobian is None else jacobian.pull(Y)
-        return Y if root is None else root @ Y
-
-    root = None if metric is None else metric.root.to(logits)
-    width = min(c + _OVERSAMPLING, h)
-    start = torch.randn(h, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shared = (start / start.norm(dim=0)).to(logits.device, logits.dtype)[None]  # through the head once for all
-    noise = shared.expand(N, h, width)
-    basis = torch.linalg.qr(times(shared) + torch.finfo(logits.dtype).tiny * noise)[0]
-    images = times(basis)
-    while basis.shape[-1] < min(h, rounds * width):
-        block = images[..., -width:]
-        room = min(width, h - basis.shape[-1])
-        # A space that is exhausted leaves only rounding; fresh noise in its place keeps the basis orthonormal.
-        scale = block.norm(dim=-2, keepdim=True).amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
-        # Above rounding of float32, below all that counts
-        block = (block / scale)[..., :room] + 1e-6 * noise[..., :room].roll(basis.shape[-1], dims=-2)
-        for _ in range(2):
-            block = block - basis @ (basis.mT @ block)
-            block = torch.linalg.qr(block)[0]
-        basis = torch.cat([basis, block], -1)
-        images = torch.cat([images, times(block)], -1)
-    T = (basis.mT @ images).double()
-    values, rotation = torch.linalg.eigh((T + T.mT) / 2)
-    values, rotation = values.flip(-1)[:, :c], rotation.flip(-1)[..., :c]
-    return values.clamp_min(0).to(logits.dtype), basis @ rotation.to(logits.dtype)
 
 
 def reduce_rows(rows: Tensor, cotangents_of_rows: Tensor, c: int) -> tuple[Tensor, Tensor]:

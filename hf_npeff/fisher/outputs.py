@@ -16,7 +16,7 @@ class HeadJacobian:
     """J_head (k×h) of every term, as two thin products: logits = f(U z), J_head = diag(f′(U z)) U.
 
     Attributes:
-        weight: U (k, h).
+        weight: U (k, h), or (N, k, h) where terms have rows of their own.
         slope: f′ (N, k), or None if f is the identity.
     """
 
@@ -25,13 +25,21 @@ class HeadJacobian:
 
     def push(self, Q: Tensor) -> Tensor:
         """J_head Q: (N, h, m) → (N, k, m)."""
-        Y = (Q.mT @ self.weight.T).mT
+        Y = _as_one_product(Q.mT, self.weight.mT).mT
         return Y if self.slope is None else self.slope[..., None] * Y
 
     def pull(self, Y: Tensor) -> Tensor:
         """J_headᵀ Y: (N, k, m) → (N, h, m)."""
         Y = Y if self.slope is None else self.slope[..., None] * Y
-        return (Y.mT @ self.weight).mT
+        return _as_one_product(Y.mT, self.weight).mT
+
+
+def _as_one_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product (N, m, n) of a (N, m, l) and b (l, n) or (N, l, n).
+
+    With strides that do not fit, `a @ b` would copy b for every one of the N and multiply separately.
+    """
+    return a @ b if b.dim() == 3 else (a.reshape(-1, a.shape[-1]) @ b).unflatten(0, a.shape[:2])
 
 
 @dataclass
