@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hf_npeff.fisher import eigenpairs
 from hf_npeff.fisher.distributions import Bernoulli, Gaussian, Softmax
-from hf_npeff.fisher.eigenpairs import likely_tokens
-from hf_npeff.fisher.output_factors import HiddenMetric, cotangents, reduce_rows, resolve, seeds_of, top_eigenpairs
+from hf_npeff.fisher.eigenpairs import HiddenMetric, likely_tokens, top_eigenpairs
+from hf_npeff.fisher.output_factors import cotangents, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 from tests import reference
 

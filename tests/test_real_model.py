@@ -13,7 +13,7 @@ import torch
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.data import Examples
 from hf_npeff.fisher.distributions import Softmax
-from hf_npeff.fisher.output_factors import top_eigenpairs
+from hf_npeff.fisher.eigenpairs import top_eigenpairs
 from hf_npeff.studies import LocalChat, RatingStudy, rate, run_in_context
 from hf_npeff.studies.settings import InContextConfig, RatingsConfig
 from hf_npeff.studies.word_relations import word_relation_prompts

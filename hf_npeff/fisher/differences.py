@@ -27,11 +27,11 @@ from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.batching import percent, precision_of
+from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.experts import INTERCEPTIONS
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import backward_passes
 from hf_npeff.fisher.nudges import Directions, Nudges, Slopes
-from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.rounding import CASTS, Rounding, Roundings, moved
 from hf_npeff.fisher.rows import choose_cotangents

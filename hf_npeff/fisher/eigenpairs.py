@@ -20,16 +20,13 @@ whose ratio is above a quarter gets the whole iteration. (The error is of second
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_npeff.fisher.distributions import Distribution, Softmax
 from hf_npeff.fisher.outputs import HeadJacobian
-
-if TYPE_CHECKING:
-    from hf_npeff.fisher.output_factors import HiddenMetric
 
 _ROUNDS = 3
 """Blocks of the Krylov space. With three, errors are at most 1.02 × the least possible ones, where rounding is not
@@ -48,6 +45,31 @@ _PROBES = 4
 """Random vectors for the two norms. E has hundreds of small directions, so four give its norm to a few per cent."""
 _BOUND = 0.25
 """The largest ‖E‖_F / ‖M_T − X_T‖_F: the error is then at most 1.25 × the least possible one."""
+
+
+class HiddenMetric(NamedTuple):
+    """A metric C of the hidden state, as its square roots.
+
+    Attributes:
+        root: C^½ (h, h).
+        inverse_root: C^(−½) (h, h).
+    """
+
+    root: Tensor
+    inverse_root: Tensor
+
+    @classmethod
+    def of(cls, C: Tensor, shrinkage: float = 0.2) -> HiddenMetric:
+        """The metric of a positive semi-definite C (h, h), shrunk towards the identity of the same trace.
+
+        Examples differ in their C; the identity stands for the unknown part.
+        """
+        h = len(C)
+        trace = C.diagonal().sum()
+        mean = C / trace if bool(trace > 0) else torch.zeros_like(C)
+        identity = torch.eye(h, dtype=C.dtype, device=C.device) / h
+        values, U = torch.linalg.eigh((1 - shrinkage) * (mean + mean.mT) / 2 + shrinkage * identity)
+        return cls((U * values.sqrt()) @ U.mT, (U / values.sqrt()) @ U.mT)
 
 
 def top_eigenpairs(

@@ -32,11 +32,11 @@ from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.batching import relative_change, row_tolerance
+from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, ModelFailsError
 from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, RowCollector, backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
 from hf_npeff.fisher.memory import is_out_of_memory
-from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.pefs.sketches import Sketch
 
 _PILOTS = 4

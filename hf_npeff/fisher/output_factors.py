@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_npeff.config import FisherConfig, OutputFactor
 from hf_npeff.fisher.distributions import Distribution
-from hf_npeff.fisher.eigenpairs import OVERSAMPLING, likely_tokens, top_eigenpairs
+from hf_npeff.fisher.eigenpairs import OVERSAMPLING, HiddenMetric, likely_tokens, top_eigenpairs
 from hf_npeff.fisher.outputs import HeadJacobian, Outputs
 
 EXACT_LIMIT = 1024
@@ -44,31 +44,6 @@ class Cotangents(NamedTuple):
 
     values: Tensor
     joint: bool
-
-
-class HiddenMetric(NamedTuple):
-    """A metric C of the hidden state, as its square roots.
-
-    Attributes:
-        root: C^½ (h, h).
-        inverse_root: C^(−½) (h, h).
-    """
-
-    root: Tensor
-    inverse_root: Tensor
-
-    @classmethod
-    def of(cls, C: Tensor, shrinkage: float = 0.2) -> HiddenMetric:
-        """The metric of a positive semi-definite C (h, h), shrunk towards the identity of the same trace.
-
-        Examples differ in their C; the identity stands for the unknown part.
-        """
-        h = len(C)
-        trace = C.diagonal().sum()
-        mean = C / trace if bool(trace > 0) else torch.zeros_like(C)
-        identity = torch.eye(h, dtype=C.dtype, device=C.device) / h
-        values, U = torch.linalg.eigh((1 - shrinkage) * (mean + mean.mT) / 2 + shrinkage * identity)
-        return cls((U * values.sqrt()) @ U.mT, (U / values.sqrt()) @ U.mT)
 
 
 def resolve(factor: OutputFactor, outputs: Outputs, rank: int) -> OutputFactor:

@@ -24,8 +24,8 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.batching import percent, precision_of
 from hf_npeff.fisher.differences import EXACT, foreign_parts, in_common, relative
+from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
-from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.fisher.parameters import gradients
 from hf_npeff.fisher.rows import choose_cotangents
 

@@ -14,10 +14,11 @@ from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.differences import check_differences
+from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
-from hf_npeff.fisher.output_factors import HiddenMetric, resolve
+from hf_npeff.fisher.output_factors import resolve
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameter_differences import check_parameter_differences
 from hf_npeff.fisher.parameters import left_out

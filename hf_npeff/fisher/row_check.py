@@ -13,11 +13,11 @@ from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
+from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, autograd_rows, backward_passes
 from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.fisher.linear_maps import LinearMap
-from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
+from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import RowCollector, backward_passes
-from hf_npeff.fisher.output_factors import Cotangents, HiddenMetric, cotangents, reduce_rows, resolve, seeds_of
+from hf_npeff.fisher.output_factors import Cotangents, cotangents, reduce_rows, resolve, seeds_of
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameters import sketched_rows
 from hf_npeff.fisher.selftest import SelfTest

@@ -9,8 +9,8 @@ import torch
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
+from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.fisher.output_factors import HiddenMetric
 from hf_npeff.fisher.rows import RowMaker, choose_cotangents
 from hf_npeff.fisher.selftest import (
     KnownCotangents,
