@@ -40,7 +40,7 @@ class Association:
         share: their share of the component's examples.
         rest: the share of the other examples that have it.
         log_p: natural logarithm of the hypergeometric tail probability, for this feature alone.
-        corrected: p-value corrected for all features and all components, by shuffled examples.
+        corrected: the p-value, corrected by shuffled examples for all features and all components.
         same: other features that exactly the same examples have.
     """
 
@@ -59,7 +59,7 @@ class ComponentAssociations:
     """What one component's examples have in common.
 
     Attributes:
-        component: its number.
+        component: the number of the component.
         examples: how many examples count as its own: those on which it is active, or the stronger half of these if it
             is active on most examples.
         associations: the associations, the most certain first; empty if none is certain enough.
@@ -313,7 +313,7 @@ def _tails_of(features: Sequence[Feature], members: Tensor, request: Association
         most = torch.stack([part.amax(0) for part in shuffled.split(runs)]).round().long()
         lowest = torch.minimum(lowest, tails[which_run[:, None], most].amin(0))
     lowest = lowest.sort().values
-    # Rounding of the logarithms must not make a tie a difference.
+    # A rounding error of the logarithms must not break a tie.
     reached = torch.searchsorted(lowest, observed + 1e-9, right=True)
     return _Tails(sizes, counts, observed, (1 + reached) / (1 + request.shuffles))
 

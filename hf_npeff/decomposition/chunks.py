@@ -1,4 +1,4 @@
-"""Rows that stay on disk: a store of PEFs as a solver sees it, chunk by chunk."""
+"""Rows that stay on disk: a solver reads a store of PEFs chunk by chunk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ChunkedRows:
     Args:
         pefs: the store.
         weighting: chunk → the rows (·, c, d) that are decomposed, on their device.
-        chunk: examples of a chunk.
+        chunk: how many examples a chunk has.
         precision: the precision of the products.
-        dim: the length of the rows that are decomposed, where it is not that of the store.
-        total: Σ_i ‖F_i‖² where it is not theirs.
+        dim: the length of the rows that are decomposed; None takes that of the store.
+        total: Σ_i ‖F_i‖²; None computes it from the rows.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ChunkedRows:
         return top_directions(self.weighting(self.pefs[indices]))
 
     def within(self, Q: Tensor) -> Rows:
-        """See `Rows`; held in memory where that takes half a chunk at most, else computed from the store each time."""
+        """See `Rows`. In memory if that takes at most half a chunk, otherwise computed from the store each time."""
         if 2 * self.n * len(Q) <= self.chunk * self.dim:
             return DenseRows(torch.cat([rows.within(Q).A for _, rows in self._parts()]), total=self.total())
 

@@ -117,7 +117,7 @@ class Component:
 
     @property
     def stability(self) -> float:
-        """Mean of its best |cosine| in the other restarts of nearly equal loss; NaN with a single restart."""
+        """The mean of its best |cosine| in other restarts with nearly the same loss; NaN with a single restart."""
         return float(self.decomposition.stability[self.index])
 
     @property

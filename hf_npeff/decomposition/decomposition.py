@@ -38,7 +38,7 @@ class Decomposition(Readable):
     Attributes:
         coefficients: W (n, r), float32, for PEFs of unit norm.
         pseudo_fishers: G (r, d), unit rows (of the balanced problem where `config.balance` is "module").
-        stability: (r,), for each component the mean of its best |cosine| in the other restarts of nearly equal loss;
+        stability: (r,), for each component the mean of its best |cosine| in other restarts with nearly the same loss;
             NaN with a single restart.
         loss_history: relative loss of the best restart, after its start and after every iteration.
         config: the settings of the decomposition.

@@ -1,4 +1,4 @@
-"""Rows of examples that are shared out over processes: all agree on G and on every sum."""
+"""Rows of examples that are divided among processes. All processes have the same G and the same sums."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class ShardedRows:
     """`Rows` of which this process holds a contiguous share.
 
     Args:
-        local: the rows of the share.
-        n: examples of all processes.
-        processes: all of them.
+        local: the rows of this process's share.
+        n: the number of examples of all processes together.
+        processes: the processes.
         like: a tensor with the dtype and device of the rows.
     """
 

@@ -1,4 +1,4 @@
-"""How a decomposition moved: what is told of one point of a training run, beside the point before."""
+"""How a decomposition changes in training: figures of one point of a run, and its differences from the point before."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from hf_npeff.encoding.columns import described_by
 
 
 def same_examples(a: Decomposition, b: Decomposition) -> bool:
-    """Whether two decompositions are of the same examples in the same order, by id and, where it is known, content."""
+    """Whether two decompositions have the same examples in the same order, by id and, if it is known, by content."""
     hashes = [d.columns.get("content_hash") for d in (a, b)]
     return a.example_ids == b.example_ids and (None in hashes or hashes[0] == hashes[1])
 
 
 def drift(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict[str, Any]:
-    """What is told of a decomposition, and of how it differs from one of the same examples before it.
+    """Figures of a decomposition, and of its difference from an earlier one of the same examples.
 
     Args:
         now: the decomposition.
-        before: the one before, with the same components in the same order, or None.
-        fixed: whether the components were kept fixed, so that only the coefficients moved.
+        before: the earlier decomposition, with the same components in the same order, or None.
+        fixed: whether the components are fixed, so that only the coefficients change.
 
     Returns:
-        `explained`; `active`, the number of components that are active on some example; and lists with an entry a
-        component: `share` of the examples that it leads, `cosine` of g_j with that before (|·|), `correlation` of its
-        coefficients with those before; both are None without a decomposition to compare with. Where columns or texts
-        were kept also `accuracy` on each component's examples, the `association` that is most certain, in words, and
-        `associated`, the share of the component's examples that have it; None where there is none.
+        `explained`; `active`, the number of components that are active on some example; and lists with an entry for
+        each component: `share`, the share of the examples that it leads; `cosine`, the |cosine| of g_j with the
+        earlier g_j; and `correlation`, that of its coefficients with the earlier ones. The last two are None without
+        an earlier decomposition. If columns or texts were kept, there are also `accuracy` on each component's
+        examples; `association`, the most certain association in words; and `associated`, the share of the component's
+        examples that have it. They are None for a component without one.
     """
     W = now.coefficients.double()
     total = W.sum(1, keepdim=True)
@@ -53,7 +54,7 @@ def drift(now: Decomposition, before: Decomposition | None, fixed: bool) -> dict
 
 
 def _meaning(now: Decomposition) -> dict[str, list[Any]]:
-    """What the examples of each component have in common, and how often the model is right on them."""
+    """What the examples of each component have in common, and how often the model predicts them right."""
     if not described_by(now.columns):
         return {name: [None] * len(now) for name in ("accuracy", "association", "associated")}
     components = now.associations(texts=now.texts is not None)
@@ -66,7 +67,7 @@ def _meaning(now: Decomposition) -> dict[str, list[Any]]:
 
 
 def _correlations(W: Tensor, V: Tensor) -> list[float | None]:
-    """Pearson's, column by column; None where a column does not vary."""
+    """Pearson's correlation, column by column; None for a column that is constant."""
     correlations: list[float | None] = []
     for w, v in zip((W - W.mean(0)).T, (V - V.mean(0)).T, strict=True):
         norm = float(w.norm() * v.norm())

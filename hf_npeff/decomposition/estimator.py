@@ -33,10 +33,10 @@ from hf_npeff.processes import Processes
 
 logger = logging.getLogger(__name__)
 _NEAR = 0.02
-"""Restarts whose explained share is within this of the best one's tell how stable components are. Chosen: worse ones
-are in another optimum, and what they miss says nothing of the best; only `stability` depends on it."""
+"""Stability is measured over restarts whose explained share is at most this much below the best. Chosen: worse restarts
+are in another optimum, so they say nothing about the best one. Only `stability` depends on it."""
 Callback = Callable[[int, int, float], bool | None]
-"""Called with (restart, iteration, relative loss); a true answer stops that restart."""
+"""Called with (restart, iteration, relative loss). If it returns true, that restart stops."""
 
 
 class NPEFF:
@@ -147,7 +147,9 @@ class NPEFF:
         self._check_fit(pefs, validation)
         scales = balance_scales(pefs) if config.balance == "module" else None
         processes = Processes.current()
-        shared = processes if config.solver == "block_power" else Processes()  # else everyone does it all
+        shared = (
+            processes if config.solver == "block_power" else Processes()
+        )  # without it every process would do all the work
         rows, to_rows = self._rows(pefs, scales, shared)
         held_out = None
         if validation is not None:
@@ -170,7 +172,7 @@ class NPEFF:
         return self._finish(pefs, rows, best, to_rows, scales, processes.first(stability))
 
     def _check_fit(self, pefs: PEFs, validation: PEFs | None) -> None:
-        """Everything that can be known before the first iteration."""
+        """Check everything that can be checked before the first iteration."""
         check_pefs(pefs)
         r, n_rows = self.config.n_components, len(pefs) * pefs.rank
         if r > n_rows:
@@ -182,7 +184,7 @@ class NPEFF:
             made, held_out = pefs.info.get("weights"), validation.info.get("weights")
             warn_of_other_weights(made, held_out, "PEFs and validation PEFs are of a model with different weights")
             if self.config.solver == "reference":
-                raise ValueError("the reference solver does not watch validation PEFs; use solver='block_power'")
+                raise ValueError("the reference solver cannot use validation PEFs; use solver='block_power'")
         device = self.device or pefs.device
         if self.config.precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision='tf32' needs a CUDA device, but the rows are on {device}; pass device='cuda'")
@@ -190,9 +192,9 @@ class NPEFF:
         _check_finite(pefs)
 
     def _last(self, pefs: PEFs) -> Decomposition:
-        """The decomposition to go on from, with PEFs that it goes on with."""
+        """The fitted decomposition, from which a fit with these PEFs continues."""
         if self.decomposition_ is None:
-            raise ValueError("nothing is fitted yet: call fit first")
+            raise ValueError("nothing has been fitted yet: call fit first")
         check_same_sketch(self.decomposition_, pefs)
         _check_not_zero(pefs)
         return self.decomposition_
@@ -202,14 +204,14 @@ class NPEFF:
         return balanced(pefs.factors, scales, self.config.power).to(self.device or pefs.device)
 
     def _rows(self, pefs: PEFs, scales: Tensor | None, processes: Processes) -> tuple[Rows, Callable[[Tensor], Tensor]]:
-        """The rows as the solver will see them, and the way from its G back to rows of d numbers."""
+        """The rows as the solver sees them, and the function that maps its G back to rows of d numbers."""
         n, c, d = len(pefs), pefs.rank, pefs.dim
         budget = self.config.memory_budget
         fits = budget is None or n * c * d * 4 <= budget  # float32
         if not fits or n * c >= d or n * c > GRAM_LIMIT:
             return self._plain_rows(pefs, scales, processes, self.config.precision), lambda G: G
         X, back = self._weighted(pefs[:1], scales).new_zeros(0, 0, 0), None
-        if processes.index == 0:  # small: the first process alone finds the coordinates
+        if processes.index == 0:  # small: only the first process computes the coordinates
             X, back = gram_space(self._weighted(pefs, scales))
         X = processes.first(X)
 
@@ -220,7 +222,7 @@ class NPEFF:
         return (local if processes.count == 1 else ShardedRows(local, n, processes, X)), to_rows
 
     def _plain_rows(self, pefs: PEFs, scales: Tensor | None, processes: Processes, precision: Precision) -> Rows:
-        """All rows as they are, or this process's share of them, in memory or in chunks."""
+        """All rows without a change of coordinates, or this process's share of them, in memory or in chunks."""
         mine = processes.share_of(pefs)
         budget = self.config.memory_budget
         local: Rows
@@ -235,7 +237,7 @@ class NPEFF:
 
     def _start(self, rows: Rows, restart: int, held_out: HeldOut | None, bar: Any) -> Fit:
         config = self.config
-        # No two seeds share a start, with fewer than a million restarts.
+        # Different seeds have different starts if there are fewer than a million restarts.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + restart)
 
         def progress(iteration: int, loss: float) -> bool:
@@ -272,7 +274,7 @@ class NPEFF:
         *,
         keep_order: bool = False,
     ) -> Decomposition:
-        """The decomposition of a fit: components by the weight they carry, W at its minimum for the final G."""
+        """The decomposition of a fit: components sorted by their total coefficients, with W at its minimum for G."""
         G = to_rows(fit.G).cpu()
         W = fit.W.cpu()
         order = torch.arange(len(G)) if keep_order else torch.argsort(W.sum(0), descending=True)
@@ -330,7 +332,7 @@ class NPEFF:
         N, H = rows.energies(G), overlaps(G)
         explained = rows.gather(2 * (W * N).sum(1) - ((W @ H) * W).sum(1))
         W = torch.cat([W, W.new_zeros(len(W), n_new)], 1)
-        some = (pefs.norms > 0).nonzero()[:, 0]  # a zero PEF has no direction to offer
+        some = (pefs.norms > 0).nonzero()[:, 0]  # a zero PEF has no direction
         worst = some[torch.argsort(explained[some], stable=True)]
         G = torch.cat([G, rows.top_directions(worst.repeat(-(-n_new // len(worst)))[:n_new].tolist())])
         limits = {"max_iterations": self.config.max_iterations, "tolerance": self.config.tolerance}
@@ -366,7 +368,9 @@ class NPEFF:
             fit = _on_every_process(fit, rows, processes)
         else:
             fit = Fit(G.new_zeros(len(pefs), len(G)), G, [], True)
-        stability = torch.full_like(old.stability, float("nan")) if move else old.stability  # moved by one start alone
+        stability = (
+            torch.full_like(old.stability, float("nan")) if move else old.stability
+        )  # one start alone has no stability
         result = self._finish(pefs, rows, fit, lambda G: G, old.scales, stability, keep_order=True)
         result.names = dict(old.names)
         return result
@@ -378,20 +382,20 @@ def _check_not_zero(pefs: PEFs) -> None:
 
 
 def _check_finite(pefs: PEFs) -> None:
-    """Refuse rows that no arithmetic gets through; one reading of the store, where a fit has hundreds."""
+    """Refuse rows that are not finite. This reads the store once; a fit reads it hundreds of times."""
     if all(bool(torch.isfinite(chunk.factors).all()) for chunk in pefs.chunks(256)):  # bounds the memory
         return
     bad = [i for i in range(len(pefs)) if not bool(torch.isfinite(pefs[i : i + 1].factors).all())]
-    raise ValueError(f"the rows of {len(bad)} PEFs are not finite, those of {bad[:10]} for instance; leave them out")
+    raise ValueError(f"the rows of {len(bad)} PEFs are not finite, such as those of {bad[:10]}; leave them out")
 
 
 def _on_every_process(fit: Fit, rows: Rows, processes: Processes) -> Fit:
-    """The fit with all coefficients, the same to the bit on every process."""
+    """The fit with all coefficients, bit for bit the same on every process."""
     return dataclasses.replace(fit, W=processes.first(rows.gather(fit.W)), G=processes.first(fit.G))
 
 
 def _stability(best: Fit, others: Sequence[Fit]) -> Tensor:
-    """(r,): mean best |cosine| of every component with the other starts that explain nearly as much."""
+    """(r,) the mean, over the other starts that explain nearly as much, of every component's best |cosine|."""
     if not others:
         return torch.full((len(best.G),), float("nan"))
     explained = 1 - best.losses[-1]

@@ -1,4 +1,4 @@
-"""Features of examples: the words of their texts and the values of their columns, and which examples have them."""
+"""Features of examples: words of their texts and values of their columns, and which examples have them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from hf_npeff.encoding.record import shown_columns
 
 Kind = Literal["word", "words", "begins", "ends", "column"]
 _LEAST = 3
-"""Examples that have a feature and that lack it, at least: fewer tell nothing, and most words of a text are rare."""
+"""The least number of examples that have a feature, and that lack it. Fewer show nothing, and most words are rare."""
 _LONGEST = 3
-"""Words of a run of words. Chosen: longer ones say little more, and there is one for every word of a text."""
+"""The most words of a run of words. Chosen: longer runs say little more, and there is a run for every word of a
+text."""
 _MOST_WORDS = 600
-"""Words of an example that are looked at, the first and the last half: a bound on the work for documents."""
+"""How many words of an example are read, half of them from the beginning and half from the end. Bounds the time for
+documents."""
 _MOST_FEATURES = 50_000
-"""Features that are tried, the most frequent ones: a bound on the memory."""
+"""The most features that are tried; the most frequent ones are. Bounds the memory."""
 _NUMBERS = (0.25, 0.75)
-"""Quantiles of a column of numbers below and above which being so low or so high is a feature."""
+"""Quantiles of a column of numbers: being below the first is a feature, and so is being above the second."""
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+(?:['’]\w+)*|[^\w\s]", re.UNICODE)
-"""A word, a sign, or one character of a writing that puts no spaces between words (Han, kana)."""
+"""A word, a sign, or one character of a script that puts no spaces between words (Han, kana)."""
 _SAYS_MOST: dict[str, int] = {"column": 0, "words": 1, "word": 2, "begins": 3, "ends": 4}
-"""Which of several features with the same examples stands for them: a column, since a person gave it its name, then
+"""Which of several features with the same examples is shown: a column first, since a person named it, then
 the longest run of words."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Features that the same examples have: the one that says most, and the others."""
+    """Features that the same examples have: the one that is shown, and the others."""
 
     kind: Kind
     text: str
@@ -42,28 +44,29 @@ class Feature:
 
 
 def features_of(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any], *, texts: bool = True) -> list[Feature]:
-    """What some but not all examples have: words, runs of words, beginnings and ends of texts, values of columns.
+    """Features of some but not all examples: words, runs of words, beginnings and ends of texts, values of columns.
 
     Args:
         columns: {name: n values}.
         info: the `info` of the decomposition: its record of what was encoded says which columns are the texts.
-        texts: whether to look at texts.
+        texts: whether to use texts.
 
     Returns:
-        The features, the most frequent first; those with the same examples are one.
+        The features, the most frequent first. Features with the same examples are merged into one.
 
     Raises:
-        ValueError: if texts are to be looked at and none were kept, or there is no column at all.
+        ValueError: if `texts` is true and no texts were kept, or there are no columns.
     """
     read = shown_columns(columns, info)
     if texts and not read:
         raise ValueError(
             "no texts were kept with these examples, so their words are not known: keep the column of texts "
-            "(compute_pefs(columns=…), save_pretrained(include_columns=…)), or look at columns alone with texts=False"
+            "(compute_pefs(columns=…), save_pretrained(include_columns=…)), or use only the other columns with "
+            "texts=False"
         )
     others = {name: values for name, values in columns.items() if name not in read and name not in INTERNAL}
     if not texts and not others:
-        raise ValueError("neither texts nor columns were kept with these examples, so there is nothing to look at")
+        raise ValueError("neither texts nor columns were kept with these examples, so they have no features")
     has: dict[tuple[Kind, str], list[int]] = {}
     _add_columns(has, others, info, columns)
     for name in read if texts else ():
@@ -72,7 +75,7 @@ def features_of(columns: Mapping[str, Sequence[Any]], info: Mapping[str, Any], *
 
 
 def _add_words(has: dict[tuple[Kind, str], list[int]], prefix: str, texts: Sequence[Any]) -> None:
-    """The words of texts, runs of them, and how texts begin and end; letters count whatever their case."""
+    """Add the words of texts, runs of words, and how texts begin and end. Case is ignored."""
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             continue
@@ -100,7 +103,7 @@ def _add_columns(
     info: Mapping[str, Any],
     kept: Mapping[str, Sequence[Any]],
 ) -> None:
-    """The values of columns; of numbers, being among the lowest or highest quarter; whether predictions are right."""
+    """Add the values of columns; for numbers, the lowest and highest quarter; and whether predictions are right."""
     described = [as_column(name, values) for name, values in with_label_names(columns, info).items()]
     if CORRECT not in columns and (correct := correctness(kept, info.get("label_names"), info)) is not None:
         described.append(correct)
@@ -130,7 +133,7 @@ def _distinct(has: Mapping[tuple[Kind, str], list[int]], n: int) -> list[Feature
     features = []
     for places, names in by_examples.items():
         names.sort(key=lambda name: (_SAYS_MOST[name[0]], -len(name[1]), name[1]))
-        # Ten: as many as a person reads; of prompts with the same demonstrations there are hundreds.
+        # Ten, which a person can read; prompts with the same demonstrations have hundreds.
         same = tuple(text for _, text in names[1:11])
         features.append(Feature(names[0][0], names[0][1], same, list(places)))
     features.sort(key=lambda f: (-len(f.where), f.text))

@@ -1,4 +1,4 @@
-"""A decomposition's folder: config.json, decomposition.safetensors and examples.parquet, checked when they are read."""
+"""The folder of a decomposition: config.json, decomposition.safetensors and examples.parquet. Reading checks them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ID = "example_id"
 
 
 def contents_of(decomposition: DecompositionLike, columns: Sequence[str]) -> dict[str, bytes]:
-    """{file name: content}, config.json with the checksums of the others last.
+    """{file name: content}; config.json, which has the checksums of the other files, is last.
 
     Args:
-        decomposition: what is kept.
-        columns: the names of those that go into examples.parquet beside the ids.
+        decomposition: the decomposition.
+        columns: the names of the columns that are written to examples.parquet beside the ids.
     """
     tensors = {name: getattr(decomposition, name).contiguous() for name in _ALWAYS}
     if decomposition.scales is not None:
@@ -53,7 +53,7 @@ def contents_of(decomposition: DecompositionLike, columns: Sequence[str]) -> dic
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """The arguments that make the decomposition again.
+    """Read a folder and return the arguments of its `Decomposition`.
 
     Raises:
         CorruptStoreError: if files are missing, altered, or do not fit together.
@@ -72,12 +72,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
     columns = read_table(examples_file)
     ids = columns.pop(_ID, [])
     if len(ids) != n or not all(isinstance(i, str) for i in ids):
-        raise CorruptStoreError(f"{folder / EXAMPLES} does not have the {n} examples of config.json")
+        raise CorruptStoreError(f"{folder / EXAMPLES} does not have the {n} examples that config.json says")
     return {**tensors, **settings, "example_ids": ids, "columns": columns}
 
 
 def _settings_of(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What config.json tells of a decomposition, as its arguments, and the checksums of the other files."""
+    """The arguments of the decomposition that are in config.json, and the checksums of the other files."""
     try:
         if not all(type(config[name]) is int and config[name] > 0 for name in ("n_examples", "n_components")):
             raise ValueError("n_examples and n_components are positive whole numbers")
@@ -113,10 +113,11 @@ def _tensors_of(path: Path, n: int, r: int) -> dict[str, Any]:
     for name in expected:
         t = tensors[name]
         if not t.is_floating_point() or t.dtype.itemsize < 2:
-            raise CorruptStoreError(f"{path} holds {name} as {t.dtype}")
+            raise CorruptStoreError(f"{path} has {name} as {t.dtype}")
         if name != "stability" and not bool((torch.isfinite(t) & ((t >= 0) | (name == "pseudo_fishers"))).all()):
-            raise CorruptStoreError(f"{path} holds {name} that are not finite, or negative")
-    # Copied: products round by the alignment of memory, and a run that goes on from here should do so bit for bit.
+            raise CorruptStoreError(f"{path} has {name} with numbers that are negative or not finite")
+    # Copied: the rounding of products depends on the alignment of memory, and a run continued from here has to be
+    # bit for bit the same.
     return {name: None if name not in tensors else tensors[name].clone() for name in (*_ALWAYS, "scales")}
 
 
@@ -126,19 +127,19 @@ def read_names(path: Path, key: str, r: int) -> dict[int, str]:
     Args:
         path: the path of the file.
         key: the key of the decomposition that they are for.
-        r: its components.
+        r: the number of its components.
 
     Raises:
-        CorruptStoreError: if the file is missing or is no JSON.
+        CorruptStoreError: if the file is missing or is not JSON.
         FormatVersionError: if it was written by another version of the format, or by another program.
-        ValueError: if it is of another decomposition, or holds something else.
+        ValueError: if it belongs to another decomposition, or contains something else.
     """
     content = read_json(path)
     names = content.get("names")
     if content.get("kind") != "component names" or not isinstance(names, dict):
         raise ValueError(f"{path} has no names of components; the page's button 'Save names' writes such a file")
     if content.get("decomposition") != key:
-        raise ValueError(f"{path} has the names of another decomposition")
+        raise ValueError(f"{path} has the names of components of another decomposition")
     for number, name in names.items():
         if not (number.isdecimal() and int(number) < r and isinstance(name, str) and name.strip()):
             raise ValueError(f"{path}: expected component numbers below {r} and names, but found {number!r}: {name!r}")

@@ -14,7 +14,7 @@ from hf_npeff.decomposition.solvers import Fit, Progress, Rows, block_power
 
 
 class HeldOut:
-    """Relative loss of held-out PEFs, their coefficients at their minimum."""
+    """The relative loss of held-out PEFs, with their coefficients at the minimum."""
 
     def __init__(self, rows: Rows, to_rows: Callable[[Tensor], Tensor]):
         self.rows = rows
@@ -22,7 +22,7 @@ class HeldOut:
         self.total = rows.total()
 
     def loss(self, G: Tensor) -> float:
-        """Relative loss for the solver's G (r, d), W at its minimum."""
+        """The relative loss for the solver's G (r, d), with W at its minimum."""
         G = self.to_rows(G)
         N, H = self.rows.energies(G), overlaps(G)
         W = nonnegative_coefficients(N, H)
@@ -33,7 +33,7 @@ class HeldOut:
 def until_held_out_rises(
     rows: Rows, G: Tensor, held_out: HeldOut, config: DecompositionConfig, progress: Progress, every: int = 10
 ) -> Fit:
-    """Rounds of a few iterations, until the held-out loss no longer improves; the best round is kept."""
+    """Run rounds of a few iterations until the held-out loss no longer improves, and keep the best round."""
     fit = block_power(
         rows, G, max_iterations=min(every, config.max_iterations), tolerance=config.tolerance, progress=progress
     )

@@ -15,10 +15,10 @@ from hf_npeff.pefs.store import PEFs, check_same_sketch
 
 
 def similarities(first: Decomposition, second: Decomposition) -> tuple[str, Tensor]:
-    """What is compared, and the similarity (r, r′) of every pair of components.
+    """The name of the measure, and the similarity (r, r′) of every pair of components.
 
-    Of shared examples (by content, where it is known, else by id) the correlation of coefficients; else the |cosine| of
-    pseudo-Fishers.
+    If the decompositions share examples (by content if it is known, otherwise by id), the measure is the correlation of
+    coefficients; otherwise it is the |cosine| of pseudo-Fishers.
 
     Raises:
         ValueError: if they share neither two examples nor the sketch.
@@ -38,12 +38,12 @@ def similarities(first: Decomposition, second: Decomposition) -> tuple[str, Tens
 
 @dataclass(frozen=True)
 class Baseline:
-    """What two fits of the same rows give: how alike a decomposition is to one from another start.
+    """The similarity of two fits of the same rows from different starts, as a baseline for a comparison.
 
     Attributes:
-        similarity: {component: that with its partner in the other fit}, by the same measure as the comparison.
-        explained: by the other fit.
-        lowest: the similarity that one component in twenty stays below.
+        similarity: {component: the similarity with its match in the other fit}, by the measure of the comparison.
+        explained: the share that the other fit explains.
+        lowest: the 5% quantile of the similarities.
     """
 
     similarity: dict[int, float]
@@ -57,7 +57,7 @@ def baseline(decomposition: Decomposition, pefs: PEFs, *, of_coefficients: bool)
     Args:
         decomposition: the decomposition of `pefs`.
         pefs: the PEFs that were decomposed.
-        of_coefficients: whether coefficients are compared, or pseudo-Fishers.
+        of_coefficients: whether to compare coefficients; otherwise pseudo-Fishers are compared.
 
     Raises:
         IncompatibleSketchError: if the PEFs have another sketch.
@@ -78,12 +78,12 @@ def baseline(decomposition: Decomposition, pefs: PEFs, *, of_coefficients: bool)
 
 
 def matches(S: Tensor) -> list[tuple[int, int, float]]:
-    """(component of the first, component of the second, similarity), the most similar first.
+    """Match components one to one: (the first's component, the second's, similarity), the most similar first.
 
-    One to one with the largest sum; without scipy greedily, the most similar pair first.
+    The sum of similarities is the largest possible. Without scipy, pairs are matched greedily, the most similar first.
 
     Args:
-        S: (r, r′), of every pair.
+        S: (r, r′), the similarity of every pair.
     """
     return sorted(((i, j, float(S[i, j])) for i, j in _assignment(S)), key=lambda pair: -pair[2])
 

@@ -3,7 +3,7 @@
     L(W, G) = Σ_i ‖F_i − Σ_j W_ij g_j g_jᵀ‖²_F
             = Σ_i ‖A_iA_iᵀ‖²_F − 2 Σ_ij W_ij N_ij + ⟨WᵀW, H⟩,     N_ij = ‖A_i g_j‖²,  H = (GGᵀ)∘(GGᵀ)
 
-Nothing d×d is formed. The terms cancel, so sums over examples are taken in float64.
+No d×d matrix is formed. The terms cancel, so sums over examples are taken in float64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 32
-"""Columns of a sweep that are one matrix product to the others. Chosen by speed; sweeps are the same for any."""
+"""How many columns of W a sweep updates as one block. Chosen by speed; the result of a sweep does not depend on it."""
 
 
 def total_energy(A: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def overlaps(G: Tensor) -> Tensor:
 
 
 def loss_of(total: Tensor, W: Tensor, N: Tensor, H: Tensor) -> Tensor:
-    """L from its pieces, float64."""
+    """L, computed from its pieces in float64."""
     gain = (W * N).sum(0, dtype=torch.float64).sum()
     return total - 2 * gain + ((W.T @ W).double() * H.double()).sum()
 
@@ -48,11 +48,11 @@ def pull(A: Tensor, B: Tensor, W: Tensor) -> Tensor:
 
 
 def coordinate_descent(W: Tensor, N: Tensor, H: Tensor, sweeps: int, tolerance: float = 0.0) -> Tensor:
-    """Sweeps of HALS for min_{W ≥ 0} L: every column of W in turn to its minimum, given the others.
+    """Sweeps of HALS for min_{W ≥ 0} L: each column of W in turn is set to its minimum, given the others.
 
-    Columns go in blocks: what the columns outside a block take from it is one matrix product, and what those inside
-    take, one product with a vector for each. Stops early when a sweep moves no entry by more than `tolerance` times
-    the largest.
+    Columns are updated in blocks. The effect of the columns outside a block is one matrix product; the effect of those
+    inside is a product with a vector for each. It stops early when a sweep changes no entry by more than `tolerance`
+    times the largest entry.
     """
     V = W.T.contiguous()  # a column of W is contiguous
     diagonal = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)[:, None]
@@ -78,9 +78,9 @@ def coordinate_descent(W: Tensor, N: Tensor, H: Tensor, sweeps: int, tolerance: 
 
 
 def nonnegative_coefficients(N: Tensor, H: Tensor) -> Tensor:
-    """W (n, r) ≥ 0 that minimises L for fixed G, to convergence, float64: what `transform` returns."""
+    """The W (n, r) ≥ 0 that minimises L for fixed G, in float64 and to convergence. `transform` returns it."""
     N, H = N.double(), H.double()
-    # To float64's convergence; the number of sweeps only bounds the time where components are almost equal.
+    # To convergence in float64. The number of sweeps only bounds the time if components are almost equal.
     return coordinate_descent(torch.zeros_like(N), N, H, sweeps=5000, tolerance=1e-10)
 
 

@@ -1,7 +1,7 @@
 """Solvers of the factorisation, each from one start: block_power (no learning rate) and the paper's reference.
 
-A solver sees the rows only through `Rows`: three products, which may run over chunks of a memory map, over examples
-sharded between processes, or in Gram space. What it returns is (W, G) and the loss after every iteration.
+A solver sees the rows only through the products of `Rows`. These may run over chunks of a memory map, over examples
+divided among processes, or in Gram space. A solver returns W, G and the loss after every iteration.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hf_npeff.decomposition.objective import (
 )
 
 _DAMPING = (
-    1e-3  # the least λ of a step, times the diagonal. Chosen: hardly shortens a step, and M stays well-conditioned
+    1e-3  # the smallest λ of a step, times the diagonal. Chosen: hardly shortens a step, and M stays well-conditioned
 )
 _DEPENDENT = 1e-6  # of the largest row or eigenvalue: below it, rows count as dependent on others
 
 
 class Rows(Protocol):
-    """The rows of n examples as a solver uses them; sums run over all processes, W and N are this process's share."""
+    """The rows of n examples as a solver uses them. Sums run over all processes; W and N are this process's share."""
 
     n: int
     dim: int
@@ -56,9 +56,9 @@ class Rows(Protocol):
         """The top eigenvector of F_i for every index, (len, d), unit."""
 
     def within(self, Q: Tensor) -> Rows:
-        """The rows as coordinates in the span of orthonormal rows Q (k, d); their `total` is that of these rows.
+        """The rows as coordinates in the span of orthonormal rows Q (k, d), with the `total` of the original rows.
 
-        So the loss of G (·, k) there is that of G Q here.
+        The loss of G (·, k) in these coordinates is therefore the loss of G Q.
         """
 
 
@@ -67,8 +67,8 @@ class DenseRows:
 
     Args:
         A: (n, c, d).
-        precision: the precision of the products with A; in "bfloat16" A itself is kept so.
-        total: Σ_i ‖F_i‖² where it is not that of A.
+        precision: the precision of the products with A; with "bfloat16", A itself is stored in bfloat16.
+        total: Σ_i ‖F_i‖²; None computes it from A.
     """
 
     def __init__(self, A: Tensor, precision: Precision = "float32", total: Tensor | None = None):
@@ -120,7 +120,7 @@ class DenseRows:
 
 @contextmanager
 def _tf32(wanted: bool) -> Iterator[None]:
-    """Matrix products on CUDA in TF32 while this lasts."""
+    """Inside `with`, matrix products on CUDA are in TF32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = wanted
     try:
@@ -138,7 +138,7 @@ def top_directions(A: Tensor) -> Tensor:
 
 @dataclass
 class Fit:
-    """One start's end.
+    """The result of one start.
 
     Attributes:
         W: (n, r) coefficients.
@@ -159,7 +159,7 @@ Progress = Callable[[int, float], bool]
 
 @dataclass
 class _State:
-    """G (r, d), W (n, r) and what follows from them: N (n, r), H (r, r), WᵀW (r, r), the loss; the last step."""
+    """G (r, d), W (n, r) and what follows from them: N (n, r), H (r, r), WᵀW (r, r) and the loss; and the last step."""
 
     G: Tensor
     N: Tensor
@@ -171,7 +171,7 @@ class _State:
 
 
 def _state(rows: Rows, total: Tensor, G: Tensor, W: Tensor | None, sweeps: int) -> _State:
-    """The state at G, after sweeps of coordinate descent on W, which starts from zero where it is None."""
+    """The state at G, after sweeps of coordinate descent on W. If W is None, it starts from zero."""
     N, H = rows.energies(G), overlaps(G)
     return _swept(rows, total, G, N, H, torch.zeros_like(N) if W is None else W.to(N.dtype), sweeps)
 
@@ -206,11 +206,11 @@ def block_power(
         rows: the PEFs.
         G: (r, d) unit rows to start from.
         W: coefficients to start from; None starts from zero.
-        fixed: the first `fixed` rows of G stay as they are.
-        max_iterations: at most.
+        fixed: the first `fixed` rows of G do not change.
+        max_iterations: the most iterations.
         tolerance: stop when `patience` iterations in a row improve the loss by less than this share of it.
         patience: see `tolerance`.
-        progress: may stop the start.
+        progress: called after every iteration; it may stop the start.
     """
     total = rows.total()
     now = _state(rows, total, G, W, sweeps=2 if W is None else 1)
@@ -222,8 +222,8 @@ def block_power(
         quiet = quiet + 1 if before - now.loss <= tolerance * before else 0
         dead = _dead(now)
         dead[:fixed] = False
-        # Chosen: not before weights have settled (a start may leave a component empty for a few iterations), and three
-        # times, since a component that dies again has nothing left to explain.
+        # Chosen: not before coefficients have settled (a component may be empty for the first few iterations), and
+        # three times, since a component that dies again has nothing left to explain.
         if bool(dead.any()) and revived < 3 and (iteration >= 5 or quiet >= patience):
             revived += 1
             alive = _revive(rows, total, now, dead)
@@ -236,9 +236,11 @@ def block_power(
 
 
 def _dead(now: _State) -> Tensor:
-    """A mask (r,) of the components without weight."""
+    """A mask (r,) of the components whose coefficients are zero."""
     power = now.WtW.diagonal()
-    return power <= 1e-12 * power.max().clamp_min(1e-300)  # squares: a millionth of the largest weight; 0/0 avoided
+    return power <= 1e-12 * power.max().clamp_min(
+        1e-300
+    )  # these are squares: a millionth of the largest coefficients; avoids 0/0
 
 
 def _step(rows: Rows, total: Tensor, now: _State, fixed: int, damping: float) -> tuple[_State, float]:
@@ -250,7 +252,7 @@ def _step(rows: Rows, total: Tensor, now: _State, fixed: int, damping: float) ->
     diagonal = M.diagonal()
     floor = 1e-9 * diagonal.max().clamp_min(1e-200)  # keeps M positive definite where a component is dead
     rounding = 2 * torch.finfo(G.dtype).eps  # of a relative loss, whose terms cancel
-    while damping < 1e4:  # beyond, G hardly moves: the iteration goes to W alone
+    while damping < 1e4:  # above this, G hardly moves, and the iteration changes W alone
         factor = torch.linalg.cholesky(M + torch.diag(damping * diagonal + floor))
         change = torch.cholesky_solve(gradient, factor).to(G.dtype)
         if now.step is not None:  # two components that mix may swap sides for ever; half a step meets in the middle
@@ -271,12 +273,12 @@ def _step(rows: Rows, total: Tensor, now: _State, fixed: int, damping: float) ->
 
 
 def _revive(rows: Rows, total: Tensor, now: _State, dead: Tensor) -> _State:
-    """Dead components restart from the worst-explained examples; their weight starts at 0, so the loss stays."""
+    """Dead components restart from the worst-explained examples. Their coefficients start at 0: the loss stays."""
     explained = 2 * (now.W * now.N).sum(1) - ((now.W @ now.H) * now.W).sum(1)
     worst, wanted = torch.argsort(rows.gather(explained), stable=True).tolist(), int(dead.sum())
     fresh = now.G[:0]
-    while worst and len(fresh) < wanted:  # a zero PEF is never explained, and has no direction to offer
-        several = wanted + 64  # one reading of the rows serves, unless more than 64 of the worst are zero PEFs
+    while worst and len(fresh) < wanted:  # a zero PEF is never explained, and has no direction
+        several = wanted + 64  # reading the rows once suffices, unless more than 64 of the worst are zero PEFs
         offered = rows.top_directions(worst[:several])
         exist = offered.norm(dim=1) > 0.5  # directions are unit vectors, or zero
         fresh, worst = torch.cat([fresh, offered[exist]])[:wanted], worst[several:]
@@ -297,13 +299,13 @@ def reference(
     patience: int = 3,
     progress: Progress | None = None,
 ) -> Fit:
-    """The paper's algorithm, the yardstick: multiplicative updates of W and gradient steps on G.
+    """The paper's algorithm, as a reference: multiplicative updates of W and gradient steps on G.
 
     W ← W ∘ N / (W H + ε);  G ← G − 4η [((WᵀW)∘(GGᵀ)) G − C]. W starts uniform in [0, 1), G normal with variance
     2/(r·d); the first `warm_up` steps move G alone. The rows of G are scaled to unit norm at the end, W absorbing it.
 
     Raises:
-        FloatingPointError: if the loss stops being finite: the learning rate is too high.
+        FloatingPointError: if the loss is no longer finite, because the learning rate is too high.
     """
     device, dtype = rows.A.device, rows.A.dtype
     W = torch.rand(rows.n, r, generator=generator).to(device, dtype)
@@ -338,10 +340,10 @@ def reference(
 
 
 def gram_space(A: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Rows (n, c, d) with n·c < d in at most n·c coordinates: the same objective, and the way back for G.
+    """Rows (n, c, d) with n·c < d in at most n·c coordinates, with the same objective; and the map back for G.
 
-    With K = AAᵀ = LLᵀ the coordinates are X = L, and a unit g with coordinates y is y L⁻¹ A. Where rows depend on one
-    another, K = UΛUᵀ gives X = UΛ^½ and y Λ^(−½)Uᵀ A in as many coordinates as they span.
+    With K = AAᵀ = LLᵀ the coordinates are X = L, and a unit g with coordinates y is y L⁻¹ A. If rows are linearly
+    dependent, K = UΛUᵀ gives X = UΛ^½ and y Λ^(−½)Uᵀ A, in as many coordinates as the rows span.
     """
     n, c, _ = A.shape
     flat = A.flatten(0, 1)
@@ -349,7 +351,7 @@ def gram_space(A: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     X, failed = torch.linalg.cholesky_ex(K)
     if failed or bool(X.diagonal().square().min() <= _DEPENDENT * K.diagonal().max()):
         values, U = torch.linalg.eigh(K)
-        keep = values > _DEPENDENT * values[-1].clamp_min(1e-300)  # what K is exact to
+        keep = values > _DEPENDENT * values[-1].clamp_min(1e-300)  # the relative accuracy of K
         X, back = U[:, keep] * values[keep].sqrt(), (U[:, keep] / values[keep].sqrt()).T
     else:
         back = torch.linalg.solve_triangular(X, torch.eye(n * c, dtype=X.dtype, device=X.device), upper=False)
@@ -362,9 +364,9 @@ def gram_space(A: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 def _gram(flat: Tensor) -> Tensor:
-    """AAᵀ in float64: products of 2,048 columns in the precision of A, added up, lower half first."""
+    """AAᵀ in float64: products of 2,048 columns in the precision of A are added; only the lower half is computed."""
     K = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for part in flat.split(2048, dim=1):  # float32 sums of so many products, added in float64
+    for part in flat.split(2048, dim=1):  # float32 sums of so many products, which are then added in float64
         for start in range(0, len(flat), 256):  # blocks that stay in a CPU's cache; the numbers do not depend on them
             stop = start + 256
             K[start:stop, :stop] += part[start:stop] @ part[:stop].T

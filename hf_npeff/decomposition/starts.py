@@ -1,6 +1,6 @@
-"""One whole start of block_power: directions of examples, a few too many; a subspace first, then all dimensions.
+"""One whole start of block_power: from directions of examples, with a few too many components, first in a subspace.
 
-What each part is for, and what else was tried, is in docs/decisions/2026-11-23-solver-experiments.md.
+docs/decisions/2026-11-23-solver-experiments.md has the reason for each part, and what else was tried.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from hf_npeff.decomposition.objective import coordinate_descent, overlaps
 from hf_npeff.decomposition.solvers import Fit, Progress, Rows, block_power
 
 _LEAST_DIMENSIONS = 64
-"""Of the subspace. Measured (docs/decisions): with 32 and with 128 more starts end above the paper's algorithm."""
+"""The size of the subspace. Measured (docs/decisions): with 32 or 128, more starts end above the paper's algorithm."""
 _SURPLUS_ITERATIONS = 3
-"""Iterations with twice as many components. Measured (docs/decisions): with five, starts end as low and take longer."""
+"""How many iterations have twice as many components. Measured (docs/decisions): five end as low and take longer."""
 
 
 def solve(
@@ -26,18 +26,18 @@ def solve(
     tolerance: float,
     progress: Progress | None = None,
 ) -> Fit:
-    """A start of block_power, which iterates in the leading subspace while much is gained, then in all dimensions.
+    """A start of block_power, which iterates in the leading subspace as long as much is gained, then in all dimensions.
 
-    The losses are those in all dimensions throughout. Iterations of both parts count, and `progress` hears of both.
+    All losses are in all dimensions. Iterations of both parts count, and `progress` is called for both.
 
     Args:
         rows: the PEFs.
-        r: components.
+        r: the number of components.
         generator: the random generator of the start.
         max_iterations: the most iterations of both parts together.
-        tolerance: the tolerance of the second part, see `block_power`; that of the first is ten times as much, at
+        tolerance: the tolerance of the second part, see `block_power`; that of the first is ten times as large, and at
             least 1e-4.
-        progress: may stop the start.
+        progress: called after every iteration; it may stop the start.
     """
     inside, Q = _leading_subspace(rows, r, generator)
     G, W = _surplus(inside, r, generator)
@@ -50,9 +50,9 @@ def solve(
         stopped = progress is not None and bool(progress(iteration, loss))
         return stopped
 
-    # Ten times the tolerance: what is gained between is gained in all dimensions anyway.
+    # Ten times the tolerance: further iterations in all dimensions gain the rest anyway.
     first = block_power(
-        # Loosely: all dimensions follow
+        # Only roughly, because all dimensions follow
         inside, G, W=W, max_iterations=max_iterations, tolerance=max(10 * tolerance, 1e-4), patience=2,
         progress=first_part,
     )  # fmt: skip
@@ -72,14 +72,14 @@ def solve(
 
 
 def start_from_surplus(rows: Rows, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """G (r, d) and W (n, r) to start from, as `solve` does; W is None where examples are too few for a surplus."""
+    """G (r, d) and W (n, r) from which `solve` starts; W is None if there are too few examples for a surplus."""
     inside, Q = _leading_subspace(rows, r, generator)
     G, W = _surplus(inside, r, generator)
     return (G if Q is None else torch.nn.functional.normalize(G @ Q, dim=1)), W
 
 
 def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tensor:
-    """k-means++ over PEFs: top eigenvectors of examples, drawn in proportion to what no chosen direction explains."""
+    """k-means++ over PEFs: top eigenvectors of examples, drawn in proportion to what is not yet explained."""
     first = int(torch.randint(rows.n, (1,), generator=generator))
     chosen = [first]
     G = rows.top_directions([first])
@@ -90,7 +90,7 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
         if not bool((left > 0).any()):
             left = torch.ones_like(left)
         # Many components are drawn a few at a time: every draw reads all rows once.
-        # Chosen: at most 16 readings, and components drawn together are a sixteenth of all.
+        # Chosen: at most 16 readings, so that a sixteenth of the components is drawn at once.
         several = min(max(1, r // 16), r - len(chosen), int((left > 0).sum()))
         drawn = torch.multinomial(left, several, generator=generator).tolist()
         chosen += drawn
@@ -98,7 +98,8 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
         G = torch.cat([G, g])
         covered = torch.maximum(covered, rows.gather(rows.energies(g).amax(1)))
     empty = G.norm(dim=1) < 0.5  # a zero PEF has no direction; others are unit vectors
-    empty |= ((G @ G.T).abs() > 1 - 1e-6).tril(-1).any(1)  # copies of an example: equal components would stay equal
+    # Copies of an example too, because equal components would stay equal.
+    empty |= ((G @ G.T).abs() > 1 - 1e-6).tril(-1).any(1)
     if bool(empty.any()):
         noise = torch.randn(G.shape, generator=generator).to(G.device, G.dtype)
         G[empty] = torch.nn.functional.normalize(noise, dim=1)[empty]
@@ -106,10 +107,11 @@ def start_from_examples(rows: Rows, r: int, generator: torch.Generator) -> Tenso
 
 
 def _leading_subspace(rows: Rows, r: int, generator: torch.Generator) -> tuple[Rows, Tensor | None]:
-    """The rows in the span of about their 2r leading directions, and its basis Q (k, d); the rows, where d is small.
+    """The rows in the span of about their 2r leading directions, and its basis Q (k, d); if d is small, all rows.
 
-    Two steps of subspace iteration with Σ_i F_i, from the directions of some examples; with the coordinates that is
-    five products with the rows. The solution lies mostly in this subspace, and the noise of examples mostly does not.
+    It makes two steps of subspace iteration with Σ_i F_i, from the directions of some examples. Together with the
+    coordinates this takes five products with the rows. The solution is mostly in this subspace; the noise of single
+    examples mostly is not.
     """
     k = min(max(2 * r, _LEAST_DIMENSIONS), rows.n)
     if 2 * k > rows.dim or rows.n < 2 * r:
@@ -123,16 +125,16 @@ def _leading_subspace(rows: Rows, r: int, generator: torch.Generator) -> tuple[R
 
 
 def _surplus(rows: Rows, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """G (r, d) and W to start from: twice as many components take a few iterations, and then the least needed go.
+    """G (r, d) and W to start from: twice as many components are iterated, then the least needed are removed.
 
-    A direct start can leave two of r components on one true direction, and another without any, in an optimum that no
-    small step leaves; with more of them, every direction finds one, and those that double it are cheap to lose.
+    A direct start can have two components on one true direction and none on another, in a local optimum that no
+    small step leaves. With more components every direction has one, and duplicates cost little to remove.
     """
     more = min(2 * r, rows.n)
     G = start_from_examples(rows, max(r, more), generator)
     if more <= r:
         return G, None
-    # The tolerance only spares iterations that gain less than a thousandth, before any component goes.
+    # The tolerance only skips iterations that gain less than a thousandth, before components are removed.
     fit = block_power(rows, G, max_iterations=_SURPLUS_ITERATIONS, tolerance=1e-3)
     N, H, W = rows.energies(fit.G), overlaps(fit.G), fit.W
     kept = torch.arange(more, device=W.device)
@@ -144,7 +146,7 @@ def _surplus(rows: Rows, r: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def _least_needed(rows: Rows, W: Tensor, H: Tensor, count: int) -> Tensor:
-    """A mask (r,) of at most `count` components whose loss costs least, ‖W_j‖² (1 − max_l H_jl), but no two twins."""
+    """A mask (r,) of at most `count` components that cost least to remove, ‖W_j‖² (1 − max_l H_jl), no two twins."""
     others = H - torch.diag(H.diagonal())
     nearest = others.argmax(1).tolist()
     costs = rows.reduce(W.square().sum(0)) * (1 - others.amax(1))

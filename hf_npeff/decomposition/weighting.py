@@ -1,4 +1,4 @@
-"""Row weighting: which rows are decomposed, of PEFs as they are stored. Balance, matrix power, unit norm."""
+"""Row weighting: from stored PEFs to the rows that are decomposed, by balance, matrix power and unit norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_npeff.pefs.store import PEFs
 
 
 def mixing_of(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
-    """T (n, c, c), float64: T (A∘D) are the rows that are decomposed, of F^γ at unit Frobenius norm.
+    """T (n, c, c), in float64: T (A∘D) are the rows that are decomposed, with Gram matrix F^γ at unit Frobenius norm.
 
     With K = (A∘D)(A∘D)ᵀ = UΛUᵀ and F = (A∘D)ᵀ(A∘D), the rows UΛ^((γ−1)/2)Uᵀ (A∘D) have the matrix power F^γ as their
     Gram matrix, whatever rotation of the rows was stored. Eigenvalues below rounding are left out.
@@ -26,7 +26,9 @@ def mixing_of(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
         unit = torch.eye(A.shape[1], dtype=torch.float64, device=A.device)
         return unit / torch.where(norm > 0, norm, 1.0).sqrt()[:, None, None] / scale
     values, U = torch.linalg.eigh((K + K.mT) / 2)
-    kept = values > values[:, -1:] * 1e-6  # below, an eigenvalue of float32 rows is rounding, which γ < 1 would raise
+    kept = (
+        values > values[:, -1:] * 1e-6
+    )  # smaller eigenvalues of float32 rows are rounding errors, which γ < 1 would enlarge
     safe = torch.where(kept, values, 1.0)
     norm = torch.where(kept, safe.pow(2 * power), 0.0).sum(1).sqrt()
     scales = torch.where(kept, safe.pow((power - 1) / 2), 0.0) / torch.where(norm > 0, norm, 1.0).sqrt()[:, None]
@@ -34,7 +36,7 @@ def mixing_of(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
 
 
 def balanced(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
-    """The rows (n, c, d) that are decomposed, in float32 or wider: A∘D, of the power γ of their PEF, at unit norm."""
+    """The rows (n, c, d) that are decomposed, in float32 or wider: those of A∘D with power γ, at unit norm."""
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     if power != 1:
         scaled = A if scales is None else A * scales.to(A)
@@ -43,18 +45,18 @@ def balanced(A: Tensor, scales: Tensor | None, power: float = 1.0) -> Tensor:
 
 
 def balance_scales(pefs: PEFs) -> Tensor:
-    """(d,) D that divides every module's block by the square root of its mean PEF norm over the examples.
+    """(d,) the factors D, which divide every module's block by the square root of its mean PEF norm over the examples.
 
-    The block's own PEF is A_bᵀA_b of the unscaled rows; zero blocks keep scale 0. D is scaled so that its largest entry
-    over the modules is 1, since only ratios matter.
+    The PEF of a block is A_bᵀA_b of the unscaled rows; zero blocks have scale 0. D is scaled so that its largest entry
+    is 1, since only ratios matter.
 
     Raises:
-        ValueError: if the modules share one row of numbers, so that they cannot be told apart.
+        ValueError: if the sketch adds up the numbers of all modules, so that modules cannot be separated.
     """
     blocks = pefs.sketch().blocks if pefs.info.get("sketch") is not None else None
     if blocks is None:
         raise ValueError(
-            "balance='module' needs a block of numbers for every module; compute the PEFs with sketch='kronecker' or "
+            "balance='module' needs separate numbers for every module; compute the PEFs with sketch='kronecker' or "
             "'identity' (a countsketch adds the modules up), or use balance='none'"
         )
     order = list(blocks.values())

@@ -135,7 +135,7 @@ def modules(
 
     Args:
         decomposition: whose component.
-        component: its number.
+        component: the number of the component.
         energies: {component: {parameter: share}} from `direction.energies()`; None estimates them from the sketch.
 
     Raises:

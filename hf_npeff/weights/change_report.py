@@ -21,8 +21,8 @@ class ComponentChange:
     """What a change did to one component.
 
     Attributes:
-        component: its number; components that were added for what the others do not explain come after the
-            decomposition's own.
+        component: the number of the component; components that were added for what the others do not explain come after
+            the decomposition's own.
         label: its name, or its number.
         automatic_label: what its examples have in common, or None.
         kl: mean KL of the examples weighted by their coefficients, in nats; None for an added component.

@@ -29,7 +29,7 @@ class Plan:
     """A component to lift.
 
     Attributes:
-        component: its number.
+        component: the number of the component.
         target: (d,) float64 of unit norm, the wanted direction in the coordinates of the decomposition.
         coefficients: (n, c), the combination of unscaled rows; None if no rows are combined.
         info: information for the direction's `info`.

@@ -37,7 +37,7 @@ class TokenAlignment:
     """The alignment of one example with one component, position by position.
 
     Attributes:
-        component: its number.
+        component: the number of the component.
         example: the example's position among the analysed ones.
         alignment: N_ij, for the example's PEF as it was decomposed (unit norm, balance, power).
         tokens: the token at each position; None if the input is not text.
