@@ -349,7 +349,7 @@ def collate(
 
     Returns:
         input_ids and other token columns (B, T) padded with the pad token (0 where there is none), 0 or −100 (labels);
-        attention_mask (B, T), made where the examples have none; tensors of one shape stacked.
+        attention_mask (B, T), made if the examples have none; tensors of one shape stacked.
 
     Raises:
         ValueError: if the examples have different inputs, or tensors of different shapes.

@@ -27,7 +27,7 @@ class Site:
     Args:
         model: any transformers model of one stack of layers.
         layer: number of a layer, negative ones from the end, or the full name of a module.
-        position: "last" (the last token that is no padding) or "first" (where encoders put their [CLS]).
+        position: "last" (the last token that is not padding) or "first" (where encoders put their [CLS]).
 
     Raises:
         ValueError: if the layer or the position does not exist.

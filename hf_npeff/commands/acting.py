@@ -114,7 +114,7 @@ def perturb(
     adapter = direction.to_adapter(rank, report.scale, kind=kind, model=analyzer.model, **about)
     direction.save_pretrained(output / "direction", **about)
     adapter.save_pretrained(output / "adapter")
-    return _told(opened, report, adapter, output, evaluate_on)
+    return _result_of(opened, report, adapter, output, evaluate_on)
 
 
 class _Opened(NamedTuple):
@@ -139,7 +139,9 @@ def _opened(
     return _Opened(analyzer, components, fishers, dataset, None if keep is None else PEFs.from_pretrained(keep))
 
 
-def _told(opened: _Opened, report: PerturbationReport, adapter: Adapter, output: Path, held_out: str | None) -> Result:
+def _result_of(
+    opened: _Opened, report: PerturbationReport, adapter: Adapter, output: Path, held_out: str | None
+) -> Result:
     """The measurement of one component: written as report.json, and shown."""
     from rich.console import Group
 

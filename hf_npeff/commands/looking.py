@@ -133,7 +133,7 @@ def _line(component: Component, associations: dict[str, Any], count: int) -> tup
     from hf_npeff.sharing.markdown import plain
 
     measured = f"{component.active_share:.0%}", f"{component.stability:.2f}", _score(associations)
-    features = "\n".join(_said(a) for a in associations["associations"][:_ASSOCIATIONS]) or "–"
+    features = "\n".join(_association_line(a) for a in associations["associations"][:_ASSOCIATIONS]) or "–"
     return component.label, *measured, features, "\n".join(component.top_examples(count).lines(plain))
 
 
@@ -146,7 +146,7 @@ def _score(associations: dict[str, Any]) -> str:
     return "–"
 
 
-def _said(association: dict[str, Any]) -> str:
+def _association_line(association: dict[str, Any]) -> str:
     return f"{association['feature']} ({association['share']:.0%}, others {association['rest']:.0%})"
 
 

@@ -75,7 +75,7 @@ def compute(
         on_error=request.on_error,
         check_weights=request.check_weights,
     )
-    values = {"output": str(output), "revision": analyzer.revision, **_told(pefs)}
+    values = {"output": str(output), "revision": analyzer.revision, **_summary_of(pefs)}
     return Result(values, f"{pefs!r}\n{_read_of(pefs)}\nin {output}", {"revision": analyzer.revision})
 
 
@@ -87,7 +87,7 @@ def _read_of(pefs: PEFs) -> str:
     return f"{Encoded.of(pefs.info)}" + (f"; {cut:,} examples were cut" if cut else "")
 
 
-def _told(pefs: PEFs) -> dict[str, Any]:
+def _summary_of(pefs: PEFs) -> dict[str, Any]:
     return {
         "model": pefs.info.get("model"),
         "examples": len(pefs),

@@ -1,7 +1,7 @@
 """Conversations: both schemas of the ecosystem's data sets, through a tokenizer's chat template.
 
-Where a causal language model is asked what comes next, the assistant's turn is opened, unless the conversation ends
-with the assistant: then its last message is continued. A second turn is never opened.
+A causal language model predicts what comes next. So the assistant's turn is opened, or, if the conversation ends
+with the assistant, its last message is continued. A second turn is never opened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROLES = {
 }  # fmt: skip
 """Roles in data sets that say "from" and "value", as ShareGPT does → those of chat templates."""
 _MESSAGE_KEYS = 4
-"""Keys of a message at most: beside role and content a name, tool calls or a weight."""
+"""The most keys of a message: role, content, and for example a name, tool calls or a weight."""
 
 
 def is_conversation(value: Any) -> bool:
@@ -34,7 +34,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def is_single_message(value: Any) -> bool:
-    """Whether it is a message, and no example: a role and its content, or from and value, and little else."""
+    """Whether it is a message and not an example: it has role and content, or from and value, and little else."""
     if not isinstance(value, Mapping):
         return False
     for role, content in (("role", "content"), ("from", "value")):
@@ -47,7 +47,7 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     """Messages with role and content.
 
     Raises:
-        ValueError: if it is no conversation, or a role is unknown.
+        ValueError: if it is not a conversation, or a role is unknown.
     """
     value = as_python(value)
     if not is_conversation(value):
@@ -64,7 +64,7 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
 
 
 def conversation_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages of a row, and what else its template is given.
+    """The messages of a row, and the other arguments of its template.
 
     Args:
         record: the row.
@@ -72,7 +72,7 @@ def conversation_of(record: Mapping[str, Any], columns: Sequence[str]) -> tuple[
             chat_template_kwargs.
 
     Raises:
-        ValueError: if the messages are no conversation, the tools no list, or there are two system messages.
+        ValueError: if the messages are not a conversation, the tools are not a list, or there are two system messages.
     """
     messages = messages_of(at(record, columns[0]))
     arguments: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def turn_of(messages: Sequence[Mapping[str, Any]], needs: ModelNeeds) -> dict[st
 
 
 def as_lines(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation for people, a line a message."""
+    """A conversation as people read it, with a line for each message."""
     return "\n".join(f"{m['role']}: {_content(m.get('content'))}" for m in messages)
 
 
@@ -117,7 +117,7 @@ def _content(content: Any) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """Without the keys that Arrow fills with None because another row has them."""
+    """A dictionary without the keys that Arrow fills with None because another row has them."""
     if isinstance(value, Mapping):
         return {key: _without_none(v) for key, v in value.items() if v is not None}
     return [_without_none(v) for v in value] if isinstance(value, list) else value

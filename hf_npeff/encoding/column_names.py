@@ -18,15 +18,15 @@ OUTPUTS = (
     "completion", "response", "answer", "answers", "output", "outputs", "target", "targets", "summary", "highlights",
     "chosen", "rejected", "best_answer", "solution", "explanation", "rationale", "reasoning", "translation",
 )  # fmt: skip
-"""Names under which they keep what is to be written, which a language model is not handed."""
+"""Names of columns with the text to be written, which a language model must not read."""
 IDS = ("id", "example_id", "idx", "guid")
 LABELS = ("label", "labels")
 OTHER_IDS = re.compile(r"(.*[_-])?(id|ids|idx|guid|uuid|index|hash|url|link|path|file|filename|date|timestamp)", re.I)
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEMS = ("system", "system_prompt", "system_message")
-"""Where the system message of a conversation, or of a prompt, stands by itself."""
+"""Names of columns that have the system message of a conversation or a prompt."""
 BESIDE_CONVERSATIONS = ("context", "contexts", "passage", "passages", "functions")
-"""What a conversation may be about, which no chat template is given by that name."""
+"""Names of columns with the context of a conversation, which no chat template takes by that name."""
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels", "label")
 CONTEXTS = (

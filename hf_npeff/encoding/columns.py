@@ -16,13 +16,14 @@ from hf_npeff.encoding.labels import is_placeholder, truth_of
 from hf_npeff.encoding.record import Encoded
 
 MOST_CATEGORIES = 2000
-"""Values up to which strings are categories. Chosen: lists of the page stay usable, as with words or answers."""
+"""The most different strings of a column of categories. Chosen: lists of the page stay usable, for example with
+words."""
 _FEW_NUMBERS = 12
-"""Whole numbers of at most so many values are categories, as classes are. Chosen: so many colours can be told apart."""
+"""The most different whole numbers of a column of categories. Chosen: so many colours can be distinguished."""
 _LONGEST_CATEGORY = 80
-"""Characters of a category; longer strings are texts. Chosen: what a legend has room for."""
+"""The most characters of a category; longer strings are texts. Chosen: a legend has room for them."""
 INTERNAL = ("content_hash", "example_id")
-"""Columns that are ours, not the data set's."""
+"""Columns that hf_npeff adds and the data set does not have."""
 _TRUTH = ("label", "labels", "answer", "target")
 _CLASSES = ("sequence-classification", "image-classification")
 _LANGUAGE = ("causal-lm", "seq2seq-lm", "masked-lm")
@@ -48,7 +49,7 @@ class Column:
 
 
 def described_by(columns: Iterable[str]) -> list[str]:
-    """The names of those columns that tell something of the examples: all but ours."""
+    """The names of the columns that describe the examples: all but those that hf_npeff adds."""
     return [name for name in columns if name not in INTERNAL]
 
 
@@ -57,7 +58,7 @@ def shown(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float):
-        # Whole numbers that float64 tells apart
+        # Whole numbers that float64 represents exactly
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
     if isinstance(value, list | dict | tuple):
         return json.dumps(value, ensure_ascii=False, default=str)
@@ -65,9 +66,9 @@ def shown(value: Any) -> str | None:
 
 
 def as_column(name: str, values: Sequence[Any]) -> Column:
-    """A column by what it holds: numbers of many values, a few values used again and again, or texts.
+    """A column by its content: numbers with many values, a few values that repeat, or texts.
 
-    Values of mixed types are told apart by what they look like.
+    Values of mixed types are distinguished by how they are written.
     """
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     missing = sum(v is None for v in values)
@@ -88,7 +89,7 @@ def as_column(name: str, values: Sequence[Any]) -> Column:
 
 
 def _in_order(counts: Counter[str | None], numeric: bool) -> list[str | None]:
-    """Numbers by size, other values by how often they come; a missing value last."""
+    """Numbers by size, other values by how often they occur; a missing value last."""
     known = [text for text in counts if text is not None]
     if numeric:
         known.sort(key=float)
@@ -102,7 +103,7 @@ def correctness(
     label_names: Mapping[str, str] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Column | None:
-    """Whether each prediction is right, where the columns tell; None where they do not.
+    """Whether each prediction is right; None if the columns do not show it.
 
     The truth is the column that was read as labels, else label, labels, answer or target. Classes are matched as
     `hf_npeff.encoding.labels` says: by name where both have names; −1, missing and other labels are none. A predicted
@@ -213,7 +214,7 @@ def columns_of(
     label_names: Mapping[str, str] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> list[Column]:
-    """Every column that is worth a look, with the derived `prediction correct`; those that can colour come first."""
+    """Every column that is shown, with the derived `prediction correct`; those that can colour a map come first."""
     named = with_label_names(columns, info or {})
     kept = [as_column(name, values) for name, values in named.items() if name not in INTERNAL]
     correct = None if CORRECT in columns else correctness(columns, label_names, info)

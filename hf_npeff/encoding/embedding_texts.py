@@ -6,9 +6,9 @@ from typing import Any
 
 
 class EmbeddingTexts:
-    """Stands in a tokenizer's place for a SentenceTransformer: its prompt, its chat template and its limit hold.
+    """Takes the place of a tokenizer for a SentenceTransformer, with its prompt, chat template and length limit.
 
-    A text that is too long is left whole unless truncation is asked for; `encode` would silently cut it.
+    A text that is too long is not cut unless truncation is asked for; `encode` would silently cut it.
 
     Args:
         model: the SentenceTransformer. The prompt is the one of `model.default_prompt_name`, as in `encode`.
@@ -19,20 +19,20 @@ class EmbeddingTexts:
 
     @property
     def tokenizer(self) -> EmbeddingTexts:
-        """This: what processors call so does not know the prompt."""
+        """The object itself, because a processor's tokenizer does not know the prompt."""
         return self
 
     @property
     def prompt(self) -> str:
-        """What comes before every text; empty without one."""
+        """The prompt before every text; empty if there is none."""
         name = getattr(self._model, "default_prompt_name", None)
         return "" if name is None else self._model.prompts[name] or ""
 
     def __call__(self, text: str, text_pair: str | None = None, **how: Any) -> dict[str, Any]:
-        """The inputs of one text: token ids and what goes with them, and how many of them are the prompt's.
+        """The inputs of one text: token ids, what belongs to them, and how many of them are the prompt's.
 
         Args:
-            text: what is embedded.
+            text: the text to embed.
             text_pair: the second text of a pair, which is embedded together with the first.
             **how: arguments of the tokenizer, such as truncation and max_length. Special tokens are always those of the
                 model's `encode`.

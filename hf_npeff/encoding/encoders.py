@@ -1,8 +1,8 @@
-"""One row of a data set → what the model receives, as the record of what is read says.
+"""From one row of a data set to the model's inputs, according to the record of what is read.
 
-A tokenizer is called as everybody calls it. Three things are then put right: a causal language model does not read the
-end-of-sequence token that some tokenizers append, a text that was rendered with its special tokens does not get them
-twice, and what is too long is cut only where that was asked for.
+The tokenizer is called in the usual way. Then three things are corrected. A causal language model does not read the
+end-of-sequence token that some tokenizers append. A text that was rendered with its special tokens does not get them
+twice. A text that is too long is cut only if that was asked for.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a row became.
+    """The encoded inputs of a row.
 
     Attributes:
-        tensors: what the model receives, without padding.
-        shown: the text for people where no column of the row shows what was read.
-        truncated: whether it was cut.
+        tensors: the model's inputs, without padding.
+        shown: a text for people to read, if no column of the row shows what was encoded.
+        truncated: whether the row was truncated.
     """
 
     tensors: dict[str, Any]
@@ -40,14 +40,14 @@ class Encoder:
     """Encodes rows of a data set by the record of what is read.
 
     Args:
-        record: the record of what is read; `self.record` adds what only the tokenizer tells.
-        processing_class: tokenizer, image processor or processor.
+        record: the record of what is read; `self.record` adds what only the tokenizer knows.
+        processing_class: the tokenizer, image processor or processor.
         needs: the needs of the model.
-        tensors: makes inputs of data that came encoded.
+        tensors: the function that makes inputs from data that are already encoded.
 
     Raises:
         ValueError: if there is no processing class and something has to be encoded, max_length is more than the model
-            takes, or a conversation would be cut at the end that the model goes on from.
+            takes, or a conversation would be cut at its end, where the model continues.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Encoder:
         return notes
 
     def warn_of_end(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Warn where encoded data ends with the end of a sequence: a causal model is then asked what follows it."""
+        """Warn if encoded data end with the end-of-sequence token: a causal model then predicts what follows it."""
         end = getattr(self.tokenizer, "eos_token_id", None)
         asked = self.record.kind == "tensors" and self.needs.continues and self.needs.positions in ("auto", "last")
         last = [as_python(row.get("input_ids")) for row in rows] if asked and end is not None else []
@@ -170,7 +170,7 @@ class Encoder:
         return Inputs(tensors, " ".join(words), truncated)
 
     def _check_apart(self, words: Sequence[str], encoding: Any) -> None:
-        """Refuse a tokenizer that runs words together, as those of byte-level BPE do by themselves."""
+        """Refuse a tokenizer that runs words together, as those of byte-level BPE do by default."""
         if len(words) < 2 or not hasattr(self.tokenizer, "decode"):
             return
         text = self.tokenizer.decode(encoding["input_ids"], skip_special_tokens=True)
@@ -180,7 +180,7 @@ class Encoder:
             )
 
     def _labels_of_words(self, given: Any, words: Sequence[str], tensors: dict[str, Any]) -> list[int]:
-        """The tag of each word at its first token; the others count nowhere."""
+        """The tag of each word at its first token; other tokens do not count."""
         places = tensors.get("_word_ids")
         if places is None:
             raise ValueError("tags of words need a fast tokenizer, which knows the words of its tokens")
@@ -263,7 +263,7 @@ class Encoder:
 
     @staticmethod
     def _with_labels(whole: dict[str, Any], asked: Sequence[int]) -> dict[str, Any]:
-        """Labels where the whole has more than what was asked; a token across the border belongs to the answer."""
+        """Labels for the tokens after the prompt; a token that crosses the border belongs to the answer."""
         ids = list(whole["input_ids"])
         same = 0
         while same < min(len(ids), len(asked)) and ids[same] == asked[same]:
@@ -278,7 +278,7 @@ class Encoder:
         return self._without_appended(self._once(tensors, *texts)), truncated
 
     def _cut_by_tokenizer(self, encoding: Any, *texts: Any, **how: Any) -> tuple[dict[str, Any], bool]:
-        """An encoding that is too long, made again by the tokenizer with truncation; the pair's longer text is cut."""
+        """Encode again with truncation what is too long; of a pair, the longer text is cut."""
         truncated = False
         if self.limit is not None:
             room = self.limit + (len(self.around[1]) if self.needs.continues and "text_target" not in how else 0)
@@ -291,14 +291,14 @@ class Encoder:
         return tensors, truncated
 
     def _sliced(self, tensors: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Tokens cut on the tokenizer's own side."""
+        """Cut tokens on the tokenizer's truncation side."""
         if self.limit is None or len(tensors["input_ids"]) <= self.limit:
             return tensors, False
         left = getattr(self.tokenizer, "truncation_side", "right") == "left"
         return _part(tensors, slice(-self.limit, None) if left else slice(self.limit)), True
 
     def _once(self, tensors: dict[str, Any], *texts: str) -> dict[str, Any]:
-        """Without the special tokens that stand at an end twice, since the text was rendered with them."""
+        """Remove special tokens that an end has twice because the text was rendered with them."""
         before, after = self.around
         ids, start, stop = list(tensors["input_ids"]), 0, len(tensors["input_ids"])
         if (
@@ -318,7 +318,7 @@ class Encoder:
         return text.startswith(token) if end == "starts" else text.endswith(token)
 
     def _without_appended(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Without the end that a tokenizer appends: a causal model would be asked what follows the end."""
+        """Remove the end token that a tokenizer appends, so that a causal model does not predict what follows it."""
         after = self.around[1]
         ids = list(tensors["input_ids"])
         if not self.needs.continues or not after or ids[-len(after) :] != after:
@@ -327,7 +327,7 @@ class Encoder:
 
 
 def _part(tensors: Mapping[str, Any], which: slice) -> dict[str, Any]:
-    """The same part of everything that has a value a token."""
+    """The same part of everything that has a value for each token."""
     n = len(tensors["input_ids"])
     return {k: v[which] if isinstance(v, list) and len(v) == n else v for k, v in tensors.items()}
 
@@ -336,7 +336,7 @@ def text_at(row: Mapping[str, Any], name: str) -> str:
     """The text in a column.
 
     Raises:
-        ValueError: if it holds none.
+        ValueError: if the value is not a text.
     """
     value = as_python(at(row, name))
     if not isinstance(value, str):

@@ -1,6 +1,6 @@
-"""What the labels of a data set are among the classes of a model: by name where both have names, else by number.
+"""Which classes of a model the labels of a data set are: by name if both have names, otherwise by number.
 
-A label that is missing, −1 or no class of the model is no label: nothing is compared with it.
+A label that is missing, −1 or not a class of the model counts as no label: nothing is compared with it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _GENERIC = re.compile(r"label_?\d+", re.IGNORECASE)
 """transformers' own names of classes that have none."""
 _DIGITS = re.compile(r"[0-9]+")
 _SHORTEST_PREFIX = 3
-"""Letters that two names must share at least for one to be short for the other, as "neg" is for "negative"."""
+"""The least number of letters of a name that is short for another, such as "neg" for "negative"."""
 IGNORED = -100
-"""The label of a position that is not counted, as everywhere in transformers."""
+"""The label of a position that does not count, as in transformers."""
 NO_CLASS = -1
-"""Stands for a label that is no class of the model."""
+"""Stands for a label that is not a class of the model."""
 
 
 def is_placeholder(name: str) -> bool:
-    """Whether it is transformers' own name of a class that has none, such as "LABEL_0"."""
+    """Whether it is transformers' placeholder for the name of a class, such as "LABEL_0"."""
     return _GENERIC.fullmatch(name) is not None
 
 
@@ -59,9 +59,9 @@ def truth_of(
     Args:
         column: the column of the data set: numbers, names, lists, or lists as JSON.
         distribution: what the model predicts: "softmax", "bernoulli" or "gaussian".
-        k: its classes, labels or numbers.
-        data_names: the data set's names of its classes.
-        model_names: {number: name} of the model's.
+        k: the number of its classes, labels or numbers.
+        data_names: the names of the data set's classes.
+        model_names: {number: name} of the model's classes.
     """
     values = [_unpacked(value) for value in column]
     if distribution == "gaussian":
@@ -81,7 +81,7 @@ def truth_of(
 
 
 def _why_from_one(values: Sequence[Any], model_names: Mapping[int, str] | None, k: int) -> str | None:
-    """Why whole numbers are no numbers of classes, where they count from 1, or seem to; else None."""
+    """Why whole numbers cannot be class numbers: they count from 1, or seem to. None if they can."""
     real = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
     numbers = [int(v) for v in real if float(v).is_integer() and v >= 0]
     if not numbers or min(numbers) == 0:
@@ -103,11 +103,11 @@ def class_numbers(
 ) -> list[int | None] | str:
     """The model's class for every class of the data set, by name where both have names.
 
-    Names are compared without case and punctuation; one may be short for the other ("neg", "negative"). Where none is
-    found and there are equally many, numbers are taken as they are.
+    Names are compared without case and punctuation; one may be short for the other ("neg", "negative"). If no name
+    matches and both have equally many classes, the numbers are used.
 
     Returns:
-        A class or None for each of the data set's classes; why nothing can be matched, where that is so.
+        A class or None for each of the data set's classes; and the reason if nothing can be matched.
     """
     if data_names is None:
         return list(range(k))
@@ -130,7 +130,7 @@ def class_numbers(
 
 
 def number_of_name(name: str, model_names: Mapping[int, str]) -> int | None:
-    """The class of the model with this name, or the only one that it is short for, or that is short for it."""
+    """The class of the model with this name, or the only class that it abbreviates or that abbreviates it."""
     wanted = _simple(name)
     known = {number: _simple(each) for number, each in model_names.items()}
     same = [number for number, each in known.items() if each == wanted]
@@ -180,7 +180,7 @@ def _multi_label(
 
 
 def _class(value: Any, numbering: Sequence[int | None], model_names: Mapping[int, str] | None, k: int) -> int | None:
-    """The model's class of one label, or None where it is no label."""
+    """The model's class for one label, or None if it is not a label."""
     if isinstance(value, bool):
         by_name = number_of_name(str(value), model_names or {}) if _named(model_names) else None
         return by_name if by_name is not None else int(value) if k == 2 else None
@@ -206,14 +206,14 @@ def _digits_in(names: Mapping[int, str] | None) -> bool:
 
 
 def _real(value: Any, k: int) -> list[float] | None:
-    """The k numbers that a regression head is to predict, or None where they are not there."""
+    """The k numbers that a regression head should predict, or None if they are missing."""
     values = value if isinstance(value, list) else [value]
     numbers = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)]
     return numbers if len(numbers) == len(values) == k else None
 
 
 def _unpacked(value: Any) -> Any:
-    """A list that a store keeps as JSON."""
+    """A list from the JSON in which a store keeps it."""
     if isinstance(value, str) and value.startswith("["):
         try:
             return json.loads(value)

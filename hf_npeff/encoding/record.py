@@ -129,7 +129,7 @@ class Encoded:
         label_column: the column of class labels, numbers to predict or tags, where there is one.
         label_names: the data set's own names of the classes, where it has them.
         shown: the columns beside the PEFs that show an example to people, in order.
-        unread: columns of text that are not read, and are no classes.
+        unread: columns of text that are not read and are not classes.
         doubtful: whether there is prose among them, of which people are warned.
         truncation: whether long examples are cut.
         max_length: to how many tokens, or None.

@@ -200,12 +200,12 @@ class _Shapes:
         columns = [name for name in self.conversations if name not in OUTPUTS]
         if not columns:
             if self.conversations:
-                raise self._unclear(self.conversations, "several conversations stand side by side")
+                raise self._unclear(self.conversations, "the only conversations are in columns of answers")
             return None
         known = [name for name in CONVERSATIONS if name in columns]
         name = columns[0] if len(columns) == 1 else known[0] if len(known) == 1 else None
         if name is None:
-            raise self._unclear(columns, "several conversations stand side by side")
+            raise self._unclear(columns, "there are several columns of conversations")
         if about := [n for n in BESIDE_CONVERSATIONS if self.first.get(n)]:
             raise self._unclear([name, *about], "what the conversation is about stands beside it, and is not read")
         return self._of_conversation(name)

@@ -332,8 +332,8 @@ class _Test:
 
 def _block(parameter: str) -> str:
     """The numbered layer that a parameter is in, or the part outside numbered layers."""
-    found = re.match(r"(?:.*?\.)?\d+\.", parameter)
-    return found.group().rstrip(".") if found else ""
+    match = re.match(r"(?:.*?\.)?\d+\.", parameter)
+    return match.group().rstrip(".") if match else ""
 
 
 def _excluded(modules: Mapping[str, Sequence[str]], affected: Collection[str]) -> str:

@@ -33,9 +33,9 @@ def pilot_predictions(forward: ForwardPass) -> dict[str, Any] | None:
     try:
         for pilot in pilot_examples(forward.model, _SEED):
             outputs = forward.outputs([pilot])
-            found = predictions_of(outputs)
-            names = ("log_probs", "entropies") if "entropies" in found else ("log_probs", "predictions")
-            values += [float(found[name].double().sum()) for name in names if name in found]
+            predicted = predictions_of(outputs)
+            names = ("log_probs", "entropies") if "entropies" in predicted else ("log_probs", "predictions")
+            values += [float(predicted[name].double().sum()) for name in names if name in predicted]
             logits = outputs.logits[outputs.valid]
             scale = float(logits[logits.isfinite()].abs().amax().clamp(min=1.0))
             tolerance = max(tolerance, len(logits) * scale * logit_tolerance(forward.model))

@@ -147,8 +147,8 @@ class LiftedModel(MovableModel):
         return plan(decomposed.decomposition, wanted, decomposed.pefs, request, device)
 
     def _lift(self, decomposed: Decomposed, plans: list[Plan], request: LiftRequest) -> list[ParameterDirection]:
-        told = f"lifting component {plans[0].component}" if len(plans) == 1 else f"lifting {len(plans)} components"
-        with self.forward_pass() as forward, working(told, len(decomposed.examples)):
+        label = f"lifting component {plans[0].component}" if len(plans) == 1 else f"lifting {len(plans)} components"
+        with self.forward_pass() as forward, working(label, len(decomposed.examples)):
             lifted = lift_components(forward, decomposed, plans, request)
         kept = {"fingerprint": decomposed.pefs.fingerprint, "weights": dict(decomposed.weights)}
         return [self.direction_of(direction.deltas, {**kept, **direction.info}) for direction in lifted]

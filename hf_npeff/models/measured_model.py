@@ -223,8 +223,8 @@ class MeasuredModel(FisherModel, AdaptedModel):
         changes = [adapter.linear_deltas() for adapter in adapters]
         rows = None if pefs is None else (pefs.sketch(), pefs)
         reports: list[PerturbationReport] = []
-        told = f"measuring {len(changes)} components"
-        with self.forward_pass() as forward, working(told, examples_read(len(changes), request)) as progress:
+        label = f"measuring {len(changes)} components"
+        with self.forward_pass() as forward, working(label, examples_read(len(changes), request)) as progress:
             for start in range(0, len(changes), _MEASURED_TOGETHER):
                 few = slice(start, start + _MEASURED_TOGETHER)
                 progress.later = examples_read(len(changes[few.stop :]), request)
@@ -267,8 +267,8 @@ class MeasuredModel(FisherModel, AdaptedModel):
         """Measure a change on a pool that it was not meant for, and search for worse inputs."""
         decode = getattr(self.processing_class, "decode", None)
         special = getattr(self.processing_class, "all_special_ids", ())
-        told = "searching for inputs off target" if request.rounds else "measuring inputs off target"
-        with self.forward_pass() as forward, working(told, searched_examples(len(pool), request)):
+        label = "searching for inputs off target" if request.rounds else "measuring inputs off target"
+        with self.forward_pass() as forward, working(label, searched_examples(len(pool), request)):
             result, ends = off_target(forward, change, pool, request, special=special, decode=decode)
         if whose is not None and ends:
             own = self._active_on(*whose, ends)

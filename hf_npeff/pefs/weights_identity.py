@@ -75,12 +75,12 @@ def joined(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
     Where some of the weights are known to be unknown, so are those of all. Parts of older versions, which say nothing,
     are passed over.
     """
-    said = [part for part in parts if part is not None]
-    known = [part for part in said if is_known(part)]
+    given = [part for part in parts if part is not None]
+    known = [part for part in given if is_known(part)]
     if how := next(filter(None, (difference(known[0], other) for other in known[1:])), None):
         logger.warning("PEFs of models with different weights are joined (%s); they cannot be lifted", how)
         return WeightsIdentity(None, unknown=SEVERAL).to_dict()
-    unknown = sorted((part for part in said if not is_known(part)), key=lambda part: part.get("unknown") != SEVERAL)
+    unknown = sorted((part for part in given if not is_known(part)), key=lambda part: part.get("unknown") != SEVERAL)
     return next((dict(part) for part in (*unknown, *known)), None)
 
 

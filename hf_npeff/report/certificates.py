@@ -9,7 +9,7 @@ from hf_npeff.encoding.columns import label_names_of
 from hf_npeff.sharing.protocols import DecompositionLike, HasDict
 
 _GROUPS = 8
-"""Groups of a dose curve. Chosen: as many as there are colours that colour-blind readers tell apart."""
+"""The most groups of a dose curve. Chosen: colour-blind readers can distinguish so many colours."""
 
 
 def as_facts(report: HasDict | Mapping[str, Any], decomposition: DecompositionLike, texts: bool) -> dict[str, Any]:
@@ -42,14 +42,14 @@ def as_facts(report: HasDict | Mapping[str, Any], decomposition: DecompositionLi
     return facts
 
 
-def _searched(found: Mapping[str, Any], others: Sequence[int], texts: bool) -> dict[str, Any]:
-    """The most moved inputs of the pool, which are the report's other examples, and those that the search ended at."""
-    worst = [_case(row, texts) | {"example": _at(others, row["index"])} for row in found["worst"]]
+def _searched(search: Mapping[str, Any], others: Sequence[int], texts: bool) -> dict[str, Any]:
+    """The most moved inputs of the pool, which are the report's other examples, and the inputs of the search."""
+    worst = [_case(row, texts) | {"example": _at(others, row["index"])} for row in search["worst"]]
     ends = [
         _case(row, texts) | {"replaced": row["replaced"], "own": row["own"], "start": _at(others, row["index"])}
-        for row in found["searched"]
+        for row in search["searched"]
     ]
-    return {"tried": found["tried"], "worst": worst, "ends": ends}
+    return {"tried": search["tried"], "worst": worst, "ends": ends}
 
 
 def _at(others: Sequence[int], place: int) -> int | None:
@@ -101,7 +101,7 @@ def measured_facts(
 
 
 def check_same_examples(what: str, rows: Sequence[Mapping[str, Any]], decomposition: DecompositionLike) -> None:
-    """Refuse rows of examples, each with its index and id, that stand elsewhere in the decomposition or not at all.
+    """Check that every row's index and id belong to the same example of the decomposition.
 
     Raises:
         ValueError: if there is such a row.

@@ -1,4 +1,4 @@
-"""What is shown of a change: its components, answers and way as rows of tables, for terminals and notebooks."""
+"""Tables of a change report, for terminals and notebooks: components, changed answers, and steps of the change."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ STEP_COLUMNS = ("step", "without", "KL", "95%", "answers changed", "right")
 ANSWER_COLUMNS = ("KL", "component", "example", "before", "after")
 COMMON_COLUMNS = ("examples", "have", "of them", "of the others", "corrected p")
 _ROWS = 16
-"""Components of a table, and answers. Chosen: what one screen holds."""
+"""The most components and answers of a table. Chosen: they fit on a screen."""
 
 _COMMON = 5
-"""What a group has in common, at most. Chosen: the most certain say it; four groups fit a screen."""
+"""The most associations of a group. Chosen: the most certain ones suffice, and four groups fit on a screen."""
 
 
 def component_rows(report: ChangeReport) -> list[tuple[str, ...]]:
@@ -50,7 +50,7 @@ def _number(value: float | None) -> str:
 
 
 def step_rows(report: ChangeReport) -> list[tuple[str, ...]]:
-    """A row of `STEP_COLUMNS` for every point of the way, and with components taken out."""
+    """A row of `STEP_COLUMNS` for every step of the change, and for the change without single components."""
     labels = {each.component: each.label for each in report.components}
     rows: list[tuple[str, ...]] = []
     for step in (*report.curve, *report.without):
@@ -75,7 +75,7 @@ def answer_rows(report: ChangeReport, *, unexplained: bool = False, count: int =
 
 
 def common_rows(report: ChangeReport) -> list[tuple[str, ...]]:
-    """A row of `COMMON_COLUMNS` for what groups of examples have more often than the others, a few of each group."""
+    """A row of `COMMON_COLUMNS` for each association of a group of examples, a few for each group."""
     return [
         (group.name, a.feature, f"{a.share:.0%}", f"{a.rest:.0%}", f"{a.corrected:.2g}")
         for group in report.groups
@@ -84,7 +84,7 @@ def common_rows(report: ChangeReport) -> list[tuple[str, ...]]:
 
 
 def headline(report: ChangeReport) -> str:
-    """What changed, in a line."""
+    """The change in one line."""
     low, high = report.kl_interval
     what = report.change.get("after") or ", ".join(report.change.get("adapters") or ()) or report.change.get("method")
     return (

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from hf_npeff.sharing.protocols import HasDict, ReportLike, TokenAlignmentLike
 
 SHOWN_ELSEWHERE = 5
-"""Top examples of a component of the other decomposition in a comparison."""
+"""How many top examples a comparison shows for a component of the other decomposition."""
 
 
 @dataclass
 class PageData:
-    """JSON-able facts, and arrays by name."""
+    """The data of a page: values as JSON types (`facts`), and arrays by name."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
@@ -154,7 +154,7 @@ def _add_decomposition(page: PageData, decomposition: Decomposition) -> None:
     }
     W = decomposition.coefficients.float().cpu().numpy()
     page.arrays["W"], page.arrays["W_largest"] = quantised(np.ascontiguousarray(W.T), axis=1)
-    # A bit an example, a row a component: rounded coefficients would not tell at the very threshold.
+    # A bit for each example, a row for each component: rounded coefficients would be ambiguous at the threshold.
     page.arrays["active"] = np.packbits(active_examples(decomposition.coefficients).cpu().numpy().T, axis=1)
     if len(decomposition) > 1:
         near, cosines = nearest_components(G)
@@ -207,7 +207,7 @@ def _column_facts(page: PageData, at: int, column: Column) -> dict[str, Any]:
 
 
 def _add_alignments(page: PageData, alignments: Sequence[TokenAlignmentLike], texts: bool) -> None:
-    """{component: [example, alignment, tokens, contributions, unplaced]}; none where texts are to stay private."""
+    """{component: [example, alignment, tokens, contributions, unplaced]}; empty if texts must stay private."""
     shading: dict[str, list[dict[str, Any]]] = {}
     for alignment in alignments if texts else ():
         shading.setdefault(str(alignment.component), []).append(
@@ -223,7 +223,7 @@ def _add_alignments(page: PageData, alignments: Sequence[TokenAlignmentLike], te
 
 
 def _short(value: float) -> float:
-    """To 6 digits: pages are mailed around."""
+    """A number rounded to 6 digits, so that pages are small enough to mail."""
     return float(f"{value:.6g}")
 
 
@@ -236,7 +236,7 @@ def _add_energies(
     energies = {**(estimated_energies(decomposition) or {}), **(measured or {})}
     if not energies:
         notes.append(
-            "It is not known how components are spread over modules: this sketch adds the modules up, and no "
+            "The page does not show how components are spread over modules: this sketch adds the modules up, and no "
             "directions were lifted."
         )
         return
@@ -254,7 +254,7 @@ def _change_facts(report: HasDict | Mapping[str, Any], decomposition: Decomposit
     own = [each for each in content["components"] if not each["new"]]
     if content["n"] != n or sorted(each["component"] for each in own) != list(range(r)):
         raise ValueError(
-            f"the change report is of {content['n']} examples and {len(own)} components, but the decomposition has {n} "
+            f"the change report has {content['n']} examples and {len(own)} components, but the decomposition has {n} "
             f"and {r}: they do not belong together"
         )
     check_same_examples("the change report", [*content["changed"], *content["unexplained"]], decomposition)

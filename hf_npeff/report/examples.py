@@ -1,4 +1,4 @@
-"""What a decomposition says of single examples: how much of each is explained, by what, and where it lies on a map."""
+"""What a decomposition says about examples: how much of each is explained, by which components; a map."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hf_npeff.extras import load
 
 Layout = Literal["tsne", "pca"]
 LANDMARKS = 4000
-"""The most examples that t-SNE places; others go to where their nearest neighbours among these lie."""
+"""The most examples that t-SNE places. Other examples are placed between their nearest neighbours among these."""
 _NEIGHBOURS = 5
-"""Landmarks between which an example is placed. Chosen: fewer put it on top of one, more into the middle."""
+"""Between how many landmarks an example is placed. Chosen: fewer put it on top of one, more into the middle."""
 _CHUNK = 1024
-"""Examples at a time: bounds the memory."""
+"""How many examples are processed at a time; bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Explained:
 
 
 def explained_by(W: Tensor, G: Tensor, k: int = 8) -> Explained:
-    """How much of each example the components explain, and which bring most.
+    """How much of each example the components explain, and which components explain most.
 
     Args:
         W: (n, r) coefficients of unit PEFs at their minimum, as `Decomposition.transform` gives them.
@@ -72,7 +72,7 @@ def nearest_components(G: Tensor, k: int = 8) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place(W: Tensor, method: Layout = "tsne", seed: int = 0) -> np.ndarray:
-    """Examples on a plane by their coefficients, (n, 2) within [0, 1]; alike mixtures of components lie close.
+    """Places of examples on a plane, (n, 2) within [0, 1]; examples with similar coefficients lie close together.
 
     Rows of W are scaled to unit length. Above `LANDMARKS` examples t-SNE places a random sample of so many, and the
     others lie at the mean of their five nearest there, weighted by cosine: the cost stays that of the sample.
@@ -142,7 +142,7 @@ def _between_landmarks(X: np.ndarray, chosen: np.ndarray, landmarks: np.ndarray)
 
 
 def _within_unit(xy: np.ndarray) -> np.ndarray:
-    """Shifted and scaled into [0, 1], each axis by itself: the proportions of such a map mean nothing."""
+    """Shift and scale each axis to [0, 1] separately, since the proportions of such a map mean nothing."""
     if len(xy) == 0:
         return xy.astype(np.float32)
     span = np.ptp(xy, axis=0)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from hf_npeff.weights.perturbation import PerturbationReport
 
 _ROWS, _EXAMPLES = 50, 10
-"""Components and examples of a table. Chosen: what one screen holds."""
+"""The most components and examples of a table. Chosen: they fit on a screen."""
 _SHOWN = 400
-"""Characters of a text that are looked at. Chosen: more than a cell shows (160)."""
+"""How many characters of a text are read. Chosen: more than a cell shows (160)."""
 MEASURE_COLUMNS = (
     "step", "rank", "group", "n", "KL", "95%", "largest", "answers changed", "right before", "after", "log-odds",
 )  # fmt: skip
@@ -27,7 +27,7 @@ EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> str:
-    """A table as HTML; cells are shown as the text that they are."""
+    """A table as HTML; cells are escaped, so that they show their text."""
     head = "".join(f'<th scope="col" style="text-align:left">{_cell(name)}</th>' for name in header)
     body = "".join(
         "<tr>" + "".join(f'<td style="text-align:left" dir="auto">{_cell(value)}</td>' for value in row) + "</tr>"
@@ -66,41 +66,41 @@ def of_decomposition(decomposition: Decomposition) -> str:
 
 
 def of_component(component: Component) -> str:
-    """Its top examples."""
+    """The top examples of a component."""
     return of_top_examples(component.top_examples(_EXAMPLES), repr(component))
 
 
 def of_top_examples(top: TopExamples, title: str | None = None) -> str:
-    """An example a row; the title says of what."""
+    """Top examples, one in each row."""
     lines = top.lines(_last_part)
     rows = [(i, f"{w:.3f}", line) for i, w, line in zip(top.ids, top.coefficients, lines, strict=True)]
     return table(title or f"{len(top)} top examples", ("id", "coefficient", "example"), rows[:_ROWS])
 
 
-def of_off_target(found: OffTarget) -> str:
-    """The most moved inputs, and those that the search ended at."""
+def of_off_target(report: OffTarget) -> str:
+    """The most moved inputs, and the inputs that the search report."""
     rows = [
-        (f"{row['kl']:.3g}", "as it is", row["text"] or row["id"], row["before"], row["after"]) for row in found.worst
+        (f"{row['kl']:.3g}", "as it is", row["text"] or row["id"], row["before"], row["after"]) for row in report.worst
     ]
-    for row in found.searched:
+    for row in report.searched:
         how = f"{row['replaced']} tokens replaced" + (", the component's own" if row["own"] else "")
         rows.append((f"{row['kl']:.3g}", how, row["text"] or "", row["before"], row["after"]))
-    return table(repr(found), ("KL", "", "input", "before", "after"), rows[:_ROWS])
+    return table(repr(report), ("KL", "", "input", "before", "after"), rows[:_ROWS])
 
 
 def of_associations(associations: Associations) -> str:
     """What the first components' examples have in common."""
     rows = []
     for component in list(associations)[:_ROWS]:
-        said = ", ".join(f"{a.feature} ({a.share:.0%}, others {a.rest:.0%})" for a in component.associations[:3])
+        features = ", ".join(f"{a.feature} ({a.share:.0%}, others {a.rest:.0%})" for a in component.associations[:3])
         right = "–" if component.accuracy is None else f"{component.accuracy[0]:.0%}"
-        rows.append((component.component, component.label or "–", right, said or "–"))
+        rows.append((component.component, component.label or "–", right, features or "–"))
     header = ("", "automatic label", "right", "its examples have more often")
     return table(repr(associations), header, rows)
 
 
 def effect_rows(report: PerturbationReport) -> list[tuple[str, ...]]:
-    """Every step that was measured, a row of `EFFECT_COLUMNS` each."""
+    """A row of `EFFECT_COLUMNS` for every measured step."""
     effects = [("this step", report.best), ("the other sign", report.opposite), ("a random direction", report.random)]
     return [
         (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", _share(e.top_flips))
@@ -126,7 +126,7 @@ def of_report(report: PerturbationReport) -> str:
 
 
 def measure_rows(measurement: Measurement) -> list[tuple[str, ...]]:
-    """Every group at every step, a row of `MEASURE_COLUMNS` each."""
+    """A row of `MEASURE_COLUMNS` for every group at every step."""
     rows: list[tuple[str, ...]] = []
     for step in measurement.steps:
         size = f"{step.scale:.3g}" + (" (random change)" if step.random else "")
@@ -155,5 +155,5 @@ def of_measurement(measurement: Measurement) -> str:
 
 
 def _last_part(value: object) -> str:
-    """The end of a long text, where a prompt asks its question."""
+    """The end of a long text, since a prompt ends with its question."""
     return str(value)[-_SHOWN:]

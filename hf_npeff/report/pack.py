@@ -1,7 +1,7 @@
 """Facts and arrays as one string of base64 that a page can carry.
 
 Inside is gzip over: the length of the facts (uint32), the facts as JSON in ASCII, and the arrays, each beginning at a
-multiple of 8 bytes, little-endian. The facts tell every array's type, shape and place. The alphabet of base64 cannot
+multiple of 8 bytes, little-endian. The facts say every array's type, shape and place. The alphabet of base64 cannot
 close the element that it lies in, and ASCII JSON keeps any string that Python can hold, lone surrogates included.
 """
 

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from hf_npeff.weights.token_alignments import TokenAlignment
 
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7a7a7a")
-"""Eight colours that colour-blind readers tell apart (Okabe and Ito)."""
+"""Eight colours that colour-blind readers can distinguish (Okabe and Ito)."""
 _OTHERS = "#9aa0a8"
 _MOST_VALUES = 12
-"""Bars of a column. Chosen: labels stay readable."""
+"""The most bars of a chart. Chosen: labels stay readable."""
 
 
 def _plotly() -> Any:
@@ -61,7 +61,7 @@ def _figure(go: Any, *traces: Any, title: str = "", x: str = "", y: str = "", **
 
 
 def _column(decomposition: DecompositionLike, name: str) -> Column:
-    """A column that can colour.
+    """A column that can colour a map.
 
     Raises:
         ValueError: if there is none of that name.
@@ -98,7 +98,7 @@ def coefficients(component: Component, bins: int = 40) -> go.Figure:
 
 
 def by_column(component: Component, column: str = CORRECT) -> go.Figure:
-    """A column's values where the component is active, beside all examples.
+    """A column's values on the examples on which the component is active, compared with all examples.
 
     Args:
         component: whose examples.
@@ -154,7 +154,7 @@ def modules(
 
 
 def neighbours(decomposition: Decomposition) -> go.Figure:
-    """|Cosine| of all pairs of components."""
+    """The |cosine| of all pairs of components."""
     go = _plotly()
     G = decomposition.pseudo_fishers.double()
     labels = [c.label for c in decomposition]
@@ -163,7 +163,7 @@ def neighbours(decomposition: Decomposition) -> go.Figure:
 
 
 def example(decomposition: Decomposition, i: int, k: int = 8) -> go.Figure:
-    """What explains one example: a bar of its components, the others and what is left.
+    """What explains one example: a bar of its components, other components, and what is not explained.
 
     Raises:
         IndexError: if there is no such example.
@@ -190,7 +190,7 @@ def example(decomposition: Decomposition, i: int, k: int = 8) -> go.Figure:
 def example_map(
     decomposition: Decomposition, color: str | int | None = None, *, layout: Layout = "tsne", seed: int = 0
 ) -> go.Figure:
-    """All examples on a plane, alike mixtures of components close together.
+    """All examples on a plane; those with similar mixtures of components lie close together.
 
     Args:
         decomposition: whose examples.
@@ -234,7 +234,7 @@ def example_map(
 
 
 def comparison(first: Decomposition, second: Decomposition) -> go.Figure:
-    """Similarity of all pairs of components, matched pairs along the diagonal.
+    """The similarity of all pairs of components, with matched pairs on the diagonal.
 
     Raises:
         ValueError: if the two share neither examples nor the sketch.
@@ -256,7 +256,7 @@ def comparison(first: Decomposition, second: Decomposition) -> go.Figure:
 
 
 def training(folder: str | Path, components: int) -> go.Figure:
-    """Share of the examples that each component leads, over the steps of a run that an NPEFFCallback followed.
+    """The share of the examples that each component leads, over the steps of a run with an NPEFFCallback.
 
     Args:
         folder: the folder of the run, or of a checkpoint.
@@ -327,7 +327,7 @@ def doses(measurement: Measurement, rank: int | None = None) -> go.Figure:
 
 
 def tokens(alignments: Sequence[TokenAlignment]) -> go.Figure:
-    """Contribution of every token to an example's alignment with a component, a panel an example.
+    """The contribution of every token to an example's alignment with a component, with a panel for each example.
 
     Raises:
         ValueError: if there are none.

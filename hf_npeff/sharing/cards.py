@@ -82,12 +82,12 @@ def said_on_card(folder: Path) -> dict[str, Any]:
         head = yaml.safe_load(text.split("---\n")[1])
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CorruptStoreError(f"{path} has front matter that cannot be read ({type(error).__name__})") from None
-    said = {name: head[name] for name in ("license", "datasets") if name in head} if isinstance(head, dict) else {}
-    datasets = said.get("datasets", [])
+    known = {name: head[name] for name in ("license", "datasets") if name in head} if isinstance(head, dict) else {}
+    datasets = known.get("datasets", [])
     named = isinstance(datasets, list) and all(isinstance(name, str) for name in datasets)
-    if not isinstance(head, dict) or not isinstance(said.get("license", ""), str) or not named:
-        raise CorruptStoreError(f"{path} has front matter that was not written by hf_npeff: {str(said)[:200]}")
-    return said
+    if not isinstance(head, dict) or not isinstance(known.get("license", ""), str) or not named:
+        raise CorruptStoreError(f"{path} has front matter that was not written by hf_npeff: {str(known)[:200]}")
+    return known
 
 
 def point_card_to(folder: Path, repo_id: str, subfolder: str | None = None) -> None:

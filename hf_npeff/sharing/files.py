@@ -28,7 +28,7 @@ from hf_npeff.errors import CorruptStoreError, FormatVersionError
 from hf_npeff.sharing.parquet_footer import has_known_codecs
 
 FORMAT_VERSION = 1
-"""Of every config.json; files of another one are refused by name."""
+"""The format version of every config.json. Files with another version are refused."""
 _JSON_MARK = "\x00json:"
 _JSON_LIMIT = 2**26
 """Bytes of a JSON file: far above any that is written here."""
@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet: what lies under the name, a link perhaps, is taken away, never followed."""
+    """Write a new file. Anything that already has the name, such as a link, is removed and never followed."""
     path.unlink(missing_ok=True)
     with open(path, "xb") as file:
         file.write(content)
@@ -61,7 +61,7 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Bring renames to the disk, in the order in which they were made, where the file system can."""
+    """Flush renames to the disk, in the order in which they were made, if the file system can."""
     with contextlib.suppress(OSError):  # some cannot; the rename has happened all the same
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -109,7 +109,7 @@ def file_of(folder: Path, name: str, digest: object) -> Path:
     """
     path = folder / name
     if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest):
-        for candidate in (path, _waiting(folder, name, digest), path):  # it may be renamed while we look
+        for candidate in (path, _waiting(folder, name, digest), path):  # it may be renamed in the meantime
             if candidate.is_file() and sha256_of(candidate) == digest:
                 return candidate
     if not path.is_file():
@@ -171,7 +171,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file with one JSON object per line.
 
     Raises:
-        CorruptStoreError: if the file is missing, or a line is no JSON object.
+        CorruptStoreError: if the file is missing, or a line is not a JSON object.
     """
     records = [_json_of(line, path) for line in _content(path).splitlines() if line.strip()]
     if not all(isinstance(record, dict) for record in records):
@@ -194,7 +194,7 @@ def _content(path: Path) -> bytes:
 
 
 def _json_of(content: bytes, path: Path) -> Any:
-    """What JSON says, refused where it could be read in two ways: no name twice, no NaN, no infinite number."""
+    """Parse JSON, and refuse what could be read in two ways: a name that occurs twice, NaN, an infinite number."""
     try:
         return json.loads(
             content, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite, parse_int=_whole
@@ -286,7 +286,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 
 
 def _check_table(file: pq.ParquetFile, schema: pa.Schema, path: Path) -> None:
-    """Refuse what `table_bytes` does not write before it is unpacked: other types, codecs, sizes, names twice."""
+    """Refuse what `table_bytes` does not write, before unpacking: other types, codecs or sizes; duplicate names."""
     if len(set(schema.names)) != len(schema.names) or any(kind not in _TABLE_TYPES for kind in schema.types):
         raise CorruptStoreError(f"{path} has columns that were not written by hf_npeff: {str(schema)[:300]}")
     metadata = file.metadata

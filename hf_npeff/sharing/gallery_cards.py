@@ -1,4 +1,4 @@
-"""The card of a repository that holds an adapter for each of several components, a folder each."""
+"""The card of a repository with adapters of several components, each in its own folder."""
 
 from __future__ import annotations
 

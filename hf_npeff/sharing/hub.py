@@ -103,17 +103,17 @@ def resolve_folder(
 
 
 def no_folder(name: str) -> str:
-    """That there is no folder of a name, with those that are called nearly so: a mistyped path is no network error."""
+    """Says that a folder does not exist, and names similar ones: a mistyped path is not a network error."""
     return f"there is no folder {name}{near_names(name)}"
 
 
 def _not_here(name: str, writing: bool) -> str:
-    """What comes before an error of the Hub about a name that may have been meant as a path; nothing otherwise."""
+    """The beginning of an error of the Hub about a name that may have been meant as a path; empty for other names."""
     return "" if writing or not _REPO_ID.fullmatch(name) else f"{no_folder(name)}; as a repository on the Hub, "
 
 
 def near_names(name: str) -> str:
-    """Files and folders that are called nearly as a path that is not there, as a question; nothing where none is."""
+    """A question that names files and folders with nearly the name of a missing path; empty if there are none."""
     path = Path(name).expanduser()
     try:
         known = [each.name for each in path.parent.iterdir()]
@@ -155,7 +155,7 @@ def commit_of_model(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> str | None:
-    """The commit that a model's revision stands for now, from where its config.json lies in the client's cache.
+    """The commit that a model's revision stands for now, from the place of its config.json in the client's cache.
 
     transformers' models do not know their commit. None for a folder, and where there is no such file.
     """
@@ -172,7 +172,7 @@ def commit_of_model(
             library_name=LIBRARY,
             library_version=__version__,
         )
-    except (OSError, ValueError):  # whoever loads the model says what is wrong
+    except (OSError, ValueError):  # loading the model then says what is wrong
         return None
     return commit_of(Path(path).parent)
 
@@ -280,7 +280,7 @@ def clear_errors(
         LocalTokenNotFoundError,
         HfHubHTTPError,
     ) as error:
-        clearer: Exception = _told(error, name, at, local_files_only=local_files_only, writing=writing)
+        clearer: Exception = _clearer(error, name, at, local_files_only=local_files_only, writing=writing)
     except Exception as error:
         if type(error).__module__.startswith(_NETWORK) or isinstance(error, ConnectionError | TimeoutError):
             why = f"the Hub cannot be reached ({_shortly(error, token)}); check the connection"
@@ -294,7 +294,7 @@ def clear_errors(
     raise clearer from None
 
 
-def _told(error: Exception, name: str, at: str, *, local_files_only: bool, writing: bool) -> Exception:
+def _clearer(error: Exception, name: str, at: str, *, local_files_only: bool, writing: bool) -> Exception:
     log_in = "pass token= or log in with `hf auth login`"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):

@@ -1,4 +1,4 @@
-"""Values into Markdown, YAML and Python code that a card holds: what a user brought shows as the text that it is."""
+"""Values as Markdown, YAML and Python code for cards. What users bring is escaped, so that it shows as plain text."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def percent(share: float | None) -> str:
 
 
 def number(value: object) -> str:
-    """A number to three digits, a dash where there is none."""
+    """A number to three digits; a dash if there is none."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

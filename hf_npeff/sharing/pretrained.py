@@ -24,10 +24,10 @@ class Publishable:
     _KIND: ClassVar[str] = "files"
     """For the commit's title."""
     _REPLACED: ClassVar[tuple[str, ...] | None] = None
-    """Patterns of files that go away in the repository unless they are uploaded again."""
+    """Patterns of files that are deleted in the repository unless they are uploaded again."""
 
     def _publish(self, *folder_and_repo_id: Any, **contents: Any) -> None:
-        """Write what is to be published as a repository into an empty folder."""
+        """Write the files of the repository into an empty folder."""
         raise NotImplementedError
 
     def push_to_hub(

@@ -181,11 +181,11 @@ def _alpha(study: RatingStudy, tasks: Sequence[RatingTask], answers: Sequence[An
     if len(answers) < 2:
         return None
 
-    def said(a: Answers) -> list[float]:
+    def choices(a: Answers) -> list[float]:
         values: list[float] = []
         for task in tasks:
             picked = a.picked.get(task.id)
             values += [float("nan") if picked is None else float(i in picked) for i in range(len(task.choices))]
         return values
 
-    return krippendorff_alpha([said(a) for a in answers])
+    return krippendorff_alpha([choices(a) for a in answers])

@@ -266,7 +266,7 @@ def _score(
     seeds: Sequence[Tensor],
 ) -> MethodScore:
     W = method.coefficients.double()
-    scores, said = [], torch.zeros(int(second.sum()), len(usable), dtype=torch.bool)
+    scores, flagged = [], torch.zeros(int(second.sum()), len(usable), dtype=torch.bool)
     for column, a in enumerate(usable):
         values = attributes.values[:, a]
         here, there = first & ~values.isnan(), second & ~values.isnan()
@@ -285,12 +285,12 @@ def _score(
                 threshold,
             )
         )
-        said[:, column] = W[second, feature] >= threshold
+        flagged[:, column] = W[second, feature] >= threshold
     truth = attributes.values[second][:, list(usable)]
     several = (truth == 1).sum(1) >= 2
-    hits = (said & (truth == 1))[several].sum(1).double()
+    hits = (flagged & (truth == 1))[several].sum(1).double()
     has = (truth == 1)[several].sum(1).double()
-    wrong = (said & (truth == 0))[several].sum(1).double()
+    wrong = (flagged & (truth == 0))[several].sum(1).double()
     return MethodScore(
         method.name,
         len(method),

@@ -174,8 +174,8 @@ def run_fair(
             "random weights": statistics.mean(found_by(control[name], measured, choose)[0].values()),
             "stability": statistics.mean(others) if others else None,
         }
-    said = answers(analyzer, dataset, config.batch_size)
-    outputs = torch.stack([said.distribution(z).logits.flatten() for z in said.logits])
+    predictions = answers(analyzer, dataset, config.batch_size)
+    outputs = torch.stack([predictions.distribution(z).logits.flatten() for z in predictions.logits])
     output_auroc = linear_probes(nn.functional.log_softmax(outputs, dim=1), measured, choose=choose)
     curve = [_point(pefs, r, measured, choose, config) for r in config.sizes if r <= len(pefs) * pefs.rank]
     facts = {"examples": len(pefs), "sketch error": pefs.sketch_error, **fits[0][1]}

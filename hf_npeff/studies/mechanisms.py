@@ -83,8 +83,8 @@ class MechanismsResult(StudyResult):
 
     def values(self, toy: str, row: str, measure: str) -> list[float]:
         """The values of one measure of one row, for the seeds that have it."""
-        found = [t["rows"][row].get(measure) for t in self.toys if t["toy"] == toy and row in t["rows"]]
-        return [v for v in found if v is not None]
+        known = [t["rows"][row].get(measure) for t in self.toys if t["toy"] == toy and row in t["rows"]]
+        return [v for v in known if v is not None]
 
     def rows(self, toy: str) -> list[str]:
         """What was compared with a toy's columns."""
@@ -121,12 +121,12 @@ class MechanismsResult(StudyResult):
         whole = {toy: self.values(toy, "NPEFF", "whole") for toy in dict.fromkeys(t["toy"] for t in self.toys)}
         least = min(min(values) for values in whole.values())
         verdict = "at least" if least >= 0.95 else "NOT always"  # 0.95: the bar that was set before the study was run
-        found = "; ".join(f"{toy}: {_shown(values)}" for toy, values in whole.items())
+        similarity = "; ".join(f"{toy}: {_shown(values)}" for toy, values in whole.items())
         seeds = f"{self.config.seeds} models of each size" if self.config.seeds > 1 else "one model of each size"
         return (
             "# Known mechanisms\n\n![similarity to the columns](figure.svg)\n\n"
             "In toy models of superposition, whose mechanisms are known, NPEFF's components point along them: mean max "
-            f"cosine similarity {found} (mean and range over {seeds}), {verdict} 0.95 on every model.\n\n"
+            f"cosine similarity {similarity} (mean and range over {seeds}), {verdict} 0.95 on every model.\n\n"
             f"Made by `hf-npeff study mechanisms -o docs/studies/mechanisms`. x̂ = ReLU(WᵀW x + b), "
             f"{self.config.steps} steps of training on features that are there with probability "
             f"{self.config.probability:g}; PEFs of {self.config.n} such inputs, all outputs, no sketch; as many "

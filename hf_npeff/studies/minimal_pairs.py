@@ -99,7 +99,7 @@ def pair_margins(
         seed: the seed of the halves.
     """
     scale = [W.double().std(0) for W in layers]
-    found: dict[str, list[Margin]] = {"one layer": [], "layer by attribute": []}
+    margins: dict[str, list[Margin]] = {"one layer": [], "layer by attribute": []}
     for choose, measured in folds(bases, have, seed):
         chosen = [assigned(W, have, choose) for W in layers]
         best = max(range(len(layers)), key=lambda i: sum(chosen[i][1]))
@@ -113,8 +113,8 @@ def pair_margins(
                 apart = [] if pair.instead is None else [features[names.index(pair.instead)]]
                 moved = (layers[layer][pair.has] - layers[layer][pair.lacks]).double()
                 change = torch.where(scale[layer] > 0, moved / scale[layer].clamp_min(1e-300), 0.0)
-                found[way].append(Margin(pair.attribute, pair.base, *margin_of(change, features[a], apart)))
-    return found
+                margins[way].append(Margin(pair.attribute, pair.base, *margin_of(change, features[a], apart)))
+    return margins
 
 
 def folds(bases: Sequence[str], have: Tensor, seed: int) -> list[tuple[Tensor, set[str]]]:

@@ -196,7 +196,7 @@ def of_rows(
 def of_states(states: Sequence[Tensor], config: RivalsConfig, seed: int) -> dict[str, Sequence[Tensor]]:
     """The methods that work on hidden states (n, h) of one layer each."""
     r = config.n_components
-    found: dict[str, list[Tensor]] = {}
+    collected: dict[str, list[Tensor]] = {}
     for X in states:
         sae = SparseAutoencoder.fit(X, SAEConfig(r, k=min(config.sae_k, r), steps=config.sae_steps, seed=seed))
         split = torch.cat([X.clamp_min(0), (-X).clamp_min(0)], 1)
@@ -208,8 +208,8 @@ def of_states(states: Sequence[Tensor], config: RivalsConfig, seed: int) -> dict
             "activations, NMF": nonnegative_parts(split, r, seed=seed),
         }
         for name, W in named(readings).items():
-            found.setdefault(name, []).append(W)
-    return dict(found)
+            collected.setdefault(name, []).append(W)
+    return dict(collected)
 
 
 def answers(analyzer: NPEFFAnalyzer, dataset: Any, batch_size: int) -> Any:

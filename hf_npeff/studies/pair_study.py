@@ -289,8 +289,8 @@ def _cues(config: MinimalPairsConfig, seed: int, trained: bool, _: Loader | None
     rows = cue_rows(task, config.sentences, seed=4000 + seed)  # other sentences than those of training
     served = [{int(name.split()[1]) % task.labels for name, there in row["factors"].items() if there} for row in rows]
 
-    def right(said: Sequence[Any]) -> list[bool]:
-        return [{k for k, y in enumerate(a[0]) if bool(y)} == s for a, s in zip(said, served, strict=True)]
+    def right(predicted: Sequence[Any]) -> list[bool]:
+        return [{k for k, y in enumerate(a[0]) if bool(y)} == s for a, s in zip(predicted, served, strict=True)]
 
     return _measured(NPEFFAnalyzer(model, fisher=fisher), rows, "first", right, config, seed)
 
@@ -302,7 +302,7 @@ def _relations(config: MinimalPairsConfig, seed: int, trained: bool, load_model:
     tokenizer: Any = analyzer.processing_class
     # Whether the likeliest token begins the answer
     firsts = [tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"][0] for row in rows]
-    return _measured(analyzer, rows, "last", lambda said: [int(a) == b for a, b in zip(said, firsts, strict=True)],
+    return _measured(analyzer, rows, "last", lambda y: [int(a) == b for a, b in zip(y, firsts, strict=True)],
                      config, seed)  # fmt: skip
 
 
@@ -314,8 +314,8 @@ def _sentences(config: MinimalPairsConfig, seed: int, trained: bool, _: Loader |
     analyzer = home_assistant_analyzer(others, config.rank, config.steps, seed, trained=trained)
     wanted = [[t > 0.5 for t in row["targets"]] for row in rows]
 
-    def right(said: Sequence[Any]) -> list[bool]:
-        return [[bool(y) for y in a[0]] == b for a, b in zip(said, wanted, strict=True)]
+    def right(predicted: Sequence[Any]) -> list[bool]:
+        return [[bool(y) for y in a[0]] == b for a, b in zip(predicted, wanted, strict=True)]
 
     return _measured(analyzer, rows, "first", right, config, seed)
 
@@ -344,17 +344,17 @@ def _measured(
     control: dict[str, list[Margin]] = {}
     for name, layers in features.items():
         for wanted, into in ((have, margins), (shuffled(have, _SHUFFLED_SEED), control)):
-            for way, found in pair_margins(layers, wanted, names, pairs, bases, seed).items():
+            for way, measured in pair_margins(layers, wanted, names, pairs, bases, seed).items():
                 if way == "one layer" or len(layers) > 1:
-                    into[name if way == "one layer" else f"{name}, {way}"] = found
+                    into[name if way == "one layer" else f"{name}, {way}"] = measured
     return {
         "examples": len(rows),
         "pairs": len(pairs),
         "accuracy": statistics.mean(map(float, right(predictions.answers()))),
         "KL": dict(divergences(predictions, pairs)),
         "known": known,
-        "margins": {name: [list(vars(m).values()) for m in found] for name, found in margins.items()},
-        "shuffled": {name: [list(vars(m).values()) for m in found] for name, found in control.items()},
+        "margins": {name: [list(vars(m).values()) for m in each] for name, each in margins.items()},
+        "shuffled": {name: [list(vars(m).values()) for m in each] for name, each in control.items()},
     }
 
 
@@ -378,7 +378,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _differences(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How much the margins of the reference exceed those of every method on the same pairs, with the interval."""
-    found = {}
+    differences = {}
     for name in dict.fromkeys(name for part in parts for name in part["margins"]):
         pairs = [
             (Margin(*a), Margin(*b))
@@ -386,8 +386,8 @@ def _differences(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for a, b in zip(part["margins"][REFERENCE], part["margins"][name], strict=True)
         ]
         less = summary([Margin(a.attribute, a.base, a.margin - b.margin, a.hit and not b.hit) for a, b in pairs])
-        found[name] = {key: less[key] for key in ("margin", "low", "high")}
-    return found
+        differences[name] = {key: less[key] for key in ("margin", "low", "high")}
+    return differences
 
 
 def _summaries(parts: Sequence[Mapping[str, Any]], what: str) -> dict[str, Any]:

@@ -39,15 +39,15 @@ def sections() -> dict[str, dict[str, str]]:
         ModuleNotFoundError: if gensim is not installed.
     """
     path = package_folder("gensim", "run pip install 'hf-npeff[demo]'") / "test" / "test_data" / "questions-words.txt"
-    found: dict[str, dict[str, str]] = {}
+    answers: dict[str, dict[str, str]] = {}
     pairs: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith(":"):
-            pairs = found.setdefault(line[1:].strip(), {})
+            pairs = answers.setdefault(line[1:].strip(), {})
         else:
             a, b, c, d = line.split()
             pairs |= {a: b, c: d}
-    return found
+    return answers
 
 
 def word_pairs() -> dict[str, list[tuple[str, str]]]:

@@ -106,10 +106,10 @@ def _check_alike(old: Mapping[str, Tensor], new: Mapping[str, Tensor], before: n
                 "quantised, offloaded or sharded; load the whole model, in a floating-point dtype"
             )
     kinds = [type(base_of(model)).__name__ for model in (before, after)]
-    said = f"{name_of(before)} ({kinds[0]}) and {name_of(after)} ({kinds[1]})"
+    models = f"{name_of(before)} ({kinds[0]}) and {name_of(after)} ({kinds[1]})"
     if only := sorted(old.keys() ^ new.keys()):
         raise ValueError(
-            f"{said} have different parameters: {len(only)} exist in only one of them, for instance {only[:_NAMED]}. A "
+            f"{models} have different parameters: {len(only)} exist in only one of them, such as {only[:_NAMED]}. A "
             "change needs two models of the same architecture"
         )
     shapes = {n: (tuple(w.shape), tuple(new[n].shape)) for n, w in old.items() if w.shape != new[n].shape}
@@ -117,7 +117,7 @@ def _check_alike(old: Mapping[str, Tensor], new: Mapping[str, Tensor], before: n
         first = list(shapes.items())[:_NAMED]
         vocabulary = all(a[1:] == b[1:] and len(a) == 2 for a, b in shapes.values())
         why = " their vocabularies, or numbers of classes, differ:" if vocabulary else ""
-        raise ValueError(f"{said} have parameters of different shapes;{why} {dict(first)} (before, after)")
+        raise ValueError(f"{models} have parameters of different shapes;{why} {dict(first)} (before, after)")
 
 
 def _same(first: Tensor | None, second: Tensor) -> bool:

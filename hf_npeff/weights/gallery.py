@@ -69,7 +69,7 @@ def save_gallery(adapters: Sequence[Adapter], folder: Path, reports: Sequence[Re
 
 
 def copy_gallery(
-    folder: Path, to: Path, repo_id: str, components: Sequence[int] | None = None, **said: Any
+    folder: Path, to: Path, repo_id: str, components: Sequence[int] | None = None, **card: Any
 ) -> list[int]:
     """Copy the published part of a gallery: folders of components, and a card whose code loads from the repository.
 
@@ -78,7 +78,7 @@ def copy_gallery(
         to: an empty folder.
         repo_id: the repository to which it will be pushed.
         components: the numbers of the components to copy; None copies all.
-        **said: `license` and `datasets` of the card.
+        **card: `license` and `datasets` of the card.
 
     Returns:
         The numbers of the components.
@@ -110,5 +110,5 @@ def copy_gallery(
         point_card_to(place, repo_id, subfolder=place.name)
     chosen = {**gallery, "components": [known[j] for j in wanted]}
     write_json(to / INDEX, chosen)
-    write_card(to, gallery_card(chosen, repo_id=repo_id, **said))
+    write_card(to, gallery_card(chosen, repo_id=repo_id, **card))
     return wanted

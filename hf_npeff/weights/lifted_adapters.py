@@ -100,8 +100,8 @@ def lift_to_adapters(
     stacked = stacked / stacked.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     of_examples = (decomposed.examples, cotangents, stacked)
     rows = Rows(forward, *of_examples, mixture_of(everything), request.batch_size, processes)
-    told = f"lifting {len(plans)} components to rank {rank}"
-    with working(told, passes * len(processes.share(len(rows.used)))):
+    label = f"lifting {len(plans)} components to rank {rank}"
+    with working(label, passes * len(processes.share(len(rows.used)))):
         cuts = lift_low_rank(rows, rank, passes=passes)
     sketch, scales = decomposed.sketch(), decomposed.decomposition.scales
     metric = request.form != "plain" and scales is not None and sketch.blocks is not None

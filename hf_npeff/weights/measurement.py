@@ -323,10 +323,10 @@ class _Watching:
     ):
         self.forward, self.examples, self.truth, self.groups = forward, examples, truth, groups
         self.before, self.request, self._outputs_of = before, request, outputs_of
-        self.said = self._said(before)
+        self.answered = self._answers_of(before)
         self.scores = [score(before, i, label) for i, label in enumerate(truth)]
 
-    def _said(self, predictions: Predictions) -> list[list[str]]:
+    def _answers_of(self, predictions: Predictions) -> list[list[str]]:
         """The answer to every term of every example, in words."""
         assert self.forward.describe is not None
         return [self.forward.describe(answer) for answer in predictions.answers()]
@@ -362,17 +362,17 @@ class _Watching:
 
     def compared(self, after: Predictions) -> dict[str, GroupEffect]:
         """The effect on every group, from the predictions after a step."""
-        kl, said = self.before.kl_to(after), self._said(after)
+        kl, answered = self.before.kl_to(after), self._answers_of(after)
         pairs = zip(self.before.answers(), after.answers(), strict=True)
         flipped = torch.tensor([not torch.equal(a, b) for a, b in pairs], dtype=torch.float64)
         scores = [score(after, i, label) for i, label in enumerate(self.truth)]
         return {
-            name: self._effect(indices, kl[indices], flipped[indices], said, scores)
+            name: self._effect(indices, kl[indices], flipped[indices], answered, scores)
             for name, indices in self.groups.items()
         }
 
     def _effect(
-        self, indices: list[int], kl: Tensor, flipped: Tensor, said: list[list[str]], scores: list[Score | None]
+        self, indices: list[int], kl: Tensor, flipped: Tensor, answered: list[list[str]], scores: list[Score | None]
     ) -> GroupEffect:
         seed = self.request.seed
         labelled = [i for i in indices if self.scores[i] is not None]
@@ -399,20 +399,20 @@ class _Watching:
             float(flipped.mean()),
             interval(flipped, seed),
             len(labelled),
-            predicted=self._shares(indices, said),
-            worst=self._worst(indices, kl, said),
+            predicted=self._shares(indices, answered),
+            worst=self._worst(indices, kl, answered),
             **outcomes,
         )
 
-    def _shares(self, indices: list[int], said: list[list[str]]) -> dict[str, tuple[float, float]]:
+    def _shares(self, indices: list[int], answered: list[list[str]]) -> dict[str, tuple[float, float]]:
         if self.before.distribution.name == "gaussian":
             return {}
-        counts = [Counter(word for i in indices for word in words[i]) for words in (self.said, said)]
+        counts = [Counter(word for i in indices for word in words[i]) for words in (self.answered, answered)]
         totals = [sum(count.values()) or 1 for count in counts]
         shares = {w: (counts[0][w] / totals[0], counts[1][w] / totals[1]) for w in counts[0] | counts[1]}
         return dict(sorted(shares.items(), key=lambda item: -max(item[1]))[:_MOST_OUTCOMES])
 
-    def _worst(self, indices: list[int], kl: Tensor, said: list[list[str]]) -> list[dict[str, Any]]:
+    def _worst(self, indices: list[int], kl: Tensor, answered: list[list[str]]) -> list[dict[str, Any]]:
         order = torch.argsort(kl, descending=True)[: self.request.worst].tolist()
         return [
             {
@@ -420,8 +420,8 @@ class _Watching:
                 "id": self.examples[i].id,
                 "text": text_of(self.examples[i]),
                 "kl": float(kl[place]),
-                "before": "".join(self.said[i]),
-                "after": "".join(said[i]),
+                "before": "".join(self.answered[i]),
+                "after": "".join(answered[i]),
             }
             for place in order
         ]

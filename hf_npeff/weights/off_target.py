@@ -103,9 +103,9 @@ def off_target(
     compare = _Comparison(forward, what, request)
     kl, before, after = compare(pool)
     order = torch.argsort(kl, descending=True).tolist()
-    said = _Said(forward, before, after)
+    answers = _Answers(forward, before, after)
     worst = [
-        {"index": i, "id": pool[i].id, "text": shown(pool[i]), "kl": float(kl[i]), **said(i)}
+        {"index": i, "id": pool[i].id, "text": shown(pool[i]), "kl": float(kl[i]), **answers(i)}
         for i in order[: request.worst]
     ]
     searched, ends, tried = [], [], 0
@@ -115,13 +115,13 @@ def off_target(
         search = _Search(compare, pool, set(special), request)
         ends, tried = search.run(starts, kl), search.tried
         final, before, after = compare(ends)
-        said = _Said(forward, before, after)
+        answers = _Answers(forward, before, after)
         for row, (i, end) in enumerate(zip(starts, ends, strict=True)):
             ids = list(end.inputs["input_ids"])
             changed = sum(a != b for a, b in zip(ids, pool[i].inputs["input_ids"], strict=True))
             about = {"index": i, "text": None if decode is None else decode(ids), "input_ids": ids}
             kls = {"kl_start": float(kl[i]), "kl": float(final[row])}
-            searched.append({**about, "replaced": changed, **kls, **said(row), "own": None})
+            searched.append({**about, "replaced": changed, **kls, **answers(row), "own": None})
     return OffTarget(request.scale, len(pool), float(kl.mean()), worst, searched, tried), ends
 
 
@@ -159,7 +159,7 @@ class _Comparison:
         return before.kl_to(after), before, after
 
 
-class _Said:
+class _Answers:
     """Answers before and after, in words."""
 
     def __init__(self, forward: ForwardPass, before: Predictions, after: Predictions):
