@@ -255,7 +255,8 @@ def _stacked(values: Sequence[Any], fill: int, name: str, tokens: Sequence[int |
     if name == "position_ids" and tokens[0] is not None and len(shape_of(values[0])) == 2:
         # Those of several dimensions (of time, height and width) come first in the models that take them.
         return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(v).T for v in values]).permute(2, 1, 0)
-    tensors = [torch.as_tensor(value) for value in values]
+    tensor_of = {key: torch.as_tensor(value) for key, value in {id(value): value for value in values}.items()}
+    tensors = [tensor_of[id(value)] for value in values]  # copies of one example share a tensor
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) == 1:
         return torch.stack(tensors)

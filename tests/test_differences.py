@@ -244,6 +244,21 @@ def test_a_nudge_is_a_change_of_the_weights(family: str) -> None:
     torch.testing.assert_close(moved, model(input_ids=ids).logits, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "opt"])
+def test_copies_in_a_pass_are_nudged_like_the_examples_alone(family: str) -> None:
+    """Oracle: a pass for every step, of linear layers, Conv1D, fused experts and flattened batches, in float64."""
+    model = tiny_model(family, "causal-lm", dtype=torch.float64)
+    ids, steps = torch.tensor([[5, 6, 7], [9, 8, 12]]), [(1, 0.01), (0, -0.02), (1, -0.01)]
+    with torch.no_grad(), Nudges(model, Directions(find_linear_maps(model), 2, seed=3)) as nudges:
+        unmoved = model(input_ids=ids).logits
+        nudges.at_each(steps)
+        together = model(input_ids=ids.repeat(3, 1)).logits
+        for copy, step in zip(together.chunk(3), steps, strict=True):
+            nudges.at(*step)
+            torch.testing.assert_close(copy, model(input_ids=ids).logits, atol=1e-9, rtol=1e-9)
+            assert float((copy - unmoved).norm() / unmoved.norm()) > 1e-3
+
+
 @pytest.mark.parametrize("at", ["behind", "nowhere"])
 def test_gradients_of_parameters_are_compared_with_differences(at: str) -> None:
     """Oracle: where the model is cut on purpose; an analysis of parameters alone asks no linear map."""

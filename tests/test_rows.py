@@ -129,7 +129,7 @@ def test_spectral_is_within_a_quarter_of_the_best_in_the_parameters(family: str,
 
 @pytest.mark.parametrize("mixes", [False, True], ids=["apart", "mixing"])
 def test_the_metric_of_the_parameters_is_that_of_one_direction_at_a_time(mixes: bool) -> None:
-    """Oracle: the same texts alone. Where a batch mixes gradients, all texts are taken alone after the first batch."""
+    """Oracle: the same texts alone. Where a batch mixes gradients, all texts are taken alone after it."""
     model = tiny_model("llama", "causal-lm", vocab_size=40, dtype=torch.float32)
     batches: list[int] = []
 
@@ -141,7 +141,8 @@ def test_the_metric_of_the_parameters_is_that_of_one_direction_at_a_time(mixes: 
     analyzer = analyzer_of(model, output_factor="spectral", rank=2, spectral_metric="parameters")
     with analyzer.forward_pass() as forward:
         _, together = choose_metric(forward, analyzer.fisher)
-        assert sum(size > 1 for size in batches) == (1 if mixes else 4)
+        # All 4 texts × 16 directions in a batch; alone: a text for the choice, one row for the check, and all if mixed.
+        assert [n for n in batches if n > 1] == [64] and batches.count(1) == (6 if mixes else 2)
         forward.trials.one_at_a_time = True
         _, alone = choose_metric(forward, analyzer.fisher)
     assert together is not None and alone is not None

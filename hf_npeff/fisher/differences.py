@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
@@ -28,7 +28,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.batching import percent, precision_of
 from hf_npeff.fisher.eigenpairs import HiddenMetric
-from hf_npeff.fisher.experts import INTERCEPTIONS
+from hf_npeff.fisher.foreign_parts import foreign_parts
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import backward_passes
 from hf_npeff.fisher.nudges import Directions, Nudges, Slopes
@@ -45,6 +45,8 @@ _COARSE = (0.1, 0.05, 0.02)
 """Relative changes larger than the rounding steps of 4 to 8 bits, so that differences do not see the rounding."""
 _ALWAYS_LOSES = {"round", "round_"} | CASTS
 """Operations whose result replaces their input; `floor` may also be there for the remainder x − ⌊x⌋."""
+_AT_ONCE = 512
+"""The most tokens of all copies in a pass. With more, the work of several passes is more than their overhead."""
 _SHARE = 0.1
 """A block or a map is named if it has this share of the whole difference."""
 _NAMED = 6
@@ -132,7 +134,8 @@ def check_differences(
 ) -> DifferenceCheck:
     """Compare gradients with differences, on the examples of the row check.
 
-    This takes one forward and one backward pass over them, and four forward passes; more if those do not agree.
+    This takes one forward and one backward pass over them, and one forward pass over copies of short examples or four
+    passes over long ones; more if these do not agree.
 
     Args:
         forward: the forward pass.
@@ -223,6 +226,27 @@ class _Test:
             columns.append((up - down) / (2 * size))
         return torch.stack(columns, 1)
 
+    @torch.no_grad()
+    def _differences_at_once(self, v: Tensor, size: float) -> Tensor | None:
+        """Central differences (B, K) from one pass over copies of the examples; None if the model does not take them.
+
+        They are used only if they agree with the gradients, because in some models copies influence each other.
+        """
+        steps = [(k, signed) for k in range(self._directions.count) for signed in (size, -size)]
+        copies = [*self._few] * len(steps)
+        alone = self._forward.one_at_a_time or self._forward.fsdp.active or self._unrounded
+        if alone or sum(example.length for example in copies) > _AT_ONCE:
+            return None
+        self._nudges.at_each(steps)
+        try:
+            z = self._forward.outputs(copies).source.double().unflatten(0, (len(steps), -1))
+        except (RuntimeError, ValueError, UnsupportedModelError):
+            return None  # the examples alone will show why
+        if z.shape[1:] != v.shape:
+            return None
+        values = torch.where(v != 0, v * z, 0.0).flatten(2).sum(2).T.cpu()
+        return (values[:, 0::2] - values[:, 1::2]) / (2 * size)
+
     # What they say ----------------------------------------------------------------------------------------------------
 
     def _rounded(self, slopes: _Slopes) -> list[Rounding]:
@@ -236,6 +260,10 @@ class _Test:
     def _compared(self, slopes: _Slopes) -> DifferenceCheck:
         """Compare gradients with differences, at one size after another."""
         steps, errors, before = self._steps, [], None
+        for size in steps.sizes:
+            at_once = self._differences_at_once(slopes.v, size)
+            if at_once is not None and (error := relative(slopes.gradient, at_once)) <= steps.tolerance:
+                return DifferenceCheck(error)
         for size in steps.sizes:
             differences = self._differences(slopes.v, size)
             errors.append(relative(slopes.gradient, differences))
@@ -364,37 +392,3 @@ def in_common(gradient: Tensor, first: Tensor, second: Tensor) -> tuple[float, f
     shared = math.sqrt(max(float((a * b).mean()), 0.0))
     size = max(_rms(gradient), math.sqrt(max(float((first * second).mean()), 0.0)))
     return (shared / size if size else 0.0), (_rms(a - b) / shared if shared else math.inf)
-
-
-_OWN = ("torch", "transformers", "peft", "accelerate")
-"""Packages whose modules count as unchanged."""
-_ATTENTIONS = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
-
-
-_REPLACED_BY_US = {"_hf_hook", "_original_forward", INTERCEPTIONS}
-"""Attributes of modules whose forward pass Accelerate or this package has replaced."""
-
-
-def foreign_parts(forward: ForwardPass) -> list[str]:
-    """The parts of a model that are not transformers' own: other packages' modules, replaced passes, hooks."""
-    parts: list[str] = []
-    own_head = type(forward.head).__module__.startswith(__name__.split(".")[0])
-    if not own_head:
-        parts.append(f"the head {type(forward.head).__name__}")
-    for name, module in forward.model.named_modules():
-        kinds = type(module), type(module).forward
-        foreign = any(kind.__module__.split(".")[0] not in _OWN for kind in kinds if kind.__module__)
-        replaced = "forward" in vars(module) and not _REPLACED_BY_US & vars(module).keys()
-        if foreign or replaced or _hooks_of_others(module):
-            parts.append(f"{name or 'the model'}, a {type(module).__name__}")
-    attention = getattr(getattr(base_of(forward.model), "config", None), "_attn_implementation", None)
-    if attention not in _ATTENTIONS:
-        parts.append(f"the attention {attention!r}")
-    return parts
-
-
-def _hooks_of_others(module: nn.Module) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    packages = (getattr(hook, "__module__", "").split(".")[0] for hook in hooks)
-    return any(package not in (*_OWN, __name__.split(".")[0]) for package in packages)

@@ -45,7 +45,9 @@ class FSDPModel:
         self._modules = _fsdp_modules(model)
         self.active = bool(self._modules)
         self._near_head = self._modules[:1]
-        pieces = [p.data for p in model.parameters() if is_sharded(p)]
+        # Only processes that have met share tensors out. Looking at every parameter takes as long as a tiny model does.
+        together = dist.is_available() and dist.is_initialized()
+        pieces = [p.data for p in model.parameters() if is_sharded(p)] if together else []
         by_tensor = any(sum(placement.is_shard() for placement in p.placements) > 1 for p in pieces)  # type: ignore[attr-defined]
         if by_tensor or (pieces and not self.active):
             raise UnsupportedModelError(

@@ -30,6 +30,10 @@ class CalledOnceForAll(UnsupportedModelError):  # noqa: N818
     """A module mixes the examples of a batch (it ran once for all of them, or got routed tokens)."""
 
 
+class NoneRan(UnsupportedModelError):  # noqa: N818
+    """No module of the target maps was called in a forward pass."""
+
+
 class Receiver:
     """Base class of receivers for the inputs and output gradients of the linear maps; this one does nothing.
 
@@ -213,12 +217,13 @@ class LinearHooks:
         """Send one cotangent (shaped like `source`) back to all maps; `last` frees the graph.
 
         Raises:
+            NoneRan: if no analysed map was called.
             UnsupportedModelError: if no analysed map influences `source`.
         """
-        if not self.ran or not source.requires_grad:
-            raise UnsupportedModelError(
-                "none of the target modules ran, or the output does not depend on them; check target_modules"
-            )
+        if not self.ran:
+            raise NoneRan("none of the target modules ran; check target_modules")
+        if not source.requires_grad:
+            raise UnsupportedModelError("the output does not depend on the target modules; check target_modules")
         torch.autograd.grad(source, self._end, cotangent.to(source.dtype), retain_graph=not last, allow_unused=True)
 
 

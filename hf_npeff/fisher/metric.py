@@ -88,38 +88,46 @@ def measure_metric(
     sketch = Sketch(shapes, "identity") if small else Sketch(shapes, "kronecker", _SIDE, seed)
     sketch.to(forward.device)
     together = 1 if forward.one_at_a_time else min(_COPIES, width)
+    at_once = 1 if together == 1 else _COPIES // together
     total = None
-    for pilot in pilots:
-        rows = None
+    for start in range(0, len(pilots), at_once):
+        few, rows = pilots[start : start + at_once], None
         if together > 1:
-            rows = _rows_in_batches(forward, maps, sketch, pilot, together, check=total is None)
+            rows = _rows_in_batches(forward, maps, sketch, few, together, check=start == 0)
         if rows is None:
             together = 1
-            rows = _rows_of_directions(forward, maps, sketch, pilot)
-        C = (rows @ rows.T).double()
-        C = C / C.diagonal().sum().clamp_min(torch.finfo(C.dtype).tiny)
-        total = C if total is None else total + C
+            rows = torch.cat([_rows_of_directions(forward, maps, sketch, [pilot]) for pilot in few])
+        for of_pilot in rows:
+            C = (of_pilot @ of_pilot.T).double()
+            C = C / C.diagonal().sum().clamp_min(torch.finfo(C.dtype).tiny)
+            total = C if total is None else total + C
     assert total is not None
     return HiddenMetric.of(total)
 
 
 def _rows_in_batches(
-    forward: ForwardPass, maps: Sequence[LinearMap], sketch: Sketch, pilot: Example, together: int, *, check: bool
+    forward: ForwardPass,
+    maps: Sequence[LinearMap],
+    sketch: Sketch,
+    pilots: Sequence[Example],
+    together: int,
+    *,
+    check: bool,
 ) -> Tensor | None:
     """The rows from batches of copies; None if the model or memory allows none, or a copy gets other rows.
 
-    For the last of these, `check` has one row compared with that of the text alone.
+    For the last of these, `check` has one row compared with that of its text alone.
     """
     try:
-        rows = _rows_of_directions(forward, maps, sketch, pilot, together)
+        rows = _rows_of_directions(forward, maps, sketch, pilots, together)
     except (UnsupportedModelError, RuntimeError) as error:
         if isinstance(error, (CalledOnceForAll, ModelFailsError)) or is_out_of_memory(error):
             return None
         raise
     if check:
-        middle = len(rows) // 2
-        alone = _rows_of_directions(forward, maps, sketch, pilot, only=middle)
-        differs = relative_change(rows[middle], alone[0]) > row_tolerance(forward.model)
+        middle = rows.shape[1] // 2
+        alone = _rows_of_directions(forward, maps, sketch, pilots[-1:], only=middle)
+        differs = relative_change(rows[-1, middle], alone[0, 0]) > row_tolerance(forward.model)
         if forward.fsdp.most(int(differs)):  # processes that share a model go on alike
             return None
     return rows
@@ -129,18 +137,18 @@ def _rows_of_directions(
     forward: ForwardPass,
     maps: Sequence[LinearMap],
     sketch: Sketch,
-    pilot: Example,
+    pilots: Sequence[Example],
     together: int = 1,
     only: int | None = None,
 ) -> Tensor:
-    """The sketched rows (h, d) of directions of the last position's source, so many of them in a backward pass.
+    """The sketched rows (P, h, d) of directions of the last position's source, so many of them in a backward pass.
 
     Args:
         forward: see `measure_metric`, like `maps`.
         maps: the linear maps.
         sketch: the sketch of these maps.
-        pilot: the example.
-        together: copies in a batch.
+        pilots: P examples of the same length.
+        together: copies of each in a batch.
         only: a single direction; None: all.
     """
     collector = RowCollector(sketch)
@@ -153,10 +161,12 @@ def _rows_of_directions(
         def along(number: int) -> Tensor:
             cotangent = torch.zeros_like(source)
             for copy, direction in enumerate(directions[number * together : (number + 1) * together]):
-                cotangent[copy, -1, direction] = 1
+                cotangent[copy::together, -1, direction] = 1
             return cotangent
 
         return MadeOneByOne(-(-len(directions) // together), along)
 
-    backward_passes(forward.model, maps, collector, together, forward.source_of([pilot] * together), entering)
-    return collector.rows.transpose(0, 1).flatten(0, 1)[: len(directions)]
+    copies = [pilot for pilot in pilots for _ in range(together)]
+    backward_passes(forward.model, maps, collector, len(copies), forward.source_of(copies), entering)
+    by_pilot = collector.rows.unflatten(0, (len(pilots), together))  # (P, copies, passes, d)
+    return by_pilot.transpose(1, 2).flatten(1, 2)[:, : len(directions)]

@@ -108,17 +108,28 @@ class Nudges:
         self._handles: list[Any] = []
         self._outputs: dict[str, Any] = {}
         self._changes: dict[str, Any] = {}
-        self._step: tuple[int, float, Collection[str]] | None = None
+        self._steps: Sequence[tuple[int, float]] = ()
+        self._names: Collection[str] = ()
         self._thread = threading.get_ident()
         self._sizes: dict[str, Tensor] = {}
 
     def at(self, direction: int, size: float, names: Collection[str] | None = None) -> None:
         """Nudge the next passes by `size` along direction k, in all maps or in those of these parameters."""
-        self._step = direction, size, self._directions.maps.keys() if names is None else names
+        self._steps = ((direction, size),)
+        self._names = self._directions.maps.keys() if names is None else names
+
+    def at_each(self, steps: Sequence[tuple[int, float]]) -> None:
+        """Nudge the next passes in all maps, each over C copies of the same examples, one copy after another.
+
+        Args:
+            steps: (direction, size) for every copy. A pass fails, or its result is meaningless, if a map's input does
+                not have the examples in its first dimension.
+        """
+        self._steps, self._names = tuple(steps), self._directions.maps.keys()
 
     def rest(self) -> None:
         """Run the next passes unchanged; σ is measured in them if it has not been."""
-        self._step = None
+        self._steps = ()
 
     def sizes(self) -> Mapping[str, Tensor]:
         """{parameter: σ (K,)} of the maps that ran; 0 where a map's input or output is zero."""
@@ -170,23 +181,31 @@ class Nudges:
             if weight not in parameters:
                 return output
             a, b = self._directions.of_experts(parameters[weight], x, routing)
-            return self._nudged(parameters[weight], output, x, a, b)
+            return self._nudged(parameters[weight], output, x, a, b, routing)
 
         return tap
 
-    def _nudged(self, parameter: str, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _nudged(
+        self, parameter: str, output: Tensor, x: Tensor, a: Tensor, b: Tensor, routing: Routing | None = None
+    ) -> Tensor:
         """A map's output with (x·a) b added, or unchanged while σ is measured."""
-        if self._step is None:
+        if not self._steps:
             if not self._sizes:
                 self._measure(parameter, output.detach(), x.detach().to(a.dtype) @ a, b)
             return output
-        direction, size, names = self._step
         sigma = self.sizes().get(parameter)
-        if parameter not in names or sigma is None:
+        if parameter not in self._names or sigma is None:
             return output
-        step = x.detach().to(a.dtype) @ (a[:, direction] * (size * float(sigma[direction])))
+        directions = [direction for direction, _ in self._steps]
+        scales = a.new_tensor([size * float(sigma[direction]) for direction, size in self._steps])
+        x, a, b = x.detach().to(a.dtype), a[:, directions] * scales, b[..., directions]
+        if routing is None:  # (C, rows of a copy, in)(C, in, 1) → (C, rows of a copy, out)
+            added = (x.reshape(len(self._steps), -1, x.shape[-1]) @ a.T[..., None]) * b.T[:, None]
+        else:
+            copies = routing.places // (routing.tokens * routing.slots // len(self._steps))
+            rows = torch.arange(len(x), device=x.device)
+            added = (x @ a)[rows, copies, None] * b[rows, :, copies]
         wide = torch.promote_types(output.dtype, torch.float32)
-        added = step[..., None] * b[..., direction].to(step.device)
         return (output.to(wide) + added.to(output.device, wide).reshape(output.shape)).to(output.dtype)
 
     def _measure(self, parameter: str, output: Tensor, xa: Tensor, b: Tensor) -> None:

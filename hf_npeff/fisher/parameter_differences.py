@@ -23,8 +23,9 @@ from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.batching import percent, precision_of
-from hf_npeff.fisher.differences import EXACT, foreign_parts, in_common, relative
+from hf_npeff.fisher.differences import EXACT, in_common, relative
 from hf_npeff.fisher.eigenpairs import HiddenMetric
+from hf_npeff.fisher.foreign_parts import foreign_parts
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.parameters import gradients
 from hf_npeff.fisher.rows import choose_cotangents

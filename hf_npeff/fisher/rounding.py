@@ -25,6 +25,8 @@ _NUMBERS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
 """Operations that turn integers into floating point by themselves."""
 _ARITHMETIC = {"mul", "div", "true_divide", "add", "sub", "rsub", "__rmul__", "__rtruediv__", "__radd__", "__rsub__"}
 """Operations that turn integers into floating point in combination with floating point."""
+_TO_NUMBERS = _NUMBERS | _ARITHMETIC
+"""All operations after which integers may be floating point."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Roundings(TorchFunctionMode):
             self._integers[id(integers)] = integers, x, name
             return integers
         output = func(*args, **kwargs)
-        if name not in _NUMBERS | _ARITHMETIC or not isinstance(output, Tensor) or not output.is_floating_point():
+        if not self._integers or name not in _TO_NUMBERS:
+            return output
+        if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         sources = [self._integers.get(id(arg)) for arg in args]
         for source in filter(None, sources):

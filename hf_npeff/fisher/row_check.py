@@ -15,9 +15,9 @@ from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
 from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, PaddingError
-from hf_npeff.fisher.gradients import CalledOnceForAll, Receiver, autograd_rows, backward_passes
+from hf_npeff.fisher.gradients import CalledOnceForAll, NoneRan, autograd_rows
 from hf_npeff.fisher.linear_layers import is_at_hand
-from hf_npeff.fisher.linear_maps import LinearMap
+from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 
@@ -161,26 +161,37 @@ def check_rows(
         metric: see `RowMaker`.
         few: a batch.
     """
-    model, maps, single = forward.model, forward.maps, forward.source_of(few[:1])
+    model, maps = forward.model, forward.maps
     forward.fsdp.release()  # a sharded weight that is gathered for the moment does not count
     weights = bare_parameters(model)
     known = [m for m in maps if is_at_hand(weights.get(m.parameter))]
-    ran = backward_passes(model, maps, Receiver(), len(few), forward.source_of(few), lambda _: ())
+    sketch = Sketch(shapes_of(maps), "kronecker", _SIDE, config.seed).to(forward.device)
+    with forward.blaming_padding(few):
+        try:
+            stored, ran = RowMaker(forward.with_maps(maps, {}), config, sketch, metric).rows_and_calls(few)
+        except NoneRan:
+            stored, ran = RowMaker(forward.with_maps([], {}), config, sketch, metric).rows_and_calls(few)
     unknown = [m for m in maps if m not in known and m.parameter not in ran]
     if not known:
         return RowCheck(None, unknown)
     silent = [m for m in known if m.parameter not in ran]
     checked = _differentiable(silent, [m for m in known if m.parameter in ran])
-    called = forward.with_maps([m for m in checked if m not in silent], parameters={})
-    sketch = Sketch(called.shapes, "kronecker", _SIDE, config.seed).to(forward.device)
-    with forward.blaming_padding(few):
-        stored = RowMaker(called, config, sketch, metric).rows(few)
-    largest = int(stored["factors"][0].norm(dim=1).argmax())
-    exact = autograd_rows(model, checked, single, stored["cotangents"][:1, largest])
+    called = [m.parameter for m in checked if m.parameter in ran]
+    rows = _parts_of(sketch, stored["factors"][0].double(), called) * stored["norms"][0].sqrt()
+    largest = int(rows.norm(dim=1).argmax())
+    exact = autograd_rows(model, checked, forward.source_of(few[:1]), stored["cotangents"][:1, largest])
     unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
-    row = stored["factors"][0, largest].double() * stored["norms"][0].sqrt()
-    error, worst = _row_error(sketch, row, exact)
+    error, worst = _row_error(sketch, rows[largest], {name: exact[name] for name in called})
     return RowCheck(error, unseen, worst)
+
+
+def _parts_of(sketch: Sketch, rows: Tensor, names: Sequence[str]) -> Tensor:
+    """Rows (c, d) with only the parts of these parameters, and zeros elsewhere."""
+    assert sketch.blocks is not None  # of a Kronecker sketch
+    parts = torch.zeros_like(rows)
+    for name in names:
+        parts[:, sketch.blocks[name]] = rows[:, sketch.blocks[name]]
+    return parts
 
 
 def _differentiable(silent: Sequence[LinearMap], ran: Sequence[LinearMap]) -> list[LinearMap]:
@@ -200,15 +211,20 @@ def _row_error(sketch: Sketch, row: Tensor, exact: Mapping[str, Tensor]) -> tupl
 
     It is infinite if the part of a single weight is wrong.
     """
-    if not sketch.shapes or sketch.blocks is None:
+    if not exact or sketch.blocks is None:
         return 0.0, ""
-    wide = {name: exact[name][None].to(torch.promote_types(exact[name].dtype, torch.float32)) for name in sketch.shapes}
-    truth = sketch.apply(wide)[0].to(row)
-    norm, errors = truth.norm(), {name: (row[b] - truth[b]).norm() for name, b in sketch.blocks.items()}
+    sketched = sketch.new_rows(1, device=row.device, dtype=torch.promote_types(row.dtype, torch.float32))
+    for name, gradient in exact.items():
+        value = gradient[None].to(row.device, torch.promote_types(gradient.dtype, torch.float32))
+        part = sketch.project_output(name, sketch.project_input(name, value).mT).mT
+        sketch.add(sketched, name, part.to(sketched))
+    truth = sketch.finish(sketched)[0].to(row)
+    blocks = {name: sketch.blocks[name] for name in exact}
+    norm, errors = truth.norm(), {name: (row[b] - truth[b]).norm() for name, b in blocks.items()}
     worst = max(errors, key=lambda name: float(errors[name].nan_to_num(float("inf"))))
     if norm == 0:
         return float(row.norm()), worst
-    for name, block in sketch.blocks.items():
+    for name, block in blocks.items():
         part = truth[block].norm()
         if part > _BLOCK_THAT_MATTERS * norm and errors[name] > _BLOCK_ERROR * part:
             return float("inf"), name

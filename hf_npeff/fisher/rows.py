@@ -55,13 +55,22 @@ class RowMaker:
             UnsupportedModelError: if no analysed map influences the output, or a map's inputs cannot be assigned to
                 examples.
         """
+        return self.rows_and_calls(examples)[0]
+
+    def rows_and_calls(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """The same tensors, and the parameters of the linear maps whose modules were called.
+
+        Raises:
+            NotFiniteError: see `rows`.
+            UnsupportedModelError: see `rows`.
+        """
         chosen: list[Cotangents] = []
 
         def entering(outputs: Outputs) -> list[Tensor]:
             chosen.append(choose_cotangents(self.config, self.metric, outputs, examples))
             return _enter(*chosen[0])
 
-        outputs, rows = self._collect(examples, entering)
+        outputs, rows, ran = self._collect(examples, entering)
         V, joint = chosen[0]
         if not bool(torch.isfinite(rows).all()):
             places = (~torch.isfinite(rows).flatten(1).all(1)).nonzero()[:, 0].tolist()
@@ -70,7 +79,8 @@ class RowMaker:
         if not joint:
             rows, V = reduce_rows(rows, V, self.config.rank)
         unit, norms = normalise(rows)
-        return {"factors": unit, "norms": norms, "cotangents": V.transpose(1, 2), **predictions_of(outputs)}
+        tensors = {"factors": unit, "norms": norms, "cotangents": V.transpose(1, 2), **predictions_of(outputs)}
+        return tensors, ran
 
     def rows_of(self, examples: Sequence[Example], values: Tensor) -> Tensor:
         """Sketched rows (B, c, d) for given cotangents (B, c, t, s)."""
@@ -78,8 +88,8 @@ class RowMaker:
 
     def _collect(
         self, examples: Sequence[Example], entering: Callable[[Outputs], list[Tensor]]
-    ) -> tuple[Outputs, Tensor]:
-        """The outputs of a batch, and its sketched rows (B, m, d) for m cotangents (B, t, s).
+    ) -> tuple[Outputs, Tensor, frozenset[str]]:
+        """The outputs of a batch, its sketched rows (B, m, d) for m cotangents (B, t, s), and the maps that ran.
 
         Processes that share a model run as many backward passes as the one that needs the most.
         """
@@ -96,14 +106,14 @@ class RowMaker:
             idle = forward.fsdp.most(len(used)) - len(used)
             return used + [torch.zeros_like(used[0])] * idle
 
-        backward_passes(forward.model, forward.maps, collector, len(examples), source, in_step)
+        ran = backward_passes(forward.model, forward.maps, collector, len(examples), source, in_step)
         rows = collector.rows[:, : len(used)]
         if forward.parameters:
             for i, example in enumerate(examples):
                 values = torch.stack([v[i : i + 1] for v in used])
                 single = forward.source_of([example])
                 rows[i] += sketched_rows(forward.model, forward.parameters, self.sketch, single, values)
-        return outputs[0], rows
+        return outputs[0], rows, ran
 
 
 def choose_cotangents(
