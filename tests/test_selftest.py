@@ -12,6 +12,11 @@ from torch import Tensor
 from hf_npeff import (
     UnsupportedModelError,
 )
+from hf_npeff.data import Examples
+from hf_npeff.fisher.rows import RowMaker
+from hf_npeff.fisher.selftest import exact_inner_products
+from hf_npeff.fisher.sketch_choice import known_cotangents
+from hf_npeff.pefs.sketches import Sketch
 from tests.analyses import analyzer_of, brute_force, errors
 from tests.tiny import tiny_batch, tiny_model
 
@@ -97,3 +102,21 @@ def test_wrong_rows_are_refused_by_the_self_test(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(model.bert.pooler), "forward", twice)
     with pytest.raises(UnsupportedModelError, match="hooks"):
         analyzer_of(model).compute_pefs(tiny_batch(model, 3, seed=1))
+
+
+@pytest.mark.parametrize(("family", "task"), [("gpt2", "causal-lm"), ("albert", "sequence-classification")])
+@pytest.mark.parametrize("kind", ["kronecker", "two-stage", "countsketch"])
+def test_sketches_are_judged_by_the_rows_of_the_passes_themselves(family: str, task: Any, kind: Any) -> None:
+    """Oracle: the rows of a pass of their own, also of layers that run several times, to 1e-12 of the largest."""
+    model = tiny_model(family, task)
+    analyzer = analyzer_of(model, rank=2)
+    with analyzer.forward_pass() as forward:
+        examples = list(Examples(tiny_batch(model, 4, seed=3)))
+        known = known_cotangents(forward, analyzer.fisher, None, examples)
+        _, captures = exact_inner_products(forward, [known])
+        sketch = Sketch(forward.shapes, kind, {"kronecker": 3}.get(kind, 64), 0)
+        truth = RowMaker(forward, analyzer.fisher, sketch).rows_of(examples, known.values)
+    assert captures is not None, "one pass has everything"
+    rows = captures[0].rows(sketch, known.values.shape[1])
+    assert rows.shape == truth.shape and rows.abs().max() > 0
+    assert (rows - truth).abs().max() <= 1e-12 * truth.abs().max()

@@ -26,7 +26,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.forward import ForwardPass
-from hf_npeff.fisher.gradients import Receiver, backward_passes
+from hf_npeff.fisher.gradients import Receiver, RowCollector, backward_passes
 from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.parameters import gradients
 from hf_npeff.fisher.routing import Routing
@@ -36,7 +36,10 @@ logger = logging.getLogger(__name__)
 _CAPTURE_BYTES = 2**30
 """The most memory for captured inputs and gradients of modules at once: little compared with a model."""
 _CAPTURE_TOKENS = 2048
-"""The most tokens of the self-test's examples (see `preparation`)."""
+"""The most tokens of the self-test's examples (see `preparation`), for inputs whose positions are not known to be
+tokens."""
+_TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
+"""Inputs of which every position is a token."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class KnownCotangents:
 
 
 class Captured(Receiver):
-    """A receiver that keeps inputs and output gradients of one batch, for a few modules."""
+    """A receiver that keeps inputs and output gradients of one batch, for a few modules, in their own type."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[Tensor]] = {}
@@ -123,13 +126,13 @@ class Captured(Receiver):
     def take_input(self, name: str, x: Tensor) -> int:
         """See `Receiver`."""
         calls = self.inputs.setdefault(name, [])
-        calls.append(x.float())
+        calls.append(x)
         self.deltas.setdefault(name, []).append([])
         return len(calls) - 1
 
     def take_gradient(self, name: str, saved: int, delta: Tensor) -> None:
         """See `Receiver`."""
-        self.deltas[name][saved].append(delta.float())
+        self.deltas[name][saved].append(delta)
 
     def take_routed_input(self, name: str, x: Tensor, routing: Routing) -> int:
         """See `Receiver`."""
@@ -141,9 +144,30 @@ class Captured(Receiver):
         """See `Receiver`."""
         self.take_gradient(name, saved, routing.by_example(delta))
 
+    def rows(self, sketch: Sketch, passes: int) -> Tensor:
+        """The sketched rows (B, passes, d), as `RowCollector` makes them in the passes themselves.
+
+        Args:
+            sketch: a sketch of these maps, none of which are fused experts.
+            passes: the number of backward passes.
+        """
+        collector = RowCollector(sketch)
+        first = next(x for calls in self.inputs.values() for x in calls)
+        collector.after_forward(first, passes)
+        inputs = {name: [collector.take_input(name, x) for x in calls] for name, calls in self.inputs.items()}
+        for number in range(passes):
+            collector.before_backward(number)
+            for name, calls in self.deltas.items():
+                for saved, deltas in zip(inputs[name], calls, strict=True):
+                    if deltas:
+                        collector.take_gradient(name, saved, deltas[number])
+            collector.after_backward(number)
+        return collector.rows
+
     def tensors(self, name: str) -> MapTensors | None:
         """The tensors of one map; several calls of a module are joined along the positions."""
-        calls = [(x, torch.stack(d, 1)) for x, d in zip(self.inputs[name], self.deltas[name], strict=True) if d]
+        pairs = zip(self.inputs[name], self.deltas[name], strict=True)
+        calls = [(x.float(), torch.stack(d, 1).float()) for x, d in pairs if d]
         if not calls:
             return None
         experts = [e for e, d in zip(self.experts.get(name, []), self.deltas[name], strict=False) if d]
@@ -237,17 +261,29 @@ def candidates(config: FisherConfig, shapes: Mapping[str, tuple[int, int]]) -> l
     return tries + [("two-stage", d) for d in dims] + [("countsketch", d) for d in dims]
 
 
-def exact_inner_products(forward: ForwardPass, batches: Sequence[KnownCotangents]) -> Tensor:
+def exact_inner_products(
+    forward: ForwardPass, batches: Sequence[KnownCotangents]
+) -> tuple[Tensor, list[Captured] | None]:
     """Inner products (n·c, n·c) of all unsketched rows, with a bounded number of captured modules and gradients.
 
     Args:
         forward: the forward pass.
         batches: batches of n examples in all, with the same c.
 
+    Returns:
+        The inner products; and what was captured of every batch, if one pass over each captured all that makes up the
+        rows, so that no further pass is needed to sketch them.
+
     Raises:
         UnsupportedModelError: if no analysed module runs.
     """
-    grams = [gram for group in _groups(forward.maps) for gram in _grams_of_maps(forward, group, batches)]
+    groups = _groups(forward.maps, _tokens(forward, batches))
+    captures: list[Captured] = []
+    grams: list[Tensor] = []
+    for group in groups:
+        captures = [_captured(forward, group, batch) for batch in batches]
+        grams += _grams_of_maps(group, captures, batches)
+    whole = len(groups) == 1 and not forward.parameters and not any(captured.experts for captured in captures)
     for name, shape in forward.parameters.items():
         rows_at_once = sum(batch.values.shape[0] * batch.values.shape[1] for batch in batches)
         # Four bytes a number; four times as long for one parameter
@@ -264,16 +300,29 @@ def exact_inner_products(forward: ForwardPass, batches: Sequence[KnownCotangents
         grams.append((stacked @ stacked.T).double())
     if not grams:
         raise UnsupportedModelError("none of the target modules ran in a forward pass; check target_modules")
-    return torch.stack([gram.to(grams[0].device) for gram in grams]).sum(0)
+    return torch.stack([gram.to(grams[0].device) for gram in grams]).sum(0), captures if whole else None
 
 
-def _groups(maps: Sequence[LinearMap]) -> list[list[LinearMap]]:
-    """Maps whose inputs and output gradients fit into `_CAPTURE_BYTES` together, at `_CAPTURE_TOKENS` tokens."""
+def _tokens(forward: ForwardPass, batches: Sequence[KnownCotangents]) -> int:
+    """The tokens of all batches with their padding, at most `_CAPTURE_TOKENS`, which stands for unknown positions.
+
+    Processes that share a model capture equally many modules in a pass.
+    """
+    examples = [example for batch in batches for example in batch.examples]
+    texts = all(set(example.inputs) <= _TEXT_INPUTS and example.choices is None for example in examples)
+    if not texts or forward.fsdp.active:
+        return _CAPTURE_TOKENS
+    padded = sum(len(batch.examples) * max(example.length for example in batch.examples) for batch in batches)
+    return min(max(padded, 1), _CAPTURE_TOKENS)
+
+
+def _groups(maps: Sequence[LinearMap], tokens: int) -> list[list[LinearMap]]:
+    """Maps whose inputs and output gradients fit into `_CAPTURE_BYTES` together."""
     groups: list[list[LinearMap]] = []
     used = 0
     for m in maps:
         cost = m.numbers_of_a_token * 4 * max(1, len(m.modules))
-        if not groups or used + cost > _CAPTURE_BYTES / _CAPTURE_TOKENS:
+        if not groups or used + cost > _CAPTURE_BYTES / tokens:
             groups.append([])
             used = 0
         groups[-1].append(m)
@@ -281,16 +330,19 @@ def _groups(maps: Sequence[LinearMap]) -> list[list[LinearMap]]:
     return groups
 
 
+def _captured(forward: ForwardPass, group: Sequence[LinearMap], batch: KnownCotangents) -> Captured:
+    """The inputs and output gradients of a batch."""
+    captured = Captured()
+    values = list(batch.values.unbind(1))
+    source = forward.source_of(batch.examples)
+    backward_passes(forward.model, group, captured, len(values[0]), source, lambda _: values)
+    return captured
+
+
 def _grams_of_maps(
-    forward: ForwardPass, group: Sequence[LinearMap], batches: Sequence[KnownCotangents]
+    group: Sequence[LinearMap], captures: Sequence[Captured], batches: Sequence[KnownCotangents]
 ) -> Iterator[Tensor]:
     """Inner products (n·c, n·c) of the rows of each of these maps that runs."""
-    captures = []
-    for batch in batches:
-        captured = Captured()
-        source, values = forward.source_of(batch.examples), list(batch.values.unbind(1))
-        backward_passes(forward.model, group, captured, len(values[0]), source, lambda _, values=values: values)  # type: ignore[misc]
-        captures.append(captured)
     for m in group:
         pairs = [c.tensors(m.parameter) if m.parameter in c.inputs else None for c in captures]
         if any(pair is not None for pair in pairs):

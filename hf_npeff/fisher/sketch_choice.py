@@ -58,15 +58,18 @@ def measure_sketches(
     Returns:
         The sketch, and {"kind dim": error} of all that were measured.
     """
-    gram = exact_inner_products(forward, batches)
+    gram, captures = exact_inner_products(forward, batches)
     n = sum(len(batch.examples) for batch in batches)
     exact = pef_inner_products(gram, n)
     errors: dict[str, float] = {}
     best: tuple[float, Sketch] | None = None
     for kind, dim in tries:
         sketch = Sketch(forward.shapes, kind, dim, seed).to(forward.device)
-        maker = RowMaker(forward, config, sketch)
-        rows = torch.cat([maker.rows_of(batch.examples, batch.values) for batch in batches])
+        if captures is not None and all(captured.inputs for captured in captures):
+            rows = torch.cat([captured.rows(sketch, batches[0].values.shape[1]) for captured in captures])
+        else:
+            maker = RowMaker(forward, config, sketch)
+            rows = torch.cat([maker.rows_of(batch.examples, batch.values) for batch in batches])
         flat = rows.flatten(0, 1).double()
         error = off_diagonal_error(pef_inner_products(flat @ flat.T, n), exact.to(flat.device))
         errors[_label(kind, dim)] = error
