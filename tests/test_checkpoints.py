@@ -10,11 +10,13 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.models.auto import modeling_auto
 
 from hf_npeff import NPEFFAnalyzer
 from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.tasks import loader_of, task_of_class
+from hf_npeff.sharing import hub
 from tests import reference
 from tests.analyses import analyzer_of, in_parameters
 from tests.logged import warned_by
@@ -179,3 +181,22 @@ def test_a_checkpoint_that_names_an_attention_without_its_package_is_loaded_with
     assert "'sdpa'" in caplog.text
     norms = loaded.compute_pefs(examples).norms
     torch.testing.assert_close(norms, analyzer_of(model).compute_pefs(examples).norms, rtol=1e-4, atol=0)
+
+
+def test_a_mistyped_path_without_a_network_waits_for_the_hub_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Identity: one download is tried, and the error names the missing folder and the one with nearly its name."""
+    tries = []
+
+    def unreachable(*arguments: Any, **options: Any) -> str:
+        tries.append(arguments)
+        raise LocalEntryNotFoundError("no connection, and not in the cache")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    with pytest.raises(OSError, match=r"there is no folder my-modle.*my-model.*cannot be reached"):
+        NPEFFAnalyzer.from_pretrained("my-modle")
+    assert tries == [("my-modle", "config.json")]

@@ -59,7 +59,7 @@ def compute(
     - `hf-npeff compute --config runs/pefs/run.yaml -o runs/again`
     """
     if output is None and not dry_run:
-        raise typer.BadParameter("there is no folder to write to", param_hint="--output")
+        raise typer.BadParameter("name the folder to write; only --dry-run needs none", param_hint="--output")
     dataset = read_data(data, reading)
     analyzer = analyzer_for(model, loading, fisher, reading)
     if dry_run:

@@ -16,7 +16,7 @@ from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.embeddings import EMBEDDING_TASK
 from hf_npeff.fisher.tasks import AUTO_CLASSES, loader_of
 from hf_npeff.sharing.files import read_json
-from hf_npeff.sharing.hub import commit_of_model, is_hub_id, near_names, no_folder
+from hf_npeff.sharing.hub import check_reachable, commit_of_model, is_hub_id, near_names, no_folder
 
 logger = logging.getLogger(__name__)
 _TASK_OF_ADAPTER = {
@@ -76,6 +76,7 @@ def load_checkpoint(
         UnsupportedModelError: if the architecture has no supported head, or the adapter names no base model.
     """
     _check_place(model_id)
+    check_reachable(model_id, ("config.json", "adapter_config.json"), revision=revision, **where)
     path = transformers.utils.find_adapter_config_file(os.fspath(model_id), revision=revision, **where)
     if path is None:
         return _load_model(model_id, task, processing_class, revision, where, trust_remote_code, settings)

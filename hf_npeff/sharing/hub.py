@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -177,6 +178,45 @@ def commit_of_model(
     return commit_of(Path(path).parent)
 
 
+def check_reachable(
+    name: str | os.PathLike[str],
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> None:
+    """Check that the Hub answers for a repository none of whose files are in the cache.
+
+    transformers asks for one file after the other, and the client tries each several times. Without this, a mistyped
+    path is an error only after minutes on a machine without a network.
+
+    Args:
+        name: a folder, which is not checked, or a repository's id.
+        files: the files of which one has to be there.
+        revision: branch, tag or commit.
+        token: as in `resolve_folder`.
+        cache_dir: as in `resolve_folder`.
+        local_files_only: makes no check, as offline mode does: nothing waits for the Hub then.
+
+    Raises:
+        OSError: if the Hub cannot be reached.
+    """
+    if local_files_only or is_offline_mode() or not is_hub_id(name):
+        return
+    cache = None if cache_dir is None else str(cache_dir)
+    if any(isinstance(try_to_load_from_cache(str(name), file, cache, revision), str) for file in files):
+        return
+    try:
+        hf_hub_download(str(name), files[0], revision=revision, token=token, cache_dir=cache, library_name=LIBRARY)
+    except LocalEntryNotFoundError:
+        with clear_errors(str(name), token=token, revision=revision):
+            raise
+    except (OSError, ValueError):  # a missing repository or file: the loader says what is wrong
+        return
+
+
 def push_folder(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -318,7 +358,7 @@ def _clearer(error: Exception, name: str, at: str, *, local_files_only: bool, wr
         here = _not_here(name, writing)
         return OSError(f"{here}{at} needs the Hub, and HF_HUB_OFFLINE=1 forbids that; unset it")
     if isinstance(error, LocalEntryNotFoundError):
-        remedy = "use local_files_only=False once" if local_files_only else "connect once (without HF_HUB_OFFLINE)"
+        remedy = "use local_files_only=False once" if local_files_only else "check the connection"
         reached = "" if local_files_only else ", and the Hub cannot be reached"
         return OSError(f"{_not_here(name, writing)}{at} is not in the cache{reached}; {remedy}")
     if isinstance(error, EntryNotFoundError):

@@ -178,6 +178,11 @@ class RatingStudy:
             ValueError: if the tasks and the key belong to different studies.
             OSError: if a file is missing.
         """
+        if missing := [name for name in ("tasks.jsonl", "key.json") if not (folder / name).is_file()]:
+            raise FileNotFoundError(
+                f"{folder} is not the folder of a study of ratings: {missing[0]} is missing; `export` writes it "
+                "(hf-npeff study ratings FOLDER --export DECOMPOSITION)"
+            )
         lines = (folder / "tasks.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
         key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
@@ -192,7 +197,7 @@ class RatingStudy:
 
         Raises:
             ValueError: if it belongs to another study, or is not a rater's file.
-                OSError: if it cannot be read.
+            OSError: if it cannot be read.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
