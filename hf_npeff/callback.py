@@ -28,6 +28,7 @@ from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.decomposition.drift import drift, same_examples
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.encoding.record import Reading
+from hf_npeff.fisher.adapted_maps import check_adapted_maps
 from hf_npeff.models.run_change import RunPoint, run_change, seen_at
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.processes import Processes
@@ -219,6 +220,7 @@ class NPEFFCallback(TrainerCallback):
             FormatVersionError: if another version of the format wrote it.
         """
         analyzer = self._analyzer(**kwargs)
+        check_adapted_maps(analyzer.model, (name for m in analyzer.maps for name in m.modules))
         if self.fixed is not None:
             analyzer.for_decomposition(self.fixed)
         elif self.fisher.output_factor == "exact":

@@ -722,6 +722,23 @@ def kl(logits_p: Tensor, logits_q: Tensor, kind: str = "softmax") -> float:
     return sum((a.exp() * (a - b)).item() for a, b in zip(log_p, log_q, strict=True))
 
 
+def curvature_by_moving(
+    logits: Callable[[], Tensor], weights: Sequence[Tensor], directions: Sequence[Tensor], step: float = 1e-3
+) -> float:
+    """δᵀFδ of one softmax, (KL(W + εδ) + KL(W − εδ)) / ε²: the weights are moved and moved back."""
+    kept = [weight.detach().clone() for weight in weights]
+    divergences = []
+    with torch.no_grad():
+        before = logits()
+        for signed in (step, -step):
+            for weight, old, direction in zip(weights, kept, directions, strict=True):
+                weight.copy_(old + signed * direction)
+            divergences.append(kl(before, logits()))
+        for weight, old in zip(weights, kept, strict=True):
+            weight.copy_(old)
+    return sum(divergences) / step**2
+
+
 def auroc(scores: Sequence[float] | Tensor, positives: Sequence[bool] | Tensor) -> float:
     """The share of (positive, negative) pairs in which the positive scores higher, ties counting one half."""
     pairs = list(zip(torch.as_tensor(scores).tolist(), torch.as_tensor(positives).tolist(), strict=True))

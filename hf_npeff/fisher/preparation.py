@@ -12,6 +12,7 @@ from torch import nn
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.adapted_maps import check_adapted_maps
 from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.differences import check_differences
 from hf_npeff.fisher.eigenpairs import HiddenMetric
@@ -63,6 +64,7 @@ def prepare(
         UnsupportedModelError: if the rows from the hooks differ from autograd's gradients, or these from the true ones.
         ValueError: if the config sets a metric that this model and output factor do not have.
     """
+    check_adapted_maps(forward.model, (name for m in forward.maps for name in m.modules))
     with contextlib.suppress(NotFiniteError):  # the error below names the example
         forward.check_repeatable(min(examples, key=lambda example: example.length))
     config, metric = choose_metric(forward, config)

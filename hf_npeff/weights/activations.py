@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.adapted_maps import check_adapted_maps
 from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters
 from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.fisher.gradients import CalledOnceForAll
@@ -173,7 +174,8 @@ class ChangedActivations:
 
     Raises:
         UnsupportedModelError: if a parameter is not only the weight of linear maps; on exit, if a changed module never
-            ran although the module around it did, because the model reads its weight in another way.
+            ran although the module around it did, because the model reads its weight in another way, as an adapter of
+            PEFT may do.
         ValueError: if the model lacks a parameter, or has one of another shape.
     """
 
@@ -193,6 +195,7 @@ class ChangedActivations:
                 self._fused[path] = self._fused.get(path, {}) | names
             inside = {name for names in fused.values() for name in names.values()}
             self._places |= check_linear(model, {n: delta for n, delta in new.items() if n not in inside})
+        check_adapted_maps(model, self._places)
         self._cast: dict[tuple[int, str, torch.device, torch.dtype], LinearDelta] = {}
         self._stacks: dict[tuple[str, torch.device, torch.dtype], _Stack | None] = {}
         self._numbers: tuple[int, ...] = ()
