@@ -32,7 +32,9 @@ REFUSED: dict[str, tuple[str, peft.PeftConfig]] = {
 
 
 def adapted(config: peft.PeftConfig) -> Any:
-    model = peft.get_peft_model(tiny_model("bert", num_labels=3), config).double().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)  # PEFT draws its first weights globally
+        model = peft.get_peft_model(tiny_model("bert", num_labels=3), config).double().eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +51,8 @@ def both_ways(model: Any, example: dict[str, Any], rows: Tensor | None = None) -
     inputs = {"input_ids": torch.tensor([example["input_ids"]])}
     weights = {n: p for n, p in bare_parameters(model).items() if n.endswith("query.weight")}
     generator = torch.Generator().manual_seed(7)
-    directions = [w.detach() + 0.3 * torch.randn(w.shape, generator=generator).to(w) for w in weights.values()]
+    noise = [0.3 * float(w.std()) * torch.randn(w.shape, generator=generator).to(w) for w in weights.values()]
+    directions = [w.detach() + part for w, part in zip(weights.values(), noise, strict=True)]
     if rows is None:
         actual = {id(p): n for n, p in model.named_parameters()}
         names = [actual[id(p)] for p in weights.values()]
