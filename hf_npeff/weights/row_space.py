@@ -45,6 +45,8 @@ _CHUNK = 128
 """Examples whose rows are read at a time: bounds the memory."""
 _COLUMNS = 2048
 """Rows that are widened to float64 at a time, for the same reason."""
+_BLOCK = 256
+"""Columns of a Gram matrix that are computed together. Chosen: one product is still large beside starting it."""
 _SQUARES = 16
 """The most matrices (m, m) in memory while the span is found and used for solving: those of five folds, and their
 factors."""
@@ -186,12 +188,14 @@ def _whole(pefs: PEFs, scales: Tensor | None, like: Tensor) -> RowSpace:
 
 
 def _gram(A: Tensor) -> Tensor:
-    """AAᵀ, summed in float64."""
+    """AAᵀ, summed in float64; what lies above its diagonal is not computed twice."""
     total = torch.zeros(len(A), len(A), dtype=torch.float64, device=A.device)
     for columns in A.split(_COLUMNS, 1):
         wide = columns.double()
-        total += wide @ wide.T
-    return total
+        for start in range(0, len(A), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            total[start:, rows] += wide[start:] @ wide[rows].T
+    return total.tril() + total.tril(-1).T
 
 
 def _leading(pefs: PEFs, scales: Tensor | None, like: Tensor, inside: Tensor | None, m: int) -> RowSpace:

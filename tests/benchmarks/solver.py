@@ -37,6 +37,8 @@ PLANTED: dict[str, dict[str, Any]] = {
     "planted, 64 of overlap 0.3": {"n": 2000, "c": 4, "d": 512, "r": 64, "overlap": 0.3, "noise": 1.0, "active": 3},
     "planted, 64 of overlap 0": {"n": 2000, "c": 4, "d": 512, "r": 64, "overlap": 0.0, "noise": 0.5, "active": 2},
     "planted, 32 of overlap 0.6": {"n": 2000, "c": 4, "d": 512, "r": 32, "overlap": 0.6, "noise": 1.0, "active": 3},
+    "planted, 24 in eight rows": {"n": 1500, "c": 8, "d": 384, "r": 24, "overlap": 0.3, "noise": 1.0, "active": 4},
+    "planted, 48 in two rows": {"n": 4000, "c": 2, "d": 256, "r": 48, "overlap": 0.2, "noise": 0.5, "active": 2},
 }  # fmt: skip
 LARGE = {"n": 3000, "c": 6, "d": 512, "r": 100, "overlap": 0.3, "noise": 1.0, "active": 3}
 REAL = 256
