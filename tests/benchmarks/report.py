@@ -107,7 +107,7 @@ def solver_verdict(problems: dict[str, Any]) -> str:
     good = sum(f["worse"] == 0 for f in problems.values())
     ends = sum(f["best"][0] <= f["best"][1] * 1.0001 for f in problems.values())
     return (
-        f"Bars: at least 10 × faster on {faster} of {len(problems)} problems, 5 × on {fast}; no single start ends worse "
+        f"Bars: at least 10 × faster on {faster} of {len(problems)} problems, 5 × on {fast}; no start ends worse "
         f"on {good}; the best start, which is what a fit keeps, ends no worse than the reference's best on {ends}."
     )
 
