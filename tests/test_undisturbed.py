@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_npeff import NPEFFAnalyzer, UnsupportedModelError
-from tests.analyses import analyzer_of
-from tests.tiny import tiny_batch, tiny_model
+from hf_npeff import NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
+from tests import reference
+from tests.analyses import analyzer_of, in_parameters
+from tests.tiny import VOCABULARY, tiny_batch, tiny_model
 
 
 def layers(model: Any) -> Any:
@@ -63,6 +67,63 @@ def test_inference_mode_is_lifted_or_named() -> None:
     assert torch.equal(ours.factors, expected.factors)
     with pytest.raises(UnsupportedModelError, match="inference_mode"):
         analyzer_of(made).compute_pefs(data)
+
+
+class Encoder(transformers.PreTrainedModel):
+    """A classifier of PyTorch's own encoder layers, as people write it."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config: transformers.PretrainedConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.classifier = nn.Linear(16, 3)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SequenceClassifierOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        x = self.encoder(self.embedding(input_ids), src_key_padding_mask=mask == 0)
+        return SequenceClassifierOutput(logits=self.classifier(x[:, 0]))
+
+
+class EncoderForSequenceClassification(Encoder):
+    pass
+
+
+def test_pytorchs_own_encoder_has_the_rows_and_the_effects_of_its_layers() -> None:
+    """Oracle: brute force, one example at a time; the KL when the weights are moved. The switch is as it was."""
+    torch.manual_seed(0)
+    config = transformers.PretrainedConfig(num_labels=3, architectures=["EncoderForSequenceClassification"])
+    model = EncoderForSequenceClassification(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn_like(parameter))
+    data = tiny_batch(tiny_model("bert"), 4, seed=1)
+    analyzer = analyzer_of(model, rank=3, exclude_modules=["out_proj"])
+    pefs = analyzer.compute_pefs(data)
+    assert torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    names = [m.parameter for m in analyzer.maps]
+    assert len(names) == 5
+    terms = reference.terms_of("sequence-classification")
+    for example, rows in zip(data, in_parameters(analyzer, pefs), strict=True):
+        inputs = {"input_ids": torch.tensor([example["input_ids"]])}
+        truth = reference.example_factor(model, inputs, names, terms)
+        assert reference.relative_error_of_factors(truth, rows) < 1e-6
+    change = ParameterDirection({names[0]: torch.ones(24, 16)}, {names[0]: "linear"})
+    (measured,) = analyzer.measure(change, data, scales=(0.05,), random=False).at(0.05).values()
+
+    def logits() -> list[Tensor]:
+        with torch.no_grad():
+            return [model(torch.tensor([example["input_ids"]])).logits[0] for example in data]
+
+    before = logits()
+    with change.applied_to(model, 0.05):
+        after = logits()
+    divergence = sum(reference.kl(p, q) for p, q in zip(before, after, strict=True)) / len(data)
+    assert measured.kl == pytest.approx(divergence, rel=1e-5)
 
 
 def test_two_threads_on_one_model_wait_for_one_another_and_predictions_go_on() -> None:

@@ -16,21 +16,25 @@ from hf_npeff.fisher.bare_model import base_of
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_of_all = threading.Lock()
+_unfused_now: dict[str, Any] = {"analyses": 0, "before": True}
+"""How many analyses have PyTorch's fused attention switched off, and what it was before the first; one switch for all
+threads."""
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """One thread at a time inside `with`; others wait. Compiled modules run uncompiled meanwhile.
 
-    An analysis needs hooks, and compiled code does not call hooks that were added later. An inference mode around the
-    analysis is suspended.
+    An analysis needs hooks, and compiled code does not call hooks that were added later. The same is true of the fused
+    kernels that torch.nn.TransformerEncoder and MultiheadAttention predict with, so these are off meanwhile. An
+    inference mode around the analysis is suspended.
 
     Raises:
         UnsupportedModelError: if the weights were made under `torch.inference_mode`, which autograd cannot use, or a
             compiled model cannot be run uncompiled.
     """
     check_default_device()
-    with _lock_of(model), torch.inference_mode(False), _as_written(model):
+    with _lock_of(model), torch.inference_mode(False), _as_written(model), _unfused(model):
         if made := next((name for name, p in model.named_parameters() if p.is_inference()), None):
             raise UnsupportedModelError(
                 f"{made} was made under torch.inference_mode, so no gradient can pass through it; load the model "
@@ -77,3 +81,26 @@ def _as_written(model: nn.Module) -> Any:
             "torch.compile"
         )
     return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def _unfused(model: nn.Module) -> Iterator[None]:
+    """Without PyTorch's own fused encoder kernels inside `with`, for a model that could use them.
+
+    They are used where nothing requires a gradient, call no hooks, and pass nested tensors on where tokens are padded.
+    """
+    if not any(isinstance(m, nn.MultiheadAttention | nn.TransformerEncoderLayer) for m in model.modules()):
+        yield
+        return
+    with _locks_of_all:
+        if _unfused_now["analyses"] == 0:
+            _unfused_now["before"] = torch.backends.mha.get_fastpath_enabled()
+        _unfused_now["analyses"] += 1
+        torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        with _locks_of_all:
+            _unfused_now["analyses"] -= 1
+            if _unfused_now["analyses"] == 0:
+                torch.backends.mha.set_fastpath_enabled(_unfused_now["before"])
