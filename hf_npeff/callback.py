@@ -254,7 +254,7 @@ class NPEFFCallback(TrainerCallback):
     def _analyzer(
         self, model: Any, processing_class: Any = None, st_model: nn.Module | None = None, **_: Any
     ) -> NPEFFAnalyzer:
-        # SetFit hands its own object on, which is no module, and beside it the SentenceTransformer that is trained.
+        # SetFit passes its own object, which is not a module, and also the SentenceTransformer that is trained.
         model = model if st_model is None else st_model
         # PartialState and not a second Accelerator, which would take over Trainer's gradient accumulation.
         analyzer = NPEFFAnalyzer(

@@ -27,7 +27,7 @@ _Values = TypeVar("_Values", bound=_Sliceable)
 
 
 def on_cpu() -> bool:
-    """Whether processes have only CPUs; Accelerate has to be told, or its processes do not find each other."""
+    """Whether processes have only CPUs; Accelerate needs to know, or its processes do not find each other."""
     return not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()))
 
 

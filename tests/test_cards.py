@@ -109,7 +109,7 @@ def example_cards() -> dict[str, str]:
         top_flips=0.75,
         other_flips=0.03,
         worst="relation-7 → word7",
-        measured="the direction, whole",
+        measured="the whole direction",
         stability=0.97,
         coverage=0.79,
         sketch_error=0.0421,
@@ -200,7 +200,7 @@ def test_a_components_card_says_what_it_does_how_surely_and_how_it_was_made() ->
     """Oracle: the numbers that the card was given, each beside its name; nothing is said where nothing is known."""
     rows = {row[0]: row[1] for row in cells(example_cards()["adapter.md"]) if len(row) == 2}
     expected = {
-        "What was measured": "the direction, whole",
+        "What was measured": "the whole direction",
         "Effect: KL on its top examples": "1.2; 75% of the answers change",
         "Off target: KL on other examples": "0.036; 3% of the answers change",
         "Off target: KL on the worst of the other examples": "0.21: relation-7 → word7",

@@ -259,7 +259,7 @@ def test_without_a_sketch_the_estimate_is_the_lifted_directions() -> None:
 
 
 def test_packing_keeps_every_string_and_array() -> None:
-    """Oracle: identity, lone surrogates and NUL included; numbers that are none become null; the same bytes again."""
+    """Oracle: identity, lone surrogates and NUL included; NaN and infinities become null; the same bytes again."""
     facts = {"texts": EVIL, "numbers": [1.5, math.nan, math.inf, 2**60], 3: {"nested": [None, True]}}
     arrays = {
         "a": np.arange(12, dtype=np.uint16).reshape(3, 4),

@@ -278,7 +278,7 @@ def lift_combinations(
     """Combinations (m, n, c) of unscaled rows as unit directions in the parameters.
 
     Raises:
-        IncompatibleWeightsError: if the model's weights are others than those of the PEFs, and that is checked.
+        IncompatibleWeightsError: if the weights of the model and the PEFs differ, and `check_weights` is true.
         ValueError: if the rows were made elsewhere, or the dataset is another.
     """
     if pefs.cotangents is None:

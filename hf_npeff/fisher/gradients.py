@@ -261,7 +261,7 @@ class _Tap(torch.autograd.Function):
         ctx.taken = taken
         ctx.set_materialize_grads(False)
         # The output of a linear layer is a view of a matrix, which a model may change in place (Longformer's queries
-        # /= √d). The same memory under another name is no view, and PyTorch lets it be changed.
+        # /= √d). The same memory under another name is not a view, and PyTorch allows changes to it.
         return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod

@@ -134,7 +134,7 @@ def facts_of(
         summary: dict[str, Any] = report.summary()
         names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_searched", "kl_random", "ratio", "top_flips",
                  "other_flips")  # fmt: skip
-        about = replace(about, **{name: summary[name] for name in names}, measured="the direction, whole")
+        about = replace(about, **{name: summary[name] for name in names}, measured="the whole direction")
         if decomposition is not None and (worst := summary.get("worst_example")) is not None:
             about = replace(about, worst=_shown(decomposition, include_texts, [worst])[0])
     return about

@@ -36,7 +36,7 @@ noise of the estimate would grow twentyfold there."""
 _DAMPED = 0.7
 """λ² over the share of ‖Φ D Ξᵀ‖² outside Q and P. Measured on selective directions of 16 components of a MiniLM, rank
 4, whose best cuts keep .78 of the energy: with 0 the cuts' own energy was .84, of which they explained .68, with .5
-both were .71, and with 1 .65 and .70. Between the last two the energy that is told is rather low."""
+both were .71, and with 1 .65 and .70. Between the last two the reported energy is slightly too low."""
 _MORE, _ROUNDS = 8, 4
 """Directions beyond the rank, and rounds, of subspace iteration (Halko, Martinsson & Tropp 2011: 5 to 10, and few)."""
 _NOTHING = 1e-6
