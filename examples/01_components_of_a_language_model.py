@@ -1,4 +1,4 @@
-"""Which heuristics does SmolLM2 use on word-relation prompts? The demo's first half, through the public names."""
+"""Which heuristics does SmolLM2 use on word-relation prompts? The first half of the demo, with public names only."""
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.demo import load_model

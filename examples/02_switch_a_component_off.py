@@ -1,4 +1,4 @@
-"""Switch one component of SmolLM2 off with a rank-1 LoRA, and look at what changes and what does not."""
+"""Switch one component of SmolLM2 off with a rank-1 LoRA, and see what changes and what does not."""
 
 from peft import PeftModel
 

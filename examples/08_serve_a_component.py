@@ -1,11 +1,12 @@
-"""Serve a component in vLLM beside the model it was taken out of, and ask both the same.
+"""Serve a component in vLLM together with its base model, and give both the same prompt.
 
     python examples/08_serve_a_component.py runs/demo/adapter --prompt "big -> bigger\nsmall ->"
 
-Starts `vllm serve` with the base model that the adapter names and the adapter as a model of its own, asks one after the
-other for the next tokens, and prints both answers. vLLM runs in an environment of its own, whose interpreter --python
-names: on a GPU one with `pip install vllm`, on a CPU the one that `make runtimes-vllm` makes. On a CPU the base answers
-rightly only where no adapter is asked in the same batch (docs/adapters.md), so the requests wait for each other.
+It starts `vllm serve` with the adapter's base model, and with the adapter as a second model. It asks both for the next
+tokens, one after the other, and prints the answers. vLLM runs in an environment of its own, whose interpreter --python
+names: on a GPU one with `pip install vllm`, on a CPU the one that `make runtimes-vllm` makes. On a CPU the base model
+    is
+right only if no adapter is used in the same batch (docs/adapters.md), so the requests are made one at a time.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import Any
 from hf_npeff import Adapter
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
+"""The values that vLLM accepts for --max-lora-rank."""
 
 
 def ask(url: str, model: str, prompt: str, tokens: int) -> tuple[str, dict[str, float]]:
-    """The likeliest continuation, and log-probabilities of the likeliest next tokens."""
+    """The most likely continuation, and the log-probabilities of the most likely next tokens."""
     asked = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 5}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
@@ -39,7 +40,7 @@ def ask(url: str, model: str, prompt: str, tokens: int) -> tuple[str, dict[str, 
 
 
 def wait(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
-    """Until the server answers."""
+    """Wait until the server answers."""
     for _ in range(int(seconds)):
         if server.poll() is not None:
             raise SystemExit(f"vLLM ended with {server.returncode} before it served anything")
@@ -54,12 +55,12 @@ def wait(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="folder of a LoRA adapter, such as `hf-npeff perturb` writes")
-    parser.add_argument("--base", help="the base model, where the adapter's own is to be found elsewhere")
+    parser.add_argument("--base", help="another path of the base model, instead of the one in the adapter")
     parser.add_argument("--prompt", default="Paris is to France as Rome is to")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--python", default=".venv-runtimes/vllm/bin/python", help="interpreter that has vLLM")
     parser.add_argument("--dtype", default="auto", help="float32 to compare with PEFT")
-    parser.add_argument("--seconds", type=float, default=600, help="that the server may take to start")
+    parser.add_argument("--seconds", type=float, default=600, help="how long the server may take to start")
     arguments = parser.parse_args()
     adapter = Adapter.from_pretrained(arguments.adapter)
     if "vLLM" not in adapter.loads_in:

@@ -1,4 +1,4 @@
-"""Gradient clustering: spherical k-means on sketched gradients of log p(ŷ|x), one factor an example.
+"""Gradient clustering: spherical k-means on sketched gradients of log p(ŷ|x), one factor for each example.
 
 The rows come from the same hooks, sketch and loop as PEFs: an output head whose only "sample" is the prediction ŷ,
 under the `sampling` output factor of one row, has the row ∇log p(ŷ|x). A centroid is a known combination of rows,
@@ -139,8 +139,8 @@ class GradientClustering:
         """
         if gradients.rank != 1:
             raise ValueError(
-                f"gradient clustering takes one row an example, but these PEFs have {gradients.rank}; make them with "
-                "prediction_gradients"
+                f"gradient clustering takes one row for each example, but these PEFs have {gradients.rank}; make them "
+                "with prediction_gradients"
             )
         rows = gradients.factors[:, 0].to(torch.promote_types(gradients.factors.dtype, torch.float32))
         some = rows.norm(dim=1) > 0

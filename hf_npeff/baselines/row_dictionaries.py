@@ -169,7 +169,7 @@ def whitened(points: Tensor, ridge: float | None) -> Tensor:
 def _single_rows(gradients: PEFs, r: int) -> Tensor:
     if gradients.rank != 1:
         raise ValueError(
-            f"this method takes one row an example, but these PEFs have {gradients.rank}; make them with "
+            f"this method takes one row for each example, but these PEFs have {gradients.rank}; make them with "
             "prediction_gradients"
         )
     check_enough(len(gradients), r, "the number of directions")
