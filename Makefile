@@ -68,11 +68,8 @@ runtimes-vllm: $(VENV)/ready-for-test $(RUNTIMES)/vllm/ready ## Adapters in vLLM
 runtimes-openvino: $(VENV)/ready-for-test $(RUNTIMES)/openvino/ready ## Adapters in OpenVINO GenAI against PEFT
 	@$(BIN)/python -m tests.runtimes.in_openvino --python $(RUNTIMES)/openvino/bin/python $(ARGS)
 
-study: $(VENV)/ready-for-test ## Fine-tune on real data, compare NPEFF with other methods (ARGS="--data first_names")
-	@$(BIN)/python examples/04_fine_tune_and_compare.py --output docs/studies/comparison --fair-output docs/studies/fair $(ARGS)
-	@$(BIN)/hf-npeff study mechanisms -o docs/studies/mechanisms
-	@$(BIN)/python -m tests.benchmarks.modular_addition
-	@$(BIN)/hf-npeff study minimal_pairs --data planted_cues --data home_assistant --data word_relations -o docs/studies/minimal_pairs
+study: $(VENV)/ready-for-test ## Everything that docs/studies.md shows; goes on where it stopped (ARGS="--only planted")
+	@$(BIN)/python -m tests.benchmarks.study $(ARGS)
 
 browser: ## Install Chromium where apt can; without it the browser tests are skipped
 	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null \

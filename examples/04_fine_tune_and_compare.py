@@ -26,7 +26,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.baselines.activations import Site, hidden_states
-from hf_npeff.baselines.method import MethodResult
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import Comparison, best_layer, fit_methods
 from hf_npeff.studies.datasets import first_names, home_assistant, human_rights, split_by_group
@@ -38,7 +37,7 @@ from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.probes import by_kind, diagnose, over_data_sets
 from hf_npeff.studies.rival_settings import FairConfig
 from hf_npeff.studies.selectivity import SelectivityResult, run_selectivity
-from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, SelectivityConfig
+from hf_npeff.studies.settings import METHODS, RIVALS, ComparisonConfig, FactorsConfig, SelectivityConfig
 from hf_npeff.studies.word_relations import package_folder
 
 ATTRIBUTES = {
@@ -46,12 +45,16 @@ ATTRIBUTES = {
     "first_names": ("country", "gender", "ending"),
     "human_rights": ("article", "language"),
 }
-COMPARISON = ComparisonConfig(n_components=24, n_restarts=4, seeds=2, batch_size=32)
+COMPARISON = ComparisonConfig(
+    n_components=24, methods=(*METHODS[:-1], *RIVALS, METHODS[-1]), n_restarts=4, seeds=2, batch_size=32
+)
 MEASURED = FactorsConfig()
 SWITCHING = SelectivityConfig(max_attributes=5, n_others=32)
 FAIR = FairConfig()
 WHAT = ("comparison", "fair")
 ROOTED = "NPEFF, power 0.5"
+TUNED = "NPEFF, power 0.25, alone"
+"""NPEFF with the power and the reading that were best on seed 10 of the planted cues, where the rivals' were chosen."""
 LOW = 1
 """A lower layer that is probed too: it may have what the last layer has lost."""
 
@@ -151,14 +154,25 @@ def prepare(name: str, downloads: Path, steps: int, n: int) -> Task:
 
 
 def fit(task: Task, layer: int) -> tuple[Comparison, Comparison]:
-    """Fit all methods, NPEFF also with γ = 0.5. Returns that second fit too."""
+    """Fit all methods, NPEFF also with γ = 0.5 and with γ = 0.25, read alone. Returns the fit with γ = 0.5 too."""
     found = fit_methods(task.analyzer, task.dataset, replace(COMPARISON, layer=layer))
-    halved = replace(COMPARISON, methods="npeff", power=0.5)
-    rooted = fit_methods(task.analyzer, task.dataset, halved, pefs=found.pefs)
-    row: MethodResult = rooted.methods[0]
-    found.methods.insert(1, replace(row, name=ROOTED, seconds=found.pefs_seconds + row.seconds))
-    found.seeds[ROOTED] = rooted.seeds["NPEFF"]
+    rooted = with_power(task, found, 0.5)
+    quarter = with_power(task, found, 0.25)
+    assert found.pefs is not None
+    alone = [each.explain(found.pefs)[1] for each in quarter.decompositions]
+    rows = {
+        ROOTED: (rooted.methods[0], rooted.seeds["NPEFF"]),
+        TUNED: (replace(quarter.methods[0], coefficients=alone[0].float()), alone[1:]),
+    }
+    for place, (name, (row, others)) in enumerate(rows.items(), 1):
+        found.methods.insert(place, replace(row, name=name, seconds=found.pefs_seconds + row.seconds))
+        found.seeds[name] = others
     return found, rooted
+
+
+def with_power(task: Task, found: Comparison, power: float) -> Comparison:
+    """NPEFF alone, with another power, on PEFs that are known."""
+    return fit_methods(task.analyzer, task.dataset, replace(COMPARISON, methods="npeff", power=power), pefs=found.pefs)
 
 
 def compare(task: Task, output: Path) -> str:

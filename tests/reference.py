@@ -746,3 +746,15 @@ def auroc(scores: Sequence[float] | Tensor, positives: Sequence[bool] | Tensor) 
     below = [s for s, positive in pairs if not positive]
     wins = sum((a > b) + 0.5 * (a == b) for a in above for b in below)
     return wins / (len(above) * len(below))
+
+
+def kfac(rows: Tensor, ridge: float) -> Tensor:
+    """(L + λ_L I) ⊗ (R + λ_R I) / tr L of rows (n, c, p, q), each λ a share of the mean eigenvalue; (p·q, p·q)."""
+    n, c, p, q = rows.shape
+    L, R = torch.zeros(p, p, dtype=rows.dtype), torch.zeros(q, q, dtype=rows.dtype)
+    for i in range(n):
+        for a in range(c):
+            L += rows[i, a] @ rows[i, a].T / n
+            R += rows[i, a].T @ rows[i, a] / n
+    sides = [M + ridge * M.trace() / len(M) * torch.eye(len(M), dtype=rows.dtype) for M in (L, R)]
+    return torch.kron(*sides) / L.trace()

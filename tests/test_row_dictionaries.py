@@ -67,7 +67,8 @@ def test_a_rival_finds_planted_directions_in_one_of_its_readings(name: str) -> N
     """Oracle: planted truth, whose three directions are orthogonal and lie under noise of a twentieth."""
     readings, has = METHODS[name]()
     assert readings.competing.shape == readings.alone.shape and len(readings.alone) == len(has)
-    best = [max(pair) for pair in zip(*(best_aurocs(W, has) for W in vars(readings).values()), strict=True)]
+    competing, alone = (best_aurocs(W, has) for W in (readings.competing, readings.alone))
+    best = [max(pair) for pair in zip(competing, alone, strict=True)]
     assert min(best) > 0.9, best
 
 
@@ -104,6 +105,42 @@ def test_whitened_points_have_the_second_moment_that_the_ridge_leaves() -> None:
     dense = X @ vectors @ torch.diag((values + ridge) ** -0.5) @ vectors.T
     assert torch.allclose(whitened(X, 0.1), dense, atol=1e-9)
     assert whitened(X, None) is X
+
+
+def combined(readings: Readings, pefs: PEFs, features: list[int]) -> torch.Tensor:
+    """Directions (k, d) of features, from the rows themselves."""
+    assert readings.mixing is not None
+    return readings.mixing(features).flatten(1) @ pefs.factors.flatten(0, 1).double()
+
+
+def test_directions_are_what_the_features_read() -> None:
+    """Oracle: inner products of dense rows with the dense direction, squared and summed, are the readings alone."""
+    pefs, _ = planted_rows(n=30, noise=0.3)
+    lines = line_clusters(pefs, 3)
+    inner = torch.einsum("ncd,kd->nkc", pefs.factors.double(), combined(lines, pefs, [2, 0]))
+    assert torch.allclose(inner.square().sum(2), lines.alone[:, [2, 0]].double(), atol=1e-4)
+    gradients, _ = single_rows()
+    rows = gradients.factors[:, 0].double()
+    for ridge in (None, 0.1):
+        atoms = gradient_atoms(gradients, 3, alpha=0.05, ridge=ridge)
+        lengths = whitened(rows, ridge).norm(dim=1, keepdim=True)
+        assert torch.allclose((rows @ combined(atoms, gradients, [0, 1, 2]).T / lengths).abs(),
+                              atoms.alone.double().abs(), atol=1e-4)  # fmt: skip
+    sae = SparseAutoencoder.fit(coordinates(rows @ rows.T).float(), SAEConfig(4, k=2, steps=200))
+    directions = combined(gradient_autoencoder(gradients, 4, k=2, steps=200), gradients, [3])
+    expected = coordinates(rows @ rows.T) @ sae.decoder[3].double()
+    assert torch.allclose(rows @ directions[0], expected, atol=1e-3)
+
+
+def test_a_matrix_is_moved_along_its_top_eigenvector() -> None:
+    """Oracle: eigh of the dense Σ w F, for both methods whose features are matrices."""
+    pefs, _ = planted_rows(n=20, noise=0.3)
+    for found in (pef_nmf(pefs, 2), pef_dictionary(pefs, 2, alpha=0.05)):
+        weights = found.competing[:, 1].clamp_min(0).double()
+        F = torch.einsum("n,nca,ncb->ab", weights, pefs.factors.double(), pefs.factors.double())
+        (direction,) = combined(found, pefs, [1])
+        cosine = torch.nn.functional.cosine_similarity(direction, torch.linalg.eigh(F)[1][:, -1], dim=0)
+        assert float(cosine.abs()) > 1 - 1e-6
 
 
 def test_points_stand_for_the_rows_in_dictionary_learning() -> None:

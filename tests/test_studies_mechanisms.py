@@ -1,5 +1,6 @@
 """Known mechanisms: toy models of superposition. Oracles: dense Jacobians, loops over columns, files read back."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_npeff.studies import induction
 from hf_npeff.studies.mechanisms import MechanismsResult, run_mechanisms, similarities, toy_pefs
 from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.settings import MechanismsConfig
@@ -67,7 +69,8 @@ def test_training_makes_a_pentagon() -> None:
 
 def test_components_are_the_columns_and_a_random_dictionary_is_not(tmp_path: Path) -> None:
     """Oracle: the model's own columns; the bar of 0.95 is the study's; a finished part is not computed again."""
-    config = MechanismsConfig(toys="5-2", steps=1500, batch_size=512, learning_rate=1e-2, n=200, n_restarts=2, seeds=1)
+    config = MechanismsConfig(toys="5-2", steps=1500, batch_size=512, learning_rate=1e-2, n=200, n_restarts=2, seeds=1,
+                              induction_steps=0)  # fmt: skip
     result = run_mechanisms(config, parts=tmp_path)
     rows = result.toys[0]["rows"]
     assert rows["NPEFF"]["whole"] > 0.95 > 0.7 > rows["random directions"]["whole"]
@@ -135,6 +138,51 @@ def test_frequencies_are_those_of_a_slow_fourier_sum() -> None:
     assert len(pairs) == 28 and bool((x.sum(1) == 2).all())
 
 
+def test_the_page_of_modular_addition_is_what_is_kept() -> None:
+    """Oracle: the page, made again from the JSON beside it."""
+    kept = json.loads(modular_addition.PAGE.with_suffix(".json").read_text(encoding="utf-8"))
+    again = modular_addition.page(kept["networks"], kept["numbers"])
+    assert again == modular_addition.PAGE.read_text(encoding="utf-8")
+
+
+def test_half_of_the_sequences_repeat_and_the_others_follow_the_table() -> None:
+    """Oracle: the definitions, token by token; frequencies of 400 sequences within four standard errors."""
+    x, repeated = induction.sequences(400, torch.Generator().manual_seed(0))
+    assert abs(float(repeated.double().mean()) - 0.5) < 4 * (0.25 / 400) ** 0.5
+    followed = set()
+    steps = []
+    for row, repeats in zip(x.tolist(), repeated.tolist(), strict=True):
+        periods = [p for p in range(6, 13) if row[p:] == row[:-p]]
+        assert bool(periods) or not repeats
+        if repeats:
+            assert len(set(row[: periods[0]])) == periods[0]
+        else:
+            steps += list(itertools.pairwise(row))
+    most = {a: max({b for c, b in steps if c == a}, key=[b for c, b in steps if c == a].count) for a in range(32)}
+    followed = [most[a] == b for a, b in steps]
+    expected = 0.9 + 0.1 / 32  # by the table, or by chance
+    assert abs(sum(followed) / len(steps) - expected) < 4 * (0.1 / len(steps)) ** 0.5
+    assert sorted(most.values()) == list(range(32))
+
+
+def test_a_language_model_that_repeats_is_measured_before_and_after_training() -> None:
+    """Oracle: the definitions of what is returned; the page has a row for each."""
+    made = induction.one_model(steps=1, n=16, n_restarts=1, seed=0)
+    rows = made["rows"]
+    assert list(rows) == ["NPEFF", "NPEFF, power 0.5", "random directions", "NPEFF, weights untrained"]
+    assert all(0 <= rows[name][way] <= 1 for name in rows for way in ("coefficients", "alignments"))
+    assert all(0 < rows["NPEFF"][where] < 1 for where in ("attention", "attention of others"))
+    page = MechanismsResult([], MechanismsConfig(), [made])._induction_page()
+    assert all(f"| {name} |" in page for name in rows)
+
+
+def test_the_feature_of_repetitions_is_chosen_on_one_half_and_measured_on_the_other() -> None:
+    """Oracle: by hand. Column 1 ranks the first half rightly and the second wrongly."""
+    repeated = torch.tensor([True, False, True, False])
+    scores = torch.tensor([[0.0, 1], [1, 0], [1, 0], [0, 1]])
+    assert induction.best_of(scores, repeated) == (0.0, 1)
+
+
 def test_a_network_that_adds_is_held_against_its_frequencies() -> None:
     """Oracle: it adds every pair rightly; its neurons are nearer to waves than random directions are."""
     found = modular_addition.measured(5, steps=200, seed=1, n_restarts=1)
@@ -142,5 +190,5 @@ def test_a_network_that_adds_is_held_against_its_frequencies() -> None:
     assert found["accuracy"] == 1
     share = modular_addition.MEASURES[0]
     assert rows["the network's neurons"][share] > rows["random directions"][share]
-    text = modular_addition.page([found], 5, 1.0)
+    text = modular_addition.page([found], 5)
     assert all(f"| {row} |" in text for row in rows) and "right on at least 100%" in text

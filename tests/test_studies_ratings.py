@@ -18,6 +18,14 @@ from hf_npeff.baselines.method import MethodResult
 from hf_npeff.studies.detection import detection_accuracy, krippendorff_alpha, score_ratings
 from hf_npeff.studies.raters import Cached, InferenceChat, LocalChat, prompt, rate, read_numbers
 from hf_npeff.studies.ratings import Answers, RatingStudy
+from hf_npeff.studies.scripted_rater import (
+    WordVectors,
+    intruder_by_words,
+    intruders_found,
+    rate_by_words,
+    terms,
+    two_groups,
+)
 from hf_npeff.studies.settings import RatingsConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -341,3 +349,42 @@ class TestLanguageModels:
         tokenizer.chat_template = None
         with pytest.raises(ValueError, match="tokenizer"):
             LocalChat(model, tokenizer)
+
+
+class TestScript:
+    def test_vectors_are_those_of_a_loop_over_terms(self) -> None:
+        """Oracle: counts and logarithms by hand, term by term."""
+        texts = ["ab cd", "cd", "cd ef", "cd"]
+        vectors = WordVectors(texts)
+        assert terms("Cd") == {"cd": 1, "~_cd": 1, "~cd_": 1}
+        weight = math.log(3)  # three different texts, one of which has it; "cd" is in all and weighs nothing
+        expected = {"ab": weight, "~_ab": weight, "~ab_": weight}
+        row = dict(zip(vectors.places, vectors.of(["ab cd"])[0].tolist(), strict=True))
+        length = sum(v * v for v in expected.values()) ** 0.5
+        assert all(value == pytest.approx(expected.get(term, 0) / length) for term, value in row.items())
+        assert vectors.of(["cd"]).norm() == 0
+
+    def test_two_groups_have_the_least_squares_within(self) -> None:
+        """Oracle: brute force over all ways to cut the sorted values."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            values = torch.rand(7, generator=generator).tolist()
+            ordered = sorted(values, reverse=True)
+
+            def within(k: int, ordered: list[float] = ordered) -> float:
+                return sum(sum((v - sum(p) / len(p)) ** 2 for v in p) for p in (ordered[:k], ordered[k:]))
+
+            best = min(range(1, 7), key=within)
+            assert sorted((values[i] for i in two_groups(values)), reverse=True) == ordered[:best]
+        assert two_groups([0.5, 0.5]) == []
+
+    def test_it_tells_features_of_words_from_noise(self, study: RatingStudy) -> None:
+        """Oracle: planted words; chance is one half in detection, one in seven for intruders."""
+        answers = rate_by_words(study)
+        scores = {row.method: row.accuracy for row in score_ratings(study, [answers]).detection}
+        assert scores["kinds"] > 0.9 > 0.7 > scores["noise"]
+        assert any(word in theme for theme in answers.themes.values() for word in KINDS)
+        found = intruders_found(study, intruder_by_words(study))
+        assert sum(found["kinds"]) / 3 > 0.75 > 0.4 > sum(found["noise"]) / 3
+        nothing = intruders_found(study, lambda texts: None)
+        assert all(value == 0 for values in nothing.values() for value in values)

@@ -208,6 +208,10 @@ class GradientClusters:
         """Ids of the examples whose gradient is zero, which belong to no cluster."""
         return [self.gradients.example_ids[i] for i in (self.assignments < 0).nonzero()[:, 0].tolist()]
 
+    def mixing(self, clusters: Sequence[int]) -> Tensor:
+        """(k, n, 1): centroids of clusters as combinations of unit gradients, up to their length."""
+        return self.hard.double().T[list(clusters), :, None]
+
     def combination(self) -> Tensor:
         """(r, n, 1): centroids as combinations of the *unscaled* gradients, Σ_{i in j} a_i/‖a_i‖."""
         norms = self.gradients.norms.double().sqrt()  # ‖aᵀa‖_F = ‖a‖²

@@ -8,13 +8,15 @@ products are those of the rows, so the number of parameters, or of a sketch's nu
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_npeff.baselines.method import check_enough
+from hf_npeff.baselines.row_directions import Mixing, combination_of, top_combination
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
 from hf_npeff.extras import load
 from hf_npeff.pefs.store import PEFs
@@ -35,10 +37,12 @@ class Readings:
     Attributes:
         competing: (n, r), coefficients that make up an example together: what one feature takes, another lacks.
         alone: (n, r), every feature by itself.
+        mixing: from numbers of features to their directions, as combinations of the rows that were decomposed, or None.
     """
 
     competing: Tensor
     alone: Tensor
+    mixing: Mixing | None = None
 
 
 def coordinates(gram: Tensor) -> Tensor:
@@ -80,7 +84,11 @@ def line_clusters(pefs: PEFs, r: int, *, seed: int = 0, n_restarts: int = 8) -> 
     n, c, _ = pefs.factors.shape
     inner = (X @ best.T).square()
     own = nn.functional.one_hot(inner.argmax(1), r) * mass[:, None]
-    return Readings(own.reshape(n, c, r).sum(1), inner.reshape(n, c, r).sum(1))
+
+    def mixing(features: Sequence[int]) -> Tensor:
+        return combination_of(X, best[list(features)]).reshape(-1, n, c)
+
+    return Readings(own.reshape(n, c, r).sum(1), inner.reshape(n, c, r).sum(1), mixing)
 
 
 def _taken(X: Tensor, C: Tensor) -> float:
@@ -137,7 +145,8 @@ def gradient_atoms(
 
     The published method whitens in an EK-FAC eigenspace. Here the gradients a_i are whitened by what the same examples
     tell of curvature, (Σ a aᵀ/n + λ I)^{-1/2} with λ a share of the mean eigenvalue, then brought to unit norm. An
-    atom's sign is free; it is turned so that its large codes are positive.
+    atom's sign is free; it is turned so that its large codes are positive. Its direction in the weights is the
+    whitening times the atom: a step along the atom in whitened coordinates.
 
     Args:
         gradients: PEFs of one row, as `prediction_gradients` makes them.
@@ -150,20 +159,38 @@ def gradient_atoms(
         ValueError: if the PEFs have several rows, or there are fewer examples than atoms.
         ModuleNotFoundError: if scikit-learn is not installed.
     """
-    points = nn.functional.normalize(whitened(_single_rows(gradients, r), ridge), dim=1)
+    rows = _single_rows(gradients, r)
+    points = nn.functional.normalize(whitened(rows, ridge), dim=1)
     codes, atoms = _sparse_codes(points, r, alpha, seed, positive=False)
     sign = torch.where(codes.pow(3).sum(0) < 0, -1.0, 1.0).double()
-    return Readings((codes * sign).float(), (points @ atoms.T * sign).float())
+
+    def mixing(features: Sequence[int]) -> Tensor:
+        return combination_of(rows, atoms[list(features)] @ whitening(rows, ridge))[..., None]
+
+    return Readings((codes * sign).float(), (points @ atoms.T * sign).float(), mixing)
 
 
 def whitened(points: Tensor, ridge: float | None) -> Tensor:
     """Points (n, m) times (Σ x xᵀ/n + λ I)^{-1/2}, λ = ridge times the mean of its eigenvalues that are not zero."""
     if ridge is None:
         return points
+    U, S, Vh, roots = _whitening(points, ridge)
+    return (U * (S * roots)) @ Vh
+
+
+def whitening(points: Tensor, ridge: float | None) -> Tensor:
+    """The matrix (m, m) of `whitened`: (Σ x xᵀ/n + λ I)^{-1/2} on the span of the points (n, m), and 0 beside it."""
+    if ridge is None:
+        return torch.eye(points.shape[1], dtype=torch.float64)
+    _, _, Vh, roots = _whitening(points, ridge)
+    return (Vh.T * roots) @ Vh
+
+
+def _whitening(points: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(points.double(), full_matrices=False)
     eigenvalues = S.square() / len(points)
     kept = eigenvalues > eigenvalues.max() * torch.finfo(torch.float32).eps
-    return (U * torch.where(kept, S / (eigenvalues + ridge * eigenvalues[kept].mean()).sqrt(), 0.0)) @ Vh
+    return U, S, Vh, torch.where(kept, (eigenvalues + ridge * eigenvalues[kept].mean()).rsqrt(), 0.0)
 
 
 def _single_rows(gradients: PEFs, r: int) -> Tensor:
@@ -180,6 +207,8 @@ def _single_rows(gradients: PEFs, r: int) -> Tensor:
 def pef_dictionary(pefs: PEFs, r: int, *, alpha: float = 0.1, seed: int = 0) -> Readings:
     """Dictionary learning on PEFs as points: F_i ≈ Σ_j w_ij D_j, w ≥ 0 and sparse, D_j any matrices of unit norm.
 
+    An atom is a matrix. Its direction in the weights is the top eigenvector of Σ_i w_ij F_i.
+
     Args:
         pefs: n of them.
         r: the number of atoms.
@@ -193,11 +222,17 @@ def pef_dictionary(pefs: PEFs, r: int, *, alpha: float = 0.1, seed: int = 0) -> 
     check_enough(len(pefs), r, "the number of atoms")
     points = coordinates(pef_inner_products(pefs.factors))
     codes, atoms = _sparse_codes(points, r, alpha, seed, positive=True)
-    return Readings(codes.float(), (points @ atoms.T).float())
+    return Readings(codes.float(), (points @ atoms.T).float(), _top_mixing(pefs, codes))
+
+
+def _top_mixing(pefs: PEFs, weights: Tensor) -> Mixing:
+    return lambda features: torch.stack([top_combination(pefs.factors, weights[:, j]) for j in features])
 
 
 def pef_nmf(pefs: PEFs, r: int, *, seed: int = 0) -> Readings:
     """NMF of the inner products of PEFs, which are never negative: ⟨F_i, F_j⟩ ≈ Σ_k w_ik h_kj.
+
+    A component is a matrix. Its direction in the weights is the top eigenvector of Σ_i w_ik F_i.
 
     Args:
         pefs: n of them.
@@ -209,7 +244,8 @@ def pef_nmf(pefs: PEFs, r: int, *, seed: int = 0) -> Readings:
         ModuleNotFoundError: if scikit-learn is not installed.
     """
     check_enough(len(pefs), r, "the number of components")
-    return nonnegative_parts(pef_inner_products(pefs.factors), r, seed=seed)
+    found = nonnegative_parts(pef_inner_products(pefs.factors), r, seed=seed)
+    return replace(found, mixing=_top_mixing(pefs, found.competing))
 
 
 def nonnegative_parts(X: Tensor, r: int, *, seed: int = 0) -> Readings:
@@ -229,7 +265,7 @@ def gradient_autoencoder(gradients: PEFs, r: int, *, k: int = 4, steps: int = 15
     """A TopK autoencoder of gradients, after L3D (arXiv 2504.00194) without its low rank.
 
     L3D rebuilds gradients of a divergence from few directions an example. Here they are the gradients of log p(ŷ|x),
-    and directions may have any rank.
+    and directions may have any rank. A feature's direction in the weights is its row of the decoder.
 
     Args:
         gradients: PEFs of one row, as `prediction_gradients` makes them.
@@ -242,8 +278,12 @@ def gradient_autoencoder(gradients: PEFs, r: int, *, k: int = 4, steps: int = 15
         ValueError: if the PEFs have several rows, or there are too few examples.
     """
     points = _single_rows(gradients, r).float()
-    config = SAEConfig(r, k=min(k, r), steps=steps, seed=seed)
-    return autoencoder_readings(SparseAutoencoder.fit(points, config), points)
+    sae = SparseAutoencoder.fit(points, SAEConfig(r, k=min(k, r), steps=steps, seed=seed))
+
+    def mixing(features: Sequence[int]) -> Tensor:
+        return combination_of(points, sae.decoder[list(features)])[..., None]
+
+    return replace(autoencoder_readings(sae, points), mixing=mixing)
 
 
 def autoencoder_readings(sae: SparseAutoencoder, states: Tensor) -> Readings:

@@ -131,11 +131,13 @@ def planted(
 ) -> Result:
     """Which planted cues do NPEFF and the baselines find, in a model whose training labels depend on known cues?
 
+    Finished seeds are kept in the folder's `parts`; an interrupted run continues there.
+
     Example: `hf-npeff study planted --seeds 1 -o runs/planted`
     """
     from hf_npeff.studies.planted import run_planted
 
-    return _written(run_planted(config_, seeds=range(seeds), found_at=found_at), output)
+    return _written(run_planted(config_, seeds=range(seeds), found_at=found_at, parts=output / "parts"), output)
 
 
 @study
@@ -207,12 +209,15 @@ def ratings(
     rater: Annotated[
         str | None, typer.Option(help="A chat model as an additional rater: its id on the Hub, or its folder.")
     ] = None,
+    scripted: Annotated[
+        bool, typer.Option(help="A script as an additional rater: it compares words and letters.")
+    ] = False,
     remote: Annotated[bool, typer.Option(help="Run the chat model through the Hub's inference providers.")] = False,
     output: Output = Path("runs/ratings"),
 ) -> Result:
     """Can people, or a language model, tell a component's examples from others?
 
-    With `--export` a form and a key are written; with `--answers` or `--rater` they are scored.
+    With `--export` a form and a key are written; with `--answers`, `--rater` or `--scripted` they are scored.
 
     Examples:
     - `hf-npeff study ratings runs/rating --export runs/factors`
@@ -222,6 +227,7 @@ def ratings(
     from hf_npeff.studies.detection import score_ratings
     from hf_npeff.studies.raters import rate
     from hf_npeff.studies.ratings import RatingStudy
+    from hf_npeff.studies.scripted_rater import rate_by_words
 
     if export:
         made = _rating_study(export, rated)
@@ -232,8 +238,12 @@ def ratings(
     given = [study.read_answers(Path(path)) for path in answers or ()]
     if rater is not None:
         given.append(rate(study, _chat(rater, remote), cache=folder / "cache"))
+    if scripted:
+        given.append(rate_by_words(study))
     if not given:
-        raise typer.BadParameter("nothing to score: add --answers or --rater, or --export to make the tasks")
+        raise typer.BadParameter(
+            "nothing to score: add --answers, --rater or --scripted, or --export to make the tasks"
+        )
     return _written(score_ratings(study, given), output)
 
 
@@ -289,6 +299,8 @@ def in_context(
 ) -> Result:
     """Which components appear when a language model is given more demonstrations?
 
+    The result is kept in the folder's `parts`, from which the next run reads it.
+
     Example: `hf-npeff study in_context --queries 5 --rank 4 -o runs/in_context`
     """
     from dataclasses import replace
@@ -307,7 +319,7 @@ def in_context(
         analyzer = NPEFFAnalyzer(network, tokenizer, fisher=fisher)
     else:
         analyzer = analyzer_for(model, loading, fisher)
-    return _written(run_in_context(analyzer, asked), output)
+    return _written(run_in_context(analyzer, asked, parts=output / "parts"), output)
 
 
 @study
@@ -329,6 +341,8 @@ def ablations(
 ) -> Result:
     """What does each setting cost, and what does it gain?
 
+    Finished PEFs' settings are kept in the folder's `parts`; an interrupted run continues there.
+
     Example: `hf-npeff study ablations runs/model rows.jsonl --grid grid.yaml --attributes intent -o runs/ablations`
     """
     from importlib.resources import files
@@ -340,7 +354,8 @@ def ablations(
     dataset = read_data(data, reading)
     annotated = _attributes(dataset, attributes, measured.min_count) if attributes else None
     analyzer = analyzer_for(model, loading, fisher, reading)
-    result = run_ablations(analyzer, dataset, points, annotated, factors=measured, batch_size=batch_size)
+    given: dict[str, Any] = {"factors": measured, "batch_size": batch_size, "parts": output / "parts"}
+    result = run_ablations(analyzer, dataset, points, annotated, **given)
     return _written(result, output)
 
 

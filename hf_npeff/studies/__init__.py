@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # at run time a name is imported when it is first asked for, 
     from hf_npeff.studies.prompted import load_task, make_prompts, run_task
     from hf_npeff.studies.raters import InferenceChat, LocalChat, rate
     from hf_npeff.studies.ratings import RatingStudy
+    from hf_npeff.studies.scripted_rater import rate_by_words
     from hf_npeff.studies.selectivity import run_selectivity
 
 _MODULE_OF = {
@@ -31,6 +32,7 @@ _MODULE_OF = {
     "load_task": "prompted",
     "make_prompts": "prompted",
     "rate": "raters",
+    "rate_by_words": "scripted_rater",
     "read_grid": "ablations",
     "run_ablations": "ablations",
     "run_factors": "factors",
@@ -52,6 +54,7 @@ __all__ = [
     "load_task",
     "make_prompts",
     "rate",
+    "rate_by_words",
     "read_grid",
     "run_ablations",
     "run_factors",

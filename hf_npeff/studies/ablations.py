@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import run_factors
 from hf_npeff.studies.measures import agreement
+from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.result import StudyResult, markdown, model_name, number
 from hf_npeff.studies.settings import FactorsConfig
 
@@ -162,6 +166,15 @@ class Ablation:
     failed: str | None = None
 
 
+_NUMBERS = {f.name for f in fields(Ablation) if f.type == "float"}
+
+
+def _read(row: Mapping[str, Any]) -> Ablation:
+    """A row from a file, whose None are numbers that are not finite, where they are not absent."""
+    known: dict[str, Any] = {k: math.nan if v is None and k in _NUMBERS else v for k, v in row.items()}
+    return Ablation(**known)
+
+
 @dataclass
 class AblationsResult(StudyResult):
     """The outcome of `run_ablations`.
@@ -180,6 +193,11 @@ class AblationsResult(StudyResult):
         """Everything, as JSON types."""
         rows = [asdict(row) for row in self.rows]
         return {"study": "ablations", "model": self.model, "examples": self.examples, "rows": rows}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AblationsResult:
+        """What `to_dict` wrote, also after a file, where numbers that are not finite are None."""
+        return cls([_read(row) for row in values["rows"]], values["examples"], values["model"])
 
     def table(self) -> str:
         """A table for each block."""
@@ -226,6 +244,7 @@ def run_ablations(
     *,
     factors: FactorsConfig | None = None,
     batch_size: int = 16,
+    parts: Path | None = None,
 ) -> AblationsResult:
     """Run every point of a grid. If a point fails, its row says why.
 
@@ -236,6 +255,7 @@ def run_ablations(
         attributes: the attributes of the examples; None measures no factors.
         factors: the settings of the measurement.
         batch_size: how many examples a forward pass takes.
+        parts: a folder where the points of finished PEFs are kept; a run that was interrupted goes on there.
 
     Raises:
         ValueError: if the attributes do not have one value for each example.
@@ -246,20 +266,46 @@ def run_ablations(
     """
     if attributes is not None and len(attributes.values) != len(dataset):
         raise ValueError(f"the dataset has {len(dataset)} examples, but the attributes have {len(attributes.values)}")
-    order = sorted(range(len(grid)), key=lambda i: repr(grid[i].fisher))  # PEFs in common are made once
+    groups: dict[str, list[int]] = {}  # points with the same PEFs, which are made once
+    for i, point in enumerate(grid):
+        groups.setdefault(repr(point.fisher), []).append(i)
     rows: dict[int, Ablation] = {}
-    made: tuple[FisherConfig, PEFs, float] | None = None
-    for i in order:
-        point = grid[i]
+    for number_of_group, members in enumerate(groups.values()):
+        points = [grid[i] for i in members]
+        made_with = {
+            "points": [
+                {**vars(p), **{k: getattr(p, k).to_dict() for k in ("fisher", "decomposition")}} for p in points
+            ],
+            "model": analyzer.weights(),
+            "examples": len(dataset),
+            "factors": asdict(factors or FactorsConfig()) if attributes is not None else None,
+            "batch_size": batch_size,
+        }
+        compute = partial(_group, analyzer, dataset, points, attributes, factors, batch_size)
+        part = kept_part(parts, f"pefs-{number_of_group}", made_with, compute)
+        rows |= zip(members, (_read(row) for row in part["rows"]), strict=True)
+    return AblationsResult([rows[i] for i in range(len(grid))], len(dataset), model_name(analyzer.provenance()))
+
+
+def _group(
+    analyzer: NPEFFAnalyzer,
+    dataset: Any,
+    points: Sequence[Setting],
+    attributes: Attributes | None,
+    factors: FactorsConfig | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """The rows of points with the same PEFs; what fails is reported in its row."""
+    made: tuple[PEFs, float] | None = None
+    rows = []
+    for point in points:
         try:
-            if made is None or made[0] != point.fisher:
-                made = None
-                made = (point.fisher, *_pefs(analyzer, dataset, point.fisher, batch_size))
-            rows[i] = _measure(point, made[1], made[2], attributes, factors)
+            made = made or _pefs(analyzer, dataset, point.fisher, batch_size)
+            rows.append(_measure(point, *made, attributes, factors))
         except (ValueError, NPEFFError, FloatingPointError) as error:
             logger.warning("%s, %s: %s", point.block, point.varied, error)
-            rows[i] = Ablation(point.block, point.varied, failed=str(error))
-    return AblationsResult([rows[i] for i in range(len(grid))], len(dataset), model_name(analyzer.provenance()))
+            rows.append(Ablation(point.block, point.varied, failed=str(error)))
+    return {"rows": [asdict(row) for row in rows]}
 
 
 def _pefs(analyzer: NPEFFAnalyzer, dataset: Any, fisher: FisherConfig, batch_size: int) -> tuple[PEFs, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,15 @@ from hf_npeff.baselines.activations import (
 )
 from hf_npeff.baselines.gradient_clustering import GradientClustering, prediction_gradients
 from hf_npeff.baselines.method import MethodResult, check_enough
+from hf_npeff.baselines.row_dictionaries import (
+    Readings,
+    gradient_atoms,
+    gradient_autoencoder,
+    line_clusters,
+    pef_dictionary,
+    pef_nmf,
+)
+from hf_npeff.baselines.row_directions import row_interventions
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.heads import finds_last_by_padding
@@ -28,7 +37,8 @@ from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.measures import aurocs
-from hf_npeff.studies.settings import ComparisonConfig
+from hf_npeff.studies.rival_settings import RivalsConfig
+from hf_npeff.studies.settings import RIVALS, ComparisonConfig
 from hf_npeff.weights.directions import ParameterDirection
 
 
@@ -41,14 +51,19 @@ class Comparison:
         seeds: {method: the coefficients of its fits with further seeds}.
         pefs: the PEFs, if NPEFF is among the methods; otherwise None.
         pefs_seconds: the processor time for the PEFs; 0 if they were given.
-        decomposition: NPEFF's decomposition with the first seed, or None.
+        decompositions: NPEFF's decompositions, one for each seed.
     """
 
     methods: list[MethodResult]
     seeds: dict[str, list[Tensor]] = field(default_factory=dict)
     pefs: PEFs | None = None
     pefs_seconds: float = 0.0
-    decomposition: Decomposition | None = None
+    decompositions: list[Decomposition] = field(default_factory=list)
+
+    @property
+    def decomposition(self) -> Decomposition | None:
+        """The first of NPEFF's."""
+        return self.decompositions[0] if self.decompositions else None
 
 
 def fit_methods(
@@ -77,7 +92,7 @@ def fit_methods(
         check_enough(len(dataset), config.n_components, "n_components")
     comparison = Comparison([], pefs=pefs)
     wanted = config.wanted
-    if "npeff" in wanted or "gradient_clustering" in wanted:
+    if {"npeff", "gradient_clustering", *RIVALS} & set(wanted):
         _fit_gradients(analyzer, dataset, config, comparison)
     if {"sae", "kmeans", "nmf"} & set(wanted):
         _fit_activations(analyzer, dataset, config, comparison)
@@ -125,7 +140,7 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
                 n_restarts=config.n_restarts,
                 seed=seed,
             )
-            comparison.decomposition = comparison.decomposition or decomposition
+            comparison.decompositions.append(decomposition)
             seconds = comparison.pefs_seconds + time.process_time() - started
             fits.append(MethodResult.of_decomposition(decomposition, seconds=seconds))
         kept = comparison.decomposition
@@ -138,21 +153,79 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
             return directions
 
         _add(comparison, [replace(fits[0], interventions=lift), *fits[1:]])
+    if set(_ON_PEFS) & set(config.wanted):
+        _fit_rivals(analyzer, dataset, pefs, config, comparison, comparison.pefs_seconds)
+    if not {"gradient_clustering", "gradient_atoms", "gradient_autoencoder"} & set(config.wanted):
+        return
+    started = time.process_time()
+    other, gradients = prediction_gradients(analyzer, dataset, like=pefs, batch_size=config.batch_size)
+    to_gradients = time.process_time() - started
     if "gradient_clustering" in config.wanted:
-        started = time.process_time()
-        other, gradients = prediction_gradients(analyzer, dataset, like=pefs, batch_size=config.batch_size)
-        to_gradients = time.process_time() - started
         soft, hard = [], []
         for seed in _seeds(config):
             started = time.process_time()
             estimator = GradientClustering(config.n_components, n_restarts=config.n_restarts, seed=seed)
             clusters = estimator.fit(gradients)
             seconds = to_gradients + time.process_time() - started
-            settings: dict[str, Any] = {"seconds": seconds, "batch_size": config.batch_size}
-            soft.append(clusters.result(other, dataset, **settings))
-            hard.append(clusters.result(other, dataset, hard=True, **settings))
+            # Its directions are made selective, as those of NPEFF are
+            switches = row_interventions(other, gradients, dataset, clusters.mixing, clusters.hard, config.batch_size)
+            soft.append(replace(clusters.result(seconds=seconds), interventions=switches))
+            hard.append(replace(clusters.result(hard=True, seconds=seconds), interventions=switches))
         _add(comparison, soft)
         _add(comparison, hard)
+    _fit_rivals(other, dataset, gradients, config, comparison, to_gradients)
+
+
+_OF_RIVALS = RivalsConfig()
+_FITS: dict[str, tuple[str, str, Callable[[PEFs, ComparisonConfig, int], Readings]]] = {
+    "line_clusters": (
+        "gradient clustering, all rows",
+        "alone",
+        lambda rows, config, seed: line_clusters(rows, config.n_components, seed=seed, n_restarts=config.n_restarts),
+    ),
+    "pef_dictionary": (
+        "dictionary learning on PEFs",
+        "alone",
+        lambda rows, config, seed: pef_dictionary(
+            rows, config.n_components, alpha=_OF_RIVALS.dictionary_alpha, seed=seed
+        ),
+    ),
+    "pef_nmf": ("NMF on PEFs", "competing", lambda rows, config, seed: pef_nmf(rows, config.n_components, seed=seed)),
+    "gradient_atoms": (
+        "Gradient Atoms",
+        "alone",
+        lambda rows, config, seed: gradient_atoms(
+            rows, config.n_components, alpha=_OF_RIVALS.atoms_alpha, ridge=_OF_RIVALS.atoms_ridge, seed=seed
+        ),
+    ),
+    "gradient_autoencoder": (
+        "autoencoder of gradients",
+        "alone",
+        lambda rows, config, seed: gradient_autoencoder(
+            rows, config.n_components, k=_OF_RIVALS.gradient_k, steps=_OF_RIVALS.sae_steps, seed=seed
+        ),
+    ),
+}
+"""{method: (its row, its reading, its fit)}. Settings, and the better reading of each, are those of seed 10 of the
+planted cues, which no study measures (docs/studies/minimal_pairs/settings_planted_cues.json)."""
+_ON_PEFS = ("line_clusters", "pef_dictionary", "pef_nmf")
+
+
+def _fit_rivals(
+    analyzer: NPEFFAnalyzer, dataset: Any, rows: PEFs, config: ComparisonConfig, comparison: Comparison, to_rows: float
+) -> None:
+    """The rivals on these rows: PEFs, or gradients, which have one row an example."""
+    for name in (n for n in RIVALS if n in config.wanted and (n in _ON_PEFS) == (rows is comparison.pefs)):
+        row, reading, fit = _FITS[name]
+        fits = []
+        for seed in _seeds(config):
+            started = time.process_time()
+            found = fit(rows, config, seed)
+            assert found.mixing is not None
+            seconds = to_rows + time.process_time() - started
+            lift = row_interventions(analyzer, rows, dataset, found.mixing, found.competing, config.batch_size)
+            fits.append(MethodResult(row, getattr(found, reading).float(), seconds, lift, {"reading": reading}))
+        _add(comparison, fits)
 
 
 def _fit_activations(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConfig, comparison: Comparison) -> None:

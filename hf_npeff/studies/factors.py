@@ -144,6 +144,18 @@ class FactorsResult(StudyResult):
             "facts": self.facts,
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FactorsResult:
+        """What `to_dict` wrote, also after a file, where numbers that are not finite are None."""
+        config = FactorsConfig(**values["config"])
+        rows = [
+            MethodScore(**{**_known(row), "attributes": [AttributeScore(**_known(a)) for a in row["attributes"]]})
+            for row in values["methods"]
+        ]
+        rest = {key: values[key] for key in ("facts", "selectivity")}
+        n = values["examples"]
+        return cls(rows, values["excluded"], values["missing"], n, ~first_half(n, config.seed), config, **rest)
+
     def table(self) -> str:
         """A table with a row for each method."""
         header = ["method", "features", "mean AUROC", "mean AP", f"found (≥ {self.config.found_at:g})", "at once"]
@@ -231,6 +243,11 @@ def run_factors(
     ]
     diagnostics = {method.name: method.facts for method in methods}
     return FactorsResult(rows, excluded, attributes.missing, n, other_half, config, diagnostics)
+
+
+def _known(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row from a file, whose None were numbers that are not finite."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def first_half(n: int, seed: int) -> Tensor:

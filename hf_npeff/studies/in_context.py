@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.studies.measures import purity
+from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.prompted import first_token
 from hf_npeff.studies.result import StudyResult, markdown, model_name, number
 from hf_npeff.studies.settings import InContextConfig
@@ -106,14 +109,20 @@ class InContextResult(StudyResult):
     Attributes:
         conditions: the conditions, in the order of the prompts.
         relations: for each component, the most common relation of its top examples, with its share.
-        decomposition: the decomposition of all prompts together.
+        model: the model's name.
+        explained: the share of the PEFs that all components together explain.
+        stability: the stability of every component.
         config: the settings.
+        decomposition: the decomposition of all prompts together; None if the result was read from a file.
     """
 
     conditions: list[Condition]
     relations: list[tuple[str, float]]
-    decomposition: Decomposition
+    model: str
+    explained: float
+    stability: list[float]
     config: InContextConfig
+    decomposition: Decomposition | None = None
 
     @property
     def changes(self) -> dict[str, list[int]]:
@@ -136,13 +145,26 @@ class InContextResult(StudyResult):
         return {
             "study": "in_context",
             "config": asdict(self.config),
-            "model": model_name(self.decomposition.info),
-            "explained": self.decomposition.explained,
-            "stability": self.decomposition.stability.tolist(),
+            "model": self.model,
+            "explained": self.explained,
+            "stability": self.stability,
             "relations": self.relations,
             "conditions": [asdict(c) for c in self.conditions],
             "changes": self.changes,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> InContextResult:
+        """What `to_dict` wrote, also after a file."""
+        config = {**values["config"], "shots": tuple(values["config"]["shots"])}
+        return cls(
+            [Condition(**each) for each in values["conditions"]],
+            [(name, share) for name, share in values["relations"]],
+            values["model"],
+            values["explained"],
+            values["stability"],
+            InContextConfig(**config),
+        )
 
     def table(self) -> str:
         """A table with a row for each condition: accuracy, norms, and the components with the largest shares."""
@@ -190,6 +212,7 @@ def run_in_context(
     config: InContextConfig | None = None,
     *,
     pairs: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    parts: Path | None = None,
 ) -> InContextResult:
     """Decompose the same queries under several numbers of demonstrations.
 
@@ -197,6 +220,7 @@ def run_in_context(
         analyzer: the analyzer of a causal language model, with its tokenizer.
         config: settings.
         pairs: the pairs of words and answers, as for `in_context_prompts`.
+        parts: the folder in which the result is kept; the next run with the same settings reads it from there.
 
     Raises:
         ValueError: if the model predicts no tokens, or a relation has too few pairs.
@@ -210,6 +234,22 @@ def run_in_context(
     if traits_of(analyzer.head).task != "causal-lm" or analyzer.processing_class is None:
         raise ValueError("in-context learning needs a causal language model and its tokenizer")
     config = config or InContextConfig()
+    if parts is None:
+        return _decomposed(analyzer, config, pairs)
+    made_with: dict[str, Any] = {
+        "config": asdict(config),
+        "fisher": analyzer.fisher.to_dict(),
+        "model": analyzer.weights(),
+    }
+    made_with["pairs"] = None if pairs is None else {name: [*known] for name, known in pairs.items()}
+    compute = partial(_decomposed, analyzer, config, pairs)
+    return InContextResult.from_dict(kept_part(parts, "result", made_with, lambda: compute().to_dict()))
+
+
+def _decomposed(
+    analyzer: NPEFFAnalyzer, config: InContextConfig, pairs: Mapping[str, Sequence[tuple[str, str]]] | None
+) -> InContextResult:
+    assert analyzer.processing_class is not None
     prompts = in_context_prompts(config, pairs)
     pefs = analyzer.compute_pefs(prompts, batch_size=config.batch_size)
     decomposition = analyzer.decompose(
@@ -240,4 +280,12 @@ def run_in_context(
             )
         )
     tops = [purity(component.top_examples(12).columns["relation"]) for component in decomposition]  # as on the page
-    return InContextResult(conditions, [(str(name), share) for name, share in tops], decomposition, config)
+    return InContextResult(
+        conditions,
+        [(str(name), share) for name, share in tops],
+        model_name(decomposition.info),
+        decomposition.explained,
+        decomposition.stability.tolist(),
+        config,
+        decomposition,
+    )

@@ -4,13 +4,15 @@ In a toy model of superposition the mechanism of feature j is column j of W. Com
 W, so they can be compared with the columns. There are two measures: the published one (mean max cosine similarity,
 column by column), and a stricter one, for which a component must leave the other columns alone. The controls are the
 same model with random weights, whose mechanisms are its own columns too, and a dictionary of random directions.
+A language model that has learned induction is the other known mechanism (induction.py).
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.config import FisherConfig
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.studies.induction import one_model
 from hf_npeff.studies.measures import aurocs
 from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.result import StudyResult, markdown, number
@@ -66,20 +69,24 @@ class MechanismsResult(StudyResult):
         toys: a dictionary for each toy and seed: `toy`, `seed`, the `loss` of its training, and `rows`,
             {what was compared with the columns: {measure: value}}.
         config: the settings.
+        induction: what `induction.one_model` returns of every language model that repeats.
     """
 
     toys: list[dict[str, Any]]
     config: MechanismsConfig
+    induction: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
-        return {"study": "mechanisms", "config": asdict(self.config), "toys": self.toys}
+        return {
+            "study": "mechanisms", "config": asdict(self.config), "toys": self.toys, "induction": self.induction
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MechanismsResult:
         """The result from what `to_dict` returned, also after it was written to a file."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["config"].items()}
-        return cls(values["toys"], MechanismsConfig(**given))
+        return cls(values["toys"], MechanismsConfig(**given), values["induction"])
 
     def values(self, toy: str, row: str, measure: str) -> list[float]:
         """The values of one measure of one row, for the seeds that have it."""
@@ -130,7 +137,41 @@ class MechanismsResult(StudyResult):
             f"Made by `hf-npeff study mechanisms -o docs/studies/mechanisms`. x̂ = ReLU(WᵀW x + b), "
             f"{self.config.steps} steps of training on features that are there with probability "
             f"{self.config.probability:g}; PEFs of {self.config.n} such inputs, all outputs, no sketch; as many "
-            f"components as features.\n\n{self.table()}\n\n{_READING}"
+            f"components as features.\n\n{self.table()}\n\n{_READING}{self._induction_page()}"
+        )
+
+    def induction_values(self, row: str, measure: str) -> list[float]:
+        """A measure of the component of repetitions, seed by seed, where it is known."""
+        return [v for each in self.induction if (v := each["rows"][row].get(measure)) is not None]
+
+    def _induction_page(self) -> str:
+        """The section about the language models that repeat."""
+        if not self.induction:
+            return ""
+        body = []
+        for row in self.induction[0]["rows"]:
+            cells = [_shown(self.induction_values(row, measure), 2) for measure in _INDUCTION]
+            reached = [len(self.induction_values(row, name)) for name in _RATIOS]
+            asked = any(name in each["rows"][row] for each in self.induction for name in _RATIOS)
+            both = " and ".join(f"{n} of {len(self.induction)}" for n in reached)
+            body.append([row, *cells, both if asked else "–"])
+        accuracy = {k: _shown([each["accuracy"][k] for each in self.induction], 2) for k in ("repetitions", "chains")}
+        told = {row: _shown(self.induction_values(row, "coefficients"), 2) for row in self.induction[0]["rows"]}
+        ours, random = (_shown(self.induction_values("NPEFF", name), 1) for name in _RATIOS)
+        return (
+            "\n## A language model that repeats\n\n"
+            "One component stands for induction, though not for it alone. Its coefficients tell the sequences that "
+            f"repeat from the others with an AUROC of {told['NPEFF']}; the best of as many random directions has "
+            f"{told['random directions']}, and a component of untrained weights {told['NPEFF, weights untrained']}. A "
+            f"step along its direction moves the predictions of repetitions {ours} times as far as those of the other "
+            f"sequences; along a random direction, {random} times. Figures are means and ranges over "
+            f"{len(self.induction)} models.\n\n"
+            "Two layers with attention and MLPs, trained to predict sequences of which half repeat a random "
+            "permutation of tokens, which only attention to an earlier copy can predict (induction, Olsson et al. "
+            "2022), and half follow a table of successors nine times in ten. The last token of "
+            f"{self.config.induction_n} sequences is analysed, with 16 components. Accuracy there: repetitions "
+            f"{accuracy['repetitions']}, chains {accuracy['chains']}.\n\n"
+            f"{markdown(['directions', *_INDUCTION.values(), 'KL reached'], body)}\n\n{_READING_INDUCTION}"
         )
 
 
@@ -154,15 +195,33 @@ _READING = """How to read it:
 """
 
 
-def _shown(values: list[float]) -> str:
+_RATIOS = ("ratio", "ratio of a random direction")
+_INDUCTION = {
+    "coefficients": "AUROC, coefficients",
+    "alignments": "AUROC, alignments",
+    "attention": "in attention",
+    "attention of others": "others in attention",
+    "ratio": "KL ratio",
+    "ratio of a random direction": "KL ratio, random",
+}
+_READING_INDUCTION = """- The component is chosen on one half of the sequences and measured on the other.
+- **In attention** is the share of its squared norm that lies in the attention's weights, beside the mean of the other
+  components: the circuit of induction is made of attention, successors need none.
+- **KL ratio** is that of its selective direction, on fresh sequences: mean KL on repetitions over that on chains, at
+  the step where the former is 0.3 nats. The last column says on how many models that was reached, by the component's
+  direction and by a random one.
+"""
+
+
+def _shown(values: list[float], digits: int = 3) -> str:
     if not values:
         return "–"
-    mean = number(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ({number(min(values))}–{number(max(values))})"
+    mean = number(statistics.mean(values), digits)
+    return mean if len(values) == 1 else f"{mean} ({number(min(values), digits)}–{number(max(values), digits)})"
 
 
 def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None = None) -> MechanismsResult:
-    """Train toy models of superposition and compare components with their columns.
+    """Train toy models of superposition and a language model that repeats, and compare components with what is known.
 
     Args:
         config: the settings.
@@ -170,7 +229,7 @@ def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None
 
     Example:
         >>> from hf_npeff.studies.settings import MechanismsConfig
-        >>> small = MechanismsConfig(toys=("4-2",), steps=5, n=40, n_restarts=1, seeds=1)
+        >>> small = MechanismsConfig(toys=("4-2",), steps=5, n=40, n_restarts=1, seeds=1, induction_steps=0)
         >>> list(run_mechanisms(small).toys[0]["rows"])[0]
         'NPEFF'
     """
@@ -179,12 +238,26 @@ def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None
     for name, (features, hidden) in zip(config.names, config.sizes, strict=True):
         for seed in range(config.seeds):
             settings = {**asdict(config), "toys": name, "seeds": None, "seed": seed}
+            for other in ("induction_steps", "induction_n", "induction_seeds"):
+                del settings[other]
 
             def compute(toy: str = name, k: int = features, m: int = hidden, number: int = seed) -> dict[str, Any]:
                 return {"toy": toy, "seed": number, **_one_toy(config, k, m, number)}
 
             toys.append(kept_part(parts, f"{name}-{seed}", settings, compute))
-    return MechanismsResult(toys, config)
+    if not config.induction_steps:
+        return MechanismsResult(toys, config)
+    steps, n, restarts = config.induction_steps, config.induction_n, config.n_restarts
+    repeating = [
+        kept_part(
+            parts,
+            f"induction-{seed}",
+            {"steps": steps, "n": n, "n_restarts": restarts, "seed": seed},
+            partial(one_model, steps, n, restarts, seed),
+        )
+        for seed in range(config.induction_seeds)
+    ]
+    return MechanismsResult(toys, config, repeating)
 
 
 def _one_toy(config: MechanismsConfig, features: int, hidden: int, seed: int) -> dict[str, Any]:

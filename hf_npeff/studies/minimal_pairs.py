@@ -9,6 +9,7 @@ far, and −1 if the right feature does not rise. Then the two halves change pla
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,16 +155,15 @@ def summary(margins: Sequence[Margin], *, draws: int = 2000, seed: int = 0) -> d
         raise ValueError("a summary needs at least one pair")
     names = sorted({m.attribute for m in margins})
     bases = sorted({m.base for m in margins})
-    sums, hits, counts = (torch.zeros(len(bases), len(names), dtype=torch.float64) for _ in range(3))
+    place_of = {base: i * len(names) for i, base in enumerate(bases)}
+    column_of = {name: i for i, name in enumerate(names)}
+    totals = [[0.0] * (len(bases) * len(names)) for _ in range(3)]
     for m in margins:
-        place = bases.index(m.base), names.index(m.attribute)
-        sums[place] += m.margin
-        hits[place] += m.hit
-        counts[place] += 1
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(bases), (draws, len(bases)), generator=generator)
-    weights = torch.zeros(draws, len(bases), dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(weights))
+        place = place_of[m.base] + column_of[m.attribute]
+        for total, value in zip(totals, (m.margin, m.hit, 1.0), strict=True):
+            total[place] += value
+    sums, hits, counts = torch.tensor(totals, dtype=torch.float64).reshape(3, len(bases), len(names))
+    weights = _drawn(len(bases), draws, seed)
     means = (weights @ sums) / (weights @ counts)  # an attribute that no drawn base has is left out of that draw
     low, high = torch.quantile(means.nanmean(1), torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
     by_attribute = (sums.sum(0) / counts.sum(0)).tolist()
@@ -175,6 +175,14 @@ def summary(margins: Sequence[Margin], *, draws: int = 2000, seed: int = 0) -> d
         "pairs": len(margins),
         "attributes": dict(zip(names, by_attribute, strict=True)),
     }
+
+
+@functools.lru_cache(maxsize=8)  # every method of a study is asked about the same bases
+def _drawn(n: int, draws: int, seed: int) -> Tensor:
+    """How often each of n bases is in each bootstrap sample (draws, n)."""
+    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(draws, n, dtype=torch.float64)
+    return weights.scatter_add_(1, drawn, torch.ones_like(weights))
 
 
 def shuffled(have: Tensor, seed: int) -> Tensor:

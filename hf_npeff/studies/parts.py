@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ def kept_part(
     folder: Path | None, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """A part of a study. It is read from its file if that has the same settings; otherwise it is computed and kept.
+
+    The file also has the processor seconds that the part took, of all threads.
 
     Args:
         folder: the folder of the parts, or None to keep nothing.
@@ -31,7 +34,10 @@ def kept_part(
         if kept.get("settings") == made_with:
             part: dict[str, Any] = kept["part"]
             return part
-    text = json.dumps(finite({"settings": made_with, "part": compute()}), indent=1, ensure_ascii=False) + "\n"
+    started = time.process_time()
+    made = compute()
+    content = {"settings": made_with, "processor seconds": round(time.process_time() - started, 1), "part": made}
+    text = json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n"
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())

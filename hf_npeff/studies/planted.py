@@ -9,8 +9,10 @@ two or more act at once. Labels are partly random, so that the model is never ce
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +24,19 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import best_layer, fit_methods
 from hf_npeff.studies.factors import FactorsResult, first_half, run_factors
+from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.result import StudyResult, markdown, number
-from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, PlantedConfig
+from hf_npeff.studies.settings import METHODS, RIVALS, ComparisonConfig, FactorsConfig, PlantedConfig
 
 _PAD, CLS, SEP = 0, 1, 2  # the first numbers of a vocabulary of its own
 FIRST_CUE = 3
 """The id of the first token that is a cue; it comes after the special tokens."""
 TARGETS = r".*attention\.self\.value"
-"""The value projections of both layers. They carry what attention copies, and so a cue acts through them. NPEFF and
-gradient clustering use the same ones."""
-COMPARISON = ComparisonConfig(n_components=16, power=0.5, n_restarts=8, batch_size=64)
+"""The value projections of both layers. They carry what attention copies, and so a cue acts through them. All
+methods on rows use the same ones."""
+COMPARISON = ComparisonConfig(
+    n_components=16, methods=(*METHODS[:-1], *RIVALS, METHODS[-1]), power=0.5, n_restarts=8, batch_size=64
+)
 """Chosen on the tasks of seeds 10 and 11; the study uses seeds 0 to 4."""
 
 
@@ -142,6 +147,20 @@ class PlantedResult(StudyResult):
             "factors": [f.to_dict() for f in self.factors],
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PlantedResult:
+        """What `to_dict` wrote, also after a file."""
+        given = values["comparison"].items()
+        comparison: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
+        return cls(
+            values["seeds"],
+            [FactorsResult.from_dict(each) for each in values["factors"]],
+            values["model_errors"],
+            values["layers"],
+            PlantedConfig(**values["config"]),
+            ComparisonConfig(**comparison),
+        )
+
     def table(self) -> str:
         """A table with a row for each method and a column for each seed."""
         rows = []
@@ -171,11 +190,19 @@ def run_planted(
     *,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     found_at: float = 0.9,
+    parts: Path | None = None,
 ) -> PlantedResult:
     """Train a model on planted heuristics for every seed, and count the cues that every method finds.
 
     The activation methods read the layer at which the autoencoder finds most cues on the half where features are
     chosen.
+
+    Args:
+        config: the settings of the task.
+        comparison: those of the methods.
+        seeds: of the task and of everything fitted to it.
+        found_at: the AUROC from which a cue counts as found.
+        parts: a folder where every finished seed is kept; a run that was interrupted goes on there.
 
     Raises:
         ValueError: if there are no seeds.
@@ -191,14 +218,16 @@ def run_planted(
         raise ValueError("the study needs at least one seed")
     results, errors, layers = [], [], []
     for seed in seeds:
-        scores, error, layer = _one_seed(replace(config, seed=seed), replace(comparison, seed=seed), found_at)
-        results.append(scores)
-        errors.append(error)
-        layers.append(layer)
+        task, methods = replace(config, seed=seed), replace(comparison, seed=seed)
+        made_with = {"task": asdict(task), "comparison": asdict(methods), "found_at": found_at}
+        part = kept_part(parts, f"seed-{seed}", made_with, partial(_one_seed, task, methods, found_at))
+        results.append(FactorsResult.from_dict(part["factors"]))
+        errors.append(part["error"])
+        layers.append(part["layer"])
     return PlantedResult(list(seeds), results, errors, layers, config, comparison)
 
 
-def _one_seed(config: PlantedConfig, comparison: ComparisonConfig, found_at: float) -> tuple[FactorsResult, float, int]:
+def _one_seed(config: PlantedConfig, comparison: ComparisonConfig, found_at: float) -> dict[str, Any]:
     model, error = planted_model(config)
     rows = planted_sentences(config, config.n, seed=3000 + config.seed)
     dataset = [{"id": str(i), "input_ids": row["input_ids"]} for i, row in enumerate(rows)]
@@ -210,4 +239,4 @@ def _one_seed(config: PlantedConfig, comparison: ComparisonConfig, found_at: flo
         choose = first_half(config.n, config.seed) & (attributes.counts >= 2)
         layer = best_layer(analyzer, dataset, attributes, comparison, choose=choose)
     compared = fit_methods(analyzer, dataset, replace(comparison, layer=layer))
-    return run_factors(compared.methods, attributes, measured), error, layer
+    return {"factors": run_factors(compared.methods, attributes, measured).to_dict(), "error": error, "layer": layer}

@@ -7,6 +7,7 @@ weights, the weights move along it. A feature of activations is removed from the
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -247,22 +248,26 @@ def switch(
         with intervention.applied_to(forward.model, scale):
             return before.kl_to(predict(forward, examples, config.batch_size))
 
-    def kl(scale: float, before: Predictions, examples: Sequence[Example]) -> float:
-        return float(each(scale, before, examples).mean())
+    @functools.cache  # the step that a search ends at was tried in it
+    def on_top(scale: float) -> Tensor:
+        return each(scale, before_top, top)
+
+    def mean_on_top(scale: float) -> float:
+        return float(on_top(scale).mean())
 
     along_weights = isinstance(intervention, ParameterDirection)
     limit = intervention.norm_in(forward.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
     start = min(0.05, limit) if along_weights else 1.0  # only where the search begins
+    ahead, reached = find_scale(mean_on_top, config.target_kl, start, limit, rounds=12)
     # The other sign has about the same step
-    ahead, reached = find_scale(lambda s: kl(s, before_top, top), config.target_kl, start, limit, rounds=12)
-    back, reached_back = find_scale(lambda s: kl(-s, before_top, top), config.target_kl, start, limit, rounds=12)
+    also = ahead if reached else start
+    back, reached_back = find_scale(lambda s: mean_on_top(-s), config.target_kl, also, limit, rounds=12)
     steps = [(ahead, reached), (-back, reached_back)]
     measured = []
     for scale, reached in steps:
-        on_top = each(scale, before_top, top)
-        a, b = float(on_top.mean()), kl(scale, before_others, others)
+        a, b = mean_on_top(scale), float(each(scale, before_others, others).mean())
         # A tenth of what was aimed at counts as moved
-        ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((on_top >= config.target_kl / 10).double().mean())
+        ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((on_top(scale) >= config.target_kl / 10).double().mean())
         measured.append({"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached, "moved": moved})
     best = max(measured, key=lambda m: (m["reached"], m["ratio"]))
-    return {**best, "ablated": None if along_weights else kl(1.0, before_top, top)}
+    return {**best, "ablated": None if along_weights else mean_on_top(1.0)}

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from hf_npeff.config import Balance
 
 METHODS = ("npeff", "gradient_clustering", "sae", "kmeans", "nmf", "random")
+"""Those of every comparison, if nothing else is asked for."""
+RIVALS = ("line_clusters", "gradient_atoms", "gradient_autoencoder", "pef_dictionary", "pef_nmf")
+"""Further methods on the same rows; see baselines/row_dictionaries.py."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class ComparisonConfig:
 
     Attributes:
         n_components: the number of components, clusters or features of every method.
-        methods: which methods to fit: npeff, gradient_clustering, sae, kmeans, nmf, random; None fits all.
+        methods: which methods to fit. None fits npeff, gradient_clustering, sae, kmeans, nmf and random; there are also
+            line_clusters, gradient_atoms, gradient_autoencoder, pef_dictionary and pef_nmf.
         power: the power γ of NPEFF's PEFs, as in DecompositionConfig.
         balance: how NPEFF balances modules, as in DecompositionConfig.
         n_restarts: the number of restarts of NPEFF, of k-means and of gradient clustering.
@@ -71,8 +75,8 @@ class ComparisonConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.wanted) - set(METHODS)):
-            raise ValueError(f"the methods {unknown} do not exist; the methods are {', '.join(METHODS)}")
+        if unknown := sorted(set(self.wanted) - {*METHODS, *RIVALS}):
+            raise ValueError(f"the methods {unknown} do not exist; the methods are {', '.join((*METHODS, *RIVALS))}")
         if not self.wanted or min(self.n_components, self.n_restarts, self.seeds, self.sae_expansion) < 1:
             raise ValueError(
                 "n_components, n_restarts, seeds and sae_expansion must be at least 1, and there must be a method"
@@ -263,6 +267,9 @@ class MechanismsConfig:
         n: the number of examples to analyse; examples that are all zero are not used.
         n_restarts: the number of restarts of the decomposition.
         seeds: how many toys of each size; their seeds are 0, 1, ….
+        induction_steps: the number of training steps of the language model that repeats; 0 leaves this model out.
+        induction_n: how many of its sequences are analysed.
+        induction_seeds: how many of these models; their seeds are 0, 1, ….
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -276,8 +283,13 @@ class MechanismsConfig:
     n: int = 1000
     n_restarts: int = 8
     seeds: int = 5
+    induction_steps: int = 600
+    induction_n: int = 300
+    induction_seeds: int = 3
 
     def __post_init__(self) -> None:
+        if self.induction_steps < 0 or self.induction_n < 2 or self.induction_seeds < 1:
+            raise ValueError("induction_steps must be at least 0, induction_n at least 2, induction_seeds at least 1")
         for features, hidden in self.sizes:
             if not 1 <= hidden < features:
                 raise ValueError(f"a toy of {features} features needs 1 to {features - 1} dimensions, not {hidden}")

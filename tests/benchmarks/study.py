@@ -1,0 +1,168 @@
+"""Everything that docs/studies.md shows, in one command: `make study`.
+
+Every study keeps its finished parts in `docs/studies/NAME/parts`, so a run that was interrupted goes on there, and a
+run after which nothing changed ends within a minute. Two studies run at a time, each on one thread. Two of them are of
+a language model under thousands of prompts and need a GPU; without one their tables and figures are drawn again from
+the results that are kept in git.
+
+    make study                                     # everything
+    make study ARGS="--only planted mechanisms"    # some of it
+    make study ARGS="--data first_names"           # one data set of the comparison and of the fair readings
+
+At the end docs/studies/seconds.json is written: processor seconds of every part that this machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+STUDIES = Path("docs/studies")
+SECONDS = STUDIES / "seconds.json"
+NAMES = (
+    "comparison",
+    "mechanisms",
+    "modular_addition",
+    "minimal_pairs",
+    "planted",
+    "ratings",
+    "whitening",
+    "in_context",
+    "ablations",
+)
+_PAIRS = ("planted_cues", "home_assistant", "word_relations")
+
+
+def ours(*arguments: str) -> list[str]:
+    """The command `hf-npeff study`, in this interpreter."""
+    return [sys.executable, "-m", "hf_npeff", "study", *arguments]
+
+
+def commands(name: str, further: Sequence[str], gpu: bool) -> list[list[str]]:
+    """What makes one study; its output is docs/studies/NAME.
+
+    Args:
+        name: of `NAMES`.
+        further: arguments of the comparison's command.
+        gpu: whether there is one.
+    """
+    output = ["-o", str(STUDIES / name)]
+    if name == "comparison":
+        places = ["--output", str(STUDIES / "comparison"), "--fair-output", str(STUDIES / "fair")]
+        return [[sys.executable, "examples/04_fine_tune_and_compare.py", *places, *further]]
+    if name in ("modular_addition", "ratings", "whitening"):
+        return [[sys.executable, "-m", f"tests.benchmarks.{'rated' if name == 'ratings' else name}"]]
+    if name == "minimal_pairs":
+        return [ours(name, *(word for each in _PAIRS for word in ("--data", each)), *output)]
+    if name in ("mechanisms", "planted"):
+        return [ours(name, *output)]
+    if not gpu:
+        return [[sys.executable, "-m", "tests.benchmarks.study", "--redraw", name]]
+    if name == "in_context":
+        return [ours(name, "--queries", "20", "--rank", "4", "--device-map", "cuda", *output)]
+    model, prompts = (str(Path("runs/study") / each) for each in ("model", "prompts.jsonl"))
+    grid = ["--grid", str(STUDIES / "ablations" / "grid.yaml"), "--attributes", "relation"]
+    return [
+        [sys.executable, "-m", "tests.benchmarks.study", "--save-demo", "runs/study"],
+        ours(name, model, prompts, *grid, "--device-map", "cuda", "--batch-size", "32", *output),
+    ]
+
+
+def redraw(name: str, folder: Path = STUDIES) -> None:
+    """Table and figure of a study from its kept result.json.
+
+    Raises:
+        ValueError: if the study is not one that can be read from a file.
+    """
+    from hf_npeff.studies.ablations import AblationsResult
+    from hf_npeff.studies.in_context import InContextResult
+    from hf_npeff.studies.planted import PlantedResult
+
+    readers = {"ablations": AblationsResult, "in_context": InContextResult, "planted": PlantedResult}
+    if name not in readers:
+        raise ValueError(f"{name} cannot be drawn from a file; {', '.join(readers)} can")
+    path = folder / name
+    values = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    readers[name].from_dict(values).write(path)
+    print(f"{name}: drawn again from {path}/result.json; making it anew needs a GPU", flush=True)
+
+
+def save_demo(folder: Path) -> None:
+    """The demo's language model as a folder, and the prompts of the ablations."""
+    from hf_npeff.demo import load_model
+    from hf_npeff.studies.word_relations import word_relation_prompts
+
+    for part in load_model():
+        part.save_pretrained(folder / "model")
+    rows = word_relation_prompts(32)  # of every relation, as docs/studies.md says
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def seconds_of_parts(folder: Path = STUDIES) -> dict[str, dict[str, float]]:
+    """{study: {part: processor seconds}} of the parts that are here and know it."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("*/parts/*.json")):
+        taken = json.loads(path.read_text(encoding="utf-8")).get("processor seconds")
+        if taken is not None:
+            found.setdefault(path.parts[-3], {})[path.stem] = taken
+    return found
+
+
+def minutes(seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """How long everything takes, study by study, as docs/studies.md says it."""
+    totals = {name: sum(parts.values()) / 60 for name, parts in seconds.items()}
+    each = ", ".join(f"{name.replace('_', ' ')} {total:.0f}" for name, total in totals.items())
+    return f"{sum(totals.values()):.0f} minutes of one core ({each})"
+
+
+def run(several: Sequence[Sequence[str]]) -> None:
+    """Run commands one after another, each on one thread.
+
+    Raises:
+        CalledProcessError: if one fails.
+    """
+    for command in several:
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def main() -> None:
+    """Run the studies that are asked for, and note how long their parts took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=NAMES)
+    parser.add_argument("--data", nargs="*", default=[], help="data sets of the comparison, which alone is run then")
+    parser.add_argument(
+        "--what", nargs="*", default=[], help="comparison or fair; the comparison's command alone is run"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="studies at a time, each on one thread")
+    parser.add_argument("--redraw", help=argparse.SUPPRESS)
+    parser.add_argument("--save-demo", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.redraw:
+        redraw(given.redraw)
+        return
+    if given.save_demo:
+        save_demo(given.save_demo)
+        return
+    import torch
+
+    gpu = torch.cuda.is_available()
+    passed = {"--data": given.data, "--what": given.what}
+    further = [word for option, values in passed.items() if values for word in (option, *values)]
+    names = given.only or (("comparison",) if further else NAMES)
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(lambda name: run(commands(name, further, gpu)), names))
+    kept = json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.is_file() else {}
+    for name, parts in seconds_of_parts().items():
+        kept[name] = {**kept.get(name, {}), **parts}
+    SECONDS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    print(minutes(kept), flush=True)
+
+
+if __name__ == "__main__":
+    main()
