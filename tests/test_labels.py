@@ -149,6 +149,24 @@ def test_several_labels_are_right_together_or_not() -> None:
     assert report.best.top_accuracy == pytest.approx(tuple(expected))
 
 
+@pytest.mark.parametrize("name", ["labels", "topics"])
+def test_vectors_of_labels_need_a_problem_type(name: str) -> None:
+    """Oracle: transformers, whose loss for such labels makes the same model one of independent labels."""
+    model = tiny_model("bert", num_labels=3, dtype=torch.float32)
+    data = [{"text": text, name: [1.0, 0.0, float(i % 2)]} for i, text in enumerate(TEXTS)]
+    analyzer = analyzer_of(model, tiny_tokenizer(), rank=3, storage_dtype="float32")
+    with pytest.raises(ValueError, match=r"problem_type.*multi_label_classification"):
+        analyzer.compute_pefs(data, label_column=name)
+    before = analyzer.compute_pefs([{"text": text} for text in TEXTS])
+    model(torch.tensor([[9, 10, 11]]), labels=torch.tensor([data[0][name]]))
+    assert model.config.problem_type == "multi_label_classification"
+    after = analyzer_of(model, tiny_tokenizer(), rank=3, storage_dtype="float32").compute_pefs(data, label_column=name)
+    assert not torch.allclose(after.norms, before.norms, rtol=0.1)
+    model.config.problem_type = "single_label_classification"
+    softmax = analyzer_of(model, tiny_tokenizer(), rank=3, storage_dtype="float32")
+    assert torch.equal(softmax.compute_pefs(data, label_column=name).norms, before.norms)
+
+
 def test_tagged_words_are_right_token_by_token() -> None:
     """Oracle: the model's own tags of the first tokens, one text at a time; a tag that is no class is no label."""
     words = [text.split() for text in TEXTS]

@@ -80,6 +80,24 @@ def truth_of(
     return Truth(classes, "none of the labels is a class of the model")
 
 
+def check_vectors(column: Sequence[Any], k: int) -> None:
+    """Check that labels are not vectors of k numbers, for a classifier whose config does not say what it predicts.
+
+    transformers takes the same labels for k independent ones: it sets `problem_type` in the config with the first loss,
+    and the model then predicts something else than a distribution over k classes.
+
+    Raises:
+        ValueError: if they are.
+    """
+    for value in map(_unpacked, column):
+        if isinstance(value, list) and len(value) == k > 1 and all(isinstance(x, int | float) for x in value):
+            raise ValueError(
+                f"the labels are vectors of {k} numbers, such as {value}, and the model's config does not say what "
+                "they are: set model.config.problem_type to 'multi_label_classification' (each is predicted by "
+                "itself), 'single_label_classification' (one class of all) or 'regression'"
+            )
+
+
 def _why_from_one(values: Sequence[Any], model_names: Mapping[int, str] | None, k: int) -> str | None:
     """Why whole numbers cannot be class numbers: they count from 1, or seem to. None if they can."""
     real = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]

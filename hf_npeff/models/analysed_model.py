@@ -45,6 +45,8 @@ from hf_npeff.weights.lifting import align
 
 logger = logging.getLogger(__name__)
 
+_SEEN = 8
+"""Examples whose labels are looked at for their form, which is the same for all examples of a data set."""
 _Self = TypeVar("_Self", bound="AnalysedModel")
 
 
@@ -354,8 +356,8 @@ class AnalysedModel:
             columns: the columns to keep with the results.
 
         Raises:
-            ValueError: if the data is empty, cannot be encoded, it is not clear which columns to read, or the column of
-                labels has no labels.
+            ValueError: if the data is empty, cannot be encoded, it is not clear which columns to read, the column of
+                labels has no labels, or its labels are vectors and the config of a classifier does not say of what.
         """
         check_default_device()
         records = records_of(dataset, max_examples, self.needs.image_token)
@@ -369,6 +371,7 @@ class AnalysedModel:
         )
         if given.label_column is not None:
             examples.check_labelled(given.label_column)
+        self.description.check_problem_type(examples[:_SEEN], examples.encoded.label_column)
         return examples
 
     @property

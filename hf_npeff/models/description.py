@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
-from hf_npeff.encoding.labels import IGNORED
+from hf_npeff.encoding.labels import IGNORED, check_vectors
 from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.bare_model import base_of
 from hf_npeff.fisher.distributions import Softmax
+from hf_npeff.fisher.heads import TransformersHead
 from hf_npeff.fisher.output_factors import rows_per_example
 from hf_npeff.fisher.outputs import OutputHead, traits_of
 from hf_npeff.weights.outcomes import labels_of
@@ -106,6 +107,24 @@ class ModelDescription:
             return str(names.get(value, value)) if predictions.dim() == 1 else str(value)
 
         return [shown(value) for value in predictions.tolist()]
+
+    def check_problem_type(self, examples: Sequence[Example], column: str | None) -> None:
+        """Check that the config says what a classifier predicts, if the labels of the examples are vectors.
+
+        Args:
+            examples: a few examples.
+            column: the column of labels; None looks at those that transformers reads, `labels` and `label`.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        config: Any = base_of(self.model).config
+        head = self.head
+        if not isinstance(head, TransformersHead) or head.task != "sequence-classification":
+            return
+        if getattr(config, "problem_type", None) is None and head.distribution is Softmax:
+            names = ("labels", "label") if column is None else (column,)
+            check_vectors([e.columns.get(name) for e in examples for name in names], int(config.num_labels))
 
     def truth_of(self, examples: Sequence[Example], encoded: Encoded) -> list[Any]:
         """The label of every example in the form of the model's predictions (classes, tokens or numbers), or None.
