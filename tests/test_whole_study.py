@@ -8,7 +8,7 @@ import pytest
 
 from hf_npeff.studies.in_context import InContextResult
 from hf_npeff.studies.planted import PlantedResult
-from tests.benchmarks import study
+from tests.benchmarks import study, whitening
 from tests.test_docs import REPOSITORY
 
 STUDIES = REPOSITORY / "docs" / "studies"
@@ -43,6 +43,13 @@ def test_tables_are_those_of_the_kept_results() -> None:
     for name, reader in (("planted", PlantedResult), ("in_context", InContextResult)):
         result = reader.from_dict(json.loads((STUDIES / name / "result.json").read_text(encoding="utf-8")))
         assert result.table() + "\n" == (STUDIES / name / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_whitening_is_that_of_the_kept_results() -> None:
+    """Identity: the committed README.md, made again from result.json."""
+    folder = REPOSITORY / whitening.FOLDER
+    kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert whitening.page(kept) == (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_seconds_of_parts_add_up(tmp_path: Path) -> None:
