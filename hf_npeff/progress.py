@@ -54,6 +54,22 @@ def current() -> Progress:
     return _CURRENT.get() or Progress()
 
 
+def _hidden() -> bool:
+    # Only the first of several processes shows a bar.
+    return not progress_wanted() or os.environ.get("RANK", "0") != "0"
+
+
+def training(what: str, steps: int) -> Iterator[int]:
+    """The steps 0, 1, … of a training loop, with a progress bar after five seconds unless an operation has one.
+
+    Args:
+        what: what is being trained, as shown beside the bar.
+        steps: the number of steps.
+    """
+    hidden = _CURRENT.get() is not None or _hidden()
+    yield from tqdm(range(steps), desc=f"training {what}", unit="step", delay=SECONDS, disable=hidden)
+
+
 @contextmanager
 def working(what: str, examples: int) -> Iterator[Progress]:
     """Show the progress of an operation after five seconds; inside another operation, the outer bar continues.
@@ -66,10 +82,7 @@ def working(what: str, examples: int) -> Iterator[Progress]:
     if outer is not None:
         yield Progress()
         return
-    hidden = (
-        not progress_wanted() or os.environ.get("RANK", "0") != "0"
-    )  # only the first of several processes shows a bar
-    with tqdm(total=examples, desc=what, unit="example", delay=SECONDS, disable=hidden) as bar:
+    with tqdm(total=examples, desc=what, unit="example", delay=SECONDS, disable=_hidden()) as bar:
         token = _CURRENT.set(Progress(bar))
         try:
             yield current()

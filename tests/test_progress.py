@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, progress
-from hf_npeff.progress import current, working
+from hf_npeff.progress import current, training, working
 from tests.tiny import tiny_batch, tiny_model
 
 TOLD = re.compile(r"([^\r\n]*?): *(\d+)%\|[^|]*\| (\d+)/(\d+) \[")
@@ -49,6 +49,16 @@ def test_long_work_is_told_and_short_work_is_not(told: Callable[[], Any], monkey
         current().count(10)
     assert told() == {}
     current().count(1)  # where nothing is going on, nothing happens
+
+
+def test_training_counts_its_steps_unless_it_is_inside_another_operation(told: Callable[[], Any]) -> None:
+    """Oracle: by hand. The steps are those of a range; inside another operation only that has a bar."""
+    assert list(training("a toy", 3)) == [0, 1, 2]
+    assert told() == {"training a toy": (3, 3)}
+    with working("comparing", 1):
+        assert list(training("a toy", 3)) == [0, 1, 2]
+        current().count(1)
+    assert told() == {"comparing": (1, 1)}
 
 
 def test_every_operation_says_what_it_does_and_reaches_its_end(told: Callable[[], Any]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_npeff.baselines.activations import FeatureAblation, Position, Site, hidden_states
 from hf_npeff.baselines.method import MethodResult
+from hf_npeff.progress import training
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class SparseAutoencoder:
         optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))
         used = torch.zeros(m, dtype=torch.bool)
         last = max(1, config.steps // 5)  # the rate falls to 0 over the last fifth
-        for step in range(config.steps):
+        for step in training("an autoencoder", config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * min(1.0, (config.steps - step) / last)
             x = X[torch.randint(len(X), (min(config.batch_size, len(X)),), generator=generator)]

@@ -29,6 +29,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.fisher.predictions import predict
 from hf_npeff.pefs.store import PEFs
+from hf_npeff.progress import training
 from hf_npeff.studies.rival_settings import RivalsConfig
 from hf_npeff.studies.word_relations import package_folder
 
@@ -105,7 +106,7 @@ def _fine_tune(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], st
         return [group[int(b * len(group))] for a, b in places for group in [groups[int(a * len(groups))]]]
 
     _fit_head(model, tokenizer, drawn(_HEAD_EXAMPLES))
-    for _ in range(steps):
+    for _ in training("MiniLM", steps):
         batch = drawn(_EXAMPLES_A_STEP)
         loss = nn.functional.binary_cross_entropy_with_logits(
             model(**_encoded(tokenizer, batch)).logits, torch.tensor([row["targets"] for row in batch])

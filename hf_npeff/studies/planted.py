@@ -21,6 +21,7 @@ from torch import nn
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.config import FisherConfig
+from hf_npeff.progress import training
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import best_layer, fit_methods
 from hf_npeff.studies.factors import FactorsResult, first_half, run_factors
@@ -91,7 +92,7 @@ def planted_model(config: PlantedConfig) -> tuple[nn.Module, float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=config.steps)
     generator = torch.Generator().manual_seed(config.seed)
     model.train()
-    for _ in range(config.steps):
+    for _ in training("a model of planted cues", config.steps):
         batch = torch.randint(len(ids), (64,), generator=generator)  # usual for so small a model
         loss = nn.functional.binary_cross_entropy_with_logits(model(input_ids=ids[batch]).logits, targets[batch])
         optimiser.zero_grad()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_npeff.progress import training
+
 _WEIGHT_DECAY = 0.01
 """The usual weight decay of AdamW, as in the published toys."""
 
@@ -83,7 +85,7 @@ def train_superposition(
     generator = torch.Generator().manual_seed(10_000 + seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
     last, errors = max(1, steps // 10), []
-    for step in range(steps):
+    for step in training("a toy model", steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)  # falls to 0, so that columns converge
         x = sparse_features(batch_size, k, probability, generator)
