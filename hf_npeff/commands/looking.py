@@ -140,9 +140,9 @@ def _line(component: Component, associations: dict[str, Any], count: int) -> tup
 def _score(associations: dict[str, Any]) -> str:
     """The accuracy on a component's examples, and on the others in brackets; for regression, the error."""
     if (accuracy := associations["accuracy"]) is not None:
-        return "{:.0%} ({:.0%})".format(*accuracy)
+        return "{:.0%} (others {:.0%})".format(*accuracy)
     if (error := associations["error"]) is not None:
-        return "error {:.3g} ({:.3g})".format(*error)
+        return "error {:.3g} (others {:.3g})".format(*error)
     return "–"
 
 
