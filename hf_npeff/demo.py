@@ -220,7 +220,7 @@ def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationR
         title=f"KL on top examples against others, in nats: median ratio {median:.1f}, lowest {ratios[0]:.1f}"
     )
     for header in ("", "relation", "step", "KL top", "KL others", "ratio", "random", "answers changed: top, others"):
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
     for j, report in reports.items():
         best = report.best
         table.add_row(
@@ -229,8 +229,8 @@ def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationR
             f"{best.scale:+.3f}",
             f"{best.top:.2f}",
             f"{best.others:.3f}",
-            f"[bold]{best.ratio:.1f}[/] ({best.interval[0]:.0f}–{best.interval[1]:.0f})",
-            f"{report.random.ratio:.1f} (KL {report.random.top:.4f})",
+            f"[bold]{best.ratio:.0f}[/] ({best.interval[0]:.0f}–{best.interval[1]:.0f})",
+            f"{report.random.ratio:.1f}",
             f"{best.top_flips or 0:.0%}, {best.other_flips or 0:.0%}",
         )
     return table
