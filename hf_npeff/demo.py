@@ -220,7 +220,7 @@ def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationR
         title=f"KL on top examples against others, in nats: median ratio {median:.1f}, lowest {ratios[0]:.1f}"
     )
     for header in ("", "relation", "step", "KL top", "KL others", "ratio", "random", "answers changed: top, others"):
-        table.add_column(header, overflow="fold")
+        table.add_column(header, overflow="fold", min_width=len("comparative") if header == "relation" else None)
     for j, report in reports.items():
         best = report.best
         table.add_row(
