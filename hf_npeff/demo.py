@@ -217,10 +217,11 @@ def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationR
     ratios = sorted(report.ratio for report in reports.values())
     median = torch.tensor(ratios).quantile(0.5).item()
     table = Table(
-        title=f"KL on top examples against others, in nats: median ratio {median:.1f}, lowest {ratios[0]:.1f}"
+        title=f"KL on top examples against others, in nats: median ratio {median:.0f}, lowest {ratios[0]:.0f}",
+        caption="random: the ratio of a random change of equal norm; changed: answers of top examples, of others",
     )
-    for header in ("", "relation", "step", "KL top", "KL others", "ratio", "random", "answers changed: top, others"):
-        table.add_column(header, overflow="fold", min_width=len("comparative") if header == "relation" else None)
+    for header in ("", "relation", "step", "KL on top", "KL on others", "ratio", "random", "changed"):
+        table.add_column(header, overflow="fold", no_wrap=header in ("relation", "step", "ratio", "changed"))
     for j, report in reports.items():
         best = report.best
         table.add_row(
@@ -229,7 +230,7 @@ def _report_table(decomposition: Decomposition, reports: dict[int, PerturbationR
             f"{best.scale:+.3f}",
             f"{best.top:.2f}",
             f"{best.others:.3f}",
-            f"[bold]{best.ratio:.0f}[/] ({best.interval[0]:.0f}–{best.interval[1]:.0f})",
+            f"[bold]{best.ratio:.0f}[/]\n({best.interval[0]:.0f}–{best.interval[1]:.0f})",
             f"{report.random.ratio:.1f}",
             f"{best.top_flips or 0:.0%}, {best.other_flips or 0:.0%}",
         )
