@@ -25,14 +25,17 @@ FILES = ("py.typed", "sharing/templates/decomposition.md", "report/page_files/pa
          "studies/prompts/pick.txt", "studies/task_files/sst2.yaml", "studies/templates/rating.html")  # fmt: skip
 """Some of what is no module."""
 
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The README's model; here the name of a folder."""
+
 WORLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from tests.tiny import tiny_model, tiny_tokenizer
-tiny_model("llama", dtype=torch.float32).save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+tiny_model("llama", dtype=torch.float32).save_pretrained(sys.argv[3])
 words = sys.argv[2].split()
-tiny_tokenizer(words=words).save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+tiny_tokenizer(words=words).save_pretrained(sys.argv[3])
 """
 """A tiny model in a folder named as the README's model, which knows the README's words. The package is not imported."""
 
@@ -40,7 +43,7 @@ QUICK_START = """
 {block}
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+base = AutoModelForCausalLM.from_pretrained("{model}")
 PeftModel.from_pretrained(base, "runs/component-0")
 """
 
@@ -135,7 +138,7 @@ def use(python: Path, folder: Path, block: str) -> None:
     for words in ([], ["compute"], ["study"], ["demo"]):
         run(bin_ / "hf-npeff", *words, "--help", folder=folder)
     step("hf-npeff --help")
-    run(python, "-c", QUICK_START.format(block=block), folder=folder)
+    run(python, "-c", QUICK_START.format(block=block, model=MODEL), folder=folder)
     step("the README's Python, and PEFT loads the adapter", (folder / "runs" / "component-0").is_dir())
 
 
@@ -159,7 +162,7 @@ def main() -> None:
         python, home = environment(folder / "user", wheel), folder / "home"
         home.mkdir()
         run(python, "-m", "pip", "check", folder=home)
-        run(python, "-c", WORLD, REPOSITORY, " ".join(words_of(block)), folder=home)
+        run(python, "-c", WORLD, REPOSITORY, " ".join(words_of(block)), MODEL, folder=home)
         use(python, home, block)
         for words, extra in (
             ([python, "-c", PAGE], "viz"),
@@ -178,7 +181,7 @@ def main() -> None:
         run(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", sdist, folder=home)
         again = folder / "again"
         again.mkdir()
-        (home / "org").rename(again / "org")
+        (home / MODEL).parent.rename((again / MODEL).parent)
         use(python, again, block)
     print("a release can be made")
 
