@@ -201,6 +201,11 @@ class Examples(Sequence[Example]):
         if all(value in (None, [], -1) or value != value for value in values):
             raise ValueError(f"label_column={name!r} has no labels: all {self._n} values are missing or −1")
 
+    def first_values(self, name: str, count: int) -> list[Any]:
+        """A column's values of the first examples, read without encoding anything; None where a row lacks it."""
+        rows = [self._records[i] for i in range(min(count, self._n))]
+        return [as_python(at(row, name)) for row in rows]
+
     @property
     def ids(self) -> list[str]:
         """The ids in order, known without encoding anything."""

@@ -371,7 +371,9 @@ class AnalysedModel:
         )
         if given.label_column is not None:
             examples.check_labelled(given.label_column)
-        self.description.check_problem_type(examples[:_SEEN], examples.encoded.label_column)
+        column = examples.encoded.label_column
+        names = ("labels", "label") if column is None else (column,)  # those that transformers reads
+        self.description.check_problem_type([v for name in names for v in examples.first_values(name, _SEEN)])
         return examples
 
     @property

@@ -108,12 +108,11 @@ class ModelDescription:
 
         return [shown(value) for value in predictions.tolist()]
 
-    def check_problem_type(self, examples: Sequence[Example], column: str | None) -> None:
-        """Check that the config says what a classifier predicts, if the labels of the examples are vectors.
+    def check_problem_type(self, labels: Sequence[Any]) -> None:
+        """Check that the config says what a classifier predicts, if labels are vectors.
 
         Args:
-            examples: a few examples.
-            column: the column of labels; None looks at those that transformers reads, `labels` and `label`.
+            labels: the labels of a few examples; None where there is none.
 
         Raises:
             ValueError: if it does not.
@@ -123,8 +122,7 @@ class ModelDescription:
         if not isinstance(head, TransformersHead) or head.task != "sequence-classification":
             return
         if getattr(config, "problem_type", None) is None and head.distribution is Softmax:
-            names = ("labels", "label") if column is None else (column,)
-            check_vectors([e.columns.get(name) for e in examples for name in names], int(config.num_labels))
+            check_vectors(labels, int(config.num_labels))
 
     def truth_of(self, examples: Sequence[Example], encoded: Encoded) -> list[Any]:
         """The label of every example in the form of the model's predictions (classes, tokens or numbers), or None.
