@@ -20,6 +20,8 @@ from hf_npeff import (
 )
 from hf_npeff.config import EditRequest
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.weights import edits
+from hf_npeff.weights import ridge as ridge_of
 from hf_npeff.weights.edits import Functionals, changes_by_id, largest_step, removal
 from hf_npeff.weights.row_space import unscaled_rows
 from tests import reference
@@ -228,6 +230,25 @@ def test_an_edit_that_ends_early_says_so(binary: Made, caplog: pytest.LogCapture
     told = analyzer.edit(pefs, data, change={"e1": 3.0, "e6": -3.0}, ridge=1e-6, iterations=8).info
     ended = [record.args for record in warned_by(caplog, "models.edited_model")]
     assert [args[:2] for args in ended] == [(len(told["steps"]), 8)]  # type: ignore[index]
+
+
+def test_a_ridge_of_cross_validation_that_the_model_refutes_is_raised(
+    binary: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the edits with the same ridges given, of which all but the last are refused."""
+    analyzer, data, pefs = binary
+    change = {"e1": 30.0, "e6": -30.0}
+    monkeypatch.setattr(edits, "_held_out_errors", lambda *_: {ridge: ridge for ridge in ridge_of.RIDGES})
+    made_by_auto = analyzer.edit(pefs, data, change=change).info
+    assert made_by_auto["refused_ridges"] and made_by_auto["refused_ridges"][0] == min(ridge_of.RIDGES)
+    for ridge in made_by_auto["refused_ridges"]:
+        with pytest.raises(edits.NoStepError):
+            analyzer.edit(pefs, data, change=change, ridge=ridge)
+    given = analyzer.edit(pefs, data, change=change, ridge=made_by_auto["ridge"]).info
+    assert given["changes"] == made_by_auto["changes"] and given["refused_ridges"] == []
+    realised = [given["changes"][name]["realised"] for name in change]
+    assert given["reached"] == pytest.approx((realised[0] - realised[1]) / 60) and given["reached"] < 0.5
+    assert [record.args[0] for record in warned_by(caplog, "weights.editing")] == [100 * given["reached"]] * 2  # type: ignore[index]
 
 
 def test_iterations_come_nearer_to_what_is_wanted(binary: Made) -> None:

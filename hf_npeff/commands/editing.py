@@ -75,7 +75,11 @@ def edit(
         [name, str(each["examples"]), *(f"{each[column]:+.3f}" for column in ("wanted", "predicted", "realised"))]
         for name, each in direction.info["changes"].items()
     ]
-    title = f"in {output}: mean change of the log-odds, in nats; the adapter keeps {kept:.0%} of the change"
+    reached = direction.info["reached"]
+    title = (
+        f"in {output}: mean change of the log-odds, in nats; {reached:.0%} of what was wanted is realised; the adapter "
+        f"keeps {kept:.0%} of the change"
+    )
     headers = ("", "examples", "wanted", "predicted", "realised")
     values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report}
     return Result(values, table(title, headers, rows), {"revision": analyzer.revision})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from hf_npeff.config import ComputeRequest, EditRequest, Ridge, Towards
 from hf_npeff.data import Example, Examples
 from hf_npeff.fisher.compute import compute
+from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.preparation import prepare
 from hf_npeff.models.movable_model import MovableModel
@@ -20,17 +22,30 @@ from hf_npeff.pefs.store import PEFs, check_pefs
 from hf_npeff.pefs.weights_identity import check_same_weights
 from hf_npeff.progress import working
 from hf_npeff.weights.directions import ParameterDirection
-from hf_npeff.weights.editing import Goal, goal_of, lift_contrast, outcome_info, sides, step_towards, tried
+from hf_npeff.weights.editing import (
+    Goal,
+    Step,
+    goal_of,
+    lift_contrast,
+    outcome_info,
+    sides,
+    step_towards,
+    tried,
+    warn_of_what_is_not_reached,
+)
 from hf_npeff.weights.edits import STEPS, NoStepError
 from hf_npeff.weights.lifting import align
 from hf_npeff.weights.log_odds import Naming, observe
 from hf_npeff.weights.plans import check_kept
+from hf_npeff.weights.ridge import RIDGES
 
 logger = logging.getLogger(__name__)
 _READ_BY_STEP = 2 + len(STEPS)
 """How often the model reads every example for a step: outcomes and their gradients, lifting, trials."""
 _FIRST = 8
 """The number of examples in the self-test when rows are computed again with a known sketch."""
+_NEXT_RIDGE = 10
+"""The factor from a ridge that is too small to the next one. Chosen: half as many ridges as cross-validation tries."""
 
 
 class EditedModel(MovableModel):
@@ -127,7 +142,7 @@ class EditedModel(MovableModel):
             keep: PEFs of other data that should be left alone too; they need the same sketch and weights.
             ridge: regularisation of the change, as a share of the largest eigenvalue of the rows' Gram matrix; more
                 makes the change smaller and less exact. "auto" chooses the value with the least error on held-out
-                examples, in the sketch.
+                examples, in the sketch, and larger ones if the model does not do what this one predicts.
             iterations: how often to solve. Each further iteration computes the rows at the new weights and solves for
                 what is still missing. The PEFs in `keep` are not computed again.
             memory_budget: bytes for solving, as in `lift`.
@@ -136,8 +151,9 @@ class EditedModel(MovableModel):
 
         Returns:
             A direction with a natural scale of 1: `applied_to(model)` and `to_adapter(rank)` make the change. `info`
-            has the wanted, predicted and realised changes by group or id; the share of the wanted change that the rows
-            express; the ridge with its cross-validated error; and the step.
+            has the wanted, predicted and realised changes by group or id; `reached`, the share of the wanted changes
+            that is realised (below a half there is a warning); the share of the wanted change that the rows express;
+            the ridge with its cross-validated error, and the smaller ones that were refused; and the step.
 
         Raises:
             IncompatibleSketchError: if PEFs, `keep` and the model do not fit together.
@@ -179,7 +195,6 @@ class EditedModel(MovableModel):
         self, pefs: PEFs, examples: list[Example], goal: Goal, request: EditRequest, weights: dict[str, Any]
     ) -> ParameterDirection:
         """Steps towards a goal, one after the other."""
-        sketch, device = self._own_sketch(), self._solver_device()
         total: ParameterDirection | None = None
         predicted = torch.zeros(len(examples), dtype=torch.float64)
         info: dict[str, Any] = {}
@@ -190,10 +205,8 @@ class EditedModel(MovableModel):
             with moved, self.forward_pass() as forward:
                 if number:
                     rows = self._rows_again(pefs, examples, request.batch_size, weights)
-                step, now = step_towards(forward, rows, examples, goal, request, sketch, device)
-                direction = self.direction_of(step.deltas, {"weights": weights}, unit=False)
                 try:
-                    length, errors = tried(forward, direction, examples, goal, now, step, request)
+                    step, direction, length, errors = self._step(forward, rows, examples, goal, request, weights)
                 except NoStepError as error:
                     if total is None:
                         raise
@@ -211,7 +224,45 @@ class EditedModel(MovableModel):
         if request.remove:
             made["towards"] = request.towards
         total.info.update(made | outcome_info(goal, after, predicted))
+        warn_of_what_is_not_reached(total.info)
         return total
+
+    def _step(
+        self,
+        forward: ForwardPass,
+        rows: PEFs,
+        examples: list[Example],
+        goal: Goal,
+        request: EditRequest,
+        weights: dict[str, Any],
+    ) -> tuple[Step, ParameterDirection, float, dict[str, float]]:
+        """The solution at the present weights, its direction, its length, and the errors of the lengths tried.
+
+        Cross-validation chooses the ridge from linear predictions. If the model refutes them, "auto" goes on to larger
+        ridges, which make smaller changes.
+
+        Raises:
+            NoStepError: if no length does what was predicted.
+        """
+        refused: list[float] = []
+        at: Ridge = request.ridge
+        while True:
+            with_ridge = replace(request, ridge=at)
+            step, now = step_towards(
+                forward, rows, examples, goal, with_ridge, self._own_sketch(), self._solver_device()
+            )
+            direction = self.direction_of(step.deltas, {"weights": weights}, unit=False)
+            try:
+                length, errors = tried(forward, direction, examples, goal, now, step, with_ridge)
+            except NoStepError as error:
+                at = _NEXT_RIDGE * step.info["ridge"]
+                if request.ridge != "auto" or at > max(RIDGES):
+                    raise
+                logger.info("the ridge %.1g is too small, and a larger one is tried: %s", step.info["ridge"], error)
+                refused.append(step.info["ridge"])
+                continue
+            step.info["refused_ridges"] = refused
+            return step, direction, length, errors
 
     def _rows_again(self, pefs: PEFs, examples: list[Example], batch_size: int, weights: Mapping[str, Any]) -> PEFs:
         """The rows of the same examples at the model's present weights."""

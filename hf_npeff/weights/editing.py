@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,10 @@ from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observ
 from hf_npeff.weights.plans import check_kept
 from hf_npeff.weights.row_space import combined_rows, row_space
 from hf_npeff.weights.selective import most_different
+
+logger = logging.getLogger(__name__)
+_HALF = 0.5
+"""An edit that realises less than this share of the wanted changes gets a warning. Chosen: less is nearer to none."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,20 @@ def tried(
     return largest_step(goal.missing(now), step.predicted, change_at, step.info.get("ridge"))
 
 
+def warn_of_what_is_not_reached(info: Mapping[str, Any]) -> None:
+    """Warn if an edit with this `info` realises less than half of the wanted changes."""
+    if info["reached"] < _HALF:
+        logger.warning(
+            "the edit realises %.0f%% of the wanted changes. Its ridge is %.1g, its steps are %s of the solutions, and "
+            "the rows express %.0f%% of these changes. A smaller ridge, more iterations or PEFs of a larger rank may "
+            "reach more; smaller changes are reached more easily",
+            100 * info["reached"],
+            info["ridge"],
+            " and ".join(f"{step:g}" for step in info["steps"]),
+            100 * info["expressible"],
+        )
+
+
 def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, Any]:
     """The wanted, predicted and realised changes by group or id, and the KL of the examples."""
     wanted = goal.wanted
@@ -139,6 +158,7 @@ def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, An
     kl = goal.before.predictions.kl_to(after.predictions)
     info: dict[str, Any] = {
         "changes": {name: {"examples": n, "wanted": w, "predicted": p, "realised": r} for name, n, w, p, r in rows},
+        "reached": wanted.reached(realised),
         "kl": float(kl[~others].mean()),
     }
     if bool(others.any()):

@@ -64,6 +64,13 @@ class Wanted:
         sums = torch.zeros(number, dtype=torch.float64).index_add_(0, self.groups[which], values[which].double())
         return sums / torch.bincount(self.groups[which], minlength=number).clamp_min(1)
 
+    def reached(self, realised: Tensor) -> float:
+        """The share of the wanted changes that was realised, by group: Σ n w r / Σ n w². It is 1 for all of them."""
+        sizes = torch.bincount(self.groups[self.groups >= 0], minlength=len(self.names)).double()
+        wanted, means = self.means(self.changes), self.means(realised)
+        scale = float((sizes * wanted.square()).sum())
+        return float((sizes * wanted * means).sum()) / scale if scale else 1.0
+
     def error(self, realised: Tensor, predicted: Tensor) -> float:
         """The difference between realised and predicted changes (n,) by group, as a share of the predicted ones."""
         sizes = torch.bincount(self.groups[self.groups >= 0], minlength=len(self.names)).double()
