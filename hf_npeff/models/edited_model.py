@@ -255,9 +255,10 @@ class EditedModel(MovableModel):
             try:
                 length, errors = tried(forward, direction, examples, goal, now, step, with_ridge)
             except NoStepError as error:
-                at = _NEXT_RIDGE * step.info["ridge"]
-                if request.ridge != "auto" or at > max(RIDGES):
+                larger = _NEXT_RIDGE * step.info["ridge"]
+                if request.ridge != "auto" or larger > max(RIDGES):
                     raise
+                at = larger
                 logger.info("the ridge %.1g is too small, and a larger one is tried: %s", step.info["ridge"], error)
                 refused.append(step.info["ridge"])
                 continue
