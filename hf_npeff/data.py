@@ -126,7 +126,7 @@ class Examples(Sequence[Example]):
         first = self._records[0]
         heavy = any(name in first for name in (*MODEL_INPUTS, "image", "img"))
         rows = [self._records[i] for i in range(1 if heavy else min(self._n, SAMPLE))]
-        names = _class_names(getattr(self._records, "features", None))
+        names = class_names(getattr(self._records, "features", None))
         record = encoded_as(rows, reading or Reading(), needs or ModelNeeds(), names)
         tensors = functools.partial(_tensor_inputs, task=(needs or ModelNeeds()).task)
         self._encoder = Encoder(record, processing_class, needs or ModelNeeds(), tensors)
@@ -212,7 +212,7 @@ class Examples(Sequence[Example]):
         return list(self._ids)
 
 
-def _class_names(features: Any) -> dict[str, list[str]]:
+def class_names(features: Any) -> dict[str, list[str]]:
     """{column: names of its classes} of a data set of `datasets`, for single labels and for lists of them."""
     names = {}
     for column, feature in dict(features or {}).items():

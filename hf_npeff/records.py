@@ -14,12 +14,41 @@ from hf_npeff.images import rows_with_images
 from hf_npeff.padding import without_padding
 
 
+class Rows(list[Any]):
+    """Rows of a data set of `datasets` that was read through something else, with its features.
+
+    Attributes:
+        features: the data set's features, which have the names of its classes.
+    """
+
+    def __init__(self, rows: Sequence[Any], features: Any):
+        super().__init__(rows)
+        self.features = features
+
+
 def records_of(dataset: Any, max_examples: int | None, image_token: int | None = None) -> Any:
-    """Any data set → a sequence of dictionaries.
+    """Any data set → a sequence of dictionaries, with `features` if it, or the data set below it, has any.
 
     Raises:
         ValueError: if the format is unknown, or it has no length and `max_examples` is not given.
     """
+    records = _records_of(dataset, max_examples, image_token)
+    features = features_of(dataset)
+    return Rows(records, features) if features and isinstance(records, list) else records
+
+
+def features_of(dataset: Any) -> Any:
+    """The features of a data set of `datasets`, also below a DataLoader or a torch `Subset`; None if there are none."""
+    while dataset is not None:
+        features = getattr(dataset, "features", None)
+        if isinstance(features, Mapping):
+            return features
+        dataset = getattr(dataset, "dataset", None)
+    return None
+
+
+def _records_of(dataset: Any, max_examples: int | None, image_token: int | None) -> Any:
+    """`records_of`, without features."""
     if hasattr(dataset, "encoded") and hasattr(dataset, "ids"):
         raise ValueError("expected a dataset, got Examples; pass the data set that they were made from")
     if isinstance(dataset, str):

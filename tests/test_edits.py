@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor
@@ -219,6 +221,32 @@ def test_an_edit_towards_the_highest_moves_only_the_other_side(binary: Made) -> 
         gap, left = (float(values[label & cue].mean() - values[label & ~cue].mean()) for values in (before, after))
         assert gap > 0 and abs(left) < 0.5 * gap
         assert float((after - before)[label & cue].abs().mean()) < 0.3 * gap
+
+
+@pytest.mark.parametrize("column", ["label", "wanted"])
+def test_a_column_of_classes_moves_the_classes_of_these_names(column: str) -> None:
+    """Oracle: plain autograd's forward pass. The data set numbers its classes in another order than the model."""
+    analyzer, data, _ = made(num_labels=3, rank=2, id2label={0: "contradiction", 1: "neutral", 2: "entailment"})
+    classes = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
+    rows = [{"id": e["id"], "input_ids": list(e["input_ids"]), column: 2 * (i % 2)} for i, e in enumerate(data)]
+    dataset = datasets.Dataset.from_list(rows).cast_column(column, classes)
+    pefs = analyzer.compute_pefs(dataset)
+    before, after = [], []
+    direction = analyzer.edit(pefs, dataset, change={"e2": 0.1, "e3": 0.1}, outcome=column, ridge=1e-4)
+    for moved, scale in ((before, 0.0), (after, 1.0)):
+        with direction.applied_to(analyzer.model) if scale else contextlib.nullcontext():
+            moved += [float(log_odds(analyzer, data[i : i + 1], y)[0]) for i, y in ((2, 2), (3, 0))]
+    for a, b in zip(before, after, strict=True):
+        assert b - a == pytest.approx(0.1, rel=0.2)
+
+
+def test_labels_that_count_from_one_are_no_outcomes(binary: Made) -> None:
+    """Oracle: planted: 1 and 2 of a model with the classes 0 and 1; class 1 would be the second for one, 2 for none."""
+    analyzer, data, pefs = binary
+    pefs = pefs[:]
+    pefs.columns["grade"] = [1 + e["label"] for e in data]
+    with pytest.raises(ValueError, match=r"'grade'.*counted from 0"):
+        analyzer.edit(pefs, data, change={"e1": 0.1}, outcome="grade")
 
 
 # Steps

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_npeff import NPEFF, PerturbationReport
+from hf_npeff.data import Examples
 from hf_npeff.encoding.columns import columns_of, correctness, with_label_names
 from hf_npeff.encoding.labels import Truth, class_numbers, truth_of
 from hf_npeff.weights.perturbation import PerturbationReport as Report
@@ -111,6 +112,22 @@ def test_accuracy_is_over_the_labelled_examples_by_the_names_of_their_classes() 
         assert accuracy == (None if not known else pytest.approx(tuple(n / len(known) for n in right)))
     n = report.best.top_labelled
     assert f"{n} of {len(report.top_examples)} top examples" in report.labels
+
+
+@pytest.mark.parametrize("kind", ["iterable", "loader", "subset", "subset in a loader"])
+def test_names_of_classes_are_found_below_what_a_data_set_is_read_through(kind: str) -> None:
+    """Oracle: the features of the data set; a list of the same rows has none, and numbers are all there is."""
+    classes = datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": classes})
+    data: Any = datasets.Dataset.from_dict({"sentence": TEXTS, "label": [0, 1, 2] * 2 + [0, 1]}, features=features)
+    read = {
+        "iterable": data.to_iterable_dataset,
+        "loader": lambda: torch.utils.data.DataLoader(data, batch_size=3),
+        "subset": lambda: torch.utils.data.Subset(data, range(4)),
+        "subset in a loader": lambda: torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(4))),
+    }[kind]()
+    assert Examples(read, tiny_tokenizer(), max_examples=4).encoded.label_names == tuple(classes.names)
+    assert Examples(list(data), tiny_tokenizer(), max_examples=4).encoded.label_names is None
 
 
 def test_regression_has_errors_and_no_flips() -> None:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 
 from hf_npeff.config import ComputeRequest, EditRequest, Ridge, Towards
-from hf_npeff.data import Example, Examples
+from hf_npeff.data import Example, Examples, class_names
+from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.compute import compute
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.outputs import traits_of
@@ -21,6 +22,7 @@ from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs, check_pefs
 from hf_npeff.pefs.weights_identity import check_same_weights
 from hf_npeff.progress import working
+from hf_npeff.records import features_of
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.editing import (
     Goal,
@@ -183,7 +185,9 @@ class EditedModel(MovableModel):
         examples = analyzer._examples_of_pefs(pefs, dataset)
         if check_weights:
             analyzer.check_predictions(pefs, examples)
-        naming = Naming(pefs.columns, analyzer.description.label_names, analyzer._encoder())
+        naming = Naming(
+            pefs.columns, analyzer.description.label_names, analyzer._encoder(), _class_names(pefs, dataset)
+        )
         with working("editing", len(examples) * (2 + _READ_BY_STEP * iterations + iterations - 1)):
             with analyzer.forward_pass() as forward:
                 goal = goal_of(forward, pefs, examples, request, naming)
@@ -310,6 +314,13 @@ class EditedModel(MovableModel):
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         return encode
+
+
+def _class_names(pefs: PEFs, dataset: Any) -> dict[str, Sequence[str]]:
+    """{column: the data set's own names of its classes}, of the data set at hand and of the one that was analysed."""
+    record = Encoded.of(pefs.info)
+    read = {} if record is None or record.label_names is None else {str(record.label_column): record.label_names}
+    return {**class_names(features_of(dataset)), **read}
 
 
 def _joined(total: ParameterDirection | None, step: ParameterDirection, length: float) -> ParameterDirection:

@@ -12,7 +12,7 @@ several terms, the mean over its terms is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_npeff.data import Example
+from hf_npeff.encoding.labels import truth_of
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.distributions import Distribution, Softmax
 from hf_npeff.fisher.forward import ForwardPass
@@ -50,11 +51,13 @@ class Naming:
         columns: {name: values} of the examples.
         labels: {number: name} of the classes, or None.
         encode: text → token ids, for a language model; otherwise None.
+        class_names: {column: the data set's own names of its classes, in the order of their numbers}.
     """
 
     columns: Mapping[str, Sequence[Any]]
     labels: Mapping[str, str] | None
     encode: Callable[[str], list[int]] | None
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def outcomes_of(outcome: int | str | None, naming: Naming, n: int, kind: type[Distribution], k: int) -> list[int]:
@@ -83,9 +86,30 @@ def outcomes_of(outcome: int | str | None, naming: Naming, n: int, kind: type[Di
         missing = [i for i, value in enumerate(values) if value is None or value != value]
         if missing:
             raise ValueError(f"the column {outcome!r} has no value for {len(missing)} of {n} examples: {missing[:5]}")
+        if kind is Softmax and naming.encode is None and naming.labels is not None:
+            return _classes(outcome, values, naming, k)
         known = {value: _number(value, naming, k) for value in set(values)}
         return [known[value] for value in values]
     return [_number(outcome, naming, k)] * n
+
+
+def _classes(name: str, column: Sequence[Any], naming: Naming, k: int) -> list[int]:
+    """The model's classes of a column, read like labels: by name where the data set has its own names.
+
+    Raises:
+        ValueError: if a label is not a class of the model, or it is not clear which.
+    """
+    names = {int(number): str(word) for number, word in (naming.labels or {}).items()}
+    truth = truth_of(column, Softmax.name, k, naming.class_names.get(name), names)
+    if truth.why_none is not None:
+        raise ValueError(f"the column {name!r} does not say which outcomes are meant: {truth.why_none}")
+    if missing := [i for i, value in enumerate(truth.values) if value is None]:
+        some = [column[i] for i in missing[:3]]
+        raise ValueError(
+            f"the column {name!r} names no class of the model for {len(missing)} examples, which have {some} there; "
+            f"the model has {k} outcomes"
+        )
+    return list(truth.values)
 
 
 def _number(outcome: Any, naming: Naming, k: int) -> int:
