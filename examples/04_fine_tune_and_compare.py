@@ -26,6 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.baselines.activations import Site, hidden_states
+from hf_npeff.baselines.method import MethodResult
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.comparison import Comparison, best_layer, fit_methods
 from hf_npeff.studies.datasets import first_names, home_assistant, human_rights, split_by_group
@@ -36,7 +37,7 @@ from hf_npeff.studies.overview import overview
 from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.probes import by_kind, diagnose, over_data_sets
 from hf_npeff.studies.rival_settings import FairConfig
-from hf_npeff.studies.selectivity import SelectivityResult, run_selectivity
+from hf_npeff.studies.selectivity import SelectivityResult, SwitchedFeature, run_selectivity
 from hf_npeff.studies.settings import METHODS, RIVALS, ComparisonConfig, FactorsConfig, SelectivityConfig
 from hf_npeff.studies.word_relations import package_folder
 
@@ -50,6 +51,7 @@ COMPARISON = ComparisonConfig(
 )
 MEASURED = FactorsConfig()
 SWITCHING = SelectivityConfig(max_attributes=5, n_others=32)
+SIGNS = "chosen on the other half"
 FAIR = FairConfig()
 WHAT = ("comparison", "fair")
 ROOTED = "NPEFF, power 0.5"
@@ -191,7 +193,7 @@ def compare(task: Task, output: Path) -> str:
     low = {f"activations of layer {LOW}": states[1]}
     why = diagnose(states[0], found.pefs, rooted.decomposition, task.attributes, MEASURED, probed=low)
     say(task.name, "factors are measured")
-    selectivity = run_selectivity(task.analyzer, found.methods, task.dataset, task.attributes, factors, SWITCHING)
+    selectivity = switched(task, found.methods, factors, output.parent / "parts" / "switching")
     factors.selectivity = selectivity.medians()
     factors.write(output / "factors")
     selectivity.write(output / "selectivity")
@@ -207,6 +209,28 @@ def compare(task: Task, output: Path) -> str:
     (output / "facts.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     say(task.name, "done")
     return page(task, layer, factors, selectivity, by_kind(why))
+
+
+def switched(task: Task, methods: list[MethodResult], factors: FactorsResult, parts: Path) -> SelectivityResult:
+    """Switch the features of every method. Methods that are done are kept: this is most of the time."""
+    rows: list[SwitchedFeature] = []
+    excluded: dict[str, str] = {}
+    for place, method in enumerate(methods):
+        features = {score.attribute: score.feature for score in factors.methods[place].attributes}
+        made_with = {**task.facts, "switching": asdict(SWITCHING), "signs": SIGNS, "features": features}
+        one = [method]
+        part = kept_part(
+            parts,
+            f"{task.name}, {method.name}",
+            made_with,
+            lambda one=one: run_selectivity(
+                task.analyzer, one, task.dataset, task.attributes, factors, SWITCHING
+            ).to_dict(),
+        )
+        rows += [SwitchedFeature(**row) for row in part["rows"]]
+        excluded |= part["excluded"]
+        say(task.name, f"{method.name} is switched")
+    return SelectivityResult(rows, excluded, SWITCHING)
 
 
 def say(name: str, step: str) -> None:
@@ -293,7 +317,9 @@ def main() -> None:
         settings = {"steps": arguments.steps, "examples": arguments.examples}
         if "comparison" in arguments.what:
             output = arguments.output / name
-            made_with = {**settings, "comparison": asdict(COMPARISON), "switching": asdict(SWITCHING)}
+            made_with = {
+                **settings, "comparison": asdict(COMPARISON), "switching": asdict(SWITCHING), "signs": SIGNS
+            }  # fmt: skip
             part = kept_part(arguments.output / "parts", name, made_with, lambda t=trained, o=output: compared(t(), o))
             (output / "README.md").write_text(part["page"], encoding="utf-8")
         if "fair" in arguments.what:

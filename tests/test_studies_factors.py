@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer
 from hf_npeff.baselines.method import MethodResult
+from hf_npeff.fisher.predictions import predict
 from hf_npeff.studies.comparison import fit_methods
 from hf_npeff.studies.factors import Attributes, run_factors
 from hf_npeff.studies.measures import (
@@ -20,7 +22,7 @@ from hf_npeff.studies.measures import (
     bootstrap_interval,
 )
 from hf_npeff.studies.result import markdown
-from hf_npeff.studies.selectivity import run_selectivity
+from hf_npeff.studies.selectivity import draw_examples, run_selectivity
 from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, SelectivityConfig
 from tests.tiny import tiny_batch, tiny_model
 
@@ -243,6 +245,39 @@ def test_selectivity_brings_every_method_to_the_same_kl_on_the_same_examples(com
     assert result.table().count("\n") >= 5 and set(result.medians()) <= set(result.methods)
     mine = [row.top - row.others for row in result.rows if row.method == "random"]
     assert result.own_minus_others()["random"] == pytest.approx(sum(mine) / len(mine))
+
+
+def test_the_sign_is_chosen_on_examples_that_are_not_measured(compared: dict[str, Any]) -> None:
+    """Oracle: bisection of both signs on the half on which features are chosen; here the other half says otherwise."""
+    config = SelectivityConfig(target_kl=0.003, n_top=12, n_others=20, batch_size=64)
+    analyzer, halves = compared["analyzer"], compared["factors"].halves
+    method = next(m for m in compared["found"].methods if m.name == "NPEFF")
+    rows = run_selectivity(analyzer, [method], compared["dataset"], compared["attributes"], compared["factors"], config)
+    examples = analyzer.read(compared["dataset"])[:]
+
+    def kl(direction: Any, scale: float, group: list[int]) -> float:
+        chosen = [examples[i] for i in group]
+        with analyzer.forward_pass() as forward:
+            before = predict(forward, chosen, 64)
+            with direction.applied_to(forward.model, scale):
+                return float(before.kl_to(predict(forward, chosen, 64)).mean())
+
+    def better(direction: Any, values: Tensor, half: Tensor, drawn: SelectivityConfig) -> float:
+        top, others = draw_examples(values, half, drawn)
+        ratios = {}
+        for sign in (1.0, -1.0):
+            low, high = 0.0, 8.0
+            for _ in range(14):
+                middle = (low + high) / 2
+                low, high = (middle, high) if kl(direction, sign * middle, top) < 0.003 else (low, middle)
+            ratios[sign] = kl(direction, sign * low, top) / kl(direction, sign * low, others)
+        return max(ratios, key=ratios.__getitem__)
+
+    assert rows.rows and all(row.reached for row in rows.rows)
+    for row in rows.rows:
+        values = compared["attributes"].values[:, compared["attributes"].names.index(row.attribute)]
+        direction = method.interventions([row.feature])[0]  # type: ignore[misc]
+        assert math.copysign(1, row.scale) == better(direction, values, ~halves, config.for_signs)
 
 
 def test_methods_without_interventions_are_reported(compared: dict[str, Any]) -> None:

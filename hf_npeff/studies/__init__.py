@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # at run time a name is imported when it is first asked for, 
     from hf_npeff.studies.factors import run_factors
     from hf_npeff.studies.fair import run_fair
     from hf_npeff.studies.in_context import run_in_context
+    from hf_npeff.studies.likelihood_rater import rate_by_likelihood
     from hf_npeff.studies.mechanisms import run_mechanisms
     from hf_npeff.studies.pair_study import run_minimal_pairs
     from hf_npeff.studies.planted import run_planted
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "load_task": "prompted",
     "make_prompts": "prompted",
     "rate": "raters",
+    "rate_by_likelihood": "likelihood_rater",
     "rate_by_words": "scripted_rater",
     "read_grid": "ablations",
     "run_ablations": "ablations",
@@ -54,6 +56,7 @@ __all__ = [
     "load_task",
     "make_prompts",
     "rate",
+    "rate_by_likelihood",
     "rate_by_words",
     "read_grid",
     "run_ablations",

@@ -9,6 +9,7 @@ Which way a sequence needs is known, and where the circuit lies: induction is ma
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_npeff.baselines.gradient_clustering import lift_combinations
 from hf_npeff.baselines.row_dictionaries import coordinates
 from hf_npeff.baselines.row_directions import combination_of, selective_combinations, unscaled
 from hf_npeff.config import BATCH_SIZE, FisherConfig
+from hf_npeff.data import Example
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.decomposition.estimator import NPEFF
 from hf_npeff.pefs.store import PEFs
@@ -159,15 +161,20 @@ def _component(rows: _Rows, fresh: tuple[Tensor, Tensor], n_restarts: int, seed:
     attention = [_in_attention(lifted.energies()) for lifted in plain]
     measured["attention"] = attention[j]
     measured["attention of others"] = statistics.mean(attention[:j] + attention[j + 1 :])
-    examples = rows.analyzer.read(_prompts(fresh[0]))[:]
     settings = SelectivityConfig()
-    top = [examples[i] for i in fresh[1].nonzero()[: settings.n_top, 0].tolist()]
-    others = [examples[i] for i in (~fresh[1]).nonzero()[: settings.n_others, 0].tolist()]
+    signed_on = _kinds(rows.analyzer.read(rows.data)[:], rows.repeated, settings.for_signs)
+    measured_on = _kinds(rows.analyzer.read(_prompts(fresh[0]))[:], fresh[1], settings)
     for name, change in (("ratio", direction), ("ratio of a random direction", direction.random_like(seed))):
         with rows.analyzer.forward_pass() as forward:
-            switched = switch(forward, change, top, others, settings)
+            switched = switch(forward, change, signed_on, measured_on, settings)
         measured[name] = switched["ratio"] if switched["reached"] else None
     return measured
+
+
+def _kinds(examples: Sequence[Example], repeated: Tensor, settings: SelectivityConfig) -> list[list[Example]]:
+    """The first sequences that repeat, and the first that do not."""
+    counts = ((repeated, settings.n_top), (~repeated, settings.n_others))
+    return [[examples[i] for i in kind.nonzero()[:n, 0].tolist()] for kind, n in counts]
 
 
 def best_of(scores: Tensor, repeated: Tensor) -> tuple[float, int]:

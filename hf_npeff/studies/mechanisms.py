@@ -252,7 +252,7 @@ def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None
         kept_part(
             parts,
             f"induction-{seed}",
-            {"steps": steps, "n": n, "n_restarts": restarts, "seed": seed},
+            {"steps": steps, "n": n, "n_restarts": restarts, "seed": seed, "signs": "on other sequences"},
             partial(one_model, steps, n, restarts, seed),
         )
         for seed in range(config.induction_seeds)

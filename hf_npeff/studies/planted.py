@@ -163,15 +163,14 @@ class PlantedResult(StudyResult):
         )
 
     def table(self) -> str:
-        """A table with a row for each method and a column for each seed."""
+        """A table with a row for each method and a column for each seed; in brackets are ranges over the seeds."""
         rows = []
         for i, (name, counts) in enumerate(self.found().items()):
             scores = [f.methods[i] for f in self.factors]
-            aurocs = sum(s.mean_auroc for s in scores) / len(scores)
             at_once = sum(s.at_once for s in scores) / len(scores)
-            wrong = sum(s.wrong for s in scores) / len(scores)
-            mean = sum(counts) / len(counts)
-            rows.append([name, *counts, number(mean, 1), number(aurocs), number(at_once, 2), number(wrong, 2)])
+            measured = [_with_range([s.mean_auroc for s in scores], 3), number(at_once, 2)]
+            measured.append(_with_range([s.wrong for s in scores], 2))
+            rows.append([name, *counts, number(sum(counts) / len(counts), 1), *measured])
         seeds = [f"seed {seed}" for seed in self.seeds]
         return markdown(["method", *seeds, "mean found", "mean AUROC", "at once", "wrong"], rows)
 
@@ -183,6 +182,11 @@ class PlantedResult(StudyResult):
             axes.scatter([position] * len(counts), counts, color=f"C{position}", s=14)
         axes.set_xticks(range(len(self.found())), list(self.found()), rotation=20, ha="right")
         axes.set(ylabel=f"cues found, of {self.config.cues}", ylim=(0, self.config.cues + 0.5))
+
+
+def _with_range(values: Sequence[float], digits: int) -> str:
+    spread = f" ({number(min(values), digits)}–{number(max(values), digits)})" if len(values) > 1 else ""
+    return f"{number(sum(values) / len(values), digits)}{spread}"
 
 
 def run_planted(

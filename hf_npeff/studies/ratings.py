@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -113,7 +113,12 @@ class RatingStudy:
 
     @classmethod
     def make(
-        cls, methods: Sequence[MethodResult], texts: Sequence[str], config: RatingsConfig | None = None
+        cls,
+        methods: Sequence[MethodResult],
+        texts: Sequence[str],
+        config: RatingsConfig | None = None,
+        *,
+        alike: Sequence[Hashable] | None = None,
     ) -> RatingStudy:
         """Make tasks for features of several methods.
 
@@ -121,11 +126,16 @@ class RatingStudy:
             methods: the results of the methods, each with coefficients for the same n examples.
             texts: the texts of these examples.
             config: the settings.
+            alike: a value of each example, such as its number of words or its label, in which the distractors are to be
+                like the members: they have the members' values in turn. What raters find then does not come from that
+                value.
 
         Raises:
-            ValueError: if a method has another number of examples, or no feature has enough examples.
+            ValueError: if a method or `alike` has another number of examples, or no feature has enough examples.
         """
         config = config or RatingsConfig()
+        if alike is not None and len(alike) != len(texts):
+            raise ValueError(f"alike has {len(alike)} values, but there are {len(texts)} texts")
         rng = random.Random(config.seed)
         made: list[tuple[RatingTask, RatingKey]] = []
         excluded: dict[str, str] = {}
@@ -140,7 +150,7 @@ class RatingStudy:
             for feature in rng.sample(features, len(features)):
                 if count == config.features:
                     break
-                drawn = _task(method, feature, texts, config, rng)
+                drawn = _task(method, feature, texts, config, rng, alike)
                 if isinstance(drawn, str):
                     excluded[f"{method.name}, feature {feature}"] = drawn
                 else:
@@ -229,7 +239,12 @@ class RatingStudy:
 
 
 def _task(
-    method: MethodResult, feature: int, texts: Sequence[str], config: RatingsConfig, rng: random.Random
+    method: MethodResult,
+    feature: int,
+    texts: Sequence[str],
+    config: RatingsConfig,
+    rng: random.Random,
+    alike: Sequence[Hashable] | None = None,
 ) -> tuple[RatingTask, RatingKey] | str:
     """The task of one feature, or the reason why there is none."""
     w = method.coefficients[:, feature].double()
@@ -248,7 +263,15 @@ def _task(
         return f"only {len(distractors)} examples have clearly smaller coefficients than its top {len(top)}"
     rng.shuffle(top)
     shown, members = top[: config.shown], top[config.shown :]
-    choices = [(i, True) for i in members] + [(i, False) for i in rng.sample(distractors, config.distractors)]
+    others = rng.sample(distractors, config.distractors) if alike is None else []
+    for k in range(config.distractors if alike is not None else 0):
+        assert alike is not None
+        value = alike[members[k % len(members)]]
+        left = [i for i in distractors if alike[i] == value and i not in others]
+        if not left:
+            return f"too few examples have clearly smaller coefficients and the value {value!r} of a top one"
+        others.append(rng.choice(left))
+    choices = [(i, True) for i in members] + [(i, False) for i in others]
     rng.shuffle(choices)
     task = RatingTask(f"{rng.getrandbits(64):016x}", [texts[i] for i in shown], [texts[i] for i, _ in choices])
     return task, RatingKey(method.name, feature, [member for _, member in choices])

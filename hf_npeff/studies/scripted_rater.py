@@ -118,8 +118,10 @@ def intruder_by_words(study: RatingStudy) -> Intruder:
     return pick
 
 
-def intruders_found(study: RatingStudy, pick: Intruder) -> dict[str, list[float]]:
+def intruders_found(study: RatingStudy, pick: Intruder, *, most: int | None = None) -> dict[str, list[float]]:
     """{method: for every task the share of its distractors that are found among the texts shown}.
+
+    At most `most` distractors of a task are tried, the first ones; None tries all.
 
     No answer counts as not found. Chance is 1 / (texts shown + 1). The intruder stands at a place that depends on its
     number alone, so that always naming one place finds a share of chance.
@@ -127,7 +129,8 @@ def intruders_found(study: RatingStudy, pick: Intruder) -> dict[str, list[float]
     found: dict[str, list[float]] = {}
     for task in study.tasks:
         key = study.key[task.id]
-        each = [_finds(task, text, i, pick) for i, text in enumerate(task.choices) if not key.members[i]]
+        others = [i for i, member in enumerate(key.members) if not member][:most]
+        each = [_finds(task, task.choices[i], i, pick) for i in others]
         found.setdefault(key.method, []).append(sum(each) / len(each))
     return found
 

@@ -1,13 +1,15 @@
 """How selective features are: KL on an attribute's examples against KL on others when a feature is switched off or on.
 
 All methods are measured on the same examples, at the step (or the degree of ablation) at which the mean KL on the
-attribute's examples reaches the same target. For every method the better of both signs counts. For a direction in the
-weights, the weights move along it. A feature of activations is removed from the hidden state, or added to it.
+attribute's examples reaches the same target. For every method the sign is the better of both on examples of the half on
+which features are chosen; what is measured are examples of the other half. For a direction in the weights, the weights
+move along it. A feature of activations is removed from the hidden state, or added to it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -165,8 +167,9 @@ def run_selectivity(
 ) -> SelectivityResult:
     """Switch every method's feature for every attribute, on the same examples.
 
-    The features are those that `run_factors` chose on the first half. Examples are drawn at random from the other half,
-    so that they do not depend on any method's ranking.
+    The features are those that `run_factors` chose on the first half, and so are their signs: the more selective sign
+    on half as many examples of the first half. Examples to measure on are drawn at random from the other half, so that
+    they do not depend on any method's ranking.
 
     Args:
         analyzer: the analyzer of the model.
@@ -206,11 +209,12 @@ def run_selectivity(
         interventions = dict(zip(distinct, method.interventions(distinct), strict=True))
         for attribute, feature in zip(chosen, features, strict=True):
             values = attributes.values[:, attributes.names.index(attribute)]
-            top, others = draw_examples(values, factors.halves, config)
+            signed_on, measured_on = (
+                [[examples[i] for i in part] for part in draw_examples(values, half, drawn)]
+                for half, drawn in ((~factors.halves, config.for_signs), (factors.halves, config))
+            )
             with analyzer.forward_pass() as forward:
-                switched = switch(
-                    forward, interventions[feature], [examples[i] for i in top], [examples[i] for i in others], config
-                )
+                switched = switch(forward, interventions[feature], signed_on, measured_on, config)
             rows.append(SwitchedFeature(method.name, attribute, feature, **switched))
     return SelectivityResult(rows, excluded, config)
 
@@ -233,41 +237,70 @@ def draw_examples(values: Tensor, half: Tensor, config: SelectivityConfig) -> tu
 def switch(
     forward: ForwardPass,
     intervention: Intervention,
-    top: Sequence[Example],
-    others: Sequence[Example],
+    signed_on: Sequence[Sequence[Example]],
+    measured_on: Sequence[Sequence[Example]],
     config: SelectivityConfig,
 ) -> dict[str, Any]:
-    """Scale both signs of an intervention to the target KL on the top examples, and keep the more selective one.
+    """Choose the more selective sign of an intervention on some examples, and measure it on others.
+
+    Args:
+        forward: the model's passes.
+        intervention: what is scaled to the target KL.
+        signed_on: examples with the attribute, and without it, on which the sign is chosen.
+        measured_on: the same two, which are measured.
+        config: the target and the size of batches.
 
     Returns:
         The fields of `SwitchedFeature` from `scale` on.
     """
-    before_top, before_others = (predict(forward, examples, config.batch_size) for examples in (top, others))
+    chosen = _Switching(forward, intervention, signed_on, config)
+    both = [chosen.at_target(1.0, None)]
+    both.append(chosen.at_target(-1.0, both[0]["scale"] if both[0]["reached"] else None))  # about the same step
+    better = max(both, key=lambda m: (m["reached"], m["ratio"]))
+    measured = _Switching(forward, intervention, measured_on, config)
+    sign = math.copysign(1.0, better["scale"])
+    return measured.at_target(sign, abs(better["scale"]) if better["reached"] else None) | {
+        "ablated": None if measured.along_weights else measured.mean_on_top(1.0)
+    }
 
-    def each(scale: float, before: Predictions, examples: Sequence[Example]) -> Tensor:
-        with intervention.applied_to(forward.model, scale):
-            return before.kl_to(predict(forward, examples, config.batch_size))
 
-    @functools.cache  # the step that a search ends at was tried in it
-    def on_top(scale: float) -> Tensor:
-        return each(scale, before_top, top)
+class _Switching:
+    """The effects of an intervention on two groups of examples."""
 
-    def mean_on_top(scale: float) -> float:
-        return float(on_top(scale).mean())
+    def __init__(
+        self,
+        forward: ForwardPass,
+        intervention: Intervention,
+        groups: Sequence[Sequence[Example]],
+        config: SelectivityConfig,
+    ):
+        self.forward, self.intervention, self.config = forward, intervention, config
+        self.top, self.others = ((group, predict(forward, group, config.batch_size)) for group in groups)
+        self.along_weights = isinstance(intervention, ParameterDirection)
+        self.on_top = functools.cache(self._on_top)  # the step that a search ends at was tried in it
 
-    along_weights = isinstance(intervention, ParameterDirection)
-    limit = intervention.norm_in(forward.model) if isinstance(intervention, ParameterDirection) else _LARGEST_ABLATION
-    start = min(0.05, limit) if along_weights else 1.0  # only where the search begins
-    ahead, reached = find_scale(mean_on_top, config.target_kl, start, limit, rounds=12)
-    # The other sign has about the same step
-    also = ahead if reached else start
-    back, reached_back = find_scale(lambda s: mean_on_top(-s), config.target_kl, also, limit, rounds=12)
-    steps = [(ahead, reached), (-back, reached_back)]
-    measured = []
-    for scale, reached in steps:
-        a, b = mean_on_top(scale), float(each(scale, before_others, others).mean())
+    def _each(self, scale: float, examples: Sequence[Example], before: Predictions) -> Tensor:
+        with self.intervention.applied_to(self.forward.model, scale):
+            return before.kl_to(predict(self.forward, examples, self.config.batch_size))
+
+    def _on_top(self, scale: float) -> Tensor:
+        return self._each(scale, *self.top)
+
+    def mean_on_top(self, scale: float) -> float:
+        """The mean KL on the attribute's examples, in nats."""
+        return float(self.on_top(scale).mean())
+
+    def at_target(self, sign: float, start: float | None) -> dict[str, Any]:
+        """Scale one sign to the target; `start` is where the search begins, or None."""
+        target = self.config.target_kl
+        if isinstance(self.intervention, ParameterDirection):
+            limit = self.intervention.norm_in(self.forward.model)
+            start = start or min(0.05, limit)  # only where the search begins
+        else:
+            limit, start = _LARGEST_ABLATION, start or 1.0
+        step, reached = find_scale(lambda s: self.mean_on_top(sign * s), target, start, limit, rounds=12)
+        scale = sign * step
+        a, b = self.mean_on_top(scale), float(self._each(scale, *self.others).mean())
         # A tenth of what was aimed at counts as moved
-        ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((on_top(scale) >= config.target_kl / 10).double().mean())
-        measured.append({"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached, "moved": moved})
-    best = max(measured, key=lambda m: (m["reached"], m["ratio"]))
-    return {**best, "ablated": None if along_weights else mean_on_top(1.0)}
+        ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((self.on_top(scale) >= target / 10).double().mean())
+        return {"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached, "moved": moved}

@@ -11,7 +11,7 @@ import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,19 @@ from hf_npeff.baselines.activations import random_coefficients
 from hf_npeff.baselines.method import MethodResult
 from hf_npeff.demo import load_model
 from hf_npeff.studies.detection import detection_accuracy
+from hf_npeff.studies.fair import random_directions
+from hf_npeff.studies.likelihood_rater import intruder_by_likelihood, rate_by_likelihood
 from hf_npeff.studies.measures import bootstrap_interval
 from hf_npeff.studies.pair_data import home_assistant_rows
 from hf_npeff.studies.pair_methods import home_assistant_analyzer, of_rows, of_states, rows_and_states
 from hf_npeff.studies.parts import kept_part
-from hf_npeff.studies.raters import LocalChat, rate
 from hf_npeff.studies.ratings import RatingStudy
 from hf_npeff.studies.result import markdown, number
 from hf_npeff.studies.rival_settings import MinimalPairsConfig
 from hf_npeff.studies.scripted_rater import intruder_by_words, intruders_found, rate_by_words
 from hf_npeff.studies.settings import RatingsConfig
 
+MODEL = "SmolLM2-135M-Instruct, by likelihoods"
 FOLDER = Path("docs/studies/ratings")
 METHODS = (
     "NPEFF, power 0.25, alone",
@@ -45,20 +47,39 @@ METHODS = (
     "SAE, alone",
     "activations, k-means, alone",
     "activations, NMF, alone",
+    "random directions, alone",
     "random",
 )
 """Each with the reading that was better on seed 10 of the planted cues; hidden states are those of the last layer."""
-OF_THE_MODEL = ("NPEFF, power 0.25, alone", "gradient clustering, alone", "activations, k-means, alone", "random")
+OF_THE_MODEL = (
+    "NPEFF, power 0.25, alone",
+    "gradient clustering, alone",
+    "dictionary learning on PEFs, alone",
+    "SAE, alone",
+    "activations, k-means, alone",
+    "random directions, alone",
+    "random, draw 0",
+)
 """Those that the language model rates, which takes seconds a task."""
+RANDOM_DRAWS = 10
+"""Of random coefficients. Sixteen tasks have a standard error of .04: one draw of them once scored .65."""
 SENTENCES = 300
 RATED = RatingsConfig(features=16)
 """All features of every method."""
-BY_THE_MODEL = RatingsConfig(features=6)
-READINGS = {"script": "detection, script", "intruder": "intruder, script", "model": "detection, model"}
+INTRUDERS_OF = 8
+"""Features of each method whose intruders the language model looks for: seven passes a task."""
+READINGS = {
+    "script": "detection, script",
+    "intruder": "intruder, script",
+    "model": "detection, model",
+    "intruder, model": "intruder, model",
+}
+CONTROLS = {"script": "any", "lengths": "as many words", "labels": "the same labels"}
+"""{reading: what the distractors of the script's tasks have in common with the members}."""
 
 
-def fitted(seed: int, trained: bool) -> tuple[list[MethodResult], list[str]]:
-    """Every method's features of the same sentences, and the sentences."""
+def fitted(seed: int, trained: bool) -> tuple[list[MethodResult], list[str], list[str]]:
+    """Every method's features of the same sentences, the sentences, and their labels."""
     config = MinimalPairsConfig()
     every = home_assistant_rows(seed=seed)
     chosen = set(random.Random(seed).sample(range(len(every)), SENTENCES))
@@ -68,32 +89,51 @@ def fitted(seed: int, trained: bool) -> tuple[list[MethodResult], list[str]]:
     analyzer = home_assistant_analyzer(others, config.rank, config.steps, seed, trained=trained)
     pefs, gradients, states = rows_and_states(analyzer, [{"text": row["text"]} for row in rows], "first", config)
     features = {**of_rows(pefs, gradients, config, seed)[0], **of_states(states, config, seed)}
-    features["random"] = [random_coefficients(len(rows), config.n_components, seed=seed).coefficients]
-    return [MethodResult(name, features[name][-1].float()) for name in METHODS], [row["text"] for row in rows]
+    features["random directions, alone"] = [random_directions(pefs, config.n_components, seed).alone]
+    found = [MethodResult(name, features[name][-1].float()) for name in METHODS[:-1]]
+    for draw in range(RANDOM_DRAWS):
+        W = random_coefficients(len(rows), config.n_components, seed=RANDOM_DRAWS * seed + draw).coefficients
+        found.append(MethodResult(f"random, draw {draw}", W))
+    return found, [row["text"] for row in rows], [str(row["targets"]) for row in rows]
 
 
 def detections(study: RatingStudy, picked: Mapping[str, Sequence[int]]) -> dict[str, list[float]]:
-    """{method: the detection accuracy of every task that was answered}."""
+    """{method: the detection accuracy of every task that was answered}; draws of random coefficients are one."""
     scores: dict[str, list[float]] = {}
     for task, chosen in picked.items():
         key = study.key[task]
-        scores.setdefault(key.method, []).append(detection_accuracy(key.members, chosen))
+        scores.setdefault(_row(key.method), []).append(detection_accuracy(key.members, chosen))
     return scores
 
 
+def _row(method: str) -> str:
+    return "random" if method.startswith("random, draw") else method
+
+
+def _joined(scores: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    rows: dict[str, list[float]] = {}
+    for method, values in scores.items():
+        rows.setdefault(_row(method), []).extend(values)
+    return rows
+
+
 def rated(seed: int, trained: bool) -> dict[str, Any]:
-    """{reading: {method: scores}} of one model, and how many tasks the language model answered."""
-    methods, texts = fitted(seed, trained)
+    """{reading: {method: scores}} of one model."""
+    methods, texts, labels = fitted(seed, trained)
     study = RatingStudy.make(methods, texts, RATED)
     made: dict[str, Any] = {
         "script": detections(study, rate_by_words(study).picked),
-        "intruder": intruders_found(study, intruder_by_words(study)),
+        "intruder": _joined(intruders_found(study, intruder_by_words(study))),
     }
-    some = RatingStudy.make([m for m in methods if m.name in OF_THE_MODEL], texts, BY_THE_MODEL)
+    for name, values in (("lengths", [len(text.split()) for text in texts]), ("labels", labels)):
+        controlled = RatingStudy.make(methods, texts, RATED, alike=values)
+        made[name] = detections(controlled, rate_by_words(controlled).picked)
+    few = [m for m in methods if m.name in OF_THE_MODEL]
+    some, fewer = (RatingStudy.make(few, texts, replace(RATED, features=n)) for n in (RATED.features, INTRUDERS_OF))
     model, tokenizer = load_model()
-    answers = rate(some, LocalChat(model.float(), tokenizer, name="SmolLM2-135M-Instruct", max_tokens=24), attempts=2)
-    made["model"] = detections(some, answers.picked)
-    made["answered"] = [len(answers.picked), len(some.tasks)]
+    model = model.float().eval()
+    made["model"] = detections(some, rate_by_likelihood(some, model, tokenizer, MODEL).picked)
+    made["intruder, model"] = _joined(intruders_found(fewer, intruder_by_likelihood(model, tokenizer), most=1))
     return made
 
 
@@ -117,20 +157,39 @@ def _mean(scores: Sequence[float]) -> float:
     return sum(scores) / len(scores) if scores else 0.0
 
 
+def controls(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The script's detection with distractors that are like the members in length, or in their labels."""
+
+    def cell(group: str, reading: str, method: str) -> str:
+        scores = [score for part in parts[group] for score in part[reading].get(method, [])]
+        if len(scores) < FEWEST:
+            return "–"
+        low, high = bootstrap_interval(torch.tensor(scores, dtype=torch.float64))
+        return f"{number(_mean(scores), 2)} ({number(low, 2)}–{number(high, 2)}; {len(scores)})"
+
+    header = ["method, reading", *(f"{name}{end}" for name in CONTROLS.values() for end in ("", ", random weights"))]
+    body = [[m, *(cell(g, r, m) for r in CONTROLS for g in ("trained", "random weights"))] for m in METHODS]
+    return markdown(header, body)
+
+
 def page(kept: Mapping[str, Any]) -> str:
     """README.md from result.json."""
     parts = kept["parts"]
-    answered = [sum(part["answered"][i] for group in parts.values() for part in group) for i in (0, 1)]
     seeds = len(parts["trained"])
     models = f"{seeds} fine-tuned models and as many" if seeds > 1 else "one fine-tuned model and one"
     return (
         "# Ratings by a script and by a small language model\n\n"
         f"Made by `python -m tests.benchmarks.rated`: {kept['sentences']} sentences of Home Assistant that MiniLM was "
-        f"not fine-tuned on, {models} with random weights, {kept['rated']['features']} features of each method. In "
-        f"brackets are 95% intervals, bootstraps over tasks.\n\n{table(parts)}\n\n"
-        f"{_READING.format(answered=answered[0], asked=answered[1])}"
+        f"not fine-tuned on, {models} with random weights, {kept['rated']['features']} features of each method "
+        f"({kept['intruders of']} for intruders by the language model). In brackets are 95% intervals, bootstraps over "
+        f"tasks.\n\n{table(parts)}\n\n"
+        "The same detection by the script, where distractors have as many words as the members, or exactly their "
+        f"labels (in brackets also the number of tasks):\n\n{controls(parts)}\n\n{_READING}"
     )
 
+
+FEWEST = 5
+"""Tasks below which a cell is left empty: an interval of so few says nothing."""
 
 _READING = """How to read it:
 
@@ -140,10 +199,14 @@ _READING = """How to read it:
 - **Intruder**: one of the lower half stands among the six shown, and the rater names it; 1 in 7 is chance.
 - **Script** compares the words and letters that texts share (`hf_npeff.studies.rate_by_words`) and knows nothing else.
   It measures how alike a feature's examples look, not whether they are alike in what the model does.
-- **Model** is SmolLM2-135M-Instruct, the demo's, which answered {answered} of {asked} tasks in the form that was asked
-  for. It is far too small to be a good rater; `hf-npeff study ratings --rater` takes a larger one.
+- **Model** is SmolLM2-135M-Instruct, the demo's. It cannot answer in the form that `hf-npeff study ratings --rater`
+  asks for (0 of 24 tasks), so it is read by likelihoods (`hf_npeff.studies.rate_by_likelihood`): it picks the texts
+  that become likelier after the texts shown.
 - **Random weights**: the same architecture before training, fitted and rated alike. What scores as high there is what
   the texts have in common, not what the model has learned.
+- **Random directions** are random combinations of the rows, read like components. **Random** are coefficients drawn at
+  random, ten times, so that chance is known to .01. A single draw of 16 tasks has a standard error of .04, and one such
+  draw had .65 in an earlier version of this page; among 120 others the largest was .62 and the mean .505.
 """
 
 
@@ -157,12 +220,13 @@ def main() -> None:
     for seed in range(given.seeds):
         for group in parts:
             settings = {"seed": seed, "group": group, "methods": METHODS, "sentences": SENTENCES,
-                        "rated": asdict(RATED), "by the model": asdict(BY_THE_MODEL)}  # fmt: skip
+                        "rated": asdict(RATED), "by the model": [INTRUDERS_OF, OF_THE_MODEL, MODEL],
+                        "random": RANDOM_DRAWS, "readings": [*READINGS, *CONTROLS]}  # fmt: skip
             compute = partial(rated, seed, group == "trained")
             name = f"{group.replace(' ', '_')}-{seed}"
             parts[group].append(kept_part(given.output / "parts", name, settings, compute))
     given.output.mkdir(parents=True, exist_ok=True)
-    kept = {"sentences": SENTENCES, "rated": asdict(RATED), "parts": parts}
+    kept = {"sentences": SENTENCES, "rated": asdict(RATED), "intruders of": INTRUDERS_OF, "parts": parts}
     (given.output / "result.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     (given.output / "README.md").write_text(page(kept), encoding="utf-8")
     print(page(kept))
