@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_npeff import FisherConfig, NPEFFAnalyzer, PEFs, UnsupportedModelError
 from hf_npeff.fisher.linear_maps import find_linear_maps
 from hf_npeff.fisher.nudges import Directions, Nudges
+from hf_npeff.fisher.weight_reads import MovedReads, moved
 from hf_npeff.weights.activations import LinearDelta
 from tests.sweep.tiny_models import build
 from tests.tiny import tiny_batch, tiny_model
@@ -197,6 +198,109 @@ def test_gradients_of_a_sound_model_agree_with_differences(
     (line,) = [r.getMessage() for r in caplog.records if "self-test" in r.getMessage()]
     assert f"of gradients against finite differences {tested['difference_error']:.1e}" in line
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def beside(inner: Any, x: Tensor) -> Tensor:
+    return inner(x) + 0.3 * F.linear(x, inner.weight.data)
+
+
+def divided(inner: Any, x: Tensor) -> Tensor:
+    return inner(x) / inner.weight.detach().norm(dim=1)
+
+
+def by_size(inner: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        size = inner.weight.square().mean()
+    return inner(x) * size
+
+
+class FirstCopy(nn.Linear):
+    """A layer that multiplies with its weight, and with a copy that it made when it was first called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "copy"):
+            self.copy = self.weight.detach().clone()
+        return F.linear(x, self.weight + (self.copy - self.weight).detach(), self.bias)
+
+
+class RoundedWeight(nn.Linear):
+    """A layer in quantisation-aware training, whose gradient passes straight through the rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.detach().abs().max() / 127
+        return F.linear(x, self.weight + ((self.weight / scale).round() * scale - self.weight).detach(), self.bias)
+
+
+def of_class(kind: type[nn.Linear], layer: Any) -> nn.Linear:
+    other = kind(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "beside the call": lambda layer: Around(layer, beside),
+    "its rows' norms": lambda layer: Around(layer, divided),
+    "its size": lambda layer: Around(layer, by_size),
+    "a copy": lambda layer: of_class(FirstCopy, layer),
+}
+"""Uses of a weight that neither hooks nor autograd know of."""
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_weights_that_are_read_detached_are_refused_by_name(kind: str) -> None:
+    """Oracle: the fault is planted. Without these layers rows are those of the model as it predicts."""
+    model = llama()
+    model.model.layers[1].mlp.up_proj = READS[kind](model.model.layers[1].mlp.up_proj)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(
+        UnsupportedModelError, match=r"the weights of (model\.layers\.1\.mlp\.up_proj\S*) have"
+    ) as refused:
+        analysed(model)
+    advice = re.search(r"exclude_modules=(.*)$", str(refused.value))
+    assert advice
+    assert analysed(model, exclude_modules=literal_eval(advice[1])).info["selftest"]["difference_error"] < 1e-2
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_weights_that_are_read_detached_in_bfloat16_are_refused() -> None:
+    """Oracle: the planted fault, in every layer, because small ones are within rounding."""
+    model = llama(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Around(layer.mlp.up_proj, divided)
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.up_proj"):
+        analysed(model)
+
+
+def test_weights_that_are_rounded_in_every_pass_are_taken() -> None:
+    """Oracle: the same model with the weight in 8 bits."""
+    model, plain = llama(), llama()
+    model.model.layers[1].mlp.up_proj = of_class(RoundedWeight, model.model.layers[1].mlp.up_proj)
+    weight = plain.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        scale = weight.abs().max() / 127
+        weight.copy_((weight / scale).round() * scale)
+    torch.testing.assert_close(analysed(model).factors, analysed(plain).factors, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_reads_that_are_moved_are_a_change_of_the_weights(family: str) -> None:
+    """Oracle: the change written into the weights, and the nudge that amounts to it, in float64."""
+    model = tiny_model(family, "causal-lm", dtype=torch.float64)
+    maps, ids = find_linear_maps(model), torch.arange(5, 12)[None]
+    weights = dict(model.named_parameters())
+    with torch.no_grad(), Nudges(model, Directions(maps, 1, seed=3)) as nudges:
+        model(input_ids=ids)
+        nudges.at_stretched(0.01, [m.parameter for m in maps])
+        nudged = model(input_ids=ids).logits
+        nudges.rest()
+        with MovedReads([moved(weights[m.parameter], m, nudges, 0.01) for m in maps]):
+            read = model(input_ids=ids).logits
+        for m in maps:
+            weight = weights[m.parameter]
+            weight += m.as_weight(nudges.change_of_weight(m.parameter, 0.01, m.as_matrix(weight)))
+    written = model(input_ids=ids).logits
+    torch.testing.assert_close(read, written, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(nudged, written, atol=1e-9, rtol=1e-9)
 
 
 def test_a_model_of_transformers_that_replaces_its_gradient_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

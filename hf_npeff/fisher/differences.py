@@ -35,6 +35,7 @@ from hf_npeff.fisher.nudges import Directions, Nudges, Slopes
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.rounding import CASTS, Rounding, Roundings, moved
 from hf_npeff.fisher.rows import choose_cotangents
+from hf_npeff.fisher.weight_reads import check_weight_reads
 
 logger = logging.getLogger(__name__)
 _LOST_BY_ROUNDING = 0.25
@@ -109,12 +110,14 @@ class _Slopes:
         gradient: the slopes by autograd.
         by_map: {parameter: its part of the slopes}.
         v: the cotangent.
+        source: the source (B, t, s) of the pass.
         calls: the rounding operations of the pass.
     """
 
     gradient: Tensor
     by_map: dict[str, Tensor]
     v: Tensor
+    source: Tensor
     calls: list[Rounding] = field(default_factory=list)
 
     def part(self, names: Collection[str]) -> Tensor:
@@ -175,9 +178,10 @@ class _Test:
         """
         with self._nudges:
             slopes = self._slopes()
-            if rounded := self._rounded(slopes):
-                return self._without_rounding(slopes, rounded)
-            return self._compared(slopes)
+            rounded = self._rounded(slopes)
+            result = self._without_rounding(slopes, rounded) if rounded else self._compared(slopes)
+            check_weight_reads(self._forward, self._nudges, self._few, slopes.source, slopes.v)
+            return result
 
     # Passes -----------------------------------------------------------------------------------------------------------
 
@@ -208,7 +212,8 @@ class _Test:
         backward_passes(forward.model, forward.maps, slopes, len(few), source, entering)
         sizes = self._nudges.sizes()
         by_map = {name: value.cpu() * sizes[name] for name, value in slopes.by_map.items()}
-        return _Slopes(torch.stack(list(by_map.values())).sum(0), by_map, chosen[0].double(), calls)
+        source_now = outputs[0].source.detach()
+        return _Slopes(torch.stack(list(by_map.values())).sum(0), by_map, chosen[0].double(), source_now, calls)
 
     @torch.no_grad()
     def _value(self, v: Tensor, direction: int, size: float, names: Collection[str] | None) -> Tensor:

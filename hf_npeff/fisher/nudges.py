@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.fisher.expert_search import find_experts
+from hf_npeff.fisher.experts import Experts
 from hf_npeff.fisher.gradients import Receiver
 from hf_npeff.fisher.linear_maps import LinearMap
-from hf_npeff.fisher.routing import Routing, Tap
+from hf_npeff.fisher.routing import Routing, Tap, multiplied_by_expert
 
 
 class Directions:
@@ -53,6 +54,11 @@ class Directions:
         """The directions of fused experts: a (in, K), and b (S, out, K) for the expert of every row."""
         a, b = self.of(name, like)
         return a, b.unflatten(0, (len(routing.counts), -1))[routing.experts]
+
+
+def sign_of(name: str) -> int:
+    """A random sign for a map, always the same for its name."""
+    return 1 if hashlib.sha256(name.encode()).digest()[0] % 2 else -1
 
 
 class Slopes(Receiver):
@@ -110,13 +116,27 @@ class Nudges:
         self._changes: dict[str, Any] = {}
         self._steps: Sequence[tuple[int, float]] = ()
         self._names: Collection[str] = ()
+        self._stretched = False
         self._thread = threading.get_ident()
         self._sizes: dict[str, Tensor] = {}
 
     def at(self, direction: int, size: float, names: Collection[str] | None = None) -> None:
         """Nudge the next passes by `size` along direction k, in all maps or in those of these parameters."""
-        self._steps = ((direction, size),)
+        self._steps, self._stretched = ((direction, size),), False
         self._names = self._directions.maps.keys() if names is None else names
+
+    def at_stretched(self, size: float, names: Collection[str]) -> None:
+        """Nudge the next passes along direction 0 and along the weights W themselves: y ← y + size (σ (x·a) b ± Wx).
+
+        These weights are read, so they have to be at hand. The sign is `sign_of` the map.
+        """
+        self._steps, self._stretched, self._names = ((0, size),), True, names
+
+    def change_of_weight(self, name: str, size: float, matrix: Tensor) -> Tensor:
+        """The change (out, in) of a weight that `at_stretched` amounts to."""
+        a, b = self._directions.of(name, matrix)
+        rank_one = (float(self.sizes()[name][0]) * b[:, :1]) @ a[:, :1].mT
+        return size * (rank_one + sign_of(name) * matrix.to(rank_one.dtype))
 
     def at_each(self, steps: Sequence[tuple[int, float]]) -> None:
         """Nudge the next passes in all maps, each over C copies of the same examples, one copy after another.
@@ -125,7 +145,7 @@ class Nudges:
             steps: (direction, size) for every copy. A pass fails, or its result is meaningless, if a map's input does
                 not have the examples in its first dimension.
         """
-        self._steps, self._names = tuple(steps), self._directions.maps.keys()
+        self._steps, self._stretched, self._names = tuple(steps), False, self._directions.maps.keys()
 
     def rest(self) -> None:
         """Run the next passes unchanged; σ is measured in them if it has not been."""
@@ -147,10 +167,10 @@ class Nudges:
                     fused.setdefault(m.modules[0], {})[m.fused.name] = m.parameter
                     continue
                 for name in m.modules:
-                    hook = self._hook(m.parameter)
+                    hook = self._hook(m)
                     self._handles.append(modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True))
             for path, experts in find_experts(self._model, fused).items() if fused else ():
-                self._handles.append(experts.intercept(self._tap(fused[path]), self._is_wanted))
+                self._handles.append(experts.intercept(self._tap(fused[path], experts), self._is_wanted))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -166,24 +186,42 @@ class Nudges:
         """Whether a call belongs to this pass and is not another thread's prediction."""
         return threading.get_ident() == self._thread
 
-    def _hook(self, parameter: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def _hook(self, m: LinearMap) -> Callable[..., Tensor]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if not self._is_wanted():
                 return output
             x = args[0] if args else next(iter(kwargs.values()))
-            a, b = self._directions.of(parameter, x)
-            return self._nudged(parameter, output, x, a, b)
+            a, b = self._directions.of(m.parameter, x)
+            nudged = self._nudged(m.parameter, output, x, a, b)
+            if self._stretches(m.parameter):
+                return self._stretched_by(m.parameter, nudged, x @ m.as_matrix(module.weight).mT)
+            return nudged
 
         return hook
 
-    def _tap(self, parameters: Mapping[str, str]) -> Tap:
+    def _tap(self, parameters: Mapping[str, str], experts: Experts) -> Tap:
+        weights = {weight.name: weight for weight in experts.weights}
+
         def tap(weight: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
             if weight not in parameters:
                 return output
             a, b = self._directions.of_experts(parameters[weight], x, routing)
-            return self._nudged(parameters[weight], output, x, a, b, routing)
+            nudged = self._nudged(parameters[weight], output, x, a, b, routing)
+            if self._stretches(parameters[weight]):
+                product = multiplied_by_expert(x, experts.part(weights[weight]), routing.counts)
+                return self._stretched_by(parameters[weight], nudged, product)
+            return nudged
 
         return tap
+
+    def _stretches(self, parameter: str) -> bool:
+        return bool(self._steps) and self._stretched and parameter in self._names and parameter in self.sizes()
+
+    def _stretched_by(self, parameter: str, output: Tensor, product: Tensor) -> Tensor:
+        ((_, size),) = self._steps
+        wide = torch.promote_types(output.dtype, torch.float32)
+        added = size * sign_of(parameter) * product.to(wide)
+        return (output.to(wide) + added).to(output.dtype)
 
     def _nudged(
         self, parameter: str, output: Tensor, x: Tensor, a: Tensor, b: Tensor, routing: Routing | None = None
