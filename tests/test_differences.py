@@ -290,7 +290,7 @@ def test_reads_that_are_moved_are_a_change_of_the_weights(family: str) -> None:
     weights = dict(model.named_parameters())
     with torch.no_grad(), Nudges(model, Directions(maps, 1, seed=3)) as nudges:
         model(input_ids=ids)
-        nudges.at_stretched(0.01, [m.parameter for m in maps])
+        nudges.at_stretched(0.01, {m.parameter: m.as_matrix(weights[m.parameter]) for m in maps})
         nudged = model(input_ids=ids).logits
         nudges.rest()
         with MovedReads([moved(weights[m.parameter], m, nudges, 0.01) for m in maps]):

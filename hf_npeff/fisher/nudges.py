@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.fisher.expert_search import find_experts
-from hf_npeff.fisher.experts import Experts
 from hf_npeff.fisher.gradients import Receiver
 from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.routing import Routing, Tap, multiplied_by_expert
@@ -116,21 +115,23 @@ class Nudges:
         self._changes: dict[str, Any] = {}
         self._steps: Sequence[tuple[int, float]] = ()
         self._names: Collection[str] = ()
-        self._stretched = False
+        self._stretched: Mapping[str, Tensor] = {}
         self._thread = threading.get_ident()
         self._sizes: dict[str, Tensor] = {}
 
     def at(self, direction: int, size: float, names: Collection[str] | None = None) -> None:
         """Nudge the next passes by `size` along direction k, in all maps or in those of these parameters."""
-        self._steps, self._stretched = ((direction, size),), False
+        self._steps, self._stretched = ((direction, size),), {}
         self._names = self._directions.maps.keys() if names is None else names
 
-    def at_stretched(self, size: float, names: Collection[str]) -> None:
+    def at_stretched(self, size: float, weights: Mapping[str, Tensor]) -> None:
         """Nudge the next passes along direction 0 and along the weights W themselves: y ← y + size (σ (x·a) b ± Wx).
 
-        These weights are read, so they have to be at hand. The sign is `sign_of` the map.
+        Args:
+            size: the size; the sign of Wx is `sign_of` the map.
+            weights: {parameter: W (out, in)} of the maps to nudge.
         """
-        self._steps, self._stretched, self._names = ((0, size),), True, names
+        self._steps, self._stretched, self._names = ((0, size),), weights, weights.keys()
 
     def change_of_weight(self, name: str, size: float, matrix: Tensor) -> Tensor:
         """The change (out, in) of a weight that `at_stretched` amounts to."""
@@ -145,7 +146,7 @@ class Nudges:
             steps: (direction, size) for every copy. A pass fails, or its result is meaningless, if a map's input does
                 not have the examples in its first dimension.
         """
-        self._steps, self._stretched, self._names = tuple(steps), False, self._directions.maps.keys()
+        self._steps, self._stretched, self._names = tuple(steps), {}, self._directions.maps.keys()
 
     def rest(self) -> None:
         """Run the next passes unchanged; σ is measured in them if it has not been."""
@@ -170,7 +171,7 @@ class Nudges:
                     hook = self._hook(m)
                     self._handles.append(modules[name].register_forward_hook(hook, prepend=True, with_kwargs=True))
             for path, experts in find_experts(self._model, fused).items() if fused else ():
-                self._handles.append(experts.intercept(self._tap(fused[path], experts), self._is_wanted))
+                self._handles.append(experts.intercept(self._tap(fused[path]), self._is_wanted))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -193,29 +194,28 @@ class Nudges:
             x = args[0] if args else next(iter(kwargs.values()))
             a, b = self._directions.of(m.parameter, x)
             nudged = self._nudged(m.parameter, output, x, a, b)
-            if self._stretches(m.parameter):
-                return self._stretched_by(m.parameter, nudged, x @ m.as_matrix(module.weight).mT)
+            if (weight := self._stretching(m.parameter)) is not None:
+                return self._stretched_by(m.parameter, nudged, x @ weight.mT)
             return nudged
 
         return hook
 
-    def _tap(self, parameters: Mapping[str, str], experts: Experts) -> Tap:
-        weights = {weight.name: weight for weight in experts.weights}
-
+    def _tap(self, parameters: Mapping[str, str]) -> Tap:
         def tap(weight: str, x: Tensor, routing: Routing, output: Tensor) -> Tensor:
             if weight not in parameters:
                 return output
             a, b = self._directions.of_experts(parameters[weight], x, routing)
             nudged = self._nudged(parameters[weight], output, x, a, b, routing)
-            if self._stretches(parameters[weight]):
-                product = multiplied_by_expert(x, experts.part(weights[weight]), routing.counts)
+            if (matrix := self._stretching(parameters[weight])) is not None:
+                product = multiplied_by_expert(x, matrix.unflatten(0, (len(routing.counts), -1)), routing.counts)
                 return self._stretched_by(parameters[weight], nudged, product)
             return nudged
 
         return tap
 
-    def _stretches(self, parameter: str) -> bool:
-        return bool(self._steps) and self._stretched and parameter in self._names and parameter in self.sizes()
+    def _stretching(self, parameter: str) -> Tensor | None:
+        """The weight along which a map's output is nudged, if it is."""
+        return self._stretched.get(parameter) if self._steps and parameter in self.sizes() else None
 
     def _stretched_by(self, parameter: str, output: Tensor, product: Tensor) -> Tensor:
         ((_, size),) = self._steps

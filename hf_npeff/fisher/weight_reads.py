@@ -217,7 +217,7 @@ class _Comparison:
     @torch.no_grad()
     def _error(self, step: float, names: Collection[str]) -> tuple[float, float]:
         """The difference of the two passes, and the size of the larger change."""
-        self._nudges.at_stretched(step, names)
+        self._nudges.at_stretched(step, {n: self._maps[n].as_matrix(self._weights[n].detach()) for n in names})
         try:
             nudged = self._change()
         finally:
