@@ -271,10 +271,11 @@ def summary(output: Path) -> str:
         f"accuracy {fact['accuracy on held-out groups']:.2f})"
         for name, fact in facts.items()
     )
+    folders = {name: output / name for name in names}
     why = over_data_sets({name: fact["diagnosis, AUROC"] for name, fact in facts.items()})
     return (
         f"# Comparison on real data\n\nMade by {' and '.join(f'`{c}`' for c in commands)}; "
-        f"every cell has the values on {described}.\n\n{overview({name: output / name for name in names})}\n\n"
+        f"every cell has the values on {described}.\n\n{overview(folders)}\n\n"
         f"How well single features and supervised probes find the same attributes (NPEFF with γ = 0.5):\n\n{why}\n"
     )
 
@@ -331,7 +332,9 @@ def main() -> None:
         (arguments.output / "README.md").write_text(text, encoding="utf-8")
         print(text, flush=True)
     if read:
-        page = FairOverview(read, made_by())
+        kept = arguments.fair_output / "result.json"  # of the data sets that were not asked for
+        known = {**(FairOverview.read(kept).results if kept.is_file() else {}), **read}
+        page = FairOverview({name: known[name] for name in ATTRIBUTES if name in known}, made_by())
         page.write(arguments.fair_output)
         print(page.page(), flush=True)
 

@@ -158,6 +158,46 @@ def test_points_stand_for_the_rows_in_dictionary_learning() -> None:
     assert torch.allclose(X @ X.T, F @ F.T, atol=1e-5)
 
 
+@pytest.mark.parametrize("ridge", [None, 0.5])
+def test_atoms_are_those_of_dense_whitened_gradients(ridge: float | None) -> None:
+    """Oracle: the dense (Σ a aᵀ/n + λ I)^{-1/2} by eigh, unit rows, and scikit-learn on them; signs are free."""
+    from sklearn.decomposition import DictionaryLearning
+
+    gradients, _ = single_rows(n=30, d=6)
+    rows = gradients.factors[:, 0].double()
+    if ridge is not None:
+        values, vectors = torch.linalg.eigh(rows.T @ rows / 30)
+        rows = rows @ vectors @ torch.diag((values + ridge * values.mean()) ** -0.5) @ vectors.T
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    learner = DictionaryLearning(3, alpha=0.05, max_iter=200, fit_algorithm="cd", transform_algorithm="lasso_cd",
+                                 transform_alpha=0.05, random_state=0)  # fmt: skip
+    dense = torch.from_numpy(learner.fit_transform(rows.numpy()))
+    ours = gradient_atoms(gradients, 3, alpha=0.05, ridge=ridge).competing.double()
+    assert torch.allclose(ours.abs(), dense.abs(), atol=1e-2)
+
+
+def test_nmf_reaches_the_loss_of_naive_updates() -> None:
+    """Oracle: multiplicative updates on dense inner products, from ten starts; the parts are refitted by NNLS."""
+    optimize = pytest.importorskip("scipy.optimize")
+    pefs, _ = planted_rows(n=24, d=6)
+    F = (pefs.factors.mT @ pefs.factors).flatten(1).double()
+    X = F @ F.T
+
+    def loss(W: torch.Tensor) -> float:
+        parts = [torch.from_numpy(optimize.nnls(W.double().numpy(), column.numpy())[0]) for column in X.T]
+        return float((X - W.double() @ torch.stack(parts, dim=1)).norm())
+
+    def naive(seed: int) -> torch.Tensor:
+        W, H = torch.rand(2, 24, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for _ in range(300):
+            H = H * (X.T @ W) / (H @ W.T @ W)
+            W = W * (X @ H) / (W @ H.T @ H)
+        return W
+
+    best = min(loss(naive(seed)) for seed in range(10))
+    assert loss(pef_nmf(pefs, 3).competing) < 1.02 * best < 0.5 * float(X.norm())
+
+
 def test_readings_are_the_definitions() -> None:
     """Oracle: by hand for clusters; the largest k of the features before TopK for autoencoders."""
     soft = torch.tensor([[0.1, 0.9], [0.8, -0.2]])

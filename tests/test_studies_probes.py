@@ -11,7 +11,7 @@ from hf_npeff import NPEFF, PEFs
 from hf_npeff.baselines.row_dictionaries import coordinates, pef_inner_products
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import FactorsConfig, first_half
-from hf_npeff.studies.overview import overview
+from hf_npeff.studies.overview import differences, overview
 from hf_npeff.studies.probes import by_kind, diagnose, linear_probes, over_data_sets
 
 pytest.importorskip("sklearn", reason="the probes are scikit-learn's")
@@ -115,6 +115,30 @@ def test_one_table_over_several_data_sets(tmp_path: Path) -> None:
         overview({})
     with pytest.raises(FileNotFoundError):
         overview({"d": tmp_path / "nothing"})
+
+
+def test_differences_are_of_the_same_attributes_with_intervals(tmp_path: Path) -> None:
+    """Oracle: by hand. Equal differences have an interval without width; a data set without a method has a dash."""
+    for name, other in (("a", "SAE"), ("b", "SAE"), ("c", "random")):
+        row = {"attributes": [{"attribute": "x", "auroc": 0.9}, {"attribute": "y", "auroc": 0.7}]}
+        rival = {"attributes": [{"attribute": "y", "auroc": 0.6}, {"attribute": "x", "auroc": 0.8}]}
+        switched = [
+            {"method": method, "attribute": "x", "top": 0.3, "others": others}
+            for method, others in (("NPEFF", 0.1), (other, 0.2 if name == "a" else 0.25))
+        ]
+        for study, content in {
+            "factors": {"methods": [{"method": "NPEFF", **row}, {"method": other, **rival}]},
+            "selectivity": {"rows": switched},
+        }.items():
+            (tmp_path / name / study).mkdir(parents=True)
+            (tmp_path / name / study / "result.json").write_text(json.dumps(content))
+    table = differences({name: tmp_path / name for name in "abc"}, "NPEFF").splitlines()
+    assert table[0] == "| NPEFF is ahead of | AUROC, a | AUROC, b | AUROC, c | own minus others, nats |"
+    equal = "0.100 (0.100 to 0.100)"
+    assert table[2] == f"| SAE | {equal} | {equal} | – | 0.12 (0.10 to 0.15) |"  # two attributes: .10 and .15
+    assert table[3] == f"| random | – | – | {equal} | 0.15 (0.15 to 0.15) |"
+    with pytest.raises(ValueError, match="'magic'"):
+        differences({"a": tmp_path / "a"}, "magic")
 
 
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:

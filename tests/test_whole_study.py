@@ -1,12 +1,14 @@
 """`make study` and pages that are drawn from kept figures. Oracles: the committed files, made again; by hand."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from hf_npeff.studies.in_context import InContextResult
+from hf_npeff.studies.pair_study import REFERENCE, MinimalPairsResult
 from hf_npeff.studies.planted import PlantedResult
 from tests.benchmarks import study, whitening
 from tests.test_docs import REPOSITORY
@@ -45,6 +47,46 @@ def test_tables_are_those_of_the_kept_results() -> None:
         assert result.table() + "\n" == (STUDIES / name / "table.md").read_text(encoding="utf-8")
 
 
+def shown(value: float) -> str:
+    """A figure as the text writes it: two digits, no zero before the point, a true minus."""
+    return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def test_the_claim_is_what_the_minimal_pairs_say() -> None:
+    """Oracle: margins, and differences with intervals to the best reading of both methods, from the kept result."""
+    result = MinimalPairsResult.from_dict(json.loads((STUDIES / "minimal_pairs" / "result.json").read_text("utf-8")))
+
+    def ahead(data: str, method: str) -> list[str]:
+        readings = [f"{method}, {way}" for way in ("competing", "alone")]
+        readings += [f"{reading}, layer by attribute" for reading in readings]
+        best = result.data[data]["differences"][next(name for name in result.methods(data) if name in readings)]
+        ends = sorted(shown(abs(best[end])) for end in ("low", "high"))
+        assert best["low"] * best["high"] > 0  # told apart
+        return [shown(abs(best["margin"])) + (" above" if best["margin"] > 0 else " below"), *ends]
+
+    def margin(data: str) -> list[str]:
+        return [shown(result.data[data]["trained"][REFERENCE]["margin"])]
+
+    both = {data: [*ahead(data, "gradient clustering"), *ahead(data, "SAE")] for data in result.data}
+    expected = [*margin("home_assistant"), *both["home_assistant"], *both["word_relations"], *margin("word_relations")]
+    expected += [*margin("planted_cues"), *both["planted_cues"]]
+    text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8").partition("| question |")[0]
+    assert re.findall(r"−?\.\d\d(?: above| below)?", text) == expected
+
+
+def test_figures_of_the_first_table_are_those_of_the_kept_results() -> None:
+    """Oracle: means over seeds of the cues found, from the kept result."""
+    text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| Does it find planted heuristics?"))
+    found = json.loads((STUDIES / "planted" / "result.json").read_text(encoding="utf-8"))["found"]
+    mean = {name: sum(counts) / len(counts) for name, counts in found.items()}
+    on_rows = ("NPEFF", "dictionary learning on PEFs", "NMF on PEFs", "gradient clustering, all rows")
+    on_states = [name for name in mean if name.startswith(("SAE", "activations"))]
+    single = max(v for name, v in mean.items() if name not in (*on_rows, *on_states, "random"))
+    expected = [mean["NPEFF"], single, max(mean[name] for name in on_states), *(mean[name] for name in on_rows[1:])]
+    assert re.findall(r"\d+\.\d", row) == [f"{value:.1f}" for value in expected]
+
+
 def test_the_page_of_whitening_is_that_of_the_kept_results() -> None:
     """Identity: the committed README.md, made again from result.json."""
     folder = REPOSITORY / whitening.FOLDER
@@ -61,3 +103,20 @@ def test_seconds_of_parts_add_up(tmp_path: Path) -> None:
     found = study.seconds_of_parts(tmp_path)
     assert found == {"a": {"x": 60, "y": 120}, "b_c": {"z": 30}}
     assert study.minutes(found) == "4 minutes of one core (a 3, b c 0)"
+
+
+def test_what_is_left_is_listed(tmp_path: Path) -> None:
+    """Oracle: by hand: all parts are here but two, of which one's time is known; every study has parts or one run."""
+    for name, parts in study.PARTS.items():
+        for part in parts:
+            (tmp_path / name / "parts").mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "parts" / f"{part}.json").touch()
+    for part in ("seed-3", "seed-4"):
+        (tmp_path / "planted" / "parts" / f"{part}.json").unlink()
+    said = study.listing(tmp_path, {"planted": {"seed-0": 60, "seed-4": 90}}).splitlines()
+    assert (
+        "planted: 3 of 5 parts are done; left: seed-3, seed-4 (1.5 minutes of one core and 1 of unknown length)" in said
+    )
+    assert "ratings: 2 of 2 parts are done" in said and len(said) == len(study.PARTS) + 1
+    assert said[-1] == "left in all: 1.5 minutes of one core and 1 of unknown length"
+    assert set(study.NAMES) | {"fair"} == set(study.PARTS) | {"modular_addition", "in_context", "ablations"}

@@ -8,6 +8,7 @@ the results that are kept in git.
     make study                                     # everything
     make study ARGS="--only planted mechanisms"    # some of it
     make study ARGS="--data first_names"           # one data set of the comparison and of the fair readings
+    make study ARGS="--list"                       # what is done and what is left, with minutes; nothing is run
 
 At the end docs/studies/seconds.json is written: processor seconds of every part that this machine has.
 """
@@ -37,6 +38,22 @@ NAMES = (
     "ablations",
 )
 _PAIRS = ("planted_cues", "home_assistant", "word_relations")
+_REAL = ("human_rights", "home_assistant", "first_names")
+"""Data sets of the comparison and of the fair readings. Each is a job of its own; the longest is first."""
+PARTS = {
+    "comparison": _REAL,
+    "fair": _REAL,
+    "mechanisms": (
+        *(f"{toy}-{seed}" for toy in ("5-2", "40-10") for seed in range(5)),
+        *(f"induction-{seed}" for seed in range(3)),
+        *(f"modular_addition-{seed}" for seed in range(1, 6)),
+    ),
+    "minimal_pairs": tuple(f"{data}-{end}" for data in _PAIRS for end in (0, 1, 2, "0-untrained")),
+    "planted": tuple(f"seed-{seed}" for seed in range(5)),
+    "ratings": ("trained-0", "random_weights-0"),
+    "whitening": (*(f"planted_cues-{seed}" for seed in (10, 0, 1)), "first_names-0"),
+}
+"""The files of parts of every study that is made of them: docs/studies/NAME/parts/PART.json."""
 
 
 def ours(*arguments: str) -> list[str]:
@@ -121,6 +138,30 @@ def minutes(seconds: Mapping[str, Mapping[str, float]]) -> str:
     return f"{sum(totals.values()):.0f} minutes of one core ({each})"
 
 
+def listing(folder: Path, kept: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each study: which parts are here and which are left, and their processor minutes as far as known.
+
+    A part of other settings counts as here, although the next run makes it again.
+
+    Args:
+        folder: of the studies.
+        kept: {study: {part: processor seconds}} of parts that were made here or elsewhere.
+    """
+    lines, total, unknown = [], 0.0, 0
+    for name, parts in PARTS.items():
+        left = [part for part in parts if not (folder / name / "parts" / f"{part}.json").is_file()]
+        known = [kept[name][part] for part in left if part in kept.get(name, {})]
+        total, unknown = total + sum(known), unknown + len(left) - len(known)
+        line = f"{name.replace('_', ' ')}: {len(parts) - len(left)} of {len(parts)} parts are done"
+        lines.append(f"{line}; left: {', '.join(left)} ({_minutes(known, len(left))})" if left else line)
+    return "\n".join([*lines, f"left in all: {_minutes([total], 1 + unknown)}"])
+
+
+def _minutes(known: Sequence[float], parts: int) -> str:
+    more = f" and {parts - len(known)} of unknown length" if parts > len(known) else ""
+    return f"{sum(known) / 60:.1f} minutes of one core{more}"
+
+
 def run(several: Sequence[Sequence[str]]) -> None:
     """Run commands one after another, each on one thread.
 
@@ -140,6 +181,7 @@ def main() -> None:
         "--what", nargs="*", default=[], help="comparison or fair; the comparison's command alone is run"
     )
     parser.add_argument("--workers", type=int, default=2, help="studies at a time, each on one thread")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is left, and run nothing")
     parser.add_argument("--redraw", help=argparse.SUPPRESS)
     parser.add_argument("--save-demo", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -149,15 +191,22 @@ def main() -> None:
     if given.save_demo:
         save_demo(given.save_demo)
         return
+    kept = json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.is_file() else {}
+    if given.list:
+        print(listing(STUDIES, kept))
+        return
     import torch
 
     gpu = torch.cuda.is_available()
     passed = {"--data": given.data, "--what": given.what}
     further = [word for option, values in passed.items() if values for word in (option, *values)]
     names = given.only or (("comparison",) if further else NAMES)
+    jobs = {name: commands(name, further, gpu) for name in names}
+    last = jobs.pop("comparison", []) if not given.data else []  # its page is of all data sets
+    first = [commands("comparison", [*further, "--data", data], gpu) for data in _REAL] if last else []
     with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(lambda name: run(commands(name, further, gpu)), names))
-    kept = json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.is_file() else {}
+        list(pool.map(run, [*first, *jobs.values()]))
+    run(last)
     for name, parts in seconds_of_parts().items():
         kept[name] = {**kept.get(name, {}), **parts}
     SECONDS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
