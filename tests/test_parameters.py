@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from hf_npeff import FisherConfig, NPEFFAnalyzer
+from hf_npeff import NPEFF, FisherConfig, NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
 from hf_npeff.fisher.parameters import find_parameters, gradients
 from tests import reference, tiny
 from tests.test_families import SMALL, analyzer_of, pair, worst_error
@@ -94,6 +95,66 @@ def test_names_endings_and_ties_find_the_same_parameter() -> None:
     by_tie = find_parameters(model, ["lm_head.weight"])
     assert by_tie == find_parameters(model, ["embed_tokens.weight"]) == find_parameters(model, r"model\.embed_tokens.*")
     assert list(by_tie) == ["model.embed_tokens.weight"]
+
+
+class Remembering(nn.Module):
+    """Adds a bias that it keeps while it predicts, as LeViT keeps its attention biases."""
+
+    def __init__(self, inner: nn.Module, width: int):
+        super().__init__()
+        self.inner, self.own = inner, nn.Parameter(torch.linspace(-1, 1, width))
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Remembering:
+        super().train(mode)
+        self.kept = {} if mode else self.kept
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.inner(x) + self.own
+        if "own" not in self.kept:
+            self.kept["own"] = self.own * 1.0
+        return self.inner(x) + self.kept["own"]
+
+
+def test_a_bias_that_is_kept_while_predicting_has_its_gradient_and_its_effect() -> None:
+    """Oracle: the same model with the bias in its linear layer, where nothing keeps it."""
+    plain, model = (tiny.tiny_model("bert", "sequence-classification") for _ in range(2))
+    examples, layer, width = tiny.tiny_batch(model, 4, seed=1), "bert.encoder.layer.0.intermediate.dense", 24
+    with torch.no_grad():
+        plain.get_submodule(layer).bias += torch.linspace(-1, 1, width)
+    holder = model.bert.encoder.layer[0].intermediate
+    holder.dense = Remembering(holder.dense, width)
+    model(input_ids=torch.tensor([[9, 10]]))  # which keeps the bias, with its graph
+    results = []
+    for each, name in ((model, f"{layer}.own"), (plain, f"{layer}.bias")):
+        analyzer = analyzer_of(each, target_modules=[], parameters=[name], sketch="identity")
+        pefs = analyzer.compute_pefs(examples)
+        change = ParameterDirection({name: torch.linspace(1, 2, width)}, {name: "other"}, {}, unit=False)
+        measured = analyzer.measure(change, examples, random=False).at(1.0)["all"].kl
+        with change.applied_to(each):
+            moved = each(input_ids=torch.tensor([[9, 10]])).logits
+        results.append((pefs.norms.double(), torch.tensor([measured]), moved))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert float(results[0][0].min()) > 0
+
+
+def test_a_weight_that_is_read_without_its_module_makes_no_adapter() -> None:
+    """Oracle: PEFT, whose LoRA around Mamba's dt_proj does nothing, because nothing calls it; in_proj is called."""
+    model = tiny.tiny_model("mamba")
+    examples = tiny.tiny_batch(model, 6, seed=1)
+    analyzer = analyzer_of(model, target_modules=[], parameters=["dt_proj.weight", "0.mixer.in_proj.weight"])
+    pefs = analyzer.compute_pefs(examples)
+    names = {f"backbone.layers.{i}.mixer.dt_proj.weight" for i in range(2)}
+    assert set(pefs.info["selftest"]["used_otherwise"]) == names
+    decomposition = NPEFF(2, n_restarts=1, max_iterations=5).fit(pefs)
+    for again in (analyzer, NPEFFAnalyzer(model)):
+        direction = again.lift(decomposition, 0, pefs, examples, selective=False)
+        assert {name for name, layout in direction.layouts.items() if layout == "other"} == names
+        with pytest.raises(UnsupportedModelError, match=r"dt_proj.*kind='delta'"):
+            direction.to_adapter(rank=1)
 
 
 def test_gradients_leaves_the_model_frozen_when_the_forward_pass_raises() -> None:

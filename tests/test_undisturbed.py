@@ -56,6 +56,36 @@ def test_a_compiled_model_has_the_rows_of_the_model(compiled: Any, used_before: 
     torch.testing.assert_close(model(ids).logits, plain(ids).logits)
 
 
+class Merging(nn.Linear):
+    """A layer with an adapter that it merges into its weight to predict, as loralib's."""
+
+    def __init__(self, layer: Any):
+        super().__init__(layer.in_features, layer.out_features, dtype=layer.weight.dtype)
+        self.load_state_dict(layer.state_dict())
+        self.adapter = nn.Parameter(0.1 * torch.randn_like(self.weight))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.adapter.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.adapter.T
+
+
+def test_a_layer_that_merges_for_predictions_comes_back_as_it_was() -> None:
+    """Oracle: its weight, bit for bit, and that its adapter is trained on."""
+    model = tiny_model("bert", "sequence-classification", dtype=torch.float32)
+    model.classifier, examples = Merging(model.classifier), tiny_batch(model, 2, seed=1)
+    before = model.train().classifier.weight.detach().clone()
+    analyzer_of(model, target_modules=["query"], sketch="kronecker", sketch_dim=4).compute_pefs(examples)
+    assert model.classifier.training and not model.classifier.merged
+    assert torch.equal(model.classifier.weight, before)
+
+
 def test_inference_mode_is_lifted_or_named() -> None:
     """Oracle: the rows outside of it; weights that were made in it have no gradients to give."""
     model = tiny_model("bert")

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.linear_layers import is_at_hand
 from hf_npeff.fisher.undisturbed import undisturbed
 
 
@@ -28,17 +30,66 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    switched = [_Switched(module) for module in model.modules() if switches(module)]
     try:
         with torch.random.fork_rng(), torch.enable_grad(), _uncast(model), _unpacked(model):
+            forget_caches(model)
             model.eval()
             for parameter, _ in required:
                 parameter.requires_grad_(False)
             yield
     finally:
+        for each in switched:
+            each.restore()
         for parameter, flag in required:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+# Modules that do more than note their mode ----------------------------------------------------------------------------
+
+
+def switches(module: nn.Module) -> bool:
+    """Whether a module's own `train` does more than note the mode, such as merging weights or emptying a cache."""
+    train = type(module).train
+    return train is not nn.Module.train and not (isinstance(module, PreTrainedModel) and train is PreTrainedModel.train)
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Make modules that keep tensors in a dictionary while they predict forget them; modes are as before.
+
+    LeViT keeps its attention biases, whatever becomes of its parameters, until `train(True)` is called.
+    """
+    kept = [module for module in model.modules() if switches(module) and _has_cache(module)]
+    modes = [(part, part.training) for module in kept for part in module.modules()]
+    for module in kept:
+        module.train(True)
+    for part, mode in modes:
+        part.training = mode
+
+
+def _has_cache(module: nn.Module) -> bool:
+    own = (value for name, value in vars(module).items() if not name.startswith("_") and type(value) is dict and value)
+    return any(all(isinstance(entry, torch.Tensor) for entry in value.values()) for value in own)
+
+
+class _Switched:
+    """A module whose own `train` changes it, with its mode and copies of its own tensors."""
+
+    def __init__(self, module: nn.Module):
+        self._module, self._mode = module, module.training
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        self._tensors = [(t, t.detach().clone()) for t in tensors if t is not None and is_at_hand(t)]
+
+    def restore(self) -> None:
+        """Switch back by the module's own `train`, and undo what its arithmetic rounded."""
+        if self._module.training != self._mode:
+            self._module.train(self._mode)
+        with torch.no_grad():
+            for tensor, copy in self._tensors:
+                if not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
 
 
 _PACKS = "support_avx512bf16_for_cpu"

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None))
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes of every module: its parameters, buffers, submodules and hooks."""
 _SMALL = 2**20
 """Buffers with more numbers than this are not copied; rotary frequencies and counters are far smaller."""
 
 
 class ModelState:
-    """A record of submodules, buffers and plain attributes of every module of a model, and of its config.
+    """A record of submodules, buffers, plain attributes and caches of every module of a model, and of its config.
+
+    Caches are attributes that hold a tensor, and dictionaries. What a pass without gradients leaves there, such as
+    LeViT's table of attention biases, would be a constant for the next pass.
 
     Parameters, hooks and modes are not recorded; the code that runs the model restores those.
     """
@@ -46,6 +51,11 @@ class _ModuleState:
             if buffer is not None and _can_change_in_place(buffer)
         }
         self._plain = _plain(vars(module))
+        self._caches: dict[str, tuple[Any, dict[Any, Any] | None]] = {
+            name: (value, None if value is None or isinstance(value, Tensor) else dict(value))
+            for name, value in vars(module).items()
+            if name not in _OF_MODULES and (value is None or isinstance(value, Tensor) or type(value) is dict)
+        }
 
     def restore(self) -> bool:
         module, changed = self._module, False
@@ -61,7 +71,23 @@ class _ModuleState:
                 with torch.no_grad():
                     buffer.copy_(copy)
                 self._copies[name] = (buffer._version, copy)
+        changed |= self._restore_caches(vars(module))
         return _restore_plain(vars(module), self._plain) or changed
+
+    def _restore_caches(self, now: dict[str, Any]) -> bool:
+        changed = False
+        for name, (value, content) in self._caches.items():
+            if name not in now or (now[name] is not value and not isinstance(now[name], Tensor | dict)):
+                continue
+            if now[name] is not value:
+                now[name], changed = value, True
+            if content is not None and (
+                value.keys() != content.keys() or any(value[k] is not content[k] for k in value)
+            ):
+                value.clear()
+                value.update(content)
+                changed = True
+        return changed
 
 
 def _can_change_in_place(buffer: Tensor) -> bool:

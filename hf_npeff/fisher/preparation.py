@@ -17,13 +17,14 @@ from hf_npeff.fisher.bare_model import bare_parameters
 from hf_npeff.fisher.differences import check_differences
 from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
+from hf_npeff.fisher.gradients import NoneRan
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
 from hf_npeff.fisher.output_factors import resolve
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameter_differences import check_parameter_differences
 from hf_npeff.fisher.parameters import left_out
-from hf_npeff.fisher.row_check import check_batch, pair_of
+from hf_npeff.fisher.row_check import check_batch, pair_of, used_otherwise
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import (
     SelfTest,
@@ -88,8 +89,17 @@ def prepare(
     sketch, measured, tried = chosen_sketch(forward, config, metric, few, sketch)
     covered = sum(a * b for a, b in forward.shapes.values()) / max(total, 1)
     left_out = tuple(m.parameter for m in rows.unseen)
+    otherwise = used_otherwise(forward, config, metric, pair[0])
     selftest = SelfTest(
-        len(few), measured, rows.error, min(covered, 1.0), tried, left_out, differences.error, differences.note
+        len(few),
+        measured,
+        rows.error,
+        min(covered, 1.0),
+        tried,
+        left_out,
+        differences.error,
+        differences.note,
+        otherwise,
     )
     tested = tuple(pair[:1] if forward.one_at_a_time else pair)
     return RowMaker(forward, config, sketch.to(forward.device), metric, selftest, tested)
@@ -125,7 +135,10 @@ def choose_metric(forward: ForwardPass, config: FisherConfig) -> tuple[FisherCon
         config = replace(config, spectral_metric=wanted)
     if wanted == "hidden":
         return config, None
-    metric = measure_metric(forward, maps, pilots, config.seed, first.source.shape[-1])
+    try:
+        metric = measure_metric(forward, maps, pilots, config.seed, first.source.shape[-1])
+    except NoneRan:  # weights that a model reads without calling their modules, named in `parameters`
+        return replace(config, spectral_metric="hidden"), None
     return config, metric if embeds or len(metric.root) == first.source.shape[-1] else None
 
 

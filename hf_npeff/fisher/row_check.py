@@ -17,7 +17,7 @@ from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll, NoneRan, autograd_rows
 from hf_npeff.fisher.linear_layers import is_at_hand
-from hf_npeff.fisher.linear_maps import LinearMap, shapes_of
+from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps, shapes_of
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 
@@ -183,6 +183,34 @@ def check_rows(
     unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
     error, worst = _row_error(sketch, rows[largest], {name: exact[name] for name in called})
     return RowCheck(error, unseen, worst)
+
+
+def used_otherwise(
+    forward: ForwardPass, config: FisherConfig, metric: HiddenMetric | None, example: Example
+) -> tuple[str, ...]:
+    """The weights of linear maps among `parameters` that a model uses otherwise than by calling their modules.
+
+    Autograd gives their gradients, but an adapter that PEFT puts around the modules does not change all of their use.
+    """
+    named = (
+        [m for m in find_linear_maps(forward.model) if m.parameter in forward.parameters] if forward.parameters else []
+    )
+    if not named or forward.fsdp.active:
+        return ()
+    sketch = Sketch(shapes_of(named), "kronecker", _SIDE, config.seed).to(forward.device)
+    try:
+        stored, ran = RowMaker(forward.with_maps(named, {}), config, sketch, metric).rows_and_calls([example])
+    except (NoneRan, CalledOnceForAll):
+        return tuple(m.parameter for m in named)
+    rows = stored["factors"][0].double() * stored["norms"][0].sqrt()
+    largest = int(rows.norm(dim=1).argmax())
+    exact = autograd_rows(forward.model, named, forward.source_of([example]), stored["cotangents"][:1, largest])
+    wrong = []
+    for m in named:
+        error, _ = _row_error(sketch, rows[largest], {m.parameter: exact[m.parameter]})
+        if m.parameter not in ran or error > _WRONG_IN_16_BITS:
+            wrong.append(m.parameter)
+    return tuple(wrong)
 
 
 def _parts_of(sketch: Sketch, rows: Tensor, names: Sequence[str]) -> Tensor:

@@ -56,6 +56,8 @@ class SelfTest:
         difference_error: relative difference of autograd's gradients from central differences of the predictions, or
             None if no comparison was possible (see `differences`).
         difference_note: why no comparison was possible, or what the gradients lack; empty if they agree.
+        used_otherwise: weights of linear maps among `parameters` that the model uses otherwise than by calling their
+            modules, so that an adapter around the modules is another change than that of the weight.
 
     A store's `selftest` also has `later`: the results of repeated checks of rows (see `Rechecks`).
     """
@@ -68,10 +70,11 @@ class SelfTest:
     left_out: tuple[str, ...] = ()
     difference_error: float | None = None
     difference_note: str = ""
+    used_otherwise: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return {**asdict(self), "left_out": list(self.left_out)}
+        return {**asdict(self), "left_out": list(self.left_out), "used_otherwise": list(self.used_otherwise)}
 
     def line(self, sketch: Sketch) -> str:
         """The results in one line."""

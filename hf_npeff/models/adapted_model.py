@@ -18,7 +18,6 @@ from hf_npeff.pefs.weights_identity import shown
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.direction_folder import facts_of
-from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.lifted_adapters import (
     LiftedWeights,
     folder_of,
@@ -178,7 +177,7 @@ class AdaptedModel(LiftedModel):
     def _changed_weights(self, weights: Mapping[str, Any], pefs: PEFs, rank: int) -> LiftedWeights:
         """The information on parameters that adapters need; checks all settings before the model runs."""
         names = list(self.shapes)
-        layouts = layouts_of(self.model, names)
+        layouts = self.layouts_of(names)
         if wrong := [n for n, layout in layouts.items() if layout in ("other", "experts", "experts-transposed")]:
             raise UnsupportedModelError(
                 f"{wrong[0]} is not a weight of a linear map, an embedding, a bias or a norm, so components cannot all "

@@ -113,6 +113,7 @@ class AnalysedModel:
         self.reading = Reading()
         self.revision: str | None = getattr(getattr(base_of(model), "config", None), "_commit_hash", None)
         self._sketch: Sketch | None = None
+        self._used_otherwise: frozenset[str] = frozenset()  # see SelfTest
         self._trials = BatchTrials()
         self._liked: tuple[str, Any] | None = None
         parameters = find_parameters(model, self.fisher.parameters)
@@ -191,7 +192,9 @@ class AnalysedModel:
             )
         sketch = Sketch.from_dict(like.info["sketch"])
         other = self.with_fisher(FisherConfig.from_dict(like.info["fisher"]))
-        left_out = (like.info.get("selftest") or {}).get("left_out") or ()
+        tested = like.info.get("selftest") or {}
+        other._used_otherwise = frozenset(tested.get("used_otherwise") or ())
+        left_out = tested.get("left_out") or ()
         other.maps = [m for m in other.maps if m.parameter not in left_out]
         ours = other.shapes
         if (

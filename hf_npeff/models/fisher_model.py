@@ -148,6 +148,8 @@ class FisherModel(AnalysedModel):
         with self.forward_pass(one_at_a_time=request.batch_size == 1) as forward:
             maker = prepare(forward, self.fisher, examples[:_FIRST], sketch=known, skip=request.skip)
             self._sketch, self.maps = maker.sketch, list(maker.forward.maps)
+            if maker.selftest is not None:
+                self._used_otherwise = frozenset(maker.selftest.used_otherwise)
             if processes.index == 0:
                 logger.log(logging.WARNING if examples.encoded.doubtful else logging.INFO, "%s", examples.encoded)
                 limits.tell_truncated(len(examples), examples.encoded.max_length)

@@ -23,7 +23,6 @@ from hf_npeff.pefs.store import PEFs
 from hf_npeff.progress import working
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.directions import as_direction
-from hf_npeff.weights.layouts import layouts_of
 from hf_npeff.weights.lifting import select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
 from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target
@@ -169,7 +168,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
 
     def _moves_linear_maps(self) -> bool:
         """Whether components affect only linear maps, so that all can be lifted and measured together."""
-        return set(layouts_of(self.model, self.shapes).values()) <= {"linear", "conv1d"}
+        return set(self.layouts_of(self.shapes).values()) <= {"linear", "conv1d"}
 
     def evaluate_adapters(
         self,

@@ -19,7 +19,7 @@ from hf_npeff.pefs.weights_identity import check_same_weights, warn_of_other_wei
 from hf_npeff.weights.adapters import Adapter
 from hf_npeff.weights.decomposed import Decomposed
 from hf_npeff.weights.directions import ParameterDirection
-from hf_npeff.weights.layouts import layouts_of
+from hf_npeff.weights.layouts import Layout, layouts_of
 from hf_npeff.weights.own_weights import tied_weights
 
 _Self = TypeVar("_Self", bound="MovableModel")
@@ -46,7 +46,12 @@ class MovableModel(AnalysedModel):
             shaped = maps[name].as_weight(value) if name in maps else value.reshape(parameters[name].shape)
             deltas[name] = shaped.contiguous()
         about = {**self.info_of_change(deltas, info.get("weights")), **info}
-        return ParameterDirection(deltas, layouts_of(self.model, deltas), about, unit=unit)
+        return ParameterDirection(deltas, self.layouts_of(deltas), about, unit=unit)
+
+    def layouts_of(self, parameters: Iterable[str]) -> dict[str, Layout]:
+        """{parameter: layout}; "other" for a linear map's weight that the model uses otherwise than by its module."""
+        layouts = layouts_of(self.model, parameters)
+        return {name: "other" if name in self._used_otherwise else layout for name, layout in layouts.items()}
 
     def info_of_change(self, parameters: Iterable[str], weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The information on the model that a change of some parameters keeps.

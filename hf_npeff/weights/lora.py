@@ -77,6 +77,11 @@ def lora(
     """
     scale = check_scale(scale)
     check_rank(rank)
+    if other := [name for name in deltas if layouts[name] == "other"]:
+        raise UnsupportedModelError(
+            f"LoRA does not support the parameter {other[0]}: it is no weight, bias or norm that only its own module "
+            "uses; use kind='delta'"
+        )
     matrices = [n for n in deltas if layouts[n] in MATRICES]
     fused = [n for n in deltas if layouts[n] in ("experts", "experts-transposed")]
     largest = max((min(deltas[n].shape[-2:]) for n in (*matrices, *fused)), default=0)

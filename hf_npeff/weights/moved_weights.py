@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import named_weights
+from hf_npeff.fisher.frozen import forget_caches
 from hf_npeff.fisher.fsdp import FSDPModel
 from hf_npeff.fisher.linear_layers import is_at_hand
 
@@ -104,11 +105,13 @@ def weights_moved(model: nn.Module, deltas: Mapping[str, Tensor], scale: float) 
                 if weight.dtype != wide:
                     step.add(wanted, weight.to(wide) - before[name].to(wide))
         step.tell()
+        forget_caches(model)
         yield
     finally:
         with torch.no_grad():
             for name, kept in before.items():
                 parameters[name].copy_(kept)
+        forget_caches(model)
 
 
 @torch.no_grad()
