@@ -11,12 +11,12 @@ from torch import Tensor
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.bare_model import bare_parameters
+from hf_npeff.fisher.bare_model import bare_modules, bare_parameters
 from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
 from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll, NoneRan, autograd_rows
-from hf_npeff.fisher.linear_layers import is_at_hand
+from hf_npeff.fisher.linear_layers import is_at_hand, is_linear
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps, shapes_of
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
@@ -192,20 +192,26 @@ def used_otherwise(
 
     Autograd gives their gradients, but an adapter that PEFT puts around the modules does not change all of their use.
     """
-    named = (
-        [m for m in find_linear_maps(forward.model) if m.parameter in forward.parameters] if forward.parameters else []
-    )
-    if not named or forward.fsdp.active:
+    modules = bare_modules(forward.model) if forward.parameters else {}
+    places = {n: n.rpartition(".") for n in forward.parameters if not n.endswith("bias")}
+    names = {n: path for n, (path, _, _) in places.items() if path in modules and is_linear(modules[path])}
+    if not names or forward.fsdp.active:
         return ()
+    try:
+        named = [m for m in find_linear_maps(forward.model, sorted(names.values())) if m.parameter in names]
+    except UnsupportedModelError:  # none of them computes x Wᵀ + b
+        named = []
+    wrong = [name for name in names if name not in {m.parameter for m in named}]
+    if not named:
+        return tuple(wrong)
     sketch = Sketch(shapes_of(named), "kronecker", _SIDE, config.seed).to(forward.device)
     try:
         stored, ran = RowMaker(forward.with_maps(named, {}), config, sketch, metric).rows_and_calls([example])
     except (NoneRan, CalledOnceForAll):
-        return tuple(m.parameter for m in named)
+        return tuple(names)
     rows = stored["factors"][0].double() * stored["norms"][0].sqrt()
     largest = int(rows.norm(dim=1).argmax())
     exact = autograd_rows(forward.model, named, forward.source_of([example]), stored["cotangents"][:1, largest])
-    wrong = []
     for m in named:
         error, _ = _row_error(sketch, rows[largest], {m.parameter: exact[m.parameter]})
         if m.parameter not in ran or error > _WRONG_IN_16_BITS:
