@@ -168,7 +168,7 @@ def padded(values: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, enc
         ones = [_ones_like(example[f"{side}input_ids"]) for example in values]
         real = _stacked(ones, 0, "input_ids", [_tokens(own) for own in ones])
         mask = batch.get(f"{side}attention_mask")
-        if mask is None and not (side == "" and _is_packed(values)):
+        if mask is None and not (side == "" and is_packed(values)):
             batch[f"{side}attention_mask"] = real
         shown = real.bool() if mask is None or mask.shape != real.shape else real.bool() & mask.bool()
         if side == "decoder_":
@@ -219,8 +219,8 @@ def _of_axes(positions: Any, tokens: int | None) -> bool:
     return len(shape) == 2 and shape[1] == tokens
 
 
-def _is_packed(values: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the position ids of an example start again within it."""
+def is_packed(values: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the position ids of an example start again within it: it is several documents in one sequence."""
     for example in values:
         positions = example.get("position_ids")
         steps = torch.as_tensor([] if positions is None else positions)

@@ -136,6 +136,15 @@ def test_what_is_no_model_no_config_and_no_token_is_named() -> None:
         NPEFF(2).fit(torch.zeros(3, 2, 4))  # type: ignore[arg-type]
 
 
+def test_packed_documents_are_refused_by_a_model_that_takes_no_positions() -> None:
+    """Oracle: Mamba takes no position_ids and reads on across documents; Llama's packed rows are tested elsewhere."""
+    packed = {"id": "two", "input_ids": [9, 10, 11, 12], "position_ids": [0, 1, 0, 1]}
+    with pytest.raises(ValueError, match=r"'two'.*position_ids"):
+        NPEFFAnalyzer(tiny_model("mamba")).compute_pefs([packed])
+    once = {**packed, "position_ids": [0, 1, 2, 3]}
+    assert len(NPEFFAnalyzer(tiny_model("mamba", dtype=torch.float32)).compute_pefs([once])) == 1
+
+
 def test_what_lies_outside_a_vocabulary_is_named_in_every_input_that_has_one() -> None:
     """Oracle: the messages name example and input; the model's own error says "index out of range"."""
     choices = {"input_ids": [[5, 6, 100_000], [5, 6, 7]]}

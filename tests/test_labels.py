@@ -256,6 +256,8 @@ def test_labels_that_count_from_one_are_no_numbers_of_classes() -> None:
     """Oracle: by hand. With a label 0 among them they count from 0; names say what numbers do not."""
     assert "subtract 1" in str(truth_of([1, 3, 2, -1], "softmax", 3).why_none)
     assert truth_of([1, 3, 0], "softmax", 3).values == [1, None, 0]
+    assert "0 and 1" in str(truth_of([1, -1.0, None], "softmax", 2).why_none)
+    assert truth_of([1, -1, 0], "softmax", 2).values == [1, None, 0]
     assert truth_of([1, 2, None], "softmax", 3).values == [1, 2, None]
     stars = {i: f"{i + 1} stars" for i in range(5)}
     assert "'1 stars'" in str(truth_of([1, 4], "softmax", 5, None, stars).why_none)

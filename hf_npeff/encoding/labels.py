@@ -99,8 +99,10 @@ def check_vectors(column: Sequence[Any], k: int) -> None:
 
 
 def _why_from_one(values: Sequence[Any], model_names: Mapping[int, str] | None, k: int) -> str | None:
-    """Why whole numbers cannot be class numbers: they count from 1, or seem to. None if they can."""
+    """Why whole numbers cannot be class numbers: they count from 1, seem to, or are signs. None if they can."""
     real = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    if k == 2 and set(real) == {-1, 1}:
+        return "the labels are -1 and 1, and -1 usually stands for a missing label: write 0 and 1"
     numbers = [int(v) for v in real if float(v).is_integer() and v >= 0]
     if not numbers or min(numbers) == 0:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 from hf_npeff.data import Example
 from hf_npeff.encoding.labels import IGNORED
 from hf_npeff.fisher.bare_model import base_of, is_sentence_transformer
-from hf_npeff.padding import is_nested, shape_of
+from hf_npeff.padding import is_nested, is_packed, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class ModelLimits:
         labels_by_token: whether these labels belong to the tokens of the input, not to those of a decoder.
         padding: the padding token, and how many of it at an end, without an attention mask, are padding: a padding
             token that is also another special token may end a text once. None if there is no padding token.
+        takes_positions: whether the model takes position ids.
         truncated: how many of the checked examples had been cut.
     """
 
@@ -36,6 +38,7 @@ class ModelLimits:
     needs_labels: bool
     labels_by_token: bool = False
     padding: tuple[int, int] | None = None
+    takes_positions: bool = True
     truncated: int = 0
 
     @classmethod
@@ -49,7 +52,8 @@ class ModelLimits:
         given = getattr(model, "max_seq_length", None) if is_sentence_transformer(model) else None
         limits = [limit for limit in (_positions(base), given) if limit is not None]
         by_token = needs_labels and decoder is None
-        return cls(vocabulary, min(limits, default=None), needs_labels, by_token, _padding(base.config))
+        positions = min(limits, default=None)
+        return cls(vocabulary, positions, needs_labels, by_token, _padding(base.config), _takes_positions(base))
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples, each checked as it is read; examples that are too long are counted and refused at the end.
@@ -82,7 +86,8 @@ class ModelLimits:
 
         Raises:
             ValueError: if it has no tokens, ids outside the model's vocabulary, inputs that do not fit its tokens,
-                padding without a mask, or no labels although they are needed.
+                padding without a mask, documents packed into one although the model takes no positions, or no labels
+                although they are needed.
         """
         if example.length == 0:
             raise ValueError(f"example {example.id!r} has no tokens, so there is nothing to predict from; leave it out")
@@ -124,6 +129,11 @@ class ModelLimits:
                 f"example {example.id!r} has {len(ids)} input_ids and {len(example.inputs[name])} {name}: there has to "
                 "be one for each token"
             )
+        if not self.takes_positions and is_packed([example.inputs]):
+            raise ValueError(
+                f"the position_ids of example {example.id!r} begin again, so it is several documents in one sequence, "
+                "but the model takes no position_ids and would read them as one text: make an example of each document"
+            )
         if mask is not None and len(shape_of(mask)) == 1 and not any(mask):
             raise ValueError(f"the attention mask of example {example.id!r} hides all its tokens; leave it out")
         if mask is None and self.padding is not None:
@@ -151,6 +161,11 @@ def _padding(config: Any) -> tuple[int, int] | None:
     others = [getattr(text, name, None) for name in names]
     flat = [i for other in others for i in (other if isinstance(other, list) else [other])]
     return token, 2 if token in flat else 1
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _vocabulary(model: Any) -> int | None:

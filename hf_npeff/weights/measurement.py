@@ -58,7 +58,9 @@ class GroupEffect:
         flips: share of the examples with an answer that changes.
         flips_interval: 95% bootstrap interval of this share.
         labelled: the number of examples with a label; the next five fields use only these.
-        accuracy: share of right answers before and after; None without class labels.
+        accuracy: share of right answers before and after; None without class labels. An example with several labels or
+            terms counts by the share of them that is right (in `evaluate_direction` all labels have to be right at
+            once, and tokens count one by one).
         gain_interval: 95% bootstrap interval of accuracy after − before.
         loss: mean −log p(label) before and after, in nats for each term; None without class labels.
         log_odds: mean log p(label)/(1 − p(label)) before and after, in nats for each term. It shows a shift of a group
