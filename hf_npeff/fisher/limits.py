@@ -53,7 +53,8 @@ class ModelLimits:
         limits = [limit for limit in (_positions(base), given) if limit is not None]
         by_token = needs_labels and decoder is None
         positions = min(limits, default=None)
-        return cls(vocabulary, positions, needs_labels, by_token, _padding(base.config), _takes_positions(base))
+        named = "position_ids" in inspect.signature(base.forward).parameters  # others are not passed on
+        return cls(vocabulary, positions, needs_labels, by_token, _padding(base.config), named)
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples, each checked as it is read; examples that are too long are counted and refused at the end.
@@ -161,11 +162,6 @@ def _padding(config: Any) -> tuple[int, int] | None:
     others = [getattr(text, name, None) for name in names]
     flat = [i for other in others for i in (other if isinstance(other, list) else [other])]
     return token, 2 if token in flat else 1
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _vocabulary(model: Any) -> int | None:
