@@ -24,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the tests of several thre
 # Two processes of a test would each want a card of their own; CUDA_VISIBLE_DEVICES=0 runs the other tests beside one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+gc.disable()  # until everything is collected: nothing of a million objects that imports make is garbage
+
 import torch
 
 torch.set_num_threads(1)
@@ -41,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported stays: a full collection need not go through half a million objects of it again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
