@@ -24,8 +24,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the tests of several thre
 # Two processes of a test would each want a card of their own; CUDA_VISIBLE_DEVICES=0 runs the other tests beside one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-gc.disable()  # until everything is collected: nothing of a million objects that imports make is garbage
-
 import torch
 
 torch.set_num_threads(1)
@@ -33,6 +31,11 @@ torch.set_num_threads(1)
 LONGEST_FIRST = ("test_sweep.py", "test_types.py", "test_studies_runs.py", "test_real_model.py", "test_processes.py")
 """Files of few tests that take long. `make check` hands files to processes in this order: the last one that is begun
 may leave the other processes with nothing to do, so it must not be one of these."""
+
+
+def pytest_configure() -> None:
+    """Until all tests are collected: nothing of the million objects that imports make is garbage."""
+    gc.disable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
