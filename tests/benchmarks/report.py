@@ -56,6 +56,10 @@ SCALING = """## Scaling
 that of a + b·x^e (a, b ≥ 0), fitted to the five points. The constant is a as a share of the first point: the self-test
 and Python's own work. "Flat" means less than a quarter more for sixteen times the size. A countsketch reads every
 number of a gradient once, whatever d is. Coordinate descent on W costs r² for each example."""
+LARGE_FIT = """## A large fit
+
+`python -m tests.benchmarks.large_fit` times the phases of one start of a planted problem, in processor seconds with one
+thread. A start first iterates in the leading subspace, then in all dimensions. *Products* read all rows."""
 LIFTING = """## Lifting
 
 `python -m tests.benchmarks.lifting` lifts components of a trained BERT classifier of 2 layers and of a fine-tuned
@@ -160,6 +164,26 @@ def scaling_section() -> str:
     )  # fmt: skip
 
 
+def large_fit_section() -> str:
+    found = kept("large-fit")
+    phases = ("products", "coordinate descent on W", "the rest")
+    lines = [
+        (
+            stage, found["iterations"].get(stage, "–"), *(number(seconds.get(p, 0.0), 1) for p in phases),
+            number(sum(seconds.values()), 1), number(sum(seconds.values()) / seconds["products"]),
+        )
+        for stage, seconds in found["stages"].items()
+    ]  # fmt: skip
+    total = sum(sum(seconds.values()) for seconds in found["stages"].values())
+    header = ("stage", "iterations", *(f"{p}, s" for p in phases), "together, s", "over its products")
+    return (
+        LARGE_FIT + f" Here n = {found['n']:,}, c = {found['c']}, d = {found['d']:,} and r = {found['r']}.\n\n"
+        + machine_of("large-fit") + "\n\n" + table(header, lines)
+        + f"\n\nOne start takes {total:.0f} s and finds {found['found']} of {found['r']} planted directions. It adds "
+        f"{found['MiB']:.0f} MiB to the {found['rows, MiB']:.0f} MiB of the rows."
+    )  # fmt: skip
+
+
 def lifted(ways: dict[str, dict[str, Any]], n: int) -> str:
     lines = [
         (
@@ -235,6 +259,7 @@ SECTIONS = {
     "solver": solver_section,
     "stability-SmolLM2": stability_section,
     "scaling": scaling_section,
+    "large-fit": large_fit_section,
     "lifting": lifting_section,
     "low-rank": low_rank_section,
     "stopping": stopping_section,

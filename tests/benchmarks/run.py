@@ -25,6 +25,7 @@ SCRIPTS: list[tuple[str, ...]] = [
     ("solver", "--keep"),
     ("stability", "--model", "MiniLM", "--keep"),
     ("scaling", "--keep"),
+    ("large_fit", "--keep"),
     ("lifting", "--keep"),
     ("low_rank", "--models", "MiniLM", "--keep"),  # SmolLM2 takes half an hour
     ("stopping", "--keep"),
