@@ -169,7 +169,7 @@ def large_fit_section() -> str:
     phases = ("products", "coordinate descent on W", "the rest")
     lines = [
         (
-            stage, found["iterations"].get(stage, "–"), *(number(seconds.get(p, 0.0), 1) for p in phases),
+            stage, str(found["iterations"].get(stage, "–")), *(number(seconds.get(p, 0.0), 1) for p in phases),
             number(sum(seconds.values()), 1), number(sum(seconds.values()) / seconds["products"]),
         )
         for stage, seconds in found["stages"].items()
@@ -177,7 +177,7 @@ def large_fit_section() -> str:
     total = sum(sum(seconds.values()) for seconds in found["stages"].values())
     header = ("stage", "iterations", *(f"{p}, s" for p in phases), "together, s", "over its products")
     return (
-        LARGE_FIT + f" Here n = {found['n']:,}, c = {found['c']}, d = {found['d']:,} and r = {found['r']}.\n\n"
+        LARGE_FIT + f"\nHere n = {found['n']:,}, c = {found['c']}, d = {found['d']:,} and r = {found['r']}.\n\n"
         + machine_of("large-fit") + "\n\n" + table(header, lines)
         + f"\n\nOne start takes {total:.0f} s and finds {found['found']} of {found['r']} planted directions. It adds "
         f"{found['MiB']:.0f} MiB to the {found['rows, MiB']:.0f} MiB of the rows."
