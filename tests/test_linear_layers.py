@@ -322,3 +322,16 @@ def test_a_model_that_returns_tuples_is_refused_with_what_to_set() -> None:
         NPEFFAnalyzer(model).compute_pefs(examples, progress=False)
     model.config.return_dict = True
     assert len(NPEFFAnalyzer(model).compute_pefs(examples, progress=False)) == 2
+
+
+def test_weights_that_share_memory_without_being_tied_are_refused() -> None:
+    """Oracle: planted; tied as one parameter object the same model is analysed."""
+    model = tiny.tiny_model("bert", "sequence-classification")
+    first, second = (layer.attention.self.query for layer in model.bert.encoder.layer)
+    second.weight.data = first.weight.data
+    examples = tiny.tiny_batch(model, 2, seed=1)
+    for targets in (["query"], ["layer.1.attention.self.query"]):
+        with pytest.raises(UnsupportedModelError, match=r"layer\.0\.attention.*layer\.1\.attention.*same memory"):
+            analyzer_of(model, target_modules=targets).compute_pefs(examples)
+    second.weight = first.weight
+    assert len(analyzer_of(model, target_modules=["query"]).compute_pefs(examples)) == 2

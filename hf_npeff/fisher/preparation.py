@@ -29,6 +29,7 @@ from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import (
     SelfTest,
 )
+from hf_npeff.fisher.shared_memory import check_memory
 from hf_npeff.fisher.sketch_choice import chosen_sketch
 from hf_npeff.pefs.sketches import Sketch
 
@@ -65,6 +66,7 @@ def prepare(
         UnsupportedModelError: if the rows from the hooks differ from autograd's gradients, or these from the true ones.
         ValueError: if the config sets a metric that this model and output factor do not have.
     """
+    check_memory(forward.model, forward.shapes)
     check_adapted_maps(forward.model, (name for m in forward.maps for name in m.modules))
     with contextlib.suppress(NotFiniteError):  # the error below names the example
         forward.check_repeatable(min(examples, key=lambda example: example.length))
