@@ -27,8 +27,10 @@ def check_memory(model: nn.Module, analysed: Collection[str]) -> None:
     places: dict[int, list[tuple[int, int, int, str]]] = {}
     for name, parameter in bare_parameters(model).items():
         if is_at_hand(parameter) and parameter.numel():
-            start = parameter.storage_offset()
-            last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            start = int(parameter.storage_offset())
+            last = int(
+                sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            )
             if last + 1 == parameter.numel():  # parameters with gaps may interleave without sharing a number
                 place = (start, start + last, id(parameter), name)
                 places.setdefault(parameter.untyped_storage()._cdata, []).append(place)
