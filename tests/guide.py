@@ -8,12 +8,12 @@ has changed, --keep-outputs writes it with the outputs that the notebook has.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -90,5 +90,7 @@ def kept_outputs() -> list[str]:
 
 
 if __name__ == "__main__":
-    outputs = kept_outputs() if "--keep-outputs" in sys.argv[1:] else run()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep-outputs", action="store_true", help="run nothing; the text alone has changed")
+    outputs = kept_outputs() if parser.parse_args().keep_outputs else run()
     NOTEBOOK.write_text(json.dumps(notebook(outputs), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -105,6 +105,9 @@ def test_labels_that_are_missing_are_missed_before_the_model_runs() -> None:
     examples[1]["labels"] = [-100] * len(examples[1]["input_ids"])
     with pytest.raises(ValueError, match="'1'"):
         analyzer_of(model, positions="labels").compute_pefs(examples)
+    examples[1]["labels"][0] = examples[1]["input_ids"][0]  # which no token is before to predict
+    with pytest.raises(ValueError, match=r"positions='labels'.*example '1'"):
+        analyzer_of(model, positions="labels").compute_pefs(examples)
 
 
 def test_text_without_a_tokenizer_and_unknown_columns_are_refused() -> None:

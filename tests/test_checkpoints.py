@@ -186,8 +186,16 @@ def test_a_checkpoint_that_names_an_attention_without_its_package_is_loaded_with
 def test_a_mistyped_path_without_a_network_waits_for_the_hub_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Identity: one download is tried, and the error names the missing folder and the one with nearly its name."""
-    tries = []
+    """Identity: one request without repetition, after which the client, which repeats requests, is not called; a slow
+    connection is left to it, once. The error names the missing folder and the one with nearly its name.
+    """
+    tries: list[Any] = []
+    failure = type("ConnectError", (Exception,), {"__module__": "httpx"})
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            tries.append(url)
+            raise failure("no name")
 
     def unreachable(*arguments: Any, **options: Any) -> str:
         tries.append(arguments)
@@ -197,6 +205,12 @@ def test_a_mistyped_path_without_a_network_waits_for_the_hub_once(
     (tmp_path / "my-model").mkdir()
     monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub, "get_session", Session)
     with pytest.raises(OSError, match=r"there is no folder my-modle.*my-model.*cannot be reached"):
         NPEFFAnalyzer.from_pretrained("my-modle")
-    assert tries == [("my-modle", "config.json")]
+    (url,) = tries
+    assert url.endswith("/my-modle/resolve/main/config.json")
+    failure = type("ConnectTimeout", (Exception,), {"__module__": "httpx"})
+    with pytest.raises(OSError, match=r"my-modle.*my-model.*cannot be reached"):
+        NPEFFAnalyzer.from_pretrained("my-modle")
+    assert tries == [url, url, ("my-modle", "config.json")]

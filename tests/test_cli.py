@@ -262,6 +262,7 @@ def test_edit_writes_a_direction_of_its_natural_length_and_an_adapter(world: Wor
     assert change["wanted"] == pytest.approx(-0.02) and change["realised"] < -0.001
     direction = ParameterDirection.load(world.folder / "edited" / "direction")
     assert direction.info["natural_scale"] == 1 and direction.info["method"] == "edit"
+    assert report["outcome"].startswith("class ")
     settings = json.loads((world.folder / "edited" / "adapter" / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"]) == ("LORA", 4)
 
@@ -378,8 +379,10 @@ def test_without_shared_examples_pseudo_fishers_are_compared_and_without_scipy_g
         ("decompose nowhere/at/all -o x", 1, "neither a folder nor the id"),
         ("perturb found pefs model new.txt --component 0 -o x", 1, "not in this dataset"),
         ("push nowhere user/repo", 1, "no folder nowhere"),
+        ("push foundd user/repo", 1, "no folder foundd (did you mean found?)"),
         ("push found user/repo --components all", 1, "is not a folder of several"),
         ("perturb found pefs model data.jsonl -o x", 1, "either --component"),
+        ("perturb foundd pefs model data.jsonl -o x", 1, "no folder foundd (did you mean found?)"),
         ("perturb found pefs model data.jsonl --all --component 0 -o x", 1, "either --component"),
         ("perturb found pefs model data.jsonl --all --kind shira -o x", 1, "--kind is for a single component"),
         ("perturb found pefs model data.jsonl --component 0 --by label -o x", 1, "give --eval too"),

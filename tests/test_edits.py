@@ -217,6 +217,7 @@ def test_an_edit_towards_the_highest_moves_only_the_other_side(binary: Made) -> 
     with direction.applied_to(analyzer.model):
         after = signs * log_odds(analyzer, data, 1)[0]
     assert direction.info["towards"] == "highest" and len(direction.info["changes"]) == 4
+    assert direction.info["outcome"] == "what the column 'label' names"
     for label in (one, ~one):
         gap, left = (float(values[label & cue].mean() - values[label & ~cue].mean()) for values in (before, after))
         assert gap > 0 and abs(left) < 0.5 * gap

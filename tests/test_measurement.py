@@ -135,6 +135,7 @@ def test_a_regression_has_an_error_and_no_accuracy() -> None:
     )
     assert effect.kl == pytest.approx(float((before - after).square().mean() / 2), rel=1e-3)
     assert effect.accuracy is None and effect.predicted == {}
+    assert "error" in repr(effect) and "answers" not in repr(effect)
 
 
 def test_tokens_of_a_language_model_have_accuracy_and_cross_entropy() -> None:

@@ -90,7 +90,7 @@ def perturb(
     - `hf-npeff perturb runs/components runs/pefs org/model a.jsonl --all -o runs/adapters`
     """
     if everything == (component is not None):
-        raise ValueError("give either --component with a number, or --all")
+        raise ValueError(f"give either --component with a number, or --all{_missing(decomposition)}")
     if component is None:
         alone = {"--kind": kind != "lora", "--spare": spare, "--eval": evaluate_on is not None, "--by": by is not None}
         if given := [name for name, is_given in alone.items() if is_given]:
@@ -115,6 +115,15 @@ def perturb(
     direction.save_pretrained(output / "direction", **about)
     adapter.save_pretrained(output / "adapter")
     return _result_of(opened, report, adapter, output, evaluate_on)
+
+
+def _missing(folder: str) -> str:
+    """What an error adds where a folder does not exist; empty for what may be a repository on the Hub."""
+    from hf_npeff.sharing.hub import is_hub_id, near_names, no_folder
+
+    if Path(folder).is_dir() or (is_hub_id(folder) and not near_names(folder)):
+        return ""
+    return f"; {no_folder(folder)}"
 
 
 class _Opened(NamedTuple):

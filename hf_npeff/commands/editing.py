@@ -77,8 +77,8 @@ def edit(
     ]
     reached = direction.info["reached"]
     title = (
-        f"in {output}: mean change of the log-odds, in nats; {reached:.0%} of what was wanted is realised; the adapter "
-        f"keeps {kept:.0%} of the change"
+        f"in {output}: mean change of the log-odds of {direction.info['outcome']}, in nats; {reached:.0%} of what was "
+        f"wanted is realised; the adapter keeps {kept:.0%} of the change"
     )
     headers = ("", "examples", "wanted", "predicted", "realised")
     values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report}

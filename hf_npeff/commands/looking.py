@@ -147,7 +147,9 @@ def _score(associations: dict[str, Any]) -> str:
 
 
 def _association_line(association: dict[str, Any]) -> str:
-    return f"{association['feature']} ({association['share']:.0%}, others {association['rest']:.0%})"
+    columns = [feature for feature in association["same"] if " = " in feature]  # not every word
+    names = " and ".join([association["feature"], *columns])
+    return f"{names} ({association['share']:.0%}, others {association['rest']:.0%})"
 
 
 def _single(component: Component, associations: dict[str, Any], count: int) -> RenderableType:

@@ -47,7 +47,7 @@ def compute(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue with the results that the folder has.")] = True,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print how much time, memory and disk it will take.")
+        bool, typer.Option("--dry-run", help="Only print how much computation, memory and disk it takes.")
     ] = False,
 ) -> Result:
     """Compute the per-example Fisher matrices (PEFs) of a data set, into a folder.

@@ -57,11 +57,11 @@ def push(
     """
     from hf_npeff.pefs.store import PEFs
     from hf_npeff.sharing.cards import said_on_card
-    from hf_npeff.sharing.hub import push_folder
+    from hf_npeff.sharing.hub import no_folder, push_folder
     from hf_npeff.weights.gallery import INDEX, copy_gallery
 
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(no_folder(str(folder)))
     if explained is not None and not (folder / "adapter_config.json").is_file():
         raise ValueError(f"--explained is for the card of an adapter, and {folder} has none")
     where: dict[str, Any] = {"private": private or None, "revision": revision, "create_pr": create_pr}

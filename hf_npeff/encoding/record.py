@@ -214,6 +214,8 @@ class Encoded:
         if self.kind == "text" and self.target is not None:
             what += f", with the text to predict in {self.target!r}"
         parts = [f"read {what}"]
+        if self.label_column is not None:
+            parts.append(f"labels in {self.label_column!r}")
         if self.truncation:
             parts.append("cut where it is longer than " + (f"{self.max_length} tokens" if self.max_length else "fits"))
         parts += self.notes

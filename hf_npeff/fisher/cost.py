@@ -9,6 +9,8 @@ from hf_npeff.config import GRAM_LIMIT
 from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.pefs.sketches import TWO_STAGE_SIDE, Kind
 
+AT_MOST = ", at most"
+"""Behind the kind of a sketch that "auto" has not chosen yet."""
 _COLUMN_BYTES = 64
 """Bytes of an example's id, hash and prediction: an estimate, small compared with its rows."""
 
@@ -53,7 +55,11 @@ class Estimate:
         return self.forward + self.backward + self.sketching
 
     def __repr__(self) -> str:
-        return f"Estimate({_flops(self.flops)} for {self.n:,} examples, {_bytes(self.disk)} on disk; print() shows all)"
+        most = "at most " if self.sketch.endswith(AT_MOST) else ""
+        return (
+            f"Estimate({_flops(self.flops)} for {self.n:,} examples, {most}{_bytes(self.disk)} on disk; "
+            "print() shows all)"
+        )
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows)
@@ -67,6 +73,7 @@ class Estimate:
     @property
     def rows(self) -> list[tuple[str, str]]:
         """The lines of the printed table: (name, value)."""
+        most = "at most " if self.sketch.endswith(AT_MOST) else ""  # the sketch that "auto" chooses may be smaller
         return [
             ("examples n", f"{self.n:,} of {self.tokens:.0f} tokens"),
             ("rows of an example c", f"{self.c}"),
@@ -76,9 +83,9 @@ class Estimate:
             ("backward passes", _flops(self.backward)),
             ("sketches", _flops(self.sketching)),
             ("PEFs, altogether", _flops(self.flops)),
-            ("store on disk", _bytes(self.disk)),
-            (f"one iteration with {self.r} components", _flops(self.iteration)),
-            ("memory of a fit, without memory_budget", _bytes(self.fit_memory)),
+            ("store on disk", most + _bytes(self.disk)),
+            (f"one iteration with {self.r} components", most + _flops(self.iteration)),
+            ("memory of a fit, without memory_budget", most + _bytes(self.fit_memory)),
         ]
 
 
@@ -135,7 +142,7 @@ def estimate(
     rows_in_gram_space = n * c if n * c < d and n * c <= GRAM_LIMIT else d
     return Estimate(
         n, tokens, c, d, sum(a * b for a, b in shapes.values()), r,
-        kind if chosen else f"{kind}, at most",
+        kind if chosen else kind + AT_MOST,
         forward=forward,
         backward=c * forward,
         sketching=sketching,

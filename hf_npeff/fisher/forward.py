@@ -38,6 +38,7 @@ from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
 from hf_npeff.fisher.repeatable import check_repeatable
+from hf_npeff.fisher.terms import NothingMarkedError
 from hf_npeff.images import with_images_joined
 from hf_npeff.padding import Batch
 
@@ -219,12 +220,20 @@ class ForwardPass:
 
         Raises:
             NotFiniteError: if a logit is not finite (the examples are named).
+            ValueError: if nothing is to be predicted in an example (it is named).
             UnsupportedModelError: if the model cannot compute in the type of its weights.
             ModelFailsError: if the model raises an error of its own.
         """
         try:
             outputs = self.head.outputs(self.model, self.batch(examples, self.device))
             self._state.restore()  # each pass finds the model in its original state
+        except NothingMarkedError as error:
+            self._state.restore()
+            names = [examples[i].id for i in error.places]
+            raise ValueError(
+                f"positions={error.rule!r} finds nothing to predict in the example{'s' if len(names) > 1 else ''} "
+                f"{', '.join(map(repr, names[:3]))}; leave such examples out, or choose other positions"
+            ) from None
         except (*_FAILURES, ImportError) as error:
             self._state.restore()
             if is_out_of_memory(error) or _is_ours(error):

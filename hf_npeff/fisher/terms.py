@@ -42,6 +42,14 @@ def shifted(model: nn.Module, labels: Tensor) -> Tensor:
     return read.masked_fill(read == IGNORED, pad)
 
 
+class NothingMarkedError(ValueError):
+    """Examples of a batch have no position at which something is predicted; `places` are their places in the batch."""
+
+    def __init__(self, rule: str, places: list[int]) -> None:
+        super().__init__(f"positions={rule!r} finds nothing to predict in the examples {places} of a batch")
+        self.rule, self.places = rule, places
+
+
 def up_to_the_last(counted: Tensor) -> Tensor:
     """(B, T): True up to the last True of each row."""
     return counted.long().flip(1).cummax(1).values.flip(1).bool()
@@ -67,12 +75,12 @@ def packed(counted: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """A mask (B, T) → the marked positions, packed to the left (B, t), and which entries are real.
 
     Raises:
-        ValueError: if an example has no marked position; the message names the setting.
+        NothingMarkedError: if an example has no marked position; the message names the setting.
     """
     number = counted.sum(1)
     if bool((number == 0).any()):
         which = (number == 0).nonzero()[:, 0].tolist()
-        raise ValueError(f"positions={rule!r} finds nothing to predict in the examples {which} of a batch")
+        raise NothingMarkedError(rule, which)
     t = int(number.max())
     order = torch.argsort(counted.to(torch.int8), dim=1, descending=True, stable=True)[:, :t]
     valid = torch.arange(t, device=counted.device)[None] < number[:, None]

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -40,6 +40,9 @@ DECOMPOSITION_TAG = "npeff-decomposition"
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 _TOKEN = re.compile(r"(hf_|api_org_|Bearer\s+)[^\s'\",)]{2,}")
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3")  # whichever the installed client is built on
+_NO_CONNECTION = ("ConnectError", "ConnectionError")  # of httpx and of requests; a slow connection is none of them
+_SECONDS = 10
+"""How long the Hub may take to answer when it is asked whether it can be reached; the client waits as long."""
 
 
 def is_hub_id(name: object) -> bool:
@@ -208,6 +211,12 @@ def check_reachable(
     cache = None if cache_dir is None else str(cache_dir)
     if any(isinstance(try_to_load_from_cache(str(name), file, cache, revision), str) for file in files):
         return
+    try:  # once, because the client repeats a connection that cannot be made for half a minute
+        get_session().head(hf_hub_url(str(name), files[0], revision=revision), timeout=_SECONDS)
+    except Exception as error:
+        if type(error).__name__ in _NO_CONNECTION:
+            with clear_errors(str(name), token=token, revision=revision):
+                raise
     try:
         hf_hub_download(str(name), files[0], revision=revision, token=token, cache_dir=cache, library_name=LIBRARY)
     except LocalEntryNotFoundError:

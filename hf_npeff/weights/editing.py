@@ -19,7 +19,7 @@ from hf_npeff.weights.contrast import Contrast
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.edits import Functionals, Wanted, changes_by_id, largest_step, removal, solve, warn_of_share
 from hf_npeff.weights.lifting import lift_combination
-from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observe, outcomes_of
+from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observe, outcome_in_words, outcomes_of
 from hf_npeff.weights.plans import check_kept
 from hf_npeff.weights.row_space import combined_rows, row_space
 from hf_npeff.weights.selective import most_different
@@ -37,11 +37,13 @@ class Goal:
         outcomes: (n,) the number of the outcome of every example.
         wanted: the wanted changes of their log-odds.
         before: the model's predictions before any change.
+        outcome: the outcomes in words, such as "class 'positive'".
     """
 
     outcomes: list[int]
     wanted: Wanted
     before: Observed
+    outcome: str
 
     def missing(self, now: Observed) -> Wanted:
         """The changes that are still missing, for every example, including those that should stay the same."""
@@ -79,7 +81,7 @@ def goal_of(
     if wanted is None:
         assert request.remove is not None
         wanted = removal(request.remove, request.given, pefs.columns, before.values, request.towards)
-    return Goal(outcomes, wanted, before)
+    return Goal(outcomes, wanted, before, outcome_in_words(request.outcome, outcomes, naming, kind))
 
 
 def step_towards(
@@ -157,6 +159,7 @@ def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, An
     others = wanted.groups < 0
     kl = goal.before.predictions.kl_to(after.predictions)
     info: dict[str, Any] = {
+        "outcome": goal.outcome,
         "changes": {name: {"examples": n, "wanted": w, "predicted": p, "realised": r} for name, n, w, p, r in rows},
         "reached": wanted.reached(realised),
         "kl": float(kl[~others].mean()),

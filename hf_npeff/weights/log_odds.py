@@ -22,7 +22,7 @@ from torch import Tensor
 from hf_npeff.data import Example
 from hf_npeff.encoding.labels import truth_of
 from hf_npeff.errors import UnsupportedModelError
-from hf_npeff.fisher.distributions import Distribution, Softmax
+from hf_npeff.fisher.distributions import Bernoulli, Distribution, Softmax
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.predictions import Predictions
@@ -91,6 +91,26 @@ def outcomes_of(outcome: int | str | None, naming: Naming, n: int, kind: type[Di
         known = {value: _number(value, naming, k) for value in set(values)}
         return [known[value] for value in values]
     return [_number(outcome, naming, k)] * n
+
+
+def outcome_in_words(
+    outcome: int | str | None, numbers: Sequence[int], naming: Naming, kind: type[Distribution]
+) -> str:
+    """The outcomes whose log-odds an edit changes, in words: "class 'positive'", or "the column 'label'".
+
+    Args:
+        outcome: what was asked for, as in `outcomes_of`.
+        numbers: the number of the outcome of every example, from `outcomes_of`.
+        naming: the names of outcomes.
+        kind: the kind of prediction.
+    """
+    if isinstance(outcome, str) and outcome in naming.columns:
+        return f"what the column {outcome!r} names"
+    if isinstance(outcome, str) and naming.encode is not None:
+        return f"token {outcome!r}"
+    what = "token" if naming.encode is not None else {Softmax: "class", Bernoulli: "label"}.get(kind, "number")
+    names = {int(number): str(name) for number, name in (naming.labels or {}).items()}
+    return f"{what} {names.get(numbers[0], numbers[0])!r}"
 
 
 def _classes(name: str, column: Sequence[Any], naming: Naming, k: int) -> list[int]:

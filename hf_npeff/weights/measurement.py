@@ -86,8 +86,15 @@ class GroupEffect:
     worst: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        accuracy = "" if self.accuracy is None else ", accuracy {:.3f} → {:.3f}".format(*self.accuracy)
-        return f"GroupEffect(KL {self.kl:.3g} on {self.n} examples, answers changed {self.flips:.0%}{accuracy})"
+        numbers = not self.predicted  # which all move
+        parts = [f"{HALF_SQUARED if numbers else 'KL'} {self.kl:.3g} on {self.n} examples"]
+        if not numbers:
+            parts.append(f"answers changed {self.flips:.0%}")
+        if self.accuracy is not None:
+            parts.append("accuracy {:.3f} → {:.3f}".format(*self.accuracy))
+        if self.error is not None:
+            parts.append("error {:.3g} → {:.3g}".format(*self.error))
+        return f"GroupEffect({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
