@@ -17,6 +17,7 @@ from hf_npeff.weights.layouts import layout_of
 from hf_npeff.weights.measurement import cut
 from hf_npeff.weights.scoring import score
 from tests import reference
+from tests.logged import warned_by
 from tests.test_activations import direction_of
 from tests.tiny import collate, tiny_batch, tiny_model
 
@@ -38,6 +39,35 @@ def logits_of(model: Any, row: dict[str, Any]) -> torch.Tensor:
 def bert() -> tuple[Any, list[dict[str, Any]], NPEFFAnalyzer, ParameterDirection]:
     model = tiny_model("bert", "sequence-classification", dtype=torch.float32)
     return model, rows_of(model, 14), NPEFFAnalyzer(model, fisher=FisherConfig(rank=2)), direction_of(model)
+
+
+class Normed(torch.nn.Module):
+    """A layer whose output is divided by the norms of its detached rows."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) / self.inner.weight.detach().norm(dim=1)
+
+
+def test_a_weight_that_is_also_read_detached_is_measured_in_the_weights(caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: reference.kl of logits with W and with W + ΔW in place, where ΔW is W itself, which the norm undoes."""
+    model = tiny_model("bert", "sequence-classification", dtype=torch.float32)
+    layer = model.bert.encoder.layer[0].intermediate
+    layer.dense = Normed(layer.dense)
+    name = "bert.encoder.layer.0.intermediate.dense.inner.weight"
+    weight = model.get_parameter(name).detach()
+    change = ParameterDirection({name: weight + 0.1}, {name: "linear"}, {}, unit=False)
+    rows = rows_of(model, 4)
+    before = [logits_of(model, row) for row in rows]
+    with change.applied_to(model, 0.5):
+        after = [logits_of(model, row) for row in rows]
+    kl = sum(reference.kl(a, b) for a, b in zip(before, after, strict=True)) / len(rows)
+    measured = NPEFFAnalyzer(model).measure(change, rows, scales=(0.5,), random=False)
+    assert measured.at(0.5)["all"].kl == pytest.approx(kl, rel=1e-3)
+    assert len(warned_by(caplog, "weights.measurement")) == 1
 
 
 def test_every_number_is_the_oracles(bert: Any) -> None:

@@ -195,7 +195,7 @@ class _Comparison:
         weights = bare_parameters(forward.model)
         sizes = nudges.sizes()
         self._maps = {m.parameter: m for m in forward.maps if m.parameter in sizes}
-        self._weights = {name: weights[name] for name in self._maps if _can_be_moved(weights.get(name))}
+        self._weights = {name: weights[name] for name in self._maps if can_be_moved(weights.get(name))}
 
     def error_and_maps(self) -> tuple[float, set[str]]:
         """The relative difference, and the parameters that cause it; none if it is rounding."""
@@ -244,7 +244,8 @@ def moved(weight: Tensor, linear_map: LinearMap, nudges: Nudges, step: float) ->
     return Change(weight, changed)
 
 
-def _can_be_moved(weight: Tensor | None) -> bool:
+def can_be_moved(weight: Tensor | None) -> bool:
+    """Whether `MovedReads` can hand out a weight changed: it is at hand, dense in its memory, and not too large."""
     if weight is None or not is_at_hand(weight) or weight.numel() > _LARGEST:
         return False
     return weight.is_contiguous() or weight.mT.is_contiguous()

@@ -6,6 +6,7 @@ maps is added in the activations; otherwise the weights are changed.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ from hf_npeff.fisher.unchanged_blocks import UnchangedBlocks
 from hf_npeff.progress import working
 from hf_npeff.weights.activations import ChangedActivations, LinearDelta, changed_in_activations, random_like
 from hf_npeff.weights.adapters import Adapter
+from hf_npeff.weights.beside_modules import acts_otherwise
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.layouts import LINEAR_LAYOUTS
 from hf_npeff.weights.lora import low_rank
@@ -35,6 +37,7 @@ from hf_npeff.weights.scoring import Score, interval, score
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+logger = logging.getLogger(__name__)
 Change: TypeAlias = ParameterDirection | Adapter
 ALL = "all"
 """The group of all examples."""
@@ -290,6 +293,17 @@ def measure(
     cutting = any(rank is not None for rank in request.ranks)
     if is_linear(change) or isinstance(change, Adapter) or cutting or request.quantise:
         whole = change.linear_deltas()
+    whole_change = not (cutting or request.quantise) and whole is not change
+    if (
+        isinstance(change, ParameterDirection)
+        and whole_change
+        and acts_otherwise(forward, change, whole, examples[0], request.steps[0])
+    ):
+        logger.warning(
+            "the model uses some of the changed weights otherwise than by calling their layers, so the change is "
+            "measured in the weights themselves; an adapter around the layers would be another change"
+        )
+        whole = change
     maps = maps_to_round(forward.model, list(whole), request.quantise) if request.quantise else []
     variants = {rank: whole if rank is None else cut(whole, rank) for rank in request.ranks}
     sizes = list(dict.fromkeys(abs(scale) for scale in request.steps)) if request.random else []
