@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -254,7 +256,12 @@ def test_a_search_from_the_others_is_on_report_and_card(
     assert report.summary()["kl_searched"] == report.off_target.worst_kl
     assert report.to_dict()["off_target"]["tried"] == alone.tried
     card = direction.to_adapter(scale=-0.4, report=report, decomposition=c.decomposition).card()
-    assert "a search that replaces tokens" in card
+    assert "a search that replaces tokens" in card and "Step of this measurement" not in card
+    twice = direction.to_adapter(scale=-0.8, report=report, decomposition=c.decomposition).card()
+    assert re.search(r"\| Step \| \S*0\.8 \|\n\| Step of this measurement \| \S*0\.4, which is not", twice)
+    missed = replace(report, target=0.5, reached=False)
+    assert "does not reach the target of 0.5" in repr(missed) and "target" not in repr(report)
+    assert "should have reached" in direction.to_adapter(scale=-0.4, report=missed).card()
     plain = c.analyzer.evaluate_direction(direction, c.decomposition, 0, c.data, **settings)
     assert plain.off_target is None and plain.summary()["kl_searched"] is None
     assert "a search" not in direction.to_adapter(scale=-0.4, report=plain).card()

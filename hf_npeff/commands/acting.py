@@ -161,6 +161,8 @@ def _result_of(
     values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report.to_dict()}
     label = opened.decomposition[report.component].label
     title = f"{label}: in {output}; the adapter keeps {kept:.0%} of the direction"
+    if report.target is not None and not report.reached:
+        title += f". The longest step that is tried does not reach the KL of {report.target:.3g} on its examples"
     shown: list[Any] = [table(title, EFFECT_COLUMNS, effect_rows(report))]
     if report.off_target is not None:
         shown.append(str(report.off_target))

@@ -21,7 +21,9 @@ class DirectionFacts:
         name: the name that a person gave the component.
         top_examples: a line for each example; texts only if they may be published.
         lift: how it was lifted to the weights, in words.
-        scale: the measured step along the unit direction.
+        scale: the step along the unit direction.
+        measured_scale: the step at which the effects were measured.
+        target_missed: the KL that the measured step should have reached on the top examples, if it did not.
         kl_top: mean KL(original ‖ perturbed) on its top examples, in nats.
         kl_others: the same for other examples.
         kl_worst: the largest KL on one of the other examples.
@@ -45,6 +47,8 @@ class DirectionFacts:
     top_examples: Sequence[str] = ()
     lift: str | None = None
     scale: float | None = None
+    measured_scale: float | None = None
+    target_missed: float | None = None
     kl_top: float | None = None
     kl_others: float | None = None
     kl_worst: float | None = None
@@ -64,9 +68,14 @@ class DirectionFacts:
     def effects(self) -> list[tuple[str, object]]:
         """The measured effects, for a table."""
         worst = None if self.kl_worst is None else number(self.kl_worst) + (f": {self.worst}" if self.worst else "")
+        measured, step = self.measured_scale, self.scale
+        same = measured is None or step is None or abs(measured - step) <= _SAME_STEP * abs(step)
+        other = None if same else f"{_digits(measured)}, which is not the step of these weights"
         return [
             ("What was measured", self.measured),
             ("Step", _digits(self.scale)),
+            ("Step of this measurement", other),
+            ("KL that this step should have reached on its top examples", _digits(self.target_missed)),
             ("Effect: KL on its top examples", _with_flips(self.kl_top, self.top_flips)),
             ("Off target: KL on other examples", _with_flips(self.kl_others, self.other_flips)),
             ("Off target: KL on the worst of the other examples", worst),
@@ -107,6 +116,8 @@ def _effect_table(about: DirectionFacts) -> str:
     return f"{head}\n{rows}\n\n{_EFFECT_NOTE}" if rows else "Nothing was measured."
 
 
+_SAME_STEP = 1e-6
+"""The relative difference up to which two steps are the same: what rounding leaves of a product."""
 _EFFECT_NOTE = """\
 KL is how far the predictions move from the original ones, in nats, on average over the examples; for numbers and
 embeddings it is half their squared distance. A ratio far above 1 means that the change is confined to the component's

@@ -135,6 +135,8 @@ def facts_of(
         names = ("scale", "kl_top", "kl_others", "kl_worst", "kl_searched", "kl_random", "ratio", "top_flips",
                  "other_flips")  # fmt: skip
         about = replace(about, **{name: summary[name] for name in names}, measured="the whole direction")
+        missed = summary.get("target") if summary.get("reached") is False else None
+        about = replace(about, measured_scale=about.scale, target_missed=missed)
         if decomposition is not None and (worst := summary.get("worst_example")) is not None:
             about = replace(about, worst=_shown(decomposition, include_texts, [worst])[0])
     return about

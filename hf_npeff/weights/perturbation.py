@@ -141,6 +141,8 @@ class PerturbationReport:
         """The short form that a decomposition keeps."""
         return {
             "scale": self.best.scale,
+            "target": self.target,
+            "reached": self.reached,
             "kl_top": self.best.top,
             "kl_others": self.best.others,
             "kl_worst": self.best.other_worst,
@@ -163,8 +165,13 @@ class PerturbationReport:
         what = "KL" if b.top_flips is not None else HALF_SQUARED
         return (
             f"PerturbationReport(component {self.component}: {what} {b.top:.3g} on top, {b.others:.3g} on others, "
-            f"ratio {b.ratio:.3g} at scale {b.scale:.3g}; random {self.random.ratio:.3g})"
+            f"ratio {b.ratio:.3g} at scale {b.scale:.3g}; random {self.random.ratio:.3g}{self._missed})"
         )
+
+    @property
+    def _missed(self) -> str:
+        """What is added where the step does not reach the target, although it is as long as the search goes."""
+        return "" if self.reached or self.target is None else f"; does not reach the target of {self.target:.3g}"
 
 
 def choose_examples(
