@@ -23,6 +23,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from hf_npeff import FisherConfig, IncompatibleWeightsError, NPEFFAnalyzer, ParameterDirection, PEFs
 from hf_npeff.data import Examples
 from hf_npeff.fisher import weights_hash
+from hf_npeff.fisher.metric import pilot_examples
+from hf_npeff.fisher.pilot_predictions import pilot_predictions
 from hf_npeff.fisher.weights_hash import digest, identity_of
 from hf_npeff.pefs import weights_identity
 from hf_npeff.pefs.weights_identity import SEVERAL, WeightsIdentity, joined
@@ -424,3 +426,19 @@ def test_all_that_a_model_is_given_is_in_the_hash_of_an_example() -> None:
     ]
     assert len({plain, *others}) == len(others) + 1
     assert content(inputs_embeds=[[0.1, 0.2]]) == content(inputs_embeds=torch.tensor([[0.1, 0.2]]))
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification", "token-classification"])
+def test_random_texts_are_predicted_alike_together_and_alone(task: str) -> None:
+    """Oracle: the model's own log-softmax of each text by itself, at the positions that rows are made of."""
+    model = tiny_model("llama", task)
+    with NPEFFAnalyzer(model).forward_pass() as forward:
+        together = pilot_predictions(forward)
+        alone = [forward.outputs([pilot]) for pilot in pilot_examples(model, 0)]
+    wanted = []
+    for outputs in alone:
+        log_p = outputs.logits[outputs.valid].double().log_softmax(-1)
+        wanted += [float(log_p.amax(-1).sum()), float(-(log_p.exp() * log_p).sum())]
+    assert together is not None and len(wanted) == 8
+    assert together["values"] == pytest.approx(wanted, abs=together["tolerance"])
+    assert 0 < together["tolerance"] < 1e-2

@@ -30,15 +30,17 @@ def pilot_predictions(forward: ForwardPass) -> dict[str, Any] | None:
         return None
     values: list[float] = []
     tolerance = 0.0
+    pilots = pilot_examples(forward.model, _SEED)  # of one length, so that nothing is padded
     try:
-        for pilot in pilot_examples(forward.model, _SEED):
-            outputs = forward.outputs([pilot])
+        for batch in [[pilot] for pilot in pilots] if forward.one_at_a_time else [pilots]:
+            outputs = forward.outputs(batch)
             predicted = predictions_of(outputs)
             names = ("log_probs", "entropies") if "entropies" in predicted else ("log_probs", "predictions")
-            values += [float(predicted[name].double().sum()) for name in names if name in predicted]
-            logits = outputs.logits[outputs.valid]
-            scale = float(logits[logits.isfinite()].abs().amax().clamp(min=1.0))
-            tolerance = max(tolerance, len(logits) * scale * logit_tolerance(forward.model))
+            for i, valid in enumerate(outputs.valid):
+                values += [float(predicted[name][i].double().sum()) for name in names if name in predicted]
+                logits = outputs.logits[i][valid]
+                scale = float(logits[logits.isfinite()].abs().amax().clamp(min=1.0))
+                tolerance = max(tolerance, len(logits) * scale * logit_tolerance(forward.model))
     except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError, IndexError, RuntimeError):
         return None  # it needs another input besides a text, such as an image
     return {"values": values, "tolerance": tolerance}
