@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_npeff.studies.in_context import InContextResult
 from hf_npeff.studies.pair_study import REFERENCE, MinimalPairsResult
 from hf_npeff.studies.planted import PlantedResult
-from tests.benchmarks import study, whitening
+from tests.benchmarks import rated, study, whitening
 from tests.test_docs import REPOSITORY
 
 STUDIES = REPOSITORY / "docs" / "studies"
@@ -92,6 +93,16 @@ def test_the_page_of_whitening_is_that_of_the_kept_results() -> None:
     folder = REPOSITORY / whitening.FOLDER
     kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert whitening.page(kept) == (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_ratings_is_that_of_the_kept_results() -> None:
+    """Identity: the committed README.md, made again from result.json; random coefficients are at chance."""
+    folder = REPOSITORY / rated.FOLDER
+    kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert rated.page(kept) == (folder / "README.md").read_text(encoding="utf-8")
+    for part in (part for group in kept["parts"].values() for part in group):
+        scores = torch.tensor(part["script"]["random"])
+        assert abs(float(scores.mean()) - 0.5) < 4 * float(scores.std()) / len(scores) ** 0.5  # chance is one half
 
 
 def test_seconds_of_parts_add_up(tmp_path: Path) -> None:

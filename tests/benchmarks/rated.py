@@ -204,9 +204,11 @@ _READING = """How to read it:
   that become likelier after the texts shown.
 - **Random weights**: the same architecture before training, fitted and rated alike. What scores as high there is what
   the texts have in common, not what the model has learned.
-- **Random directions** are random combinations of the rows, read like components. **Random** are coefficients drawn at
-  random, ten times, so that chance is known to .01. A single draw of 16 tasks has a standard error of .04, and one such
-  draw had .65 in an earlier version of this page; among 120 others the largest was .62 and the mean .505.
+- **Random directions** are random combinations of the rows, read like components: what they score comes from the rows
+  and not from any decomposition. **Random** are coefficients drawn at random, in ten draws. One draw of 16 tasks has a
+  standard error of .04; the first draw had .65 by chance in an earlier version of this page, which had no other.
+- **Controls**: a feature whose examples all have one label leaves no distractors with that label, so most cells of
+  *the same labels* are empty.
 """
 
 
