@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_npeff import NPEFF, FisherConfig, NPEFFAnalyzer, ParameterDirection, UnsupportedModelError
 from hf_npeff.fisher.parameters import find_parameters, gradients
+from hf_npeff.weights.layouts import layouts_of
 from tests import reference, tiny
 from tests.test_families import SMALL, analyzer_of, pair, worst_error
 
@@ -155,6 +156,7 @@ def test_a_weight_that_is_read_without_its_module_makes_no_adapter() -> None:
         assert {name for name, layout in direction.layouts.items() if layout == "other"} == names
         with pytest.raises(UnsupportedModelError, match=r"dt_proj.*kind='delta'"):
             direction.to_adapter(rank=1)
+    assert {name for name, layout in layouts_of(model, pefs.sketch().shapes).items() if layout == "other"} == names
 
 
 def test_gradients_leaves_the_model_frozen_when_the_forward_pass_raises() -> None:

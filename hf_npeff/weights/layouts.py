@@ -22,6 +22,11 @@ STORED_WHOLE: tuple[Layout, ...] = ("norm", "other")
 """Layouts of parameters for which PEFT's LoRA stores the new value (`modules_to_save`) instead of the change."""
 
 
+_READ_WITHOUT_CALLING = {("MambaMixer", "dt_proj"), ("FalconMambaMixer", "dt_proj")}
+"""Linear layers, by the class of the module around them, whose weight transformers reads without calling them, so that
+an adapter around them does nothing (findings/peft-lora-on-mambas-dt-proj-does-nothing.sh)."""
+
+
 def layout_of(model: nn.Module, parameter: str) -> Layout:
     """The layout of a parameter, by its name in the bare model."""
     return layouts_of(model, [parameter])[parameter]
@@ -33,6 +38,10 @@ def layouts_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, Layout]
     places = {name: name.rpartition(".") for name in parameters}
     # Parameters of adapters are not in the bare model.
     layouts = {n: _layout(modules.get(p) or model.get_submodule(p), leaf) for n, (p, _, leaf) in places.items()}
+    for name, (path, _, leaf) in places.items():
+        around, _, own = path.rpartition(".")
+        if leaf == "weight" and (type(modules.get(around)).__name__, own) in _READ_WITHOUT_CALLING:
+            layouts[name] = "other"
     if "other" in layouts.values():
         layouts |= {n: layout for n, layout in _layouts_of_experts(model).items() if n in layouts}
     return layouts
