@@ -146,7 +146,8 @@ def read_store(folder: Path, *, verify: bool) -> tuple[dict[str, Any], list[dict
     if not folder.is_dir():
         raise CorruptStoreError(f"{folder} is not a folder of PEFs")
     info = read_json(folder / "config.json")
-    manifest = read_json(folder / "manifest.json")
+    stopped = not (folder / "manifest.json").exists() and any(folder.glob("pefs-*.json"))  # each shard has its record
+    manifest = {} if stopped else read_json(folder / "manifest.json")
     if manifest.get("finished") is not True:
         raise CorruptStoreError(
             f"{folder} is not finished: run compute again with the same settings and this folder (hf-npeff compute, or "
