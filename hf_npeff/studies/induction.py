@@ -94,7 +94,7 @@ def one_model(steps: int, n: int, n_restarts: int, seed: int) -> dict[str, Any]:
         steps: the number of steps of training.
         n: sequences to analyse, the last token of each predicted.
         n_restarts: the number of restarts of a decomposition.
-        seed: of the model, of training and of the sequences.
+        seed: the seed of the model, of training and of the sequences.
 
     Returns:
         `seed`; `accuracy` {"repetitions", "chains"} on the analysed sequences; `rows` {method: measures}.
@@ -123,7 +123,7 @@ class _Rows:
     """Sequences as a model sees them.
 
     Attributes:
-        analyzer: of the model.
+        analyzer: the analyzer of the model.
         data: the sequences, as the analyzer reads them.
         repeated: (n,) bool, which of them repeat.
         pefs: their PEFs, without a sketch.

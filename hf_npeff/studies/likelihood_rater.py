@@ -59,7 +59,7 @@ def rate_by_likelihood(study: RatingStudy, model: Any, tokenizer: Any, name: str
         study: the tasks.
         model: a causal language model.
         tokenizer: its tokenizer.
-        name: of the rater.
+        name: the name of the rater.
 
     Example:
         >>> rate_by_likelihood(study, model, tokenizer, "tiny model").rater

@@ -205,7 +205,7 @@ def run_planted(
     Args:
         config: the settings of the task.
         comparison: those of the methods.
-        seeds: of the task and of everything fitted to it.
+        seeds: the seeds of the task and of everything fitted to it.
         found_at: the AUROC from which a cue counts as found.
         parts: a folder where every finished seed is kept; a run that was interrupted goes on there.
 

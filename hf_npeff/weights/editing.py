@@ -27,6 +27,8 @@ from hf_npeff.weights.selective import most_different
 logger = logging.getLogger(__name__)
 _HALF = 0.5
 """An edit that realises less than this share of the wanted changes gets a warning. Chosen: less is nearer to none."""
+_ALL = 0.99
+"""From this share of the changes on, rows express all of them for a reader, and more rows would not help."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,13 @@ def warn_of_what_is_not_reached(info: Mapping[str, Any]) -> None:
     if info["reached"] < _HALF:
         logger.warning(
             "the edit realises %.0f%% of the wanted changes. Its ridge is %.1g, its steps are %s of the solutions, and "
-            "the rows express %.0f%% of these changes. A smaller ridge, more iterations or PEFs of a larger rank may "
-            "reach more; smaller changes are reached more easily",
+            "the rows express %.0f%% of these changes. A smaller ridge%s may reach more; smaller changes are reached "
+            "more easily",
             100 * info["reached"],
             info["ridge"],
             " and ".join(f"{step:g}" for step in info["steps"]),
             100 * info["expressible"],
+            " or more iterations" if info["expressible"] > _ALL else ", more iterations or PEFs of a larger rank",
         )
 
 
