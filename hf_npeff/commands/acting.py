@@ -160,15 +160,20 @@ def _result_of(
     kept = adapter.retained_energy
     values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report.to_dict()}
     label = opened.decomposition[report.component].label
-    title = f"{label}: in {output}; the adapter keeps {kept:.0%} of the direction"
-    if report.target is not None and not report.reached:
-        title += f". The longest step that is tried does not reach the KL of {report.target:.3g} on its examples"
+    title = f"{label}: in {output}; the adapter keeps {kept:.0%} of the direction{_missed(report)}"
     shown: list[Any] = [table(title, EFFECT_COLUMNS, effect_rows(report))]
     if report.off_target is not None:
         shown.append(str(report.off_target))
     if report.held_out is not None:
         shown.append(table(f"On {held_out}", MEASURE_COLUMNS, measure_rows(report.held_out)))
     return Result(values, Group(*shown), {"revision": opened.analyzer.revision})
+
+
+def _missed(report: PerturbationReport) -> str:
+    """What a title adds where the longest step that is tried is too short."""
+    if report.target is None or report.reached:
+        return ""
+    return f". The longest step that is tried does not reach the KL of {report.target:.3g} on its examples"
 
 
 def _all_perturbed(
@@ -195,7 +200,7 @@ def _all_perturbed(
     values = [report.to_dict() for report in reports]
     write_result(output / "report.json", {"components": values})
     shown = [
-        table(f"{components[r.component].label}; keeps {a.kept}", EFFECT_COLUMNS, effect_rows(r))
+        table(f"{components[r.component].label}; keeps {a.kept}{_missed(r)}", EFFECT_COLUMNS, effect_rows(r))
         for a, r in zip(adapters, reports, strict=True)
     ]
     return Result({"output": str(output), "components": values}, Group(*shown), {"revision": analyzer.revision})
