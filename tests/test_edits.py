@@ -24,6 +24,7 @@ from hf_npeff.config import EditRequest
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.weights import edits
 from hf_npeff.weights import ridge as ridge_of
+from hf_npeff.weights.editing import warn_of_what_is_not_reached
 from hf_npeff.weights.edits import Functionals, changes_by_id, largest_step, removal
 from hf_npeff.weights.row_space import unscaled_rows
 from tests import reference
@@ -277,7 +278,31 @@ def test_a_ridge_of_cross_validation_that_the_model_refutes_is_raised(
     assert given["changes"] == made_by_auto["changes"] and given["refused_ridges"] == []
     realised = [given["changes"][name]["realised"] for name in change]
     assert given["reached"] == pytest.approx((realised[0] - realised[1]) / 60) and given["reached"] < 0.5
-    assert [record.args[0] for record in warned_by(caplog, "weights.editing")] == [100 * given["reached"]] * 2  # type: ignore[index]
+    told = [record.args for record in warned_by(caplog, "weights.editing")]
+    assert [args[0] for args in told] == [100 * given["reached"]] * 2  # type: ignore[index]
+    assert all("iterations=8" in args[-1] for args in told)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("steps", "iterations", "expressible", "named", "not_named"),
+    [
+        ([0.25], 1, 1.0, {"iterations=8"}, {"ridge", "rank"}),  # a cut step: a smaller ridge would make it longer still
+        ([1.0] * 6, 6, 1.0, {"iterations=12", "ridge"}, {"rank"}),
+        ([1.0, 1.0], 8, 0.6, {"ridge", "rank"}, {"iterations="}),  # it ended early
+    ],
+)
+def test_what_to_try_is_what_was_not_tried(
+    steps: list[float], iterations: int, expressible: float, named: set[str], not_named: set[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Oracle: by hand, what can reach more after an edit with these steps."""
+    info = {"reached": 0.1, "ridge": 1e-3, "steps": steps, "expressible": expressible}
+    warn_of_what_is_not_reached(info, iterations)
+    (record,) = warned_by(caplog, "weights.editing")
+    advice = record.getMessage().partition("Try ")[2]
+    assert all(word in advice for word in named) and not any(word in advice for word in not_named)
+    warn_of_what_is_not_reached({**info, "reached": 0.6}, iterations)
+    assert len(warned_by(caplog, "weights.editing")) == 1
 
 
 def test_iterations_come_nearer_to_what_is_wanted(binary: Made) -> None:

@@ -228,7 +228,7 @@ class EditedModel(MovableModel):
         if request.remove:
             made["towards"] = request.towards
         total.info.update(made | outcome_info(goal, after, predicted))
-        warn_of_what_is_not_reached(total.info)
+        warn_of_what_is_not_reached(total.info, request.iterations)
         return total
 
     def _step(

@@ -27,6 +27,10 @@ from hf_npeff.weights.selective import most_different
 logger = logging.getLogger(__name__)
 _HALF = 0.5
 """An edit that realises less than this share of the wanted changes gets a warning. Chosen: less is nearer to none."""
+_ITERATIONS = 8
+"""Iterations that are advised where one realises too little. Measured: a tiny BERT whose answers a word of the training
+data misleads realised .05 of an edit with one iteration, at a quarter of the step, and 1.00 with eight; its held-out
+accuracy on sentences with that word rose from .54 to 1.00, and no other answer changed."""
 _ALL = 0.99
 """From this share of the changes on, rows express all of them for a reader, and more rows would not help."""
 
@@ -137,19 +141,33 @@ def tried(
     return largest_step(goal.missing(now), step.predicted, change_at, step.info.get("ridge"))
 
 
-def warn_of_what_is_not_reached(info: Mapping[str, Any]) -> None:
-    """Warn if an edit with this `info` realises less than half of the wanted changes."""
-    if info["reached"] < _HALF:
-        logger.warning(
-            "the edit realises %.0f%% of the wanted changes. Its ridge is %.1g, its steps are %s of the solutions, and "
-            "the rows express %.0f%% of these changes. A smaller ridge%s may reach more; smaller changes are reached "
-            "more easily",
-            100 * info["reached"],
-            info["ridge"],
-            " and ".join(f"{step:g}" for step in info["steps"]),
-            100 * info["expressible"],
-            " or more iterations" if info["expressible"] > _ALL else ", more iterations or PEFs of a larger rank",
-        )
+def warn_of_what_is_not_reached(info: Mapping[str, Any], iterations: int) -> None:
+    """Warn if an edit with this `info` realises less than half of the wanted changes.
+
+    Args:
+        info: the information on the edit.
+        iterations: how many were asked for; where fewer were made, no further step did what was predicted.
+    """
+    steps = info["steps"]
+    if info["reached"] >= _HALF:
+        return
+    way = []
+    if len(steps) == iterations:
+        again = max(_ITERATIONS, 2 * iterations)
+        way = [f"more iterations, each of which solves again at the changed weights (iterations={again})"]
+    if len(steps) < iterations or min(steps) == 1:
+        way.append("a smaller ridge")
+    if info["expressible"] <= _ALL:
+        way.append("PEFs of a larger rank")
+    logger.warning(
+        "the edit realises %.0f%% of the wanted changes. Its ridge is %.1g, its steps are %s of the solutions, and the "
+        "rows express %.0f%% of these changes. Try %s, or smaller changes",
+        100 * info["reached"],
+        info["ridge"],
+        " and ".join(f"{step:g}" for step in steps),
+        100 * info["expressible"],
+        ", or ".join(way),
+    )
 
 
 def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, Any]:
