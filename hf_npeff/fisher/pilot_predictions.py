@@ -30,8 +30,8 @@ def pilot_predictions(forward: ForwardPass) -> dict[str, Any] | None:
         return None
     values: list[float] = []
     tolerance = 0.0
-    pilots = pilot_examples(forward.model, _SEED)  # of one length, so that nothing is padded
     try:
+        pilots = pilot_examples(forward.model, _SEED)  # of one length, so that nothing is padded
         for batch in [[pilot] for pilot in pilots] if forward.one_at_a_time else [pilots]:
             outputs = forward.outputs(batch)
             predicted = predictions_of(outputs)
