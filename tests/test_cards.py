@@ -126,7 +126,8 @@ def example_cards() -> dict[str, str]:
                 "name": TOPICS[j] if j < 3 else None,
                 "examples": [f"relation-{i} → word{i}" for i in range(j, 48, 4)],
                 "scale": (-1) ** j * 0.25,
-                "kl_top": 0.5,
+                "kl_top": 0.5 if j < 3 else 0.02,
+                "target_missed": None if j < 3 else 0.5,
                 "kl_others": 0.01 * (j + 1),
                 "kl_worst": 0.1 * (j + 1),
                 "kl_random": 2e-6,
@@ -217,6 +218,7 @@ def test_a_components_card_says_what_it_does_how_surely_and_how_it_was_made() ->
     table = cells(example_cards()["gallery.md"])
     assert table[0][3] == "Stability" and [row[3] for row in table[1:]] == ["0.99", "0.97", "0.62", "0.98"]
     assert [row[8] for row in table[1:]] == ["0.1", "0.2", "0.3", "0.4"] and table[1][6] == "75%"
+    assert [row[5] for row in table[1:]] == ["0.5", "0.5", "0.5", "0.02 (wanted: 0.5)"]
 
 
 @pytest.mark.parametrize("name", ["decomposition.md", "pefs.md", "adapter.md", "direction.md"])

@@ -30,7 +30,7 @@ def gallery_card(
     Args:
         gallery: what adapters.json holds: `base_model`, `revision`, `auto_class`, and `components`, each with its
             number, folder, name, examples, scale, kl_top, kl_others and retained_energy, and, of those that are written
-            now, stability, top_flips, kl_worst and kl_random.
+            now, stability, top_flips, kl_worst, kl_random and target_missed.
         repo_id: where it will be found; None for a folder, whose code runs in that folder.
         datasets: ids of the data sets that the examples are from.
         license: an identifier of the Hub.
@@ -75,7 +75,7 @@ def gallery_card(
 def _row(component: Mapping[str, Any]) -> list[str]:
     step, top, others = (_number(component[name]) for name in ("scale", "kl_top", "kl_others"))
     stability, worst, random = (_number(component.get(name)) for name in ("stability", "kl_worst", "kl_random"))
-    flips = component.get("top_flips")
+    flips, wanted = component.get("top_flips"), component.get("target_missed")
     label = str(int(component["component"]))
     name = component["name"]
     examples = "; ".join(plain(str(line), TITLE) for line in component["examples"][:_SHOWN])
@@ -85,7 +85,7 @@ def _row(component: Mapping[str, Any]) -> list[str]:
         escaped(examples),
         stability,
         step,
-        top,
+        top if wanted is None else f"{top} (wanted: {_number(wanted)})",
         "–" if flips is None else f"{float(flips):.0%}",
         others,
         worst,

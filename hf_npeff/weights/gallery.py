@@ -46,6 +46,7 @@ def save_gallery(adapters: Sequence[Adapter], folder: Path, reports: Sequence[Re
                 "examples": list(about.top_examples),
                 "scale": about.scale,
                 "kl_top": measured.get("kl_top"),
+                "target_missed": measured.get("target") if measured.get("reached") is False else None,
                 "kl_others": measured.get("kl_others"),
                 "kl_worst": measured.get("kl_worst"),
                 "kl_random": measured.get("kl_random"),
