@@ -14,15 +14,15 @@ from hf_npeff.images import rows_with_images
 from hf_npeff.padding import without_padding
 
 
-class Rows(list[Any]):
-    """Rows of a data set of `datasets` that was read through something else, with its features.
+class RecordsWithFeatures(list[Any]):
+    """Records of a data set of `datasets` that was read through something else, with its features.
 
     Attributes:
         features: the data set's features, which have the names of its classes.
     """
 
-    def __init__(self, rows: Sequence[Any], features: Any):
-        super().__init__(rows)
+    def __init__(self, records: Sequence[Any], features: Any):
+        super().__init__(records)
         self.features = features
 
 
@@ -34,7 +34,7 @@ def records_of(dataset: Any, max_examples: int | None, image_token: int | None =
     """
     records = _records_of(dataset, max_examples, image_token)
     features = features_of(dataset)
-    return Rows(records, features) if features and isinstance(records, list) else records
+    return RecordsWithFeatures(records, features) if features and isinstance(records, list) else records
 
 
 def features_of(dataset: Any) -> Any:

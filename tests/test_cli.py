@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 import hf_npeff
 from hf_npeff import NPEFF, Adapter, Decomposition, DecompositionConfig, FisherConfig, ParameterDirection, PEFs
 from hf_npeff.cli import app
+from hf_npeff.commands import acting, looking
 from hf_npeff.commands.inputs import DataOptions, ModelOptions, read_data
 from hf_npeff.commands.options import attribute_docs
 from hf_npeff.decomposition.matching import matches, similarities
@@ -557,3 +559,17 @@ def test_the_help_names_every_command_and_option() -> None:
 
 if __name__ == "__main__":
     DOCS.write_text(help_of_every_command(), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("target", "reached", "said"), [(0.5, False, "0.5"), (0.5, True, ""), (None, False, "")])
+def test_a_title_says_where_the_longest_step_misses_the_target(target: float | None, reached: bool, said: str) -> None:
+    """Oracle: by hand; a step that was given has no target."""
+    title = acting._missed(SimpleNamespace(target=target, reached=reached))  # type: ignore[arg-type]
+    assert (said in title and "does not reach" in title) if said else title == ""
+
+
+def test_columns_that_coincide_are_named_in_the_overview() -> None:
+    """Oracle: by hand; columns that coincide are named, words are not."""
+    association = {"feature": "label = positive", "same": ["prediction = positive", "good"], "share": 0.9, "rest": 0.1}
+    line = looking._association_line(association)
+    assert line == "label = positive and prediction = positive (90%, others 10%)"

@@ -213,7 +213,7 @@ def check_reachable(
         return
     try:  # once, because the client repeats a connection that cannot be made for half a minute
         get_session().head(hf_hub_url(str(name), files[0], revision=revision), timeout=_SECONDS)
-    except Exception as error:
+    except Exception as error:  # of a client that may be another; all but a missing connection meet the download too
         if type(error).__name__ in _NO_CONNECTION:
             with clear_errors(str(name), token=token, revision=revision):
                 raise
