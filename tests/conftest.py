@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the tests of several thre
 # Two processes of a test would each want a card of their own; CUDA_VISIBLE_DEVICES=0 runs the other tests beside one.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import numpy as np
 import torch
 
 torch.set_num_threads(1)
@@ -48,6 +50,14 @@ def pytest_collection_finish() -> None:
     """What was imported stays: a full collection need not go through half a million objects of it again and again."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the test, those of its module too
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed of its own does not depend on the tests that its process ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # libraries under test draw from it
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -48,10 +48,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     base = type(model).from_pretrained(folder / "model")
     config = peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True, task_type="SEQ_CLS", modules_to_save=[])
     wrapped = peft.get_peft_model(base, config)
+    drawer = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.5)
+            if "lora_" in name:
+                parameter.normal_(generator=drawer)
     wrapped.save_pretrained(folder / "lora")
     (folder / "lora" / "README.md").unlink(missing_ok=True)
     drawn = torch.randint(0, len(WORDS), (24, 6), generator=torch.Generator().manual_seed(0)).tolist()
@@ -88,6 +89,7 @@ def test_an_adapter_is_explained_and_its_card_says_so(world: World, monkeypatch:
     said = json.loads(done.stdout)
     assert said["change"]["adapters"] == {"lora": 1.0} and said["mean_kl"] > 0
     assert not (world.folder / "explained" / "pefs").exists()
+    assert len(said["changed"]) >= 3, "the adapter of this test changes too few answers to show any"
     again = run(
         "explain-adapter", "--config", "explained/run.yaml", "-o", "again-explained", "--json", cwd=world.folder
     )
