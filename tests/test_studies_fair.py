@@ -123,7 +123,7 @@ def test_the_kept_page_is_that_of_its_results(tmp_path: Path) -> None:
     assert result.verdict() in (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
 
 
-def test_the_first_paragraph_says_who_is_ahead_by_intervals() -> None:
+def test_the_first_table_says_who_is_ahead_by_intervals() -> None:
     """Planted: differences of one sign on all attributes, of the other, and of both signs. Oracle: their intervals."""
     ours = {f"a{k}": 0.8 for k in range(8)}
     less, more = ({name: value + by for name, value in ours.items()} for by in (-0.1, 0.1))
@@ -133,9 +133,11 @@ def test_the_first_paragraph_says_who_is_ahead_by_intervals() -> None:
     rows = {row: {"attributes": each} for row, each in scores.items()}
     result = FairResult(rows, dict.fromkeys(ours, 0.95), [], FairConfig(), {})
     said = FairOverview({"tiny": result}, "").verdict()
-    assert "the best is activations, NMF, alone, with a mean AUROC of 0.90" in said and "place 2 of 4" in said
-    assert "NPEFF is ahead of SAE (0.10, 0.10 to 0.10); behind NMF of hidden states (-0.10, -0.10 to -0.10)" in said
-    assert "not distinguishable from NMF on PEFs (0.00, " in said
+    assert "is *activations, NMF, alone*, with a mean AUROC of 0.90" in said and "place 2 of 4" in said
+    leads = {row.split(" | ")[0].strip("| "): row.split(" | ")[2].strip("| ") for row in said.splitlines()[-3:]}
+    assert leads["SAE, alone"] == "**0.10** (0.10 to 0.10)"
+    assert leads["activations, NMF, alone"] == "*-0.10* (-0.10 to -0.10)"
+    assert leads["NMF on PEFs, competing"].startswith("0.00 (-0.")
 
 
 def _inputs(example: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ _GROUPS = {
     "NMF of hidden states": ("activations, NMF",),
     "random directions": ("random directions",),
 }
-"""The names of the first paragraph, each with its methods; the best reading over the data sets stands for them."""
+"""Methods that are compared as one, by their best reading over the data sets."""
 
 
 class FairOverview(StudyResult):
@@ -106,25 +106,28 @@ class FairOverview(StudyResult):
             axes.set(title=name.replace("_", " "), xlabel="AUROC (dots: predictable from the output)", xlim=(0.4, 1.0))
 
     def verdict(self) -> str:
-        """Which method is best, which place NPEFF has, and which methods it is ahead of on each data set."""
+        """Which method is best, which place NPEFF has, and a table: by how much NPEFF is ahead of each other method."""
         order = self.rows()
         best: dict[str, str] = {}
         for row in reversed(order):  # so that the best of each stays
             best |= {label: row for label, methods in _GROUPS.items() if row.rpartition(", ")[0] in methods}
         ours = best.pop("NPEFF")
-        others = ", ".join(f"{row} {number(self.mean(row), 2)}" for row in sorted(best.values(), key=order.index)[:5])
-        sentences = [
-            f"On attributes that can be predicted from the model's output, the best is {order[0]}, with a mean AUROC "
-            f"of {number(self.mean(order[0]), 2)} over the data sets. NPEFF's best reading, {ours}, has "
-            f"{number(self.mean(ours), 2)}: place {order.index(ours) + 1} of {len(order)} methods and readings. "
-            f"The best readings of other methods: {others}."
+        sentences = (
+            f"The best on attributes that can be predicted from the model's output is *{order[0]}*, with a mean AUROC "
+            f"of {number(self.mean(order[0]), 2)} over the data sets. NPEFF's best reading is *{ours}*, with "
+            f"{number(self.mean(ours), 2)}: place {order.index(ours) + 1} of {len(order)} methods and readings.\n\n"
+            f"The table compares it with the best reading of every other method: the AUROC of NPEFF minus that of the "
+            "other, the mean over the attributes with its 95% interval. NPEFF is ahead where the difference is bold "
+            "and behind where it is in italics; elsewhere the interval contains 0."
+        )
+        compared = {name: result for name, result in self.results.items() if result.kinds()[_PREDICTABLE]}
+        header = ["best reading", "AUROC"]
+        header += [f"{n.replace('_', ' ')} ({len(r.kinds()[_PREDICTABLE])} attributes)" for n, r in compared.items()]
+        body = [
+            [row, number(self.mean(row), 2), *(_lead(result, ours, row) for result in compared.values())]
+            for row in sorted(best.values(), key=order.index)
         ]
-        for name, result in self.results.items():
-            if predictable := result.kinds()[_PREDICTABLE]:
-                sentences.append(
-                    f"On {name.replace('_', ' ')} ({len(predictable)} attributes), {_standing(result, ours, best)}."
-                )
-        return " ".join(sentences)
+        return f"{sentences}\n\n{markdown(header, body)}"
 
     def page(self) -> str:
         """The page that `write` leaves as README.md."""
@@ -143,14 +146,11 @@ class FairOverview(StudyResult):
         )
 
 
-def _standing(result: FairResult, ours: str, others: Mapping[str, str]) -> str:
-    """Which methods a row is ahead of, behind, and not distinguishable from, by 95% intervals over the attributes."""
-    sides: dict[str, list[str]] = {"ahead of": [], "behind": [], "not distinguishable from": []}
-    for label, row in others.items():
-        mean, low, high = result.difference(ours, row, _PREDICTABLE)
-        side = "ahead of" if low > 0 else "behind" if high < 0 else "not distinguishable from"
-        sides[side].append(f"{label} ({number(mean, 2)}, {number(low, 2)} to {number(high, 2)})")
-    return "NPEFF is " + "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
+def _lead(result: FairResult, ours: str, other: str) -> str:
+    """A row's lead over another on predictable attributes; bold if its 95% interval is above 0, italic if below."""
+    mean, low, high = result.difference(ours, other, _PREDICTABLE)
+    mark = "**" if low > 0 else "*" if high < 0 else ""
+    return f"{mark}{number(mean, 2)}{mark} ({number(low, 2)} to {number(high, 2)})"
 
 
 _READING = """How to read it:

@@ -80,4 +80,4 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number as the text of a cell; a dash if there is none."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.{digits}f}"
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: a cell of −0.00 would look like a loss
