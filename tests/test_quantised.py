@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from hf_npeff import UnsupportedModelError
+from hf_npeff.fisher.weights_hash import identity_of
 from tests import reference, tiny
 from tests.test_families import SMALL, analyzer_of
 
@@ -169,6 +170,29 @@ def test_bitsandbytes_of_four_bits_have_the_rows_of_their_values(kind: str, pred
         with torch.no_grad():
             model(torch.tensor([[5, 6, 7]], device=device))
     assert worst(model, exact) <= (0.03 if predicted else 1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_weights_are_the_same_after_a_prediction_and_others_with_other_scales(bits: int) -> None:
+    """Oracle: a weight times 1.25 has the same integers; a prediction in 8 bits moves scales from tensor to layer."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    identities = []
+    for factor in (1.0, 1.25):
+        base = plain()
+        with torch.no_grad():
+            base.model.layers[0].mlp.up_proj.weight *= factor
+        folder = tempfile.mkdtemp()
+        base.save_pretrained(folder)
+        config = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.float32
+        )
+        identities.append(identity_of(model))
+        if bits == 8:  # a prediction in 4 bits packs the weights on some CPUs
+            with torch.no_grad():
+                model(torch.tensor([[5, 6, 7]], device=model.device))
+        assert identity_of(model) == identities[-1]
+    assert identities[0].hash != identities[1].hash
 
 
 def test_quantos_weights_have_the_rows_of_their_values() -> None:

@@ -10,6 +10,7 @@ import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -141,6 +142,26 @@ def test_a_model_that_changed_in_place_has_other_weights(change: Callable[[Any],
     assert of(model).hash != before.hash
     model.load_state_dict(kept)
     assert of(model) == before
+
+
+@pytest.mark.parametrize("scale", ["absmax", "state2.absmax", "offset", "SCB"])
+def test_the_scales_of_a_quantised_weight_count(scale: str) -> None:
+    """Oracle: the same integers with another scale are other weights; bitsandbytes keeps scales in attributes."""
+
+    def identity(size: float) -> WeightsIdentity:
+        values = {name: torch.ones(3) for name in ("absmax", "state2.absmax", "offset", "SCB")}
+        values[scale] = torch.full((3,), size)
+        layer = nn.Linear(4, 3)
+        weight: Any = layer.weight
+        weight.data = torch.arange(12.0).view(3, 4)
+        layer.bias = None  # type: ignore[assignment]
+        weight.SCB = values["SCB"]
+        second = SimpleNamespace(absmax=values["state2.absmax"])
+        weight.quant_state = SimpleNamespace(absmax=values["absmax"], offset=values["offset"], state2=second)
+        return of(layer)
+
+    assert identity(1.0) == identity(1.0)
+    assert identity(1.0).hash != identity(2.0).hash
 
 
 def test_buffers_that_are_saved_count_and_types_do() -> None:

@@ -129,7 +129,7 @@ def _hash_of_lines(lines: list[str]) -> str:
 
 
 def _read(model: nn.Module, path: str, leaf: str, tensor: Tensor) -> Tensor:
-    """The numbers of a tensor, wherever it is.
+    """A tensor that has its numbers, wherever it is; with its attributes, in which bitsandbytes keeps scales.
 
     Raises:
         _UnknownError: if they cannot be read.
@@ -138,7 +138,7 @@ def _read(model: nn.Module, path: str, leaf: str, tensor: Tensor) -> Tensor:
         whole: Tensor = tensor.data.full_tensor()  # type: ignore[attr-defined]
         return whole
     if tensor.device.type != "meta":
-        return tensor.detach()
+        return tensor  # detached, it would lose its scales
     # Accelerate offloads to a map in hooks: the module's own hook, or that of a module around it.
     at, inside = path, leaf
     while True:
