@@ -90,7 +90,7 @@ function componentView(j) {
   const component = facts.components[j],
     previous = (j + r - 1) % r,
     next = (j + 1) % r,
-    ratio = ratioOf(j);
+    ratio = ratioText(j);
   const field = h("input", {
     class: "rename",
     id: "rename",
@@ -144,7 +144,7 @@ function componentView(j) {
           : pill("stable", number(component.stability, 2), TERMS.stable),
         pillInAndOut("right", component.accuracy, percent),
         pillInAndOut("mean error", component.error, number),
-        ratio === null ? null : pill("KL ratio", number(ratio), TERMS["KL ratio"]),
+        ratio === null ? null : pill("KL ratio", ratio, TERMS["KL ratio"]),
         categories()
           .slice(0, 3)
           .map((c) => {

@@ -191,3 +191,18 @@ function nearestExamples(i, count) {
 
 const shadingOf = (j, i) => facts.shading[j]?.find((one) => one.example === i) ?? null;
 const ratioOf = (j) => facts.components[j].evaluation?.ratio ?? facts.reports[j]?.best?.ratio ?? null;
+
+/** The KL on its top examples if no step reached the KL that was wanted; the ratio of so short a step says little. */
+const missedOf = (j) => {
+  const kept = facts.components[j].evaluation,
+    report = facts.reports[j];
+  if (kept?.ratio !== undefined) return kept.reached === false ? (kept.kl_top ?? 0) : null;
+  return report?.reached === false ? report.best.top : null;
+};
+/** The ratio of a component, and the KL of its step if that was too small; null if it was not measured. */
+const ratioText = (j) => {
+  const ratio = ratioOf(j),
+    missed = missedOf(j);
+  if (ratio === null) return null;
+  return missed === null ? number(ratio, 2) : `${number(ratio, 2)} at a KL of only ${number(missed, 2)}`;
+};

@@ -7,7 +7,7 @@ const SORTS = {
   active: ["largest share of the examples", (j) => -facts.components[j].active],
   rare: ["smallest share of the examples", (j) => facts.components[j].active],
   purity: ["purest", (j) => -purity(j, overviewState.column).share],
-  ratio: ["most selective", (j) => -(ratioOf(j) ?? -1)],
+  ratio: ["most selective", (j) => (missedOf(j) === null ? -(ratioOf(j) ?? -1) : 0)],
   stability: ["most stable", (j) => -(facts.components[j].stability ?? -1)],
   accuracy: ["most often wrong", (j) => facts.components[j].accuracy?.[0] ?? 2],
   error: ["largest error", (j) => -(facts.components[j].error?.[0] ?? -1)],
@@ -48,13 +48,13 @@ function card(j) {
     top = topFew(j),
     column = overviewState.column;
   const pure = column === null || !top.length ? null : purity(j, column),
-    ratio = ratioOf(j);
+    ratio = ratioText(j);
   const about = [
     labelOf(j),
     `active on ${percent(component.active)} of the examples`,
     pure && `${percent(pure.share)} of its top examples are ${pure.value ?? "without a value"}`,
     component.automatic && `automatic label: ${line(component.automatic, 60)}`,
-    ratio !== null && `KL ratio ${number(ratio)}`,
+    ratio !== null && `KL ratio ${ratio}`,
   ]
     .filter(Boolean)
     .join(", ");
@@ -68,7 +68,7 @@ function card(j) {
       h("span", { class: nameOf(j) ? "title" : "title unnamed" }, isolated(visible(labelOf(j)))),
       ratio === null
         ? null
-        : h("span", { class: "ratio", title: "KL on its top examples divided by KL on others" }, `KL ratio ${number(ratio, 2)}`),
+        : h("span", { class: "ratio", title: TERMS["KL ratio"] }, `KL ratio ${ratio}`),
     ),
     sparkline(sortedCurve(j), "Its coefficients, sorted"),
     pure === null

@@ -6,7 +6,7 @@ const TERMS = {
   explained: "how much of the examples' Fisher matrices all components together reproduce; a Fisher matrix says how a prediction depends on the weights",
   right: "the share of right predictions on the component's examples",
   "mean error": "the mean distance between prediction and label on the component's examples",
-  "KL ratio": "how far a step along the component moves the predictions of its own top examples, divided by how far it moves others",
+  "KL ratio": "how far a step along the component moves the predictions of its own top examples, divided by how far it moves others; a KL beside it means that no step moved them as far as wanted, so that the ratio says little",
   auto: "an automatic label: what the component's examples have more often than the others",
 };
 
@@ -56,7 +56,7 @@ function highlights(column) {
       const { share, value } = purity(c.index, column);
       return `${percent(share)} of its top examples: ${facts.columns[column].name} ${value === null ? "not given" : line(value, 40)}`;
     });
-  add("Most selective", first((c) => ratioOf(c.index)), (c) =>
+  add("Most selective", first((c) => (missedOf(c.index) === null ? ratioOf(c.index) : null)), (c) =>
     `a step along it moves its own examples ${number(ratioOf(c.index), 2)} times as far as others`,
   );
   add("Most often wrong", first((c) => (c.accuracy && c.accuracy[0] < 1 ? 1 - c.accuracy[0] : null)), (c) =>
