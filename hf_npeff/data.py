@@ -161,18 +161,26 @@ class Examples(Sequence[Example]):
         record = self._records[i]
         encoded = self._encode(record, i)
         inputs = {k: v for k, v in encoded.tensors.items() if v is not None}
-        kept = self._kept(record, encoded)
+        kept = self._kept(record, encoded.shown)
         shown = [str(kept[name]) for name in self.encoded.shown if kept.get(name) is not None]
         text = " | ".join(shown) if shown else None
         return Example(self._ids[i], inputs, kept, _content_of(inputs), encoded.truncated, text)
 
-    def _kept(self, record: Mapping[str, Any], encoded: Inputs) -> dict[str, Any]:
+    def columns_of(self, i: int) -> dict[str, Any]:
+        """The columns of an example that are kept with results; encoded only if none of its own shows its text."""
+        record = self._records[i]
+        if self._columns is None and any(name not in record for name in self.encoded.shown):
+            return dict(self[i].columns)
+        return self._kept(record, None)
+
+    def _kept(self, record: Mapping[str, Any], text: str | None) -> dict[str, Any]:
+        """The columns of a row, with a text that no column of it shows."""
         if self._columns is not None:
             return {name: _plain(record.get(name)) for name in self._columns}
         label = self.encoded.label_column
         kept = {name: _plain(v) for name, v in record.items() if _is_plain(v) or (name == label and _is_label(v))}
         made = [name for name in self.encoded.shown if name not in record]
-        return {**kept, **dict.fromkeys(made, encoded.shown)}
+        return {**kept, **dict.fromkeys(made, text)}
 
     def _encode(self, record: Mapping[str, Any], i: int) -> Inputs:
         self._check_decided(record, i)

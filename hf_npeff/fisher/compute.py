@@ -26,6 +26,7 @@ from hf_npeff.errors import NPEFFError
 from hf_npeff.fisher.batching import alike
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll
+from hf_npeff.fisher.kept_columns import CONTENT, renew_columns
 from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.rechecks import Rechecks
 from hf_npeff.fisher.rows import RowMaker
@@ -148,6 +149,8 @@ def _in_folder(
     done = writer.done()
     if request.check_weights and done:
         _check_predictions(maker, examples, writer, done)
+    if first and done:
+        renew_columns(writer, examples, done)
     if not request.skip and (left_out := writer.skipped()):
         raise ValueError(
             f"{folder} was begun with on_error='skip', and {_these(left_out)} were left out; continue with "
@@ -352,7 +355,7 @@ def _columns(maker: RowMaker, examples: Sequence[Example], tensors: Mapping[str,
     """The columns that are stored with the rows: ids, contents, the data set's columns, predictions in words."""
     columns: dict[str, list[Any]] = {
         ID: [e.id for e in examples],
-        "content_hash": [e.content for e in examples],
+        CONTENT: [e.content for e in examples],
     }
     kept = {name for e in examples for name in e.columns} - set(columns)
     columns |= {name: [e.columns.get(name) for e in examples] for name in sorted(kept)}

@@ -15,6 +15,7 @@ from hf_npeff.data import Example, Examples, class_names
 from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.compute import compute
 from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.kept_columns import check_columns
 from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.preparation import prepare
 from hf_npeff.models.movable_model import MovableModel
@@ -162,7 +163,8 @@ class EditedModel(MovableModel):
             IncompatibleWeightsError: if the model or `keep` has other weights than the PEFs.
             UnsupportedModelError: if the model predicts places in its input, or its weights are sharded.
             ValueError: if the goal is not clear, an id is unknown, a column is missing, incomplete or has a single
-                value, the dataset is not that of the PEFs, or no step does what was predicted.
+                value, the dataset is not that of the PEFs or has other values in that column, or no step does what was
+                predicted.
         """
         request = EditRequest(
             change=change,
@@ -185,6 +187,8 @@ class EditedModel(MovableModel):
         examples = analyzer._examples_of_pefs(pefs, dataset)
         if check_weights:
             analyzer.check_predictions(pefs, examples)
+        named = (outcome, remove, given if remove else None)
+        check_columns([name for name in named if isinstance(name, str)], pefs.columns, examples)
         naming = Naming(
             pefs.columns, analyzer.description.label_names, analyzer._encoder(), _class_names(pefs, dataset)
         )

@@ -27,6 +27,7 @@ from hf_npeff.weights.lifting import select
 from hf_npeff.weights.measurement import Change, Measurement, check_groups, is_linear, measure
 from hf_npeff.weights.off_target import OffTarget, check_tokens, off_target
 from hf_npeff.weights.off_target import examples_read as searched_examples
+from hf_npeff.weights.outcomes import check_labels
 from hf_npeff.weights.perturbation import PerturbationReport
 from hf_npeff.weights.trials import evaluate, evaluate_together, examples_read
 
@@ -84,8 +85,8 @@ class MeasuredModel(FisherModel, AdaptedModel):
             IndexError: if the component does not exist.
             UnsupportedModelError: if the model's weights are sharded over processes, and the direction affects more
                 than linear maps; or if an adapter stores the new value of a norm.
-            ValueError: if an argument is out of range, the dataset or model does not fit, or a search is wanted and the
-                inputs are not sequences of tokens.
+            ValueError: if an argument is out of range, the dataset or model does not fit, the dataset has other labels
+                than were stored, or a search is wanted and the inputs are not sequences of tokens.
         """
         request = PerturbationRequest(
             target_kl=target_kl,
@@ -101,6 +102,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         component = decomposition.index_of(component)
         analyzer = self._predicting_as(decomposition)
         examples = analyzer.examples_of(decomposition, dataset)
+        check_labels(decomposition.info, decomposition.columns, examples)
         if held_out is None and by is not None:
             raise ValueError(f"by={by!r} is for a column of held_out: pass held_out too")
         others = None if held_out is None else analyzer._measurable(analyzer.read(held_out, Reading()), by)
@@ -152,6 +154,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         request, measuring = LiftRequest(**dict(lift or {})), PerturbationRequest(**settings)
         analyzer, decomposed = self._opened(decomposition, pefs, dataset, request.check_weights)
         examples = list(decomposed.examples)
+        check_labels(decomposition.info, decomposition.columns, examples)
         if rank is not None and request.method == "exact" and analyzer._moves_linear_maps():
             low = min(rank, max(min(shape) for shape in analyzer.shapes.values()))
             adapters = analyzer._adapters(decomposed, wanted, request, rank=low)
@@ -207,6 +210,7 @@ class MeasuredModel(FisherModel, AdaptedModel):
         self.check_movable(adapters[0], in_place=False)
         analyzer = self._predicting_as(decomposition)
         examples = analyzer.examples_of(decomposition, dataset, pefs)
+        check_labels(decomposition.info, decomposition.columns, examples)
         return analyzer._measured_together(adapters, decomposition, components, examples, pefs, request)
 
     def _measured_together(

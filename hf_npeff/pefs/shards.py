@@ -332,6 +332,16 @@ class StoreWriter:
             entry["checks"] = [dict(check) for check in checks]
         write_json(self._entry_path(start), entry)
 
+    def write_columns(self, start: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write other columns for the shard whose first example is number `start`; its tensors stay as they are.
+
+        A run that is cut short in between finds the shard damaged, and computes it again.
+        """
+        entry, kept = self._entries()[start], table_bytes(columns)
+        write_atomically(self.folder / f"{entry['name']}.parquet", kept)
+        entry["columns_sha256"] = hashlib.sha256(kept).hexdigest()
+        write_json(self._entry_path(start), _as_written(entry))
+
     def finish(self, n: int, skipped: Sequence[Mapping[str, str]] = ()) -> None:
         """Write the manifest over the shards of all n examples.
 

@@ -20,6 +20,7 @@ from hf_npeff.encoding.labels import IGNORED, NO_CLASS, Truth, truth_of
 from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.distributions import Gaussian
 from hf_npeff.fisher.forward import ForwardPass
+from hf_npeff.fisher.kept_columns import check_columns
 from hf_npeff.fisher.outputs import traits_of
 from hf_npeff.fisher.predictions import Predictions
 
@@ -124,10 +125,31 @@ def labels_of(info: Mapping[str, Any], column: Sequence[Any], distribution: str,
 
 def label_column(info: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> Sequence[Any] | None:
     """The stored labels, from the column that was read as labels; None if there are none."""
+    name = _name_of_labels(info, columns)
+    return None if name is None else columns[name]
+
+
+def check_labels(info: Mapping[str, Any], columns: Mapping[str, Sequence[Any]], examples: Sequence[Example]) -> None:
+    """Check that a data set has the labels that are stored, with which predictions are going to be compared.
+
+    Args:
+        info: the `info` of the decomposition.
+        columns: its columns.
+        examples: the examples of the data set at hand, in the decomposition's order.
+
+    Raises:
+        ValueError: if labels differ.
+    """
+    name = _name_of_labels(info, columns)
+    check_columns([] if name is None else [name], columns, examples)
+
+
+def _name_of_labels(info: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> str | None:
     record = Encoded.of(info)
-    if record is None:
-        return columns.get("label", columns.get("labels")) if info.get("task") in _CLASSES else None
-    return None if record.label_column is None else columns.get(record.label_column)
+    if record is not None:
+        return record.label_column if record.label_column in columns else None
+    usual = ("label", "labels") if info.get("task") in _CLASSES else ()
+    return next((name for name in usual if name in columns), None)
 
 
 def _letters(column: Sequence[Any]) -> list[Any]:
