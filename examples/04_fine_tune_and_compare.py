@@ -37,7 +37,7 @@ from hf_npeff.studies.overview import differences, overview
 from hf_npeff.studies.parts import kept_part
 from hf_npeff.studies.probes import by_kind, diagnose, over_data_sets
 from hf_npeff.studies.rival_settings import FairConfig
-from hf_npeff.studies.selectivity import SelectivityResult, SwitchedFeature, run_selectivity
+from hf_npeff.studies.selectivity import SelectivityResult, SwitchedFeature, lifted_for, run_selectivity
 from hf_npeff.studies.settings import METHODS, RIVALS, ComparisonConfig, FactorsConfig, SelectivityConfig
 from hf_npeff.studies.word_relations import package_folder
 
@@ -215,7 +215,7 @@ def switched(task: Task, methods: list[MethodResult], factors: FactorsResult, pa
     """Switch the features of every method. Methods that are done are kept: this is most of the time."""
     rows: list[SwitchedFeature] = []
     excluded: dict[str, str] = {}
-    for place, method in enumerate(methods):
+    for place, method in enumerate(lifted_for(methods, task.attributes, factors, SWITCHING)):
         features = {score.attribute: score.feature for score in factors.methods[place].attributes}
         made_with = {**task.facts, "switching": asdict(SWITCHING), "signs": SIGNS, "features": features}
         one = [method]

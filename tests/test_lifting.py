@@ -21,6 +21,7 @@ from hf_npeff import (
 from hf_npeff.config import LiftRequest
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.weights.compressed_sensing import fista, flat_operator, iterative_hard_thresholding
+from hf_npeff.weights.exact_lifting import _rows_are_cheaper, lift_exact
 from hf_npeff.weights.lifting import combination, semi_orthogonal
 from tests import reference
 from tests.tiny import tiny_batch, tiny_model
@@ -374,3 +375,27 @@ def test_a_dataset_without_ids_may_come_in_another_order_and_another_models_weig
         other.lift(found, 0, pefs, data, selective=False)
     with pytest.raises(ValueError, match="component 0"):
         other.lift(found, 0, pefs, data, check_weights=False, selective=False)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "albert"])
+def test_many_combinations_are_those_that_are_sent_back_one_by_one(family: str) -> None:
+    """Oracle: the same combinations, few enough at a time to be sent back; one has no example, others lack some."""
+    model = tiny_model(family)
+    data = tiny_batch(model, 9, seed=0)
+    analyzer = NPEFFAnalyzer(model, fisher=FisherConfig(rank=2, sketch="kronecker", sketch_dim=4))
+    pefs = analyzer.compute_pefs(data)
+    assert pefs.cotangents is not None
+    generator = torch.Generator().manual_seed(0)
+    coefficients = torch.randn(40, 9, 2, generator=generator, dtype=torch.float64)
+    coefficients[3:20, 4], coefficients[:, 7], coefficients[5] = 0, 0, 0
+    with analyzer.forward_pass() as forward:
+        examples = analyzer.read(data)[:]
+        used = [example for i, example in enumerate(examples) if i != 7]
+        assert _rows_are_cheaper(forward, used, coefficients)
+        assert not _rows_are_cheaper(forward, used, coefficients[:2])
+        together = lift_exact(forward, examples, pefs.cotangents, coefficients, 4)
+        for j in range(len(coefficients)):
+            (alone,) = lift_exact(forward, examples, pefs.cotangents, coefficients[j : j + 1], 4)
+            for name, expected in alone.items():
+                assert torch.allclose(together[j][name], expected, rtol=1e-9, atol=1e-12), name
+    assert not any(bool(value.any()) for value in together[5].values())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_npeff import FisherConfig, NPEFFAnalyzer
+from hf_npeff import FisherConfig, NPEFFAnalyzer, ParameterDirection
+from hf_npeff.baselines import gradient_clustering
 from hf_npeff.baselines.method import MethodResult
+from hf_npeff.baselines.row_directions import RowDirections, lifted_together
 from hf_npeff.fisher.predictions import predict
 from hf_npeff.studies.comparison import fit_methods
 from hf_npeff.studies.factors import Attributes, run_factors
@@ -23,7 +26,8 @@ from hf_npeff.studies.measures import (
 )
 from hf_npeff.studies.result import markdown
 from hf_npeff.studies.selectivity import draw_examples, run_selectivity
-from hf_npeff.studies.settings import ComparisonConfig, FactorsConfig, SelectivityConfig
+from hf_npeff.studies.settings import METHODS, RIVALS, ComparisonConfig, FactorsConfig, SelectivityConfig
+from hf_npeff.weights.exact_lifting import lift_exact
 from tests.tiny import tiny_batch, tiny_model
 
 
@@ -278,6 +282,36 @@ def test_the_sign_is_chosen_on_examples_that_are_not_measured(compared: dict[str
         values = compared["attributes"].values[:, compared["attributes"].names.index(row.attribute)]
         direction = method.interventions([row.feature])[0]  # type: ignore[misc]
         assert math.copysign(1, row.scale) == better(direction, values, ~halves, config.for_signs)
+
+
+def test_directions_lifted_together_are_those_lifted_alone(
+    compared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: every method's own lifting, and the public one of components; two sets of rows take two liftings."""
+    analyzer, dataset, found = compared["analyzer"], compared["dataset"], compared["found"]
+    config = replace(ComparisonConfig(4, n_restarts=1, seeds=1, batch_size=32), methods=(*METHODS, *RIVALS))
+    methods = fit_methods(analyzer, dataset, config, pefs=found.pefs).methods
+    on_rows = [m for m in methods if isinstance(m.interventions, RowDirections)]
+    assert len(on_rows) == 8  # NPEFF, both of gradient clustering, five rivals
+    wanted = [[0, 2] if i % 2 else [1, 0] for i in range(len(methods))]
+    alone = {m.name: m.interventions(features) for m, features in zip(methods, wanted, strict=True)}  # type: ignore[misc]
+    lifted: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        lifted.append(len(given[3]))
+        return lift_exact(*given, **more)
+
+    monkeypatch.setattr(gradient_clustering, "lift_exact", counted)
+    one = 4 * sum(rows * columns for rows, columns in analyzer.shapes.values())
+    for memory, most in ((10**9, 8), (4 * one, 4), (0, 2)):
+        lifted.clear()
+        for method, features in zip(lifted_together(methods, wanted, memory), wanted, strict=True):
+            for one_direction, expected in zip(method.interventions(features), alone[method.name], strict=True):  # type: ignore[misc]
+                if isinstance(expected, ParameterDirection):
+                    for name in expected:
+                        assert torch.allclose(one_direction[name], expected[name], atol=1e-6)
+        assert max(lifted) <= most, lifted
+        assert memory < 10**9 or len(lifted) == 2
 
 
 def test_methods_without_interventions_are_reported(compared: dict[str, Any]) -> None:

@@ -1,8 +1,15 @@
-"""Directions in the weights of methods that work on rows: combinations of rows, made selective as components are."""
+"""Directions in the weights of methods that work on rows: combinations of rows, made selective as components are.
+
+Lifting a combination takes passes over all examples. Directions of several methods on the same rows are therefore
+lifted together (`lifted_together`), which forms every row once.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,7 +17,7 @@ from torch import Tensor
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.gradient_clustering import lift_combinations
-from hf_npeff.baselines.method import Interventions
+from hf_npeff.baselines.method import MethodResult
 from hf_npeff.decomposition.component import active_examples
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.contrast import Contrast
@@ -23,6 +30,9 @@ Mixing = Callable[[Sequence[int]], Tensor]
 
 _ROUNDING = 1e-6
 """Share of the largest eigenvalue of a Gram matrix of float32 rows below which an eigenvalue is rounding."""
+MEMORY = 2**31
+"""The most bytes of directions that are lifted together. Chosen: fifty directions of a model with ten million weights,
+and a tenth of the memory of a small machine with two such studies at a time."""
 
 
 def combination_of(points: Tensor, directions: Tensor) -> Tensor:
@@ -88,9 +98,51 @@ def selective_combinations(pefs: PEFs, mixing: Tensor, competing: Tensor) -> Ten
     return beta
 
 
+@dataclass(frozen=True)
+class RowDirections:
+    """The directions in the weights of a method's features, as combinations of rows; a call lifts some of them.
+
+    Attributes:
+        analyzer: the one that made the rows.
+        pefs: the rows.
+        dataset: the one that they came from.
+        combinations: from k numbers of features to combinations (k, n, c) of unscaled rows.
+        batch_size: how many examples a forward pass takes.
+    """
+
+    analyzer: NPEFFAnalyzer
+    pefs: PEFs
+    dataset: Any
+    combinations: Callable[[Sequence[int]], Tensor]
+    batch_size: int
+
+    def __call__(self, features: Sequence[int]) -> list[ParameterDirection]:
+        """Lift the directions of these features.
+
+        Raises:
+            IncompatibleWeightsError: if the weights of the model and the PEFs differ.
+            ValueError: if the rows were made elsewhere, or the dataset is another.
+        """
+        return self.lift(self.combinations(features))
+
+    def lift(self, combinations: Tensor) -> list[ParameterDirection]:
+        """Lift combinations (k, n, c) of unscaled rows; raises what a call raises."""
+        origin = {"method": "combination of rows"}
+        return lift_combinations(self.analyzer, self.pefs, self.dataset, combinations, self.batch_size, origin)
+
+    def same_rows(self, other: RowDirections) -> bool:
+        """Whether the directions of both can be lifted in the same passes."""
+        return (
+            self.analyzer is other.analyzer
+            and self.pefs is other.pefs
+            and self.dataset is other.dataset
+            and self.batch_size == other.batch_size
+        )
+
+
 def row_interventions(
     analyzer: NPEFFAnalyzer, pefs: PEFs, dataset: Any, mixing: Mixing, competing: Tensor, batch_size: int
-) -> Interventions:
+) -> RowDirections:
     """What switches the features of a method on rows.
 
     Args:
@@ -103,8 +155,84 @@ def row_interventions(
     """
     active = active_examples(competing.double().clamp_min(0))
 
-    def lifted(features: Sequence[int]) -> list[ParameterDirection]:
-        rows = selective_combinations(pefs, mixing(features), active[:, list(features)])
-        return lift_combinations(analyzer, pefs, dataset, rows, batch_size, {"method": "combination of rows"})
+    def selective(features: Sequence[int]) -> Tensor:
+        return selective_combinations(pefs, mixing(features), active[:, list(features)])
 
-    return lifted
+    return RowDirections(analyzer, pefs, dataset, selective, batch_size)
+
+
+def lifted_together(
+    methods: Sequence[MethodResult], features: Sequence[Sequence[int]], memory: int = MEMORY
+) -> list[MethodResult]:
+    """The same methods, which lift these features in passes that all methods on the same rows share.
+
+    Nothing is lifted before the first direction of a group of methods is asked for. A direction is kept until every
+    method that lists it has had it once; after that it is lifted alone. Methods whose directions are not combinations
+    of rows stay as they are.
+
+    Args:
+        methods: n results.
+        features: n lists, the features of each method that will be asked for.
+        memory: the most bytes of directions that are lifted together; those of a single method always are.
+    """
+    groups: list[_Group] = []
+    made = []
+    for method, wanted in zip(methods, features, strict=True):
+        directions = method.interventions
+        if not isinstance(directions, RowDirections):
+            made.append(method)
+            continue
+        group = next((g for g in groups if g.has_room(directions, len(wanted), memory)), None)
+        if group is None:
+            groups.append(group := _Group(directions))
+        group.wanted += [(directions, feature) for feature in dict.fromkeys(wanted)]
+        made.append(replace(method, interventions=partial(group.lifted, directions)))
+    return made
+
+
+class _Group:
+    """Features whose directions are lifted in the same passes.
+
+    Attributes:
+        wanted: every method's directions and each of its features; once for each method that asks for it.
+    """
+
+    def __init__(self, first: RowDirections):
+        self.wanted: list[tuple[RowDirections, int]] = []
+        self._first = first
+        self._left: dict[tuple[int, int], int] | None = None
+        self._kept: dict[tuple[int, int], ParameterDirection] = {}
+
+    def has_room(self, directions: RowDirections, features: int, memory: int) -> bool:
+        """Whether so many more features can be lifted in the same passes, and within so many bytes."""
+        return self._first.same_rows(directions) and (len(self.wanted) + features) * self._bytes <= memory
+
+    @cached_property
+    def _bytes(self) -> int:
+        shapes = self._first.pefs.sketch().shapes.values()
+        return torch.finfo(torch.float32).bits // 8 * sum(rows * columns for rows, columns in shapes)
+
+    def lifted(self, directions: RowDirections, features: Sequence[int]) -> list[ParameterDirection]:
+        """What a call of `directions` returns; the first one lifts those of the whole group."""
+        if self._left is None:
+            self._lift()
+        return [self._handed_out(directions, feature) for feature in features]
+
+    def _lift(self) -> None:
+        by_method: dict[int, tuple[RowDirections, list[int]]] = {}
+        self._left = dict(Counter((id(directions), feature) for directions, feature in self.wanted))
+        for directions, feature in self.wanted:
+            features = by_method.setdefault(id(directions), (directions, []))[1]
+            if feature not in features:
+                features.append(feature)
+        keys = [(key, feature) for key, (_, features) in by_method.items() for feature in features]
+        combinations = torch.cat([directions.combinations(features) for directions, features in by_method.values()])
+        self._kept = dict(zip(keys, self._first.lift(combinations), strict=True))
+
+    def _handed_out(self, directions: RowDirections, feature: int) -> ParameterDirection:
+        key = id(directions), feature
+        assert self._left is not None
+        if key not in self._kept:
+            return directions([feature])[0]
+        self._left[key] -= 1
+        return self._kept[key] if self._left[key] else self._kept.pop(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hf_npeff.baselines.activations import (
     random_coefficients,
 )
 from hf_npeff.baselines.gradient_clustering import GradientClustering, prediction_gradients
-from hf_npeff.baselines.method import MethodResult, check_enough
+from hf_npeff.baselines.method import Interventions, MethodResult, check_enough
 from hf_npeff.baselines.row_dictionaries import (
     Readings,
     gradient_atoms,
@@ -29,8 +30,9 @@ from hf_npeff.baselines.row_dictionaries import (
     pef_dictionary,
     pef_nmf,
 )
-from hf_npeff.baselines.row_directions import row_interventions
+from hf_npeff.baselines.row_directions import RowDirections, row_interventions
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
+from hf_npeff.config import LiftRequest
 from hf_npeff.decomposition.decomposition import Decomposition
 from hf_npeff.fisher.heads import finds_last_by_padding
 from hf_npeff.fisher.outputs import traits_of
@@ -40,6 +42,7 @@ from hf_npeff.studies.measures import aurocs
 from hf_npeff.studies.rival_settings import RivalsConfig
 from hf_npeff.studies.settings import RIVALS, ComparisonConfig
 from hf_npeff.weights.directions import ParameterDirection
+from hf_npeff.weights.lifting import plan
 
 
 @dataclass
@@ -101,16 +104,15 @@ def fit_methods(
         fits = [random_coefficients(n, config.n_components, seed=s) for s in _seeds(config)]
         first = next((m for m in comparison.methods if m.name == "NPEFF"), None)
         if first is not None and first.interventions is not None:
-            lift = first.interventions
-
-            def random(features: Sequence[int]) -> list[ParameterDirection]:
-                (direction,) = lift([0])
-                assert isinstance(direction, ParameterDirection)
-                return [direction.random_like(j) for j in features]
-
-            fits[0] = replace(fits[0], interventions=random)
+            fits[0] = replace(fits[0], interventions=partial(_random_directions, analyzer))
         _add(comparison, fits)
     return comparison
+
+
+def _random_directions(analyzer: NPEFFAnalyzer, features: Sequence[int]) -> list[ParameterDirection]:
+    """A random direction over the analysed parameters for each number."""
+    like = analyzer.direction_of({name: torch.ones(shape) for name, shape in analyzer.shapes.items()}, {})
+    return [like.random_like(j) for j in features]
 
 
 def _seeds(config: ComparisonConfig) -> range:
@@ -146,12 +148,7 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
         kept = comparison.decomposition
         assert kept is not None
 
-        def lift(components: Sequence[int]) -> list[ParameterDirection]:
-            directions: list[ParameterDirection] = analyzer.lift(
-                kept, list(components), pefs, dataset, batch_size=config.batch_size
-            )
-            return directions
-
+        lift = _lifting(analyzer, kept, pefs, dataset, config.batch_size)
         _add(comparison, [replace(fits[0], interventions=lift), *fits[1:]])
     if set(_ON_PEFS) & set(config.wanted):
         _fit_rivals(analyzer, dataset, pefs, config, comparison, comparison.pefs_seconds)
@@ -174,6 +171,34 @@ def _fit_gradients(analyzer: NPEFFAnalyzer, dataset: Any, config: ComparisonConf
         _add(comparison, soft)
         _add(comparison, hard)
     _fit_rivals(other, dataset, gradients, config, comparison, to_gradients)
+
+
+def _lifting(
+    analyzer: NPEFFAnalyzer, decomposition: Decomposition, pefs: PEFs, dataset: Any, batch_size: int
+) -> Interventions:
+    """What switches components: selective directions, as `NPEFFAnalyzer.lift` makes them.
+
+    Without a balance they are combinations of rows and nothing else, so they are lifted together with those of rivals.
+    """
+    if decomposition.scales is None and analyzer.for_decomposition(decomposition) is analyzer:
+
+        def combinations(components: Sequence[int]) -> Tensor:
+            plans = plan(decomposition, list(components), pefs, LiftRequest(), _gpu_of(analyzer))
+            return torch.stack([each.coefficients for each in plans if each.coefficients is not None])
+
+        return RowDirections(analyzer, pefs, dataset, combinations, batch_size)
+
+    def lift(components: Sequence[int]) -> list[ParameterDirection]:
+        directions: list[ParameterDirection] = analyzer.lift(
+            decomposition, list(components), pefs, dataset, batch_size=batch_size
+        )
+        return directions
+
+    return lift
+
+
+def _gpu_of(analyzer: NPEFFAnalyzer) -> torch.device | None:
+    return analyzer.device if analyzer.device.type == "cuda" else None
 
 
 _OF_RIVALS = RivalsConfig()

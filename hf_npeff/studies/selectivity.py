@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_npeff.analyzer import NPEFFAnalyzer
 from hf_npeff.baselines.method import Intervention, MethodResult
+from hf_npeff.baselines.row_directions import lifted_together
 from hf_npeff.data import Example
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
@@ -196,15 +197,12 @@ def run_selectivity(
     if len(examples) != len(attributes.values):
         raise ValueError(f"the dataset has {len(examples)} examples, but the attributes have {len(attributes.values)}")
     excluded = {m.name: "it has no interventions" for m in methods if m.interventions is None}
-    measured = [score.attribute for score in factors.methods[0].attributes]
-    measured.sort(key=lambda name: -int((attributes.values[:, attributes.names.index(name)] == 1).sum()))
-    chosen = measured[: config.max_attributes]
+    chosen = measured_attributes(attributes, factors, config)
     rows: list[SwitchedFeature] = []
-    for method in methods:
+    for method in lifted_for(methods, attributes, factors, config):
         if method.interventions is None:
             continue
-        scores = next(row for row in factors.methods if row.method == method.name)
-        features = [scores.feature_of(attribute) for attribute in chosen]
+        features = _features(method, factors, chosen)
         distinct = sorted(set(features))
         interventions = dict(zip(distinct, method.interventions(distinct), strict=True))
         for attribute, feature in zip(chosen, features, strict=True):
@@ -217,6 +215,26 @@ def run_selectivity(
                 switched = switch(forward, interventions[feature], signed_on, measured_on, config)
             rows.append(SwitchedFeature(method.name, attribute, feature, **switched))
     return SelectivityResult(rows, excluded, config)
+
+
+def measured_attributes(attributes: Attributes, factors: FactorsResult, config: SelectivityConfig) -> list[str]:
+    """The attributes on which features are switched: those with the most examples among the measured ones."""
+    measured = [score.attribute for score in factors.methods[0].attributes]
+    measured.sort(key=lambda name: -int((attributes.values[:, attributes.names.index(name)] == 1).sum()))
+    return measured[: config.max_attributes]
+
+
+def _features(method: MethodResult, factors: FactorsResult, chosen: Sequence[str]) -> list[int]:
+    scores = next(row for row in factors.methods if row.method == method.name)
+    return [scores.feature_of(attribute) for attribute in chosen]
+
+
+def lifted_for(
+    methods: Sequence[MethodResult], attributes: Attributes, factors: FactorsResult, config: SelectivityConfig
+) -> list[MethodResult]:
+    """The same methods, with the directions that `run_selectivity` asks for lifted together where rows are the same."""
+    chosen = measured_attributes(attributes, factors, config)
+    return lifted_together(methods, [_features(method, factors, chosen) for method in methods])
 
 
 def _shown(ratio: float) -> str:

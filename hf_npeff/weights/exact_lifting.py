@@ -1,4 +1,12 @@
-"""Combinations of unsketched rows, by sending back the stored cotangents again; no row is ever formed."""
+"""Combinations of unsketched rows, by sending the stored cotangents back again. Two ways give the same sums.
+
+A few combinations: every combination of cotangents is sent back by itself, and no row is ever formed. Many of them:
+every row of a batch is formed once, weight by weight, and added to all combinations. With T positions, n examples of c
+rows and m combinations, and in multiplications for each number of a weight,
+
+    one by one:    m · 2T              a gradient of a weight's output, and its product with the input
+    from rows:     c · 2T + m · n c    the same for every row of cotangents, and the combinations of the products
+"""
 
 from __future__ import annotations
 
@@ -13,6 +21,11 @@ from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.gradients import CalledOnceForAll, MadeOneByOne, Receiver, backward_passes
 from hf_npeff.fisher.parameters import gradients
 from hf_npeff.fisher.routing import Routing
+
+_GAIN = 2.0
+"""How many times cheaper rows have to be, by the count above. Chosen: their products are smaller, so slower."""
+_NUMBERS = 2**22
+"""Numbers of rows that are formed at a time: bounds the memory, and stays in a cache on its way to the sums."""
 
 
 class GradientSum(Receiver):
@@ -57,6 +70,51 @@ class GradientSum(Receiver):
             total[expert] += product.to(total.device, total.dtype)
 
 
+class RowSum(Receiver):
+    """A receiver that forms the rows of single examples and adds them to all combinations at once.
+
+    Sums are where those of `GradientSum` are. Fused experts are not supported.
+
+    Attributes:
+        mixing: (m, B, c), the coefficients of the present batch.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[tuple[int, int], torch.device, torch.dtype]], combinations: int):
+        self._sums = {
+            name: torch.zeros(combinations, *shape, device=device, dtype=dtype)
+            for name, (shape, device, dtype) in places.items()
+        }
+        self._combinations = combinations
+        self._current = 0
+        self.mixing = torch.zeros(combinations, 0, 0)
+
+    def before_backward(self, number: int) -> None:
+        """Row `number` of every example is sent back next."""
+        self._current = number
+
+    def take_input(self, name: str, x: Tensor) -> Tensor:
+        """The input, as it is."""
+        return x
+
+    def take_gradient(self, name: str, saved: Tensor, delta: Tensor) -> None:
+        """Add the rows δᵀx of every example, times their coefficients."""
+        total, saved = self._sums[name], saved.to(delta.dtype)
+        mixing = self.mixing[:, :, self._current].to(total)
+        step = max(1, _NUMBERS // (len(delta) * saved.shape[-1]))
+        for start in range(0, delta.shape[-1], step):
+            part = slice(start, start + step)
+            rows = (delta[..., part].mT @ saved).flatten(1)
+            total[:, part].view(len(total), -1).addmm_(mixing, rows.to(total.device, total.dtype))
+
+    def finish(self) -> list[dict[str, Tensor]]:
+        """{parameter: sum} of every combination; each has memory of its own, so that it can be freed alone."""
+        sums: list[dict[str, Tensor]] = [{} for _ in range(self._combinations)]
+        for name in list(self._sums):
+            for combination, total in zip(sums, self._sums.pop(name), strict=True):
+                combination[name] = total.clone()
+        return sums
+
+
 def place_of(weight: Tensor | None) -> tuple[torch.device, torch.dtype]:
     """The device and the dtype in which the gradient of a weight is added up."""
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
@@ -76,6 +134,8 @@ def lift_exact(
         coefficients: (m, n, c), of unscaled rows.
         batch_size: examples in a forward pass, which all combinations share.
 
+    The memory is that of the combinations, m times all analysed weights, beside that of a backward pass.
+
     Returns:
         {parameter: matrix (out, in)} for every combination.
     """
@@ -87,13 +147,14 @@ def lift_exact(
         torch.finfo(torch.float64).tiny
     )
     batches = [[used[i] for i in batch] for batch in forward.batches([examples[i] for i in used], batch_size)]
+    summed = _summed_from_rows if _rows_are_cheaper(forward, [examples[i] for i in used], coefficients) else _summed
     try:
-        sums = _summed(forward, examples, cotangents, coefficients, batches, places)
+        sums = summed(forward, examples, cotangents, coefficients, batches, places)
     except CalledOnceForAll:
         if all(len(batch) == 1 for batch in batches):
             raise
         batches = [[i] for i in used]
-        sums = _summed(forward, examples, cotangents, coefficients, batches, places)
+        sums = summed(forward, examples, cotangents, coefficients, batches, places)
     _add_parameters(forward, examples, batches, cotangents, coefficients, sums)
     return [{name: total.cpu() for name, total in combination.items()} for combination in sums]
 
@@ -121,6 +182,37 @@ def _summed(
         source = forward.source_of([examples[i] for i in indices])
         backward_passes(forward.model, forward.maps, receiver, len(indices), source, entering)
     return receiver.sums
+
+
+def _rows_are_cheaper(forward: ForwardPass, used: Sequence[Example], coefficients: Tensor) -> bool:
+    """Whether `_summed_from_rows` is the cheaper way to combinations (m, n, c) of the rows of some examples."""
+    if forward.parameters or any(m.fused is not None for m in forward.maps):
+        return False  # of these, autograd gives no rows of single examples, and hooks give them mixed
+    m, _, c = coefficients.shape
+    positions = sum(example.length for example in used)
+    return _GAIN * (2 * c * positions + m * c * len(used)) < 2 * m * positions
+
+
+def _summed_from_rows(
+    forward: ForwardPass,
+    examples: Sequence[Example],
+    cotangents: Tensor,
+    coefficients: Tensor,
+    batches: Sequence[list[int]],
+    places: Mapping[str, tuple[tuple[int, int], torch.device, torch.dtype]],
+) -> list[dict[str, Tensor]]:
+    """The same as `_summed`, with as many backward passes as an example has rows."""
+    receiver = RowSum(places, len(coefficients))
+    for indices in batches if forward.maps else ():
+
+        def entering(source: Tensor, chosen: list[int] = indices) -> Sequence[Tensor]:
+            stored = cotangents[chosen].to(source.device)
+            return [stored[:, row] for row in range(stored.shape[1])]
+
+        receiver.mixing = coefficients[:, indices]
+        source = forward.source_of([examples[i] for i in indices])
+        backward_passes(forward.model, forward.maps, receiver, len(indices), source, entering)
+    return receiver.finish()
 
 
 def _add_parameters(
