@@ -54,6 +54,8 @@ SWITCHING = SelectivityConfig(max_attributes=5, n_others=32)
 SIGNS = "chosen on the other half"
 FAIR = FairConfig()
 WHAT = ("comparison", "fair")
+STEPS, EXAMPLES = 200, 300
+"""Steps of fine-tuning, and analysed examples of each data set."""
 ROOTED = "NPEFF, power 0.5"
 TUNED = "NPEFF, power 0.25, alone"
 """NPEFF with the power and the reading that were best on seed 10 of the planted cues, where the rivals' were chosen."""
@@ -299,6 +301,14 @@ def fairly(task: Task) -> dict[str, Any]:
     return result.to_dict()
 
 
+def part_settings(what: str, steps: int = STEPS, examples: int = EXAMPLES) -> dict[str, Any]:
+    """What the part of a data set depends on, in the comparison or the fair readings."""
+    of_task = {"steps": steps, "examples": examples}
+    if what == "fair":
+        return {**of_task, "fair": asdict(FAIR)}
+    return {**of_task, "comparison": asdict(COMPARISON), "switching": asdict(SWITCHING), "signs": SIGNS}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", choices=list(ATTRIBUTES), default=list(ATTRIBUTES))
@@ -306,8 +316,8 @@ def main() -> None:
     parser.add_argument(
         "--downloads", type=Path, default=Path("runs/downloads"), help="folder for the package that npm fetches"
     )
-    parser.add_argument("--steps", type=int, default=200, help="number of fine-tuning steps")
-    parser.add_argument("--examples", type=int, default=300, help="number of analysed examples of each data set")
+    parser.add_argument("--steps", type=int, default=STEPS, help="number of fine-tuning steps")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="number of analysed examples of each data set")
     parser.add_argument("--what", nargs="*", choices=WHAT, default=list(WHAT))
     parser.add_argument("--fair-output", type=Path, default=Path("runs/fair"))
     arguments = parser.parse_args()
@@ -317,16 +327,13 @@ def main() -> None:
         trained = functools.cache(
             functools.partial(prepared, name, arguments.downloads, arguments.steps, arguments.examples)
         )
-        settings = {"steps": arguments.steps, "examples": arguments.examples}
         if "comparison" in arguments.what:
             output = arguments.output / name
-            made_with = {
-                **settings, "comparison": asdict(COMPARISON), "switching": asdict(SWITCHING), "signs": SIGNS
-            }  # fmt: skip
+            made_with = part_settings("comparison", arguments.steps, arguments.examples)
             part = kept_part(arguments.output / "parts", name, made_with, lambda t=trained, o=output: compared(t(), o))
             (output / "README.md").write_text(part["page"], encoding="utf-8")
         if "fair" in arguments.what:
-            made_with = {**settings, "fair": asdict(FAIR)}
+            made_with = part_settings("fair", arguments.steps, arguments.examples)
             part = kept_part(arguments.fair_output / "parts", name, made_with, lambda t=trained: fairly(t()))
             read[name] = FairResult.from_dict(part)
     if "comparison" in arguments.what:

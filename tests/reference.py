@@ -758,3 +758,58 @@ def kfac(rows: Tensor, ridge: float) -> Tensor:
             R += rows[i, a].T @ rows[i, a] / n
     sides = [M + ridge * M.trace() / len(M) * torch.eye(len(M), dtype=rows.dtype) for M in (L, R)]
     return torch.kron(*sides) / L.trace()
+
+
+class Autoencoder(NamedTuple):
+    """x̂ = f D + b with f = TopK(max((x − b) Eᵀ + e, 0))."""
+
+    D: Tensor
+    """(m, h), unit rows."""
+    E: Tensor
+    """(m, h)."""
+    e: Tensor
+    """(m,)."""
+    b: Tensor
+    """(h,)."""
+
+    def features(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """f and (x − b) Eᵀ + e of one example x (h,), both (m,)."""
+        z = self.E @ (x - self.b) + self.e
+        f = torch.zeros_like(z)
+        for j in sorted(range(len(z)), key=lambda j: -float(z[j]))[:k]:
+            f[j] = max(float(z[j]), 0.0)
+        return f, z
+
+
+def train_autoencoder(
+    X: Tensor, D: Tensor, batches: Sequence[Sequence[int]], k: int, rates: Sequence[float]
+) -> Autoencoder:
+    """Adam (β = .9 and .99) on the mean of ‖x − x̂‖²/h over a batch, example by example, with gradients by hand.
+
+    Args:
+        X: (n, h) float64.
+        D: (m, h), the start of decoder and encoder, unit rows; biases start at 0.
+        batches: the examples of every step.
+        k: features that are kept.
+        rates: the learning rate of every step.
+    """
+    h = X.shape[1]
+    values = [D.clone(), D.clone(), torch.zeros(len(D), dtype=X.dtype), torch.zeros(h, dtype=X.dtype)]
+    first, second = ([torch.zeros_like(v) for v in values] for _ in range(2))
+    for t, (batch, rate) in enumerate(zip(batches, rates, strict=True), 1):
+        sae = Autoencoder(*values)
+        by_D, by_E, by_e, by_b = (torch.zeros_like(v) for v in values)
+        for i in batch:
+            f, _ = sae.features(X[i], k)
+            r = 2 * (f @ sae.D + sae.b - X[i]) / (h * len(batch))
+            dz = torch.where(f > 0, sae.D @ r, 0.0)
+            by_D += torch.outer(f, r)
+            by_E += torch.outer(dz, X[i] - sae.b)
+            by_e += dz
+            by_b += r - dz @ sae.E
+        for v, m, s, gradient in zip(values, first, second, (by_D, by_E, by_e, by_b), strict=True):
+            m.mul_(0.9).add_(0.1 * gradient)
+            s.mul_(0.99).add_(0.01 * gradient**2)
+            v -= rate * (m / (1 - 0.9**t)) / ((s / (1 - 0.99**t)).sqrt() + 1e-8)
+        values[0] /= values[0].norm(dim=1, keepdim=True)
+    return Autoencoder(*values)

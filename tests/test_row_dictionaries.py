@@ -22,6 +22,7 @@ from hf_npeff.baselines.row_dictionaries import (
 )
 from hf_npeff.baselines.sparse_autoencoder import SAEConfig, SparseAutoencoder
 from hf_npeff.studies.measures import aurocs
+from tests import reference
 
 pytest.importorskip("sklearn", reason="dictionary learning and NMF are scikit-learn's")
 
@@ -174,6 +175,31 @@ def test_atoms_are_those_of_dense_whitened_gradients(ridge: float | None) -> Non
     dense = torch.from_numpy(learner.fit_transform(rows.numpy()))
     ours = gradient_atoms(gradients, 3, alpha=0.05, ridge=ridge).competing.double()
     assert torch.allclose(ours.abs(), dense.abs(), atol=1e-2)
+
+
+def test_an_autoencoder_of_gradients_is_trained_as_written_down() -> None:
+    """Oracle: Adam example by example in float64, with gradients by hand, from the same start and batches."""
+    gradients, _ = single_rows(n=30, d=6)
+    points = coordinates(gradients.factors[:, 0].double() @ gradients.factors[:, 0].double().T)
+    generator = torch.Generator().manual_seed(3)
+    train = points[torch.randperm(30, generator=generator)[3:]]  # a tenth is held out
+    centre = train.mean(0)
+    scale = (train.shape[1] / (train - centre).square().sum(1).mean()) ** 0.5
+    start = torch.nn.functional.normalize(torch.randn(5, 30, generator=generator), dim=1).double()
+    steps = 10
+    batches = [torch.randint(27, (27,), generator=generator).tolist() for _ in range(steps)]
+    rates = [2e-3] * 9 + [1e-3]  # falling to 0 over the last fifth, which is two steps
+    sae = reference.train_autoencoder((train - centre) * scale, start, batches, 2, rates)
+    both = [sae.features((x - centre) * scale, 2) for x in points]
+    found = gradient_autoencoder(gradients, 5, k=2, steps=steps, seed=3)
+    untrained = start @ ((points - centre) * scale).T
+    assert float((untrained.T - torch.stack([z for _, z in both])).abs().max()) > 0.02
+    assert torch.allclose(found.competing.double(), torch.stack([f for f, _ in both]), atol=1e-4)
+    assert torch.allclose(found.alone.double(), torch.stack([z for _, z in both]), atol=1e-4)
+    assert found.mixing is not None
+    directions = found.mixing(range(5))[..., 0] @ points  # what of the decoder lies in the span of the points
+    kept = points.square().sum(0) > points.square().sum(0).max() * 1e-6
+    assert torch.allclose(directions, torch.where(kept, sae.D, 0.0), atol=1e-4)
 
 
 def test_nmf_reaches_the_loss_of_naive_updates() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,18 +117,33 @@ def test_seconds_of_parts_add_up(tmp_path: Path) -> None:
     assert study.minutes(found) == "4 minutes of one core (a 3, b c 0)"
 
 
-def test_what_is_left_is_listed(tmp_path: Path) -> None:
-    """Oracle: by hand: all parts are here but two, of which one's time is known; every study has parts or one run."""
-    for name, parts in study.PARTS.items():
-        for part in parts:
-            (tmp_path / name / "parts").mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / "parts" / f"{part}.json").touch()
-    for part in ("seed-3", "seed-4"):
-        (tmp_path / "planted" / "parts" / f"{part}.json").unlink()
+def test_what_is_left_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand. All parts are here but one; another has other settings; one of the two times is known.
+
+    Settings of whitening's parts follow from its first.
+    """
+    monkeypatch.chdir(REPOSITORY)
+
+    def keep(name: str, part: str, settings: Any, made: Any = None) -> None:
+        (tmp_path / name / "parts").mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"settings": settings, "part": made or {}})
+        (tmp_path / name / "parts" / f"{part}.json").write_text(content, encoding="utf-8")
+
+    whitened = json.loads((STUDIES / "whitening" / "result.json").read_text(encoding="utf-8"))
+    nothing = study.parts_of_studies(tmp_path)
+    assert [part for part, settings in nothing["whitening"].items() if settings is not None] == ["planted_cues-10"]
+    keep("whitening", "planted_cues-10", nothing["whitening"]["planted_cues-10"], {"rows": whitened["tuned"]})
+    every = study.parts_of_studies(tmp_path)
+    for name, parts in every.items():
+        for part, settings in parts.items():
+            if part != "planted_cues-10":
+                keep(name, part, settings)
+    assert study.listing(tmp_path, {}).splitlines()[-1] == "left in all: 0.0 minutes of one core"
+    (tmp_path / "planted" / "parts" / "seed-3.json").unlink()
+    keep("planted", "seed-4", {**every["planted"]["seed-4"], "found_at": 0.8})  # type: ignore[dict-item]
     said = study.listing(tmp_path, {"planted": {"seed-0": 60, "seed-4": 90}}).splitlines()
-    assert (
-        "planted: 3 of 5 parts are done; left: seed-3, seed-4 (1.5 minutes of one core and 1 of unknown length)" in said
-    )
-    assert "ratings: 2 of 2 parts are done" in said and len(said) == len(study.PARTS) + 1
+    left = "left: seed-3; seed-4, of other settings (1.5 minutes of one core and 1 of unknown length)"
+    assert f"planted: 3 of 5 parts are done; {left}" in said
+    assert "ratings: 2 of 2 parts are done" in said and len(said) == len(every) + 1
     assert said[-1] == "left in all: 1.5 minutes of one core and 1 of unknown length"
-    assert set(study.NAMES) | {"fair"} == set(study.PARTS) | {"modular_addition", "in_context", "ablations"}
+    assert set(study.NAMES) | {"fair"} == set(every) | {"modular_addition", "in_context", "ablations"}

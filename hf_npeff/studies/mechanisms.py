@@ -237,14 +237,11 @@ def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None
     toys = []
     for name, (features, hidden) in zip(config.names, config.sizes, strict=True):
         for seed in range(config.seeds):
-            settings = {**asdict(config), "toys": name, "seeds": None, "seed": seed}
-            for other in ("induction_steps", "induction_n", "induction_seeds"):
-                del settings[other]
 
             def compute(toy: str = name, k: int = features, m: int = hidden, number: int = seed) -> dict[str, Any]:
                 return {"toy": toy, "seed": number, **_one_toy(config, k, m, number)}
 
-            toys.append(kept_part(parts, f"{name}-{seed}", settings, compute))
+            toys.append(kept_part(parts, f"{name}-{seed}", toy_settings(config, name, seed), compute))
     if not config.induction_steps:
         return MechanismsResult(toys, config)
     steps, n, restarts = config.induction_steps, config.induction_n, config.n_restarts
@@ -252,12 +249,31 @@ def run_mechanisms(config: MechanismsConfig | None = None, *, parts: Path | None
         kept_part(
             parts,
             f"induction-{seed}",
-            {"steps": steps, "n": n, "n_restarts": restarts, "seed": seed, "signs": "on other sequences"},
+            induction_settings(config, seed),
             partial(one_model, steps, n, restarts, seed),
         )
         for seed in range(config.induction_seeds)
     ]
     return MechanismsResult(toys, config, repeating)
+
+
+def toy_settings(config: MechanismsConfig, name: str, seed: int) -> dict[str, Any]:
+    """What the part of a toy of superposition depends on."""
+    settings = {**asdict(config), "toys": name, "seeds": None, "seed": seed}
+    for other in ("induction_steps", "induction_n", "induction_seeds"):
+        del settings[other]
+    return settings
+
+
+def induction_settings(config: MechanismsConfig, seed: int) -> dict[str, Any]:
+    """What the part of a language model that has learned induction depends on."""
+    return {
+        "steps": config.induction_steps,
+        "n": config.induction_n,
+        "n_restarts": config.n_restarts,
+        "seed": seed,
+        "signs": "on other sequences",
+    }
 
 
 def _one_toy(config: MechanismsConfig, features: int, hidden: int, seed: int) -> dict[str, Any]:

@@ -270,14 +270,18 @@ def run_minimal_pairs(
 def _kept(
     parts: Path | None, config: MinimalPairsConfig, name: str, seed: int, trained: bool, load_model: Loader | None
 ) -> dict[str, Any]:
-    others = {key for data, keys in _OF_DATA.items() if data != name for key in keys}
-    settings = {key: value for key, value in asdict(config).items() if key not in {*others, *_OF_ALL}}
-    settings |= {"data": name, "seed": seed, "trained": trained}
-
     def compute() -> dict[str, Any]:
         return _DATA[name](config, seed, trained, load_model)
 
+    settings = part_settings(config, name, seed, trained)
     return kept_part(parts, f"{name}-{seed}{'' if trained else '-untrained'}", settings, compute)
+
+
+def part_settings(config: MinimalPairsConfig, name: str, seed: int, trained: bool) -> dict[str, Any]:
+    """What the part of a data set, a seed, and trained or random weights depends on."""
+    others = {key for data, keys in _OF_DATA.items() if data != name for key in keys}
+    settings = {key: value for key, value in asdict(config).items() if key not in {*others, *_OF_ALL}}
+    return settings | {"data": name, "seed": seed, "trained": trained}
 
 
 def _cues(config: MinimalPairsConfig, seed: int, trained: bool, _: Loader | None) -> dict[str, Any]:

@@ -11,6 +11,18 @@ from typing import Any
 from hf_npeff.sharing.files import finite, write_atomically
 
 
+def read_part(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A part that is kept, as `kept_part` returns it; None if its file is missing or has other settings."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept.get("settings") != json.loads(json.dumps(settings)):
+        return None
+    part: dict[str, Any] = kept["part"]
+    return part
+
+
 def kept_part(
     folder: Path | None, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -27,19 +39,15 @@ def kept_part(
     Returns:
         The part as it is read from JSON: tuples become lists, and numbers that are not finite become None.
     """
-    made_with = json.loads(json.dumps(settings))
-    path = None if folder is None else folder / f"{name}.json"
-    if path is not None and path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept.get("settings") == made_with:
-            part: dict[str, Any] = kept["part"]
-            return part
+    kept = None if folder is None else read_part(folder, name, settings)
+    if kept is not None:
+        return kept
     started = time.process_time()
     made = compute()
-    content = {"settings": made_with, "processor seconds": round(time.process_time() - started, 1), "part": made}
+    content = {"settings": settings, "processor seconds": round(time.process_time() - started, 1), "part": made}
     text = json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-    part = json.loads(text)["part"]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{name}.json", text.encode())
+    part: dict[str, Any] = json.loads(text)["part"]
     return part

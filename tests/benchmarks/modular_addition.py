@@ -31,6 +31,8 @@ from hf_npeff.studies.result import markdown
 
 PAGE = Path("docs/studies/mechanisms/modular_addition.md")
 POWERS = {"NPEFF": 1.0, "NPEFF, power 0.25": 0.25}
+NUMBERS, STEPS = 17, 2000
+SEEDS = range(1, 6)
 RESTARTS = 2
 """Of a decomposition. Chosen: five networks stay under half a minute of the processor."""
 MEASURES = ("share of one frequency", "frequencies", "correlation with its strength", "explained")
@@ -188,17 +190,22 @@ _READING = """How to read it:
 """
 
 
+def part_settings(seed: int, numbers: int = NUMBERS, steps: int = STEPS) -> dict[str, Any]:
+    """What the part of a network depends on."""
+    return {"numbers": numbers, "steps": steps, "seed": seed, "n_restarts": RESTARTS}
+
+
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--numbers", type=int, default=17)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--numbers", type=int, default=NUMBERS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--output", type=Path, default=PAGE)
     given = parser.parse_args()
     networks = []
-    for seed in range(1, given.seeds + 1):
-        settings = {"numbers": given.numbers, "steps": given.steps, "seed": seed, "n_restarts": RESTARTS}
+    for seed in range(SEEDS.start, SEEDS.start + given.seeds):
+        settings = part_settings(seed, given.numbers, given.steps)
         compute = partial(measured, given.numbers, given.steps, seed, RESTARTS)
         networks.append(kept_part(given.output.parent / "parts", f"modular_addition-{seed}", settings, compute))
     kept = {"numbers": given.numbers, "networks": networks}

@@ -212,6 +212,13 @@ _READING = """How to read it:
 """
 
 
+def part_settings(seed: int, group: str) -> dict[str, Any]:
+    """What the part of a seed, and of trained or random weights, depends on."""
+    return {"seed": seed, "group": group, "methods": METHODS, "sentences": SENTENCES, "rated": asdict(RATED),
+            "by the model": [INTRUDERS_OF, OF_THE_MODEL, MODEL], "random": RANDOM_DRAWS,
+            "readings": [*READINGS, *CONTROLS]}  # fmt: skip
+
+
 def main() -> None:
     """Fit, rate, keep, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,12 +228,9 @@ def main() -> None:
     parts: dict[str, list[dict[str, Any]]] = {"trained": [], "random weights": []}
     for seed in range(given.seeds):
         for group in parts:
-            settings = {"seed": seed, "group": group, "methods": METHODS, "sentences": SENTENCES,
-                        "rated": asdict(RATED), "by the model": [INTRUDERS_OF, OF_THE_MODEL, MODEL],
-                        "random": RANDOM_DRAWS, "readings": [*READINGS, *CONTROLS]}  # fmt: skip
             compute = partial(rated, seed, group == "trained")
             name = f"{group.replace(' ', '_')}-{seed}"
-            parts[group].append(kept_part(given.output / "parts", name, settings, compute))
+            parts[group].append(kept_part(given.output / "parts", name, part_settings(seed, group), compute))
     given.output.mkdir(parents=True, exist_ok=True)
     kept = {"sentences": SENTENCES, "rated": asdict(RATED), "intruders of": INTRUDERS_OF, "parts": parts}
     (given.output / "result.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

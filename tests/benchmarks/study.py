@@ -16,6 +16,7 @@ At the end docs/studies/seconds.json is written: processor seconds of every part
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 STUDIES = Path("docs/studies")
 SECONDS = STUDIES / "seconds.json"
@@ -40,20 +42,62 @@ NAMES = (
 _PAIRS = ("planted_cues", "home_assistant", "word_relations")
 _REAL = ("human_rights", "home_assistant", "first_names")
 """Data sets of the comparison and of the fair readings. Each is a job of its own; the longest is first."""
-PARTS = {
-    "comparison": _REAL,
-    "fair": _REAL,
-    "mechanisms": (
-        *(f"{toy}-{seed}" for toy in ("5-2", "40-10") for seed in range(5)),
-        *(f"induction-{seed}" for seed in range(3)),
-        *(f"modular_addition-{seed}" for seed in range(1, 6)),
-    ),
-    "minimal_pairs": tuple(f"{data}-{end}" for data in _PAIRS for end in (0, 1, 2, "0-untrained")),
-    "planted": tuple(f"seed-{seed}" for seed in range(5)),
-    "ratings": ("trained-0", "random_weights-0"),
-    "whitening": (*(f"planted_cues-{seed}" for seed in (10, 0, 1)), "first_names-0"),
-}
-"""The files of parts of every study that is made of them: docs/studies/NAME/parts/PART.json."""
+_COMPARISON = Path("examples/04_fine_tune_and_compare.py")
+
+
+def parts_of_studies(folder: Path) -> dict[str, dict[str, Mapping[str, Any] | None]]:
+    """{study: {part: its settings}} of every study that is made of parts, docs/studies/NAME/parts/PART.json.
+
+    Ridges of whitening are chosen in its first part; while that is missing, the settings of its others are None.
+
+    Args:
+        folder: of the studies.
+    """
+    from hf_npeff.studies import mechanisms, pair_study, planted
+    from hf_npeff.studies.parts import read_part
+    from hf_npeff.studies.rival_settings import MinimalPairsConfig
+    from hf_npeff.studies.settings import MechanismsConfig
+    from tests.benchmarks import modular_addition, rated, whitening
+
+    example = _module(_COMPARISON)
+    toys, pairs = MechanismsConfig(), MinimalPairsConfig()
+    first = f"planted_cues-{whitening.TUNED_ON}"
+    tuning = whitening.part_settings("planted cues", whitening.TUNED_ON, whitening.ALL_RIDGES)
+    tuned = read_part(folder / "whitening" / "parts", first, tuning)
+    ridges = None if tuned is None else whitening.best_ridges(tuned)
+    left = [*(("planted cues", seed) for seed in whitening.SEEDS), ("first names", 0)]
+    return {
+        "comparison": dict.fromkeys(_REAL, example.part_settings("comparison")),
+        "fair": dict.fromkeys(_REAL, example.part_settings("fair")),
+        "mechanisms": {
+            **{f"{toy}-{s}": mechanisms.toy_settings(toys, toy, s) for toy in toys.names for s in range(toys.seeds)},
+            **{f"induction-{s}": mechanisms.induction_settings(toys, s) for s in range(toys.induction_seeds)},
+            **{f"modular_addition-{s}": modular_addition.part_settings(s) for s in modular_addition.SEEDS},
+        },
+        "minimal_pairs": {
+            f"{data}-{seed}{'' if trained else '-untrained'}": pair_study.part_settings(pairs, data, seed, trained)
+            for data in _PAIRS
+            for seed, trained in (*((seed, True) for seed in range(pairs.seeds)), (0, False))
+        },
+        "planted": {f"seed-{seed}": planted.part_settings(seed) for seed in planted.SEEDS},
+        "ratings": {
+            f"{group.replace(' ', '_')}-0": rated.part_settings(0, group) for group in ("trained", "random weights")
+        },
+        "whitening": {first: tuning} | {
+            f"{data.replace(' ', '_')}-{seed}": None if ridges is None else whitening.part_settings(data, seed, ridges)
+            for data, seed in left
+        },
+    }  # fmt: skip
+
+
+def _module(path: Path) -> Any:
+    """An example, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where its data classes look for their annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def ours(*arguments: str) -> list[str]:
@@ -72,7 +116,7 @@ def commands(name: str, further: Sequence[str], gpu: bool) -> list[list[str]]:
     output = ["-o", str(STUDIES / name)]
     if name == "comparison":
         places = ["--output", str(STUDIES / "comparison"), "--fair-output", str(STUDIES / "fair")]
-        return [[sys.executable, "examples/04_fine_tune_and_compare.py", *places, *further]]
+        return [[sys.executable, str(_COMPARISON), *places, *further]]
     if name in ("modular_addition", "ratings", "whitening"):
         return [[sys.executable, "-m", f"tests.benchmarks.{'rated' if name == 'ratings' else name}"]]
     if name == "minimal_pairs":
@@ -141,19 +185,23 @@ def minutes(seconds: Mapping[str, Mapping[str, float]]) -> str:
 def listing(folder: Path, kept: Mapping[str, Mapping[str, float]]) -> str:
     """A line for each study: which parts are here and which are left, and their processor minutes as far as known.
 
-    A part of other settings counts as here, although the next run makes it again.
+    A part of other settings is left, because the next run makes it anew.
 
     Args:
         folder: of the studies.
         kept: {study: {part: processor seconds}} of parts that were made here or elsewhere.
     """
+    from hf_npeff.studies.parts import read_part
+
     lines, total, unknown = [], 0.0, 0
-    for name, parts in PARTS.items():
-        left = [part for part in parts if not (folder / name / "parts" / f"{part}.json").is_file()]
+    for name, parts in parts_of_studies(folder).items():
+        here = folder / name / "parts"
+        left = [part for part, made in parts.items() if made is None or read_part(here, part, made) is None]
         known = [kept[name][part] for part in left if part in kept.get(name, {})]
         total, unknown = total + sum(known), unknown + len(left) - len(known)
         line = f"{name.replace('_', ' ')}: {len(parts) - len(left)} of {len(parts)} parts are done"
-        lines.append(f"{line}; left: {', '.join(left)} ({_minutes(known, len(left))})" if left else line)
+        said = [f"{part}, of other settings" if (here / f"{part}.json").is_file() else part for part in left]
+        lines.append(f"{line}; left: {'; '.join(said)} ({_minutes(known, len(left))})" if left else line)
     return "\n".join([*lines, f"left in all: {_minutes([total], 1 + unknown)}"])
 
 

@@ -37,6 +37,7 @@ POWERS = (1.0, 0.5, 0.25)
 SENTENCES = 300
 RESTARTS = 4
 WAYS = ("as they are", "balanced by module", "whitened by K-FAC", "whitened whole")
+ALL_RIDGES = dict.fromkeys(WAYS[2:], RIDGES)
 
 
 def as_points(pefs: PEFs) -> PEFs:
@@ -137,6 +138,11 @@ def page(kept: Mapping[str, Any]) -> str:
     )
 
 
+def part_settings(data: str, seed: int, ridges: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What the part of a data set and a seed depends on."""
+    return {"data": data, "seed": seed, "ridges": ridges, "powers": POWERS, "sentences": SENTENCES}
+
+
 def main() -> None:
     """Choose the ridges, measure, keep, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,12 +150,10 @@ def main() -> None:
     folder = parser.parse_args().output
 
     def part(data: str, seed: int, ridges: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-        settings = {"data": data, "seed": seed, "ridges": ridges, "powers": POWERS, "sentences": SENTENCES}
-        return kept_part(
-            folder / "parts", f"{data.replace(' ', '_')}-{seed}", settings, partial(measured, data, seed, ridges)
-        )
+        name, compute = f"{data.replace(' ', '_')}-{seed}", partial(measured, data, seed, ridges)
+        return kept_part(folder / "parts", name, part_settings(data, seed, ridges), compute)
 
-    tuned = part("planted cues", TUNED_ON, dict.fromkeys(WAYS[2:], RIDGES))
+    tuned = part("planted cues", TUNED_ON, ALL_RIDGES)
     ridges = best_ridges(tuned)
     parts = {"planted cues": [part("planted cues", seed, ridges) for seed in SEEDS],
              "first names": [part("first names", 0, ridges)]}  # fmt: skip
