@@ -24,7 +24,7 @@ from hf_npeff.studies.measures import (
     best_threshold,
     bootstrap_interval,
 )
-from hf_npeff.studies.result import markdown
+from hf_npeff.studies.result import markdown, ratio
 from hf_npeff.studies.selectivity import draw_examples, run_selectivity
 from hf_npeff.studies.settings import METHODS, RIVALS, ComparisonConfig, FactorsConfig, SelectivityConfig
 from hf_npeff.weights.exact_lifting import lift_exact
@@ -195,6 +195,13 @@ class TestFactors:
         assert "a \\| b" in (tmp_path / "one" / "table.md").read_text()
         figures = [(tmp_path / name / "figure.svg").read_bytes() for name in ("one", "two")]
         assert figures[0] == figures[1] and b"<svg" in figures[0]
+
+
+def test_a_ratio_to_a_rounding_error_is_only_called_large() -> None:
+    """Oracle: by hand."""
+    assert [ratio(value) for value in (None, 3.14, 9999.9, 10_000.0, 2.5e6)] == [
+        "–", "3.1", "9999.9", "> 10,000", "> 10,000"
+    ]  # fmt: skip
 
 
 def test_cells_cannot_open_other_cells() -> None:

@@ -25,7 +25,7 @@ from hf_npeff.studies.measures import (
     best_threshold,
     purity,
 )
-from hf_npeff.studies.result import StudyResult, markdown, number
+from hf_npeff.studies.result import StudyResult, markdown, number, ratio
 from hf_npeff.studies.settings import FactorsConfig
 
 __all__ = [
@@ -173,7 +173,7 @@ class FactorsResult(StudyResult):
                     number(row.wrong, 2),
                     number(row.purity, 2),
                     number(row.stability, 2),
-                    number(self.selectivity.get(row.method), 1),
+                    ratio(self.selectivity.get(row.method)),
                     number(row.seconds, 1),
                 ]
             )

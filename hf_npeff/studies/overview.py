@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_npeff.studies.measures import bootstrap_interval
-from hf_npeff.studies.result import markdown, number
+from hf_npeff.studies.result import markdown, number, ratio
 
 _COLUMNS = ("mean AUROC", "found", "at once", "purity", "stability", "KL ratio", "own minus others", "moved", "seconds")
 
@@ -100,7 +100,7 @@ def _row(row: Mapping[str, Any], scores: Mapping[str, Any], selectivity: Mapping
         f"{number(row['at_once'], 2)} of {number(row['possible'], 2)}",
         number(row["purity"], 2),
         number(row["stability"], 2),
-        number(selectivity["medians"].get(row["method"]), 1),
+        ratio(selectivity["medians"].get(row["method"])),
         number(own, 2),
         f"{statistics.median(moved):.0%}" if moved else "–",
         number(row["seconds"], 0),

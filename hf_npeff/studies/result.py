@@ -13,6 +13,9 @@ from hf_npeff.extras import load
 from hf_npeff.sharing.files import finite, write_atomically
 from hf_npeff.sharing.hub import shown_model
 
+LARGE_RATIO = 10_000
+"""From here on a KL ratio is only called large: the KL on others is a rounding error. Figures' axes end here."""
+
 
 class StudyResult(ABC):
     """The result of a study: numbers for machines, a table and a figure for people."""
@@ -81,3 +84,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: a cell of −0.00 would look like a loss
+
+
+def ratio(value: float | None) -> str:
+    """A KL ratio as the text of a cell. Where the KL on others is a rounding error, it is only known to be large."""
+    return f"> {LARGE_RATIO:,.0f}" if value is not None and value >= LARGE_RATIO else number(value, 1)

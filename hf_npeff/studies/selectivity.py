@@ -26,7 +26,7 @@ from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.predictions import Predictions, predict
 from hf_npeff.studies.attributes import Attributes
 from hf_npeff.studies.factors import FactorsResult
-from hf_npeff.studies.result import StudyResult, markdown, number
+from hf_npeff.studies.result import LARGE_RATIO, StudyResult, markdown, number, ratio
 from hf_npeff.studies.settings import SelectivityConfig
 from hf_npeff.weights.directions import ParameterDirection
 from hf_npeff.weights.steps import find_scale
@@ -36,9 +36,6 @@ _LARGEST_ABLATION = 64.0
 feature that does nothing can be distinguished from one that needs more."""
 _FLOOR = torch.finfo(torch.float32).eps
 """A KL below this is a rounding error."""
-_LARGE = 10_000
-"""The ratio at which the figure's axis ends. Chosen: beyond it, the KL on others is a rounding error; tables have the
-numbers."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,11 @@ class SelectivityResult(StudyResult):
             measured = [cells.get((attribute, method)) for method in self.methods]
             body.append(
                 [attribute]
-                + ["–" if r is None else _shown(r.ratio) if r.reached else f"({_shown(r.ratio)})" for r in measured]
+                + ["–" if r is None else ratio(r.ratio) if r.reached else f"({ratio(r.ratio)})" for r in measured]
             )
         reached = [f"{len(self.ratios(m))} of {sum(row.method == m for row in self.rows)}" for m in self.methods]
         medians = self.medians()
-        body.append(["median where reached", *(number(medians.get(m), 1) for m in self.methods)])
+        body.append(["median where reached", *(ratio(medians.get(m)) for m in self.methods)])
         body.append(["target reached", *reached])
         own = self.own_minus_others()
         body.append(["mean KL minus KL on others, nats", *(number(own[m], 2) for m in self.methods)])
@@ -151,7 +148,7 @@ class SelectivityResult(StudyResult):
         for position, method in enumerate(self.methods):
             mine = [row for row in self.rows if row.method == method]
             for reached, marker in ((True, "o"), (False, "x")):
-                values = [min(max(row.ratio, 1e-2), _LARGE) for row in mine if row.reached == reached]
+                values = [min(max(row.ratio, 1e-2), LARGE_RATIO) for row in mine if row.reached == reached]
                 axes.scatter([position] * len(values), values, marker=marker, alpha=0.6, color=f"C{position}")
         axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
         axes.set(yscale="log", ylabel="KL on examples with the attribute / without it (×: target not reached)")
@@ -237,11 +234,6 @@ def lifted_for(
     return lifted_together(methods, [_features(method, factors, chosen) for method in methods])
 
 
-def _shown(ratio: float) -> str:
-    """A ratio as the text of a cell. If the KL on others is a rounding error, the ratio is only known to be large."""
-    return number(ratio, 1) if ratio < _LARGE else f"> {_LARGE:,.0f}"
-
-
 def draw_examples(values: Tensor, half: Tensor, config: SelectivityConfig) -> tuple[list[int], list[int]]:
     """Random examples of one half: some that have an attribute (n,), and some that lack it."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -320,5 +312,6 @@ class _Switching:
         scale = sign * step
         a, b = self.mean_on_top(scale), float(self._each(scale, *self.others).mean())
         # A tenth of what was aimed at counts as moved
-        ratio, moved = (a + _FLOOR) / (b + _FLOOR), float((self.on_top(scale) >= target / 10).double().mean())
-        return {"scale": scale, "top": a, "others": b, "ratio": ratio, "reached": reached, "moved": moved}
+        moved = float((self.on_top(scale) >= target / 10).double().mean())
+        selective = (a + _FLOOR) / (b + _FLOOR)
+        return {"scale": scale, "top": a, "others": b, "ratio": selective, "reached": reached, "moved": moved}
