@@ -271,6 +271,35 @@ def test_weights_that_are_read_detached_in_bfloat16_are_refused() -> None:
         analysed(model)
 
 
+class OnlyItsOwn(nn.Linear):
+    """A layer that guards its weight: with another one it stops, or gives NaN."""
+
+    guarded: Tensor
+    stops = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.equal(self.weight, self.guarded):
+            return super().forward(x)
+        if self.stops:
+            raise RuntimeError("another weight")
+        return super().forward(x) * float("nan")
+
+
+@pytest.mark.parametrize(("stops", "said"), [(True, "another weight"), (False, "with changed weights")])
+def test_uses_of_weights_that_cannot_be_looked_for_are_in_the_record(stops: bool, said: str) -> None:
+    """Oracle: the layer is planted; it is the same function, so rows are those of the plain layer."""
+    model = llama()
+    layer: Any = of_class(OnlyItsOwn, model.model.layers[1].mlp.up_proj)
+    layer.guarded, layer.stops = layer.weight.detach().clone(), stops
+    model.model.layers[1].mlp.up_proj = layer
+    pefs = analysed(model)
+    tested = pefs.info["selftest"]
+    assert "not checked whether weights are used outside" in tested["difference_note"]
+    assert said in tested["difference_note"]
+    assert tested["difference_error"] < 1e-2
+    assert torch.equal(pefs.factors, analysed(llama()).factors)
+
+
 def test_weights_that_are_rounded_in_every_pass_are_taken() -> None:
     """Oracle: the same model with the weight in 8 bits."""
     model, plain = llama(), llama()

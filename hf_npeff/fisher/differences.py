@@ -95,7 +95,8 @@ class DifferenceCheck:
 
     Attributes:
         error: the relative difference of the slopes; None if there was no usable comparison.
-        note: why there was none, or what the gradients lack; empty if they agree.
+        note: why there was none, what the gradients lack, or why uses of weights outside their modules, of which
+            gradients may know nothing, were not looked for; empty if all agrees.
     """
 
     error: float | None
@@ -180,8 +181,11 @@ class _Test:
             slopes = self._slopes()
             rounded = self._rounded(slopes)
             result = self._without_rounding(slopes, rounded) if rounded else self._compared(slopes)
-            check_weight_reads(self._forward, self._nudges, self._few, slopes.source, slopes.v)
+            unchecked = check_weight_reads(self._forward, self._nudges, self._few, slopes.source, slopes.v)
+        if not unchecked:
             return result
+        note = f"it was not checked whether weights are used outside their modules: {unchecked}"
+        return DifferenceCheck(result.error, f"{result.note}. {note}" if result.note else note)
 
     # Passes -----------------------------------------------------------------------------------------------------------
 

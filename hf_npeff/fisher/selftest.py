@@ -55,7 +55,8 @@ class SelfTest:
         left_out: target modules whose weights the model reads without calling the module, so hooks do not see them.
         difference_error: relative difference of autograd's gradients from central differences of the predictions, or
             None if no comparison was possible (see `differences`).
-        difference_note: why no comparison was possible, or what the gradients lack; empty if they agree.
+        difference_note: why no comparison was possible, what the gradients lack, or why it was not checked whether
+            weights are used outside their modules (see `weight_reads`); empty if all agrees.
         used_otherwise: weights of linear maps among `parameters` that the model uses otherwise than by calling their
             modules, so that an adapter around the modules is another change than that of the weight.
 

@@ -13,7 +13,6 @@ No weight is written: `MovedReads` hands out changed copies, one at a time, to t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,6 @@ from hf_npeff.fisher.linear_maps import LinearMap
 from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.nudges import Nudges
 
-logger = logging.getLogger(__name__)
 _STEP, _STEP_IN_16_BITS = 0.05, 0.3
 """Relative change of every map's output, far above rounding (1e-6 of the output, and 1e-2 in 16 bits)."""
 _TOLERANCE, _TOLERANCE_IN_16_BITS = 2e-3, 0.2
@@ -135,7 +133,7 @@ class MovedReads(TorchDispatchMode):
         return self._last[1]
 
 
-def check_weight_reads(forward: ForwardPass, nudges: Nudges, few: Sequence[Example], source: Tensor, v: Tensor) -> None:
+def check_weight_reads(forward: ForwardPass, nudges: Nudges, few: Sequence[Example], source: Tensor, v: Tensor) -> str:
     """Compare a pass with nudged outputs and a pass with changed weights.
 
     Weights that are quantised, offloaded or sharded are not moved.
@@ -147,27 +145,31 @@ def check_weight_reads(forward: ForwardPass, nudges: Nudges, few: Sequence[Examp
         source: the unchanged source (B, t, s) of these examples.
         v: a cotangent (B, t, s); only positions where it is not zero are compared.
 
+    Returns:
+        Why the comparison was not made, or of which weights it was not; empty if it was made of all.
+
     Raises:
         UnsupportedModelError: if the passes differ; the error names the modules.
     """
     if forward.fsdp.active:  # processes have to make the same passes, and sharded weights are not moved
-        return
+        return "the weights are sharded"
     code = _own_code(forward)
     if code in _checked:
-        return
+        return ""
     comparison = _Comparison(forward, nudges, few, source, (v != 0).any(-1, keepdim=True))
     try:
         error, wrong = comparison.error_and_maps()
-    except NotFiniteError:
-        return
+    except NotFiniteError as error:
+        return f"{error.reason} with changed weights"
     except (RuntimeError, ValueError, UnsupportedModelError) as failure:
         if is_out_of_memory(failure):
             raise
-        logger.info("uses of weights outside their modules are not checked: %r", failure)
-        return
+        return f"the model fails with changed weights: {failure!r}"
     if not wrong:
+        if unmoved := comparison.unmoved:
+            return f"{unmoved} of {len(forward.maps)} weights are quantised, offloaded or too large to be changed"
         _checked.update(() if code is None else [code])
-        return
+        return ""
     modules = [name for m in forward.maps if m.parameter in wrong for name in m.modules]
     more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
     raise UnsupportedModelError(
@@ -196,6 +198,7 @@ class _Comparison:
         sizes = nudges.sizes()
         self._maps = {m.parameter: m for m in forward.maps if m.parameter in sizes}
         self._weights = {name: weights[name] for name in self._maps if can_be_moved(weights.get(name))}
+        self.unmoved = len(self._maps) - len(self._weights)
 
     def error_and_maps(self) -> tuple[float, set[str]]:
         """The relative difference, and the parameters that cause it; none if it is rounding."""
