@@ -159,8 +159,8 @@ def check_weight_reads(forward: ForwardPass, nudges: Nudges, few: Sequence[Examp
     comparison = _Comparison(forward, nudges, few, source, (v != 0).any(-1, keepdim=True))
     try:
         error, wrong = comparison.error_and_maps()
-    except NotFiniteError as error:
-        return f"{error.reason} with changed weights"
+    except NotFiniteError as not_finite:
+        return f"{not_finite.reason} with changed weights"
     except (RuntimeError, ValueError, UnsupportedModelError) as failure:
         if is_out_of_memory(failure):
             raise
