@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import torch.distributions as D
 from torch import Tensor
 
 from hf_npeff import (
@@ -22,10 +24,13 @@ from hf_npeff import (
 )
 from hf_npeff.config import EditRequest
 from hf_npeff.errors import UnsupportedModelError
+from hf_npeff.fisher.distributions import Bernoulli, Distribution, Gaussian, Softmax
+from hf_npeff.fisher.predictions import Predictions
 from hf_npeff.weights import edits
 from hf_npeff.weights import ridge as ridge_of
 from hf_npeff.weights.editing import warn_of_what_is_not_reached
-from hf_npeff.weights.edits import Functionals, changes_by_id, largest_step, removal
+from hf_npeff.weights.edits import Functionals, Length, NoStepError, Shown, changes_by_id, largest_step, removal
+from hf_npeff.weights.reach import Reach
 from hf_npeff.weights.row_space import unscaled_rows
 from tests import reference
 from tests.logged import warned_by
@@ -50,6 +55,16 @@ def made(family: str = "bert", task: str | None = None, *, n: int = 12, rank: in
 @pytest.fixture(scope="module")
 def binary() -> Made:
     return made(num_labels=2, rank=1)
+
+
+@pytest.fixture(scope="module")
+def divided() -> Made:
+    """As `binary`, but the model answers either class on some of the examples, so that rows have both signs."""
+    analyzer, data, _ = made(num_labels=2, rank=1)
+    model: Any = analyzer.model
+    with torch.no_grad():
+        model.classifier.bias[1] -= log_odds(analyzer, data, 1)[0].mean()
+    return analyzer, data, analyzer.compute_pefs(data)
 
 
 def raw(pefs: PEFs) -> Tensor:
@@ -79,9 +94,9 @@ def log_odds(analyzer: NPEFFAnalyzer, data: list[dict[str, Any]], y: int) -> tup
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_an_edit_is_the_dense_solution_of_its_equations(binary: Made, kept: bool) -> None:
+def test_an_edit_is_the_dense_solution_of_its_equations(divided: Made, kept: bool) -> None:
     """Oracle: reference.edit with targets s_i Δ_i, row_i = s_i ∇log-odds by autograd; relative difference ≤ 1e-8."""
-    analyzer, data, pefs = binary
+    analyzer, data, pefs = divided
     other = analyzer.compute_pefs(
         [{"id": f"k{i}", **e} for i, e in enumerate(tiny_batch(analyzer.model, 5, seed=7))], like=pefs
     )  # type: ignore[arg-type]
@@ -319,19 +334,71 @@ def test_iterations_come_nearer_to_what_is_wanted(binary: Made) -> None:
     assert missed[1] < 0.5 * missed[0]
 
 
+UNMOVED = Reach(moved=0.0, beside=0.0, others=None, limited=False)
+
+
 def test_the_largest_step_that_does_what_was_predicted_is_taken() -> None:
     """Oracle: a response that saturates; the errors of the steps by hand."""
     wanted = changes_by_id({"a": 1.0}, ["a", "b"])
     predicted = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def shown(limit: float) -> Any:
-        return lambda step: torch.tensor([min(step, limit), 0.0], dtype=torch.float64)
+        return lambda step: Shown(torch.tensor([min(step, limit), 0.0], dtype=torch.float64), UNMOVED)
 
-    assert largest_step(wanted, predicted, shown(2.0)) == (1.0, {"0.25": 0, "0.5": 0, "1": 0})
-    step, errors = largest_step(wanted, predicted, shown(0.4))
-    assert step == 0.5 and errors == {"0.25": 0, "0.5": pytest.approx(0.2), "1": pytest.approx(0.6)}
-    with pytest.raises(ValueError, match=r"%.*ridge"):
-        largest_step(wanted, predicted, lambda step: torch.tensor([-step, 0.0]))
+    assert largest_step(wanted, predicted, shown(2.0)) == Length(1.0, {"0.25": 0, "0.5": 0, "1": 0})
+    length = largest_step(wanted, predicted, shown(0.4))
+    errors = {"0.25": 0, "0.5": pytest.approx(0.2), "1": pytest.approx(0.6)}
+    assert length.step == 0.5 and length.errors == errors and length.disturbing is None
+    with pytest.raises(ValueError, match=r"differs .*%.*ridge"):
+        largest_step(wanted, predicted, lambda step: Shown(torch.tensor([-step, 0.0]), UNMOVED))
+
+
+def test_a_step_that_moves_what_should_stay_the_same_further_is_refused() -> None:
+    """Oracle: by hand, when KL of what stays is more than that of what moves, and more than a hundredth of a nat."""
+    wanted = changes_by_id({"a": 1.0}, ["a", "b"])
+    predicted = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def shown(others: float) -> Any:  # the KL of others grows with the fourth power of the step, that of "a" squared
+        return lambda step: Shown(step * predicted, Reach(0.4 * step**2, 9.0, others * step**4, limited=False))
+
+    assert largest_step(wanted, predicted, shown(0.3)) == Length(1.0, {"0.25": 0, "0.5": 0, "1": 0})
+    assert largest_step(wanted, predicted, shown(1.5)) == Length(0.5, {"0.25": 0, "0.5": 0, "1": 0}, disturbing=1.0)
+    with pytest.raises(NoStepError, match=r"leaves alone.*other examples is 0\.039 nats.*change is 0\.025.*to 0\.1"):
+        largest_step(wanted, predicted, shown(10.0), ridge=0.01)
+    small = Reach(moved=1e-4, beside=9e-3, others=8e-3, limited=True)
+    assert not small.disturbs and replace(small, beside=0.02).disturbs
+    assert not replace(small, beside=0.02, limited=False).disturbs and replace(small, others=0.02).disturbs
+
+
+@pytest.mark.parametrize("kind", [Softmax, Bernoulli, Gaussian])
+def test_the_kl_of_an_edit_has_a_part_of_its_outcome_and_a_part_beside_it(kind: type[Distribution]) -> None:
+    """Oracle: torch.distributions, for two examples of two terms that move and one of a single term that stays."""
+    generator = torch.Generator().manual_seed(0)
+    before = [torch.randn(t, 4, generator=generator) for t in (2, 2, 1)]
+    after = [logits + torch.randn(logits.shape, generator=generator) for logits in before]
+    outcomes = [1, 3, 0]
+    own, rest = [], []
+    for y, *pair in zip(outcomes, before, after, strict=True):
+        a, b = (logits.double() for logits in pair)
+        without = [k for k in range(4) if k != y]
+        if kind is Softmax:
+            p, q = (D.Categorical(logits=logits).probs for logits in (a, b))
+            outcome = D.kl_divergence(D.Bernoulli(p[:, y]), D.Bernoulli(q[:, y]))
+            share = D.kl_divergence(D.Categorical(logits=a[:, without]), D.Categorical(logits=b[:, without]))
+            beside = (1 - p[:, y]) * share
+        else:
+            each = {Bernoulli: lambda f: D.Bernoulli(logits=f), Gaussian: lambda f: D.Normal(f, 1.0)}[kind]
+            parts = D.kl_divergence(each(a), each(b))
+            outcome, beside = parts[:, y], parts[:, without].sum(-1)
+        own.append(float(outcome.sum()))
+        rest.append(float(beside.sum()))
+    moving = torch.tensor([True, True, False])
+    reach = Reach.of(Predictions(before, kind), Predictions(after, kind), outcomes, moving)
+    assert reach.moved == pytest.approx((own[0] + own[1]) / 2) and reach.beside == pytest.approx(
+        (rest[0] + rest[1]) / 2
+    )
+    assert reach.others == pytest.approx(own[2] + rest[2]) and reach.limited is (kind is not Softmax)
+    assert Reach.of(Predictions(before, kind), Predictions(after, kind), outcomes, moving | True).others is None
 
 
 def test_an_edit_keeps_its_length_in_files_and_adapters(binary: Made, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from hf_npeff.weights.editing import (
     tried,
     warn_of_what_is_not_reached,
 )
-from hf_npeff.weights.edits import STEPS, NoStepError
+from hf_npeff.weights.edits import STEPS, Length, NoStepError
 from hf_npeff.weights.lifting import align
 from hf_npeff.weights.log_odds import Naming, observe
 from hf_npeff.weights.plans import check_kept
@@ -125,7 +125,9 @@ class EditedModel(MovableModel):
         """The weight change that moves chosen log-odds by chosen amounts and leaves the other examples alone.
 
         It is solved for in closed form from the stored rows, lifted exactly, and then tried on the given examples at a
-        quarter, a half and the whole of its length. The largest step that does what was predicted is kept.
+        quarter, a half and the whole of its length. The largest step is kept that does what was predicted and does not
+        move what should stay the same further than what should change: other examples, and other labels or numbers of
+        the same ones.
 
         Args:
             pefs: the PEFs of the examples that should change and of others that should stay the same.
@@ -156,7 +158,9 @@ class EditedModel(MovableModel):
             A direction with a natural scale of 1: `applied_to(model)` and `to_adapter(rank)` make the change. `info`
             has the wanted, predicted and realised changes by group or id; `reached`, the share of the wanted changes
             that is realised (below a half there is a warning); the share of the wanted change that the rows express;
-            the ridge with its cross-validated error, and the smaller ones that were refused; and the step.
+            the ridge with its cross-validated error, and the smaller ones that were refused; and the step. It also has
+            what else moved, as mean KL: `kl_beside` on the same examples, `kl_of_others` on those that should stay the
+            same; and the shares of changed answers, `flips` and `flips_of_others`.
 
         Raises:
             IncompatibleSketchError: if PEFs, `keep` and the model do not fit together.
@@ -214,16 +218,16 @@ class EditedModel(MovableModel):
                 if number:
                     rows = self._rows_again(pefs, examples, request.batch_size, weights)
                 try:
-                    step, direction, length, errors = self._step(forward, rows, examples, goal, request, weights)
+                    step, direction, length = self._step(forward, rows, examples, goal, request, weights)
                 except NoStepError as error:
                     if total is None:
                         raise
                     logger.warning("the edit ended after %d of %d iterations: %s", number, request.iterations, error)
                     break
-            steps.append(length)
-            info = info or {**step.info, "tried": errors}
-            predicted = predicted + length * step.predicted
-            total = _joined(total, direction, length)
+            steps.append(length.step)
+            info = info or {**step.info, "tried": length.errors, "disturbing": length.disturbing}
+            predicted = predicted + length.step * step.predicted
+            total = _joined(total, direction, length.step)
         assert total is not None
         with total.applied_to(self.model), self.forward_pass() as forward:
             after = observe(forward, examples, goal.outcomes, request.batch_size)
@@ -243,8 +247,8 @@ class EditedModel(MovableModel):
         goal: Goal,
         request: EditRequest,
         weights: dict[str, Any],
-    ) -> tuple[Step, ParameterDirection, float, dict[str, float]]:
-        """The solution at the present weights, its direction, its length, and the errors of the lengths tried.
+    ) -> tuple[Step, ParameterDirection, Length]:
+        """The solution at the present weights, its direction, and its length.
 
         Cross-validation chooses the ridge from linear predictions. If the model refutes them, "auto" goes on to larger
         ridges, which make smaller changes.
@@ -261,7 +265,7 @@ class EditedModel(MovableModel):
             )
             direction = self.direction_of(step.deltas, {"weights": weights}, unit=False)
             try:
-                length, errors = tried(forward, direction, examples, goal, now, step, with_ridge)
+                length = tried(forward, direction, examples, goal, now, step, with_ridge)
             except NoStepError as error:
                 larger = _NEXT_RIDGE * step.info["ridge"]
                 if request.ridge != "auto" or larger > max(RIDGES):
@@ -271,7 +275,7 @@ class EditedModel(MovableModel):
                 refused.append(step.info["ridge"])
                 continue
             step.info["refused_ridges"] = refused
-            return step, direction, length, errors
+            return step, direction, length
 
     def _rows_again(self, pefs: PEFs, examples: list[Example], batch_size: int, weights: Mapping[str, Any]) -> PEFs:
         """The rows of the same examples at the model's present weights."""

@@ -12,15 +12,27 @@ from torch import Tensor
 
 from hf_npeff.config import EditRequest
 from hf_npeff.data import Example
+from hf_npeff.fisher.distributions import Gaussian
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.pefs.sketches import Sketch
 from hf_npeff.pefs.store import PEFs
 from hf_npeff.weights.contrast import Contrast
 from hf_npeff.weights.directions import ParameterDirection
-from hf_npeff.weights.edits import Functionals, Wanted, changes_by_id, largest_step, removal, solve, warn_of_share
+from hf_npeff.weights.edits import (
+    Functionals,
+    Length,
+    Shown,
+    Wanted,
+    changes_by_id,
+    largest_step,
+    removal,
+    solve,
+    warn_of_share,
+)
 from hf_npeff.weights.lifting import lift_combination
 from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observe, outcome_in_words, outcomes_of
 from hf_npeff.weights.plans import check_kept
+from hf_npeff.weights.reach import Reach
 from hf_npeff.weights.row_space import combined_rows, row_space
 from hf_npeff.weights.selective import most_different
 
@@ -54,6 +66,10 @@ class Goal:
     def missing(self, now: Observed) -> Wanted:
         """The changes that are still missing, for every example, including those that should stay the same."""
         return replace(self.wanted, changes=self.wanted.changes - (now.values - self.before.values))
+
+    def reach(self, after: Observed) -> Reach:
+        """The KL, since before any change, of what should move and of what should not."""
+        return Reach.of(self.before.predictions, after.predictions, self.outcomes, self.wanted.changes != 0)
 
 
 @dataclass(frozen=True)
@@ -127,18 +143,19 @@ def tried(
     now: Observed,
     step: Step,
     request: EditRequest,
-) -> tuple[float, dict[str, float]]:
-    """The largest step that does what was predicted, and the errors of the steps that were tried.
+) -> Length:
+    """The largest step that does what was predicted and no more, tried on the model.
 
     Raises:
-        ValueError: if no step does what was predicted.
+        NoStepError: if no step does.
     """
 
-    def change_at(scale: float) -> Tensor:
+    def shown_at(scale: float) -> Shown:
         with direction.applied_to(forward.model, scale):
-            return observe(forward, examples, goal.outcomes, request.batch_size).values - now.values
+            after = observe(forward, examples, goal.outcomes, request.batch_size)
+        return Shown(after.values - now.values, goal.reach(after))
 
-    return largest_step(goal.missing(now), step.predicted, change_at, step.info.get("ridge"))
+    return largest_step(goal.missing(now), step.predicted, shown_at, step.info.get("ridge"))
 
 
 def warn_of_what_is_not_reached(info: Mapping[str, Any], iterations: int) -> None:
@@ -171,23 +188,30 @@ def warn_of_what_is_not_reached(info: Mapping[str, Any], iterations: int) -> Non
 
 
 def outcome_info(goal: Goal, after: Observed, predicted: Tensor) -> dict[str, Any]:
-    """The wanted, predicted and realised changes by group or id, and the KL of the examples."""
+    """The wanted, predicted and realised changes by group or id; KL and changed answers, of the others too."""
     wanted = goal.wanted
     realised = after.values - goal.before.values
     columns = [wanted.means(values).tolist() for values in (wanted.changes, predicted, realised)]
     sizes = torch.bincount(wanted.groups[wanted.groups >= 0], minlength=len(wanted.names)).tolist()
     rows = zip(wanted.names, sizes, *columns, strict=True)
-    others = wanted.groups < 0
+    moving, reach = wanted.changes != 0, goal.reach(after)
     kl = goal.before.predictions.kl_to(after.predictions)
     info: dict[str, Any] = {
         "outcome": goal.outcome,
         "changes": {name: {"examples": n, "wanted": w, "predicted": p, "realised": r} for name, n, w, p, r in rows},
         "reached": wanted.reached(realised),
-        "kl": float(kl[~others].mean()),
+        "kl": float(kl[moving].mean()),
+        "kl_beside": reach.beside,
     }
-    if bool(others.any()):
-        info["kl_of_others"] = float(kl[others].mean())
-        info["change_of_others"] = float(realised[others].abs().mean())
+    if reach.others is not None:
+        info["kl_of_others"] = reach.others
+        info["change_of_others"] = float(realised[~moving].abs().mean())
+    if goal.before.predictions.distribution is not Gaussian:  # whose numbers all change
+        answers = zip(goal.before.predictions.answers(), after.predictions.answers(), strict=True)
+        flips = torch.tensor([not torch.equal(a, b) for a, b in answers], dtype=torch.float64)
+        info["flips"] = float(flips[moving].mean())
+        if reach.others is not None:
+            info["flips_of_others"] = float(flips[~moving].mean())
     return info
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_npeff.config import Ridge, Towards
+from hf_npeff.weights.reach import Reach
 from hf_npeff.weights.ridge import FOLDS, RIDGES, choose_ridge, folds_of
 from hf_npeff.weights.ridge_systems import effective_rank, fold_grams, gram, solve_shifted, top_eigenvalue
 from hf_npeff.weights.row_space import RowSpace
@@ -309,43 +310,73 @@ def _held_out_errors(X: Tensor, t: Tensor, kept: Tensor | None, top: float) -> d
 
 
 class NoStepError(ValueError):
-    """No step along a change does what was predicted."""
+    """No step along a change does what was predicted and nothing else."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the model shows at a step.
+
+    Attributes:
+        changes: (n,) the changes of the log-odds.
+        reach: the KL of what should move and of what should not.
+    """
+
+    changes: Tensor
+    reach: Reach
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of a step that was kept.
+
+    Attributes:
+        step: the share of the solution.
+        errors: {step: error} of the steps that were tried.
+        disturbing: the step that was refused because of what it moves beside the wanted changes; None if there is none.
+    """
+
+    step: float
+    errors: dict[str, float]
+    disturbing: float | None = None
 
 
 def largest_step(
-    wanted: Wanted, predicted: Tensor, change_at: Callable[[float], Tensor], ridge: float | None = None
-) -> tuple[float, dict[str, float]]:
-    """The largest of a quarter, a half and the whole that does what was predicted, tried on the model.
+    wanted: Wanted, predicted: Tensor, shown_at: Callable[[float], Shown], ridge: float | None = None
+) -> Length:
+    """The largest of a quarter, a half and the whole that does what was predicted and no more, tried on the model.
 
     Args:
         wanted: the groups in which changes are judged.
         predicted: (n,) the predicted changes of the whole step.
-        change_at: a step → the model's changes (n,).
+        shown_at: a step → what the model shows.
         ridge: the ridge with which the step was solved, for the error message.
 
-    Returns:
-        The step, and {step: error} of the steps that were tried.
-
     Raises:
-        NoStepError: if no step does what was predicted.
+        NoStepError: if no step does.
     """
     errors: dict[str, float] = {}
-    best = None
+    best = disturbing = None
+    why = ""
     for step in STEPS:
-        error = wanted.error(change_at(step), step * predicted)
-        errors[f"{step:g}"] = error
+        shown = shown_at(step)
+        error = errors[f"{step:g}"] = wanted.error(shown.changes, step * predicted)
         if error > AS_PREDICTED:
+            why = f"does what was predicted: even a quarter of the step differs from its prediction by {error:.0%}"
+            break
+        if shown.reach.disturbs:
+            disturbing = step
+            why = (
+                "leaves alone what should stay the same: even at a quarter of the step the mean KL of "
+                f"{'other predictions' if shown.reach.limited else 'other examples'} is {shown.reach.kept:.2g} nats, "
+                f"and that of the outcomes that should change is {shown.reach.moved:.2g}"
+            )
             break
         best = step
     if best is None:
+        raised = "" if ridge is None else f", which was {ridge:.1g}, for instance to {10 * ridge:.1g}"
         raise NoStepError(
-            "no step does what was predicted: even a quarter of the step differs from its prediction by "
-            f"{errors['0.25']:.0%}. "
-            + (
-                "Raise ridge"
-                if ridge is None
-                else f"Raise ridge, which was {ridge:.1g}, for instance to {10 * ridge:.1g}"
-            )
-            + ", ask for smaller changes, or compute PEFs whose rows express more of the outcome (a larger rank)"
+            f"no step {why}. Raise ridge{raised}, ask for smaller changes, or compute PEFs whose rows express more of "
+            "the outcome (a larger rank)"
         )
-    return best, errors
+    return Length(best, errors, disturbing)

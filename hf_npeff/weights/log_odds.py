@@ -26,6 +26,7 @@ from hf_npeff.fisher.distributions import Bernoulli, Distribution, Softmax
 from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.predictions import Predictions
+from hf_npeff.weights.reach import odds
 
 
 @dataclass(frozen=True)
@@ -226,12 +227,9 @@ def log_odds(logits: Tensor, valid: Tensor, y: Tensor, kind: type[Distribution])
     """The mean log-odds of outcomes y (B,) over the valid terms of logits (B, t, k), and their gradient (B, t, k)."""
     f = logits.double()
     chosen = F.one_hot(y, f.shape[-1]).bool()[:, None].expand_as(f)
-    gradient = chosen.double()
-    own = f.masked_select(chosen).view(f.shape[:2])
+    own, gradient = odds(f, chosen, kind), chosen.double()
     if kind is Softmax:
-        others = f.masked_fill(chosen, float("-inf"))
-        own = own - others.logsumexp(-1)
-        gradient = gradient - others.softmax(-1)
+        gradient = gradient - f.masked_fill(chosen, float("-inf")).softmax(-1)
     weights = valid.double() / valid.sum(1, keepdim=True)
     return torch.where(valid, own, 0.0).mul(weights).sum(1), gradient * weights[..., None]
 
