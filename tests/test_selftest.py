@@ -90,6 +90,18 @@ def test_a_flat_classifier_passes_the_self_test() -> None:
     assert max(errors(analyzer, pefs, brute_force(analyzer, examples))) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
+def test_queries_of_texts_of_one_token_have_no_gradient_to_check(task: Any, dtype: torch.dtype) -> None:
+    """Oracle: attention to a single token ignores its query, so gradients are rounding beside those of longer texts."""
+    model = tiny_model("bert", task, dtype=dtype)
+    analyzer = analyzer_of(model, rank=2, target_modules=[r"query"])
+    short = analyzer.compute_pefs([{"input_ids": torch.tensor([k])} for k in range(3, 9)])
+    longer = analyzer.compute_pefs([{"input_ids": torch.tensor([k, k + 1, 2 * k])} for k in range(3, 9)])
+    assert float(short.norms.max()) < 1e-8 * float(longer.norms.min())
+    assert longer.info["selftest"]["row_error"] < 1e-4
+
+
 def test_wrong_rows_are_refused_by_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a model whose weight is also used behind the hooks' back."""
     model = tiny_model("bert")

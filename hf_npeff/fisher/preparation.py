@@ -74,7 +74,7 @@ def prepare(
     few = _first(forward, config, metric, examples, skip)
     pair = pair_of(few, forward.limits)
     rows = check_batch(forward, config, metric, pair)
-    rows.refuse_wrong(forward, pair[0])
+    row_error = rows.accepted_error(forward, pair[0])
     differences = check_differences(forward, config, metric, pair)
     check_parameter_differences(forward, config, metric, pair[0])
     total = _size(forward.model, forward.maps)
@@ -95,7 +95,7 @@ def prepare(
     selftest = SelfTest(
         len(few),
         measured,
-        rows.error,
+        row_error,
         min(covered, 1.0),
         tried,
         left_out,

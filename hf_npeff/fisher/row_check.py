@@ -18,6 +18,7 @@ from hf_npeff.fisher.forward import ForwardPass, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll, NoneRan, autograd_rows
 from hf_npeff.fisher.linear_layers import is_at_hand, is_linear
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps, shapes_of
+from hf_npeff.fisher.parameters import gradients
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 
@@ -31,6 +32,9 @@ _LARGER_BY_BATCHING = 3
 """If a row's error in a batch is more than this many times its error alone, the batch is at fault, not rounding."""
 _SIDE = 8
 """The side of the Kronecker sketch in which rows are compared with autograd's."""
+_ROUNDINGS, _LARGEST_ROUNDING = 64, 1e-2
+"""A gradient of so many roundings of the model's largest, and at most this share of it, is rounding. Chosen: a sum of a
+few thousand rounded terms is off by some ten roundings, and a gradient that matters is far larger."""
 _BLOCK_THAT_MATTERS = 1e-3
 """If a weight's share of a row's norm is below this, its own error counts as rounding."""
 _BLOCK_ERROR = 0.5
@@ -58,12 +62,13 @@ class RowCheck:
         much = "altogether" if self.error == float("inf") else f"by {percent(self.error or 0.0)}"
         return f"the rows from hooks differ {much} from autograd's gradients, most at {self.worst}"
 
-    def refuse_wrong(self, forward: ForwardPass, example: Example) -> None:
-        """Check that the error is no more than rounding.
+    def accepted_error(self, forward: ForwardPass, example: Example) -> float | None:
+        """The error if it is no more than rounding; None if nothing could be checked.
 
         Args:
             forward: the forward pass that made the rows.
-            example: the example whose row was compared.
+            example: the example whose row was compared. Its gradient may be rounding and nothing else, as that of a
+                query is where attention sees a single token; then there is nothing to check.
 
         Raises:
             UnsupportedModelError: if the error is more than rounding; it names the worst weight, and says whether the
@@ -72,7 +77,9 @@ class RowCheck:
         narrow = precision_of(forward.model) in (torch.float16, torch.bfloat16)
         tolerance = _WRONG_IN_16_BITS if narrow else _WRONG
         if self.error is None or self.error <= tolerance:
-            return
+            return self.error
+        if _gradient_is_rounding(forward, example):
+            return None
         forward.check_repeatable(example)
         modules: list[str] = []
         for m in forward.maps:
@@ -90,6 +97,32 @@ class RowCheck:
             f"{self.difference}: the weight is used in a way that hooks do not see. Leave it out with "
             f"exclude_modules={modules!r}, name it in parameters={[self.worst]!r}, or load the model in float32"
         )
+
+
+def _gradient_is_rounding(forward: ForwardPass, example: Example) -> bool:
+    """Whether the gradients of the analysed weights are no larger than the rounding of other gradients of the model."""
+    weights = {
+        name: weight
+        for name, weight in bare_parameters(forward.model).items()
+        if is_at_hand(weight) and weight.is_floating_point()
+    }
+    analysed = [m.parameter for m in forward.maps if m.parameter in weights]
+    others, used = [], 0
+    for name in sorted(weights.keys() - set(analysed), key=lambda name: weights[name].numel()):
+        used += weights[name].numel()
+        if used > _AUTOGRAD_NUMBERS:
+            break
+        others.append(name)
+    if not analysed or not others:
+        return False
+    with torch.no_grad():
+        source = forward.outputs([example]).source
+    cotangent = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source)
+    names = [*analysed, *others]
+    (found,) = gradients(forward.model, names, forward.source_of([example]), cotangent[None])
+    sizes = [float(gradient.double().norm()) for gradient in found]
+    rounding = min(_ROUNDINGS * torch.finfo(precision_of(forward.model)).eps, _LARGEST_ROUNDING)
+    return max(sizes[: len(analysed)]) <= rounding * max(sizes[len(analysed) :])
 
 
 def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> float:
