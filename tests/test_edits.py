@@ -30,6 +30,7 @@ from hf_npeff.weights import edits
 from hf_npeff.weights import ridge as ridge_of
 from hf_npeff.weights.editing import warn_of_what_is_not_reached
 from hf_npeff.weights.edits import Functionals, Length, NoStepError, Shown, changes_by_id, largest_step, removal
+from hf_npeff.weights.log_odds import Naming, outcomes_of, warn_of_other_spelling
 from hf_npeff.weights.reach import Reach
 from hf_npeff.weights.row_space import unscaled_rows
 from tests import reference
@@ -332,6 +333,25 @@ def test_iterations_come_nearer_to_what_is_wanted(binary: Made) -> None:
         missed.append(sum((t["realised"] - t["wanted"]) ** 2 for t in told["changes"].values()))
         assert 1 <= len(told["steps"]) <= iterations
     assert missed[1] < 0.5 * missed[0]
+
+
+@pytest.mark.parametrize("outcome", ["king", "answer", " king", 1])
+def test_a_likelier_spelling_of_an_outcome_is_warned_of(outcome: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Oracle: a tokenizer of two tokens, with and without a space, and planted probabilities of both."""
+    tokens = {"king": 1, " king": 2}
+    encode = {text: [number] for text, number in tokens.items()}
+    naming = Naming({"answer": ["king"] * 3}, None, lambda text: encode[text])
+    logits = [torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 5.0, 2.0]])]
+    numbers = outcomes_of(outcome, naming, 3, Softmax, 3)
+    warn_of_other_spelling(outcome, naming, numbers, Predictions(logits, Softmax))
+    warned = warned_by(caplog, "weights.log_odds")
+    if outcome in (" king", 1):  # the likelier one for most, and a token that is named by its number
+        assert warned == []
+        return
+    (record,) = warned
+    assert record.args is not None and record.args[:3] == (2, 3, "with") and record.args[-1] == " king"
+    likely = logits[0].double().softmax(-1)[0]
+    assert record.args[3] == pytest.approx(float(likely[1])) and record.args[5] == pytest.approx(float(likely[2]))
 
 
 UNMOVED = Reach(moved=0.0, beside=0.0, others=None, limited=False)

@@ -30,7 +30,15 @@ from hf_npeff.weights.edits import (
     warn_of_share,
 )
 from hf_npeff.weights.lifting import lift_combination
-from hf_npeff.weights.log_odds import Naming, Observed, head_of_examples, observe, outcome_in_words, outcomes_of
+from hf_npeff.weights.log_odds import (
+    Naming,
+    Observed,
+    head_of_examples,
+    observe,
+    outcome_in_words,
+    outcomes_of,
+    warn_of_other_spelling,
+)
 from hf_npeff.weights.plans import check_kept
 from hf_npeff.weights.reach import Reach
 from hf_npeff.weights.row_space import combined_rows, row_space
@@ -100,6 +108,7 @@ def goal_of(
     outcomes = outcomes_of(request.outcome, naming, len(examples), kind, k)
     wanted = None if request.change is None else changes_by_id(request.change, pefs.example_ids)
     before = observe(forward, examples, outcomes, request.batch_size)
+    warn_of_other_spelling(request.outcome, naming, outcomes, before.predictions)
     if wanted is None:
         assert request.remove is not None
         wanted = removal(request.remove, request.given, pefs.columns, before.values, request.towards)

@@ -11,6 +11,7 @@ several terms, the mean over its terms is used.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from hf_npeff.fisher.forward import ForwardPass
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.predictions import Predictions
 from hf_npeff.weights.reach import odds
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,45 @@ def _number(outcome: Any, naming: Naming, k: int) -> int:
     raise ValueError(
         f"the outcome {outcome!r} is neither a class ({sorted(names)[:10]}) nor a column "
         f"({sorted(naming.columns)[:10]})"
+    )
+
+
+def warn_of_other_spelling(
+    outcome: int | str | None, naming: Naming, numbers: Sequence[int], predictions: Predictions
+) -> None:
+    """Warn if tokens that a text names are less likely than those with, or without, a space before the same text.
+
+    Tokens of words usually begin with a space, and a text without it is another token, which the model may never say.
+
+    Args:
+        outcome: what was asked for, as in `outcomes_of`.
+        naming: the names of outcomes.
+        numbers: the number of the outcome of every example, from `outcomes_of`.
+        predictions: the predictions of the examples.
+    """
+    if naming.encode is None or not isinstance(outcome, str):
+        return
+    texts = naming.columns.get(outcome, [outcome] * len(numbers))
+    others = {text: text[1:] if text.startswith(" ") else f" {text}" for text in set(texts) if isinstance(text, str)}
+    tokens = {text: naming.encode(other) for text, other in others.items()}
+    likelier = []
+    for text, number, logits in zip(texts, numbers, predictions.logits, strict=True):
+        if len(other := tokens.get(text, [])) == 1:
+            own, beside = logits.double().softmax(-1)[:, [number, other[0]]].mean(0).tolist()
+            likelier += [(text, own, beside)] * (beside > own)
+    if 2 * len(likelier) <= len(numbers):
+        return
+    text, own, beside = likelier[0]
+    logger.warning(
+        "for %d of %d examples the model predicts the outcome's token less often than the token that is written %s a "
+        "space before it: %.2g is the probability of %r, and %.2g that of %r. If the latter is meant, name it so",
+        len(likelier),
+        len(numbers),
+        "without" if text.startswith(" ") else "with",
+        own,
+        text,
+        beside,
+        others[text],
     )
 
 
