@@ -96,6 +96,17 @@ def save_pefs(folder: Path) -> None:
 SKIPPED = {1, 2, 3}
 
 
+class Listed(list[Example]):
+    """Examples that are made beforehand, with what the loop asks `Examples` for."""
+
+    @property
+    def ids(self) -> list[str]:
+        return [example.id for example in self]
+
+    def columns_of(self, i: int) -> dict[str, Any]:
+        return dict(self[i].columns)
+
+
 def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
     """The real loop over a pass that needs no model; of 5 examples three give NaN, so a whole shard."""
 
@@ -122,7 +133,7 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
         rows=rows,
         tested=(Example("", {"input_ids": [1]}, {}, ""),),
     )
-    examples: Any = [Example(str(i), {"input_ids": [1]}, {"number": i}, f"c{i}") for i in range(5)]
+    examples: Any = Listed(Example(str(i), {"input_ids": [1]}, {"number": i}, f"c{i}") for i in range(5))
     return compute(
         maker,
         examples,

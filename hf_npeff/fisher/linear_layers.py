@@ -29,6 +29,9 @@ _SAME = 1e-2
 """Relative difference of a probe from the product: rounding in bfloat16 is below it, another formula far above."""
 _NEARLY_SAME = 0.3
 """The same for a layer that rounds its input; rounding to four bits stays below it."""
+_CUT = 0.7
+"""The relative difference of a gradient from that of the product at which it is cut. Chosen: no gradient at all is off
+by 1, one through the scale of the rounding alone nearly so, and one of a small part beside the product by little."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -101,9 +104,10 @@ def _probed(module: Any, scale: float) -> Behaviour:
     gradient = None
     if output.requires_grad:
         (gradient,) = torch.autograd.grad(output.sum(), x, allow_unused=True)
-    if gradient is None or not _close(gradient, weight.sum(0).expand_as(x), _NEARLY_SAME):
+    through = weight.sum(0).expand_as(x)
+    if gradient is None or not _close(gradient, through, _CUT):
         return "rounding"
-    return "product" if _close(output, expected, _SAME) else "other"
+    return "product" if _close(output, expected, _SAME) and _close(gradient, through, _NEARLY_SAME) else "other"
 
 
 def _close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
