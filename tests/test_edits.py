@@ -302,19 +302,27 @@ def test_a_ridge_of_cross_validation_that_the_model_refutes_is_raised(
 
 
 @pytest.mark.parametrize(
-    ("steps", "iterations", "expressible", "named", "not_named"),
+    ("steps", "iterations", "expressible", "disturbing", "named", "not_named"),
     [
-        ([0.25], 1, 1.0, {"iterations=8"}, {"ridge", "rank"}),  # a cut step: a smaller ridge would make it longer still
-        ([1.0] * 6, 6, 1.0, {"iterations=12", "ridge"}, {"rank"}),
-        ([1.0, 1.0], 8, 0.6, {"ridge", "rank"}, {"iterations="}),  # it ended early
+        ([0.25], 1, 1.0, 0.5, {"iterations=8", "a larger ridge"}, {"smaller ridge", "rank"}),
+        (
+            [0.25],
+            1,
+            1.0,
+            None,
+            {"iterations=8"},
+            {"ridge", "rank"},
+        ),  # a cut step: a smaller ridge would make it longer still
+        ([1.0] * 6, 6, 1.0, None, {"iterations=12", "ridge"}, {"rank"}),
+        ([1.0, 1.0], 8, 0.6, None, {"a smaller ridge", "rank"}, {"iterations="}),  # it ended early
     ],
 )
 def test_what_to_try_is_what_was_not_tried(
-    steps: list[float], iterations: int, expressible: float, named: set[str], not_named: set[str],
-    caplog: pytest.LogCaptureFixture,
+    steps: list[float], iterations: int, expressible: float, disturbing: float | None, named: set[str],
+    not_named: set[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Oracle: by hand, what can reach more after an edit with these steps."""
-    info = {"reached": 0.1, "ridge": 1e-3, "steps": steps, "expressible": expressible}
+    info = {"reached": 0.1, "ridge": 1e-3, "steps": steps, "expressible": expressible, "disturbing": disturbing}
     warn_of_what_is_not_reached(info, iterations)
     (record,) = warned_by(caplog, "weights.editing")
     advice = record.getMessage().partition("Try ")[2]
@@ -479,6 +487,8 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
     for settings, words in wrong:
         with pytest.raises(ValueError, match=words):
             analyzer.edit(pefs, data, **settings)
+    with pytest.raises(ValueError, match="no influence to take out"):
+        removal("cue", None, {"cue": [i % 3 for i in range(12)]}, torch.full((12,), 0.5, dtype=torch.float64), "mean")
     for columns, words in (({"cue": [1] * 12}, "a single value"), ({"cue": [None, 0] * 6}, "no value")):
         with pytest.raises(ValueError, match=words):
             removal("cue", None, columns, torch.zeros(12))

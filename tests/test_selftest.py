@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hf_npeff import (
     UnsupportedModelError,
 )
 from hf_npeff.data import Examples
+from hf_npeff.fisher.row_check import RowCheck
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import exact_inner_products
 from hf_npeff.fisher.sketch_choice import known_cotangents
@@ -100,6 +102,21 @@ def test_queries_of_texts_of_one_token_have_no_gradient_to_check(task: Any, dtyp
     longer = analyzer.compute_pefs([{"input_ids": torch.tensor([k, k + 1, 2 * k])} for k in range(3, 9)])
     assert float(short.norms.max()) < 1e-8 * float(longer.norms.min())
     assert longer.info["selftest"]["row_error"] < 1e-4
+
+
+def test_a_large_row_is_refused_where_the_gradient_is_rounding() -> None:
+    """Oracle: planted sizes of a row: beside the gradients of the other weights it is rounding, or it is not."""
+    model = tiny_model("bert", dtype=torch.float32)
+    (example,) = tiny_batch(model, 1, seed=3)
+    analyzer = analyzer_of(model, target_modules=[r"query"])
+    worst = analyzer.maps[0].parameter
+    with analyzer.forward_pass() as forward:
+        few = analyzer.read([example])[0]
+        cotangent = torch.ones_like(forward.outputs([few]).source)
+        assert RowCheck(1.6, (), worst, cotangent, 1e-12).accepted_error(forward, few) is None
+        for unknown in (RowCheck(1.6, (), worst, cotangent, 1e-2), RowCheck(float("inf"), (), worst)):
+            with pytest.raises(UnsupportedModelError, match=re.escape(worst)):
+                unknown.accepted_error(forward, few)
 
 
 def test_wrong_rows_are_refused_by_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:

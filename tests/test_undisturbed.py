@@ -86,6 +86,23 @@ def test_a_layer_that_merges_for_predictions_comes_back_as_it_was() -> None:
     assert torch.equal(model.classifier.weight, before)
 
 
+class Halving(nn.Linear):
+    """A layer that lets half of the gradient through, which no forward pass shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(0.5 * x + 0.5 * x.detach())
+
+
+def test_a_layer_that_lets_a_part_of_the_gradient_through_is_refused() -> None:
+    """Oracle: the rows of the layers before it would be half as long."""
+    model = tiny_model("bert", "sequence-classification", dtype=torch.float32)
+    halving = Halving(model.classifier.in_features, model.classifier.out_features)
+    halving.load_state_dict(model.classifier.state_dict())
+    model.classifier = halving
+    with pytest.raises(UnsupportedModelError):
+        analyzer_of(model, target_modules=["query"]).compute_pefs(tiny_batch(model, 2, seed=1))
+
+
 def test_inference_mode_is_lifted_or_named() -> None:
     """Oracle: the rows outside of it; weights that were made in it have no gradients to give."""
     model = tiny_model("bert")

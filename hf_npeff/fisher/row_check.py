@@ -50,11 +50,15 @@ class RowCheck:
             weight that matters is wrong by more than half.
         unseen: maps that hooks do not see: their modules are not called, although their weights matter.
         worst: the weight whose part of the row has the largest error.
+        cotangent: that of the compared row, (1, t, s); None if nothing was compared.
+        size: the larger one of the norms of the row, in the check's sketch, and of autograd's gradient.
     """
 
     error: float | None
     unseen: Sequence[LinearMap] = ()
     worst: str = ""
+    cotangent: Tensor | None = None
+    size: float = float("inf")
 
     @property
     def difference(self) -> str:
@@ -67,8 +71,8 @@ class RowCheck:
 
         Args:
             forward: the forward pass that made the rows.
-            example: the example whose row was compared. Its gradient may be rounding and nothing else, as that of a
-                query is where attention sees a single token; then there is nothing to check.
+            example: the example whose row was compared. Its row and its gradient may be rounding and nothing else, as
+                those of a query are where attention sees a single token; then there is nothing to check.
 
         Raises:
             UnsupportedModelError: if the error is more than rounding; it names the worst weight, and says whether the
@@ -78,7 +82,7 @@ class RowCheck:
         tolerance = _WRONG_IN_16_BITS if narrow else _WRONG
         if self.error is None or self.error <= tolerance:
             return self.error
-        if _gradient_is_rounding(forward, example):
+        if self.cotangent is not None and self.size <= _rounding(forward, example, self.cotangent):
             return None
         forward.check_repeatable(example)
         modules: list[str] = []
@@ -99,30 +103,25 @@ class RowCheck:
         )
 
 
-def _gradient_is_rounding(forward: ForwardPass, example: Example) -> bool:
-    """Whether the gradients of the analysed weights are no larger than the rounding of other gradients of the model."""
+def _rounding(forward: ForwardPass, example: Example, cotangent: Tensor) -> float:
+    """The norm up to which a gradient is rounding beside those of the model's other weights; 0 if it has no others."""
+    analysed = {m.parameter for m in forward.maps}
     weights = {
         name: weight
         for name, weight in bare_parameters(forward.model).items()
-        if is_at_hand(weight) and weight.is_floating_point()
+        if name not in analysed and is_at_hand(weight)
     }
-    analysed = [m.parameter for m in forward.maps if m.parameter in weights]
-    others, used = [], 0
-    for name in sorted(weights.keys() - set(analysed), key=lambda name: weights[name].numel()):
+    names, used = [], 0
+    for name in sorted(weights, key=lambda name: weights[name].numel()):
         used += weights[name].numel()
         if used > _AUTOGRAD_NUMBERS:
             break
-        others.append(name)
-    if not analysed or not others:
-        return False
-    with torch.no_grad():
-        source = forward.outputs([example]).source
-    cotangent = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source)
-    names = [*analysed, *others]
+        names.append(name)
+    if not names:
+        return 0.0
     (found,) = gradients(forward.model, names, forward.source_of([example]), cotangent[None])
-    sizes = [float(gradient.double().norm()) for gradient in found]
-    rounding = min(_ROUNDINGS * torch.finfo(precision_of(forward.model)).eps, _LARGEST_ROUNDING)
-    return max(sizes[: len(analysed)]) <= rounding * max(sizes[len(analysed) :])
+    share = min(_ROUNDINGS * torch.finfo(precision_of(forward.model)).eps, _LARGEST_ROUNDING)
+    return share * max(float(gradient.double().norm()) for gradient in found)
 
 
 def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> float:
@@ -214,8 +213,10 @@ def check_rows(
     largest = int(rows.norm(dim=1).argmax())
     exact = autograd_rows(model, checked, forward.source_of(few[:1]), stored["cotangents"][:1, largest])
     unseen = unknown + [m for m in silent if m in checked and bool((exact[m.parameter] != 0).any())]
-    error, worst = _row_error(sketch, rows[largest], {name: exact[name] for name in called})
-    return RowCheck(error, unseen, worst)
+    truth = {name: exact[name] for name in called}
+    error, worst = _row_error(sketch, rows[largest], truth)
+    size = max(float(rows[largest].norm()), sum(float(g.double().square().sum()) for g in truth.values()) ** 0.5)
+    return RowCheck(error, unseen, worst, stored["cotangents"][:1, largest], size)
 
 
 def used_otherwise(

@@ -176,7 +176,7 @@ def check_weight_reads(forward: ForwardPass, nudges: Nudges, few: Sequence[Examp
         _checked.update(() if code is None else [code])
         return ""
     if comparison.amplified() > _BY_CHANCE * error:
-        return "the model makes changes as large as these of rounding alone"
+        return "rounding alone changes the predictions by a tenth of the difference or more"
     modules = [name for m in forward.maps if m.parameter in wrong for name in m.modules]
     more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
     raise UnsupportedModelError(

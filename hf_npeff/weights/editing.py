@@ -181,7 +181,9 @@ def warn_of_what_is_not_reached(info: Mapping[str, Any], iterations: int) -> Non
     if len(steps) == iterations:
         again = max(_ITERATIONS, 2 * iterations)
         way = [f"more iterations, each of which solves again at the changed weights (iterations={again})"]
-    if len(steps) < iterations or min(steps) == 1:
+    if info["disturbing"] is not None:  # the step that was refused for it would have reached more
+        way.append("a larger ridge, which moves less of what should stay the same")
+    elif len(steps) < iterations or min(steps) == 1:
         way.append("a smaller ridge")
     if info["expressible"] <= _ALL:
         way.append("PEFs of a larger rank")

@@ -162,6 +162,8 @@ def removal(
         raise ValueError(
             f"within each value of {given!r} the column {column!r} has a single value, so there is nothing to compare"
         )
+    if not bool(changes.any()):
+        raise ValueError(f"the outcome is the same for all values of {column!r}, so there is no influence to take out")
     if alone:
         logger.warning(
             "for %s = %s, %s has a single value, so these examples should stay the same", given, alone, column

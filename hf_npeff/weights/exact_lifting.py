@@ -10,7 +10,8 @@ rows and m combinations, and in multiplications for each number of a weight,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -169,19 +170,30 @@ def _summed(
 ) -> list[dict[str, Tensor]]:
     """The combinations for the maps that hooks see."""
     receiver = GradientSum(places, len(coefficients))
-    for indices in batches if forward.maps else ():
 
-        def entering(source: Tensor, chosen: list[int] = indices) -> Sequence[Tensor]:
-            stored = cotangents[chosen].to(source.device).double()
+    def entering(chosen: list[int], source: Tensor) -> Sequence[Tensor]:
+        stored = cotangents[chosen].to(source.device).double()
 
-            def of(j: int) -> Tensor:
-                return torch.einsum("ic,icts->its", coefficients[j, chosen].to(stored.device), stored)
+        def of(j: int) -> Tensor:
+            return torch.einsum("ic,icts->its", coefficients[j, chosen].to(stored.device), stored)
 
-            return MadeOneByOne(len(coefficients), of)
+        return MadeOneByOne(len(coefficients), of)
 
-        source = forward.source_of([examples[i] for i in indices])
-        backward_passes(forward.model, forward.maps, receiver, len(indices), source, entering)
+    _send_back(forward, examples, batches, receiver, entering)
     return receiver.sums
+
+
+def _send_back(
+    forward: ForwardPass,
+    examples: Sequence[Example],
+    batches: Sequence[list[int]],
+    receiver: GradientSum | RowSum,
+    entering: Callable[[list[int], Tensor], Sequence[Tensor]],
+) -> None:
+    """One forward pass for each batch, and a backward pass for each cotangent that enters."""
+    for indices in batches if forward.maps else ():
+        source = forward.source_of([examples[i] for i in indices])
+        backward_passes(forward.model, forward.maps, receiver, len(indices), source, partial(entering, indices))
 
 
 def _rows_are_cheaper(forward: ForwardPass, used: Sequence[Example], coefficients: Tensor) -> bool:
@@ -203,15 +215,12 @@ def _summed_from_rows(
 ) -> list[dict[str, Tensor]]:
     """The same as `_summed`, with as many backward passes as an example has rows."""
     receiver = RowSum(places, len(coefficients))
-    for indices in batches if forward.maps else ():
 
-        def entering(source: Tensor, chosen: list[int] = indices) -> Sequence[Tensor]:
-            stored = cotangents[chosen].to(source.device)
-            return [stored[:, row] for row in range(stored.shape[1])]
+    def entering(chosen: list[int], source: Tensor) -> Sequence[Tensor]:
+        receiver.mixing = coefficients[:, chosen]
+        return list(cotangents[chosen].to(source.device).unbind(1))
 
-        receiver.mixing = coefficients[:, indices]
-        source = forward.source_of([examples[i] for i in indices])
-        backward_passes(forward.model, forward.maps, receiver, len(indices), source, entering)
+    _send_back(forward, examples, batches, receiver, entering)
     return receiver.finish()
 
 
