@@ -160,7 +160,8 @@ class EditedModel(MovableModel):
             that is realised (below a half there is a warning); the share of the wanted change that the rows express;
             the ridge with its cross-validated error, and the smaller ones that were refused; and the step. It also has
             what else moved, as mean KL: `kl_beside` on the same examples, `kl_of_others` on those that should stay the
-            same; and the shares of changed answers, `flips` and `flips_of_others`.
+            same; the shares of changed answers, `flips` and `flips_of_others`; and `disturbing`, a step that was
+            refused because of what else it moved.
 
         Raises:
             IncompatibleSketchError: if PEFs, `keep` and the model do not fit together.
