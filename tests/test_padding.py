@@ -94,6 +94,23 @@ def test_documents_packed_into_one_sequence_do_not_see_each_other(batch_size: in
     assert_predicts(analysed(model, data, batch_size), [best(logits) for logits in alone])
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_packed_documents_do_not_cut_a_text_beside_them(batch_size: int) -> None:
+    """Oracle: Llama called on the last document alone, and on a text with gaps between its positions with a mask."""
+    model = tiny.tiny_model("llama", "causal-lm", dtype=torch.float32, vocab_size=VOCABULARY)
+    text, gaps = [8, 9, 10, 11, 12], [0, 2, 4, 6, 8]
+    data = [
+        {"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1]},
+        {"input_ids": text, "position_ids": gaps},
+    ]
+    ids, places, ones = torch.tensor([text]), torch.tensor([gaps]), torch.ones(1, len(text), dtype=torch.long)
+    whole = model(input_ids=ids, position_ids=places, attention_mask=ones).logits[0, -1]
+    cut = model(input_ids=ids, position_ids=places, use_cache=False).logits[0, -1]
+    assert abs(float(best(whole) - best(cut))) > 1e-2
+    document = model(input_ids=torch.tensor([[8, 9]])).logits[0, -1]
+    assert_predicts(analysed(model, data, batch_size), [best(document), best(whole)])
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_positions_on_several_axes_are_given_to_their_examples(batch_size: int, padded: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_npeff.data import Example
 from hf_npeff.fisher.bare_model import base_of
+from hf_npeff.padding import is_packed
 
 _LOGITS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative difference of logits that may be rounding, for the number type of the model. Measured between batches
@@ -110,14 +111,18 @@ def span_of(examples: Sequence[Example]) -> Span:
 def alike(examples: Sequence[Example], takes: Set[str] | None) -> list[list[int]]:
     """Groups of the places of examples that have inputs of the same names and equally many choices, as a batch needs.
 
+    Documents packed into one sequence are kept apart by a batch without a mask. There transformers would also cut a
+    text whose positions have gaps, so such examples form groups of their own.
+
     Args:
         examples: any examples.
         takes: the inputs that the model takes; others do not count. None counts all.
     """
-    groups: dict[tuple[frozenset[str], int | None], list[int]] = {}
+    groups: dict[tuple[frozenset[str], int | None, bool], list[int]] = {}
     for i, example in enumerate(examples):
         names = frozenset(name for name in example.inputs if takes is None or name in takes)
-        groups.setdefault((names, example.choices), []).append(i)
+        packed = "position_ids" in names and is_packed([example.inputs])
+        groups.setdefault((names, example.choices, packed), []).append(i)
     return list(groups.values())
 
 
