@@ -65,6 +65,11 @@ class NPEFFAnalyzer(ExplainedModel):
         name = shown_model(self.description.provenance({})["model"])
         return f"NPEFFAnalyzer({name}, {traits_of(self.head).task}, {len(self.maps)} linear maps under analysis)"
 
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_analyzer
+
+        return of_analyzer(self)
+
     def decompose(
         self,
         pefs: PEFs,

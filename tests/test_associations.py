@@ -73,6 +73,8 @@ def test_planted_words_and_columns_are_named_first() -> None:
     words = planted().associations(columns=["text"])
     assert next(numbers for feature, numbers in words.groups.items() if "zebra" in feature) == [1, 2]
     assert "sesame oil" in words[0].associations[0].feature  # without the column the words stand for themselves
+    kind = planted().associations(columns=["kind"])
+    assert [a.feature for a in kind[0].associations] == ["kind = a"]
 
 
 def test_a_threshold_says_the_number_that_parts_the_examples() -> None:

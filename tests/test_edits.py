@@ -208,6 +208,8 @@ def test_half_is_moved_from_each_side_where_both_are_as_many() -> None:
     columns: dict[str, Any] = {"cue": [0, 0, 1, 1, 0, 1], "label": ["a", "a", "a", "a", "b", "b"]}
     assert removal("cue", "label", columns, values).changes.tolist() == [2, 2, -2, -2, 3, -3]
     assert removal("cue", None, columns, values).changes.tolist()[:2] == [pytest.approx(16 / 6 - 1 / 3)] * 2
+    several = {**columns, "label": [[0, 1]] * 4 + [[1, 1]] * 2}
+    assert removal("cue", "label", several, values).changes.tolist() == [2, 2, -2, -2, 3, -3]
 
 
 def test_towards_the_highest_the_others_get_its_distribution_rank_by_rank() -> None:
@@ -492,6 +494,9 @@ def test_what_is_not_clear_is_refused_before_anything_is_computed(binary: Made) 
     for columns, words in (({"cue": [1] * 12}, "a single value"), ({"cue": [None, 0] * 6}, "no value")):
         with pytest.raises(ValueError, match=words):
             removal("cue", None, columns, torch.zeros(12))
+    scores = [i / 7 for i in range(12)]
+    with pytest.raises(ValueError, match=r"12 values in 12 examples: give given=None"):
+        removal("cue", "label", {"cue": [0, 1] * 6, "label": scores}, torch.arange(12.0))
     with pytest.raises(ValueError, match=r"'label'.*'cue'"):
         removal(
             "cue",

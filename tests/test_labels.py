@@ -222,6 +222,54 @@ def test_what_the_page_calls_right() -> None:
     assert asked is not None and asked.data is not None and [asked.values[c] for c in asked.data] == ["right", "wrong"]
 
 
+def test_several_labels_are_right_if_all_of_them_are() -> None:
+    """Oracle: written by hand; JSON, as stores keep lists. Predictions that do not name labels say nothing."""
+    names = {"0": "work", "1": "money", "2": "home"}
+    columns = {"labels": ["[1, 0, 1]", "[0, 0, 0]", "[0, 1, 0]"], "prediction": ["work, home", "no label", "home"]}
+    column = correctness(columns, names, {"task": "sequence-classification"})
+    assert column is not None and column.data is not None
+    assert [column.values[code] for code in column.data] == ["right", "right", "wrong"]
+    earlier = {**columns, "prediction": ["1, 0, 1", "0, 0, 0", "0, 0, 1"]}
+    assert correctness(earlier, names, {"task": "sequence-classification"}) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "predictions", "expected"),
+    [
+        (
+            "sequence-classification",
+            {"num_labels": 3, "problem_type": "multi_label_classification"},
+            [[1, 0, 1], [0, 0, 0]],
+            ["work, home", "no label"],
+        ),
+        ("sequence-classification", {"num_labels": 3}, [2, 0], ["home", "work"]),
+        ("token-classification", {"num_labels": 3}, [[0, 2, -1], [1, 1, 0]], ["work, home", "money, money, work"]),
+        ("sequence-classification", {"num_labels": 2, "problem_type": "regression"}, [[-1.0, 0.5]], ["-1, 0.5"]),
+        ("question-answering", {}, [[0, 1], [1, 12]], ["0, 1", "1, 12"]),
+        ("multiple-choice", {}, [1, 2], ["1", "2"]),
+    ],
+)  # fmt: skip
+def test_predictions_are_shown_by_the_names_of_classes_and_labels(
+    task: str, settings: dict[str, Any], predictions: list[Any], expected: list[str]
+) -> None:
+    """Oracle: written by hand. A place in a text and the number of a choice are no classes."""
+    model = tiny_model("bert", task, **settings)
+    model.config.id2label = {0: "work", 1: "money", 2: "home"}
+    assert analyzer_of(model, tiny_tokenizer()).describe(torch.tensor(predictions)) == expected
+
+
+def test_changed_answers_of_several_labels_are_shown_by_name() -> None:
+    """Oracle: the model's own signs, one text at a time."""
+    data = [{"text": text, "labels": [i % 2, 0, (i // 2) % 2]} for i, text in enumerate(TEXTS)]
+    settings = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    report, model, direction = report_of("sequence-classification", data, **settings)
+    assert report.changed
+    for row in report.changed:
+        for name, scale in (("before", 0.0), ("after", report.scale)):
+            signs = (logits_of(model, [row["index"]], direction, scale) > 0)[0].tolist()
+            assert row[name] == (", ".join(f"LABEL_{j}" for j in range(3) if signs[j]) or "no label")
+
+
 def test_columns_of_labels_are_shown_by_name_where_there_are_names() -> None:
     """Oracle: by hand. Names of the data set before the model's; placeholders and other tasks stay as they are."""
     info = {"task": "sequence-classification", "label_names": {"0": "NEGATIVE", "1": "POSITIVE"}}

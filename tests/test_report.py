@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -40,6 +41,7 @@ from hf_npeff.report.training import history_file, read_run
 from hf_npeff.weights.perturbation import Effect
 from hf_npeff.weights.token_alignments import TokenAlignment
 from tests import reference, warm_processes
+from tests.analyses import analyzer_of
 from tests.hub_server import HubServer
 from tests.planted import planted
 from tests.random_decomposition import random_decomposition
@@ -570,12 +572,40 @@ def test_notebooks_show_texts_and_no_markup(fitted: tuple[PEFs, Decomposition]) 
         effect = Effect(0.3, 0.5, 0.04, 12.0, (9.0, 15.0), (0.1, 0.5, 0.9), (0.0, 0.0, 0.1), 0.5, 0.1)
         changed = [{"index": 1, "id": "1", "text": EVIL[0], "top": True, "before": "<i>", "after": "b"}]
         report = PerturbationReport(0, 0.5, effect, None, effect, [1], [2], changed, True)
+        assert "answers changed 50% and 10%" in repr(effect) and "answers changed 50% and 10%" in repr(report)
         assert "&lt;i&gt;" in report._repr_html_() and "<script" not in report._repr_html_()
         assert report._repr_html_().count("<tr>") == 3 + 2  # two steps and one answer, each table with its header
         if find_spec("plotly") is not None:
             assert [list(bar.y) for bar in plots.perturbation(report).data] == [[0.5, 0.5], [0.04, 0.04]]
     finally:
         found.rename(0, None)
+
+
+def test_notebooks_show_an_analyzer_its_pefs_an_adapter_and_settings() -> None:
+    """Oracle: the objects' own numbers; tags of the HTML: only the table's own."""
+    analyzer = analyzer_of(tiny_model("bert"), tiny_tokenizer(), sketch="identity", target_modules=[r"query"])
+    data = [{"text": text, "label": i % 2} for i, text in enumerate(["<b>cat</b> sees", "a dog", "one two", "a cat"])]
+    pefs = analyzer.compute_pefs(data)
+    direction = analyzer.direction_of({name: torch.ones(shape) for name, shape in analyzer.shapes.items()}, {})
+    shown = {
+        name: each._repr_html_()
+        for name, each in (
+            ("analyzer", analyzer), ("pefs", pefs), ("adapter", direction.to_adapter(1)),
+            ("shira", direction.to_adapter(1, kind="shira")), ("config", pefs.config),
+        )
+    }  # fmt: skip
+    for page in shown.values():
+        assert set(re.findall(r"</?(\w+)", page)) <= {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td"}
+        assert "<b>cat" not in page
+    numbers = sum(out * wide for out, wide in analyzer.shapes.values())
+    assert f"{numbers:,} in {len(analyzer.shapes)} parameters" in shown["analyzer"]
+    assert "&lt;b&gt;cat" in shown["pefs"] and "label" in shown["pefs"] and f"{pefs.sketch_error:.2g}" in shown["pefs"]
+    for name in analyzer.shapes:
+        assert name in shown["adapter"] and name in shown["shira"]
+    assert "100.0%" not in shown["adapter"] and shown["adapter"].count("50.0%") == len(analyzer.shapes) == 2
+    settings = {field.name for field in dataclasses.fields(FisherConfig)}
+    assert all(f">{name}<" in shown["config"] for name in settings)
+    assert repr(pefs.config.sketch).replace("'", "&#x27;") in shown["config"]
 
 
 # A Space

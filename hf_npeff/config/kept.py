@@ -37,6 +37,11 @@ class _JsonConfig:
         )
         return f"{type(self).__name__}({changed})"
 
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_config
+
+        return of_config(self)
+
     @classmethod
     def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
         """The config with these settings.

@@ -258,7 +258,7 @@ class Decomposition(Readable):
         """What each component's examples have in common: words and column values that are more frequent than elsewhere.
 
         Args:
-            columns: the kept columns to use, including texts; None uses all.
+            columns: the kept columns to use; None uses all. Words are used if a column of texts is among them.
             texts: whether to use the words of texts; False uses only the other columns.
             top: how many associations of each component are kept.
             level: the largest corrected p-value at which an association counts.
@@ -271,13 +271,14 @@ class Decomposition(Readable):
             automatic label; and groups of components that share an association.
 
         Raises:
-            ValueError: if no texts were kept and `texts` is true, a column does not exist, there are no columns to use,
-                or a setting is out of its range.
+            ValueError: if no texts were kept, `texts` is true and `columns` is None; if a column does not exist, there
+                are no columns to use, or a setting is out of its range.
         """
         request = AssociationRequest(top=top, level=level, shuffles=shuffles, max_examples=max_examples, seed=seed)
         if missing := sorted(set(columns or ()) - set(self.columns)):
             raise ValueError(f"the columns {missing} do not exist; there are {sorted(self.columns)}")
         looked_at = {name: v for name, v in self.columns.items() if columns is None or name in columns}
+        texts = texts and (columns is None or bool(shown_columns(looked_at, self.info)))
         return associate(self.coefficients, looked_at, self.info, request, texts=texts)
 
     def transform(self, pefs: PEFs, *, device: str | torch.device | None = None, check_weights: bool = True) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hf_npeff.encoding.labels import is_placeholder, truth_of
+from hf_npeff.encoding.labels import is_placeholder, labels_in_words, truth_of
 from hf_npeff.encoding.record import Encoded
 
 MOST_CATEGORIES = 2000
@@ -149,10 +149,16 @@ def _class_correctness(
         predictions, truth
     )
     number_of = {str(number): number for number in names} | {name: number for number, name in names.items()}
-    predicted = [number_of.get(str(value)) for value in predictions]
-    if not names or any(value is None for value in predicted):
-        return None  # numbers of a regression, or several labels an example
+    if not names:
+        return None
+    predicted: list[Any] = [number_of.get(str(value)) for value in predictions]
     true = truth_of(truth, "softmax", len(names), data_names, names).values
+    if all(value is None for value in true):  # lists, if a model of several labels
+        predicted = [str(value) for value in predictions]
+        several = truth_of(truth, "bernoulli", len(names), data_names, names).values
+        true = [None if value is None else labels_in_words(value, names) for value in several]
+    if any(value is None for value in predicted):
+        return None  # numbers of a regression
     return _correct([None if b is None else a == b for a, b in zip(predicted, true, strict=True)])
 
 

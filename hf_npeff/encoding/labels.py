@@ -21,6 +21,8 @@ IGNORED = -100
 """The label of a position that does not count, as in transformers."""
 NO_CLASS = -1
 """Stands for a label that is not a class of the model."""
+NO_LABEL = "no label"
+"""The answer of a model of several labels where none applies."""
 
 
 def is_placeholder(name: str) -> bool:
@@ -173,6 +175,16 @@ def numbers_of_tags(
         return [NO_CLASS] * len(tags)
     numbers = (_class(tag, numbering, model_names, k) for tag in tags)
     return [NO_CLASS if number is None else number for number in numbers]
+
+
+def labels_in_words(applies: Sequence[int], names: Mapping[int, str]) -> str:
+    """The labels that apply, by name where there is one, with a comma between them.
+
+    Args:
+        applies: 1 for each label that does.
+        names: {number of a label: its name}.
+    """
+    return ", ".join(str(names.get(j, j)) for j, value in enumerate(applies) if value == 1) or NO_LABEL
 
 
 def _multi_label(

@@ -141,6 +141,15 @@ class ForwardPass:
         self._state = ModelState(model)
         self._maps_of_images = sees_images(model, maps)
 
+    def in_words(self, answer: Tensor) -> str:
+        """An example's answer, all its terms, in words.
+
+        Args:
+            answer: one of `Predictions.answers`.
+        """
+        assert self.describe is not None
+        return self.traits.between_terms.join(self.describe(answer))
+
     def with_maps(
         self: _Self, maps: Sequence[LinearMap], parameters: Mapping[str, tuple[int, int]] | None = None
     ) -> _Self:

@@ -98,6 +98,11 @@ class HeadTraits:
     weights: tuple[nn.Module, ...] = ()
     embeds: bool = False
 
+    @property
+    def between_terms(self) -> str:
+        """What stands between the answers of an example's terms: nothing between tokens, which bring their spaces."""
+        return "" if self.vocabulary else ", "
+
 
 @runtime_checkable
 class OutputHead(Protocol):

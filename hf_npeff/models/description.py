@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
-from hf_npeff.encoding.labels import IGNORED, check_vectors
+from hf_npeff.encoding.labels import IGNORED, check_vectors, labels_in_words
 from hf_npeff.encoding.record import Encoded
 from hf_npeff.fisher.bare_model import base_of
-from hf_npeff.fisher.distributions import Softmax
+from hf_npeff.fisher.distributions import Bernoulli, Softmax
 from hf_npeff.fisher.heads import TransformersHead
 from hf_npeff.fisher.output_factors import rows_per_example
 from hf_npeff.fisher.outputs import OutputHead, traits_of
 from hf_npeff.weights.outcomes import labels_of
+
+_UNNAMED = ("question-answering", "multiple-choice")
+"""Tasks whose answers are no classes, although a config has LABEL_0 and LABEL_1 for every model."""
 
 
 @dataclass(frozen=True)
@@ -88,25 +91,45 @@ class ModelDescription:
         } or None
 
     def describe(self, predictions: Tensor) -> list[str]:
-        """Predictions in words: tokens, class names, or numbers; empty for embeddings."""
-        if traits_of(self.head).embeds:
+        """Predictions in words: tokens, names of classes or of the labels that apply, or numbers; empty for embeddings.
+
+        Args:
+            predictions: (n,), or (n, m) with the answers of several terms, for several labels 0 or 1 for each. In one
+                dimension, whole numbers are classes, tokens, or numbers of labels.
+        """
+        traits = traits_of(self.head)
+        if traits.embeds:
             return [""] * len(predictions)
-        base: Any = base_of(self.model)
-        vocabulary = traits_of(self.head).vocabulary
-        names = getattr(base.config, "id2label", None) or {}
+        several_labels = getattr(self.head, "distribution", None) is Bernoulli
 
         def shown(value: Any) -> str:
             if isinstance(value, list):
-                return "".join(map(shown, value)) if vocabulary else ", ".join(shown(v) for v in value if v != -1)
+                if several_labels:
+                    return labels_in_words(value, self._class_names)
+                return traits.between_terms.join(shown(v) for v in value if isinstance(v, float) or v >= 0)
             if isinstance(value, float):
                 return f"{value:.3g}"
             if value < 0:
                 return ""
-            if vocabulary:
+            if traits.vocabulary:
                 return self.processing_class.decode([value]) if hasattr(self.processing_class, "decode") else str(value)
-            return str(names.get(value, value)) if predictions.dim() == 1 else str(value)
+            return str(self._class_names.get(value, value))
 
         return [shown(value) for value in predictions.tolist()]
+
+    def in_words(self, answer: Tensor) -> str:
+        """An example's answer, all its terms, in words.
+
+        Args:
+            answer: one of `Predictions.answers`.
+        """
+        return traits_of(self.head).between_terms.join(self.describe(answer))
+
+    @property
+    def _class_names(self) -> Mapping[int, str]:
+        """{number of a class: its name}; none where answers are places in the input, or numbers of choices."""
+        base: Any = base_of(self.model)
+        return {} if traits_of(self.head).task in _UNNAMED else getattr(base.config, "id2label", None) or {}
 
     def check_problem_type(self, labels: Sequence[Any]) -> None:
         """Check that the config says what a classifier predicts, if labels are vectors.

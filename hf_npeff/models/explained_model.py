@@ -180,7 +180,7 @@ class ExplainedModel(MeasuredModel, EditedModel):
         encoded = Encoded.of(pefs.info)
         truth = [None] * len(examples) if encoded is None else self.description.truth_of(examples, encoded)
         groups = check_groups(examples, request.by)
-        return Watched(examples, truth, groups, before, self.describe, request.seed)
+        return Watched(examples, truth, groups, before, self.description.in_words, request.seed)
 
     def _seen(
         self,

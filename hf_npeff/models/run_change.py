@@ -66,7 +66,7 @@ def run_change(
     encoded = Encoded.of(first.pefs.info)
     truth = [None] * len(examples) if encoded is None else analyzer.description.truth_of(examples, encoded)
     groups = {"all": list(range(len(examples)))}
-    watched = Watched(examples, truth, groups, first.predictions, analyzer.describe, 0)
+    watched = Watched(examples, truth, groups, first.predictions, analyzer.description.in_words, 0)
     seen = Seen({1.0: last.predictions}, None, 0.0, [])
     grown = Grown(first.decomposition.explain(first.pefs)[0], first.decomposition.explain(last.pefs)[0], None, None)
     origin = {"method": "training", "model": first.pefs.info.get("model"), "after": f"step {last.step}"}

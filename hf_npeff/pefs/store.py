@@ -228,6 +228,11 @@ class PEFs(Readable):
         model = shown_model(self.info["model"]) if self.info.get("model") else "rows not made by hf_npeff"
         return f"PEFs({len(self):,} examples × {self.rank} rows × {self.dim:,} numbers, {model})"
 
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_pefs
+
+        return of_pefs(self)
+
     # Parts of it
 
     def chunks(self, size: int) -> Iterator[PEFs]:

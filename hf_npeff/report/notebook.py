@@ -1,17 +1,21 @@
-"""Tables for Jupyter of a decomposition, a component and a perturbation, with every text escaped."""
+"""Tables for Jupyter of what a person looks at in a notebook, with every text escaped."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from hf_npeff.sharing.markdown import plain
 
 if TYPE_CHECKING:
+    from hf_npeff.analyzer import NPEFFAnalyzer
     from hf_npeff.decomposition.associations import Associations
     from hf_npeff.decomposition.component import Component, TopExamples
     from hf_npeff.decomposition.decomposition import Decomposition
+    from hf_npeff.pefs.store import PEFs
+    from hf_npeff.weights.adapters import Adapter
     from hf_npeff.weights.measurement import Measurement
     from hf_npeff.weights.off_target import OffTarget
     from hf_npeff.weights.perturbation import PerturbationReport
@@ -42,6 +46,50 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], note
 
 def _cell(value: Any) -> str:
     return html.escape(plain(value, 160))  # chosen: two lines of a cell
+
+
+def of_analyzer(analyzer: NPEFFAnalyzer) -> str:
+    """The model, what of it is analysed, and the settings of its PEFs that are not the defaults."""
+    shapes = analyzer.shapes
+    rows = [
+        ("device", str(analyzer.device)),
+        ("analysed numbers", f"{sum(out * wide for out, wide in shapes.values()):,} in {len(shapes)} parameters"),
+        ("settings", repr(analyzer.fisher)),
+        *((name, "×".join(map(str, shape))) for name, shape in list(shapes.items())[:_ROWS]),
+    ]
+    more = f"and {len(shapes) - _ROWS} more parameters" if len(shapes) > _ROWS else ""
+    return table(repr(analyzer), ("", ""), rows, more)
+
+
+def of_pefs(pefs: PEFs) -> str:
+    """What the rows are of, how large and how exact they are, and the columns beside them."""
+    error = pefs.sketch_error
+    rows = [
+        ("size", f"{pefs.nbytes / 1e6:,.1f} MB, {pefs.dtype}"),
+        ("error of inner products", "not measured" if error is None else f"{error:.2g}"),
+        ("settings", repr(pefs.config) if pefs.info.get("fisher") else ""),
+        ("columns", ", ".join(pefs.columns)),
+        ("first example", (pefs.texts or pefs.example_ids)[0] if len(pefs) else ""),
+    ]
+    return table(repr(pefs), ("", ""), rows, "analyzer.decompose(pefs, n_components) finds what they have in common.")
+
+
+def of_adapter(adapter: Adapter) -> str:
+    """Where it loads, and its parameters; for a LoRA those with the largest shares of the change first."""
+    shares = {name: f"{share:.1%}" for name, share in adapter.energies().items()} if adapter.kind == "lora" else {}
+    names = [*shares, *(name for name in adapter.layouts if name not in shares)]
+    rows = [("loads in", ", ".join(adapter.loads_in) or "–"), *((n, shares.get(n, "")) for n in names[:_ROWS])]
+    more = f"and {len(names) - _ROWS} more parameters; " if len(names) > _ROWS else ""
+    return table(repr(adapter), ("", "share of the squared norm"), rows, f"{more}save_pretrained(path) writes it.")
+
+
+def of_config(config: Any) -> str:
+    """Every setting, with its default where it has another value."""
+    rows = []
+    for setting in fields(config):
+        value, usual = getattr(config, setting.name), setting.default
+        rows.append((setting.name, repr(value), "" if usual is MISSING or value == usual else repr(usual)))
+    return table(type(config).__name__, ("setting", "value", "default"), rows)
 
 
 def of_decomposition(decomposition: Decomposition) -> str:

@@ -180,6 +180,11 @@ class Adapter(Readable):
         kept = f"keeps {self.kept} of the change"
         return f"Adapter({whose}{_KINDS[self.kind]}{rank} in {len(self.layouts)} parameters, {kept})"
 
+    def _repr_html_(self) -> str:
+        from hf_npeff.report.notebook import of_adapter
+
+        return of_adapter(self)
+
     def linear_deltas(self) -> dict[str, LinearDelta]:
         """{parameter: ΔW (out, in)}, in factors for a LoRA.
 

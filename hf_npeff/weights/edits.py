@@ -140,6 +140,11 @@ def removal(
             f"the column {column!r} has {len(set(attribute))} values in {len(attribute)} examples: use a column with "
             "few values, such as ranges of a number"
         )
+    if given is not None and len(set(labels)) > len(labels) // 2:
+        raise ValueError(
+            f"only examples with the same value of {given!r} are compared, and it has {len(set(labels))} values in "
+            f"{len(labels)} examples: give given=None to compare all examples, or a column with few values"
+        )
     changes, groups = torch.zeros(len(values), dtype=torch.float64), torch.full((len(values),), -1)
     names: list[str] = []
     alone = []
@@ -181,7 +186,7 @@ def _values(name: str, columns: Mapping[str, Sequence[Any]]) -> list[Any]:
     if name not in columns:
         hint = "; give given=None to compare all examples with each other" if name == "label" else ""
         raise ValueError(f"these PEFs have no column {name!r}; they have {sorted(columns)}{hint}")
-    values = list(columns[name])
+    values = [tuple(value) if isinstance(value, list) else value for value in columns[name]]  # several labels
     missing = [i for i, value in enumerate(values) if value is None or value != value]
     if missing:
         raise ValueError(f"the column {name!r} has no value for {len(missing)} examples, for instance {missing[:3]}")

@@ -47,7 +47,7 @@ class Watched:
         truth: the label of each, in the form of `Predictions.answers`, or None.
         groups: {group: its examples}, including "all".
         before: predictions of the model before the change.
-        describe: answer → the answer in words.
+        in_words: an example's answer, as `Predictions.answers` has it → the answer in words.
         seed: the seed of the bootstrap.
     """
 
@@ -55,7 +55,7 @@ class Watched:
     truth: list[Any]
     groups: dict[str, list[int]]
     before: Predictions
-    describe: Callable[[Tensor], list[str]]
+    in_words: Callable[[Tensor], str]
     seed: int
 
     def step(self, scale: float, without: int | None, after: Predictions | None) -> ChangeStep:
@@ -330,7 +330,7 @@ class Explanation:
         """The name of one end of the direction, by the outcome that examples there moved towards."""
         if self.watched.before.distribution.name == "gaussian":
             return "moved one way" if sign > 0 else "moved the other way"
-        return f"moved towards {''.join(self.watched.describe(torch.tensor([outcome])))!r}"
+        return f"moved towards {self.watched.in_words(torch.tensor([outcome]))!r}"
 
     def _about(self) -> tuple[dict[str, Any], int, float | None, dict[str, float], dict[str, float]]:
         """The report's fields on the change itself: source, examples, norm, modules, the part not analysed."""
@@ -349,7 +349,7 @@ class Explanation:
     def _row(self, i: int, answers: tuple[list[Tensor], list[Tensor]]) -> dict[str, Any]:
         """An example, its answers, and the component with the largest share of it."""
         texts, W = self.decomposition.texts, self.decomposition.coefficients
-        before, after = ("".join(self.watched.describe(each[i])) for each in answers)
+        before, after = (self.watched.in_words(each[i]) for each in answers)
         return {
             "index": i,
             "id": self.decomposition.example_ids[i],

@@ -437,14 +437,15 @@ class _Watching:
 
     def _worst(self, indices: list[int], kl: Tensor, answered: list[list[str]]) -> list[dict[str, Any]]:
         order = torch.argsort(kl, descending=True)[: self.request.worst].tolist()
+        joined = self.forward.traits.between_terms.join
         return [
             {
                 "index": (i := indices[place]),
                 "id": self.examples[i].id,
                 "text": text_of(self.examples[i]),
                 "kl": float(kl[place]),
-                "before": "".join(self.answered[i]),
-                "after": "".join(answered[i]),
+                "before": joined(self.answered[i]),
+                "after": joined(answered[i]),
             }
             for place in order
         ]

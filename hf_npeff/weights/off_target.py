@@ -166,8 +166,7 @@ class _Answers:
         self._forward, self._answers = forward, (before.answers(), after.answers())
 
     def __call__(self, i: int) -> dict[str, str]:
-        assert self._forward.describe is not None
-        before, after = ("".join(self._forward.describe(answers[i])) for answers in self._answers)
+        before, after = (self._forward.in_words(answers[i]) for answers in self._answers)
         return {"before": before, "after": after}
 
 

@@ -70,9 +70,18 @@ class Effect:
     other_worst_example: int | None = None
 
     def __repr__(self) -> str:
+        what = "KL" if self.top_flips is not None else HALF_SQUARED
         return (
-            f"Effect(KL {self.top:.3g} on top, {self.others:.3g} on others, ratio {self.ratio:.3g} at {self.scale:.3g})"
+            f"Effect({what} {self.top:.3g} on top, {self.others:.3g} on others, ratio {self.ratio:.3g} at "
+            f"{self.scale:.3g}{self.answers_changed})"
         )
+
+    @property
+    def answers_changed(self) -> str:
+        """What is added about answers: a KL says little of them where a model is sure. Empty for regression."""
+        if self.top_flips is None or self.other_flips is None:
+            return ""
+        return f"; answers changed {self.top_flips:.0%} and {self.other_flips:.0%}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,8 @@ class PerturbationReport:
         what = "KL" if b.top_flips is not None else HALF_SQUARED
         return (
             f"PerturbationReport(component {self.component}: {what} {b.top:.3g} on top, {b.others:.3g} on others, "
-            f"ratio {b.ratio:.3g} at scale {b.scale:.3g}; random {self.random.ratio:.3g}{self._missed})"
+            f"ratio {b.ratio:.3g} at scale {b.scale:.3g}{b.answers_changed}; random {self.random.ratio:.3g}"
+            f"{self._missed})"
         )
 
     @property

@@ -296,12 +296,11 @@ def _changes(
     forward: ForwardPass, decomposition: Decomposition, watched: Watched, after: Predictions, *, is_top: bool
 ) -> list[dict[str, Any]]:
     """The answers that changed, as `PerturbationReport.changed` holds them."""
-    assert forward.describe is not None
     texts = decomposition.texts
     changed = []
     answers = zip(watched.indices, watched.examples, watched.before.answers(), after.answers(), strict=True)
     for i, example, *both in answers:
-        before, now = ("".join(forward.describe(answer)) for answer in both)
+        before, now = (forward.in_words(answer) for answer in both)
         if not torch.equal(*both) and not (watched.predicts_numbers and before == now):
             text = None if texts is None else texts[i]
             changed.append({"index": i, "id": example.id, "text": text, "top": is_top, "before": before, "after": now})
