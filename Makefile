@@ -18,7 +18,7 @@ RUNTIMES := .venv-runtimes
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test check lint format release-check bench bench-quick bench-peers sweep runtimes runtimes-vllm runtimes-openvino study browser clean
+.PHONY: help demo test test-wide check lint format release-check bench bench-quick bench-peers sweep runtimes runtimes-vllm runtimes-openvino study browser clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: $(VENV)/ready-for-demo ## Analyse a real language model and print what was
 
 test: $(VENV)/ready-for-test browser ## Set everything up, then run every check
 	@$(MAKE) check
+
+test-wide: ## As test, with all cases where test takes a fixed share of many that are alike (about half as long again)
+	@$(MAKE) test ARGS="--wide $(ARGS)"
 
 # mypy is one of the tests here: it takes its turn beside the others.
 check: $(VENV)/ready-for-test ## Format, lint, types and tests, in an environment that is already set up (ARGS goes to pytest)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import random
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,15 +37,40 @@ LONGEST_FIRST = ("test_sweep.py", "test_types.py", "test_studies_runs.py", "test
 may leave the other processes with nothing to do, so it must not be one of these."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--wide`: see `one_in` in pyproject.toml."""
+    parser.addoption("--wide", action="store_true", help="all cases of tests with many alike, not a fixed share")
+
+
 def pytest_configure() -> None:
     """Until all tests are collected: nothing of the million objects that imports make is garbage."""
     gc.disable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, then the others in their order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A share of the cases that are alike; the longest files first, then the others in their order."""
+    if not config.getoption("--wide"):
+        left = left_out(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def left_out(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases of `one_in` tests that are not run: all but a share, drawn by a hash of their names.
+
+    A case that was named alone, `FILE::TEST[CASE]`, is run.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        if (marker := item.get_closest_marker("one_in")) is not None:
+            cases[item.nodeid.split("[")[0], marker.args[0]].append(item)
+    left: set[pytest.Item] = set()
+    for (_, n), alike in cases.items():
+        drawn = sorted(alike, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+        left.update(drawn[-(-len(alike) // n) :])
+    return left
 
 
 def pytest_collection_finish() -> None:

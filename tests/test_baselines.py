@@ -229,6 +229,7 @@ def sparse_states(n: int, h: int, m: int, active: int, seed: int) -> tuple[torch
     return codes @ atoms * 7 + 3, atoms
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "settings", [{"k": 2}, {"kind": "l1", "l1": 0.2, "learning_rate": 1e-2}, {"k": 2, "tied": True}]
 )

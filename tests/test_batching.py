@@ -142,6 +142,7 @@ KINDS: dict[str, tuple[Any, str, tuple[int, ...], bool]] = {
 """{kind: (model, task, lengths of the examples, whether they go one at a time)}."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_gives_each_example_the_fisher_that_a_fresh_model_gives_it_alone(
     kind: str, caplog: pytest.LogCaptureFixture

@@ -245,6 +245,7 @@ def numbers(page: Page) -> list[int]:
 # Every view
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_view_opens_and_fits(page: Page, scheme: str, width: int) -> None:
@@ -645,6 +646,7 @@ def test_examples_are_searched_sorted_and_filtered(page: Page) -> None:
     assert shares == sorted(shares, reverse=True) and len(set(shares)) > 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("colour", ["kind", "length", "mixed", "1 · cities"])
 def test_the_map_is_coloured_and_points_are_examples(page: Page, colour: str) -> None:
     """Oracle: pixels and the tooltip: a point under the mouse says which example it is, and a click goes there."""

@@ -113,6 +113,7 @@ def noise() -> tuple[float, ...]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_training_is_the_same_bit_for_bit_with_and_without_the_callback(
     name: str, tmp_path: Path, followed: Followed

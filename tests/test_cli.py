@@ -124,6 +124,7 @@ def test_a_run_yaml_replays_to_the_same_result_and_options_beside_it_go_first(wo
         assert second == first.replace(f"output: {name}\n", f"output: again/{name}\n")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "line",
     [

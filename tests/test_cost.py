@@ -69,6 +69,7 @@ def test_an_estimate_prints_and_runs_nothing() -> None:
     assert "2 of 3 tokens" in text and "at most" in text and "store on disk" in text
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("family", "task", "settings", "rank"),
     [

@@ -136,6 +136,7 @@ def faulty(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", FAULTS)
 def test_gradients_that_are_cut_or_wrong_outside_linear_maps_are_refused_by_name(kind: str) -> None:
     """Oracle: the fault is planted. Autograd is consistent with itself, so the rows are what autograd says."""
@@ -143,6 +144,7 @@ def test_gradients_that_are_cut_or_wrong_outside_linear_maps_are_refused_by_name
         analysed(faulty(kind))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["detach in a norm", "scaled gradient", "activations of 8 bits"])
 def test_large_cuts_are_noticed_in_16_bits(kind: str, dtype: torch.dtype) -> None:
@@ -246,6 +248,7 @@ READS: dict[str, Callable[[Any], Any]] = {
 """Uses of a weight that neither hooks nor autograd know of."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", READS)
 def test_weights_that_are_read_detached_are_refused_by_name(kind: str) -> None:
     """Oracle: the fault is planted. Without these layers rows are those of the model as it predicts."""

@@ -132,6 +132,7 @@ def matrix_of(m: Any, value: Tensor) -> Tensor:
     return value.reshape(-1, m.shape[1], value.shape[-1]).mT.flatten(0, 1)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_fishers_of_fused_experts_in_padded_batches_equal_brute_force(
     family: str, caplog: pytest.LogCaptureFixture

@@ -83,6 +83,7 @@ def worst_error(
     return max(errors)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "task"), tiny.CASES)
 def test_fishers_of_every_family_and_task_equal_brute_force(family: str, task: str) -> None:
     """Oracle: JᵀSJ from one autograd pass per class and term on each unpadded example alone, in float64.
@@ -98,6 +99,7 @@ def test_fishers_of_every_family_and_task_equal_brute_force(family: str, task: s
 VOCABULARY_CASES = [(f, t) for f, t in tiny.CASES if t in ("causal-lm", "masked-lm", "seq2seq-lm")]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "task"), VOCABULARY_CASES)
 def test_spectral_rows_at_the_hidden_state_with_full_rank_equal_brute_force(family: str, task: str) -> None:
     """Oracle: JᵀSJ as above; as many directions as the hidden state has are all there are, soft-capped or not."""

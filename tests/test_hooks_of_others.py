@@ -37,6 +37,7 @@ def normalised(model: Any) -> None:
 HOOKS: list[Callable[[Any], None]] = [doubled, rectified, halved_input, temperature, normalised]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("hook", HOOKS, ids=[hook.__name__ for hook in HOOKS])
 def test_fishers_of_a_model_with_hooks_equal_brute_force(hook: Callable[[Any], None]) -> None:
     """Oracle: JᵀSJ by autograd of the model with the same hooks, on each example alone, in float64."""

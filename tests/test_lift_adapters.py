@@ -55,6 +55,7 @@ def squared(deltas: Mapping[str, Tensor]) -> float:
     return sum(float(v.double().square().sum()) for v in deltas.values())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("selective", [True, False])
 @pytest.mark.parametrize(("rank", "passes", "median", "least"), [(4, 1, 0.98, 0.95), (2, 2, 0.999, 0.99)])
 def test_adapters_are_the_best_cuts_of_exact_lifting(
@@ -194,6 +195,7 @@ def test_fewer_cotangents_make_the_same_combinations(components: int, share: flo
     assert ((found - truth).norm(dim=1) < 1e-5 * truth.norm(dim=1)).all()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("family", "task", "settings", "fitting"),
     [

@@ -334,6 +334,7 @@ def test_components_of_a_power_lift_exactly(tiny_case: tuple[NPEFFAnalyzer, list
         assert direction.info["estimated_cosine"] > 0.999
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("family", "task", "parameters"),
     [

@@ -17,6 +17,7 @@ from tests import reference, tiny
 from tests.test_families import SMALL, analyzer_of, pair, worst_error
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gemma2"])
 def test_a_model_in_bfloat16_comes_close_to_its_own_weights_in_float64(family: str) -> None:
     """Oracle: JᵀSJ in float64 of the rounded weights; bfloat16 has 8 bits, and errors of some percent are its own."""
@@ -87,6 +88,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("where", ["cpu", "disk", "device_map"])
 @pytest.mark.parametrize(("family", "task"), [("bert", "sequence-classification"), ("llama", "causal-lm")])
 def test_an_offloaded_model_gives_the_rows_of_one_in_memory(family: str, task: str, where: str, tmp_path: Path) -> None:

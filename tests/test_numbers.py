@@ -87,6 +87,7 @@ def regression(scale: float) -> Any:
     return analyzer_of(model, **settings)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e18])
 def test_gradients_of_any_size_give_the_same_components(scale: float, tmp_path: Path) -> None:
     """Identity: the Fisher of a unit Gaussian is JᵀJ, so unit PEFs, W and lifts of a scaled J are those of J."""
@@ -130,6 +131,7 @@ def test_rows_from_1e_minus_20_to_1e_plus_20_in_one_set_are_all_of_unit_norm(tmp
 # Sets that are degenerate ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("r", [1, 2, 5, 12])
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_copies_of_one_example_are_explained_by_its_rows(r: int, power: float, tmp_path: Path) -> None:
@@ -176,6 +178,7 @@ def certain(factor: float, **settings: Any) -> Any:
     return analyzer
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("output_factor", ["exact", "spectral", "projection", "sampling"])
 @pytest.mark.parametrize("factor", [1e2, 1e4, 1e30])
 def test_a_saturated_softmax_gives_finite_pefs_or_none(output_factor: str, factor: float, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ NO_MATTER = ("by position", "all")
 """Every state is handed to the embedding there, and a number for every logit is a slope."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("examples", [EXAMPLES, ONE_LENGTH], ids=["padded", "one length"])
 @pytest.mark.parametrize("positions", ["last", "all"])
 @pytest.mark.parametrize("name", MODELS)

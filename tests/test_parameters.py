@@ -15,6 +15,7 @@ from tests import reference, tiny
 from tests.test_families import SMALL, analyzer_of, pair, worst_error
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("family", "task", "parameters"),
     [
@@ -38,6 +39,7 @@ def test_other_parameters_equal_brute_force(family: str, task: str, parameters: 
     assert worst_error(analyzer, exact, examples, reference.terms_of(task)) <= 1e-4
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sketch", ["identity", "kronecker", "countsketch", "two-stage"])
 @pytest.mark.parametrize("family", ["bert", "llama", "phi"])
 def test_hooks_and_autograd_give_the_same_rows_for_the_same_weights(family: str, sketch: str) -> None:

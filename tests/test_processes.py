@@ -102,6 +102,7 @@ def in_pieces(two: Path) -> Path:
     return two / "sharded"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", workers.SHARDED)
 def test_a_model_sharded_by_fsdp_gives_what_the_whole_model_gives(in_pieces: Path, name: str, tmp_path: Path) -> None:
     """Oracle: one process with the whole model; PEFs to 1e-5. Shares are uneven, one is empty, passes differ in number.
@@ -224,7 +225,7 @@ def test_a_worker_that_dies_stops_the_others_and_finished_shards_stay(tmp_path: 
 
 @linux_only("os.fork with torch's threads")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    """Oracle: every file of a run that was left alone, after SIGKILL at 20 random moments and a second run each."""
+    """Oracle: every file of a run that was left alone, after SIGKILL at 12 random moments and a second run each."""
     done = warm_processes.run(["-m", "tests.workers", "kills", tmp_path])
     assert done.returncode == 0, done.stderr
     left = json.loads((tmp_path / "left.json").read_text())

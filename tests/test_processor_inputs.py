@@ -23,6 +23,7 @@ def pefs_of(tiny: TinyModel, data: Any, batch_size: int = 3, **settings: Any) ->
     return NPEFFAnalyzer(tiny.model, TOKENS, fisher=fisher).compute_pefs(data, batch_size=batch_size, progress=False)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("how", ["unpadded", "left"])
 @pytest.mark.parametrize("model_type", ["instructblip", "kosmos-2", "idefics", "vision-encoder-decoder"])
 def test_inputs_beside_the_tokens_are_padded_and_cut_with_theirs(model_type: str, how: str) -> None:
@@ -64,6 +65,7 @@ def in_form(examples: list[dict[str, Any]], form: str) -> Any:
     return examples
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("model_type", "form"),
     # Every family in the form of one example, and every form; all of them together take half a minute.

@@ -47,6 +47,7 @@ def test_the_output_hessian_is_the_covariance_of_the_score(kind: str) -> None:
     torch.testing.assert_close(covariance, reference.output_hessian(logits, kind), atol=1e-12, rtol=0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("family", "task", "options", "positions"),
     [

@@ -63,6 +63,7 @@ CHANGES: list[tuple[str, Callable[[Any], None]]] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("family", "change"), CHANGES, ids=[change.__name__ for _, change in CHANGES])
 def test_a_store_of_a_model_that_computes_something_else_now_is_refused(
     family: str, change: Callable[[Any], None], tmp_path: Path

@@ -15,6 +15,7 @@ from tests import reference, tiny
 from tests.test_families import SMALL, analyzer_of, as_rows, pair, worst_error
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("problem", "labels"),
     [
@@ -94,6 +95,7 @@ def test_an_answer_is_two_softmaxes_without_the_padding() -> None:
     assert worst_error(analyzer_of(model), exact, examples, reference.terms_of("question-answering")) <= 1e-4
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("positions", ["last", "labels", "all"])
 def test_a_seq2seq_model_predicts_at_its_decoder_positions(family: str, positions: str) -> None:

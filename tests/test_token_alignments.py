@@ -124,6 +124,7 @@ def test_contributions_are_those_of_each_positions_own_gradient(case: str) -> No
         torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-6 * one.alignment)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("family", "task", "fisher"),
     [

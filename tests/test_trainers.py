@@ -73,6 +73,7 @@ def trained(kind: str, folder: Path, callback: NPEFFCallback | None) -> tuple[An
     return trainer, random.state, kept
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_its_metrics_stay_what_they_are(kind: str, tmp_path: Path) -> None:
     plain, random, logged = trained(kind, tmp_path / "plain", None)

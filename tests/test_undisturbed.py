@@ -38,6 +38,7 @@ def whole(model: Any) -> Any:
     return torch.compile(model, backend="eager")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("compiled", [whole, in_place, forward_alone, layers])
 @pytest.mark.parametrize("used_before", [False, True])
 def test_a_compiled_model_has_the_rows_of_the_model(compiled: Any, used_before: bool) -> None:

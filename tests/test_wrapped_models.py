@@ -44,6 +44,7 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("head", HEADS)
 def test_rows_of_a_wrapped_model_are_those_of_the_merged_one(head: str) -> None:
     """Oracle: PEFT's merge_and_unload, its rows by brute force, one example at a time."""

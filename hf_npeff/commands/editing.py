@@ -52,7 +52,7 @@ def edit(
 
     Examples:
     - `hf-npeff edit runs/pefs user/classifier train.jsonl --remove cue -o runs/without-cue`
-    - `hf-npeff edit runs/pefs user/scores train.jsonl --remove cue --given "" -o runs/without-cue` compares all examples
+    - `hf-npeff edit runs/pefs user/scores train.jsonl --remove cue --given "" -o runs/edit` compares all examples
     - `hf-npeff edit runs/pefs gpt2 prompts.jsonl --change changes.json --outcome " Paris" -o runs/edit`
     """
     from hf_npeff.pefs.store import PEFs

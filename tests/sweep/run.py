@@ -31,22 +31,20 @@ from tests.sweep.tiny_models import every_case
 RESULTS = Path("runs/sweep/results.jsonl")
 TIMEOUT_S = 240
 """Of one model type with all of its tasks: ten times what the slowest one takes."""
-THIRD = 3
-"""The tests run one of so many parts of the types, each with one of its heads: under a minute on one core."""
 MEMORY = 8 * 2**30
 """Bytes of address space beyond what the parent has: a tiny model needs a few hundred million."""
 
 
-def in_third(model_type: str) -> bool:
-    """Whether a type is in the fixed third that the tests run: by a hash of its name, so that new types join it."""
-    return _hash_of(model_type) % THIRD == 0
+def in_share(model_type: str, of: int) -> bool:
+    """Whether a type is in the fixed share, one in `of`: by a hash of its name, so that new types join it."""
+    return _hash_of(model_type) % of == 0
 
 
-def cases_of_tests() -> list[tuple[str, str]]:
-    """(type, task) of what the tests run: of every type of the third one head, by the same hash."""
+def cases_in_share(of: int) -> list[tuple[str, str]]:
+    """(type, task) of the share: of every type one head, by the same hash."""
     groups = [list(group) for _, group in groupby(every_case(), key=lambda case: case[0])]
-    heads = [group[_hash_of(group[0][0]) // THIRD % len(group)] for group in groups]
-    return [(model_type, task) for model_type, task in heads if in_third(model_type)]
+    heads = [group[_hash_of(group[0][0]) // of % len(group)] for group in groups]
+    return [(model_type, task) for model_type, task in heads if in_share(model_type, of)]
 
 
 def _hash_of(model_type: str) -> int:
@@ -118,9 +116,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--types", nargs="*", help="only these model types")
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
-    parser.add_argument(
-        "--third", action="store_true", help="only the fixed third of the types that the tests run, with one head each"
-    )
+    parser.add_argument("--one-in", type=int, metavar="N", help="only a fixed share of the types, with one head each")
     parser.add_argument("--right-only", action="store_true", help="no left padding: half of the time")
     parser.add_argument("--pages", action="store_true", help="write the table of docs/models.md and the README's count")
     parser.add_argument("--again", nargs="*", metavar="OUTCOME", help="judge those with these outcomes again")
@@ -134,8 +130,8 @@ def main() -> None:
         (t, task) for t, task in every_case()
         if (not arguments.types or t in arguments.types) and (not arguments.tasks or task in arguments.tasks)
     ]  # fmt: skip
-    if arguments.third:
-        cases = [case for case in cases_of_tests() if case in cases]
+    if arguments.one_in:
+        cases = [case for case in cases_in_share(arguments.one_in) if case in cases]
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page of what was imported
     sweep(cases, arguments.results, arguments.jobs, ("right",) if arguments.right_only else ("right", "left"))
