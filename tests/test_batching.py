@@ -168,6 +168,22 @@ def test_a_model_that_changes_itself_with_its_input_comes_back_as_it_came(kind: 
     torch.testing.assert_close(model(input_ids=torch.tensor([long["input_ids"]])).logits, expected)
 
 
+def test_states_left_in_modules_by_a_generated_text_do_not_reach_an_analysis() -> None:
+    """Oracle: the analysis of a RecurrentGemma, which keeps states in its modules, that has generated nothing."""
+    config = hf.RecurrentGemmaConfig(
+        vocab_size=VOCABULARY, lru_width=16, hidden_size=16, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2, bos_token_id=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    fresh, used = (built(hf.RecurrentGemmaForCausalLM, config) for _ in range(2))
+    start = {"input_ids": torch.tensor([[2]]), "max_new_tokens": 1, "output_logits": True}
+    logits = [used.generate(**start, return_dict_in_generate=True).logits[0] for _ in range(2)]
+    assert relative_change(logits[1], logits[0]) > 1e-2, "generating from one token goes on from the last text"
+    data = [{"input_ids": [2]}, *texts(4)]
+    before, after = (analyzer_of(model).compute_pefs(data, batch_size=1) for model in (fresh, used))
+    torch.testing.assert_close(after.log_probs, before.log_probs)
+    torch.testing.assert_close(after.factors, before.factors)
+
+
 def test_a_model_without_a_mask_predicts_at_each_examples_last_token() -> None:
     """Oracle: xLSTM, which takes no attention mask, called on each example alone."""
     kernels = {
