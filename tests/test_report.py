@@ -572,6 +572,7 @@ def test_notebooks_show_texts_and_no_markup(fitted: tuple[PEFs, Decomposition]) 
         effect = Effect(0.3, 0.5, 0.04, 12.0, (9.0, 15.0), (0.1, 0.5, 0.9), (0.0, 0.0, 0.1), 0.5, 0.1)
         changed = [{"index": 1, "id": "1", "text": EVIL[0], "top": True, "before": "<i>", "after": "b"}]
         report = PerturbationReport(0, 0.5, effect, None, effect, [1], [2], changed, True)
+        assert notebook.effect_rows(report)[0] == ("this step", "0.3", "0.5", "0.04", "12", "50%", "10%")
         assert "answers changed 50% and 10%" in repr(effect) and "answers changed 50% and 10%" in repr(report)
         assert "&lt;i&gt;" in report._repr_html_() and "<script" not in report._repr_html_()
         assert report._repr_html_().count("<tr>") == 3 + 2  # two steps and one answer, each table with its header

@@ -27,7 +27,7 @@ _SHOWN = 400
 MEASURE_COLUMNS = (
     "step", "rank", "group", "n", "KL", "95%", "largest", "answers changed", "right before", "after", "log-odds",
 )  # fmt: skip
-EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed")
+EFFECT_COLUMNS = ("", "step", "KL on top", "KL on others", "ratio", "top answers changed", "others changed")
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> str:
@@ -151,7 +151,11 @@ def effect_rows(report: PerturbationReport) -> list[tuple[str, ...]]:
     """A row of `EFFECT_COLUMNS` for every measured step."""
     effects = [("this step", report.best), ("the other sign", report.opposite), ("a random direction", report.random)]
     return [
-        (name, f"{e.scale:.3g}", f"{e.top:.3g}", f"{e.others:.3g}", f"{e.ratio:.3g}", _share(e.top_flips))
+        (
+            name,
+            *(f"{value:.3g}" for value in (e.scale, e.top, e.others, e.ratio)),
+            *(_share(flips) for flips in (e.top_flips, e.other_flips)),
+        )
         for name, e in effects
         if e is not None
     ]
