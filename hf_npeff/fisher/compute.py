@@ -29,6 +29,7 @@ from hf_npeff.fisher.gradients import CalledOnceForAll
 from hf_npeff.fisher.kept_columns import CONTENT, renew_columns
 from hf_npeff.fisher.memory import is_out_of_memory
 from hf_npeff.fisher.rechecks import Rechecks
+from hf_npeff.fisher.rounded_rows import RoundedRows
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.same_predictions import STORED, check_predictions, places_to_compare
 from hf_npeff.pefs.shards import FILL, ID, StoreWriter, joined_columns, padded_cat
@@ -230,13 +231,14 @@ def _make_shards(
     already = len(share) - sum(map(len, parts))
     batches = sum(-(-len(part) // sizer.value) for part in parts)
     idle = maker.forward.fsdp.most(batches) - batches  # a sharded model needs all processes in every pass
-    rechecks = Rechecks(maker, batches)
+    rechecks, rounded = Rechecks(maker, batches), RoundedRows(maker)
     bar = tqdm(total=len(share), initial=already, desc="PEFs", unit="example", disable=not request.progress)
     with _explaining_interruptions(request.output_dir), bar:
         for part in parts:
-            keep(_shard(maker, part.start, [examples[i] for i in part], sizer, bar, request.skip, rechecks))
+            keep(_shard(maker, part.start, [examples[i] for i in part], sizer, bar, request.skip, rechecks, rounded))
         for _ in range(idle):
             maker.rows([examples[0]])
+    rounded.warn()
 
 
 @contextmanager
@@ -296,6 +298,7 @@ def _shard(
     bar: Any,
     skip: bool,
     rechecks: Rechecks,
+    rounded: RoundedRows,
 ) -> _Shard:
     """The examples from `start` on, in batches of similar length."""
     forward, checked = maker.forward, len(rechecks.results)
@@ -309,6 +312,7 @@ def _shard(
         try:
             with forward.blaming_padding(together):
                 rows = maker.rows(together)
+            rounded.take_out(together, rows)
             if not rechecks.accept(together, rows):
                 continue  # one at a time from now on
         except NotFiniteError as error:
