@@ -112,6 +112,22 @@ def test_maps_of_the_vision_tower_get_each_examples_own_images() -> None:
     assert max(errors_of(tiny, pefs_of(tiny, tiny.examples, target_modules=r".*vision_tower.*q_proj")).values()) < 1e-4
 
 
+def test_experts_for_tokens_of_images_get_each_examples_own() -> None:
+    """Oracle: JᵀSJ by autograd; the self-test sees images of one size, and later batches images of two sizes.
+
+    The experts for text and those for images get the tokens of all examples together, so equal shares would be wrong.
+    """
+    model = build("ernie4_5_vl_moe", "image-text-to-text").model
+    sizes = [(16, 16)] * 8 + [(32, 16), (16, 16), (32, 32), (16, 16)]
+    words = [6, 20] * 4 + [6] * 4  # so that later batches are no longer than those before them
+    examples = [
+        processed(model, [picture(*size, i)], n, i) for i, (size, n) in enumerate(zip(sizes, words, strict=True))
+    ]
+    tiny = TinyModel(model, "causal-lm", examples)
+    pefs = pefs_of(tiny, examples, batch_size=4, target_modules=["gate_up_proj", "down_proj"])
+    assert max(errors_of(tiny, pefs).values()) < 1e-4
+
+
 def wav2vec2(norm: str) -> Any:
     return hf.Wav2Vec2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8), num_labels=3,

@@ -37,6 +37,8 @@ def processed(model: Any, images: Sequence[Image.Image], words: int, seed: int) 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
     if kind:
         batch[kind] = (ids == image_token(model.config)).long()
+    if model.config.model_type == "ernie4_5_vl_moe" and images:
+        batch["moe_mm_token_type_ids"] = batch[kind].clone()
     return batch
 
 
@@ -129,6 +131,20 @@ def _pixtral(config: Any, images: list[Any]) -> Made:
     return made, [image_token(config)] * sum(counts), ""
 
 
+def _ernie(config: Any, images: list[Any]) -> Made:
+    """Its experts for images get the tokens that `moe_mm_token_type_ids` marks, which `processed` adds."""
+    vision = config.vision_config
+    side = vision.patch_size * vision.spatial_merge_size
+    made = _run(
+        "Ernie4_5_VLMoeImageProcessorPil", images, patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
+        size={"shortest_edge": side**2, "longest_edge": 16 * side**2},
+    )  # fmt: skip
+    ids: list[int] = []
+    for grid in made["image_grid_thw"]:
+        ids += [image_token(config)] * (int(grid.prod()) // vision.spatial_merge_size**2)
+    return made, ids, "mm_token_type_ids"
+
+
 _PROCESSORS: dict[str, Callable[[Any, list[Any]], Made]] = {
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
@@ -140,4 +156,5 @@ _PROCESSORS: dict[str, Callable[[Any, list[Any]], Made]] = {
     "idefics3": _idefics("Idefics3ImageProcessorPil", lambda config: _patches(config) // config.scale_factor**2),
     "smolvlm": _idefics("Idefics3ImageProcessorPil", lambda config: _patches(config) // config.scale_factor**2),
     "mistral3": _pixtral,
+    "ernie4_5_vl_moe": _ernie,
 }

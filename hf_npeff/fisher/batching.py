@@ -58,12 +58,14 @@ class BatchTrials:
         agreeing: spans of the trials in which examples had the same predictions as alone.
         image_layout_is_known: whether it was tried out how images without a description enter the model.
         images_joined: whether the images of all examples are joined instead of stacked by example.
+        getting_some_tokens: {names of inputs: whether an analysed map gets only some of the tokens of such an example}.
     """
 
     one_at_a_time: bool = False
     agreeing: list[Span] = field(default_factory=list)
     image_layout_is_known: bool = False
     images_joined: bool = False
+    getting_some_tokens: dict[frozenset[str], bool] = field(default_factory=dict)
 
     def covers(self, examples: Sequence[Example]) -> bool:
         """Whether trials were at least as wide as this batch; their result then holds for it too."""

@@ -39,8 +39,9 @@ from hf_npeff.fisher.model_state import ModelState
 from hf_npeff.fisher.outputs import OutputHead, Outputs, traits_of
 from hf_npeff.fisher.repeatable import check_repeatable
 from hf_npeff.fisher.terms import NothingMarkedError
+from hf_npeff.fisher.token_shares import gets_some_tokens
 from hf_npeff.images import with_images_joined
-from hf_npeff.padding import Batch
+from hf_npeff.padding import Batch, is_beside_tokens
 
 logger = logging.getLogger(__name__)
 _PADDING_EXAMPLES = 64
@@ -319,8 +320,8 @@ class ForwardPass:
             return True
         if self.one_at_a_time or straddles(examples, self.limits) or len(alike(examples, self.traits.takes)) > 1:
             return False
-        if self._maps_of_images and len({example.sizes for example in examples}) > 1:
-            return False  # the rows of a map that sees only images are divided among examples in equal shares
+        if len({example.sizes for example in examples}) > 1 and self._divides_unequally(examples):
+            return False
         kinds = {(example.length, *example.sizes): example for example in examples}
         if len(kinds) == 1 or self.fsdp.active or self.trials.covers(examples):
             return True
@@ -338,6 +339,26 @@ class ForwardPass:
             return False
         self.trials.agreeing.append(span_of(examples))
         return True
+
+    def _divides_unequally(self, examples: Sequence[Example]) -> bool:
+        """Whether a map may get more rows of one of these examples than of another, such as the tokens of its images.
+
+        The rows of a map are divided among the examples in equal shares.
+        """
+        if self._maps_of_images:
+            return True
+        known = self.trials.getting_some_tokens
+        for kind, example in {frozenset(example.inputs): example for example in examples}.items():
+            if kind not in known and not self.fsdp.active and any(map(is_beside_tokens, kind)):
+                run = functools.partial(self._ran_on, example)
+                known[kind] = gets_some_tokens(self.model, self.maps, run, example.length)
+            if known.get(kind):
+                return True
+        return False
+
+    def _ran_on(self, example: Example) -> None:
+        with contextlib.suppress(NotFiniteError):  # whoever runs the batch names the example
+            self.outputs([example])
 
     @torch.no_grad()
     def check_repeatable(self, example: Example) -> None:
