@@ -15,6 +15,7 @@ from typing import Any
 from hf_npeff.encoding.chat import as_lines, conversation_of, is_conversation, messages_of, turn_of
 from hf_npeff.encoding.embedding_texts import EmbeddingTexts
 from hf_npeff.encoding.labels import IGNORED, numbers_of_tags
+from hf_npeff.encoding.pictures import in_colours
 from hf_npeff.encoding.record import Encoded, ModelNeeds
 from hf_npeff.encoding.values import as_python, at, is_words
 
@@ -125,7 +126,8 @@ class Encoder:
         return Inputs(self._tensors(row))
 
     def _of_image(self, row: Mapping[str, Any]) -> Inputs:
-        encoded = self.processor(images=row[self.record.columns[0]], return_tensors="pt")
+        image = in_colours(row[self.record.columns[0]], self.processor)
+        encoded = self.processor(images=image, return_tensors="pt")
         return Inputs({name: value[0] for name, value in encoded.items()})
 
     def _of_text(self, row: Mapping[str, Any]) -> Inputs:
