@@ -15,9 +15,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from hf_npeff import UnsupportedModelError
+from hf_npeff import ParameterDirection, UnsupportedModelError
 from hf_npeff.fisher.weights_hash import identity_of
 from tests import reference, tiny
+from tests.logged import warned_by
 from tests.test_families import SMALL, analyzer_of
 
 WIDE = {
@@ -202,3 +203,88 @@ def test_quantos_weights_have_the_rows_of_their_values() -> None:
         saved(), quantization_config=transformers.QuantoConfig(weights="int8"), dtype=torch.float32
     )
     assert worst(model, with_weights(model, as_run)) <= 1e-5
+
+
+class Packed(torch.nn.Module):
+    """A layer as GPTQ and AWQ (buffers) or HQQ (a dictionary beside a parameter) have them: no nn.Linear, no weight."""
+
+    def __init__(self, layer: torch.nn.Linear, *, in_buffers: bool):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 7
+        whole = (layer.weight.detach() / scale).round().to(torch.int8) + 8
+        packed = (whole[:, ::2] + 16 * whole[:, 1::2]).to(torch.uint8)
+        if in_buffers:
+            self.register_buffer("qweight", packed)
+            self.register_buffer("scales", scale)
+        else:
+            self.W_q = torch.nn.Parameter(packed, requires_grad=False)
+            self.meta = {"nbits": 4, "scale": scale, "more": {"zero": torch.full((1,), 8.0)}}
+            self.bias = torch.zeros(self.out_features)
+
+    def values(self) -> Tensor:
+        packed, scale = (self.qweight, self.scales) if hasattr(self, "qweight") else (self.W_q, self.meta["scale"])
+        whole = torch.stack([packed % 16, packed // 16], -1).flatten(1)
+        return (whole.to(torch.float32) - 8) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.values())
+
+
+def packed_model(*, in_buffers: bool = True) -> Any:
+    """A model whose MLPs are packed and whose attention is not."""
+    model = plain()
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, Packed(getattr(layer.mlp, name), in_buffers=in_buffers))
+    return model
+
+
+@pytest.mark.parametrize("in_buffers", [True, False])
+def test_packed_layers_that_are_no_linear_layers_are_named_with_their_share(in_buffers: bool, caplog: Any) -> None:
+    """Oracle: the sizes of the plain model's weights; rows of the other layers beside the unpacked values."""
+    model, exact = packed_model(in_buffers=in_buffers), plain()
+    with torch.no_grad():
+        for layer, unpacked in zip(model.model.layers, exact.model.layers, strict=True):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                getattr(unpacked.mlp, name).weight.copy_(getattr(layer.mlp, name).values())
+    examples = tiny.tiny_batch(exact, 3, seed=2)
+    found = analyzer_of(model, **SETTINGS).compute_pefs(examples, progress=False)
+    sizes = {name: weight.numel() for name, weight in exact.named_parameters()}
+    inside = {name: size for name, size in sizes.items() if "embed" not in name and "lm_head" not in name}
+    share = sum(size for name, size in inside.items() if ".mlp." in name) / sum(inside.values())
+    (warning,) = [r for r in warned_by(caplog, "fisher.preparation") if "floating point" in r.getMessage()]
+    assert "model.layers.*.mlp.up_proj (quantised)" in warning.getMessage()
+    assert warning.args[0] == pytest.approx(100 * share, abs=1.0)
+    analysed = sum(sizes[name] for name in found.sketch().shapes)
+    assert found.info["selftest"]["coverage"] == pytest.approx(analysed / sum(sizes.values()), rel=1e-3)
+    wanted = analyzer_of(exact, target_modules=r".*self_attn.*", **SETTINGS).compute_pefs(examples, progress=False)
+    assert list(found.sketch().shapes) == list(wanted.sketch().shapes)
+    for i in range(3):
+        A, B = (p.factors[i].double() * p.norms[i].sqrt() for p in (found, wanted))
+        assert reference.relative_error_of_factors(B, A) <= 1e-5
+
+
+def test_a_change_of_a_packed_layer_is_refused_with_what_to_do() -> None:
+    """Oracle: the layer's name; the same change is measured on the model in floating point."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    change = ParameterDirection({name: torch.ones(128, 64)}, {name: "linear"})
+    examples = tiny.tiny_batch(plain(), 2, seed=2)
+    with pytest.raises(UnsupportedModelError, match=rf"{name}.*floating point"):
+        analyzer_of(packed_model()).measure(change, examples, random=False)
+    assert analyzer_of(plain()).measure(change, examples, random=False).at(1.0)["all"].kl > 0
+
+
+def test_scales_in_a_dictionary_belong_to_the_weights() -> None:
+    """Oracle: a weight of other scale has the same packed numbers and predicts otherwise."""
+    identities = []
+    for factor in (1.0, 1.25):
+        model = packed_model(in_buffers=False)
+        model.model.layers[0].mlp.up_proj.meta["scale"] *= factor
+        identities.append(identity_of(model))
+    assert None not in {each.hash for each in identities} and identities[0].hash != identities[1].hash
+    for change in ("zero", "bias"):
+        model = packed_model(in_buffers=False)
+        layer = model.model.layers[0].mlp.up_proj
+        (layer.meta["more"]["zero"] if change == "zero" else layer.bias).add_(1)
+        assert identity_of(model).hash != identities[0].hash

@@ -55,6 +55,20 @@ def is_at_hand(weight: Tensor | None) -> bool:
     )
 
 
+def packed_size(module: nn.Module) -> int:
+    """The entries of the weight of a quantised layer that is no linear layer of PyTorch's; 0 for any other module.
+
+    Such layers (of GPTQ, AWQ, HQQ, BitNet) keep whole numbers with several entries of the weight in each, often in
+    buffers, so that the model's parameters do not tell their size.
+    """
+    sides = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if is_linear(module) or not all(isinstance(side, int) for side in sides):
+        return 0
+    held = [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
+    packed = any(value.dim() > 1 and not value.is_floating_point() and value.dtype != torch.bool for value in held)
+    return sides[0] * sides[1] if packed else 0  # type: ignore[operator]
+
+
 def is_computed(module: nn.Module) -> bool:
     """Whether a layer's weight is computed from other parameters in every pass: masks, weight norm, parametrizations.
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters
-from hf_npeff.fisher.linear_layers import behaviour, is_at_hand, is_linear
+from hf_npeff.fisher.linear_layers import behaviour, is_at_hand, is_linear, packed_size
 from hf_npeff.pefs.sketches import Sketch
 
 _SHARE_TO_NAME = 0.05
 """No warning if a smaller share is left out; biases and norms of usual models have less than a hundredth."""
+PACKED = " (quantised)"
+"""What follows the name of a quantised layer that is not analysed."""
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
@@ -169,7 +171,9 @@ def left_out(
 ) -> dict[str, float]:
     """The parameters that are not analysed, largest first: fused experts, convolutions, other kinds of layers.
 
-    Embeddings, including an output embedding, do not count, and neither do the parts of a PEFT adapter.
+    A quantised layer that is no linear layer of PyTorch's counts with the entries of its weight (`packed_size`), under
+    its own name and `PACKED`. Embeddings, including an output embedding, do not count, and neither do the parts of a
+    PEFT adapter.
 
     Args:
         model: any module.
@@ -188,6 +192,11 @@ def left_out(
         if prefix not in bare:
             continue
         unchosen = chosen_by_hand and is_linear(module) and behaviour(module) == "product"
+        if packed := packed_size(module):
+            known |= {id(parameter) for parameter in module.parameters(recurse=False)}
+            total += packed
+            group = _LAYER_NUMBER.sub(".*", bare[prefix]) + PACKED
+            sizes[group] = sizes.get(group, 0) + packed
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if id(parameter) in known:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -18,12 +18,13 @@ from hf_npeff.fisher.differences import check_differences
 from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, NotFiniteError
 from hf_npeff.fisher.gradients import NoneRan
+from hf_npeff.fisher.linear_layers import packed_size
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps
 from hf_npeff.fisher.metric import is_free, measure_metric, pilot_examples
 from hf_npeff.fisher.output_factors import resolve
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameter_differences import check_parameter_differences
-from hf_npeff.fisher.parameters import left_out
+from hf_npeff.fisher.parameters import PACKED, left_out
 from hf_npeff.fisher.row_check import check_batch, pair_of, used_otherwise
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import (
@@ -195,6 +196,9 @@ def _size(model: nn.Module, maps: Sequence[LinearMap]) -> int:
     weights = bare_parameters(model)
     sizes = {id(weight): weight.numel() for weight in weights.values()}
     sizes |= {id(weights.get(m.parameter, m)): m.shape[0] * m.shape[1] for m in maps}
+    for module in model.modules():
+        if packed := packed_size(module):
+            sizes |= dict.fromkeys(map(id, module.parameters(recurse=False)), 0) | {id(module): packed}
     return sum(sizes.values())
 
 
@@ -214,8 +218,18 @@ def _warn_of_what_is_left_out(
         named = [f"{name} ({share:.1%})" for name, share in shares.items()]
         logger.warning(
             "%.1f%% of the parameters outside the embeddings are left out, because they are not the weight of a linear "
-            "layer that computes x Wᵀ + b: %s%s. Name them in FisherConfig(parameters=...) to analyse them",
+            "layer that computes x Wᵀ + b: %s%s. %s to analyse them",
             100 * sum(shares.values()),
             ", ".join(named[:_NAMED]),
             f", and {len(named) - _NAMED} smaller ones" if len(named) > _NAMED else "",
+            _to_analyse(shares),
         )
+
+
+def _to_analyse(names: Collection[str]) -> str:
+    """What to do so that these weights are analysed."""
+    ways = {name.endswith(PACKED) for name in names}
+    parts = ["load the model in floating point"] if True in ways else []
+    parts += ["name them in FisherConfig(parameters=...)"] if False in ways else []
+    text = ", or ".join(parts)
+    return text[0].upper() + text[1:]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hf_npeff.fisher.bare_model import acting_adapters, bare_module_names, base_of, is_wrapper
 from hf_npeff.fisher.fsdp import is_sharded
+from hf_npeff.fisher.linear_layers import packed_size
 from hf_npeff.pefs.weights_identity import WeightsIdentity
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,17 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, value in module._buffers.items():
         if value is not None and name not in module._non_persistent_buffers_set:
             yield name, value
+    if packed_size(module):  # HQQ's scales and zeros are in a dictionary, and its bias is a plain attribute
+        yield from _tensors_in({name: held for name, held in vars(module).items() if not name.startswith("_")})
+
+
+def _tensors_in(held: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a dictionary, and in those inside it."""
+    for key, value in held.items():
+        if isinstance(value, Tensor):
+            yield f"{place}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _tensors_in(value, f"{place}{key}.")
 
 
 def _hashes_of_adapters(model: nn.Module) -> dict[str, str]:
