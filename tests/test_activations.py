@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_npeff import ParameterDirection, UnsupportedModelError
 from hf_npeff.weights.activations import ChangedActivations, LinearDelta, changed_in_activations, random_like
 from hf_npeff.weights.layouts import layout_of
+from tests.sweep.tiny_models import build
 from tests.tiny import collate, tiny_batch, tiny_model
 
 LINEAR = r"(q_proj|down_proj|query|value|output\.dense|c_attn|c_fc|c_proj|fc1|out_lin)\.weight"
@@ -198,6 +199,39 @@ def test_a_weight_that_is_read_without_its_module_is_named_on_exit() -> None:
         model(x)
     with changed_in_activations(model, {"read.weight": delta}):
         pass  # nothing ran
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "idle"),
+    [
+        ("longformer", "masked-lm", "query_global"),
+        ("led", "seq2seq-lm", "key_global"),
+        ("luke", "masked-lm", "w2e_query"),
+    ],
+)
+def test_weights_of_layers_that_do_not_run_for_these_inputs_change_nothing(
+    model_type: str, kind: str, idle: str
+) -> None:
+    """Oracle: logits of the model with W + ΔW. No token has global attention, and no entity is marked in the text."""
+    tiny = build(model_type, kind)
+    model: Any = tiny.model
+    example = {n: torch.as_tensor(v)[None] for n, v in tiny.examples[0].items()}
+    direction = direction_of(model, rf"({idle}|\.(query|value))\.weight")
+    others = ParameterDirection(
+        {n: v for n, v in direction.items() if idle not in n}, {n: "linear" for n in direction if idle not in n}
+    )
+    before = logits(model, example)
+    with others.applied_to(model, 0.5):
+        truth = logits(model, example)
+    assert (truth - before).abs().max() > 1e-3
+    both = direction.norm / sum(float(direction[n].square().sum()) for n in others) ** 0.5
+    with direction.applied_to(model, 0.5 * both):
+        torch.testing.assert_close(logits(model, example), truth, atol=1e-5, rtol=0)
+    kept = [dict(module._parameters) for module in model.modules()]
+    with direction.applied_in_activations(model, 0.5 * both):
+        torch.testing.assert_close(logits(model, example), truth, atol=1e-5, rtol=0)
+    for module, own in zip(model.modules(), kept, strict=True):
+        assert type(module._parameters) is dict and own == module._parameters
 
 
 def test_what_is_no_linear_map_is_refused_by_name() -> None:

@@ -20,10 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.adapted_maps import check_adapted_maps
-from hf_npeff.fisher.bare_model import bare_module_names, bare_name, bare_parameters
+from hf_npeff.fisher.bare_model import bare_module_names, bare_modules, bare_name, bare_parameters
 from hf_npeff.fisher.expert_search import find_experts
 from hf_npeff.fisher.gradients import CalledOnceForAll
+from hf_npeff.fisher.linear_layers import packed_size
 from hf_npeff.fisher.routing import Routing, Tap, multiplied_by_expert
+from hf_npeff.weights.parameter_reads import ParameterReads
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,18 @@ def check_linear(model: nn.Module, deltas: Mapping[str, LinearDelta]) -> dict[st
     """{module: parameter} of the linear maps after which the deltas are added, including tied ones.
 
     Raises:
-        UnsupportedModelError: if a parameter is not only the weight of linear maps.
+        UnsupportedModelError: if a parameter is not only the weight of linear maps, or that of a packed layer.
         ValueError: if the model lacks a parameter, or has one of another shape.
     """
     modules = dict(model.named_modules())
     known = bare_parameters(model)
     if missing := [name for name in deltas if name not in known]:
+        layers = bare_modules(model)
+        if packed := [n for n in missing if (m := layers.get(n.rpartition(".")[0])) is not None and packed_size(m)]:
+            raise UnsupportedModelError(
+                f"{packed[0]} is quantised in a layer that is no linear layer of PyTorch's, so its change cannot be "
+                "added to an output; measure it on the model in floating point"
+            )
         raise ValueError(f"the model has no parameters named {missing[:3]}; is it the one the change was made for?")
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in modules.items():
@@ -175,7 +183,8 @@ class ChangedActivations:
     Raises:
         UnsupportedModelError: if a parameter is not only the weight of linear maps; on exit, if a changed module never
             ran although the module around it did, because the model reads its weight in another way, as an adapter of
-            PEFT may do.
+            PEFT may do. A weight of transformers' own modules that was not read has no effect on these inputs, such as
+            those of Longformer's global attention where no token has it.
         ValueError: if the model lacks a parameter, or has one of another shape.
     """
 
@@ -203,6 +212,14 @@ class ChangedActivations:
         self._assigned: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._handles: list[Any] = []
         self._ran: set[str] = set()
+        self._reads = ParameterReads(self._that_may_be_idle())
+
+    def _that_may_be_idle(self) -> dict[str, nn.Module]:
+        """The changed modules inside transformers' own, which read no weight but as `module.weight`."""
+        modules = dict(self._model.named_modules())
+        around = {path: modules[path.rpartition(".")[0]] for path in self._places}
+        own = {path for path, module in around.items() if type(module).__module__.partition(".")[0] == "transformers"}
+        return {path: modules[path] for path in self._places if path in own}
 
     @property
     def modules(self) -> list[str]:
@@ -238,6 +255,7 @@ class ChangedActivations:
             self._handles.append(modules[path].register_forward_hook(hook, prepend=True, with_kwargs=True))
         for path, experts in find_experts(self._model, self._fused).items() if self._fused else ():
             self._handles.append(experts.intercept(self._tap(path), lambda: True))
+        self._reads.__enter__()
         return self
 
     def __exit__(
@@ -245,7 +263,9 @@ class ChangedActivations:
     ) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._reads.__exit__(kind, error, trace)
         unseen = [path for path in self._places if path not in self._ran and path.rpartition(".")[0] in self._ran]
+        unseen = [path for path in unseen if path in self._reads.read or path not in self._reads.modules]
         if unseen and kind is None:
             raise UnsupportedModelError(
                 f"the model reads the weight of {', '.join(unseen[:3])} without calling the module, so its change was "
