@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertForSequenceClassification
 
 from hf_npeff import FisherConfig, NPEFFAnalyzer, UnsupportedModelError
+from tests import reference
 from tests.analyses import analyzer_of, brute_force, errors
 from tests.sweep.judge import ROWS, TOKENS, errors_of
 from tests.sweep.tiny_models import TinyModel, build
@@ -165,3 +167,23 @@ def test_positions_that_run_on_do_not_hide_a_layer_that_comes_twice() -> None:
     data = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in tiny_batch(model, 3, seed=3)]
     with pytest.raises(UnsupportedModelError, match="use_cache"):
         analyzer_of(model, rank=4).compute_pefs(data, progress=False)
+
+
+class ClassesForQuestionAnswering(BertForSequenceClassification):
+    """Answers questions by one of a few classes, as ViLT and VisualBERT do."""
+
+
+def test_a_model_that_answers_questions_by_classes_is_refused_and_the_advice_works() -> None:
+    """Oracle: JᵀSJ by autograd with the advised task; the error names what the model gives instead of a span."""
+    plain: Any = tiny_model("bert", "sequence-classification")
+    model = ClassesForQuestionAnswering(plain.config).to(torch.float64).eval()
+    model.load_state_dict(plain.state_dict())
+    examples = tiny_batch(plain, 3, seed=1)
+    with pytest.raises(UnsupportedModelError, match=r"logits.*task='sequence-classification'"):
+        NPEFFAnalyzer(model).compute_pefs(examples, progress=False)
+    fisher = FisherConfig(rank=ROWS, output_factor="exact", sketch="identity", storage_dtype="float64")
+    analyzer = NPEFFAnalyzer(model, fisher=fisher, task="sequence-classification")
+    pefs = analyzer.compute_pefs(examples, progress=False)
+    truth = brute_force(analyzer_of(plain), examples)
+    for B, A, norm in zip(truth, pefs.factors, pefs.norms, strict=True):
+        assert reference.relative_error_of_factors(B, A.double() * norm.sqrt()) < 1e-6

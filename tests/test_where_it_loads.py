@@ -5,6 +5,7 @@ Oracles: PEFT's logits against the model with W + ΔW; the page against the tabl
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ def test_the_page_has_the_table() -> None:
 def test_the_worst_part_decides() -> None:
     """Oracle: the rows of the table."""
     by_name = {runtime.name: runtime.verdicts for runtime in RUNTIMES if runtime.name != "sentence-transformers"}
-    assert set(verdicts("lora", ["linear", "conv1d"]).values()) == {"loads"}
-    mixed = verdicts("lora", ["linear", "norm"])
+    assert set(verdicts("lora", {"a.weight": "linear", "b.weight": "conv1d"}).values()) == {"loads"}
+    mixed = verdicts("lora", {"a.weight": "linear", "norm.weight": "norm"})
     assert mixed == {name: told["norms"] for name, told in by_name.items()}
     assert mixed["OpenVINO GenAI"] == "dropped" and mixed["vLLM"] == "refused" and mixed["PEFT"] == "loads"
-    assert verdicts("shira", ["linear"]) == {name: told["SHiRA"] for name, told in by_name.items()}
-    assert verdicts("delta", ["linear"]) == {} and where_it_loads("delta", ["linear"]) == "only hf_npeff"
+    linear = {"a.weight": "linear"}
+    assert verdicts("shira", linear) == {name: told["SHiRA"] for name, told in by_name.items()}
+    assert verdicts("delta", linear) == {} and where_it_loads("delta", linear) == "only hf_npeff"
 
 
 def test_an_adapter_and_its_card_say_where_it_loads() -> None:
@@ -51,7 +53,27 @@ def test_an_adapter_and_its_card_say_where_it_loads() -> None:
     assert norms.loads_in == ["PEFT", "transformers"]
     assert "| Loads in | PEFT, transformers; not OpenVINO GenAI, which silently drops a part" in norms.card()
     # transformers takes a SHiRA adapter whole and applies it to other entries of the weights: nothing is dropped.
-    assert where_it_loads("shira", ["linear"]) == "PEFT; not transformers, which silently changes other weights"
+    silent = "PEFT; not transformers, which silently changes other weights"
+    assert where_it_loads("shira", {"a.weight": "linear"}) == silent
+
+
+@pytest.mark.parametrize("kind", ["lora", "shira"])
+@pytest.mark.parametrize("module", ["in_proj", "out_proj"])
+def test_an_adapter_on_out_proj_of_a_mamba_says_that_peft_refuses_it(module: str, kind: Any, tmp_path: Path) -> None:
+    """Oracle: PEFT and transformers themselves."""
+    model, _ = setting("mamba", "causal-lm")
+    direction = direction_of(model, rf".*{module}\.weight")
+    direction.info["architecture"] = type(model).__name__
+    adapter = direction.to_adapter(rank=2, kind=kind)
+    adapter.save_pretrained(tmp_path)
+    for name, loads in (("PEFT", PeftModel.from_pretrained), ("transformers", type(model).load_adapter)):
+        if name in adapter.loads_in:
+            loads(copy.deepcopy(model), tmp_path)
+        elif kind == "lora":
+            with pytest.raises(ValueError, match="out_proj"):
+                loads(copy.deepcopy(model), tmp_path)
+    assert ("PEFT" in adapter.loads_in) == (module == "in_proj" or kind == "shira")
+    assert adapter.loads_in or "| Loads in | only hf_npeff |" in adapter.card()
 
 
 @pytest.mark.parametrize("scale", [0.7, -3.0])

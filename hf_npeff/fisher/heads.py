@@ -308,7 +308,18 @@ class TransformersHead:
         return Outputs(logits, wide, valid, self.distribution, None, several=self.several)
 
     def _answer_outputs(self, result: Any, batch: Mapping[str, Tensor]) -> Outputs:
-        """Two softmaxes over the real positions: where the answer starts and where it ends."""
+        """Two softmaxes over the real positions: where the answer starts and where it ends.
+
+        Raises:
+            UnsupportedModelError: if the model answers in another way, as ViLT does by classes and TAPAS by cells.
+        """
+        given = sorted(getattr(result, "keys", list)())
+        if not {"start_logits", "end_logits"} <= set(given):
+            raise UnsupportedModelError(
+                f"the model does not answer by the start and the end of a span of its input (it gives {given}); "
+                "pass task='sequence-classification' if it predicts a class for each example, or an object with the "
+                "hf_npeff.OutputHead protocol"
+            )
         logits = torch.stack([result["start_logits"], result["end_logits"]], 1)
         wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         real = real_tokens(batch, logits[:, 0], decoder=False)

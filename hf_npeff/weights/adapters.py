@@ -109,7 +109,7 @@ class Adapter(Readable):
     @property
     def loads_in(self) -> list[str]:
         """The programs of `sharing.runtimes.RUNTIMES` that load all of the adapter."""
-        verdict_of = verdicts(self.kind, self.layouts.values(), self._task_type)
+        verdict_of = verdicts(self.kind, self.layouts, self._task_type, self.architecture)
         return [name for name, verdict in verdict_of.items() if verdict == "loads"]
 
     @property
@@ -313,7 +313,7 @@ class Adapter(Readable):
             rank=self.config.get("r"),
             retained_energy=self.retained_energy,
             is_estimate=self.is_estimate,
-            loads_in=where_it_loads(self.kind, self.layouts.values(), self._task_type),
+            loads_in=where_it_loads(self.kind, self.layouts, self._task_type, self.architecture),
             auto_class=self.architecture,
             repo_id=repo_id,
             datasets=datasets,
