@@ -266,6 +266,10 @@ def test_edit_writes_a_direction_of_its_natural_length_and_an_adapter(world: Wor
     direction = ParameterDirection.load(world.folder / "edited" / "direction")
     assert direction.info["natural_scale"] == 1 and direction.info["method"] == "edit"
     assert report["outcome"].startswith("class ")
+    seen = run("edit", "pefs", "model", "data.jsonl", *options[:-1], "again", cwd=world.folder).stdout
+    for name, kl in (("should change", "kl"), ("beside the outcome", "kl_beside"), ("should stay", "kl_of_others")):
+        line = next(line for line in seen.splitlines() if name in line)
+        assert f"{report[kl]:.3g}" in line and (f"{report['flips_of_others']:.0%}" in line or kl != "kl_of_others")
     settings = json.loads((world.folder / "edited" / "adapter" / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"]) == ("LORA", 4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,8 @@ def edit(
     - `hf-npeff edit runs/pefs user/scores train.jsonl --remove cue --given "" -o runs/edit` compares all examples
     - `hf-npeff edit runs/pefs gpt2 prompts.jsonl --change changes.json --outcome " Paris" -o runs/edit`
     """
+    from rich.console import Group
+
     from hf_npeff.pefs.store import PEFs
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
@@ -83,4 +86,20 @@ def edit(
     )
     headers = ("", "examples", "wanted", "predicted", "realised")
     values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report}
-    return Result(values, table(title, headers, rows), {"revision": analyzer.revision})
+    shown = Group(table(title, headers, rows), table("how far predictions moved", _MOVED, _moved(direction.info)))
+    return Result(values, shown, {"revision": analyzer.revision})
+
+
+_MOVED = ("", "mean KL, nats", "answers changed")
+
+
+def _moved(info: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of `_MOVED`: the examples that should change, the rest of their predictions, and those that should not."""
+    named = [("examples that should change", "kl", "flips"),
+             ("of this, beside the outcome", "kl_beside", None),
+             ("examples that should stay the same", "kl_of_others", "flips_of_others")]  # fmt: skip
+    return [
+        [name, f"{info[kl]:.3g}", f"{info[flips]:.0%}" if flips is not None and flips in info else ""]
+        for name, kl, flips in named
+        if kl in info
+    ]
