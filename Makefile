@@ -27,7 +27,7 @@ help: ## Show this list
 demo: $(VENV)/ready-for-demo ## Analyse a real language model and print what was found
 	@$(BIN)/hf-npeff demo $(ARGS)
 
-test: $(VENV)/ready-for-test browser ## Set everything up, then run every check
+test: $(VENV)/ready-for-test browser ## Set everything up, then run the checks
 	@$(MAKE) check
 
 test-wide: ## As test, with all cases where test takes a fixed share of many that are alike (about half as long again)
