@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import WavLMConfig, WavLMForSequenceClassification
 
 from hf_npeff import CorruptStoreError, ParameterDirection, UnsupportedModelError
 from hf_npeff.weights.dense_delta import load_delta
 from hf_npeff.weights.layouts import layout_of
 from hf_npeff.weights.lora import low_rank
+from tests.sweep.tiny_models import build
 from tests.tiny import collate, tiny_batch, tiny_model
 
 FAMILIES = [("llama", "causal-lm"), ("bert", "sequence-classification"), ("gpt2", "causal-lm")]
@@ -263,3 +266,45 @@ def test_a_scaled_adapter_is_that_of_a_longer_change(kind: Any) -> None:
         torch.testing.assert_close(B @ A, long.delta(name))
     dense = ParameterDirection({n: long.delta(n) for n in direction}, direction.layouts, unit=False)
     assert scaled.energies() == pytest.approx(dense.energies())
+
+
+def wavlm() -> tuple[Any, dict[str, Tensor]]:
+    """A tiny classifier of sounds, and a sound."""
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8), num_labels=3,
+        conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, classifier_proj_size=16,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    model = WavLMForSequenceClassification(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model, {"input_values": torch.randn(1, 800, generator=generator)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "pattern"),
+    [
+        ("jamba", "causal-lm", r"dt_proj"),
+        ("layoutlmv3", "sequence-classification", r"rel_pos_(x_|y_)?bias"),
+        ("longcat_flash", "causal-lm", r"router\.classifier"),
+        ("wavlm", "audio-classification", r"attention\.(q|k|v|out)_proj"),
+    ],
+)
+def test_a_lora_that_peft_would_ignore_is_refused(model_type: str, task: str, pattern: str) -> None:
+    """Oracle: PEFT, whose LoRA changes nothing on these layers, while the same change of the weights does."""
+    if model_type == "wavlm":
+        model, example = wavlm()
+    else:
+        tiny = build(model_type, task)
+        model, example = tiny.model, {n: torch.as_tensor(v)[None] for n, v in tiny.examples[1].items()}
+    model.config.use_cache = False  # with a cache, Jamba needs a layer of attention
+    direction = direction_of(model, rf"{pattern}\.weight")
+    with pytest.raises(UnsupportedModelError, match=pattern):
+        direction.to_adapter(rank=2)
+    before = logits(model, example)
+    with direction.applied_to(model, 3.0):
+        assert (logits(model, example) - before).abs().max() > 1e-4
+    targets = [name.removesuffix(".weight") for name in direction]
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    torch.testing.assert_close(logits(wrapped.eval(), example), before, atol=1e-6, rtol=0)

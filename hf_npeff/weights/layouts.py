@@ -22,9 +22,18 @@ STORED_WHOLE: tuple[Layout, ...] = ("norm", "other")
 """Layouts of parameters for which PEFT's LoRA stores the new value (`modules_to_save`) instead of the change."""
 
 
-_READ_WITHOUT_CALLING = {("MambaMixer", "dt_proj"), ("FalconMambaMixer", "dt_proj")}
-"""Linear layers, by the class of the module around them, whose weight transformers reads without calling them, so that
-an adapter around them does nothing (findings/peft-lora-on-mambas-dt-proj-does-nothing.sh)."""
+_BIASES = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
+_READ_WITHOUT_CALLING = {
+    "MambaMixer": ("dt_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "LayoutLMv2Encoder": _BIASES,
+    "LayoutLMv3Encoder": _BIASES,
+    "LongcatFlashTopkRouter": ("classifier",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+"""{class of transformers: its linear layers whose weight it reads without calling them}, so that an adapter around them
+does nothing (findings/peft-lora-on-mambas-dt-proj-does-nothing.sh)."""
 
 
 def layout_of(model: nn.Module, parameter: str) -> Layout:
@@ -40,7 +49,7 @@ def layouts_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, Layout]
     layouts = {n: _layout(modules.get(p) or model.get_submodule(p), leaf) for n, (p, _, leaf) in places.items()}
     for name, (path, _, leaf) in places.items():
         around, _, own = path.rpartition(".")
-        if leaf == "weight" and (type(modules.get(around)).__name__, own) in _READ_WITHOUT_CALLING:
+        if leaf == "weight" and own in _READ_WITHOUT_CALLING.get(type(modules.get(around)).__name__, ()):
             layouts[name] = "other"
     if "other" in layouts.values():
         layouts |= {n: layout for n, layout in _layouts_of_experts(model).items() if n in layouts}
