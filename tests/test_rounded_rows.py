@@ -44,6 +44,9 @@ def test_where_attention_has_nothing_to_choose_queries_and_keys_have_zero_pefs(
         else:
             row = pefs.factors[i].double() * pefs.norms[i].sqrt()
             assert reference.relative_error_of_factors(B, row) <= 1e-5
+    # The self-test is made on another example: this one's gradient tells nothing, of batches and of the model.
+    assert not warned_by(caplog, "fisher.forward") and not warned_by(caplog, "fisher.differences")
+    assert pefs.info["selftest"]["row_error"] is not None
     (warning,) = warned_by(caplog, "fisher.rounded_rows")
     assert "'5'" in warning.args[0]  # whether the gradient of a single token is exactly zero, depends on the kernel
 

@@ -25,7 +25,7 @@ from hf_npeff.fisher.output_factors import resolve
 from hf_npeff.fisher.outputs import Outputs
 from hf_npeff.fisher.parameter_differences import check_parameter_differences
 from hf_npeff.fisher.parameters import PACKED, left_out
-from hf_npeff.fisher.row_check import check_batch, pair_of, used_otherwise
+from hf_npeff.fisher.row_check import check_batch, is_telling, pair_of, used_otherwise
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import (
     SelfTest,
@@ -75,6 +75,12 @@ def prepare(
     few = _first(forward, config, metric, examples, skip)
     pair = pair_of(few, forward.limits)
     rows = check_batch(forward, config, metric, pair)
+    left = few
+    # The gradient of queries of a single token, for instance, is zero and says nothing of the model.
+    while not is_telling(forward, rows.sensitivities):
+        left = [example for example in left if example is not pair[0]]
+        pair = pair_of(left, forward.limits)
+        rows = check_batch(forward, config, metric, pair)
     row_error = rows.accepted_error(forward, pair[0])
     differences = check_differences(forward, config, metric, pair)
     check_parameter_differences(forward, config, metric, pair[0])

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_npeff.data import Example
 from hf_npeff.fisher.batching import precision_of, relative_change
@@ -44,9 +44,7 @@ class RoundedRows:
 
     def __init__(self, maker: RowMaker):
         self._maker = maker
-        # Models of float64 may compute a softmax in float32.
-        eps = max(torch.finfo(dtype).eps for dtype in (precision_of(maker.forward.model), torch.float32))
-        self._share = min(_ROUNDINGS * eps, _LARGEST)
+        self._share = doubtful_share(maker.forward.model)
         self._largest = 0.0  # so far: batches begin with the longest examples, and short ones are rounding
         self._found: dict[str, None] = {}
 
@@ -59,7 +57,7 @@ class RoundedRows:
         """
         if self._maker.forward.fsdp.active:  # processes that share a model make the same passes
             return
-        sizes, real = _sensitivities(rows), rows["norms"] > 0
+        sizes, real = sensitivities(rows), rows["norms"] > 0
         self._largest = max([self._largest, *sizes[real].tolist()])
         for i in (real & (sizes <= self._share * self._largest)).nonzero()[:, 0].tolist():
             if self._are_rounding(examples[i], rows, i):
@@ -88,7 +86,14 @@ class RoundedRows:
         return relative_change(again.to(stored) / _FACTOR, stored) > _MOSTLY_ROUNDING
 
 
-def _sensitivities(rows: Mapping[str, Tensor]) -> Tensor:
+def doubtful_share(model: nn.Module) -> float:
+    """The share of another example's sensitivity up to which an example's rows may be rounding."""
+    # Models of float64 may compute a softmax in float32.
+    eps = max(torch.finfo(dtype).eps for dtype in (precision_of(model), torch.float32))
+    return min(_ROUNDINGS * eps, _LARGEST)
+
+
+def sensitivities(rows: Mapping[str, Tensor]) -> Tensor:
     """(B,): how far outputs move with the analysed weights, √‖AAᵀ‖ / ‖V‖ for the cotangents V; 0 where these are."""
     sizes = rows["cotangents"].double().flatten(1).norm(dim=1)
     return torch.where(sizes > 0, rows["norms"].sqrt() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), 0.0)

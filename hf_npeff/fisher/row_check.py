@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from hf_npeff.fisher.gradients import CalledOnceForAll, NoneRan, autograd_rows
 from hf_npeff.fisher.linear_layers import is_at_hand, is_linear
 from hf_npeff.fisher.linear_maps import LinearMap, find_linear_maps, shapes_of
 from hf_npeff.fisher.parameters import gradients
+from hf_npeff.fisher.rounded_rows import doubtful_share, sensitivities
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.pefs.sketches import Sketch
 
@@ -52,6 +53,7 @@ class RowCheck:
         worst: the weight whose part of the row has the largest error.
         cotangent: that of the compared row, (1, t, s); None if nothing was compared.
         size: the larger one of the norms of the row, in the check's sketch, and of autograd's gradient.
+        sensitivities: how far each example of the batch moves its outputs; empty if nothing was compared.
     """
 
     error: float | None
@@ -59,6 +61,7 @@ class RowCheck:
     worst: str = ""
     cotangent: Tensor | None = None
     size: float = float("inf")
+    sensitivities: tuple[float, ...] = ()
 
     @property
     def difference(self) -> str:
@@ -154,7 +157,8 @@ def check_batch(
 ) -> RowCheck:
     """Check rows in a batch of two examples, or of one if the model does not take batches.
 
-    If the shorter example's row is right alone but not in the batch, examples are run one at a time from then on.
+    If the shorter example's row is right alone but not in the batch, examples are run one at a time from then on. If it
+    may be rounding, nothing follows from it (see `is_telling`).
     """
     if not forward.maps:
         return RowCheck(None)
@@ -166,9 +170,14 @@ def check_batch(
                 together = check_rows(forward, config, metric, pair)
         except (CalledOnceForAll, PaddingError) as error:
             reason = str(error)
+        if together is not None and not is_telling(forward, together.sensitivities):
+            return together
         if together is not None and (together.error is None or together.error <= row_tolerance(forward.model)):
             return together
     alone = check_rows(forward, config, metric, pair[:1])
+    if together is None and len(pair) > 1:
+        other = check_rows(forward, config, metric, pair[1:])
+        alone = replace(alone, sensitivities=alone.sensitivities + other.sensitivities)
     if together is not None and together.error is not None and alone.error is not None:
         if together.error <= _LARGER_BY_BATCHING * alone.error:
             return together  # it is no better alone
@@ -176,6 +185,11 @@ def check_batch(
     if reason is not None:
         forward.refuse_batches(reason)
     return alone
+
+
+def is_telling(forward: ForwardPass, sizes: Sequence[float]) -> bool:
+    """Whether the first of these sensitivities is as large beside the others as those of rows that are no rounding."""
+    return not any(sizes) or sizes[0] > doubtful_share(forward.model) * max(sizes)
 
 
 def check_rows(
@@ -216,7 +230,8 @@ def check_rows(
     truth = {name: exact[name] for name in called}
     error, worst = _row_error(sketch, rows[largest], truth)
     size = max(float(rows[largest].norm()), sum(float(g.double().square().sum()) for g in truth.values()) ** 0.5)
-    return RowCheck(error, unseen, worst, stored["cotangents"][:1, largest], size)
+    sizes = tuple(sensitivities(stored).tolist())
+    return RowCheck(error, unseen, worst, stored["cotangents"][:1, largest], size, sizes)
 
 
 def used_otherwise(
