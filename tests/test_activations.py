@@ -199,6 +199,11 @@ def test_a_weight_that_is_read_without_its_module_is_named_on_exit() -> None:
         model(x)
     with changed_in_activations(model, {"read.weight": delta}):
         pass  # nothing ran
+    none = {"called.weight": delta, "read.weight": LinearDelta(torch.zeros(4, 4))}
+    for change in (none, random_like(none)):  # what SigLIP's unused pooling gets, in which a weight is read
+        with changed_in_activations(model, change):
+            model(x)
+    assert float(random_like(none)["called.weight"].squared_norm) == pytest.approx(float(delta.squared_norm))
 
 
 @pytest.mark.parametrize(

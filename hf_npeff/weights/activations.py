@@ -84,8 +84,10 @@ class LinearDelta:
 def random_like(deltas: Mapping[str, LinearDelta], seed: int = 0) -> dict[str, LinearDelta]:
     """A random change of equal total norm and the same ranks; a weight's share of ‖·‖² is its share of the numbers.
 
-    It is like a Gaussian change of all weights together, truncated to the ranks of the given change.
+    It is like a Gaussian change of all weights together, truncated to the ranks of the given change. Weights that the
+    given change leaves as they are stay so.
     """
+    deltas = {name: delta for name, delta in deltas.items() if delta.squared_norm > 0}
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, LinearDelta] = {}
     for name, delta in deltas.items():
@@ -266,11 +268,17 @@ class ChangedActivations:
         self._reads.__exit__(kind, error, trace)
         unseen = [path for path in self._places if path not in self._ran and path.rpartition(".")[0] in self._ran]
         unseen = [path for path in unseen if path in self._reads.read or path not in self._reads.modules]
+        unseen = [path for path in unseen if self._moves(self._places[path])]
         if unseen and kind is None:
             raise UnsupportedModelError(
                 f"the model reads the weight of {', '.join(unseen[:3])} without calling the module, so its change was "
                 "not measured; change the weights in place with ParameterDirection.applied_to"
             )
+
+    def _moves(self, parameter: str) -> bool:
+        """Whether one of the changes of this weight is not zero."""
+        deltas = [change[parameter] for change in self._changes if parameter in change]
+        return any(delta.squared_norm > 0 for delta in deltas)
 
     def _watching(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
