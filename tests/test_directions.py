@@ -77,6 +77,10 @@ def test_random_directions_are_seeded_of_unit_norm_and_nearly_orthogonal() -> No
     assert abs(one.cosine(other)) < 5 / math.sqrt(p) and abs(one.cosine(direction)) < 5 / math.sqrt(p)
     assert one.norm == pytest.approx(1, abs=1e-6)
     assert direction.cosine({n: -3 * v for n, v in direction.items()}) == pytest.approx(-1, abs=1e-6)
+    name = next(iter(direction))
+    still = ParameterDirection({n: v * (n != name) for n, v in direction.items()}, direction.layouts)
+    drawn = still.random_like(7)
+    assert not bool(drawn[name].any()) and drawn.norm == pytest.approx(1)  # a weight that stays the same does so here
 
 
 def test_a_folder_gives_the_direction_back(tmp_path: Path) -> None:

@@ -226,9 +226,10 @@ class ParameterDirection(Readable, DirectionArithmetic):
         return sum(squared_norm(p.float()) for p in known) ** 0.5 / self.norm or 1.0
 
     def random_like(self, seed: int = 0) -> ParameterDirection:
-        """A Gaussian random direction over the same parameters, of equal norm."""
+        """A Gaussian random direction over the same parameters, of equal norm; zero in those where this one is zero."""
         generator = torch.Generator().manual_seed(seed)
-        deltas = {n: torch.randn(v.shape, generator=generator).to(v.device) for n, v in self._deltas.items()}
+        drawn = {n: torch.randn(v.shape, generator=generator).to(v.device) for n, v in self._deltas.items()}
+        deltas = {n: v * bool(self._deltas[n].any()) for n, v in drawn.items()}
         random = ParameterDirection(deltas, self.layouts, {"method": "random", "seed": seed})
         if "natural_scale" not in self.info:
             return random
