@@ -116,10 +116,11 @@ def compute_pefs(folder: Path, shard_size: int = 2, skip: bool = True) -> PEFs:
         if bad := [place for place, example in enumerate(batch) if int(example.id) in SKIPPED]:
             raise NotFiniteError(batch, bad, "not finite", "leave them out")
         unit, norms = normalise(torch.stack([torch.full((1, 4), 1.0 + int(e.id)) for e in batch]))
-        return {"factors": unit, "norms": norms}
+        return {"factors": unit, "norms": norms, "cotangents": torch.ones(len(batch), 1, 1, 1)}
 
     sketch = Sketch({"w": (2, 2)}, "identity")
     forward = SimpleNamespace(
+        model=torch.nn.Linear(2, 2),
         traits=SimpleNamespace(takes=None),
         blaming_padding=lambda batch: contextlib.nullcontext(),
         batch_size=lambda examples, wanted: wanted,
