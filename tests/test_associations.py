@@ -15,6 +15,7 @@ from hf_npeff import Decomposition, DecompositionConfig, FisherConfig
 from hf_npeff.cli import app
 from hf_npeff.decomposition.associations import AssociationRequest, log_tails
 from hf_npeff.decomposition.features import features_of
+from hf_npeff.encoding.record import Encoded
 from hf_npeff.sharing.cards import decomposition_card
 from tests.random_decomposition import WORDS, random_decomposition
 
@@ -129,6 +130,17 @@ def test_without_texts_the_error_says_what_to_keep_and_columns_are_looked_at_alo
         del decomposition.columns[name]
     with pytest.raises(ValueError, match=r"texts.*columns"):
         decomposition.associations(texts=False)
+
+
+def test_images_have_no_words_so_their_columns_are_looked_at_alone() -> None:
+    """Oracle: the column by which the components were planted; and of texts that were not kept, the error."""
+    decomposition = planted()
+    del decomposition.columns["text"]
+    decomposition.info["dataset"] = {"encoded": Encoded("image", ("image",)).to_dict()}
+    assert decomposition.associations()[0].associations[0].feature == "kind = a"
+    decomposition.info["dataset"] = {"encoded": Encoded("text", ("text",), shown=("text",)).to_dict()}
+    with pytest.raises(ValueError, match=r"columns=.*texts=False"):
+        decomposition.associations()
 
 
 @pytest.mark.parametrize(

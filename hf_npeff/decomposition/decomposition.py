@@ -18,7 +18,7 @@ from hf_npeff.decomposition.component import Component
 from hf_npeff.decomposition.folder import EXAMPLES, TENSORS, contents_of, read_folder, read_names
 from hf_npeff.decomposition.objective import alignments, energies, nonnegative_coefficients, overlaps
 from hf_npeff.decomposition.weighting import balanced
-from hf_npeff.encoding.record import shown_columns, shown_texts
+from hf_npeff.encoding.record import Encoded, shown_columns, shown_texts
 from hf_npeff.pefs.store import PEFs, check_same_sketch
 from hf_npeff.pefs.weights_identity import difference, warn_of_other_predictions, warn_of_other_weights
 from hf_npeff.sharing.cards import decomposition_card, write_card
@@ -259,7 +259,8 @@ class Decomposition(Readable):
 
         Args:
             columns: the kept columns to use; None uses all. Words are used if a column of texts is among them.
-            texts: whether to use the words of texts; False uses only the other columns.
+            texts: whether to use the words of texts; False uses only the other columns. Data without texts, such as
+                images, has only the other columns.
             top: how many associations of each component are kept.
             level: the largest corrected p-value at which an association counts.
             shuffles: how often the examples are shuffled to correct p-values; each shuffle takes a few milliseconds.
@@ -271,14 +272,16 @@ class Decomposition(Readable):
             automatic label; and groups of components that share an association.
 
         Raises:
-            ValueError: if no texts were kept, `texts` is true and `columns` is None; if a column does not exist, there
-                are no columns to use, or a setting is out of its range.
+            ValueError: if the data's texts were not kept, `texts` is true and `columns` is None; if a column does not
+                exist, there are no columns to use, or a setting is out of its range.
         """
         request = AssociationRequest(top=top, level=level, shuffles=shuffles, max_examples=max_examples, seed=seed)
         if missing := sorted(set(columns or ()) - set(self.columns)):
             raise ValueError(f"the columns {missing} do not exist; there are {sorted(self.columns)}")
         looked_at = {name: v for name, v in self.columns.items() if columns is None or name in columns}
-        texts = texts and (columns is None or bool(shown_columns(looked_at, self.info)))
+        record = Encoded.of(self.info)
+        could_be_kept = columns is None and (record is None or record.kind != "image")
+        texts = texts and (could_be_kept or bool(shown_columns(looked_at, self.info)))
         return associate(self.coefficients, looked_at, self.info, request, texts=texts)
 
     def transform(self, pefs: PEFs, *, device: str | torch.device | None = None, check_weights: bool = True) -> Tensor:
