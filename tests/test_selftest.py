@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_npeff import (
     UnsupportedModelError,
 )
-from hf_npeff.data import Examples
-from hf_npeff.fisher.row_check import RowCheck
+from hf_npeff.data import Example, Examples
+from hf_npeff.fisher.row_check import RowCheck, pair_of
 from hf_npeff.fisher.rows import RowMaker
 from hf_npeff.fisher.selftest import exact_inner_products
 from hf_npeff.fisher.sketch_choice import known_cotangents
@@ -149,3 +149,10 @@ def test_sketches_are_judged_by_the_rows_of_the_passes_themselves(family: str, t
     rows = captures[0].rows(sketch, known.values.shape[1])
     assert rows.shape == truth.shape and rows.abs().max() > 0
     assert (rows - truth).abs().max() <= 1e-12 * truth.abs().max()
+
+
+def test_a_packed_example_is_no_partner_of_one_that_is_not() -> None:
+    """Oracle: by hand; the batches of the run keep them apart, so the self-test's batch does too."""
+    alone = [Example(str(n), {"input_ids": [5] * n, "position_ids": list(range(n))}, {}, "") for n in (2, 3, 4)]
+    packed = Example("packed", {"input_ids": [5] * 6, "position_ids": [0, 1, 2, 0, 1, 2]}, {}, "")
+    assert pair_of([*alone, packed]) == [alone[0], alone[2]]

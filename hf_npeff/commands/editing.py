@@ -58,6 +58,7 @@ def edit(
     """
     from rich.console import Group
 
+    from hf_npeff.fisher.distributions import HALF_SQUARED
     from hf_npeff.pefs.store import PEFs
 
     fishers, dataset = PEFs.from_pretrained(pefs), read_data(data, reading)
@@ -86,20 +87,23 @@ def edit(
     )
     headers = ("", "examples", "wanted", "predicted", "realised")
     values = {"output": str(output), "retained_energy": kept, "loads_in": adapter.loads_in, **report}
-    shown = Group(table(title, headers, rows), table("how far predictions moved", _MOVED, _moved(direction.info)))
+    numbers = "flips" not in direction.info  # which all move
+    moved = ("", HALF_SQUARED if numbers else "mean KL, nats", *(() if numbers else ("answers changed",)))
+    shown = Group(table(title, headers, rows), table("how far predictions moved", moved, _moved(direction.info)))
     return Result(values, shown, {"revision": analyzer.revision})
 
 
-_MOVED = ("", "mean KL, nats", "answers changed")
-
-
 def _moved(info: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of `_MOVED`: the examples that should change, the rest of their predictions, and those that should not."""
-    named = [("examples that should change", "kl", "flips"),
-             ("of this, beside the outcome", "kl_beside", None),
-             ("examples that should stay the same", "kl_of_others", "flips_of_others")]  # fmt: skip
-    return [
-        [name, f"{info[kl]:.3g}", f"{info[flips]:.0%}" if flips is not None and flips in info else ""]
-        for name, kl, flips in named
-        if kl in info
-    ]
+    """A row for the examples that should change, for the rest of their predictions, and for those that should not.
+
+    Args:
+        info: of an edit. It has no shares of changed answers for a regression, and nothing on others if there are none.
+    """
+    named = (
+        ("examples that should change", "kl", "flips"),
+        ("of this, beside the outcome", "kl_beside", ""),
+        ("examples that should stay the same", "kl_of_others", "flips_of_others"),
+    )
+    rows = [[name, f"{info[kl]:.3g}", f"{info[flips]:.0%}" if flips in info else ""]
+            for name, kl, flips in named if kl in info]  # fmt: skip
+    return rows if "flips" in info else [row[:2] for row in rows]

@@ -122,10 +122,19 @@ def alike(examples: Sequence[Example], takes: Set[str] | None) -> list[list[int]
     """
     groups: dict[tuple[frozenset[str], int | None, bool], list[int]] = {}
     for i, example in enumerate(examples):
-        names = frozenset(name for name in example.inputs if takes is None or name in takes)
-        packed = "position_ids" in names and is_packed([example.inputs])
-        groups.setdefault((names, example.choices, packed), []).append(i)
+        groups.setdefault(kind_of(example, takes), []).append(i)
     return list(groups.values())
+
+
+def kind_of(example: Example, takes: Set[str] | None = None) -> tuple[frozenset[str], int | None, bool]:
+    """What the examples of a batch have in common: names of inputs, number of choices, and whether they are packed.
+
+    Args:
+        example: an example.
+        takes: as for `alike`.
+    """
+    names = frozenset(name for name in example.inputs if takes is None or name in takes)
+    return names, example.choices, "position_ids" in names and is_packed([example.inputs])
 
 
 def relative_change(together: Tensor, alone: Tensor) -> float:

@@ -12,7 +12,7 @@ from hf_npeff.config import FisherConfig
 from hf_npeff.data import Example
 from hf_npeff.errors import UnsupportedModelError
 from hf_npeff.fisher.bare_model import bare_modules, bare_parameters
-from hf_npeff.fisher.batching import percent, precision_of, relative_change, row_tolerance
+from hf_npeff.fisher.batching import kind_of, percent, precision_of, relative_change, row_tolerance
 from hf_npeff.fisher.eigenpairs import HiddenMetric
 from hf_npeff.fisher.forward import ForwardPass, PaddingError
 from hf_npeff.fisher.gradients import CalledOnceForAll, NoneRan, autograd_rows
@@ -141,13 +141,13 @@ def _own_disagreement(forward: ForwardPass, m: LinearMap, example: Example) -> f
 def pair_of(examples: Sequence[Example], limits: Sequence[int] = ()) -> list[Example]:
     """The shortest and the longest example, in this order, or two of one length; one if there is no other.
 
-    Both have inputs of the same names, equally many choices, and lengths on the same side of each of `limits`. They are
+    Both are of one kind, as the examples of a batch are, with lengths on the same side of each of `limits`. They are
     chosen from the largest group of such examples.
     """
-    sides: dict[tuple[frozenset[str], int | None, int], list[Example]] = {}
+    sides: dict[tuple[object, ...], list[Example]] = {}
     for example in sorted(examples, key=lambda example: example.length):
         side = sum(example.length > limit for limit in limits)
-        sides.setdefault((frozenset(example.inputs), example.choices, side), []).append(example)
+        sides.setdefault((*kind_of(example), side), []).append(example)
     most = max(sides.values(), key=len)
     return [most[0], most[-1]] if len(most) > 1 else most
 

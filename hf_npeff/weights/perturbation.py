@@ -73,11 +73,11 @@ class Effect:
         what = "KL" if self.top_flips is not None else HALF_SQUARED
         return (
             f"Effect({what} {self.top:.3g} on top, {self.others:.3g} on others, ratio {self.ratio:.3g} at "
-            f"{self.scale:.3g}{self.answers_changed})"
+            f"{self.scale:.3g}{self._answers_changed})"
         )
 
     @property
-    def answers_changed(self) -> str:
+    def _answers_changed(self) -> str:
         """What is added about answers: a KL says little of them where a model is sure. Empty for regression."""
         if self.top_flips is None or self.other_flips is None:
             return ""
@@ -174,7 +174,7 @@ class PerturbationReport:
         what = "KL" if b.top_flips is not None else HALF_SQUARED
         return (
             f"PerturbationReport(component {self.component}: {what} {b.top:.3g} on top, {b.others:.3g} on others, "
-            f"ratio {b.ratio:.3g} at scale {b.scale:.3g}{b.answers_changed}; random {self.random.ratio:.3g}"
+            f"ratio {b.ratio:.3g} at scale {b.scale:.3g}{b._answers_changed}; random {self.random.ratio:.3g}"
             f"{self._missed})"
         )
 
